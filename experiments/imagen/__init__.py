@@ -1,0 +1,1 @@
+"""Train, draw with and evaluate the Imagen cascade."""

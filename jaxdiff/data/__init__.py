@@ -1,0 +1,1 @@
+"""Captioned images: builders, readers and Grain pipelines."""

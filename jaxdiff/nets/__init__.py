@@ -1,0 +1,1 @@
+"""Every network, as Flax Linen modules: arrays in, arrays out."""

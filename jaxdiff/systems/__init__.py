@@ -1,0 +1,1 @@
+"""A paper a file: how the boxes form a system."""

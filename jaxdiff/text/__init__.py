@@ -1,0 +1,1 @@
+"""Captions to frozen embeddings: tokenizers and encode functions."""

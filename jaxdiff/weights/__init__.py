@@ -1,0 +1,1 @@
+"""Checkpoints in public layouts, to and from parameter trees."""

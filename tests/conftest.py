@@ -1,0 +1,22 @@
+"""Shared set-up: eight virtual CPU devices, a persistent compilation cache, shapes checked at run time.
+
+Everything here happens before the first import of jax or of jaxdiff.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Child processes inherit the cache, so that a script started by a test reuses what another one compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _FLAGS:
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+_HOOK = install_import_hook("jaxdiff", "beartype.beartype")
