@@ -1,0 +1,194 @@
+"""The blocks that every U-Net here is built from.
+
+Conditioning on time, noise level and text; the residual block with scale-shift norm and BigGAN resampling;
+attention over the picture and the text. Shapes: pictures `b h w c`, text `b n e`, embeddings `b t`.
+"""
+
+import enum
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxdiff.nets.attention import attention
+
+Dtype = jnp.dtype | type
+
+
+class Resample(enum.Enum):
+    """What a residual block does to the size of the picture."""
+
+    NONE = "none"
+    DOWN = "down"
+    UP = "up"
+
+
+def sinusoidal(position: Float[Array, " b"], width: int, longest: float = 10_000.0) -> Float[Array, "b width"]:
+    """Sines and cosines of `position` at `width`/2 geometric frequencies from 1 to 1/`longest` (float32)."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = position.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def space_to_depth(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """Fold `patch`×`patch` pixels into channels: (b, h/p, w/p, c·p²)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c // patch**2)
+
+
+class Norm(nn.Module):
+    """GroupNorm with up to 32 groups, at least four channels each; statistics in float32, per sample."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s c"]:
+        channels = x.shape[-1]
+        groups = math.gcd(32, channels)
+        while channels // groups < 4 and groups > 1:
+            groups //= 2
+        return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype)(x)
+
+
+class TextContext(nn.Module):
+    """Text as attention sees it: LayerNorm, projection, and one learned token that is always present.
+
+    The extra token gives a picture without text (every position masked) something to attend to, so that no softmax
+    runs over nothing; it also serves as the attention sink that padding would otherwise become. LayerNorm on the
+    text embeddings is Imagen 2.5.
+    """
+
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b n d"], mask: Bool[Array, "b n"]
+    ) -> tuple[Float[Array, "b m e"], Bool[Array, "b m"]]:
+        text = nn.LayerNorm(dtype=self.dtype)(jnp.where(mask[..., None], text, 0))
+        tokens = nn.Dense(self.width, dtype=self.dtype)(text)
+        null = self.param("null", nn.initializers.normal(0.02), (self.width,)).astype(self.dtype)
+        null = jnp.broadcast_to(null, (text.shape[0], 1, self.width))
+        always = jnp.ones((mask.shape[0], 1), bool)
+        return jnp.concatenate([null, tokens], axis=1), jnp.concatenate([always, mask], axis=1)
+
+
+class AttentionPool(nn.Module):
+    """Text tokens to one vector by attention, the query being their mean (`feature_pooling_type: attention`, F.1)."""
+
+    heads: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n e"], mask: Bool[Array, "b n"]) -> Float[Array, "b t"]:
+        b, n, width = tokens.shape
+        tokens = nn.LayerNorm(dtype=self.dtype)(tokens)
+        weight = mask[..., None].astype(self.dtype)
+        mean = (tokens * weight).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
+        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
+        k = nn.Dense(width, dtype=self.dtype, name="k")(tokens).reshape(b, n, self.heads, -1)
+        v = nn.Dense(width, dtype=self.dtype, name="v")(tokens).reshape(b, n, self.heads, -1)
+        pooled = attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, width)
+        return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
+
+
+class Embedding(nn.Module):
+    """A scalar per sample (time, log-SNR, noise level; scaled to about 0…1000) to a vector: sines, then an MLP."""
+
+    frequencies: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, position: Float[Array, " b"]) -> Float[Array, "b t"]:
+        x = sinusoidal(position, self.frequencies).astype(self.dtype)
+        x = nn.silu(nn.Dense(self.features, dtype=self.dtype)(x))
+        return nn.Dense(self.features, dtype=self.dtype)(x)
+
+
+class ResBlock(nn.Module):
+    """Norm, swish, 3×3 convolution, twice, around a residual path (A.27; BigGAN resampling as in F.1).
+
+    The embedding scales and shifts the second norm. The residual path is a 1×1 convolution where the width changes,
+    or always if `project` (A.27 draws it always).
+    """
+
+    channels: int
+    resample: Resample = Resample.NONE
+    project: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], embedding: Float[Array, "b t"]) -> Float[Array, "b h2 w2 c2"]:
+        y = nn.silu(Norm(self.dtype)(x))
+        x, y = resize(x, self.resample), resize(y, self.resample)
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(y)
+        scale_shift = nn.Dense(2 * self.channels, dtype=self.dtype)(nn.silu(embedding))
+        scale, shift = jnp.split(scale_shift[:, None, None, :], 2, axis=-1)
+        y = nn.silu(Norm(self.dtype)(y) * (1 + scale) + shift)
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(y)
+        if self.project or x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype)(x)
+        return x + y
+
+
+def resize(x: Float[Array, "b h w c"], resample: Resample) -> Float[Array, "b h2 w2 c"]:
+    """Halve by 2×2 means, double by repetition, or leave as it is."""
+    if resample is Resample.DOWN:
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+    if resample is Resample.UP:
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x
+
+
+class AttentionBlock(nn.Module):
+    """Pixels attend to pixels and text (`self_attention`: text concatenated to keys and values, D.3.1), or to text alone.
+
+    `feed_forward` > 0 adds an MLP of that many times the width behind it (A.28: "hidden 2×channels").
+    """
+
+    heads: int
+    self_attention: bool = True
+    feed_forward: int = 0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b n e"], mask: Bool[Array, "b n"]
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        x = x.reshape(b, h * w, c)
+        split = (b, -1, self.heads, c // self.heads)
+        y = Norm(self.dtype)(x)
+        q = nn.Dense(c, dtype=self.dtype, name="q")(y).reshape(split)
+        text = nn.LayerNorm(dtype=self.dtype)(context)
+        k = nn.Dense(c, dtype=self.dtype, name="text_k")(text).reshape(split)
+        v = nn.Dense(c, dtype=self.dtype, name="text_v")(text).reshape(split)
+        if self.self_attention:
+            k = jnp.concatenate([k, nn.Dense(c, dtype=self.dtype, name="k")(y).reshape(split)], axis=1)
+            v = jnp.concatenate([v, nn.Dense(c, dtype=self.dtype, name="v")(y).reshape(split)], axis=1)
+            mask = jnp.concatenate([mask, jnp.ones((b, h * w), bool)], axis=1)
+        y = attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, h * w, c)
+        x = x + nn.Dense(c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(y)
+        if self.feed_forward:
+            y = nn.Dense(self.feed_forward * c, dtype=self.dtype, name="up")(Norm(self.dtype)(x))
+            x = x + nn.Dense(c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="down")(nn.gelu(y))
+        return x.reshape(b, h, w, c)
+
+
+def keep_precision(x: jax.Array) -> jax.Array:
+    """The output of a network is float32: the sampler's arithmetic must not round to the network's compute type."""
+    return x.astype(jnp.float32)

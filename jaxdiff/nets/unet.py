@@ -1,0 +1,199 @@
+"""Imagen's two U-Nets: the base (F.1, an ADM U-Net) and the Efficient U-Net of super-resolution (F.2, F.3, B.1).
+
+Both take a noised picture, a time, the text and, for super-resolution, the low-resolution picture with its noise
+level, and return one picture. Settings are frozen dataclasses; the presets at the end are plain values.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxdiff.nets import blocks
+from jaxdiff.nets.blocks import AttentionBlock, AttentionPool, Embedding, Norm, ResBlock, Resample, TextContext
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Settings that both U-Nets share. The defaults are those of Imagen's base model (F.1).
+
+    channels: width of the first level; multipliers: width of each level relative to it.
+    blocks: residual blocks at each level, on the way down (and, plus one in the base U-Net, on the way up).
+    self_attention: levels where pixels attend to pixels and text together.
+    cross_attention: levels where pixels attend to the text alone.
+    head_channels: width of one attention head; heads: their number, instead of it, where it is not 0.
+    feed_forward: width of the MLP behind attention relative to the level; 0 for none.
+    time_width: width of the conditioning vector; text_width: of the embeddings coming in (T5-XXL: 4096);
+    context_width: of the text inside the attention layers.
+    patch: pixels folded into channels before the first level (1 in the paper; 4 makes the tiny presets fast).
+    skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
+    low_res: whether a low-resolution picture and its noise level are inputs.
+    dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
+    """
+
+    channels: int = 512
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: tuple[int, ...] = (3, 3, 3, 3)
+    self_attention: tuple[bool, ...] = (False, True, True, True)
+    cross_attention: tuple[bool, ...] = (False, False, False, False)
+    head_channels: int = 64
+    heads: int = 0
+    feed_forward: int = 0
+    time_width: int = 2048
+    text_width: int = 4096
+    context_width: int = 2048
+    pool_text: bool = True
+    patch: int = 1
+    skip_scale: float = 1.0
+    low_res: bool = False
+    dtype: type = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        levels = {len(self.multipliers), len(self.blocks), len(self.self_attention), len(self.cross_attention)}
+        if len(levels) != 1:
+            raise ValueError("multipliers, blocks, self_attention and cross_attention must have one entry per level")
+
+    def width(self, level: int) -> int:
+        return self.channels * self.multipliers[level]
+
+    def heads_at(self, level: int) -> int:
+        return self.heads or max(1, self.width(level) // self.head_channels)
+
+
+class _Parts(nn.Module):
+    """What the two U-Nets have in common: the stem, the conditioning, and the blocks with the settings filled in."""
+
+    config: UNetConfig
+
+    def condition(self, time, text, text_mask, aug_level):
+        """The conditioning vector (b t) and the text as attention sees it (tokens, mask)."""
+        config, dtype = self.config, self.config.dtype
+        frequencies = max(128, config.channels)
+        embedding = Embedding(frequencies, config.time_width, dtype, name="time")(time)
+        if config.low_res:
+            embedding += Embedding(frequencies, config.time_width, dtype, name="aug_level")(1000.0 * aug_level)
+        tokens, mask = TextContext(config.context_width, dtype, name="text")(text.astype(dtype), text_mask)
+        if config.pool_text:
+            heads = max(1, config.context_width // 64)
+            embedding += AttentionPool(heads, config.time_width, dtype, name="pool")(tokens, mask)
+        return embedding, tokens, mask
+
+    def stem(self, x, low_res):
+        config = self.config
+        if config.low_res:
+            x = jnp.concatenate([x, low_res], axis=-1)
+        x = blocks.space_to_depth(x.astype(config.dtype), config.patch)
+        return nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x)
+
+    def head(self, x, channels):
+        config = self.config
+        x = nn.silu(Norm(config.dtype, name="head_norm")(x))
+        zeros = nn.initializers.zeros
+        x = nn.Conv(channels * config.patch**2, (3, 3), dtype=config.dtype, kernel_init=zeros, name="head")(x)
+        return blocks.keep_precision(blocks.depth_to_space(x, config.patch))
+
+    def res(self, level, name, resample=Resample.NONE, project=False):
+        block = nn.remat(ResBlock) if self.config.remat else ResBlock
+        return block(self.config.width(level), resample, project, self.config.dtype, name=name)
+
+    def attend(self, x, level, name, tokens, mask):
+        config = self.config
+        block = nn.remat(AttentionBlock) if config.remat else AttentionBlock
+        for wanted, itself, kind in (
+            (config.self_attention[level], True, "self"),
+            (config.cross_attention[level], False, "cross"),
+        ):
+            if wanted:
+                layer = block(config.heads_at(level), itself, config.feed_forward, config.dtype, name=f"{name}_{kind}")
+                x = layer(x, tokens, mask)
+        return x
+
+
+class UNet(_Parts):
+    """The base U-Net (F.1): residual blocks then resampling, one skip per block, attention at the lower levels.
+
+    The way up has one block more than the way down at each level (ADM); up- and down-sampling happen inside
+    residual blocks (BigGAN).
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, " b"],
+        text: Float[Array, "b n d"],
+        text_mask: Bool[Array, "b n"],
+        low_res: Float[Array, "b h w c"] | None = None,
+        aug_level: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Time in 0…1000, low_res already enlarged to h×w, aug_level in [0, 1]; h, w multiples of `stride(config)`."""
+        config, channels = self.config, x.shape[-1]
+        embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
+        x = self.stem(x, low_res)
+        skips, last = [x], len(config.blocks) - 1
+        for level, count in enumerate(config.blocks):
+            for i in range(count):
+                x = self.res(level, f"down_{level}_{i}")(x, embedding)
+                x = self.attend(x, level, f"down_{level}_{i}", tokens, mask)
+                skips.append(x)
+            if level != last:
+                x = self.res(level, f"down_{level}", Resample.DOWN)(x, embedding)
+                skips.append(x)
+        x = self.res(last, "middle_0")(x, embedding)
+        x = self.attend(x, last, "middle", tokens, mask)
+        x = self.res(last, "middle_1")(x, embedding)
+        for level in reversed(range(last + 1)):
+            for i in range(config.blocks[level] + 1):
+                x = jnp.concatenate([x, skips.pop() * config.skip_scale], axis=-1)
+                x = self.res(level, f"up_{level}_{i}")(x, embedding)
+                x = self.attend(x, level, f"up_{level}_{i}", tokens, mask)
+            if level:
+                x = self.res(level, f"up_{level}", Resample.UP)(x, embedding)
+        return self.head(x, channels)
+
+
+class EfficientUNet(_Parts):
+    """The Efficient U-Net (B.1): downsampling before the convolutions, upsampling after them, one skip per level.
+
+    Each level, the first included, halves the picture with a strided convolution (A.28) and doubles it again with a
+    nearest-neighbour enlargement and a convolution (A.29).
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, " b"],
+        text: Float[Array, "b n d"],
+        text_mask: Bool[Array, "b n"],
+        low_res: Float[Array, "b h w c"] | None = None,
+        aug_level: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Arguments as in `UNet`; h and w multiples of `stride(config)`."""
+        config, channels = self.config, x.shape[-1]
+        embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
+        x = self.stem(x, low_res)
+        skips = []
+        for level, count in enumerate(config.blocks):
+            skips.append(x)
+            x = nn.Conv(config.width(level), (3, 3), strides=2, dtype=config.dtype, name=f"down_{level}")(x)
+            for i in range(count):
+                x = self.res(level, f"down_{level}_{i}", project=True)(x, embedding)
+            x = self.attend(x, level, f"down_{level}", tokens, mask)
+        for level in reversed(range(len(config.blocks))):
+            for i in range(config.blocks[level]):
+                x = self.res(level, f"up_{level}_{i}", project=True)(x, embedding)
+            x = self.attend(x, level, f"up_{level}", tokens, mask)
+            skip = skips.pop()
+            x = blocks.resize(x, Resample.UP)
+            x = nn.Conv(skip.shape[-1], (3, 3), dtype=config.dtype, name=f"up_{level}")(x)
+            x = x + skip * config.skip_scale
+        return self.head(x, channels)
+
+
+def stride(network: UNet | EfficientUNet) -> int:
+    """Picture sides must be multiples of this."""
+    levels = len(network.config.blocks)
+    return network.config.patch * 2 ** (levels if isinstance(network, EfficientUNet) else levels - 1)
