@@ -1,0 +1,125 @@
+"""`shapes`, the embedded set: a TFDS builder that draws its own pictures, so nothing is downloaded.
+
+    builder = shapes.prepare(64, "data", train=20_000)
+    source = builder.as_data_source("train")        # random access, decoded on demand; no TensorFlow
+
+Example i of a split is `scene(split, i)` with `caption(scene, split, i)`, whatever the resolution, so the same index at
+64, 256 and 1024 pixels is the same picture.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import absl.logging
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from jaxdiff.data.shapes_caption import caption
+from jaxdiff.data.shapes_draw import draw
+from jaxdiff.data.shapes_scene import Split, scene
+
+RESOLUTIONS = range(64, 1025)
+
+
+def prepare(
+    resolution: int, data_dir: str | Path, train: int = 20_000, held_out: int = 1_000, progress: bool = True
+) -> "Shapes":
+    """The builder, its records written below `data_dir` unless they are there already.
+
+    TFDS writes into a folder of another name and renames it at the end: a prepared set is whole.
+    """
+    config = ShapesConfig(resolution=resolution, train=train, held_out=held_out, progress=progress)
+    with _quiet():
+        builder = Shapes(config=config, data_dir=str(data_dir), file_format="array_record")
+        builder.download_and_prepare()  # does nothing where the set is prepared
+    return builder
+
+
+@dataclasses.dataclass(kw_only=True)
+class ShapesConfig(tfds.core.BuilderConfig):
+    """`resolution`: pixels a side, 64 to 1024; `train`, `held_out`: the number of examples in each split."""
+
+    name: str = ""  # from the other fields
+    resolution: int = 64
+    train: int = 20_000
+    held_out: int = 1_000
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"shapes: resolution {self.resolution} is outside 64 to 1024")
+        for split in ("train", "held_out"):
+            if getattr(self, split) < 1:
+                raise ValueError(f"shapes: {split} needs at least 1 example, not {getattr(self, split)}")
+        self.name = f"{self.resolution}px_{self.train}_{self.held_out}"
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Anti-aliased coloured objects with captions; each example carries its exact attributes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [ShapesConfig()]  # noqa: RUF012 (the name that TFDS reads)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        side = self.builder_config.resolution
+        features = {
+            "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
+            "caption": tfds.features.Text(),
+            "index": np.int64,
+            "objects": np.int64,  # how many: 1 or 2
+            "background": tfds.features.Text(),
+            "scene": tfds.features.Text(),  # JSON of Scene.as_dict: every attribute of every object
+            "stated": tfds.features.Text(),  # JSON of Stated.as_dict: what the caption says of them
+        }
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager) -> dict:
+        config = self.builder_config
+        return {
+            "train": self._generate_examples("train", config.train),
+            "held_out": self._generate_examples("held_out", config.held_out),
+        }
+
+    def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict]]:
+        config = self.builder_config
+        name = f"shapes {config.resolution} px, {split}"
+        for index in tqdm(range(count), desc=name, unit="picture", disable=not config.progress):
+            yield index, example(split, index, config.resolution)
+
+
+def example(split: Split, index: int, resolution: int) -> dict:
+    """One example as the builder stores it, the image as an open file of PNG bytes."""
+    s = scene(split, index)
+    c = caption(s, split, index)
+    png = io.BytesIO()
+    Image.fromarray(draw(s, resolution)).save(png, format="png", compress_level=1)
+    png.seek(0)
+    return {
+        "image": png,
+        "caption": c.text,
+        "index": index,
+        "objects": len(s.objects),
+        "background": s.background,
+        "scene": json.dumps(s.as_dict()),
+        "stated": json.dumps(c.stated.as_dict()),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One progress bar of ours in place of TFDS's nested ones, its messages about paths and custom configurations."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        absl.logging.set_verbosity(verbosity)

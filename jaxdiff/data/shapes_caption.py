@@ -1,0 +1,157 @@
+"""Captions of `shapes`: natural wordings, and exactly what each of them says.
+
+A caption always names colour and kind; size, fill, position and background are said or left out at random. `stated`
+holds what was said, in the scene's own words, whatever the synonym used; what it leaves out (None) is free, and a
+picture is right when it agrees with `stated` (evaluation/attributes.py).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxdiff.data.shapes_scene import Object, Scene, Split, scene, stream
+
+SAID = 0.6  # the chance that an optional attribute is said of a single object
+SAID_OF_TWO = 0.35  # and of each of two, to keep the sentence short
+
+
+@dataclasses.dataclass(frozen=True)
+class StatedObject:
+    """What a caption says of one object; None is unsaid."""
+
+    kind: str
+    colour: str
+    size: str | None = None
+    fill: str | None = None
+    position: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What a caption says. `relation`: where the first of two objects is, seen from the second."""
+
+    objects: tuple[StatedObject, ...]
+    background: str | None = None
+    relation: str | None = None
+
+    def as_dict(self) -> dict:
+        """In JSON's types."""
+        return dataclasses.asdict(self) | {"objects": [dataclasses.asdict(o) for o in self.objects]}
+
+    @staticmethod
+    def from_dict(stated: dict) -> "Stated":
+        return Stated(tuple(StatedObject(**o) for o in stated["objects"]), stated["background"], stated["relation"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    text: str
+    stated: Stated
+
+
+def caption(scene: Scene, split: Split, index: int, wording: int = 0) -> Caption:
+    """A caption of a scene; each `wording` (0, 1, …) draws anew what is said, and how."""
+    rng = stream(split, index, 16 + wording)
+    background = scene.background if rng.random() < SAID else None
+    if len(scene.objects) == 1:
+        stated = Stated((_stated(rng, scene.objects[0], SAID, rng.random() < SAID),), background)
+        return Caption(_tidy(_pick(rng, (_sentence, _sentence, _list))(rng, stated)), stated)
+    objects = tuple(_stated(rng, o, SAID_OF_TWO, False) for o in scene.objects)
+    stated = Stated(objects, background, scene.relation)
+    return Caption(_tidy(_sentence_of_two(rng, stated)), stated)
+
+
+def held_out_examples(n: int, objects: int = 1) -> list[tuple[Scene, Caption]]:
+    """The first n held-out scenes with this many objects, no two captions alike."""
+    examples: dict[str, tuple[Scene, Caption]] = {}
+    index = 0
+    while len(examples) < n:
+        s = scene("held_out", index, objects)
+        c = caption(s, "held_out", index)
+        examples.setdefault(c.text, (s, c))
+        index += 1
+    return list(examples.values())
+
+
+def held_out_captions(n: int, objects: int = 1) -> list[Caption]:
+    """The captions of `held_out_examples`."""
+    return [c for _, c in held_out_examples(n, objects)]
+
+
+def _stated(rng: np.random.Generator, o: Object, chance: float, position: bool) -> StatedObject:
+    size = o.size if rng.random() < chance else None
+    fill = o.fill if rng.random() < chance else None
+    return StatedObject(o.kind, o.colour, size, fill, o.position if position else None)
+
+
+# Words. A tuple lists the wordings of one attribute value.
+
+SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
+FILL_WORDS = {"solid": ("solid", "filled"), "outlined": ("outlined", "hollow"), "striped": ("striped",)}
+RELATION_WORDS = {
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+EDGE_WORDS = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
+
+
+def _sentence(rng: np.random.Generator, stated: Stated) -> str:
+    """ "a large red striped circle in the top left corner on a black background" """
+    (o,) = stated.objects
+    noun, place, ground = _noun(rng, o, article=True), _place(rng, o.position), _ground(rng, stated.background)
+    forms = (f"{noun} {place} {ground}", f"there is {noun} {place} {ground}", f"a picture of {noun} {place} {ground}")
+    if o.position:
+        forms += (f"{place}, {noun} {ground}",)
+    return _pick(rng, forms)
+
+
+def _list(rng: np.random.Generator, stated: Stated) -> str:
+    """ "black background, outlined green star, large, right" """
+    (o,) = stated.objects
+    size_apart = o.size is not None and rng.random() < 0.5
+    noun = _noun(rng, dataclasses.replace(o, size=None) if size_apart else o, article=False)
+    parts = [noun, _pick(rng, SIZE_WORDS[o.size]) if size_apart else "", o.position or ""]
+    ground = f"{stated.background} background" if stated.background else ""
+    parts = [ground, *parts] if rng.random() < 0.5 else [*parts, ground]
+    return ", ".join(p for p in parts if p)
+
+
+def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
+    """ "a blue heart to the left of a small green cross on white" """
+    first, second = (_noun(rng, o, article=True) for o in stated.objects)
+    between, ground = _pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
+    said = f"{first} {between} {second}"
+    return _pick(rng, (f"{said} {ground}", f"there is {said} {ground}", f"a picture of {said} {ground}"))
+
+
+def _noun(rng: np.random.Generator, o: StatedObject, article: bool) -> str:
+    size = _pick(rng, SIZE_WORDS[o.size]) if o.size else ""
+    fill = _pick(rng, FILL_WORDS[o.fill]) if o.fill else ""
+    after = ""
+    if o.fill == "striped" and rng.random() < 0.3:
+        fill, after = "", "with stripes"
+    middle = (fill, o.colour) if rng.random() < 0.5 else (o.colour, fill)
+    words = " ".join(w for w in (size, *middle, o.kind, after) if w)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if article else words
+
+
+def _place(rng: np.random.Generator, position: str | None) -> str:
+    if position is None:
+        return ""
+    if position == "center":
+        return _pick(rng, ("in the center", "in the middle"))
+    return EDGE_WORDS.get(position) or _pick(rng, (f"in the {position} corner", f"at the {position}"))
+
+
+def _ground(rng: np.random.Generator, background: str | None) -> str:
+    return _pick(rng, (f"on a {background} background", f"on {background}")) if background else ""
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split()).replace(" ,", ",")
+
+
+def _pick(rng: np.random.Generator, choices):
+    return choices[int(rng.integers(len(choices)))]
