@@ -1,0 +1,182 @@
+"""Text embeddings computed once and kept beside the pictures: an ArrayRecord entry for each example, in its order.
+
+A directory holds `part-00000.array_record`, … and `embeddings.json`, which says what made them. Entry i is the digest
+of caption i (16 bytes) and the embeddings of its tokens without padding: float16, (tokens, width), row by row. A
+missing or empty caption has no tokens.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from jaxdiff.data.files import replacing, write_json
+
+SIDECAR = "embeddings.json"
+_DIGEST = 16
+
+# Captions in; embeddings (b n d) and mask (b n) out, the mask true for the first tokens of each row.
+Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """A finished store, random access by the example's place: (text (n d) float16, mask (n,) bool, caption digest).
+
+    Rows behind the mask are zero. Opened by `open_embeddings`.
+    """
+
+    path: Path
+    encoder: str
+    length: int
+    width: int
+    count: int
+    parts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, bytes]:
+        entry = self._records[index]
+        rows = np.frombuffer(entry, np.float16, offset=_DIGEST).reshape(-1, self.width)
+        text = np.zeros((self.length, self.width), np.float16)
+        text[: len(rows)] = rows
+        return text, np.arange(self.length) < len(rows), entry[:_DIGEST]
+
+    @functools.cached_property
+    def _records(self) -> array_record_data_source.ArrayRecordDataSource:
+        return array_record_data_source.ArrayRecordDataSource([str(self.path / part) for part in self.parts])
+
+
+def digest(caption: str | None) -> bytes:
+    """16 bytes that tell a caption from any other; a missing one counts as empty, outer blanks do not count."""
+    return hashlib.blake2b((caption or "").strip().encode(), digest_size=_DIGEST).digest()
+
+
+def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
+    """A finished store. `encoder`, when given, is the fingerprint that the model needs; another one is a ValueError."""
+    path = Path(path)
+    settings = _read_sidecar(path)
+    if settings is None:
+        raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.data.embed)")
+    if not settings["complete"]:
+        raise ValueError(f"{path}: only {settings['count']} embeddings, the rest is not stored yet; run the same again")
+    if encoder is not None and settings["encoder"] != encoder:
+        raise ValueError(f"{path}: made by the text encoder {settings['encoder']}, but the model needs {encoder}")
+    fields = {name: settings[name] for name in ("encoder", "length", "width", "count")}
+    return Embeddings(path, **fields, parts=tuple(settings["parts"]))
+
+
+def store_embeddings(
+    captions: Iterable[str | None],
+    encode: Encode,
+    path: Path | str,
+    *,
+    encoder: str,
+    batch: int = 64,
+    part: int = 8192,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Embeddings:
+    """Encodes every caption, in order, and stores the result under `path`. `encoder` is the encoder's fingerprint.
+
+    Parts of `part` captions are written whole (temporary name, then renamed), so a killed run loses at most one and
+    the same call continues. A store made by another encoder, or from other captions, is a ValueError: nothing is
+    overwritten. `progress` is told how many captions were done, as they are.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = _read_sidecar(path) or {
+        "encoder": encoder,
+        "length": None,
+        "width": None,
+        "count": 0,
+        "part": part,
+        "parts": [],
+        "complete": False,
+    }
+    _check_same_encoder(path, state, encoder)
+    stream = iter(captions)
+    _skip_stored(path, state, stream, progress)
+    while chunk := list(itertools.islice(stream, state["part"])):
+        if state["complete"]:
+            raise ValueError(f"{path}: complete with {state['count']} captions, but there are more now; use a new path")
+        name = f"part-{len(state['parts']):05d}.array_record"
+        state |= _write_part(path / name, chunk, encode, state, batch, progress)
+        state |= {"parts": [*state["parts"], name], "count": state["count"] + len(chunk)}
+        write_json(path / SIDECAR, state)
+    if not state["count"]:
+        raise ValueError(f"{path}: no captions to encode")
+    write_json(path / SIDECAR, {**state, "complete": True})
+    return open_embeddings(path, encoder)
+
+
+def _write_part(
+    file: Path, captions: list[str | None], encode: Encode, state: dict, batch: int, progress: Callable[[int], None]
+) -> dict:
+    """Writes one part and returns the length and width that the encoder gave."""
+    shape = (state["length"], state["width"])
+    with replacing(file) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        for start in range(0, len(captions), batch):
+            chunk = captions[start : start + batch]
+            text, mask = _encode(encode, chunk, batch)
+            if None not in shape and text.shape[1:] != shape:
+                raise ValueError(
+                    f"{file.parent}: holds embeddings of shape {shape}, the encoder gives {text.shape[1:]}"
+                )
+            shape = text.shape[1:]
+            for caption, rows, kept in zip(chunk, text, mask):
+                writer.write(digest(caption) + rows[: kept.sum()].tobytes())
+            progress(len(chunk))
+        writer.close()
+    return {"length": int(shape[0]), "width": int(shape[1])}
+
+
+def _encode(encode: Encode, captions: Sequence[str | None], batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Padded to a full batch, so that a compiled encoder sees one shape; checked before anything is written."""
+    filled = [(caption or "").strip() for caption in captions]
+    text, mask = encode(filled + [""] * (batch - len(filled)))
+    text, mask = np.asarray(text, np.float16)[: len(filled)], np.asarray(mask, bool)[: len(filled)]
+    mask = mask & (np.array([bool(caption) for caption in filled])[:, None])
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("the encoder's mask has holes: only padding behind the tokens can be left out")
+    if not np.isfinite(text[mask]).all():
+        raise ValueError("the encoder gave values that float16 cannot hold (not finite)")
+    return text, mask
+
+
+def _skip_stored(path: Path, state: dict, stream: Iterator, progress: Callable[[int], None]) -> None:
+    """Moves past the captions that are stored already; the digest of each part's last one must still fit."""
+    for number, name in enumerate(state["parts"]):
+        chunk = list(itertools.islice(stream, state["part"]))
+        with_reader = array_record_module.ArrayRecordReader(str(path / name))
+        stored = with_reader.num_records()
+        last = with_reader.read([stored - 1])[0][:_DIGEST]
+        with_reader.close()
+        if len(chunk) < stored or digest(chunk[stored - 1]) != last:
+            position = number * state["part"] + stored - 1
+            raise ValueError(f"{path}: caption {position} is not the one stored there; use a new path for new captions")
+        if len(chunk) > stored:  # only the last part of a complete store is short
+            raise ValueError(f"{path}: complete with {state['count']} captions, but there are more now; use a new path")
+        progress(len(chunk))
+
+
+def _check_same_encoder(path: Path, state: dict, encoder: str) -> None:
+    if state["encoder"] != encoder:
+        raise ValueError(f"{path}: made by the text encoder {state['encoder']}, not by {encoder}; use a new path")
+
+
+def _read_sidecar(path: Path) -> dict | None:
+    file = path / SIDECAR
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from error

@@ -1,0 +1,257 @@
+"""From any source of captioned pictures to numpy batches: the one Grain pipeline that all data goes through.
+
+    source → shuffle → repeat → decode, resize, crop, join embeddings → this process's share → drop rejects → batch
+
+The order of examples and every random crop are functions of the seed and the position alone, so an iterator that is
+set to a saved state continues exactly, whatever the number of threads.
+"""
+
+import dataclasses
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
+
+import grain
+import numpy as np
+
+from jaxdiff.data import pictures
+from jaxdiff.data.embeddings import Embeddings, digest
+
+
+class Example(TypedDict):
+    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages."""
+
+    image: bytes | np.ndarray
+    caption: str | None
+    name: str
+
+
+class Source(Protocol):
+    """A random-access sequence of examples. It must pickle when worker processes are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the host reads ahead. Order and content of the batches do not depend on it.
+
+    threads: decode in this many threads (Pillow releases the interpreter lock); 0 reads when asked.
+    ahead: examples kept ready.
+    workers: processes, each with those threads, for hosts where one process cannot keep up; 0 is none.
+    """
+
+    threads: int = 2
+    ahead: int = 64
+    workers: int = 0
+
+
+def images(
+    source: Source,
+    resolution: int,
+    batch: int,
+    *,
+    low_resolution: int | None = None,
+    crop: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    repeat: bool = True,
+    embeddings: Embeddings | None = None,
+    captions: bool = False,
+    caption_optional: bool = False,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> "Batches":
+    """Batches of pictures, `batch` of them from this process, as dicts of numpy arrays.
+
+    image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given
+    low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same picture shrunk
+               by `pictures.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
+    text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool, zero behind the mask
+    caption, index    with `captions`: unicode strings (b,) and places in the source (b,), for the host's use
+
+    Pictures that are not square lose the ends of their long side. A picture that cannot be read, or (where `captions`
+    or `embeddings` ask for it, unless `caption_optional`) one without a caption, is skipped: counted in `.skipped` and
+    warned of in one line; under `strict` it is a ValueError. `repeat` goes on for ever, in a new order every epoch;
+    otherwise the last batch may be short. Of `process_count` processes each gets a disjoint share.
+    """
+    _check(source, resolution, batch, low_resolution, crop, process_index, process_count)
+    if embeddings is not None and embeddings.count != len(source):
+        raise ValueError(
+            f"{embeddings.path}: holds {embeddings.count} embeddings for {len(source)} examples; store them again"
+        )
+    prepare = _Prepare(resolution, low_resolution, crop, embeddings, captions, caption_optional)
+    examples = grain.MapDataset.source(_Numbered(source)).seed(seed)
+    if shuffle:
+        examples = examples.shuffle()
+    if repeat:
+        examples = examples.repeat()
+    # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
+    examples = examples.random_map(prepare)[process_index::process_count]
+    report = Skipped(limit=len(source), strict=strict)
+    stream = examples.to_iter_dataset(grain.ReadOptions(reading.threads, reading.ahead if reading.threads else 0))
+    if reading.workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=8))
+    # The rejects are counted here, in the main process, whoever did the decoding.
+    stream = stream.filter(report.keep).batch(batch, drop_remainder=False).map(_finish)
+    options = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
+    return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report)
+
+
+class Batches:
+    """The iterator over batches: `next`, `get_state` and `set_state` (a small JSON-able dict), and what was skipped."""
+
+    def __init__(self, stream: grain.IterDataset, skipped: "Skipped"):
+        self._iterator = iter(stream)
+        self.skipped = skipped
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins; examples that were only read ahead do not count as used."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues exactly as the iterator that gave `state` did: same source and settings, whatever `reading`."""
+        self._iterator.set_state(state)
+
+
+class Skipped:
+    """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind."""
+
+    _LINES = 10
+
+    def __init__(self, limit: int, strict: bool):
+        self.reasons: Counter[str] = Counter()
+        self._strict, self._limit = strict, limit
+        self._names: set[str] = set()
+        self._in_a_row = 0
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        return sum(self.reasons.values())
+
+    def keep(self, example: dict) -> bool:
+        """False for a reject, after counting it. Raises ValueError when strict, or when nothing else is left."""
+        if "rejected" not in example:
+            self._in_a_row = 0
+            return True
+        name, kind, reason = example["rejected"]
+        line = f"{name}: {reason}"
+        if self._strict:
+            raise ValueError(f"{line} (strict)")
+        with self._lock:
+            self._in_a_row += 1
+            if self._in_a_row > self._limit:  # the source went by without one usable example: it would never end
+                raise ValueError(f"not one of the {self._limit} examples is usable; the last: {line}")
+            if name not in self._names:
+                self._names.add(name)
+                self.reasons[kind] += 1
+                self._warn(line)
+        return False
+
+    def _warn(self, line: str) -> None:
+        if self.count <= self._LINES:
+            rest = "; further ones are only counted" if self.count == self._LINES else ""
+            warnings.warn(f"skipped {line}{rest}", stacklevel=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """The source with each example's place in it; a file that cannot be opened becomes an example without picture."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            return {**self.source[index], "index": int(index)}
+        except OSError as error:
+            return {"rejected": (f"example {index}", "unreadable", str(error))}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepare(grain.transforms.RandomMap):
+    """One example of a source → one entry of a batch (uint8 still, which is cheaper to pass on), or a reject."""
+
+    resolution: int
+    low_resolution: int | None
+    crop: int | None
+    embeddings: Embeddings | None
+    captions: bool
+    caption_optional: bool
+
+    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+        if "rejected" in element:
+            return element
+        caption = (element["caption"] or "").strip()
+        wanted = self.captions or self.embeddings is not None
+        if wanted and not caption and not self.caption_optional:
+            return {"rejected": (element["name"], "no caption", "no caption")}
+        try:
+            picture = pictures.resize(pictures.decode(element["image"]), self.resolution)
+        except pictures.Unreadable as error:
+            return {"rejected": (element["name"], "unreadable", str(error))}
+        return {**self._views(picture, rng), **self._text(element["name"], element["index"], caption)}
+
+    def _views(self, picture: np.ndarray, rng: np.random.Generator) -> dict:
+        if self.low_resolution is None:
+            return {"image": picture}
+        low = pictures.resize(picture, self.low_resolution)
+        if self.crop is not None:
+            picture, low = pictures.aligned_crops(picture, low, self.crop, rng)
+        return {"image": picture, "low_res": low}
+
+    def _text(self, name: str, index: int, caption: str) -> dict:
+        joined = {"caption": caption, "index": index} if self.captions else {}
+        if self.embeddings is not None:
+            text, mask, stored = self.embeddings[index]
+            if stored != digest(caption):
+                raise ValueError(
+                    f"{self.embeddings.path}: embedding {index} was made from another caption than that of {name}; "
+                    "store the embeddings again"
+                )
+            joined |= {"text": text, "text_mask": mask}
+        return joined
+
+
+def _finish(batch: dict) -> dict[str, np.ndarray]:
+    return {key: pictures.to_float(value) if key in ("image", "low_res") else value for key, value in batch.items()}
+
+
+def _check(
+    source: Sequence | Source,
+    resolution: int,
+    batch: int,
+    low_resolution: int | None,
+    crop: int | None,
+    process_index: int,
+    process_count: int,
+) -> None:
+    if not len(source):
+        raise ValueError(f"{source}: no examples")
+    if resolution < 1 or batch < 1:
+        raise ValueError(f"resolution and batch must be positive, got {resolution} and {batch}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}: the index must lie in 0…{process_count - 1}")
+    if low_resolution is not None and (low_resolution < 1 or resolution % low_resolution):
+        raise ValueError(f"resolution {resolution} is not a multiple of the low resolution {low_resolution}")
+    if crop is not None:
+        if low_resolution is None:
+            raise ValueError("crop is for super-resolution: give low_resolution too")
+        factor = resolution // low_resolution
+        if not factor <= crop <= resolution or crop % factor:
+            raise ValueError(f"crop {crop} must be a multiple of the factor {factor}, at most {resolution}")
