@@ -1,0 +1,166 @@
+"""Captions to token ids, and a tokenizer trained from captions.
+
+Every tokenizer is one of transformers', so that a directory written here opens there and the other way round. All
+follow T5: `<pad>` 0, `</s>` 1 at the end of each caption, `<unk>` 2, sentinels `<extra_id_0…>` for span corruption.
+"""
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import Unigram
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SENTINELS = 32
+"""Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
+_SPECIAL = ["<pad>", "</s>", "<unk>"]
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_BYTE_SCORE = -1e3  # log probability: a byte is never the best choice, only what is left when no piece fits
+
+
+class Tokens(NamedTuple):
+    """Token ids, padded to one length, and which of them are not padding."""
+
+    ids: Int[np.ndarray, "b n"]
+    mask: Bool[np.ndarray, "b n"]
+
+
+def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
+    """Any T5-style tokenizer from a directory, or from the hub by its id. ValueError where there is none."""
+    if Path(path_or_id).is_dir() and not (Path(path_or_id) / "tokenizer_config.json").is_file():
+        raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json)")
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_id))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {reason}") from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """ByT5's: a token for each byte of UTF-8. It needs no file. 384 ids with its 125 sentinels."""
+    return ByT5Tokenizer()
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A unigram tokenizer of at most `vocab_size` ids, case-insensitive, that never meets an unknown word.
+
+    Text is normalised (NFKC, lower case, single spaces); a character that no piece holds is spelled out in UTF-8 bytes.
+    `save_pretrained(directory)` writes tokenizer.json and tokenizer_config.json. Few captions give fewer ids than asked
+    for; ValueError where `vocab_size` leaves no room for words.
+    """
+    room = vocab_size - len(_SPECIAL) - len(_BYTES) - SENTINELS
+    if room < 100:
+        raise ValueError(
+            f"vocab_size must be at least {vocab_size - room + 100}, not {vocab_size}: bytes and sentinels"
+        )
+    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
+    vocabulary = [
+        *((token, 0.0) for token in _SPECIAL),
+        *((token, _BYTE_SCORE) for token in _BYTES),
+        *sorted(_pieces(list(captions), room).items(), key=lambda piece: (-piece[1], piece[0])),
+        *((token, 0.0) for token in reversed(sentinels)),
+    ]
+    tokenizer = _pipeline(Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=True)))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=sentinels,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tokens:
+    """Ids (b, length) int32 and mask (b, length), each caption ended by `</s>`.
+
+    Captions of more than `length` tokens are cut, with one warning that names the lost words.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1 token, not {length}")
+    rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    lost = []
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            lost.append(_lost_words(tokenizer, captions[i], length - 1))
+            row = [*row[: length - 1], tokenizer.eos_token_id]
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    if lost:
+        shown = ", ".join(repr(words) for words in lost[:3]) + (", …" if len(lost) > 3 else "")
+        count = "prompt" if len(lost) == 1 else f"{len(lost)} prompts"
+        warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=2)
+    return Tokens(ids, mask)
+
+
+def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the tokenizer has them."""
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    while (token := f"<extra_id_{len(ids)}>") in vocabulary:
+        ids.append(vocabulary[token])
+    return ids
+
+
+def _pieces(captions: list[str], room: int) -> dict[str, float]:
+    """At most `room` pieces and their log probabilities: whole words by frequency, and parts of words for the rest.
+
+    The library's trainer alone would find no whole word in captions of a small vocabulary, because it proposes only
+    strings that occur in two different words. Parts score below every word, so that a known word is one token.
+    """
+    model = _pipeline(Tokenizer(Unigram()))
+    counts = Counter(
+        word
+        for caption in captions
+        for word, _ in model.pre_tokenizer.pre_tokenize_str(model.normalizer.normalize_str(caption))
+    )
+    total = max(sum(counts.values()), 1)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=room // 4, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+    )
+    model.train_from_iterator(captions, trainer)
+    learned = json.loads(model.to_str())["model"]["vocab"][1:]
+    pieces = {piece: score - math.log(total) for piece, score in learned if piece not in _BYTES}
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: room - len(pieces)]
+    return pieces | {word: math.log(count / total) for word, count in frequent}
+
+
+def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
+    """The words of `caption` of which not every token is among the first `kept`."""
+    if tokenizer.is_fast:
+        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        start = offsets[kept][0]
+    else:  # ByT5: its only slow tokenizer, whose tokens are bytes
+        start = len(tokenizer.decode(tokenizer(caption, add_special_tokens=False)["input_ids"][:kept]))
+    if not caption[start:].startswith(" "):
+        start = caption.rfind(" ", 0, start) + 1
+    return caption[start:].strip()
+
+
+def _pipeline(tokenizer: Tokenizer) -> Tokenizer:
+    """Words are split at spaces and keep a "▁" for the space before them; punctuation and digits stand alone."""
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
