@@ -1,0 +1,81 @@
+"""Everything that training changes, as one immutable tree: parameters, their average, optimizer state, counters."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from jaxdiff.training.mesh import shardings
+from jaxdiff.training.optimizer import OptimizerConfig, optimizer
+
+Params = Any  # nested dicts of arrays
+Metrics = dict[str, Any]  # scalars
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """What can be trained: plain settings with two pure functions."""
+
+    def init(self, key: Any) -> Params:
+        """Parameters drawn with `key`; traced, so that no host ever holds them all."""
+        ...
+
+    def loss(self, params: Params, batch: Any, key: Any) -> tuple[Any, Metrics]:
+        """The mean loss over the batch, and further scalars to log (means over the batch too)."""
+        ...
+
+
+@struct.dataclass
+class TrainState:
+    """One step's worth of everything; counters are int32 scalars on the devices."""
+
+    step: Any  # steps taken, skipped ones included
+    params: Params
+    ema: Params  # exponential moving average of params, float32
+    opt_state: Any
+    skipped: Any  # steps whose loss or gradient was not finite: nothing but the counters changed
+    in_a_row: Any  # such steps since the last finite one
+    worst_run: Any  # the largest `in_a_row` so far
+
+
+def create_state(params: Params, config: OptimizerConfig) -> TrainState:
+    """The state before the first step. The average starts at the parameters."""
+    counter = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return TrainState(counter, params, ema, optimizer(config).init(params), counter, counter, counter)
+
+
+def abstract_state(stage: Stage, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and placements of the state on `mesh`; nothing is computed."""
+    shapes = jax.eval_shape(lambda: create_state(stage.init(jax.random.key(0)), config))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, shapes, shardings(shapes, mesh))
+
+
+def init_state(stage: Stage, config: OptimizerConfig, key: Any, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """The state before the first step, each device computing its own part.
+
+    `params` (host arrays or devices' own) start from other parameters than `stage.init(key)`. Raises ValueError where
+    their names or shapes are not the stage's.
+    """
+    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh))
+    with jax.set_mesh(mesh):
+        if params is None:
+            return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)
+        _check(params, jax.eval_shape(stage.init, key))
+        placed = jax.device_put(params, placements.params)
+        return jax.jit(lambda params: create_state(params, config), out_shardings=placements)(placed)
+
+
+def _check(params: Params, expected: Params) -> None:
+    given = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+    wrong = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"initial parameters are not this stage's: {name} is {given.get(name, 'missing')}, "
+            f"expected {wanted.get(name, 'nothing')} ({len(wrong)} such in all)"
+        )

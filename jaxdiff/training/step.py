@@ -1,0 +1,107 @@
+"""One training step as one compiled program: gradients, clipping, update, average, counters.
+
+The loss is a mean over the global batch, so under a sharded batch the compiler itself takes the gradient's mean over
+the devices; clipping comes after it. Every device draws from the same key, folded with the step: loss and gradient are
+the same on every mesh shape.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff.training.mesh import BATCH_AXES
+from jaxdiff.training.optimizer import OptimizerConfig, optimizer, schedule
+from jaxdiff.training.state import Metrics, Params, Stage, TrainState
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    stage: Stage,
+    config: OptimizerConfig,
+    placements: TrainState,
+    *,
+    accumulate: int = 1,
+    ema_decay: float = 0.9999,
+    ema_warmup: bool = True,
+) -> Step:
+    """`step(state, batch, key) -> (state, metrics)`, compiled; the given state's memory is reused (donated).
+
+    `placements`: the state with a NamedSharding for every array. `key` is the run's, the same at every step.
+    `accumulate`: the batch is taken in that many parts, one after the other, with the mean of their gradients (part i's
+    key is folded with i). `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
+
+    A loss or gradient that is not finite changes the counters only. Metrics are scalars on the devices: the stage's
+    own, and loss, grad_norm (before clipping), learning_rate, skipped, in_a_row, worst_run.
+    """
+    update = optimizer(config)
+    rate = schedule(config)
+    mesh = placements.step.mesh
+
+    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        loss, stage_metrics, grads = _gradients(stage, state.params, batch, key, accumulate, mesh)
+        grads = jax.lax.with_sharding_constraint(grads, placements.params)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        made = state.step - state.skipped  # updates before this one
+        updates, opt_state = update.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = _ema_decay(made + 1, ema_decay, ema_warmup)
+        as_float32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        ema = optax.incremental_update(as_float32, state.ema, 1.0 - decay)
+
+        changed = (params, ema, opt_state)
+        kept = (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            in_a_row=in_a_row,
+            worst_run=jnp.maximum(state.worst_run, in_a_row),
+        )
+        counters = {"skipped": new.skipped, "in_a_row": new.in_a_row, "worst_run": new.worst_run}
+        metrics = {**stage_metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate(made), **counters}
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(placements, NamedSharding(mesh, PartitionSpec())))
+
+
+def _gradients(
+    stage: Stage, params: Params, batch: Any, key: Any, accumulate: int, mesh: Any
+) -> tuple[Any, Metrics, Any]:
+    """Loss, metrics and gradient, each the mean over the `accumulate` parts of the batch."""
+    value_and_grad = jax.value_and_grad(stage.loss, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return loss, metrics, grads
+
+    def split(x: Any) -> Any:
+        # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.
+        parts = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+
+    def add(total: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
+        index, rows = part
+        (loss, metrics), grads = value_and_grad(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def _ema_decay(updates: Any, decay: float, warmup: bool) -> Any:
+    return jnp.minimum(decay, (1.0 + updates) / (10.0 + updates)) if warmup else jnp.float32(decay)
