@@ -1,0 +1,25 @@
+"""Noise-conditioning augmentation (Imagen, Sec. 2.4, Fig. A.32): the low-resolution input is noised and the network told.
+
+Training draws one level per example, uniform in [0, 1]; sampling uses one that the user picks (0 gives the best FID,
+0.1 to 0.3 the best looking pictures). The level is the time of a variance-preserving schedule. Whoever noises must
+hand the network the *noised* input and the level, both in training and in sampling.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.diffusion.noise import normal_like
+from jaxdiff.diffusion.parameterization import noised
+from jaxdiff.diffusion.schedules import Schedule
+
+
+def augment(
+    low_res: Float[Array, "b *s"], level: Float[Array, " b"], keys: Key[Array, " b"], schedule: Schedule
+) -> Float[Array, "b *s"]:
+    """α(level) low_res + σ(level) ε, with the noise of each example from its own key; level 0 is exactly the input."""
+    eps = normal_like(keys, low_res.shape[1:])
+    noisy = noised(low_res, eps, schedule.alpha(level), schedule.sigma(level)).astype(low_res.dtype)
+    clean = (level == 0.0).reshape(
+        (-1,) + (1,) * (low_res.ndim - 1)
+    )  # the clipped schedule keeps a trace of noise at 0
+    return jnp.where(clean, low_res, noisy)

@@ -1,0 +1,81 @@
+"""The training loss: a weighted mean-squared error of what the network predicts.
+
+A weighting is a frozen dataclass whose `weight(logsnr, prediction)` is the factor on the squared error of that
+prediction's target, at times drawn from the schedule's training density. Min-SNR and sigmoid are one weighting of the
+x₀ error whatever the network predicts: `parameterization.log_error_ratio` turns it into each target's factor.
+"""
+
+import dataclasses
+import math
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.diffusion.parameterization import Prediction, log_error_ratio, target
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Simple:
+    """Factor 1 on the squared error of whatever is predicted (DDPM's L_simple and Imagen's loss, when that is ε)."""
+
+    def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
+        return jnp.ones_like(logsnr)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, γ) on the x₀ error (arXiv 2303.09556, Sec. 3.4).
+
+    Factors, with S = e^λ: x₀: min(S, γ); ε: min(S, γ)/S; v: min(S, γ)/(S + 1); velocity: min(S, γ)/(1 + √S)².
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self):
+        if not 0.0 < self.gamma < math.inf:
+            raise ValueError(f"min-SNR needs a finite gamma above 0, not {self.gamma}")
+
+    def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
+        return jnp.exp(jnp.minimum(logsnr, math.log(self.gamma)) - log_error_ratio(prediction, logsnr))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid:
+    """sigmoid(b − λ) on the ε error (arXiv 2303.00848; simpler diffusion, arXiv 2410.19324).
+
+    Factors, with S = e^λ: ε: sigmoid(b − λ); x₀: S sigmoid(b − λ) = e^b sigmoid(λ − b); v: S sigmoid(b − λ)/(S + 1);
+    velocity: S sigmoid(b − λ)/(1 + √S)². The papers write their loss as an integral over λ; drawn at the schedule's own
+    times, as here, it lacks their factor −dλ/dt.
+    """
+
+    bias: float = -1.0
+
+    def __post_init__(self):
+        if not math.isfinite(self.bias):
+            raise ValueError(f"the sigmoid weighting needs a finite bias, not {self.bias}")
+
+    def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
+        return jnp.exp(jax.nn.log_sigmoid(self.bias - logsnr) + logsnr - log_error_ratio(prediction, logsnr))
+
+
+def diffusion_loss(
+    network_output: Float[Array, "b *s"],
+    prediction: Prediction,
+    x0: Float[Array, "b *s"],
+    eps: Float[Array, "b *s"],
+    alpha: Float[Array, " b"],
+    sigma: Float[Array, " b"],
+    weighting: Weighting,
+) -> Float[Array, " b"]:
+    """The weighted mean-squared error of each sample, over its own axes, in float32."""
+    wanted = target(prediction, x0, eps, alpha, sigma)
+    error = jnp.square(network_output.astype(wanted.dtype) - wanted)
+    logsnr = 2.0 * (jnp.log(alpha) - jnp.log(sigma))
+    return weighting.weight(logsnr, prediction) * jnp.mean(error, axis=tuple(range(1, error.ndim)))

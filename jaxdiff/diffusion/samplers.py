@@ -1,0 +1,240 @@
+"""Samplers: from noise to picture along a grid of times.
+
+A sampler is a frozen dataclass with three functions of its state, the carry (only the current one: no trajectories):
+
+    carry = sampler.init(x)                                    # x ~ N(0, 1), the noise at t = 1
+    carry = integrate(sampler, denoise, carry, grid, keys, start, stop)
+    image = sampler.image(carry)
+
+`denoise(x, t)` is the network with everything around it (guidance, thresholding): x (b, …) as noised by the schedule
+and t (b,) go in, x₀ and ε come out. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and n = i + 1
+the next. All but DDIM read x₀ alone. After thresholding x₀, ε is either re-derived from it (`parameterization.from_x0`,
+which makes DDIM consistent with the others) or stays the network's own (as in diffusers' DDIM).
+
+The grid ends at the clipped log-SNR, where σ is 5e-5 of the picture's range: the state there is the picture. State and
+coefficients are float32 (float64 if x is), whatever the network computes in.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.grids import Grid
+from jaxdiff.diffusion.parameterization import Denoised
+
+Denoise = Callable[[Float[Array, "b *s"], Float[Array, " b"]], Denoised]
+Carry = Any
+Index = Int[Array, ""] | int
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What every sampler offers."""
+
+    def init(self, x: Float[Array, "b *s"]) -> Carry: ...
+
+    def step(self, carry: Carry, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Carry: ...
+
+    def image(self, carry: Carry) -> Float[Array, "b *s"]: ...
+
+    def evaluations(self, steps: int) -> int: ...
+
+
+def integrate(
+    sampler: Sampler,
+    denoise: Denoise,
+    carry: Carry,
+    grid: Grid,
+    keys: Key[Array, " b"],
+    start: Index,
+    stop: Index,
+) -> Carry:
+    """Steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program; the
+    result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number."""
+    return jax.lax.fori_loop(start, stop, lambda i, state: sampler.step(state, i, denoise, grid, keys), carry)
+
+
+def evaluations(sampler: Sampler, steps: int) -> int:
+    """How often a run of that many steps evaluates the network."""
+    return sampler.evaluations(steps)
+
+
+class _OneState:
+    """A sampler whose carry is x itself and that evaluates the network once a step."""
+
+    def init(self, x: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def image(self, carry: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
+        return carry
+
+    def evaluations(self, steps: int) -> int:
+        return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(_OneState):
+    """Ancestral sampling with Imagen's interpolated variance.
+
+    x_n = (α_i/α_n)(σ_n²/σ_i²) x + c α_n x₀ + s z, c = 1 − e^(λ_i − λ_n), z ~ N(0, 1),
+    s² = (c σ_n²)^(1−γ) (c σ_i²)^γ: γ = 0 is the lower bound (the posterior of a known x₀), γ = 1 the upper. The last
+    step adds no noise.
+    """
+
+    gamma: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"DDPM's gamma must lie in [0, 1], not {self.gamma}")
+
+    def step(
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
+        x, here, there = carry, _at(grid, i), _at(grid, i + 1)
+        x0 = _denoise(denoise, x, here).x0
+        kept = (here.alpha / there.alpha) * (there.sigma / here.sigma) ** 2
+        mean = kept * x + _fresh(here, there) * there.alpha * x0
+        deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, self.gamma), 0.0)
+        return mean + deviation * noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM(_OneState):
+    """DDIM (arXiv 2010.02502, Eq. 12): x_n = α_n x₀ + √(σ_n² − s²) ε + s z, s² = η² c σ_n², c = 1 − e^(λ_i − λ_n).
+
+    η = 0 is deterministic, η = 1 as random as DDPM at its lower bound.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"DDIM's eta must lie in [0, 1], not {self.eta}")
+
+    def step(
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
+        x, here, there = carry, _at(grid, i), _at(grid, i + 1)
+        x0, eps = _denoise(denoise, x, here)
+        if self.eta == 0.0:
+            return there.alpha * x0 + there.sigma * eps
+        random = self.eta**2 * _fresh(here, there)
+        z = noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
+        return there.alpha * x0 + there.sigma * (jnp.sqrt(1.0 - random) * eps + jnp.sqrt(random) * z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Euler(_OneState):
+    """Euler's rule for the probability-flow ODE in x/α over σ/α (EDM's Algorithm 1 without its correction).
+
+    x_n = (σ_n/σ_i) x + (α_n − σ_n α_i/σ_i) x₀: DDIM(η = 0) with the ε that x and x₀ imply.
+    """
+
+    def step(
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
+        here, there = _at(grid, i), _at(grid, i + 1)
+        return _first_order(carry, _denoise(denoise, carry, here).x0, here, there)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun(_OneState):
+    """Second order, two evaluations a step: an Euler step x', then a correction by what x₀ became there.
+
+    x_n = x' + α_n q (x₀(x', t_n) − x₀(x, t_i)), where with ρ = (σ_n/α_n)/(σ_i/α_i) < 1
+    in_sigma=False: q = (1 − ρ)/2, the trapezoid rule for x₀, the ODE's linear part being exact; sound on any grid.
+    in_sigma=True:  q = (1/ρ − 1)/2, the trapezoid rule in σ/α (EDM, arXiv 2206.00364, Algorithm 1; diffusers' Heun). It
+                    overshoots where σ/α falls by a large factor, so give it a grid with `Karras` spacing.
+    The last step, to the clean end, is Euler's.
+    """
+
+    in_sigma: bool = False
+
+    def evaluations(self, steps: int) -> int:
+        return 2 * steps - 1
+
+    def step(
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
+        here, there = _at(grid, i), _at(grid, i + 1)
+        ratio = (there.sigma / there.alpha) / (here.sigma / here.alpha)
+        q = 0.5 * (1.0 / jnp.where(ratio > 0.0, ratio, 1.0) - 1.0) if self.in_sigma else 0.5 * (1.0 - ratio)
+
+        def stage(j, state):
+            x, before = state
+            x0 = _denoise(denoise, x, _at(grid, i + j)).x0
+            corrected = x + there.alpha * q * (x0 - before)
+            return jnp.where(j == 0, _first_order(x, x0, here, there), corrected), x0
+
+        # A loop of one or two stages, so that the network is compiled once.
+        stages = jnp.where(i + 1 < _steps(grid), 2, 1)
+        return jax.lax.fori_loop(0, stages, stage, (carry, jnp.zeros_like(carry)))[0]
+
+
+class Multistep(NamedTuple):
+    """The state of a method that looks one step back."""
+
+    x: Float[Array, "b *s"]
+    x0: Float[Array, "b *s"]  # of the step before
+    ready: Bool[Array, ""]  # whether there was one
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolverPP2M:
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order with one evaluation a step.
+
+    x_n = (σ_n/σ_i) x + α_n (1 − e^(−h)) D, h = (λ_n − λ_i)/2, D = x₀ + (h/2h')(x₀ − x₀'), a prime marking the step
+    before. The first step has none and takes D = x₀; so does the last, whose h to the clean end is too long for that.
+    """
+
+    def init(self, x: Float[Array, "b *s"]) -> Multistep:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return Multistep(x, jnp.zeros_like(x), jnp.asarray(False))
+
+    def image(self, carry: Multistep) -> Float[Array, "b *s"]:
+        return carry.x
+
+    def evaluations(self, steps: int) -> int:
+        return steps
+
+    def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Multistep:
+        before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
+        x0 = _denoise(denoise, carry.x, here).x0
+        extrapolate = carry.ready & (i > 0) & (i + 1 < _steps(grid))
+        slope = 0.5 * (there.logsnr - here.logsnr) / jnp.where(extrapolate, here.logsnr - before.logsnr, 1.0)
+        slope = jnp.where(extrapolate, slope, 0.0)
+        return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))
+
+
+def ancestral_deviation(here: Grid, there: Grid, gamma: float) -> Float[Array, "..."]:
+    """The standard deviation s of DDPM's noise for the step between two points of a grid."""
+    return jnp.sqrt(_fresh(here, there)) * there.sigma ** (1.0 - gamma) * here.sigma**gamma
+
+
+def _first_order(x: Float[Array, "b *s"], x0: Float[Array, "b *s"], here: Grid, there: Grid) -> Float[Array, "b *s"]:
+    """The exact solution of the probability-flow ODE for a constant x₀."""
+    step = -jnp.expm1(-0.5 * (there.logsnr - here.logsnr))
+    return (there.sigma / here.sigma) * x + there.alpha * step * x0
+
+
+def _fresh(here: Grid, there: Grid) -> Float[Array, "..."]:
+    """c = 1 − e^(λ_i − λ_n): the share of the noise at i that is new since n."""
+    return -jnp.expm1(here.logsnr - there.logsnr)
+
+
+def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: Grid) -> Denoised:
+    found = denoise(x, jnp.broadcast_to(here.t, x.shape[:1]))
+    return Denoised(found.x0.astype(x.dtype), found.eps.astype(x.dtype))
+
+
+def _at(grid: Grid, i: Index) -> Grid:
+    return Grid(*(values[i] for values in grid))
+
+
+def _steps(grid: Grid) -> int:
+    return grid.t.shape[0] - 1

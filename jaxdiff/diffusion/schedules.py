@@ -1,0 +1,292 @@
+"""Noise schedules: how much of the picture is left at time t.
+
+A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean picture and t = 1 the noise. Everything follows from
+the log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each schedule clips λ (to ±20 unless told
+otherwise) and recomputes α and σ from the clipped value, so that neither is ever zero and no conversion divides by zero.
+
+A schedule is a frozen dataclass of numbers: hashable, and so a static value under `jax.jit`. Results are float32
+(float64 where t is), whatever the network computes in. `sample_time` maps uniform draws to training times: the
+training density.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+_TINY = 1e-30  # keeps a logarithm finite; far outside any clip
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What samplers, losses and augmentation need of a schedule; t may have any shape."""
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
+
+    def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
+
+    def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
+
+    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]: ...
+
+
+class _VariancePreserving:
+    """α² + σ² = 1: α² = sigmoid(λ), σ² = sigmoid(−λ), both through the stable log-sigmoid."""
+
+    def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(self.logsnr(t)))
+
+    def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.logsnr(t)))
+
+    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Training times from u ~ U(0, 1): here t = u, as Imagen trains."""
+        return _precise(u)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(_VariancePreserving):
+    """Imagen's schedule, in continuous time: α = cos(πt/2), σ = sin(πt/2), so λ(t) = −2 log tan(πt/2) + shift.
+
+    The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for pictures of d pixels a side.
+    """
+
+    shift: float = 0.0
+    clip: float = 20.0
+
+    def __post_init__(self):
+        _check_clip(self.clip)
+        _check_finite("shift", self.shift)
+
+    @classmethod
+    def shifted(cls, resolution: int, reference: int = 64) -> "Cosine":
+        """The schedule that gives `resolution` the noise that `reference` has, after averaging down to `reference`."""
+        return cls(shift=2.0 * math.log(reference / resolution))
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        t = _precise(t)
+        # cos(πt/2) as the sine of the complement: the float32 cosine of π/2 is negative.
+        sine, cosine = jnp.sin(0.5 * jnp.pi * t), jnp.sin(0.5 * jnp.pi * (1.0 - t))
+        return _clipped(2.0 * (_log(cosine) - _log(sine)) + self.shift, self.clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(_VariancePreserving):
+    """The linear β of DDPM in continuous time (Imagen's 256→1024 stage, F.3).
+
+    Discrete: β_j = β₀ + (β₁ − β₀) j/(N−1), −log ᾱ after n steps = Σ_{j<n} −log(1 − β_j). Here that sum is taken to its
+    second order, Σ β_j + Σ β_j²/2; both are polynomials in n and so hold for real n = N t. λ = −log(exp(−log ᾱ) − 1).
+    Against the N = 1000 table the error of log ᾱ((i+1)/N) is below 7e-4 (the third order).
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+    clip: float = 20.0
+
+    def __post_init__(self):
+        _check_clip(self.clip)
+        _check_betas(self.steps, self.beta_start, self.beta_end)
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        n = self.steps * _precise(t)
+        first, slope = self.beta_start, (self.beta_end - self.beta_start) / (self.steps - 1)
+        pairs, pyramid = n * (n - 1.0) / 2.0, (n - 1.0) * n * (2.0 * n - 1.0) / 6.0  # Σ j and Σ j² over j < n
+        sum_beta = first * n + slope * pairs
+        sum_beta_squared = first**2 * n + 2.0 * first * slope * pairs + slope**2 * pyramid
+        return _clipped(_logsnr_of_log_alpha_bar(sum_beta + 0.5 * sum_beta_squared), self.clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(_VariancePreserving):
+    """EDM (arXiv 2206.00364): noise of standard deviation s added to x₀, scaled here to unit variance.
+
+    s(t) = (s_min^(1/ρ) + t (s_max^(1/ρ) − s_min^(1/ρ)))^ρ (Eq. 5), α = 1/√(1+s²), σ = s/√(1+s²), λ = −2 log s. Even
+    steps in t are therefore EDM's own sampling steps. Training draws log s ~ N(p_mean, p_std²) (Table 1), limited to
+    [s_min, s_max]. Its clean end t = 0 is s_min, not 0: a thousandth of the picture's range.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    clip: float = 20.0
+
+    def __post_init__(self):
+        _check_clip(self.clip)
+        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"EDM needs 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
+        if not (0.0 < self.rho < math.inf and 0.0 < self.p_std < math.inf and math.isfinite(self.p_mean)):
+            raise ValueError(f"EDM needs rho > 0, p_std > 0, p_mean finite: {self.rho}, {self.p_std}, {self.p_mean}")
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        low, high = self._ends()
+        return _clipped(-2.0 * self.rho * jnp.log(low + _precise(t) * (high - low)), self.clip)
+
+    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Times whose s(t) is log-normal, from u ~ U(0, 1) through the inverse of the normal distribution function."""
+        low, high = self._ends()
+        log_s = self.p_mean + self.p_std * jax.scipy.special.ndtri(_precise(u))
+        return jnp.clip((jnp.exp(log_s / self.rho) - low) / (high - low), 0.0, 1.0)
+
+    def _ends(self) -> tuple[float, float]:
+        return self.sigma_min ** (1.0 / self.rho), self.sigma_max ** (1.0 / self.rho)
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight paths (arXiv 2209.03003): α = 1 − t, σ = t, so λ = 2 log((1−t)/t) + shift, α = sigmoid(λ/2), σ = 1 − α.
+
+    The shift is added to the log-SNR, as for `Cosine`; the factor s of Stable Diffusion 3 is shift = −2 log s.
+    """
+
+    shift: float = 0.0
+    clip: float = 20.0
+
+    def __post_init__(self):
+        _check_clip(self.clip)
+        _check_finite("shift", self.shift)
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        t = _precise(t)
+        return _clipped(2.0 * (_log(1.0 - t) - _log(t)) + self.shift, self.clip)
+
+    def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        return jax.nn.sigmoid(0.5 * self.logsnr(t))
+
+    def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        return jax.nn.sigmoid(-0.5 * self.logsnr(t))
+
+    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Training times from u ~ U(0, 1): t = u."""
+        return _precise(u)
+
+
+@dataclasses.dataclass(frozen=True)
+class Discrete(_VariancePreserving):
+    """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) laid on continuous time.
+
+    Table index i (the integer timestep that such a network was trained with) lies at t = (i + 1)/N, so that t = 0 is
+    the clean picture and t = 1 the last entry; `time` and `timestep` convert. Between entries log ᾱ is interpolated
+    linearly.
+    """
+
+    alpha_bar: tuple[float, ...] = dataclasses.field(repr=False)
+    clip: float = 20.0
+
+    def __post_init__(self):
+        _check_clip(self.clip)
+        table = np.asarray(self.alpha_bar)
+        if table.ndim != 1 or table.size < 1 or not (np.all(table > 0) and np.all(np.diff(table, prepend=1.0) < 0)):
+            raise ValueError("a discrete schedule needs alpha_bar values that fall from below 1 to above 0")
+
+    @classmethod
+    def from_betas(cls, betas: np.ndarray, clip: float = 20.0) -> "Discrete":
+        """ᾱ_i = Π_{j≤i} (1 − β_j)."""
+        return cls(tuple(np.cumprod(1.0 - np.asarray(betas, np.float64)).tolist()), clip)
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Discrete":
+        """β evenly spaced (DDPM, arXiv 2006.11239)."""
+        _check_betas(steps, beta_start, beta_end)
+        return cls.from_betas(np.linspace(beta_start, beta_end, steps))
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> "Discrete":
+        """√β evenly spaced (latent diffusion)."""
+        _check_betas(steps, beta_start, beta_end)
+        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> "Discrete":
+        """β_i = min(1 − f(i+1)/f(i), max_beta), f(i) = cos²(π/2 · (i/N + s)/(1 + s)) (arXiv 2102.09672, Eq. 17)."""
+        _check_betas(steps, max_beta, max_beta)
+        f = np.cos((np.arange(steps + 1) / steps + offset) / (1.0 + offset) * np.pi / 2.0) ** 2
+        return cls.from_betas(np.minimum(1.0 - f[1:] / f[:-1], max_beta))
+
+    @property
+    def steps(self) -> int:
+        """N, the number of entries."""
+        return len(self.alpha_bar)
+
+    def time(self, timestep: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        """t of a table index."""
+        return (_precise(timestep) + 1.0) / self.steps
+
+    def timestep(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        """The table index at t, what the network is told (fractional between entries; −1 at t = 0)."""
+        return _precise(t) * self.steps - 1.0
+
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        t = _precise(t)
+        knots, values = _table(self.alpha_bar)
+        minus_log = jnp.interp(t * self.steps, jnp.asarray(knots, t.dtype), jnp.asarray(values, t.dtype))
+        return _clipped(_logsnr_of_log_alpha_bar(minus_log), self.clip)
+
+    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Training times from u ~ U(0, 1): each of the N entries equally often."""
+        return jnp.minimum(jnp.floor(_precise(u) * self.steps) + 1.0, self.steps) / self.steps
+
+
+def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The t at which the schedule has this log-SNR (the nearer end outside its range), by bisection."""
+    logsnr = _precise(logsnr)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        cleaner = schedule.logsnr(middle) > logsnr
+        return jnp.where(cleaner, middle, low), jnp.where(cleaner, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 60, halve, (jnp.zeros_like(logsnr), jnp.ones_like(logsnr)))
+    # At the clipped ends the log-SNR is flat: a value at or beyond the end is the end itself.
+    ends = jnp.where(logsnr >= schedule.logsnr(jnp.zeros_like(logsnr)), 0.0, 0.5 * (low + high))
+    return jnp.where(logsnr <= schedule.logsnr(jnp.ones_like(logsnr)), 1.0, ends)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(alpha_bar: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Knots 0…N and −log ᾱ there, beginning with the clean picture."""
+    return np.arange(len(alpha_bar) + 1.0), np.concatenate([[0.0], -np.log(np.asarray(alpha_bar))])
+
+
+def _logsnr_of_log_alpha_bar(minus_log: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """λ = log(ᾱ/(1 − ᾱ)) from a = −log ᾱ: −a − log(1 − e^(−a)), exact to rounding for small and for large a."""
+    return -minus_log - _log(-jnp.expm1(-minus_log))
+
+
+def _precise(value) -> Array:
+    """As an array of at least float32: schedules never run in the network's bfloat16."""
+    value = jnp.asarray(value)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _log(value: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return jnp.log(jnp.maximum(value, _TINY))
+
+
+def _clipped(logsnr: Float[Array, "*s"], clip: float) -> Float[Array, "*s"]:
+    return jnp.clip(logsnr, -clip, clip)
+
+
+def _check_clip(clip: float) -> None:
+    if not 0.0 < clip <= 40.0:
+        raise ValueError(f"clip is a bound on the log-SNR, above 0 and at most 40 (beyond, float32 fails), not {clip}")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+
+
+def _check_betas(steps: int, start: float, end: float) -> None:
+    if steps < 2:
+        raise ValueError(f"a schedule needs at least 2 steps, not {steps}")
+    if not 0.0 < start <= end < 1.0:
+        raise ValueError(f"a schedule needs 0 < beta_start <= beta_end < 1, not {start} and {end}")
