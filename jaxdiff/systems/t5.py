@@ -1,0 +1,216 @@
+"""T5 pre-training (arXiv 1910.10683, section 3.1.4): span corruption on captions, so that an encoder can be frozen.
+
+A few spans of a caption are cut out and a sentinel put in the place of each; the decoder says what was cut:
+
+    in   a small <extra_id_0> on a green <extra_id_1>
+    out  <extra_id_0> red circle <extra_id_1> background <extra_id_2>
+
+Corruption runs on the host in numpy with an explicit generator; the loss is a stage for `training`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from jaxdiff.nets.t5 import T5, TINY, T5Config, shift_right
+from jaxdiff.text.tokenizer import sentinel_ids, tokenize
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The stage: T5 trained to say what was cut out of its input."""
+
+    config: T5Config = TINY
+
+    def init(self, key: Array) -> dict:
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return T5(self.config).init(key, ids, ids > 0, ids)["params"]
+
+    def loss(self, params: dict, batch: Mapping, key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean cross-entropy (nats) of the target tokens, padding left out; `batch` as `SpanBatches` makes it.
+
+        Metrics: `accuracy`, the share of target tokens whose logit is the greatest. `key` is not used: there is no
+        dropout, and the corruption is in the batch.
+        """
+        del key
+        targets, mask = batch["targets"], batch["target_mask"]
+        start = shift_right(targets, self.config.decoder_start_id)
+        logits = T5(self.config).apply({"params": params}, batch["inputs"], batch["input_mask"], start)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        loss = _masked_mean(losses, mask)
+        accuracy = _masked_mean((logits.argmax(-1) == targets).astype(jnp.float32), mask)
+        return loss, {"loss": loss, "accuracy": accuracy}
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How much is cut out: the paper's values."""
+
+    density: float = 0.15
+    """Share of the tokens that are cut."""
+    mean_span: float = 3.0
+    """Mean length of a span in tokens."""
+
+    def __post_init__(self):
+        if not 0 < self.density < 1:
+            raise ValueError(f"density must lie between 0 and 1, not {self.density}")
+        if not self.mean_span >= 1:
+            raise ValueError(f"mean_span must be at least 1 token, not {self.mean_span}")
+
+
+def span_counts(length: int, corruption: Corruption) -> tuple[int, int]:
+    """How many of `length` tokens are cut, and in how many spans: at least one, never all."""
+    cut = min(max(round(length * corruption.density), 1), length - 1)
+    spans = min(max(round(cut / corruption.mean_span), 1), length - cut)
+    return cut, spans
+
+
+def span_mask(length: int, corruption: Corruption, rng: np.random.Generator) -> np.ndarray:
+    """Boolean (length,): True where a token is cut out. All ways to place the spans are equally likely.
+
+    Unlike the paper's code, in which the last token is always cut and the first never: on captions, which are short, it
+    would hide nothing but their last words.
+    """
+    if length < 2:
+        return np.zeros(length, bool)
+    cut, spans = span_counts(length, corruption)
+    cut_lengths = _parts(cut, spans, rng)
+    # One kept stretch between two spans at least, so spans never touch; the two ends may be empty.
+    kept_lengths = _parts(length - cut + 2, spans + 1, rng)
+    kept_lengths[0] -= 1
+    kept_lengths[-1] -= 1
+    lengths = np.empty(2 * spans + 1, int)
+    lengths[0::2], lengths[1::2] = kept_lengths, cut_lengths
+    return np.repeat(np.arange(2 * spans + 1) % 2 == 1, lengths)
+
+
+def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: Sequence[int], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of one caption `ids` (n,) without `</s>`, where `cut` (n,) marks its spans.
+
+    Both end with `eos_id`; the targets have one sentinel more than there are spans, after the last of them.
+    """
+    starts = np.flatnonzero(cut & ~np.concatenate([[False], cut[:-1]]))
+    if len(starts) + 1 > len(sentinels):
+        raise ValueError(f"{len(starts)} spans need {len(starts) + 1} sentinels; the tokenizer has {len(sentinels)}")
+    marks = np.asarray(sentinels[: len(starts) + 1])
+    marked = np.insert(ids, starts, marks[:-1])  # every token and every sentinel, in order
+    is_mark = np.insert(np.zeros(len(ids), bool), starts, True)
+    is_cut = np.insert(cut, starts, False)
+    inputs = np.append(marked[~is_cut], eos_id)
+    targets = np.concatenate([marked[is_cut | is_mark], [marks[-1], eos_id]])
+    return inputs.astype(np.int32), targets.astype(np.int32)
+
+
+def target_length(length: int, corruption: Corruption) -> int:
+    """The longest targets that inputs of up to `length` tokens, `</s>` included, can have."""
+    return max(sum(span_counts(n, corruption)) + 2 for n in range(2, length))
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    batch: int,
+    length: int,
+    seed: int,
+    corruption: Corruption | None = None,
+) -> "SpanBatches":
+    """Endless shuffled batches of corrupted captions, resumable; blank captions are left out.
+
+    `length` counts the tokens of a caption with its `</s>`; longer ones are cut with a warning. ValueError where a
+    batch would be empty, `length` is under 3, no caption has words or the tokenizer has no sentinels.
+    """
+    if batch < 1 or length < 3:
+        raise ValueError(f"batch must be at least 1 and length at least 3, not {batch} and {length}")
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
+        raise ValueError("no caption with words to train on")
+    sentinels = sentinel_ids(tokenizer)
+    if not sentinels:
+        raise ValueError("the tokenizer has no sentinels <extra_id_0>, …, which span corruption needs")
+    tokens = tokenize(tokenizer, captions, length)
+    return SpanBatches(
+        rows=tokens.ids,
+        lengths=tokens.mask.sum(1) - 1,
+        batch=batch,
+        seed=seed,
+        sentinels=tuple(sentinels),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        corruption=corruption or Corruption(),
+    )
+
+
+class SpanBatches:
+    """Iterator of dicts of numpy arrays: inputs (b n), input_mask, targets (b m), target_mask.
+
+    Batch i is a function of the seed and i alone, so the state is one number.
+    """
+
+    def __init__(
+        self,
+        rows: Int[np.ndarray, "c n"],
+        lengths: Int[np.ndarray, "c"],
+        batch: int,
+        seed: int,
+        sentinels: tuple[int, ...],
+        pad_id: int,
+        eos_id: int,
+        corruption: Corruption,
+    ):
+        self._rows, self._lengths = rows, lengths
+        self._batch, self._seed, self._corruption = batch, seed, corruption
+        self._sentinels, self._pad_id, self._eos_id = sentinels, pad_id, eos_id
+        self._widths = (rows.shape[1], target_length(rows.shape[1], corruption))
+        self._next = 0
+        self._epoch, self._order = -1, np.empty(0, int)
+
+    def __iter__(self) -> "SpanBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self._seed, 1, self._next])
+        first = self._next * self._batch
+        pairs = [self._corrupted(self._caption(first + i), rng) for i in range(self._batch)]
+        inputs, input_mask = self._padded([pair[0] for pair in pairs], self._widths[0])
+        targets, target_mask = self._padded([pair[1] for pair in pairs], self._widths[1])
+        self._next += 1
+        return {"inputs": inputs, "input_mask": input_mask, "targets": targets, "target_mask": target_mask}
+
+    def get_state(self) -> dict[str, int]:
+        return {"batch": self._next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self._next = state["batch"]
+
+    def _caption(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._rows))
+        return self._order[place]
+
+    def _corrupted(self, caption: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._rows[caption, : self._lengths[caption]]
+        return corrupt(ids, span_mask(len(ids), self._corruption, rng), self._sentinels, self._eos_id)
+
+    def _padded(self, rows: list[np.ndarray], width: int) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(width) < lengths[:, None]
+        padded = np.full(mask.shape, self._pad_id, np.int32)
+        padded[mask] = np.concatenate(rows)
+        return padded, mask
+
+
+def _parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """`total` as a sum of `parts` positive numbers, each way equally likely."""
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def _masked_mean(values: Array, mask: Array) -> Array:
+    mask = mask.astype(values.dtype)
+    return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
