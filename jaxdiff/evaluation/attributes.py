@@ -1,0 +1,160 @@
+"""An exact reader for `shapes` pictures: what is in the picture, and does it agree with what the caption states?
+
+Nothing here is learned. The background is the border's median colour; shapes_fit.py explains what differs from it by
+drawing; here the fits become words, and the words are compared with a caption's.
+
+`read` returns what is there, `matches` the verdict against a caption's `stated`.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Float, Num
+from PIL import Image
+
+from jaxdiff.data.shapes_caption import Stated, StatedObject
+from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, SIZES, position, relation
+from jaxdiff.evaluation.shapes_fit import Fit, explain
+
+WORKING = 128  # larger pictures are averaged down to this many pixels a side: no detail of `shapes` is finer
+EXPLAINED = 0.80  # an object whose best candidate explains less of its energy has no kind and no filling
+COLOUR_ERROR = 0.22  # an object further than this from every palette colour has none of them
+SPECK = 0.045  # half side, in picture sides, of what is too small to be an object
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An object in a picture. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
+
+    `x`, `y`, `radius` are fractions of the picture's side; `explained` is the share of its energy that kind and fill explain.
+    """
+
+    kind: str | None
+    colour: str | None
+    size: str
+    fill: str | None
+    position: str
+    x: float
+    y: float
+    radius: float
+    explained: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The objects in a picture, the most striking first, and its background, None where it is none of the set's."""
+
+    background: str | None
+    objects: tuple[Found, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether each attribute that was stated is read back equal ("count": as many objects as stated)."""
+
+    checks: dict[str, bool]
+
+    @property
+    def right(self) -> bool:
+        """Everything that the caption states is in the picture."""
+        return all(self.checks.values())
+
+
+def read(image: Num[np.ndarray, "n n 3"]) -> Reading:
+    """The objects and the background of a square picture: uint8, or float in [-1, 1]; 64 pixels a side or more."""
+    picture = _working(image)
+    ground, noise = _background(picture)
+    fits = [f for f in explain(picture - ground, noise) if f.half > SPECK * len(picture)]
+    fits.sort(key=lambda f: -f.energy)
+    return Reading(_nearest(ground, BACKGROUNDS), tuple(_found(f, ground, len(picture)) for f in fits))
+
+
+def matches(image: Num[np.ndarray, "n n 3"], stated: Stated) -> Verdict:
+    """The verdict on a picture, for what one caption states."""
+    return compare(read(image), stated)
+
+
+def compare(reading: Reading, stated: Stated) -> Verdict:
+    """The verdict on a reading. Objects are paired with the stated ones in the order that agrees best."""
+    checks = {"count": len(reading.objects) == len(stated.objects)}
+    if stated.background is not None:
+        checks["background"] = reading.background == stated.background
+    candidates = [*reading.objects[: len(stated.objects)], *[None] * (len(stated.objects) - len(reading.objects))]
+    pairings = (_agreement(order, stated) for order in itertools.permutations(candidates))
+    return Verdict(checks | max(pairings, key=lambda agreement: sum(agreement.values())))
+
+
+def _agreement(found: tuple[Found | None, ...], stated: Stated) -> dict[str, bool]:
+    checks: dict[str, bool] = {}
+    for f, s in zip(found, stated.objects):
+        for field in dataclasses.fields(StatedObject):
+            said = getattr(s, field.name)
+            if said is not None:
+                seen = f is not None and getattr(f, field.name) == said
+                checks[field.name] = checks.get(field.name, True) and seen
+    if stated.relation is not None:
+        checks["relation"] = None not in found and relation(*((f.x, f.y) for f in found)) == stated.relation
+    return checks
+
+
+def _working(image: Num[np.ndarray, "n n 3"]) -> Float[np.ndarray, "m m 3"]:
+    """The picture in [0, 1], averaged down to the working size."""
+    if image.shape[0] != image.shape[1] or image.shape[0] < 64:
+        raise ValueError(
+            f"a picture to read is square and at least 64 pixels a side, not {image.shape[1]}x{image.shape[0]}"
+        )
+    scale, shift = (255.0, 0.0) if image.dtype == np.uint8 else (2.0, 0.5)
+    side, factor = len(image), len(image) // WORKING
+    if side > WORKING and side % WORKING == 0:
+        image = image.reshape(WORKING, factor, -1).mean(1, dtype=np.float32)
+        image = image.reshape(WORKING, WORKING, factor, 3).mean(2)
+    elif side > WORKING:
+        channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(image, -1, 0)]
+        image = np.stack([c.resize((WORKING, WORKING), Image.Resampling.BOX) for c in channels], -1)
+    return image.astype(np.float32) / np.float32(scale) + np.float32(shift)
+
+
+def _background(picture: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, "3"], float]:
+    """The colour of the border and the standard deviation of its noise, both by medians."""
+    frame = np.ones(picture.shape[:2], bool)
+    width = max(1, len(picture) // 48)
+    frame[width:-width, width:-width] = False
+    border = picture[frame]
+    colour = np.median(border, axis=0)
+    return colour, 1.48 * float(np.median(np.abs(border - colour)))
+
+
+def _found(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Found:
+    """A fit in the set's words."""
+    known = fit.explained >= EXPLAINED
+    x, y, radius = (float(v) / side for v in (fit.x, fit.y, fit.radius))
+    return Found(
+        kind=fit.kind if known else None,
+        colour=_colour(fit.difference, ground),
+        size=min(SIZES, key=lambda name: abs(math.log(radius / math.sqrt(math.prod(SIZES[name]))))),
+        fill=fit.fill if known else None,
+        position=position(x, y),
+        x=x,
+        y=y,
+        radius=radius,
+        explained=fit.explained,
+    )
+
+
+def _colour(difference: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) -> str | None:
+    """The palette colour whose contrast to the background, up to a little fading or excess, is nearest."""
+    errors = {}
+    for name, rgb in COLOURS.items():
+        contrast = np.array(rgb, np.float32) / 255 - ground
+        share = np.clip(difference @ contrast / (contrast @ contrast), 0.8, 1.1)
+        errors[name] = math.dist(difference, share * contrast)
+    name = min(errors, key=errors.get)
+    return name if errors[name] < COLOUR_ERROR else None
+
+
+def _nearest(colour: Float[np.ndarray, "3"], palette: dict[str, tuple[int, int, int]]) -> str | None:
+    errors = {name: math.dist(colour, np.array(rgb) / 255) for name, rgb in palette.items()}
+    name = min(errors, key=errors.get)
+    return name if errors[name] < COLOUR_ERROR else None
