@@ -7,6 +7,7 @@ set to a saved state continues exactly, whatever the number of threads.
 """
 
 import dataclasses
+import functools
 import threading
 import warnings
 from collections import Counter
@@ -18,6 +19,8 @@ import numpy as np
 
 from jaxdiff.data import pictures
 from jaxdiff.data.embeddings import Embeddings, digest
+
+_SMALL = 4096
 
 
 class Example(TypedDict):
@@ -66,7 +69,7 @@ def images(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-    reading: Reading = Reading(),  # noqa: B008 (frozen)
+    reading: Reading = Reading(),
 ) -> "Batches":
     """Batches of pictures, `batch` of them from this process, as dicts of numpy arrays.
 
@@ -89,7 +92,7 @@ def images(
     prepare = _Prepare(resolution, low_resolution, crop, embeddings, captions, caption_optional)
     examples = grain.MapDataset.source(_Numbered(source)).seed(seed)
     if shuffle:
-        examples = examples.shuffle()
+        examples = _ShuffleSmall(examples, seed) if len(source) < _SMALL else examples.shuffle()
     if repeat:
         examples = examples.repeat()
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
@@ -165,6 +168,28 @@ class Skipped:
         if self.count <= self._LINES:
             rest = "; further ones are only counted" if self.count == self._LINES else ""
             warnings.warn(f"skipped {line}{rest}", stacklevel=2)
+
+
+class _ShuffleSmall(grain.MapDataset):
+    """A new permutation every epoch, held as a table: Grain's own, made for big sets, takes 0.5 ms an index on 64."""
+
+    def __init__(self, parent: grain.MapDataset, seed: int):
+        super().__init__(parent)
+        self._examples, self._seed = parent, seed
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self))
+        return self._examples[epoch * len(self) + _permutation(self._seed, epoch, len(self))[place]]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
 @dataclasses.dataclass(frozen=True)

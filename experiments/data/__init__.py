@@ -1,0 +1,1 @@
+"""Preparing data: the emoji set, converting large sets, storing text embeddings."""

@@ -1,0 +1,195 @@
+"""`emoji`: Noto's artwork with the names of emojibase, as a TFDS builder that draws the SVGs at any size.
+
+The artwork (`@iconify-json/noto`, Apache-2.0) and the names (`emojibase-data`, MIT) come from two npm packages that
+`experiments.data.emoji` fetches and unpacks; nothing of either is part of jaxdiff. Flags are left out (a flag's name
+says nothing of its picture), and so are skin-tone variants (the same name five times) and bare components.
+
+    builder = prepare(64, "runs/data", packages="runs/data/npm")
+    source = sources.open(sources.Emoji(), 64, "train", "runs/data")
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import absl.logging
+import resvg_py
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from jaxdiff.data import pictures
+
+ARTWORK, NAMES = "noto", "emojibase"  # the folders of the two unpacked packages
+FILES = {ARTWORK: ("icons.json", "chars.json", "package.json"), NAMES: ("en/data.json", "package.json")}
+RESOLUTIONS = (64, 256, 1024)
+
+# emojibase's groups: https://emojibase.dev/docs/datasets; letters without a group are halves of flags
+_COMPONENT, _FLAGS = 2, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """One emoji: its name (the caption), the words that emojibase lists for it, its code points and its SVG."""
+
+    name: str
+    tags: tuple[str, ...]
+    hexcode: str
+    svg: str
+
+
+def prepare(
+    resolution: int, data_dir: str | Path, packages: str | Path, *, progress: bool = True
+) -> tfds.core.DatasetBuilder:
+    """Draws every emoji at `resolution` into a TFDS set below `data_dir`, unless it is there already.
+
+    `packages` holds the unpacked packages, in folders `noto` and `emojibase`. FileNotFoundError when they are missing.
+    """
+    with _quiet():
+        found = _builder(resolution, data_dir, packages, progress)
+        if not found.is_prepared():
+            read(packages)  # whatever is wrong with the packages is said before TFDS makes a folder
+            found.download_and_prepare()
+    return found
+
+
+def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
+    """The set that `prepare` drew; FileNotFoundError when it did not."""
+    with _quiet():
+        found = _builder(resolution, data_dir, "", False)
+        ready = found.is_prepared()
+    if not ready:
+        raise FileNotFoundError(
+            f"no emoji at {resolution} pixels in {data_dir}; run "
+            f"python -m experiments.data.emoji --data-dir {data_dir} --resolutions {resolution}"
+        )
+    return found
+
+
+def read(packages: str | Path) -> list[Emoji]:
+    """The emoji that have both a name and a drawing, in the order of emojibase: flags and skin tones left out."""
+    artwork, characters, names = (
+        _json(Path(packages) / file)
+        for file in (f"{ARTWORK}/icons.json", f"{ARTWORK}/chars.json", f"{NAMES}/en/data.json")
+    )
+    drawings = {_plain(code): icon for code, icon in characters.items()}
+    wanted = [entry for entry in names if entry.get("group") not in (None, _COMPONENT, _FLAGS)]
+    found = []
+    for entry in sorted(wanted, key=lambda entry: entry.get("order", 0)):
+        icon = _icon(artwork, drawings.get(_plain(entry["hexcode"])))
+        if icon is not None:
+            found.append(Emoji(entry["label"], tuple(entry.get("tags", ())), entry["hexcode"], _svg(artwork, icon)))
+    if not found:
+        raise ValueError(f"{packages}: no emoji has both a name and a drawing; are these the two packages?")
+    return found
+
+
+def draw(svg: str, resolution: int) -> bytes:
+    """An SVG on white, `resolution` pixels a side, as the bytes of an RGB PNG."""
+    drawn = resvg_py.svg_to_bytes(
+        svg_string=svg, width=resolution, height=resolution, background="white", skip_system_fonts=True
+    )
+    return pictures.encode_png(pictures.decode(bytes(drawn)))
+
+
+@dataclasses.dataclass(kw_only=True)
+class NotoEmojiConfig(tfds.core.BuilderConfig):
+    """`resolution`: pixels a side; `packages`: where the npm packages lie, needed only to prepare the set."""
+
+    name: str = ""  # from the resolution
+    resolution: int = 64
+    packages: str = ""
+    progress: bool = True
+
+    def __post_init__(self):
+        if not 16 <= self.resolution <= 4096:
+            raise ValueError(f"emoji: resolution {self.resolution} is outside 16 to 4096")
+        self.name = f"{self.resolution}px"
+
+
+class NotoEmoji(tfds.core.GeneratorBasedBuilder):
+    """Noto's emoji on white with their names; `tags` are further words for them, separated by commas."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        side = self.builder_config.resolution
+        features = {
+            "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
+            "caption": tfds.features.Text(),
+            "tags": tfds.features.Text(),
+            "hexcode": tfds.features.Text(),
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+            description="Noto Emoji (Google, Apache-2.0) drawn from SVG, named by emojibase (MIT).",
+            homepage="https://github.com/googlefonts/noto-emoji",
+        )
+
+    def _split_generators(self, dl_manager) -> dict:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        config = self.builder_config
+        emoji = tqdm(
+            read(config.packages), f"emoji {config.resolution} px", unit="picture", disable=not config.progress
+        )
+        for index, each in enumerate(emoji):
+            png = io.BytesIO(draw(each.svg, config.resolution))
+            yield (
+                index,
+                {"image": png, "caption": each.name, "tags": ", ".join(each.tags), "hexcode": each.hexcode},
+            )
+
+
+def _builder(resolution: int, data_dir: str | Path, packages: str | Path, progress: bool) -> NotoEmoji:
+    config = NotoEmojiConfig(resolution=resolution, packages=str(packages), progress=progress)
+    return NotoEmoji(config=config, data_dir=str(data_dir), file_format="array_record")
+
+
+def _icon(artwork: dict, name: str | None) -> dict | None:
+    """A drawing by its name, or by an alias of it."""
+    alias = artwork.get("aliases", {}).get(name)
+    return artwork["icons"].get(alias["parent"] if alias else name)
+
+
+def _svg(artwork: dict, icon: dict) -> str:
+    box = [icon.get(key, artwork.get(key, default)) for key, default in _BOX.items()]
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
+    )
+
+
+_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
+
+
+def _plain(hexcode: str) -> str:
+    """Code points without the variation selector, which the two packages write in different places."""
+    return "-".join(point for point in hexcode.lower().split("-") if point != "fe0f")
+
+
+def _json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: not there; run python -m experiments.data.emoji to fetch it") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One progress bar of ours in place of TFDS's nested ones and its messages about custom configurations."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        absl.logging.set_verbosity(verbosity)

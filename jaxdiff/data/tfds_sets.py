@@ -1,0 +1,124 @@
+"""Any TFDS set with a picture and a text, read at random from ArrayRecord without TensorFlow."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxdiff.data.pipeline import Example
+
+# Where a set has several texts, the first of these that it has is the caption.
+_PREFERRED = ("caption", "captions", "text", "prompt", "description")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """One split of a prepared TFDS builder. The picture and the caption are found by the types of the features.
+
+    Of several captions of a picture the first is taken. Raises ValueError when there is no picture or no text among
+    the features, no such split, or when the files allow no random access.
+    """
+
+    builder: tfds.core.DatasetBuilder
+    split: str
+
+    def __post_init__(self):
+        splits = list(self.builder.info.splits)
+        if self.split.partition("[")[0] not in splits:
+            raise ValueError(f"{self.builder.name} has no split {self.split!r}, only {', '.join(splits) or 'none'}")
+        _ = self._paths, self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        image_path, caption_path = self._paths
+        caption = _first(_at(record, caption_path))
+        caption = caption.decode("utf-8", errors="replace") if isinstance(caption, bytes) else caption
+        return {
+            "image": _at(record, image_path),
+            "caption": caption or None,
+            "name": f"{self.builder.name}/{self.split}[{index}]",
+        }
+
+    @functools.cached_property
+    def _paths(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return caption_features(self.builder.info.features, self.builder.name)
+
+    @functools.cached_property
+    def _records(self):
+        image_path, _ = self._paths
+        decoders = functools.reduce(lambda inner, key: {key: inner}, reversed(image_path), tfds.decode.SkipDecoding())
+        try:
+            return self.builder.as_data_source(self.split, decoders=decoders)
+        except NotImplementedError as error:  # tfrecord files can only be read in order
+            raise ValueError(
+                f"{self.builder.name}: its files allow no random access; prepare it with file_format='array_record'"
+            ) from error
+
+
+def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
+    """The builder of a TFDS name, prepared (and downloaded, where need be) below `data_dir`.
+
+    `name` may also be the folder of a prepared set. A set that TFDS has already put into its own folder
+    (`~/tensorflow_datasets`) is read from there. Preparing most sets takes TensorFlow, reading takes none.
+    """
+    if (Path(name) / "dataset_info.json").is_file():
+        return tfds.builder_from_directory(name)
+    ours = Path(data_dir) / name.partition("/")[0].partition(":")[0]
+    try:
+        found = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        if not ours.is_dir():
+            default = tfds.builder(name, file_format="array_record")
+            found = default if default.is_prepared() else found
+        if not found.is_prepared():
+            caption_features(found.info.features, name)  # what is no use is not downloaded
+            found.download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"tfds:{name}: TFDS knows no set of that name, and no prepared set lies there") from error
+    except ImportError as error:
+        raise ValueError(f"tfds:{name}: preparing it once needs a package: {error}") from error
+    return found
+
+
+def caption_features(features: tfds.features.FeatureConnector, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The paths of the picture and of the caption among a set's features; ValueError, listing them, without both."""
+    found = list(_leaves(features))
+    images = [path for path, feature in found if isinstance(feature, tfds.features.Image) and len(path) == 1]
+    texts = [path for path, feature in found if isinstance(feature, tfds.features.Text)]
+    listed = ", ".join(f"{'.'.join(path)} ({type(feature).__name__})" for path, feature in found)
+    if not images:
+        raise ValueError(f"tfds:{name}: no picture among its features: {listed}")
+    if not texts:
+        raise ValueError(f"tfds:{name}: no text among its features, so no captions: {listed}")
+    return images[0], min(texts, key=_rank)
+
+
+def _rank(path: tuple[str, ...]) -> int:
+    return min((_PREFERRED.index(key) for key in path if key in _PREFERRED), default=len(_PREFERRED))
+
+
+def _leaves(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for key, inner in feature.items():
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(feature, tfds.features.Sequence):  # a sequence of dicts is read as a dict of sequences
+        yield from _leaves(feature.feature, path)
+    else:
+        yield path, feature
+
+
+def _at(record: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda inner, key: inner[key], path, record)
+
+
+def _first(value: Any) -> Any:
+    while not isinstance(value, bytes | str):
+        if not len(value):
+            return None
+        value = value[0]
+    return value
