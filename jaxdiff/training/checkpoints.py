@@ -1,9 +1,11 @@
 """Checkpoints on disk: the train state, the data iterator's place, and the settings that made them.
 
-A step appears in the directory when all of it is written; an interrupted save leaves the older ones as they were.
+A step appears in the directory when all of it is written; a save that fails leaves the older ones as they were.
 """
 
 import base64
+import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,23 +19,31 @@ from jaxdiff.training.state import Params, TrainState
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in `directory`. `settings` (flat, JSON-able) are saved with them and compared.
+    """The newest `keep` checkpoints in `directory`; `settings` (flat, JSON-able) are saved with them and compared.
 
-    Methods raise OSError where writing fails and ValueError where reading does: one line that names the directory.
+    A context manager: leaving it waits for what is being written. Saving raises OSError, reading ValueError: one line
+    that names the directory.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any], keep: int = 3) -> None:
         self.directory = Path(directory).absolute()
         self.settings = dict(settings)
         with _explained(OSError, f"{self.directory}: cannot be used for checkpoints"):
-            self._manager = _manager(self.directory, keep)
+            self._manager = _manager(self.directory, keep, create=True)
 
     def latest(self) -> int | None:
         """The newest step saved, None where there is none."""
-        return self._manager.latest_step()
+        return _latest(self._manager, self.directory)
 
     def save(self, step: int, state: TrainState, data: Any) -> None:
         """Copy the state off the devices and write it in the background. `data`: bytes, or what JSON can hold."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+        free = shutil.disk_usage(self.directory).free
+        if size > free:
+            raise OSError(
+                f"{self.directory}: disk full: the checkpoint of step {step} takes {size / 1e6:.0f} MB, "
+                f"{free / 1e6:.0f} MB are free; the older ones are intact"
+            )
         place = {"bytes": base64.b64encode(data).decode()} if isinstance(data, bytes) else {"json": data}
         items = {
             "state": ocp.args.StandardSave(state.replace(ema={})),
@@ -41,7 +51,7 @@ class Checkpoints:
             "data": ocp.args.JsonSave(place),
             "settings": ocp.args.JsonSave(self.settings),
         }
-        with _explained(OSError, f"{self.directory}: checkpoint of step {step} not saved (is the disk full?)"):
+        with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Any]:
@@ -69,11 +79,31 @@ class Checkpoints:
     def _restore(self, step: int | None, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def close(self) -> None:
-        """Wait for what is being written."""
-        with _explained(OSError, f"{self.directory}: checkpoint not saved (is the disk full?)"):
-            self._manager.wait_until_finished()
-            self._manager.close()
+    def __enter__(self) -> "Checkpoints":
+        logging.getLogger("absl").addFilter(_no_tracebacks)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            with self._saving():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except OSError:
+            if error is None:  # otherwise the failure that brought us here is the one to report
+                raise
+        finally:
+            logging.getLogger("absl").removeFilter(_no_tracebacks)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Failures, those of an earlier save in the background too, as OSError, with nothing half-written left."""
+        try:
+            with _explained(OSError, f"{self.directory}: checkpoint not saved, the older ones are intact"):
+                yield
+        except OSError:
+            for rest in self.directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(rest, ignore_errors=True)
+            raise
 
 
 def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
@@ -84,7 +114,7 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
     """
     directory = Path(directory).absolute()
     manager = _manager(directory, None, create=False) if directory.is_dir() else None
-    step = manager.latest_step() if manager else None
+    step = _latest(manager, directory) if manager else None
     if step is None:
         raise FileNotFoundError(f"{directory}: no checkpoint here")
     with _explained(ValueError, f"{directory}: averaged parameters of step {step} cannot be restored"):
@@ -95,16 +125,27 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
         return manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
 
 
-def _manager(directory: Path, keep: int | None, create: bool = True) -> ocp.CheckpointManager:
+def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointManager:
     policy = None if keep is None else ocp.checkpoint_managers.LatestN(keep)
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, read_only=not create)
-    handlers = {
-        "state": ocp.StandardCheckpointHandler(),
-        "ema": ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "settings": ocp.JsonCheckpointHandler(),
-    }
+    # Rests of an interrupted save go when a run starts again, but a reader must not touch what a run is writing.
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, cleanup_tmp_directories=create)
+    tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    handlers = {"state": tree(), "ema": tree(), "data": json(), "settings": json()}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
+    """The newest step. A damaged directory that would look empty raises: never a silent fresh start."""
+    step = manager.latest_step()
+    newest = max((int(path.name) for path in directory.iterdir() if path.name.isdigit()), default=None)
+    if step != newest:
+        raise ValueError(f"{directory / str(newest)} is not a complete checkpoint: delete or repair it")
+    return step
+
+
+def _no_tracebacks(record: logging.LogRecord) -> bool:
+    """Orbax logs a background failure with its traceback, several times; it also raises it, and we report that."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextmanager
@@ -113,5 +154,5 @@ def _explained(kind: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise kind(f"{what}: {reason[0][:300] if reason else type(error).__name__}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(" [")[0]
+        raise kind(f"{what}: {reason if len(reason) < 200 else '…' + reason[-200:]}") from error

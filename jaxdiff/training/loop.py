@@ -113,8 +113,7 @@ def train(
     }
     abstract = abstract_state(stage, config.optimizer, mesh)
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    checkpoints = Checkpoints(out / "checkpoints", flatten(fixed), config.keep)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", flatten(fixed), config.keep) as checkpoints:
         if checkpoints.latest() is None:
             state = init_state(stage, config.optimizer, init_key, mesh, initial)
         else:
@@ -135,7 +134,6 @@ def train(
                 state = _run(state, step, key, batches, config, mesh, checkpoints, reporter, interruption, sample_hook)
         finally:
             reporter.close()
-    checkpoints.close()
     if jax.process_index() == 0 and first < config.steps:
         plot(out)
     return state
@@ -169,11 +167,10 @@ def _run(
             checkpoints.save(number, state, place)
             reporter.restart_clock()
         if stop and not last:
-            checkpoints.close()
             message = f"stopped by {stop} after step {number}, saved in {checkpoints.directory}; run again to go on"
-            print(message, file=sys.stderr)
             raise Preempted(message)
         if sample_hook is not None and config.sample_every and (last or number % config.sample_every == 0):
+            reporter.flush()
             sample_hook(number, state.ema)
             reporter.restart_clock()
     return state

@@ -20,7 +20,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         _truncate(path, resumed)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1 if resumed else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """`line` has a `step`; values that are not finite become null."""
