@@ -272,9 +272,25 @@ class RMSNorm(nn.Module):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps) * scale
 
 
+class Linear(nn.Module):
+    """x · kernel, without a bias."""
+
+    width: int
+    std: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
+        shape = (x.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
+        # One flat matrix product: XLA's CPU gradient of a product over two leading axes takes 1.6 times as long.
+        flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        return flat.reshape(*x.shape[:-1], self.width)
+
+
 def _embedding(config: T5Config) -> nn.Embed:
     return nn.Embed(config.vocab, config.d_model, dtype=config.dtype, embedding_init=nn.initializers.normal(1.0))
 
 
-def _dense(config: T5Config, width: int, std: float, name: str | None = None) -> nn.Dense:
-    return nn.Dense(width, False, config.dtype, kernel_init=nn.initializers.normal(std), name=name)
+def _dense(config: T5Config, width: int, std: float, name: str | None = None) -> "Linear":
+    return Linear(width, std, config.dtype, name=name)
