@@ -19,7 +19,7 @@ from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, SIZES, position, rel
 from jaxdiff.evaluation.shapes_fit import Fit, explain
 
 WORKING = 128  # larger pictures are averaged down to this many pixels a side: no detail of `shapes` is finer
-EXPLAINED = 0.80  # an object whose best candidate explains less of its energy has no kind and no filling
+EXPLAINED = 0.85  # an object whose best candidate explains less of its energy has no kind and no filling
 COLOUR_ERROR = 0.22  # an object further than this from every palette colour has none of them
 SPECK = 0.045  # half side, in picture sides, of what is too small to be an object
 
@@ -28,7 +28,7 @@ SPECK = 0.045  # half side, in picture sides, of what is too small to be an obje
 class Found:
     """An object in a picture. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
 
-    `x`, `y`, `radius` are fractions of the picture's side; `explained` is the share of its energy that kind and fill explain.
+    `x`, `y`, `radius` are fractions of the picture's side; `explained`: the share of its energy that kind and fill explain.
     """
 
     kind: str | None

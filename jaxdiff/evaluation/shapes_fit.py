@@ -9,6 +9,7 @@ nor a shift of colour changes.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,9 @@ PER_OBJECT = 0.12  # cutting one object in two must explain at least this much m
 GOOD = 0.95  # an object explained this well is not cut
 REFINED = 4  # so many candidates, the best at first sight, have their place fitted
 CERTAIN = 0.975  # no other kind and filling than the true one explains so much: the search ends
+SOFT = (0.010, 0.016)  # blurs, in picture sides, that a generated picture's edges may have
+
+Place = tuple[float, float, float]  # x, y, radius
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class _Group:
     window: Float[np.ndarray, "hw 3"]  # difference to the background, zero where another group's piece is nearer
     xs: Float[np.ndarray, "1 w"]  # coordinates of the window's pixel centres
     ys: Float[np.ndarray, "h 1"]
+    side: int  # of the whole picture
     energy: float
     half: float
     candidates: list["_Candidate"]  # every kind and filling, the best first
@@ -90,7 +95,7 @@ class _Candidate:
     explained: float
     kind: str
     fill: str
-    place: tuple[float, float, float]  # x, y, radius
+    place: Place
 
 
 # Gathering pieces into objects
@@ -139,9 +144,10 @@ def _group(picture: _Picture, members: frozenset[int]) -> _Group:
     for kind in OUTLINES:
         hx, hy = half_extents(kind)
         place = (x, y, ((x1 - x0) / hx + (y1 - y0) / hy) / 4)
-        candidates += _candidates(kind, tuple(FILLINGS), place, window, energy, xs, ys)
+        explained = _explained(window, energy, _coverages(kind, tuple(FILLINGS), place, xs, ys))
+        candidates += [_Candidate(e, kind, fill, place) for e, fill in zip(explained, FILLINGS)]
     candidates.sort(key=lambda c: -c.explained)
-    return _Group(members, window, xs, ys, energy, max(x1 - x0, y1 - y0) / 2, candidates)
+    return _Group(members, window, xs, ys, side, energy, max(x1 - x0, y1 - y0) / 2, candidates)
 
 
 def _box(distance: Float[np.ndarray, "h w"]) -> tuple[float, float, float, float]:
@@ -162,16 +168,13 @@ def half_extents(kind: str) -> tuple[float, float]:
 # Drawing candidates
 
 
-def _candidates(kind: str, fills: tuple[str, ...], place: tuple, window, energy, xs, ys) -> list[_Candidate]:
-    """How much each filling of a kind explains at a place."""
-    coverages = _coverages(kind, fills, place, xs, ys)
+def _explained(window: Float[np.ndarray, "hw 3"], energy: float, coverages: Float[np.ndarray, "f hw"]) -> list[float]:
     colours = coverages @ window
     norms = np.einsum("fp,fp->f", coverages, coverages)
-    explained = (colours**2).sum(1) / np.maximum(norms, 1e-6) / energy
-    return [_Candidate(float(e), kind, fill, place) for e, fill in zip(explained, fills)]
+    return ((colours**2).sum(1) / np.maximum(norms, 1e-6) / energy).tolist()
 
 
-def _coverages(kind: str, fills: tuple[str, ...], place: tuple, xs, ys) -> Float[np.ndarray, "f hw"]:
+def _coverages(kind: str, fills: tuple[str, ...], place: Place, xs, ys) -> Float[np.ndarray, "f hw"]:
     x, y, radius = place
     shape = (ys.size, xs.size)
     px, py = np.broadcast_to((xs - x) / radius, shape), np.broadcast_to((ys - y) / radius, shape)
@@ -181,16 +184,29 @@ def _coverages(kind: str, fills: tuple[str, ...], place: tuple, xs, ys) -> Float
 
 
 def _refine(group: _Group) -> Fit:
-    """The most promising candidates, moved and scaled for as long as that explains more."""
-    best = group.candidates[0]
+    """The best of the most promising candidates, each moved and scaled to fit; softened where none fits sharply."""
+    refined = []
     for candidate in group.candidates[:REFINED]:
-        best = max(best, _descend(group, candidate), key=lambda c: c.explained)
-        if best.explained > CERTAIN:
+        refined.append(_descend(group, candidate))
+        if refined[-1].explained > CERTAIN:
             break
-    x, y, radius = best.place
-    coverage = _coverages(best.kind, (best.fill,), best.place, group.xs, group.ys)[0]
-    colour = _colour(group.window, coverage)
-    return Fit(best.kind, best.fill, x, y, radius, best.explained, group.energy, group.half, colour)
+    best = max(refined, key=lambda c: c.explained)
+    coverage = _coverages(best.kind, (best.fill,), best.place, group.xs, group.ys)
+    if best.explained < CERTAIN:
+        for candidate in refined:
+            sharp = _coverages(candidate.kind, (candidate.fill,), candidate.place, group.xs, group.ys)
+            for softness in SOFT:
+                soft = _soften(sharp, group, softness)
+                (explained,) = _explained(group.window, group.energy, soft)
+                if explained > best.explained:
+                    best, coverage = dataclasses.replace(candidate, explained=explained), soft
+    colour = _colour(group.window, coverage[0])
+    return Fit(best.kind, best.fill, *best.place, best.explained, group.energy, group.half, colour)
+
+
+def _soften(coverage: Float[np.ndarray, "1 hw"], group: _Group, softness: float) -> Float[np.ndarray, "1 hw"]:
+    grid = coverage.reshape(group.ys.size, group.xs.size)
+    return ndimage.gaussian_filter(grid, softness * group.side, mode="constant").reshape(1, -1)
 
 
 def _descend(group: _Group, candidate: _Candidate) -> _Candidate:
@@ -198,31 +214,22 @@ def _descend(group: _Group, candidate: _Candidate) -> _Candidate:
     step = max(0.5, 0.05 * candidate.place[2])
     while step > 0.12 and candidate.explained < CERTAIN:
         before = candidate
-        for axis in range(3):
-            for move in (-step, step):
-                x, y, radius = (p + move * (i == axis) for i, p in enumerate(candidate.place))
-                (moved,) = _candidates(
-                    candidate.kind,
-                    (candidate.fill,),
-                    (x, y, max(radius, 1.0)),
-                    group.window,
-                    group.energy,
-                    group.xs,
-                    group.ys,
-                )
-                if moved.explained > candidate.explained:
-                    candidate = moved
-                    break
+        for axis, sign in itertools.product(range(3), (-1, 1)):
+            x, y, radius = (p + sign * step * (i == axis) for i, p in enumerate(candidate.place))
+            place = (x, y, max(radius, 1.0))
+            coverage = _coverages(candidate.kind, (candidate.fill,), place, group.xs, group.ys)
+            (explained,) = _explained(group.window, group.energy, coverage)
+            if explained > candidate.explained:
+                candidate = dataclasses.replace(candidate, explained=explained, place=place)
         if candidate is before:
             step /= 2
     return candidate
 
 
 def _colour(window: Float[np.ndarray, "hw 3"], coverage: Float[np.ndarray, "hw"]) -> Float[np.ndarray, "3"]:
-    """The median difference of the pixels well inside; of the most covered ones where an outline is thin."""
-    inside = coverage > 0.95
-    if inside.sum() < 8:
-        inside = coverage >= np.sort(coverage)[-8]
-    colours = window[inside]
-    contrast = (colours**2).sum(1)
-    return np.median(colours[contrast >= np.percentile(contrast, 40)], axis=0)
+    """The median difference of the pixels well inside; the candidate's best colour where few are."""
+    inside = window[coverage > 0.95]
+    if len(inside) < 8:
+        return coverage @ window / (coverage @ coverage)
+    contrast = (inside**2).sum(1)
+    return np.median(inside[contrast >= np.percentile(contrast, 40)], axis=0)
