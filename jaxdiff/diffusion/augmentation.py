@@ -1,4 +1,4 @@
-"""Noise-conditioning augmentation (Imagen, Sec. 2.4, Fig. A.32): the low-resolution input is noised and the network told.
+"""Noise-conditioning augmentation (Imagen, Sec. 2.4, Fig. A.32): the low-resolution input is noised, to a known level.
 
 Training draws one level per example, uniform in [0, 1]; sampling uses one that the user picks (0 gives the best FID,
 0.1 to 0.3 the best looking pictures). The level is the time of a variance-preserving schedule. Whoever noises must

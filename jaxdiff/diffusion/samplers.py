@@ -7,9 +7,10 @@ A sampler is a frozen dataclass with three functions of its state, the carry (on
     image = sampler.image(carry)
 
 `denoise(x, t)` is the network with everything around it (guidance, thresholding): x (b, …) as noised by the schedule
-and t (b,) go in, x₀ and ε come out. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and n = i + 1
-the next. All but DDIM read x₀ alone. After thresholding x₀, ε is either re-derived from it (`parameterization.from_x0`,
-which makes DDIM consistent with the others) or stays the network's own (as in diffusers' DDIM).
+and t (b,) go in, x₀ and ε come out. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and
+n = i + 1 the next. All but DDIM read x₀ alone. After thresholding x₀, ε is either re-derived from it
+(`parameterization.from_x0`, which makes DDIM consistent with the others) or stays the network's own (as in
+diffusers' DDIM).
 
 The grid ends at the clipped log-SNR, where σ is 5e-5 of the picture's range: the state there is the picture. State and
 coefficients are float32 (float64 if x is), whatever the network computes in.
@@ -189,8 +190,11 @@ class DPMSolverPP2M:
     """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order with one evaluation a step.
 
     x_n = (σ_n/σ_i) x + α_n (1 − e^(−h)) D, h = (λ_n − λ_i)/2, D = x₀ + (h/2h')(x₀ − x₀'), a prime marking the step
-    before. The first step has none and takes D = x₀; so does the last, whose h to the clean end is too long for that.
+    before. The first step has none and takes D = x₀; so does the last, whose h to the clean end is too long for that,
+    unless `lower_order_final` is False (for grids that end at a moderate σ).
     """
+
+    lower_order_final: bool = True
 
     def init(self, x: Float[Array, "b *s"]) -> Multistep:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -205,7 +209,7 @@ class DPMSolverPP2M:
     def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
         x0 = _denoise(denoise, carry.x, here).x0
-        extrapolate = carry.ready & (i > 0) & (i + 1 < _steps(grid))
+        extrapolate = carry.ready & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
         slope = 0.5 * (there.logsnr - here.logsnr) / jnp.where(extrapolate, here.logsnr - before.logsnr, 1.0)
         slope = jnp.where(extrapolate, slope, 0.0)
         return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))

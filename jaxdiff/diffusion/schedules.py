@@ -2,7 +2,7 @@
 
 A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean picture and t = 1 the noise. Everything follows from
 the log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each schedule clips λ (to ±20 unless told
-otherwise) and recomputes α and σ from the clipped value, so that neither is ever zero and no conversion divides by zero.
+otherwise) and recomputes α and σ from the clipped value, so that neither is zero and no conversion divides by zero.
 
 A schedule is a frozen dataclass of numbers: hashable, and so a static value under `jax.jit`. Results are float32
 (float64 where t is), whatever the network computes in. `sample_time` maps uniform draws to training times: the

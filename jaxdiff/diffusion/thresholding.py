@@ -59,10 +59,26 @@ class Dynamic:
 
 
 def _percentile(values: Float[Array, "b n"], fraction: float) -> Float[Array, " b"]:
-    """Of each row, interpolated linearly between order statistics. Only the top of the row is sorted: a picture of 1024
-    pixels a side has three million values, and 0.995 needs the order of the largest 0.5 %."""
+    """Of each row of non-negative numbers, interpolated linearly between order statistics.
+
+    Without sorting, which takes seconds on the three million values of a 1024×1024 picture: the bits of a non-negative
+    float32 are ordered as it is, so 31 halvings of their range, each a count, find an order statistic exactly.
+    """
+    values = values.astype(jnp.float32)
     position = fraction * (values.shape[1] - 1)
-    below = math.floor(position)
-    largest = jax.lax.top_k(values, values.shape[1] - below)[0]
-    low, high = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
-    return low + (high - low) * (position - below)
+    rank = math.floor(position)
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(bits <= middle[:, None], axis=1) > rank
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    ends = jnp.zeros(values.shape[:1], jnp.int32), jnp.full(values.shape[:1], jnp.iinfo(jnp.int32).max)
+    found = jax.lax.fori_loop(0, 31, halve, ends)[1]
+    here = jax.lax.bitcast_convert_type(found, jnp.float32)
+    above = jnp.min(jnp.where(bits > found[:, None], values, jnp.inf), axis=1)
+    repeated = jnp.sum(bits <= found[:, None], axis=1) > rank + 1
+    following = jnp.where(repeated | jnp.isinf(above), here, above)
+    return here + (following - here) * (position - rank)
