@@ -13,10 +13,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from jaxdiff.data.files import replacing, write_json
+from jaxdiff.data.files import remove_leftovers, replacing, write_json
+from jaxdiff.text.t5 import TextEncoder
 
 SIDECAR = "embeddings.json"
 _DIGEST = 16
@@ -57,6 +59,19 @@ class Embeddings:
 def digest(caption: str | None) -> bytes:
     """16 bytes that tell a caption from any other; a missing one counts as empty, outer blanks do not count."""
     return hashlib.blake2b((caption or "").strip().encode(), digest_size=_DIGEST).digest()
+
+
+def fingerprint(encoder: TextEncoder) -> str:
+    """16 hexadecimal digits that change with anything that changes an encoder's embeddings: settings, vocabulary,
+    parameters, tokens per caption.
+    """
+    told = hashlib.blake2b(repr((encoder.config, encoder.length)).encode(), digest_size=8)
+    told.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(encoder.params)[0]:
+        values = np.ascontiguousarray(leaf)
+        told.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+        told.update(values.view(np.uint8))
+    return told.hexdigest()
 
 
 def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
@@ -113,6 +128,7 @@ def store_embeddings(
     if not state["count"]:
         raise ValueError(f"{path}: no captions to encode")
     write_json(path / SIDECAR, {**state, "complete": True})
+    remove_leftovers(path)
     return open_embeddings(path, encoder)
 
 

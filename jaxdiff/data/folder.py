@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxdiff.data.pipeline import Example
+from jaxdiff.data.example import Example
 
 METADATA = "metadata.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})

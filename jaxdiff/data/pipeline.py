@@ -11,32 +11,16 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import grain
 import numpy as np
 
 from jaxdiff.data import pictures
 from jaxdiff.data.embeddings import Embeddings, digest
+from jaxdiff.data.example import Source
 
 _SMALL = 4096
-
-
-class Example(TypedDict):
-    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages."""
-
-    image: bytes | np.ndarray
-    caption: str | None
-    name: str
-
-
-class Source(Protocol):
-    """A random-access sequence of examples. It must pickle when worker processes are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +242,7 @@ def _finish(batch: dict) -> dict[str, np.ndarray]:
 
 
 def _check(
-    source: Sequence | Source,
+    source: Source,
     resolution: int,
     batch: int,
     low_resolution: int | None,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from array_record.python import array_record_data_source
 
-from jaxdiff.data.pipeline import Example
+from jaxdiff.data.example import Example
 
 INDEX = "dataset.json"
 

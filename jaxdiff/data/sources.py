@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxdiff.data import emoji, folder, records, shapes, tfds_sets
-from jaxdiff.data.pipeline import Source
+from jaxdiff.data.example import Source
 
 
 @dataclasses.dataclass(frozen=True)

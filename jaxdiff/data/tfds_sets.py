@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jaxdiff.data.pipeline import Example
+from jaxdiff.data.example import Example
 
 # Where a set has several texts, the first of these that it has is the caption.
 _PREFERRED = ("caption", "captions", "text", "prompt", "description")

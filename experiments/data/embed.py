@@ -1,0 +1,71 @@
+"""Computes the T5 embeddings of a set's captions once and stores them, so that training runs no text encoder.
+
+    python -m experiments.data.embed --data records:runs/data/laion --text-encoder google/t5-v1_1-xxl \
+        --length 128 --out runs/data/laion-t5
+
+Then train with `--embeddings runs/data/laion-t5`. Killed, it continues when run again with the same arguments.
+Cost: one pass of the encoder over the captions; a caption takes 2 bytes × its tokens × the encoder's width on disk
+(8 kB a token for T5-XXL). Result: the embeddings in ArrayRecord, and embeddings.json, which names the encoder by a
+fingerprint, so that a model made for another one refuses them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxdiff.weights.t5 import load_text_encoder
+from tqdm import tqdm
+
+from experiments.cli import run
+from jaxdiff.data import sources
+from jaxdiff.data.embeddings import fingerprint, store_embeddings
+from jaxdiff.data.example import Source
+from jaxdiff.text.t5 import encode
+
+
+def main(
+    data: str,
+    text_encoder: str,
+    out: Path,
+    length: int = 128,
+    split: str = "train",
+    resolution: int = 64,
+    batch: int = 64,
+    data_dir: Path = Path("runs/data"),
+) -> None:
+    """Store the text embeddings of a data set.
+
+    Args:
+        data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH
+        text_encoder: directory or hub id of a T5 in the transformers layout
+        out: the folder to write
+        length: tokens per caption; longer ones are cut
+        split: the split of the data
+        resolution: which stored size of shapes or emoji to open: the captions are the same in all of them
+        batch: captions encoded at a time
+        data_dir: where prepared data sets live
+    """
+    source = sources.open(sources.parse(data), resolution, split, data_dir)
+    encoder = load_text_encoder(text_encoder, length)
+    with tqdm(total=len(source), desc="embed", unit=" captions") as bar:
+        stored = store_embeddings(
+            captions(source),
+            lambda texts: encode(encoder, texts),
+            out,
+            encoder=fingerprint(encoder),
+            batch=batch,
+            progress=bar.update,
+        )
+    print(f"{stored.count} embeddings of {stored.length} × {stored.width} at most: --embeddings {out}")
+
+
+def captions(source: Source) -> Iterator[str | None]:
+    """The captions in the source's order; that of a file that cannot be read is missing, as it is in training."""
+    for index in range(len(source)):
+        try:
+            yield source[index]["caption"]
+        except OSError:
+            yield None
+
+
+if __name__ == "__main__":
+    run(main)

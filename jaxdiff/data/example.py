@@ -1,0 +1,21 @@
+"""What every source of captioned pictures holds, and what a source is."""
+
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+
+class Example(TypedDict):
+    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages."""
+
+    image: bytes | np.ndarray
+    caption: str | None
+    name: str
+
+
+class Source(Protocol):
+    """A random-access sequence of examples. It must pickle when worker processes are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
