@@ -5,7 +5,8 @@ A parameter tree is a nested dict of arrays. In the file a leaf's name is its pa
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -118,9 +119,16 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(f"cannot save {path}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free on the disk")
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; afterwards it takes its place, or on any failure it vanishes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
