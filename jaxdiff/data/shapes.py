@@ -36,7 +36,9 @@ def prepare(
     """
     config = ShapesConfig(resolution=resolution, train=train, held_out=held_out, progress=progress)
     with _quiet():
-        builder = Shapes(config=config, data_dir=str(data_dir), file_format="array_record")
+        # TFDS wants its listed configurations by name, and no other one of the same name.
+        listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
+        builder = Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
         builder.download_and_prepare()  # does nothing where the set is prepared
     return builder
 
