@@ -28,7 +28,7 @@ SPECK = 0.045  # half side, in picture sides, of what is too small to be an obje
 class Found:
     """An object in a picture. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
 
-    `x`, `y`, `radius` are fractions of the picture's side; `explained`: the share of its energy that kind and fill explain.
+    `x`, `y`, `radius` are fractions of the picture's side; `explained`: the share of its energy that its kind explains.
     """
 
     kind: str | None
@@ -62,7 +62,7 @@ class Verdict:
         return all(self.checks.values())
 
 
-def read(image: Num[np.ndarray, "n n 3"]) -> Reading:
+def read(image: Num[np.ndarray, "h w 3"]) -> Reading:
     """The objects and the background of a square picture: uint8, or float in [-1, 1]; 64 pixels a side or more."""
     picture = _working(image)
     ground, noise = _background(picture)
@@ -71,7 +71,7 @@ def read(image: Num[np.ndarray, "n n 3"]) -> Reading:
     return Reading(_nearest(ground, BACKGROUNDS), tuple(_found(f, ground, len(picture)) for f in fits))
 
 
-def matches(image: Num[np.ndarray, "n n 3"], stated: Stated) -> Verdict:
+def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
     """The verdict on a picture, for what one caption states."""
     return compare(read(image), stated)
 
@@ -99,7 +99,7 @@ def _agreement(found: tuple[Found | None, ...], stated: Stated) -> dict[str, boo
     return checks
 
 
-def _working(image: Num[np.ndarray, "n n 3"]) -> Float[np.ndarray, "m m 3"]:
+def _working(image: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "m m 3"]:
     """The picture in [0, 1], averaged down to the working size."""
     if image.shape[0] != image.shape[1] or image.shape[0] < 64:
         raise ValueError(

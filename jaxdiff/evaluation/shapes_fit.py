@@ -154,7 +154,7 @@ def _box(distance: Float[np.ndarray, "h w"]) -> tuple[float, float, float, float
     """x0, x1, y0, y1 of what has at least half of the object's own contrast."""
     strong = distance > np.percentile(distance[distance > 0], 80) / 2
     columns, rows = np.flatnonzero(strong.any(0)), np.flatnonzero(strong.any(1))
-    return columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+    return float(columns[0]), float(columns[-1] + 1), float(rows[0]), float(rows[-1] + 1)
 
 
 @functools.cache
