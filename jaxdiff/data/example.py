@@ -1,6 +1,6 @@
 """What every source of captioned pictures holds, and what a source is."""
 
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ class Example(TypedDict):
     name: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """A random-access sequence of examples. It must pickle when worker processes are asked for."""
 

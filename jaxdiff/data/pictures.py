@@ -39,8 +39,8 @@ def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 def resize(picture: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     """The centred square of a picture, resampled to `resolution`: the short side fits, the long one is cut.
 
-    The square's edges may fall between pixels (an odd difference of the sides), which the filter takes into account.
-    A picture that already has the size comes back untouched.
+    The square's edges may fall between pixels (an odd difference of the sides), and the filter sees what lies beyond
+    them, as if the whole picture had been resized, then cut. One that already has the size comes back untouched.
     """
     height, width = picture.shape[:2]
     if height == width == resolution:

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import absl.flags
 import grain
 import numpy as np
 
@@ -84,6 +85,8 @@ def images(
     report = Skipped(limit=len(source), strict=strict)
     stream = examples.to_iter_dataset(grain.ReadOptions(reading.threads, reading.ahead if reading.threads else 0))
     if reading.workers:
+        if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which only absl's own main parses
+            absl.flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=8))
     # The rejects are counted here, in the main process, whoever did the decoding.
     stream = stream.filter(report.keep).batch(batch, drop_remainder=False).map(_finish)
@@ -109,7 +112,7 @@ class Batches:
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly as the iterator that gave `state` did: same source and settings, whatever `reading`."""
+        """Continues exactly as the iterator that gave `state` did: same source, settings and number of workers."""
         self._iterator.set_state(state)
 
 
