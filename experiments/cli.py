@@ -2,8 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import tyro
+
+from jaxdiff.training.compilation_cache import enable_compilation_cache
+
+COMPILED = Path("~/.cache/jaxdiff/compiled")
+"""Where scripts keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place."""
 
 
 def run(main: Callable[..., int | None], args: list[str] | None = None) -> None:
@@ -13,6 +19,7 @@ def run(main: Callable[..., int | None], args: list[str] | None = None) -> None:
     (`ValueError`, `OSError`: one line on standard error); 130 for Ctrl-C. Anything else is a bug of ours and
     keeps its traceback.
     """
+    enable_compilation_cache(COMPILED)
     try:
         code = tyro.cli(main, args=args, description=main.__doc__)
     except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nets.attention import attention
 
-Dtype = jnp.dtype | type
+Dtype = str | type | jnp.dtype
 
 
 class Resample(enum.Enum):

@@ -1,10 +1,11 @@
 """Imagen's two U-Nets: the base (F.1, an ADM U-Net) and the Efficient U-Net of super-resolution (F.2, F.3, B.1).
 
 Both take a noised picture, a time, the text and, for super-resolution, the low-resolution picture with its noise
-level, and return one picture. Settings are frozen dataclasses; the presets at the end are plain values.
+level, and return one picture. Settings are frozen dataclasses; `settings.module()` is the network.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -47,13 +48,25 @@ class UNetConfig:
     patch: int = 1
     skip_scale: float = 1.0
     low_res: bool = False
-    dtype: type = jnp.float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self):
         levels = {len(self.multipliers), len(self.blocks), len(self.self_attention), len(self.cross_attention)}
         if len(levels) != 1:
             raise ValueError("multipliers, blocks, self_attention and cross_attention must have one entry per level")
+
+    def module(self) -> "UNet":
+        return UNet(self)
+
+    @property
+    def stride(self) -> int:
+        """Picture sides must be multiples of this."""
+        return self.patch * 2 ** (len(self.blocks) - 1)
+
+    @property
+    def reads_text(self) -> bool:
+        return self.pool_text or any(self.self_attention) or any(self.cross_attention)
 
     def width(self, level: int) -> int:
         return self.channels * self.multipliers[level]
@@ -62,18 +75,41 @@ class UNetConfig:
         return self.heads or max(1, self.width(level) // self.head_channels)
 
 
+@dataclass(frozen=True)
+class EfficientUNetConfig(UNetConfig):
+    """The same settings with the defaults of the 64→256 model (F.2)."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    blocks: tuple[int, ...] = (2, 4, 8, 8)
+    self_attention: tuple[bool, ...] = (False, False, False, True)
+    heads: int = 8
+    feed_forward: int = 2
+    skip_scale: float = 2**-0.5
+    low_res: bool = True
+
+    def module(self) -> "EfficientUNet":
+        return EfficientUNet(self)
+
+    @property
+    def stride(self) -> int:
+        return self.patch * 2 ** len(self.blocks)
+
+
 class _Parts(nn.Module):
     """What the two U-Nets have in common: the stem, the conditioning, and the blocks with the settings filled in."""
 
     config: UNetConfig
 
     def condition(self, time, text, text_mask, aug_level):
-        """The conditioning vector (b t) and the text as attention sees it (tokens, mask)."""
+        """The conditioning vector (b t) and the text as attention sees it (tokens, mask; None where none is read)."""
         config, dtype = self.config, self.config.dtype
         frequencies = max(128, config.channels)
         embedding = Embedding(frequencies, config.time_width, dtype, name="time")(time)
         if config.low_res:
             embedding += Embedding(frequencies, config.time_width, dtype, name="aug_level")(1000.0 * aug_level)
+        if not config.reads_text:
+            return embedding, None, None
         tokens, mask = TextContext(config.context_width, dtype, name="text")(text.astype(dtype), text_mask)
         if config.pool_text:
             heads = max(1, config.context_width // 64)
@@ -128,7 +164,7 @@ class UNet(_Parts):
         low_res: Float[Array, "b h w c"] | None = None,
         aug_level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """Time in 0…1000, low_res already enlarged to h×w, aug_level in [0, 1]; h, w multiples of `stride(config)`."""
+        """Time in 0…1000, low_res already enlarged to h×w, aug_level in [0, 1]; h, w multiples of the stride."""
         config, channels = self.config, x.shape[-1]
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
         x = self.stem(x, low_res)
@@ -171,7 +207,7 @@ class EfficientUNet(_Parts):
         low_res: Float[Array, "b h w c"] | None = None,
         aug_level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """Arguments as in `UNet`; h and w multiples of `stride(config)`."""
+        """Arguments as in `UNet`; h and w multiples of the stride."""
         config, channels = self.config, x.shape[-1]
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
         x = self.stem(x, low_res)
@@ -191,9 +227,3 @@ class EfficientUNet(_Parts):
             x = nn.Conv(skip.shape[-1], (3, 3), dtype=config.dtype, name=f"up_{level}")(x)
             x = x + skip * config.skip_scale
         return self.head(x, channels)
-
-
-def stride(network: UNet | EfficientUNet) -> int:
-    """Picture sides must be multiples of this."""
-    levels = len(network.config.blocks)
-    return network.config.patch * 2 ** (levels if isinstance(network, EfficientUNet) else levels - 1)

@@ -1,0 +1,43 @@
+"""The names that command lines use, and the values they stand for."""
+
+from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
+from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems.imagen import Sampling, Stage
+
+STAGES: dict[str, dict[str, Stage]] = {
+    "base64": {
+        "tiny": presets.BASE_64_TINY,
+        "300m": presets.BASE_64_300M,
+        "500m": presets.BASE_64_500M,
+        "2b": presets.BASE_64_2B,
+    },
+    "sr256": {"tiny": presets.SR_256_TINY, "paper": presets.SR_256},
+    "sr1024": {"tiny": presets.SR_1024_TINY, "paper": presets.SR_1024},
+}
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": DDPM(),
+    "ddim": DDIM(),
+    "dpmpp": DPMSolverPP2M(),
+    "heun": Heun(),
+    "euler": Euler(),
+}
+
+
+def stage(name: str, preset: str) -> Stage:
+    """The settings of a stage; ValueError that lists the presets it has."""
+    if preset not in STAGES[name]:
+        raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(STAGES[name])}")
+    return STAGES[name][preset]
+
+
+def sampling(name: str, preset: str) -> Sampling:
+    """How a stage draws unless told otherwise."""
+    if preset == "tiny":
+        return presets.SAMPLING_BASE_TINY if name == "base64" else presets.SAMPLING_SR_TINY
+    return presets.SAMPLING_BASE if name == "base64" else presets.SAMPLING_SR
+
+
+def sampler(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

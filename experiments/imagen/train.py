@@ -1,0 +1,208 @@
+"""Train one stage of an Imagen cascade.
+
+    python -m experiments.imagen.train --stage base64 --text runs/t5/encoder --data shapes --out runs/base64
+    python -m experiments.imagen.train --stage sr256 --data shapes --out runs/sr256
+    python -m experiments.imagen.train --stage sr1024 --data shapes --out runs/sr1024
+
+Run again with the same folder, it goes on from its last checkpoint. The folder gets checkpoints/, metrics.jsonl,
+tensorboard/, loss.png, samples/ (a grid now and then) and at the end model/, which `experiments.imagen.sample` reads as
+part of a cascade. Costs of the shipped models are in jaxdiff/weights/tiny/README.md.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments.cli import run
+from experiments.imagen import pictures, presets
+from jaxdiff.data import sources
+from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
+from jaxdiff.data.example import Source
+from jaxdiff.data.pipeline import images
+from jaxdiff.diffusion import noise
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import Sampling, Stage, draw, null_text
+from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
+from jaxdiff.training.checkpoints import load_ema
+from jaxdiff.training.loop import TrainConfig, train
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.optimizer import AdamW, OptimizerConfig
+from jaxdiff.weights.imagen import SHIPPED, save_model
+from jaxdiff.weights.t5 import load_text_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Train one stage of an Imagen cascade.
+
+    stage: which stage.
+    preset: its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others.
+    data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH.
+    out: folder of the run.
+    text: the frozen encoder: a directory or hub id in the transformers layout; the shipped tiny one by default.
+    embeddings: a folder that experiments.data.embed wrote; without it the embeddings are stored below data_dir.
+    steps: updates. batch: pictures per update, of all devices together. accumulate: parts that a batch is taken in.
+    crop: side of the training crops of super-resolution in pixels; 0 trains on whole pictures.
+    learning_rate: at its peak. warmup: updates from 0 to there; afterwards it falls to 0 along a cosine.
+    ema_decay: of the averaged parameters, which are what is kept.
+    sample_every: steps between grids in samples/; 0 for none. save_every: steps between checkpoints.
+    examples: how many pictures of shapes to draw. strict: a picture that cannot be read or lacks a caption is an error.
+    fsdp: devices that share each parameter. workers: processes that decode pictures, 0 for threads alone.
+    data_dir: where prepared data sets live.
+    """
+
+    stage: Literal["base64", "sr256", "sr1024"]
+    out: Path
+    preset: str = "tiny"
+    data: str = "shapes"
+    text: str = str(SHIPPED / "text")
+    embeddings: Path | None = None
+    steps: int = 5000
+    batch: int = 32
+    accumulate: int = 1
+    crop: int | None = None
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    seed: int = 0
+    log_every: int = 50
+    sample_every: int = 500
+    save_every: int = 500
+    examples: int = 20_000
+    strict: bool = False
+    fsdp: int = 1
+    workers: int = 0
+    data_dir: Path = Path("runs/data")
+
+
+def main(settings: Run) -> None:
+    """Train as `settings` say, and write the averaged parameters to OUT/model."""
+    stage = presets.stage(settings.stage, settings.preset)
+    sampling = presets.sampling(settings.stage, settings.preset)
+    source = open_source(settings, stage)
+    encoder = embeddings = None
+    if stage.unet.reads_text:
+        encoder = load_text_encoder(settings.text, stage.text_length)
+        check_width(stage, encoder)
+        embeddings = embeddings_of(settings, source, encoder)
+    config = TrainConfig(
+        optimizer=OptimizerConfig(
+            kind=AdamW(b2=0.99),
+            learning_rate=settings.learning_rate,
+            warmup=min(settings.warmup, settings.steps - 1),
+            total=settings.steps,
+        ),
+        steps=settings.steps,
+        accumulate=settings.accumulate,
+        ema_decay=settings.ema_decay,
+        log_every=settings.log_every,
+        sample_every=settings.sample_every,
+        save_every=settings.save_every,
+        seed=settings.seed,
+    )
+    train(
+        stage,
+        batches(settings, stage, source, embeddings),
+        config,
+        settings.out,
+        mesh=make_mesh(fsdp=settings.fsdp),
+        sample_hook=_Samples(stage, sampling, source, encoder, settings.out / "samples"),
+        description=settings.stage,
+    )
+    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling), settings.out / "model")
+    print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
+
+
+def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
+    """The pictures, at the stage's resolution where the set is drawn."""
+    spec = sources.parse(settings.data)
+    if isinstance(spec, sources.Shapes):
+        spec = dataclasses.replace(spec, train=settings.examples)
+    return sources.open(spec, stage.resolution, split, settings.data_dir)
+
+
+def embeddings_of(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
+    """The stored embeddings of the source's captions, computed now where they are not there yet."""
+    made_by = fingerprint(encoder)
+    if settings.embeddings is not None:
+        return open_embeddings(settings.embeddings, made_by)
+    name = "".join(c if c.isalnum() else "-" for c in settings.data)
+    path = settings.data_dir / "embeddings" / f"{name}-{len(source)}-{made_by}"
+    captions = (source[i]["caption"] for i in tqdm(range(len(source)), desc="embed captions", unit="caption"))
+    if (path / "embeddings.json").is_file():
+        try:
+            return open_embeddings(path, made_by)
+        except ValueError:  # begun and not finished: go on
+            pass
+    return store_embeddings(captions, lambda texts: encode(encoder, texts), path, encoder=made_by)
+
+
+def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None):
+    """This process's share of the batches; super-resolution on crops of a quarter of the picture's side by default."""
+    crop = None
+    if stage.low_resolution is not None:
+        crop = stage.resolution // 4 if settings.crop is None else settings.crop or None
+    return images(
+        source,
+        stage.resolution,
+        settings.batch // jax.process_count(),
+        low_resolution=stage.low_resolution,
+        crop=crop,
+        seed=settings.seed,
+        embeddings=embeddings,
+        caption_optional=stage.low_resolution is not None,
+        strict=settings.strict,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def check_width(stage: Stage, encoder: TextEncoder) -> None:
+    if encoder.config.d_model != stage.unet.text_width:
+        raise ValueError(
+            f"the text encoder gives embeddings of width {encoder.config.d_model}, the stage reads {stage.unet.text_width}"
+        )
+
+
+class _Samples:
+    """Called by the loop now and then: a grid of the same few captions, or of the same low-resolution pictures."""
+
+    COUNT = 8
+
+    def __init__(self, stage: Stage, sampling: Sampling, source: Source, encoder: TextEncoder | None, folder: Path):
+        self._stage, self._sampling, self._folder = stage, sampling, folder
+        self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
+        if encoder is not None:
+            self._captions = [source[i]["caption"] or "" for i in _spread(len(source), self.COUNT)]
+            self._text = TextEmbedding(*(np.asarray(a) for a in encode(encoder, self._captions)))
+        if stage.low_resolution is not None:
+            crop = min(stage.resolution, 256)
+            found = images(
+                source, stage.resolution, self.COUNT, low_resolution=stage.low_resolution, crop=crop, shuffle=False
+            )
+            self._low_res = next(found)["low_res"]
+
+    def __call__(self, step: int, params: dict) -> None:
+        stage = self._stage
+        keys = noise.sample_keys(jax.random.key(0), np.arange(self.COUNT))
+        side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
+        null = null_text(stage, self.COUNT)
+        drawn = np.asarray(draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res))
+        shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT
+        if self._low_res is not None:
+            shown, captions = [*self._low_res, *drawn], ["input"] * self.COUNT + list(captions)
+        sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
+        pictures.write(self._folder / f"{step:07d}.png", sheet)
+
+
+def _spread(length: int, count: int) -> Iterator[int]:
+    return (i * length // count for i in range(count))
+
+
+if __name__ == "__main__":
+    run(main)

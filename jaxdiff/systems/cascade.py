@@ -1,0 +1,173 @@
+"""The Imagen cascade: text → T5 → 64×64 → 256×256 → 1024×1024.
+
+drawn = cascade.sample(cascade, ["a red circle"], seed=0)     # {64: (1 64 64 3), 256: …, 1024: …}
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.diffusion import noise
+from jaxdiff.systems.imagen import Sampling, Stage, draw, null_text
+from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A stage, its parameters, and how it draws unless told otherwise."""
+
+    stage: Stage
+    params: dict
+    sampling: Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """A frozen text encoder, a base model and any number of super-resolution models, in the order of their use."""
+
+    text: TextEncoder
+    base: Model
+    super_resolution: tuple[Model, ...] = ()
+
+    def __post_init__(self):
+        models = self.models
+        for lower, upper in zip(models, models[1:]):
+            if upper.stage.low_resolution != lower.stage.resolution:
+                raise ValueError(
+                    f"the {upper.stage.resolution} stage enlarges {upper.stage.low_resolution} pixels, "
+                    f"but the stage before it draws {lower.stage.resolution}"
+                )
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        return (self.base, *self.super_resolution)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        return tuple(model.stage.resolution for model in self.models)
+
+
+Progress = Callable[[int, int, int], None]
+"""Called with (resolution, pictures × steps done, pictures × steps in all)."""
+
+
+def sample(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    per_prompt: int = 1,
+    negative: str = "",
+    up_to: int | None = None,
+    samplings: Sequence[Sampling] | None = None,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> dict[int, np.ndarray]:
+    """Pictures of every stage: {resolution: float32 (n · per_prompt, h, w, 3) in [-1, 1]}.
+
+    Arguments as in `stages`, which yields the same one stage at a time.
+    """
+    return dict(
+        stages(
+            cascade,
+            prompts,
+            seed=seed,
+            per_prompt=per_prompt,
+            negative=negative,
+            up_to=up_to,
+            samplings=samplings,
+            batch=batch,
+            progress=progress,
+        )
+    )
+
+
+def stages(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    per_prompt: int = 1,
+    negative: str = "",
+    up_to: int | None = None,
+    samplings: Sequence[Sampling] | None = None,
+    batch: int = 16,
+    progress: Progress | None = None,
+    start: np.ndarray | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(resolution, pictures) of each stage in turn, up to the resolution `up_to`.
+
+    Picture i of seed s is the same whatever else is drawn with it. `negative`: what guidance leads away from; empty is
+    the null text. `samplings`: one for each stage, in place of the models' own. `batch`: pictures in one program at the
+    base; every fourfold enlargement takes a sixteenth of it, at least one. `start`: pictures to enlarge in place of what
+    the base would draw. ValueError for an `up_to` that no stage draws.
+    """
+    if not prompts:
+        raise ValueError("no prompts to draw")
+    if up_to is not None and up_to not in cascade.resolutions:
+        raise ValueError(
+            f"no stage draws {up_to} pixels; this cascade draws {', '.join(map(str, cascade.resolutions))}"
+        )
+    if per_prompt < 1 or batch < 1:
+        raise ValueError(f"per_prompt and batch must be at least 1, not {per_prompt} and {batch}")
+    samplings = samplings or [model.sampling for model in cascade.models]
+    if len(samplings) != len(cascade.models):
+        raise ValueError(f"{len(samplings)} samplings for {len(cascade.models)} stages: give one for each")
+    text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), encode(cascade.text, list(prompts)))
+    keys = noise.sample_keys(jax.random.key(seed), jnp.arange(len(prompts) * per_prompt))
+    pictures = start
+    for number, (model, sampling) in enumerate(zip(cascade.models, samplings)):
+        resolution = model.stage.resolution
+        if number or pictures is None:
+            away = encode(cascade.text, [negative]) if negative.strip() else None
+            size = max(1, batch // model.stage.factor**2 if number < 2 else batch // model.stage.factor**4)
+            task = _Task(model, sampling, text, away, noise.fold(keys, number), pictures, min(size, len(keys)))
+            pictures = task.run(progress)
+        yield resolution, pictures
+        if resolution == up_to:
+            return
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One stage's share of the work, in batches of one size so that one compiled program serves all of them."""
+
+    model: Model
+    sampling: Sampling
+    text: TextEmbedding
+    away: TextEmbedding | None
+    keys: jax.Array
+    low_res: np.ndarray | None
+    batch: int
+
+    def run(self, progress: Progress | None) -> np.ndarray:
+        count, resolution = len(self.keys), self.model.stage.resolution
+        total = -(-count // self.batch) * self.batch * self.sampling.steps
+        parts = []
+        for first in range(0, count, self.batch):
+            # The last batch is filled up with repeats of its last picture, which are dropped again.
+            rows = np.minimum(np.arange(first, first + self.batch), count - 1)
+            report = None
+            if progress is not None:
+
+                def report(step, before=first * self.sampling.steps):
+                    progress(resolution, before + step * self.batch, total)
+
+            parts.append(np.asarray(self._draw(rows, report))[: count - first])
+        return np.concatenate(parts)
+
+    def _draw(self, rows: np.ndarray, report: Callable[[int], None] | None) -> jax.Array:
+        stage = self.model.stage
+        text = negative = null_text(stage, len(rows))
+        if stage.unet.reads_text:
+            text = jax.tree.map(lambda a: a[rows], self.text)
+            if self.away is not None:
+                negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rows), *a.shape[1:])), self.away)
+        low_res = None if self.low_res is None else jnp.asarray(self.low_res[rows])
+        size = (stage.resolution,) * 2
+        if low_res is not None:
+            size = tuple(side * stage.factor for side in low_res.shape[1:3])
+        return draw(stage, self.model.params, self.sampling, text, negative, self.keys[rows], size, low_res, report)

@@ -1,0 +1,236 @@
+"""Imagen (arXiv 2205.11487): one stage of the cascade, trained on its own.
+
+A stage is a diffusion model of pictures: the base draws 64×64 from text, a super-resolution stage enlarges fourfold,
+from the low-resolution picture and, where it has one, the text. Joining stages is `systems/cascade.py`; the paper's
+settings and the tiny ones are `systems/imagen_presets.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.augmentation import augment
+from jaxdiff.diffusion.grids import Spacing, UniformTime, grid
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss
+from jaxdiff.diffusion.parameterization import Denoised, Prediction, denoised, from_x0, noised
+from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
+from jaxdiff.diffusion.schedules import Cosine, Schedule
+from jaxdiff.diffusion.thresholding import Dynamic, Thresholding
+from jaxdiff.nets.unet import UNetConfig
+from jaxdiff.systems.tiles import Tiles, in_tiles
+from jaxdiff.text.t5 import TextEmbedding
+
+TIME_SCALE = 1000.0
+"""Networks see 1000 t: the range for which their sines and cosines were made."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one stage. `low_resolution` makes it a super-resolution stage.
+
+    resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
+    schedule, prediction, weighting: the diffusion process; Imagen's are cosine, ε and the plain squared error.
+    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4).
+    text_length: tokens per caption. text_dropout: share of captions replaced by the null text, which is zeros.
+    """
+
+    unet: UNetConfig = UNetConfig()
+    resolution: int = 64
+    low_resolution: int | None = None
+    schedule: Schedule = Cosine()
+    prediction: Prediction = Prediction.EPSILON
+    weighting: Weighting = Simple()
+    augmentation: Schedule = Cosine()
+    text_length: int = 128
+    text_dropout: float = 0.1
+
+    def __post_init__(self):
+        check_size(self, self.resolution)
+        if (self.low_resolution is not None) != self.unet.low_res:
+            raise ValueError("low_resolution is for networks with low_res, and they need it")
+        if self.low_resolution is not None and self.resolution % self.low_resolution:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
+        if not 0 <= self.text_dropout <= 1:
+            raise ValueError(f"text_dropout must be a share between 0 and 1, not {self.text_dropout}")
+
+    @property
+    def factor(self) -> int:
+        """How many times a super-resolution stage enlarges; 1 for a base stage."""
+        return self.resolution // (self.low_resolution or self.resolution)
+
+    def init(self, key: Key[Array, ""]) -> dict:
+        """Fresh parameters, float32. Widths alone decide their shapes, so the smallest picture does."""
+        side = self.unet.stride
+        x, ones = jnp.zeros((1, side, side, 3)), jnp.ones(1)
+        low_res = (x, ones) if self.unet.low_res else ()
+        text = null_text(self, 1)
+        return self.unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
+
+    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict]:
+        """The weighted squared error, averaged over the batch.
+
+        `batch`: image (b h w 3) in [-1, 1]; for super-resolution low_res (b h/f w/f 3); text (b n d) and text_mask
+        (b n) where there are captions; without them the stage trains on pictures alone.
+        """
+        image = batch["image"].astype(jnp.float32)
+        count = image.shape[0]
+        keys = noise.sample_keys(key, jnp.arange(count))
+        # Times are spread evenly over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, a loss of less variance.
+        u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+        t = self.schedule.sample_time(jax.random.permutation(jax.random.fold_in(key, count), u))
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        eps = noise.normal_like(noise.fold(keys, 0), image.shape[1:])
+        x = noised(image, eps, alpha, sigma)
+        text = self._dropped_text(batch, keys)
+        low_res = self._augmented(batch, image.shape, keys)
+        output = self.unet.module().apply({"params": params}, x, TIME_SCALE * t, text.embeddings, text.mask, *low_res)
+        losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
+        return losses.mean(), {}
+
+    def _dropped_text(self, batch: Mapping, keys: Key[Array, " b"]) -> TextEmbedding:
+        if "text" not in batch:
+            return null_text(self, batch["image"].shape[0])
+        kept = noise.uniform(noise.fold(keys, 1)) >= self.text_dropout
+        mask = batch["text_mask"] & kept[:, None]
+        return TextEmbedding(jnp.where(mask[..., None], batch["text"].astype(jnp.float32), 0.0), mask)
+
+    def _augmented(self, batch: Mapping, shape: tuple, keys: Key[Array, " b"]) -> tuple:
+        """The enlarged low-resolution input with noise of a random level each, and the levels."""
+        if not self.unet.low_res:
+            return ()
+        level = noise.uniform(noise.fold(keys, 2))
+        low_res = enlarge(batch["low_res"].astype(jnp.float32), shape[1:3])
+        return augment(low_res, level, noise.fold(keys, 3), self.augmentation), level
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a stage draws. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution."""
+
+    sampler: Sampler = DDPM()
+    steps: int = 256
+    spacing: Spacing = UniformTime()
+    guidance: Guidance = Guidance()
+    thresholding: Thresholding = Dynamic()
+    aug_level: float = 0.0
+    tiles: Tiles | None = None
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if not 0 <= self.aug_level <= 1:
+            raise ValueError(f"aug_level must lie in [0, 1], not {self.aug_level}")
+
+
+def draw(
+    stage: Stage,
+    params: dict,
+    sampling: Sampling,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    keys: Key[Array, " b"],
+    size: tuple[int, int],
+    low_res: Float[Array, "b h w c"] | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk: int = 4,
+) -> Float[Array, "b h w c"]:
+    """Pictures (b, *size, 3) in [-1, 1] from text, and from the low-resolution pictures of a super-resolution stage.
+
+    `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own; picture
+    i depends on nothing but its own key, text and input. With `progress`, the host runs the compiled program `chunk`
+    steps at a time and reports how many are done; the pictures are the same.
+    """
+    check_size(stage, *size)
+    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size))
+    carry = sampling.sampler.init(noise.normal_like(noise.fold(keys, 0), (*size, 3)))
+    if progress is None:
+        chunk = sampling.steps
+    for start in range(0, sampling.steps, chunk):
+        stop = min(start + chunk, sampling.steps)
+        carry = _advance(stage, sampling, params, carry, condition, keys, start, stop)
+        if progress is not None:
+            jax.block_until_ready(carry)
+            progress(stop)
+    return jnp.clip(sampling.sampler.image(carry), -1.0, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Condition:
+    """What the network is given beside the noised picture."""
+
+    text: TextEmbedding
+    negative: TextEmbedding
+    low_res: tuple
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _advance(stage, sampling, params, carry, condition, keys, start, stop):
+    """Steps start…stop−1, one program whatever the two are."""
+    denoise = partial(_denoise, stage, sampling, params, condition)
+    points = grid(stage.schedule, sampling.steps, sampling.spacing)
+    return integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop)
+
+
+def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array) -> Denoised:
+    """The network with guidance (both branches in one doubled batch) and thresholding around it."""
+    guidance, text = sampling.guidance, condition.text
+    inputs = (x, t, *condition.low_res)
+    if guidance.on:
+        inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), inputs)
+        text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, condition.negative)
+    pictures, levels = (inputs[0], *inputs[2:3]), inputs[3:]
+
+    def network(x, *low_res):
+        embeddings, mask = text
+        return stage.unet.module().apply(
+            {"params": params}, x, TIME_SCALE * inputs[1], embeddings, mask, *low_res, *levels
+        )
+
+    output = network(*pictures) if sampling.tiles is None else in_tiles(network, pictures, sampling.tiles)
+    if guidance.on:
+        output = guidance.apply(*jnp.split(output, 2), stage.schedule.logsnr(t))
+    alpha, sigma = stage.schedule.alpha(t), stage.schedule.sigma(t)
+    x0 = sampling.thresholding.apply(denoised(stage.prediction, output, x, alpha, sigma).x0)
+    return from_x0(x0, x, alpha, sigma)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def _noise_low_res(stage, sampling, low_res, keys, size):
+    level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
+    low_res = enlarge(low_res.astype(jnp.float32), size)
+    return augment(low_res, level, noise.fold(keys, 2), stage.augmentation), level
+
+
+def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
+    if not stage.unet.low_res:
+        return ()
+    if low_res is None or tuple(side * stage.factor for side in low_res.shape[1:3]) != tuple(size):
+        have = "none" if low_res is None else "×".join(map(str, low_res.shape[1:3]))
+        raise ValueError(f"drawing {size[0]}×{size[1]} needs a low-resolution input 1/{stage.factor} of it, not {have}")
+    return _noise_low_res(stage, sampling, low_res, keys, size)
+
+
+def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """The low-resolution input at the output's size, bicubic (Keys, a = −1/2: Pillow's BICUBIC)."""
+    shape = (low_res.shape[0], *size, low_res.shape[3])
+    return jax.image.resize(low_res, shape, jax.image.ResizeMethod.CUBIC, antialias=False)
+
+
+def null_text(stage: Stage, count: int) -> TextEmbedding:
+    """No text: zeros, all of it masked (Imagen zeroes the embeddings of dropped captions)."""
+    shape = (count, stage.text_length)
+    return TextEmbedding(jnp.zeros((*shape, stage.unet.text_width)), jnp.zeros(shape, bool))
+
+
+def check_size(stage: Stage, *sides: int) -> None:
+    """ValueError where a side is not a multiple of the network's stride."""
+    for side in sides:
+        if side < 1 or side % stage.unet.stride:
+            raise ValueError(f"a side of {side} pixels is not a multiple of the network's stride {stage.unet.stride}")

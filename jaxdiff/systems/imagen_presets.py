@@ -1,0 +1,108 @@
+"""Imagen's published stages as plain values, and a tiny cascade that trains on a laptop.
+
+Where the paper prints no value, a convention stands in: 128 text tokens, the sampling steps, the guidance of each
+stage. Parameter counts are tested.
+"""
+
+from dataclasses import replace
+
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M
+from jaxdiff.diffusion.schedules import Cosine, Linear
+from jaxdiff.diffusion.thresholding import Dynamic, Static
+from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.systems.imagen import Sampling, Stage
+
+BASE_64_2B = Stage(unet=UNetConfig())
+"""The base model (F.1): 2.26 B parameters with the text projected to 2048 inside the network."""
+
+BASE_64_500M = Stage(unet=UNetConfig(channels=256, time_width=1024, context_width=512))
+"""Half the width, as in NVIDIA NeMo's 500M configuration."""
+
+BASE_64_300M = Stage(unet=UNetConfig(channels=192, time_width=768, context_width=512))
+"""The size of the paper's ablations (Fig. 4a). Its width is not published; this one comes to about 300 M."""
+
+SR_256 = Stage(
+    unet=EfficientUNetConfig(),
+    resolution=256,
+    low_resolution=64,
+)
+"""64→256 (F.2): the Efficient U-Net with self-attention, and text beside it, in its 1024-channel block."""
+
+SR_1024 = Stage(
+    unet=EfficientUNetConfig(
+        time_width=1024,
+        context_width=1024,
+        self_attention=(False, False, False, False),
+        cross_attention=(False, False, False, True),
+        pool_text=False,
+    ),
+    resolution=1024,
+    low_resolution=256,
+    schedule=Linear(),
+)
+"""256→1024 (F.3): no self-attention, explicit cross-attention, the linear schedule in continuous time.
+
+The paper says 400 M parameters, but the configuration that it prints for this stage has F.2's channels and blocks and
+leaves out attention alone, which is a small part of them: what it describes has 478 to 536 M, depending on the widths
+that it does not print.
+"""
+
+_TINY_TEXT = {"text_width": 128, "context_width": 128}
+
+BASE_64_TINY = Stage(
+    unet=EfficientUNetConfig(
+        channels=64,
+        multipliers=(2,),
+        blocks=(3,),
+        self_attention=(True,),
+        cross_attention=(True,),
+        heads=4,
+        time_width=256,
+        patch=4,
+        low_res=False,
+        **_TINY_TEXT,
+    ),
+    prediction=Prediction.V,
+    text_length=24,
+)
+"""For CPUs: patches of 4×4 pixels, and nearly all of the work at 8×8, where convolutions are wide enough to be fast."""
+
+SR_256_TINY = Stage(
+    unet=EfficientUNetConfig(
+        channels=48,
+        multipliers=(2,),
+        blocks=(2,),
+        self_attention=(False,),
+        cross_attention=(False,),
+        pool_text=False,
+        time_width=192,
+        patch=4,
+        **_TINY_TEXT,
+    ),
+    resolution=256,
+    low_resolution=64,
+    schedule=Cosine.shifted(256),
+    prediction=Prediction.V,
+    text_length=24,
+)
+"""Reads no text, so it trains on pictures alone."""
+
+SR_1024_TINY = replace(
+    SR_256_TINY,
+    unet=replace(SR_256_TINY.unet, channels=32, time_width=128),
+    resolution=1024,
+    low_resolution=256,
+    schedule=Cosine.shifted(1024),
+)
+
+SAMPLING_BASE = Sampling(sampler=DDPM(), steps=256, guidance=Guidance(1.35), thresholding=Dynamic())
+"""w = 1.35 is that of the paper's best FID (7.27)."""
+
+SAMPLING_SR = Sampling(sampler=DDPM(), steps=128, guidance=Guidance(8.0), thresholding=Dynamic())
+"""w = 8 at augmentation level 0: the super-resolution setting of the same figure."""
+
+SAMPLING_BASE_TINY = Sampling(sampler=DDIM(), steps=24, guidance=Guidance(3.0), thresholding=Static())
+SAMPLING_SR_TINY = Sampling(sampler=DPMSolverPP2M(), steps=6, thresholding=Static())
+"""No guidance: these stages read no text."""

@@ -1,0 +1,68 @@
+"""Run a network on a large picture in overlapping tiles, one at a time, so that memory does not grow with the picture.
+
+The tiles of one denoising step are blended before the sampler goes on (as in MultiDiffusion, arXiv 2302.08113), and all of
+them see the same noise, so neighbours agree at every step and no seam can build up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Square tiles of `side` pixels that share `overlap` with their neighbours; both multiples of the stride."""
+
+    side: int = 256
+    overlap: int = 32
+
+    def __post_init__(self):
+        if not 0 < 2 * self.overlap <= self.side:
+            raise ValueError(
+                f"tiles need an overlap above 0 and at most half their side {self.side}, not {self.overlap}"
+            )
+
+
+def in_tiles(
+    network: Callable[..., Float[Array, "b h w c"]], pictures: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
+) -> Float[Array, "b h w c"]:
+    """`network(*pictures)`, where the pictures all have one size and the result has it too.
+
+    Every tile has the same shape, so the network is compiled once; a picture smaller than a tile is one tile.
+    """
+    height, width, channels = pictures[0].shape[1:]
+    sides = min(tiles.side, height), min(tiles.side, width)
+    corners = jnp.asarray([(y, x) for y in starts(height, sides[0], tiles) for x in starts(width, sides[1], tiles)])
+    window = jnp.asarray(ramp(sides[0], tiles)[:, None] * ramp(sides[1], tiles)[None, :])[None, :, :, None]
+
+    def add(i, sums):
+        total, weight = sums
+        y, x = corners[i]
+        parts = [jax.lax.dynamic_slice(p, (0, y, x, 0), (p.shape[0], *sides, p.shape[3])) for p in pictures]
+        output = network(*parts) * window
+        return _add_at(total, output, y, x), _add_at(weight, window, y, x)
+
+    empty = jnp.zeros((pictures[0].shape[0], height, width, channels)), jnp.zeros((1, height, width, 1))
+    total, weight = jax.lax.fori_loop(0, len(corners), add, empty)
+    return total / weight
+
+
+def starts(length: int, side: int, tiles: Tiles) -> list[int]:
+    """Where tiles of `side` begin along `length`: evenly a tile less its overlap apart, the last at the very end."""
+    step = side - tiles.overlap
+    return [*range(0, length - side, step), length - side]
+
+
+def ramp(side: int, tiles: Tiles) -> np.ndarray:
+    """The weight of a tile's pixels along one axis: 1 inside, falling linearly, but never to 0, over the overlap."""
+    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1.0
+    return np.minimum(1.0, distance / (tiles.overlap + 1)).astype(np.float32)
+
+
+def _add_at(total: Array, part: Array, y: Array, x: Array) -> Array:
+    at = (0, y, x, 0)
+    return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, at, part.shape) + part, at)

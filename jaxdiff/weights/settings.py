@@ -1,0 +1,53 @@
+"""Settings dataclasses ⇄ JSON: every dataclass by its name with its fields, enums by theirs. A closed list of classes,
+so that a file can name nothing else."""
+
+import dataclasses
+import enum
+from typing import Any
+
+from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
+from jaxdiff.nets import unet
+from jaxdiff.systems import imagen, tiles
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        *(imagen.Stage, imagen.Sampling, tiles.Tiles, unet.UNetConfig, unet.EfficientUNetConfig),
+        *(schedules.Cosine, schedules.Linear, schedules.EDM, schedules.RectifiedFlow, schedules.Discrete),
+        *(losses.Simple, losses.MinSNR, losses.Sigmoid, parameterization.Prediction, guidance.Guidance),
+        *(samplers.DDPM, samplers.DDIM, samplers.DPMSolverPP2M, samplers.Heun, samplers.Euler),
+        *(grids.UniformTime, grids.UniformLogSNR, grids.Karras),
+        *(thresholding.Unthresholded, thresholding.Static, thresholding.Dynamic),
+    )
+}
+
+
+def to_json(settings: Any) -> Any:
+    """Settings as JSON's types; ValueError for a class that `from_json` would not read back."""
+    if isinstance(settings, enum.Enum) or dataclasses.is_dataclass(settings):
+        name = type(settings).__name__
+        if _CLASSES.get(name) is not type(settings):
+            raise ValueError(f"settings of class {name} cannot be written to a file")
+        if isinstance(settings, enum.Enum):
+            return {"class": name, "member": settings.name}
+        fields = {field.name: to_json(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+        return {"class": name, **fields}
+    if isinstance(settings, tuple | list):
+        return [to_json(item) for item in settings]
+    return settings
+
+
+def from_json(data: Any, where: str) -> Any:
+    """The inverse of `to_json`. ValueError that names `where` for anything it does not know."""
+    if isinstance(data, list):
+        return tuple(from_json(item, where) for item in data)
+    if not isinstance(data, dict):
+        return data
+    fields = {name: from_json(value, where) for name, value in data.items() if name != "class"}
+    cls = _CLASSES.get(data.get("class"))
+    if cls is None:
+        raise ValueError(f"{where}: unknown class of settings {data.get('class')!r}")
+    try:
+        return cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{where}: settings of {cls.__name__} that this version does not know ({error})") from error
