@@ -34,11 +34,12 @@ def prepare(
 
     TFDS writes into a folder of another name and renames it at the end: a prepared set is whole.
     """
-    config = ShapesConfig(resolution=resolution, train=train, held_out=held_out, progress=progress)
+    config = ShapesConfig(resolution=resolution, train=train, held_out=held_out)
     with _quiet():
         # TFDS wants its listed configurations by name, and no other one of the same name.
         listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
         builder = Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
+        builder.progress = progress
         builder.download_and_prepare()  # does nothing where the set is prepared
     return builder
 
@@ -51,7 +52,6 @@ class ShapesConfig(tfds.core.BuilderConfig):
     resolution: int = 64
     train: int = 20_000
     held_out: int = 1_000
-    progress: bool = True
 
     def __post_init__(self):
         if self.resolution not in RESOLUTIONS:
@@ -66,6 +66,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """Anti-aliased coloured objects with captions; each example carries its exact attributes."""
 
     VERSION = tfds.core.Version("1.0.0")
+    progress = True  # whether writing shows a bar
     BUILDER_CONFIGS = [ShapesConfig()]  # noqa: RUF012 (the name that TFDS reads)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -91,7 +92,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         name = f"shapes {config.resolution} px, {split}"
-        for index in tqdm(range(count), desc=name, unit="picture", disable=not config.progress):
+        for index in tqdm(range(count), desc=name, unit="picture", disable=not self.progress):
             yield index, example(split, index, config.resolution)
 
 

@@ -67,6 +67,18 @@ def test_a_broken_preparation_leaves_nothing_and_can_be_repeated(tmp_path, monke
     assert len(shapes.prepare(64, tmp_path, train=6, held_out=2, progress=False).as_data_source("train")) == 6
 
 
+def test_the_default_size_is_drawn_like_any_other(tmp_path, monkeypatch, capsys):
+    """TFDS knows this one by name; reaching the first drawing without a bar is all that is looked at."""
+
+    def stop(*_):
+        raise OSError("reached")
+
+    monkeypatch.setattr(shapes, "example", stop)
+    with pytest.raises(OSError, match="reached"):
+        shapes.prepare(64, tmp_path, progress=False)
+    assert "picture" not in capsys.readouterr().err
+
+
 def test_bad_settings_name_the_culprit(tmp_path):
     with pytest.raises(ValueError, match="resolution 32"):
         shapes.prepare(32, tmp_path)
