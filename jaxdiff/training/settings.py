@@ -19,7 +19,10 @@ def flatten(settings: Any, name: str = "") -> dict[str, Any]:
         return {name: settings}
     if isinstance(settings, np.generic):
         return {name: settings.item()}
-    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+    if isinstance(settings, np.dtype | type):  # float32 of numpy, of jax, or as a dtype: all the same
+        dtype = np.dtype(settings).name
+        return {name: dtype if dtype != "object" else f"{settings.__module__}.{settings.__qualname__}"}
+    if dataclasses.is_dataclass(settings):
         fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
         return {name: type(settings).__name__} | _flatten_all(fields, name)
     if isinstance(settings, Mapping):

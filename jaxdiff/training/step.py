@@ -46,7 +46,7 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         loss, stage_metrics, grads = _gradients(stage, state.params, batch, key, accumulate, mesh)
         grads = jax.lax.with_sharding_constraint(grads, placements.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         made = state.step - state.skipped  # updates before this one

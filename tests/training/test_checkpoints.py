@@ -1,0 +1,214 @@
+"""Checkpoints: what goes in comes out, other settings are named, damage and full disks are errors."""
+
+import enum
+import resource
+import shutil
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+from training_toy import Stream, Toy, config
+
+from jaxdiff.training import checkpoints as checkpoints_module
+from jaxdiff.training.checkpoints import Checkpoints, load_ema
+from jaxdiff.training.loop import train
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.optimizer import AdamW, OptimizerConfig
+from jaxdiff.training.settings import difference, flatten
+from jaxdiff.training.state import abstract_state, init_state
+
+ONE = make_mesh(devices=jax.devices()[:1])
+OPTIMIZER = OptimizerConfig()
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), jax.device_get(a), jax.device_get(b))))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 10 steps and its last state; copied by the tests that damage it."""
+    folder = tmp_path_factory.mktemp("run")
+    state = train(Toy(), Stream(), config(steps=10), folder, mesh=ONE, progress=False)
+    return folder, state
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("data", [{"index": 7, "workers": [1, 2]}, b"\x00\xffbytes"])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 4)])
+def test_state_and_data_come_back(tmp_path, data, sizes):
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], devices=jax.devices()[: sizes[0] * sizes[1]])
+    stage = Toy(width=8192)
+    state = init_state(stage, OPTIMIZER, jax.random.key(0), mesh).replace(step=jax.numpy.int32(4))
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(4, state, data)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        assert checkpoints.latest() == 4
+        restored, place = checkpoints.restore(abstract_state(stage, OPTIMIZER, mesh))
+    assert equal(restored, state)
+    assert place == data
+    kernel = restored.params["first"]["kernel"]
+    assert kernel.sharding == state.params["first"]["kernel"].sharding
+
+
+def test_a_checkpoint_moves_to_another_mesh(finished, copied):
+    mesh = make_mesh(data=2, fsdp=4)
+    state = train(Toy(), Stream(), config(steps=10), copied, mesh=mesh, progress=False)
+    assert equal(state, finished[1])
+    assert state.params["first"]["kernel"].sharding.mesh == mesh
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    train(Toy(), Stream(), config(save_every=2, keep=2), tmp_path, mesh=ONE, progress=False)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [18, 20]
+
+
+def test_averaged_parameters_alone(finished):
+    folder, state = finished
+    averaged = load_ema(folder / "checkpoints")
+    assert equal(averaged, state.ema) and not equal(averaged, state.params)
+    mesh = make_mesh(fsdp=8)
+    abstract = abstract_state(Toy(), OPTIMIZER, mesh).ema
+    placed = load_ema(folder / "checkpoints", abstract)
+    assert equal(placed, state.ema)
+    assert placed["first"]["kernel"].sharding.mesh == mesh
+    with pytest.raises(ValueError, match="averaged parameters of step 10 cannot be restored"):
+        load_ema(folder / "checkpoints", abstract_state(Toy(width=32), OPTIMIZER, mesh).ema)
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint here"):
+            load_ema(folder)
+    assert not list(tmp_path.iterdir())  # looking creates nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stage": Toy(width=32)}, "stage.width was 16 and is 32 here"),
+        ({"seed": 1}, "seed was 0 and is 1 here"),
+        ({"accumulate": 2}, "accumulate was 1 and is 2 here"),
+        ({"optimizer": OptimizerConfig(AdamW(b1=0.8), 1e-2, 5, 200)}, "optimizer.kind.b1 was 0.9 and is 0.8 here"),
+        ({"optimizer": OptimizerConfig(AdamW(), 1e-3, 5, 200)}, "optimizer.learning_rate was 0.01 and is 0.001 here"),
+    ],
+)
+def test_other_settings_are_named(finished, changes, words):
+    stage = changes.pop("stage", Toy())
+    with pytest.raises(ValueError, match=f"was saved with other settings: {words}") as caught:
+        train(stage, Stream(), config(**changes), finished[0], mesh=ONE, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def cut(folder, item):
+    for path in (folder / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "state cut short": lambda folder: cut(folder, "state"),
+    "averages cut short": lambda folder: cut(folder, "ema"),
+    "settings cut short": lambda folder: cut(folder, "settings"),
+    "averages gone": lambda folder: shutil.rmtree(folder / "ema"),
+    "data's place gone": lambda folder: shutil.rmtree(folder / "data"),
+    "everything gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_restore_that_fails_raises(copied, damage):
+    DAMAGE[damage](copied / "checkpoints" / "10")
+    with pytest.raises(ValueError, match="checkpoint of step 10 cannot be restored") as caught:
+        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_orbax_does_not_count_is_no_fresh_start(copied, monkeypatch):
+    monkeypatch.setattr(checkpoints_module.ocp.CheckpointManager, "latest_step", lambda self: None)
+    with pytest.raises(ValueError, match="10 is not a complete checkpoint"):
+        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+
+
+def test_rests_of_an_interrupted_save_are_ignored_and_removed(finished, copied):
+    rest = copied / "checkpoints" / "15.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "checkpoints" / "10" / "state", rest / "state.orbax-checkpoint-tmp")
+    assert equal(load_ema(copied / "checkpoints"), finished[1].ema)
+    assert rest.exists()  # a reader leaves a running save alone
+    state = train(Toy(), Stream(), config(steps=10), copied, mesh=ONE, progress=False)
+    assert equal(state, finished[1])
+    assert not rest.exists()
+
+
+def test_a_disk_too_full_is_said_before_writing(finished, copied, monkeypatch):
+    usage = shutil.disk_usage(copied)._replace(free=1000)
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"disk full: the checkpoint of step 15 takes .* MB, 0 MB are free"):
+        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["10", "5"]
+    assert equal(load_ema(copied / "checkpoints"), finished[1].ema)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own threads, cut short
+def test_a_write_that_fails_is_an_error_and_older_checkpoints_stay(tmp_path):
+    state = init_state(Toy(width=20_000), OPTIMIZER, jax.random.key(0), ONE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, {}, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writes fail as on a full disk
+        with (
+            pytest.raises(OSError, match="checkpoint not saved, the older ones are intact") as caught,
+            Checkpoints(tmp_path, {}, keep=1) as checkpoints,
+        ):
+            checkpoints.save(2, state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        assert checkpoints.latest() == 1
+        assert equal(checkpoints.restore(abstract_state(Toy(width=20_000), OPTIMIZER, ONE))[0], state)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclass(frozen=True)
+class Inner:
+    table: tuple[float, ...]
+    colour: Colour = Colour.RED
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    dtype: object = np.float32
+    array: object = None
+
+
+def test_settings_flatten_to_json_and_compare():
+    settings = Outer(Inner((0.1, 0.2)), array=np.arange(3))
+    flat = flatten({"stage": settings})
+    assert flat["stage.inner.table.1"] == 0.2
+    assert flat["stage.inner.colour"] == "Colour.RED"
+    assert flat["stage.dtype"] == "float32"
+    assert flatten([np.dtype("float32"), jax.numpy.float32, Inner]) == {
+        "": "3 values",
+        "0": "float32",
+        "1": "float32",
+        "2": f"{__name__}.Inner",
+    }
+    assert difference(flat, flatten({"stage": Outer(Inner((0.1, 0.2)), array=np.arange(3))})) is None
+    assert "stage.array" in difference(flat, flatten({"stage": replace(settings, array=np.arange(1, 4))}))
+    assert "stage.inner.table.1 was 0.2" in difference(flat, flatten({"stage": Outer(Inner((0.1, 0.3)))}))
+    long = tuple(float(i) for i in range(1000))
+    saved, given = flatten(Inner(long)), flatten(Inner((*long[:-1], 0.5)))
+    assert len(saved) < 10 and difference(saved, given).startswith("table was ")
+    assert difference({"a": 1}, {}) == "a was 1 and is not a setting here"
+    assert difference({}, {"a": 1}) == "a is 1 here and not among the saved settings"

@@ -1,0 +1,67 @@
+"""Schedules against their closed forms; settings that make no sense are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.training.optimizer import Adafactor, AdamW, Decay, OptimizerConfig, optimizer, schedule
+
+
+def test_default_schedule_warms_up_and_ends_at_zero():
+    # Imagen F.1 prints end_value=2500000, which would end at a learning rate of 2.5 million.
+    rate = schedule(OptimizerConfig())
+    assert float(rate(0)) == 0.0
+    assert float(rate(5_000)) == pytest.approx(0.5e-4, rel=1e-5)
+    assert float(rate(10_000)) == pytest.approx(1e-4, rel=1e-5)
+    assert float(rate((2_500_000 + 10_000) // 2)) == pytest.approx(0.5e-4, rel=1e-4)
+    assert float(rate(2_500_000)) == pytest.approx(0.0, abs=1e-12)
+    assert float(rate(3_000_000)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_schedule_without_warmup_starts_at_the_full_rate():
+    assert float(schedule(OptimizerConfig(warmup=0, total=10))(0)) == pytest.approx(1e-4)
+
+
+def test_constant_schedule_stays():
+    rate = schedule(OptimizerConfig(warmup=10, decay=Decay.CONSTANT))
+    assert [float(rate(n)) for n in (0, 5, 10, 10**7)] == pytest.approx([0, 0.5e-4, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize("kind", [AdamW(), AdamW(weight_decay=0.1), Adafactor(), Adafactor(weight_decay=0.01)])
+def test_each_kind_minimises_a_quadratic(kind):
+    transform = optimizer(OptimizerConfig(kind=kind, learning_rate=0.05, warmup=0, total=300))
+    params = {"kernel": jnp.full((4, 4), 2.0)}
+    state = transform.init(params)
+
+    @jax.jit
+    def update(params, state):
+        grads = jax.tree.map(lambda p: 2 * p, params)
+        updates, state = transform.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    for _ in range(300):
+        params, state = update(params, state)
+    assert float(jnp.max(jnp.abs(params["kernel"]))) < 0.05
+
+
+def test_weight_decay_moves_parameters_without_a_gradient():
+    transform = optimizer(OptimizerConfig(kind=AdamW(weight_decay=0.1), learning_rate=0.5, warmup=0, total=10))
+    params = {"kernel": jnp.ones(3)}
+    updates, _ = transform.update({"kernel": jnp.zeros(3)}, transform.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"warmup": -1}, "warmup"),
+        ({"warmup": 100, "total": 100}, "total"),
+        ({"clip": 0.0}, "clip"),
+    ],
+)
+def test_bad_settings_are_named(changes, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        OptimizerConfig(**changes)
