@@ -65,12 +65,14 @@ def fingerprint(encoder: TextEncoder) -> str:
     """16 hexadecimal digits that change with anything that changes an encoder's embeddings: settings, vocabulary,
     parameters, tokens per caption.
     """
-    told = hashlib.blake2b(repr((encoder.config, encoder.length)).encode(), digest_size=8)
+    # What only the decoder or the memory plan depends on is left out: an exported encoder is the same encoder.
+    config = dataclasses.replace(encoder.config, decoder_layers=0, tied=False, scale_logits=False, remat=False)
+    told = hashlib.blake2b(repr((config, encoder.length)).encode(), digest_size=8)
     told.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(encoder.params)[0]:
         values = np.ascontiguousarray(leaf)
         told.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
-        told.update(values.view(np.uint8))
+        told.update(values.reshape(-1).view(np.uint8))
     return told.hexdigest()
 
 

@@ -92,7 +92,7 @@ def test_the_shares_of_processes_are_a_partition(source, either_shuffle, process
         places(images(source, 32, 2, captions=True, repeat=False, process_index=i, process_count=processes))
         for i in range(processes)
     ]
-    assert sorted(sum(shares, [])) == list(range(11))
+    assert sorted(itertools.chain(*shares)) == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -1,0 +1,232 @@
+"""The five sources end in one pipeline; what is not there or not usable is said in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxdiff.data import convert, embeddings, pictures, sources, tfds_sets
+from jaxdiff.data.pipeline import images
+
+
+@pytest.mark.parametrize(
+    "text, spec",
+    [
+        ("shapes", sources.Shapes()),
+        ("emoji", sources.Emoji()),
+        ("folder:/a:b", sources.Folder(Path("/a:b"))),
+        ("tfds:coco_captions/2017:1.1.0", sources.Tfds("coco_captions/2017:1.1.0")),
+        ("records:runs/x", sources.Records(Path("runs/x"))),
+    ],
+)
+def test_parse(text, spec):
+    assert sources.parse(text) == spec
+    assert sources.describe(spec) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "shape", "shapes:64", "emoji:", "folder", "folder:", "tfds:", "records", "http://x"]
+)
+def test_parse_names_the_choices(text):
+    with pytest.raises(ValueError) as caught:
+        sources.parse(text)
+    assert repr(text) in str(caught.value) and sources.CHOICES in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+SHAPES = sources.Shapes(train=6, held_out=3)
+
+
+@pytest.fixture(scope="module")
+def shapes_dir(data_dir):
+    """The folder of a prepared shapes set."""
+    sources.open(SHAPES, 64, "train", data_dir)
+    return next(data_dir.glob("shapes/*/*"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, source):
+    """A folder with captions in text files, one picture a level deeper."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, example in enumerate(source.examples[:6]):
+        file = folder / ("deep" if i == 2 else "") / f"{i}.PNG"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(example["image"])
+        file.with_suffix(".txt").write_text(f" {example['caption']}\n")
+    (folder / "notes.md").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture
+def every_source(data_dir, shapes_dir, photos, tmp_path, fake_emoji):
+    rows = "path,caption\n" + "".join(
+        f"{photos}/{name}.PNG,a caption\n" for name in ("0", "1", "deep/2", "3", "4", "5")
+    )
+    (tmp_path / "list.csv").write_text(rows)
+    convert.convert([str(tmp_path / "list.csv")], tmp_path / "records")
+    return {
+        "shapes": SHAPES,
+        "emoji": sources.Emoji(),
+        "folder": sources.Folder(photos),
+        "tfds": sources.Tfds(str(shapes_dir)),
+        "records": sources.Records(tmp_path / "records"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["shapes", "emoji", "folder", "tfds", "records"])
+def test_all_sources_end_in_the_same_pipeline(kind, every_source, data_dir, tmp_path):
+    source = sources.open(every_source[kind], 64, "train", data_dir)
+    count = 3 if kind == "emoji" else 6
+    assert len(source) == count
+    captions = [source[i]["caption"] for i in range(count)]
+    assert all(isinstance(caption, str) and caption for caption in captions)
+    stored = embeddings.store_embeddings(
+        captions,
+        lambda texts: (np.ones((len(texts), 2, 3)), np.ones((len(texts), 2), bool)),
+        tmp_path / "text",
+        encoder="ones",
+        batch=4,
+    )
+    batch = next(
+        images(source, 64, 5, low_resolution=16, crop=32, captions=True, embeddings=stored, strict=True, shuffle=False)
+    )
+    shapes = {key: value.shape for key, value in batch.items()}
+    assert shapes == {
+        "image": (5, 32, 32, 3),
+        "low_res": (5, 8, 8, 3),
+        "text": (5, 2, 3),
+        "text_mask": (5, 2),
+        "caption": (5,),
+        "index": (5,),
+    }
+    assert batch["caption"].tolist() == (captions * 2)[:5]
+    assert -1 <= batch["image"].min() < batch["image"].max() <= 1
+
+
+def test_shapes_have_two_splits(data_dir):
+    assert len(sources.open(SHAPES, 64, "held_out", data_dir)) == 3
+    with pytest.raises(ValueError, match="no split 'test', only train, held_out"):
+        sources.open(SHAPES, 64, "test", data_dir)
+
+
+@pytest.mark.parametrize("spec", [sources.Emoji(), sources.Folder(Path("x")), sources.Records(Path("x"))])
+def test_sources_without_splits_say_so(spec, data_dir):
+    with pytest.raises(ValueError, match="has only the split 'train', not 'held_out'"):
+        sources.open(spec, 64, "held_out", data_dir)
+
+
+def test_a_folder_is_read_in_order(photos, source):
+    read = sources.open(sources.Folder(photos), 64, "train", "")
+    assert [Path(read[i]["name"]).name for i in range(6)] == ["0.PNG", "1.PNG", "3.PNG", "4.PNG", "5.PNG", "2.PNG"]
+    assert read[5]["caption"] == "picture number 2" and read[5]["image"] == source.examples[2]["image"]
+
+
+def test_a_folder_with_metadata(tmp_path, source):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(source.examples[0]["image"])
+    (tmp_path / "y.png").write_bytes(source.examples[1]["image"])
+    (tmp_path / "unlisted.png").write_bytes(b"")
+    rows = [{"file_name": "y.png", "text": "why"}, {"file_name": "a/x.png", "caption": "ex"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    read = sources.open(sources.Folder(tmp_path), 64, "train", "")
+    assert [read[i]["caption"] for i in range(len(read))] == ["why", "ex"]
+    (batch,) = images(read, 32, 2, captions=True, shuffle=False, repeat=False, strict=True)
+    np.testing.assert_array_equal(pictures.to_uint8(batch["image"][1]), pictures.decode(source.examples[0]["image"]))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"text": "no name"}', "3"])
+def test_bad_metadata_is_named_by_line(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n' + line)
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: not a JSON object with a file_name"):
+        sources.open(sources.Folder(tmp_path), 64, "train", "")
+
+
+def test_a_folder_without_a_caption_or_a_picture(tmp_path, source):
+    (tmp_path / "a.png").write_bytes(source.examples[0]["image"])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_name": "gone.png", "text": "gone"}\n')
+    read = sources.open(sources.Folder(tmp_path), 64, "train", "")
+    assert read[0]["caption"] is None
+    batches = images(read, 32, 1, repeat=False)
+    with pytest.warns(UserWarning, match=r"gone\.png"):
+        assert len(list(batches)) == 1
+    assert batches.skipped.count == 1
+
+
+def test_what_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for spec, message in [
+        (sources.Folder(tmp_path / "no"), "no such folder"),
+        (sources.Folder(tmp_path / "empty"), "no pictures there"),
+        (sources.Records(tmp_path / "empty"), "no dataset.json there"),
+        (sources.Emoji(), "run python -m experiments.data.emoji"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=message):
+            sources.open(spec, 64, "train", tmp_path)
+
+
+def test_a_missing_record_file_is_named(tmp_path, photos):
+    (tmp_path / "list.csv").write_text(f"path,caption\n{photos}/0.PNG,x\n")
+    convert.convert([str(tmp_path / "list.csv")], tmp_path / "records")
+    shard = next((tmp_path / "records").glob("*.array_record"))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        sources.open(sources.Records(tmp_path / "records"), 64, "train", "")
+
+
+TEXT, IMAGE, LABEL = tfds.features.Text(), tfds.features.Image(shape=(4, 4, 3)), tfds.features.ClassLabel(num_classes=3)
+SEVERAL = tfds.features.Sequence({"id": np.int64, "text": TEXT})
+
+
+@pytest.mark.parametrize(
+    "features, paths",
+    [
+        ({"image": IMAGE, "text": TEXT}, (("image",), ("text",))),
+        ({"photo": IMAGE, "title": TEXT, "caption": TEXT}, (("photo",), ("caption",))),
+        (
+            {"image": IMAGE, "captions": tfds.features.Sequence({"id": np.int64, "text": TEXT})},
+            (("image",), ("captions", "text")),
+        ),
+        ({"image": IMAGE, "texts": tfds.features.Sequence(TEXT)}, (("image",), ("texts",))),
+    ],
+)
+def test_picture_and_caption_are_found_by_type(features, paths):
+    assert tfds_sets.caption_features(tfds.features.FeaturesDict(features), "some_set") == paths
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (
+            {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)},
+            "no text among its features.*label .ClassLabel",
+        ),
+        ({"size": np.int64, "text": TEXT}, "no picture among its features.*size .Tensor"),
+    ],
+)
+def test_a_set_without_them_is_refused(features, message):
+    with pytest.raises(ValueError, match=message):
+        tfds_sets.caption_features(tfds.features.FeaturesDict(features), "some_set")
+
+
+def test_an_unknown_tfds_name(tmp_path):
+    with pytest.raises(ValueError, match="tfds:no_such_set: TFDS knows no set of that name"):
+        sources.open(sources.Tfds("no_such_set"), 64, "train", tmp_path)
+
+
+def test_files_without_random_access_are_refused(shapes_dir, tmp_path):
+    copy = tmp_path / shapes_dir.parent.parent.name / shapes_dir.parent.name / shapes_dir.name
+    shutil.copytree(shapes_dir, copy)
+    told = copy / "dataset_info.json"
+    told.write_text(told.read_text().replace("array_record", "tfrecord"))
+    for file in copy.glob("*.array_record*"):
+        file.rename(copy / file.name.replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="no random access"):
+        sources.open(sources.Tfds(str(copy)), 64, "train", "")
