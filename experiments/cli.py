@@ -21,7 +21,7 @@ def run(main: Callable[..., int | None], args: list[str] | None = None) -> None:
     """
     enable_compilation_cache(COMPILED)
     try:
-        code = tyro.cli(main, args=args, description=main.__doc__)
+        code = tyro.cli(main, args=args, description=main.__doc__, config=(tyro.conf.OmitArgPrefixes,))
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
