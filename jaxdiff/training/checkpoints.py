@@ -89,7 +89,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._manager.close()
         except OSError:
-            if error is None:  # otherwise the failure that brought us here is the one to report
+            if not isinstance(error, Exception):  # otherwise the failure that brought us here is the one to report
                 raise
         finally:
             logging.getLogger("absl").removeFilter(_no_tracebacks)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -113,7 +114,8 @@ def train(
     }
     abstract = abstract_state(stage, config.optimizer, mesh)
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints", flatten(fixed), config.keep) as checkpoints:
+    folder = out / "checkpoints"
+    with _announced(), jax.set_mesh(mesh), Checkpoints(folder, flatten(fixed), config.keep) as checkpoints:
         if checkpoints.latest() is None:
             state = init_state(stage, config.optimizer, init_key, mesh, initial)
         else:
@@ -284,6 +286,16 @@ class _Reporter:
 def _mean(values: list[float]) -> float | None:
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else None
+
+
+@contextmanager
+def _announced() -> Iterator[None]:
+    """Say why the run stops, once what it saved is on disk."""
+    try:
+        yield
+    except Preempted as stop:
+        print(stop.message, file=sys.stderr)
+        raise
 
 
 class _Interruption:

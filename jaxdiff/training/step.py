@@ -44,8 +44,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        loss, stage_metrics, grads = _gradients(stage, state.params, batch, key, accumulate, mesh)
-        grads = jax.lax.with_sharding_constraint(grads, placements.params)
+        loss, stage_metrics, grads = _gradients(stage, state.params, batch, key, accumulate, placements.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -77,28 +76,30 @@ def make_step(
 
 
 def _gradients(
-    stage: Stage, params: Params, batch: Any, key: Any, accumulate: int, mesh: Any
+    stage: Stage, params: Params, batch: Any, key: Any, accumulate: int, placements: Any
 ) -> tuple[Any, Metrics, Any]:
-    """Loss, metrics and gradient, each the mean over the `accumulate` parts of the batch."""
-    value_and_grad = jax.value_and_grad(stage.loss, has_aux=True)
+    """Loss, metrics and gradient (placed like the parameters): means over the `accumulate` parts of the batch."""
+
+    def part(rows: Any, key: Any) -> tuple[Any, Metrics, Any]:
+        (loss, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, rows, key)
+        return loss, metrics, jax.lax.with_sharding_constraint(grads, placements)
+
     if accumulate == 1:
-        (loss, metrics), grads = value_and_grad(params, batch, key)
-        return loss, metrics, grads
+        return part(batch, key)
+    mesh = jax.tree.leaves(placements)[0].mesh
 
     def split(x: Any) -> Any:
         # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.
         parts = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
 
-    def add(total: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
-        index, rows = part
-        (loss, metrics), grads = value_and_grad(params, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+    def add(total: Any, indexed: tuple[Any, Any]) -> tuple[Any, None]:
+        index, rows = indexed
+        return jax.tree.map(jnp.add, total, part(rows, jax.random.fold_in(key, index))), None
 
     parts = jax.tree.map(split, batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
     return jax.tree.map(lambda x: x / accumulate, total)
 

@@ -175,6 +175,15 @@ def test_a_write_that_fails_is_an_error_and_older_checkpoints_stay(tmp_path):
         assert equal(checkpoints.restore(abstract_state(Toy(width=20_000), OPTIMIZER, ONE))[0], state)
 
 
+def test_a_run_told_to_stop_does_not_claim_to_have_saved(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("write failed")
+
+    with pytest.raises(OSError, match=r"not saved.*write failed"), Checkpoints(tmp_path, {}) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        raise SystemExit(75)
+
+
 class Colour(enum.Enum):
     RED = 1
 

@@ -66,13 +66,14 @@ def test_a_killed_run_resumes_bit_by_bit(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_told_to_stop_saves_and_resumes_bit_by_bit(uninterrupted, tmp_path, which):
+def test_a_run_told_to_stop_saves_and_resumes_bit_by_bit(uninterrupted, tmp_path, capsys, which):
     handler = signal.getsignal(which)
     stream = Stream(before=lambda index: os.kill(os.getpid(), which) if index == 12 else None)
     with pytest.raises(Preempted) as caught:
         run(tmp_path, stream, steps=30)
     assert caught.value.code == 75
     assert which.name in caught.value.message and "run again to go on" in caught.value.message
+    assert caught.value.message in capsys.readouterr().err
     assert signal.getsignal(which) is handler
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert 10 < saved < 15 and f"after step {saved}," in caught.value.message
