@@ -133,12 +133,12 @@ def embeddings_of(settings: Run, source: Source, encoder: TextEncoder) -> Embedd
         return open_embeddings(settings.embeddings, made_by)
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
     path = settings.data_dir / "embeddings" / f"{name}-{len(source)}-{made_by}"
-    captions = (source[i]["caption"] for i in tqdm(range(len(source)), desc="embed captions", unit="caption"))
     if (path / "embeddings.json").is_file():
         try:
             return open_embeddings(path, made_by)
         except ValueError:  # begun and not finished: go on
             pass
+    captions = (source[i]["caption"] for i in tqdm(range(len(source)), desc="embed captions", unit="caption"))
     return store_embeddings(captions, lambda texts: encode(encoder, texts), path, encoder=made_by)
 
 
