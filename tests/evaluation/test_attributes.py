@@ -52,7 +52,7 @@ def test_soft_and_noisy_pictures_as_a_model_draws_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("resolution", "count"), [(64, 2000), (256, 1000), (1024, 200)])
+@pytest.mark.parametrize(("resolution", "count"), [(64, 1000), (256, 500), (1024, 100)])
 def test_the_stated_accuracy(resolution, count):
     assert accuracy(resolution, count) >= 0.995
     assert accuracy(resolution, count, noise=0.05) >= 0.98
