@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+Coefficient = Float[Array, "..."] | float  # α or σ
+
 
 class Prediction(enum.Enum):
     """What the network's output means."""
@@ -37,7 +39,7 @@ class Denoised(NamedTuple):
 
 
 def noised(
-    x0: Float[Array, "b *s"], eps: Float[Array, "b *s"], alpha: Float[Array, "..."], sigma: Float[Array, "..."]
+    x0: Float[Array, "b *s"], eps: Float[Array, "b *s"], alpha: Coefficient, sigma: Coefficient
 ) -> Float[Array, "b *s"]:
     """x = α x₀ + σ ε."""
     x0, eps, alpha, sigma = _align(x0, eps, alpha, sigma)
@@ -48,8 +50,8 @@ def denoised(
     prediction: Prediction,
     output: Float[Array, "b *s"],
     x: Float[Array, "b *s"],
-    alpha: Float[Array, "..."],
-    sigma: Float[Array, "..."],
+    alpha: Coefficient,
+    sigma: Coefficient,
 ) -> Denoised:
     """The network's output at x, as x₀ and ε."""
     return _FORMS[prediction].denoise(*_align(output, x, alpha, sigma))
@@ -59,16 +61,14 @@ def target(
     prediction: Prediction,
     x0: Float[Array, "b *s"],
     eps: Float[Array, "b *s"],
-    alpha: Float[Array, "..."],
-    sigma: Float[Array, "..."],
+    alpha: Coefficient,
+    sigma: Coefficient,
 ) -> Float[Array, "b *s"]:
     """What the network should output at x = α x₀ + σ ε."""
     return _FORMS[prediction].target(*_align(x0, eps, alpha, sigma))
 
 
-def from_x0(
-    x0: Float[Array, "b *s"], x: Float[Array, "b *s"], alpha: Float[Array, "..."], sigma: Float[Array, "..."]
-) -> Denoised:
+def from_x0(x0: Float[Array, "b *s"], x: Float[Array, "b *s"], alpha: Coefficient, sigma: Coefficient) -> Denoised:
     """x₀ with the ε that leads from it to x: what a sampler should see after x₀ was thresholded."""
     return denoised(Prediction.X0, x0, x, alpha, sigma)
 
@@ -124,7 +124,7 @@ _FORMS = {
 }
 
 
-def _align(first: Array, second: Array, alpha: Array, sigma: Array) -> tuple[Array, Array, Array, Array]:
+def _align(first: Array, second: Array, alpha: Coefficient, sigma: Coefficient) -> tuple[Array, Array, Array, Array]:
     """All four in one precision (float32 at least), α and σ with axes of size 1 behind the batch axis."""
     dtype = jnp.promote_types(jnp.result_type(first, second), jnp.float32)
 
