@@ -1,11 +1,11 @@
 """Local and bucket paths alike: `://` goes through fsspec (the `bucket` extra), everything else is a local file."""
 
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any
 
 
-def open_binary(path: str) -> BinaryIO:
-    """A file for reading bytes; OSError when it cannot be opened."""
+def open_binary(path: str) -> Any:
+    """A binary file object for reading (fsspec's are no `BinaryIO`); OSError when it cannot be opened."""
     if not is_url(path):
         return open(path, "rb")
     filesystem, inner = _filesystem(path)

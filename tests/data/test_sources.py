@@ -1,5 +1,6 @@
 """The five sources end in one pipeline; what is not there or not usable is said in one line."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from jaxdiff.data import convert, embeddings, pictures, sources, tfds_sets
 from jaxdiff.data.pipeline import images
@@ -214,6 +216,39 @@ def test_picture_and_caption_are_found_by_type(features, paths):
 def test_a_set_without_them_is_refused(features, message):
     with pytest.raises(ValueError, match=message):
         tfds_sets.caption_features(tfds.features.FeaturesDict(features), "some_set")
+
+
+class SeveralCaptions(tfds.core.GeneratorBasedBuilder):
+    """A set as people have them: shuffled, several captions a picture, sometimes none."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        photo = tfds.features.Image(shape=(None, None, 3))
+        features = tfds.features.FeaturesDict({"photo": photo, "captions": SEVERAL})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(4):
+            photo = io.BytesIO()
+            Image.new("RGB", (60, 40), (0, 0, 80 * i)).save(photo, "PNG")
+            photo.seek(0)
+            yield str(i), {"photo": photo, "captions": [{"id": i, "text": f"{i}{n}"} for n in "abc"[:i]]}
+
+
+def test_a_tfds_name_is_prepared_and_read(tmp_path):
+    source = sources.open(sources.Tfds("several_captions"), 64, "validation[:75%]", tmp_path)
+    assert len(source) == 3 and (tmp_path / "several_captions").is_dir()
+    whole = sources.open(sources.Tfds("several_captions:1.0.0"), 64, "validation", tmp_path)
+    assert sorted(str(whole[i]["caption"]) for i in range(4)) == ["1a", "2a", "3a", "None"]
+    batches = images(whole, 16, 4, captions=True, repeat=False)
+    with pytest.warns(UserWarning, match=r"several_captions/validation\[\d\]: no caption"):
+        (batch,) = batches
+    for picture, caption in zip(pictures.to_uint8(batch["image"]), batch["caption"], strict=True):
+        np.testing.assert_array_equal(picture, np.broadcast_to(np.uint8([0, 0, 80 * int(caption[0])]), (16, 16, 3)))
 
 
 def test_an_unknown_tfds_name(tmp_path):

@@ -1,0 +1,261 @@
+"""Conversion to ArrayRecord: everything once, nothing lost to a kill, damage counted, one line for bad input."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.cli import run
+from experiments.data import convert as command
+from jaxdiff.data import convert, pictures, records, remote
+from jaxdiff.data.convert import Settings
+
+PNG = pictures.encode_png(np.full((8, 8, 3), 7, np.uint8))
+
+
+def write_tar(path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w:gz" if str(path).endswith("gz") else "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def write_tars(folder, tars: int, each: int, png: bytes = PNG) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for t in range(tars):
+        texts = {f"{i:03d}.txt": f"{t}/{i}".encode() for i in range(each)}
+        pairs = {name: content for text in texts for name, content in ((text[:-3] + "png", png), (text, texts[text]))}
+        paths.append(write_tar(folder / f"{t:03d}.tar", pairs))
+    return paths
+
+
+def captions(out) -> list[str]:
+    source = records.read(out)
+    return [source[i]["caption"] for i in range(len(source))]
+
+
+def test_tar_shards(tmp_path):
+    path = write_tar(
+        tmp_path / "a.b.tar",
+        {
+            "x/1.png": PNG,
+            "x/1.txt": b" one\n",
+            "x/2.JPG": PNG,
+            "x/2.json": json.dumps({"caption": "two", "other": 1}).encode(),
+            "x/2.seg.png": b"another feature of example 2",
+            "x/3.webp": PNG,
+            "x/3.cls": b"7",
+            "y/1.png": PNG[:45],
+            "y/1.txt": b"damaged",
+            "y/2.txt": b"alone",
+        },
+    )
+    index = convert.convert([path], tmp_path / "out")
+    source = records.read(tmp_path / "out")
+    assert [(source[i]["caption"], source[i]["image"]) for i in range(len(source))] == [("one", PNG), ("two", PNG)]
+    assert source[1]["name"] == f"{path}/x/2"
+    assert index["images"] == 2 and index["skipped"] == {"no caption": 1, "no picture": 1, "unreadable": 1}
+    assert index["first"]["no caption"].startswith(f"{path}/x/3")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == index
+
+
+def test_images_alone_may_have_no_caption(tmp_path):
+    path = write_tar(tmp_path / "a.tgz", {"1.png": PNG, "2.png": PNG, "2.txt": b"two"})
+    index = convert.convert([path], tmp_path / "out", Settings(images_only=True))
+    assert index["images"] == 2 and not index["skipped"] and captions(tmp_path / "out") == [None, "two"]
+
+
+def write_list(folder, kind: str, rows: list[tuple[str, str | None]], columns=("path", "caption")) -> str:
+    path = folder / f"list.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet lists need the parquet extra")
+        import pyarrow
+
+        parquet.write_table(pyarrow.table(dict(zip(columns, map(list, zip(*rows))))), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_lists(tmp_path, kind):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png", "c.png"):
+        (tmp_path / name).write_bytes(PNG)
+    whole = str(tmp_path / "sub/b.png")
+    rows = [("a.png", 'one, "quoted"\nline'), (whole, "deux é"), ("gone.png", "x"), ("c.png", None)]
+    path = write_list(tmp_path, kind, rows, ("file", "text"))
+    settings = Settings(image_column="file", caption_column="text", rows_per_file=3)
+    index = convert.convert([path], tmp_path / "out", settings)
+    assert captions(tmp_path / "out") == ['one, "quoted"\nline', "deux é"]
+    assert index["skipped"] == {"no caption": 1, "not there": 1} and len(index["shards"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_missing_column_is_named(tmp_path, kind):
+    path = write_list(tmp_path, kind, [("a", "b")], ("url", "caption"))
+    with pytest.raises(ValueError, match="no column 'path', only url, caption"):
+        convert.convert([path], tmp_path / "out")
+
+
+def test_bucket_paths(tmp_path):
+    """fsspec's memory filesystem stands for a bucket."""
+    fsspec = pytest.importorskip("fsspec", reason="bucket paths need the bucket extra")
+    local = write_tars(tmp_path, 2, 3)
+    bucket = fsspec.filesystem("memory")
+    for path in local:
+        bucket.pipe(f"/tars/{Path(path).name}", Path(path).read_bytes())
+    bucket.pipe("/lists/pictures/a.png", PNG)
+    bucket.pipe(
+        "/lists/list.csv", b"path,caption\npictures/a.png,beside\nmemory://lists/pictures/a.png,whole\nno.png,x\n"
+    )
+    inputs = [*remote.expand("memory://tars/*.tar"), "memory://lists/list.csv"]
+    index = convert.convert(inputs, tmp_path / "out")
+    assert captions(tmp_path / "out") == [*(f"{t}/{i}" for t in range(2) for i in range(3)), "beside", "whole"]
+    assert index["skipped"] == {"not there": 1}
+
+
+def test_bucket_paths_need_an_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(ValueError, match=r"jaxdiff\[bucket\]"):
+        convert.convert(["gs://bucket/a.tar"], tmp_path / "out")
+
+
+def test_a_rerun_does_nothing_twice_and_more_inputs_are_added(tmp_path):
+    tars = write_tars(tmp_path / "tars", 4, 3)
+    convert.convert(tars[:2], tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("0*")}
+    convert.convert(tars, tmp_path / "out")
+    assert all(file.stat().st_mtime_ns == then for file, then in before.items())
+    assert captions(tmp_path / "out") == [f"{t}/{i}" for t in range(4) for i in range(3)]
+    convert.convert(tars[2:], tmp_path / "out")  # a folder's leftovers are not part of the set
+    assert captions(tmp_path / "out") == [f"{t}/{i}" for t in range(2, 4) for i in range(3)]
+
+
+def test_changed_inputs_and_settings_are_converted_anew(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = write_list(tmp_path, "csv", [("a.png", "old")])
+    convert.convert([path], tmp_path / "out")
+    write_list(tmp_path, "csv", [("a.png", "new"), ("a.png", "")])
+    convert.convert([path], tmp_path / "out")
+    assert captions(tmp_path / "out") == ["new"]
+    convert.convert([path], tmp_path / "out", Settings(images_only=True))
+    assert captions(tmp_path / "out") == ["new", None]
+
+
+def test_processes_give_the_same_set_in_the_same_order(tmp_path):
+    tars = write_tars(tmp_path / "tars", 9, 2)
+    one = convert.convert(tars, tmp_path / "one")
+    two = convert.convert(tars, tmp_path / "two", processes=2)
+    assert one == two and captions(tmp_path / "one") == captions(tmp_path / "two")
+
+
+def test_a_killed_conversion_continues(tmp_path):
+    """SIGKILL in the middle; the second run keeps what was whole, does the rest, and the set has everything once."""
+    rng = np.random.default_rng(0)
+    png = pictures.encode_png(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    tars, out = write_tars(tmp_path / "tars", 30, 20, png), tmp_path / "out"
+    code = f"from pathlib import Path; from jaxdiff.data import convert; convert.convert({tars!r}, Path({str(out)!r}))"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.json"))) < 3 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.wait()
+    whole = {file: file.stat().st_mtime_ns for file in out.glob("*.array_record") if file.with_suffix(".json").exists()}
+    assert 3 <= len(whole) < 30, "the kill came too early or too late to test anything"
+    with pytest.raises(FileNotFoundError, match=r"no dataset\.json"):
+        records.read(out)
+    convert.convert(tars, out)
+    assert all(file.stat().st_mtime_ns == then for file, then in whole.items())
+    assert captions(out) == [f"{t}/{i}" for t in range(30) for i in range(20)]
+    assert not list(out.glob("*.part"))
+
+
+def test_a_file_without_its_report_is_done_again(tmp_path):
+    """A kill between the two renames."""
+    tars = write_tars(tmp_path / "tars", 2, 3)
+    convert.convert(tars, tmp_path / "out")
+    report = next((tmp_path / "out").glob("000-*.json"))
+    report.unlink()
+    report.with_suffix(".array_record").write_bytes(b"cannot be trusted")
+    convert.convert(tars, tmp_path / "out")
+    assert captions(tmp_path / "out") == [f"{t}/{i}" for t in range(2) for i in range(3)]
+
+
+def test_strict_stops_with_the_culprit_and_keeps_the_older_set(tmp_path):
+    good = write_tars(tmp_path / "tars", 1, 2)
+    convert.convert(good, tmp_path / "out")
+    bad = write_tar(tmp_path / "bad.tar", {"7.png": PNG[:50], "7.txt": b"x", "8.png": PNG, "8.txt": b"y"})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"bad\.tar/7: unreadable .* \(strict\)"):
+            convert.convert([*good, bad], tmp_path / "out", Settings(strict=True))
+        convert.convert([bad], tmp_path / "other")  # a lenient run of before makes strict no laxer
+        (tmp_path / "other" / "dataset.json").unlink()
+        with pytest.raises(ValueError, match=r"\(strict\)"):
+            convert.convert([bad], tmp_path / "other", Settings(strict=True))
+    assert captions(tmp_path / "out") == ["0/0", "0/1"]
+    assert not list((tmp_path / "out").glob("bad*"))
+
+
+@pytest.mark.parametrize("name", ["torn.tar", "torn.tgz"])
+def test_a_torn_tar_file_keeps_what_came_before(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    pairs = {}
+    for i, each in enumerate(noise):
+        pairs |= {f"{i}.png": pictures.encode_png(each), f"{i}.txt": b"x"}
+    path = Path(write_tar(tmp_path / name, pairs))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    index = convert.convert([str(path)], tmp_path / "out")
+    assert 1 <= index["images"] <= 3 and index["skipped"]["damaged tar file"] == 1
+    with pytest.raises(ValueError, match="damaged tar file"):
+        convert.convert([str(path)], tmp_path / "strict", Settings(strict=True))
+
+
+def test_bad_inputs_are_named(tmp_path):
+    tars = write_tars(tmp_path / "tars", 1, 1)
+    empty = write_tar(tmp_path / "empty.tar", {"readme.md": b"x"})
+    for inputs, message in [
+        (["a.zip"], "a.zip: neither a tar file nor"),
+        ([tars[0], tars[0]], "given twice"),
+        ([str(tmp_path / "no.tar")], "no.tar"),
+        ([empty], "no usable picture"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            convert.convert(inputs, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        remote.expand(str(tmp_path / "*.parquet"))
+    with pytest.raises(ValueError, match="rows_per_file"):
+        Settings(rows_per_file=0)
+
+
+def test_the_command(tmp_path, capsys):
+    write_tars(tmp_path / "tars", 3, 2)
+    write_tar(tmp_path / "tars" / "x.tar", {"1.png": PNG})
+    command.main((f"{tmp_path}/tars/*.tar",), tmp_path / "out")
+    told = capsys.readouterr()
+    assert "6 pictures in 4 files" in told.out
+    assert "warning: skipped 1 × no caption; the first:" in told.err
+    assert len(captions(tmp_path / "out")) == 6
+
+
+def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(command.main, ["no.zip", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a tar file nor")
