@@ -202,7 +202,7 @@ def test_dpm_solver(case):
 
 
 def test_edm_euler():
-    """sigma_min=0.002, sigma_max=80, ρ = 7, then σ = 0; EDM's preconditioning with sigma_data=0.5, the network being told
+    """sigma_min=0.002, sigma_max=80, ρ = 7, then σ = 0; EDM's preconditioning with sigma_data=0.5, the network told
     log(s)/4; the start scaled by √(80² + 1), i.e. by 1 in our scaling."""
     schedule = EDM()
     points = grids.grid(schedule, STEPS - 1)  # evenly spaced times are EDM's own noise levels

@@ -1,0 +1,272 @@
+"""The samplers against exact scores: order, moments, independence of chunks and batches, memory, precision."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxdiff.diffusion import grids, noise, samplers
+from jaxdiff.diffusion.parameterization import Denoised, from_x0
+from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Linear, RectifiedFlow, time_of
+
+DETERMINISTIC = [
+    samplers.DDIM(),
+    samplers.Euler(),
+    samplers.Heun(),
+    samplers.Heun(in_sigma=True),
+    samplers.DPMSolverPP2M(),
+    samplers.DPMSolverPP2M(lower_order_final=False),
+]
+RANDOM = [samplers.DDPM(), samplers.DDPM(gamma=0.3), samplers.DDIM(eta=1.0)]
+ORDERS = [1, 1, 2, 2, 2, 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Data with an exactly known score: coordinates drawn independently, from N(means[k], deviations[k]²) with
+    probability weights[k]."""
+
+    means: tuple[float, ...] = (-1.2, 0.3, 1.5)
+    deviations: tuple[float, ...] = (0.3, 0.2, 0.5)
+    weights: tuple[float, ...] = (0.5, 0.2, 0.3)
+
+    @property
+    def mean(self) -> float:
+        return sum(w * m for w, m in zip(self.weights, self.means))
+
+    @property
+    def variance(self) -> float:
+        second = sum(w * (m**2 + s**2) for w, m, s in zip(self.weights, self.means, self.deviations))
+        return second - self.mean**2
+
+    def x0(self, x, alpha, sigma):
+        """E[x₀ | x] for x = α x₀ + σ ε: each component's linear estimate, weighted by its posterior probability."""
+        x = x[..., None]
+        means, deviations, weights = (jnp.asarray(v, x.dtype) for v in (self.means, self.deviations, self.weights))
+        variance = alpha**2 * deviations**2 + sigma**2
+        log_posterior = jnp.log(weights) - 0.5 * jnp.log(variance) - 0.5 * (x - alpha * means) ** 2 / variance
+        estimate = means + alpha * deviations**2 / variance * (x - alpha * means)
+        return jnp.sum(jax.nn.softmax(log_posterior, axis=-1) * estimate, axis=-1)
+
+    @functools.cache  # noqa: B019 (one function a pair, for jit to know again)
+    def denoise(self, schedule):
+        """What samplers ask for, on this schedule."""
+
+        def denoise(x, t):
+            alpha, sigma = schedule.alpha(t[0]), schedule.sigma(t[0])
+            return from_x0(self.x0(x, alpha, sigma), x, alpha, sigma)
+
+        return denoise
+
+
+def _keys(b, seed=0):
+    return noise.sample_keys(jax.random.key(seed), jnp.arange(b))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(sampler, denoise, x, grid, keys, start, stop):
+    return samplers.integrate(sampler, denoise, x, grid, keys, start, stop)
+
+
+def _draw(sampler, denoise, x, grid, keys=None):
+    keys = _keys(x.shape[0]) if keys is None else keys
+    final = _sample(sampler, denoise, sampler.init(x), grid, keys, 0, grid.t.shape[0] - 1)
+    return sampler.image(final)
+
+
+def _even_grid(schedule, steps, low=-6.0, high=6.0):
+    """Even log-SNR between two moderate ends, so that the error has a clean power of the step."""
+    return grids.grid_at(schedule, time_of(schedule, jnp.linspace(low, high, steps + 1)))
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=["cosine", "flow"])
+@pytest.mark.parametrize("sampler,order", zip(DETERMINISTIC, ORDERS), ids=str)
+def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
+    """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
+    with jax.enable_x64(True):
+        denoise = Mixture().denoise(schedule)
+        x = jnp.linspace(-2.0, 2.0, 33)[None]
+        exact = _draw(samplers.Heun(), denoise, x, _even_grid(schedule, 5000))
+        counts = np.array([20, 40, 80, 160])
+        errors = [
+            float(jnp.sqrt(jnp.mean((_draw(sampler, denoise, x, _even_grid(schedule, k)) - exact) ** 2)))
+            for k in counts
+        ]
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert order - 0.15 < slope < order + 0.4
+    assert errors[-1] < 0.02 if order == 1 else errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Cosine.shifted(256), Linear(), EDM(), RectifiedFlow(), Discrete.scaled_linear()], ids=repr
+)
+def test_closed_form_for_gaussian_data(schedule):
+    """For data N(m, s²) the ODE carries x = α m + √(α² s² + σ²) z along at constant z, on every schedule."""
+    data = Mixture((0.4,), (0.5,), (1.0,))
+    grid = grids.grid(schedule, 200, grids.UniformLogSNR())
+    z = jnp.linspace(-2.0, 2.0, 9)[None]
+
+    def path(i):
+        return grid.alpha[i] * 0.4 + jnp.sqrt(grid.alpha[i] ** 2 * 0.25 + grid.sigma[i] ** 2) * z
+
+    for sampler in (samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()):
+        got = _draw(sampler, data.denoise(schedule), path(0), grid)
+        tolerance = 0.03 if isinstance(sampler, samplers.DDIM) else 3e-3
+        np.testing.assert_allclose(got, path(-1), atol=tolerance)
+
+
+@functools.cache
+def _mean_error(sampler, steps, spacing):
+    """Against 1000 steps of Heun on the same spacing, over 33 starting points."""
+    schedule, denoise, x = Cosine(), Mixture().denoise(Cosine()), jnp.linspace(-2.0, 2.0, 33)[None]
+    exact = _draw(samplers.Heun(), denoise, x, grids.grid(schedule, 1000, spacing))
+    return float(jnp.mean(jnp.abs(_draw(sampler, denoise, x, grids.grid(schedule, steps, spacing)) - exact)))
+
+
+@pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()], ids=str)
+def test_default_grid_from_clipped_end_to_clipped_end(sampler):
+    """Between the ends of the clipped cosine, where the step in log-SNR is huge, every sampler still converges."""
+    few, many = (_mean_error(sampler, steps, grids.UniformTime()) for steps in (16, 64))
+    assert many < (0.03 if isinstance(sampler, samplers.DDIM) else 0.004)
+    assert many < 0.35 * few
+
+
+def test_what_the_docstrings_warn_of():
+    """EDM's Heun needs EDM's spacing, where it is good; 2M must not extrapolate the last step to the clean end."""
+    heun = samplers.Heun(in_sigma=True)
+    assert _mean_error(heun, 32, grids.UniformTime()) > 0.5
+    assert _mean_error(heun, 32, grids.Karras()) < 0.4 * _mean_error(samplers.Euler(), 64, grids.Karras())
+    plain, extrapolated = samplers.DPMSolverPP2M(), samplers.DPMSolverPP2M(lower_order_final=False)
+    assert _mean_error(extrapolated, 16, grids.UniformTime()) > 3 * _mean_error(plain, 16, grids.UniformTime())
+
+
+@pytest.mark.parametrize("sampler", [*RANDOM, samplers.DDPM(gamma=1.0), samplers.DDIM(eta=0.5)], ids=str)
+def test_moments_of_random_samplers(sampler):
+    """Mean, variance and the share of each component are the mixture's, within the error of 16384 draws."""
+    data, schedule, b, d = Mixture(), Cosine(), 512, 32
+    keys = _keys(b)
+    start = noise.normal_like(noise.fold(keys, 10**6), (d,))
+    grid = grids.grid(schedule, 400)
+    x = np.asarray(_draw(sampler, data.denoise(schedule), start, grid, keys))
+    error = (data.variance / x.size) ** 0.5
+    assert abs(x.mean() - data.mean) < 4 * error
+    assert x.var() == pytest.approx(data.variance, rel=0.03)
+    lowest = (x < -0.3).mean()  # between the first component and the others
+    expected = data.weights[0] * 0.99865 + data.weights[1] * 0.00135 + data.weights[2] * 0.00016
+    assert lowest == pytest.approx(expected, abs=4 * (0.25 / x.size) ** 0.5)
+
+
+def test_ancestral_variance_lies_between_its_bounds():
+    """γ = 0 is the posterior variance β̃ of DDPM, γ = 1 β itself; between them the log interpolates."""
+    table = Discrete.linear()
+    point = lambda i: grids.grid_at(table, table.time(jnp.asarray([float(i)])))  # noqa: E731
+    bars = np.asarray(table.alpha_bar)
+    for i in (1, 487, 999):
+        beta = 1.0 - bars[i] / bars[i - 1]
+        low, high, half = (samplers.ancestral_deviation(point(i), point(i - 1), g).item() ** 2 for g in (0.0, 1.0, 0.5))
+        assert low == pytest.approx((1 - bars[i - 1]) / (1 - bars[i]) * beta, rel=2e-3)
+        assert high == pytest.approx(beta, rel=2e-3)
+        assert half == pytest.approx((low * high) ** 0.5, rel=1e-4)
+    # The values that diffusers' DDPM test asserts of the lower bound.
+    assert samplers.ancestral_deviation(point(487), point(486), 0.0).item() ** 2 == pytest.approx(0.00979, abs=1e-5)
+    assert samplers.ancestral_deviation(point(999), point(998), 0.0).item() ** 2 == pytest.approx(0.02, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC + RANDOM, ids=str)
+def test_chunks_do_not_change_the_result(sampler):
+    """One program, called for steps 0–10 or in chunks of 3, 1 and 6, gives the same bits."""
+    grid, keys = grids.grid(Cosine(), 10), _keys(2)
+    x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
+    denoise = Mixture().denoise(Cosine())
+    whole = _sample(sampler, denoise, sampler.init(x), grid, keys, 0, 10)
+    carry = sampler.init(x)
+    for start, stop in ((0, 3), (3, 4), (4, 10)):
+        carry = _sample(sampler, denoise, carry, grid, keys, start, stop)
+    np.testing.assert_array_equal(sampler.image(whole), sampler.image(carry))
+    assert np.all(np.isfinite(sampler.image(whole)))
+
+
+def test_a_run_begun_in_the_middle_has_no_step_before():
+    """DPM-Solver++(2M), handed a fresh state at step 3, takes a first-order step, not extrapolating from zeros."""
+    grid, keys, denoise = grids.grid(Cosine(), 10), _keys(2), Mixture().denoise(Cosine())
+    x = noise.normal_like(keys, (5,))
+    first = {
+        s: s.image(_sample(s, denoise, s.init(x), grid, keys, 3, 4))
+        for s in (samplers.DPMSolverPP2M(), samplers.Euler())
+    }
+    np.testing.assert_allclose(*first.values(), atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(gamma=0.3)], ids=str)
+def test_samples_do_not_depend_on_their_batch_or_mesh(sampler):
+    """Sample i of a batch of eight, of a batch of one, and of a batch spread over eight devices."""
+    grid, keys, denoise = grids.grid(Cosine(), 12), _keys(8), Mixture().denoise(Cosine())
+    x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
+    whole = _draw(sampler, denoise, x, grid, keys)
+    for i in (0, 5):
+        np.testing.assert_allclose(_draw(sampler, denoise, x[i : i + 1], grid, keys[i : i + 1])[0], whole[i], atol=1e-3)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = [jax.device_put(v, NamedSharding(mesh, PartitionSpec("data"))) for v in (x, keys)]
+    sharded = _draw(sampler, denoise, spread[0], grid, spread[1])
+    assert len(sharded.sharding.device_set) == 8
+    np.testing.assert_allclose(sharded, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", [*DETERMINISTIC[2:5], samplers.DDPM()], ids=str)
+def test_memory_does_not_grow_with_the_steps(sampler):
+    """The compiler's own figure for temporaries: the same for 10 and for 1000 steps, and a few times the state."""
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+
+    def temporaries(steps):
+        grid = grids.grid(Cosine(), steps)
+        denoise = lambda x, t: from_x0(0.9 * x, x, 1.0, 0.5)  # noqa: E731
+        draw = lambda x: sampler.image(  # noqa: E731
+            samplers.integrate(sampler, denoise, sampler.init(x), grid, _keys(1), 0, steps)
+        )
+        return jax.jit(draw).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(10), temporaries(1000)
+    state = 64 * 64 * 3 * 4
+    assert many < few + state / 2
+    assert many < 12 * state
+
+
+@pytest.mark.parametrize(
+    "sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(), samplers.DDIM(1.0)], ids=str
+)
+def test_state_stays_float32_when_the_network_is_bfloat16(sampler):
+    schedule, data = Cosine(), Mixture()
+    seen = []
+
+    def denoise(x, t):
+        seen.append((x.dtype, t.dtype, t.shape))
+        x0, eps = data.denoise(schedule)(x, t)
+        return Denoised(x0.astype(jnp.bfloat16), eps.astype(jnp.bfloat16))
+
+    x = noise.normal_like(_keys(2), (4,), jnp.bfloat16)
+    image = _draw(sampler, denoise, x, grids.grid(schedule, 8))
+    assert image.dtype == jnp.float32
+    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), (2,))}
+
+
+def test_evaluations_are_counted_as_they_happen():
+    for sampler in (samplers.DDPM(), samplers.DDIM(), samplers.Euler(), samplers.Heun(), samplers.DPMSolverPP2M()):
+        calls = []
+
+        def denoise(x, t, calls=calls):
+            jax.debug.callback(lambda: calls.append(1))
+            return from_x0(0.5 * x, x, 1.0, 1.0)
+
+        jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), grids.grid(Cosine(), 6)))
+        jax.effects_barrier()
+        assert len(calls) == samplers.evaluations(sampler, 6)
+
+
+@pytest.mark.parametrize("make", [lambda: samplers.DDPM(gamma=1.5), lambda: samplers.DDIM(eta=-0.1)])
+def test_settings_out_of_range_are_named(make):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        make()

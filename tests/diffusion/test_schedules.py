@@ -1,0 +1,165 @@
+"""Schedules: ends, monotony, closed forms, the tables, the training densities, precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Linear, RectifiedFlow, Schedule, time_of
+
+SCHEDULES = [
+    Cosine(),
+    Cosine.shifted(256),
+    Linear(),
+    EDM(),
+    RectifiedFlow(),
+    RectifiedFlow(shift=-1.0),
+    Discrete.linear(),
+    Discrete.scaled_linear(),
+    Discrete.cosine(),
+]
+every = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{type(s).__name__}{SCHEDULES.index(s)}")
+
+
+@every
+def test_falls_from_clean_to_noise_within_the_clip(schedule):
+    assert isinstance(schedule, Schedule)
+    t = jnp.linspace(0.0, 1.0, 1001)
+    logsnr, alpha, sigma = schedule.logsnr(t), schedule.alpha(t), schedule.sigma(t)
+    assert np.all(np.diff(logsnr) <= 0) and np.all(np.diff(logsnr[5:-5]) < 0)
+    assert np.all(np.diff(alpha) <= 0) and np.all(np.diff(sigma) >= 0)
+    assert np.all(np.abs(logsnr) <= 20.0) and np.all(alpha > 0) and np.all(sigma > 0)
+    assert alpha[0] > 0.999 and sigma[0] < 0.0021 and alpha[-1] < 0.07 and sigma[-1] > 0.997
+    np.testing.assert_allclose(2 * (jnp.log(alpha) - jnp.log(sigma)), logsnr, atol=1e-4)
+
+
+@every
+def test_sum_of_squares_or_of_values_is_one(schedule):
+    t = jnp.linspace(0.0, 1.0, 101)
+    power = 1 if isinstance(schedule, RectifiedFlow) else 2
+    np.testing.assert_allclose(schedule.alpha(t) ** power + schedule.sigma(t) ** power, 1.0, atol=2e-6)
+
+
+@every
+def test_clip_is_a_setting(schedule):
+    clipped = type(schedule)(**{**{f: getattr(schedule, f) for f in schedule.__dataclass_fields__}, "clip": 3.0})
+    ends = clipped.logsnr(jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(ends, [3.0, -3.0])
+    inside = jnp.abs(schedule.logsnr(jnp.linspace(0, 1, 101))) < 3.0
+    t = jnp.linspace(0, 1, 101)[inside]
+    np.testing.assert_array_equal(clipped.logsnr(t), schedule.logsnr(t))
+
+
+def test_cosine_is_a_quarter_turn():
+    t = jnp.linspace(0.01, 0.99, 99)
+    np.testing.assert_allclose(Cosine().alpha(t), np.cos(np.pi * np.asarray(t) / 2), atol=1e-6)
+    np.testing.assert_allclose(Cosine().sigma(t), np.sin(np.pi * np.asarray(t) / 2), atol=1e-6)
+
+
+def test_shift_is_that_of_the_resolution():
+    """Averaging 256 → 64 pixels multiplies the SNR by 16; the shift takes that back."""
+    t = jnp.linspace(0.1, 0.9, 9)
+    np.testing.assert_allclose(Cosine.shifted(256).logsnr(t) + np.log(16.0), Cosine().logsnr(t), atol=1e-5)
+    assert Cosine.shifted(64) == Cosine()
+
+
+@pytest.mark.parametrize("start,end", [(1e-4, 0.02), (1e-3, 0.01)])
+def test_continuous_linear_is_the_table_at_its_entries(start, end):
+    continuous, table = Linear(start, end), Discrete.linear(1000, start, end)
+    t = (jnp.arange(1000) + 1.0) / 1000
+    np.testing.assert_allclose(continuous.logsnr(t), table.logsnr(t), atol=1e-3)
+    np.testing.assert_allclose(continuous.alpha(t) ** 2, np.asarray(table.alpha_bar), atol=2e-4)
+
+
+def test_edm_noise_levels_are_those_of_its_equation():
+    t = jnp.linspace(0.0, 1.0, 11)
+    s = (0.002 ** (1 / 7) + np.linspace(0, 1, 11) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(EDM().sigma(t) / EDM().alpha(t), s, rtol=1e-4)
+
+
+def test_rectified_flow_is_a_straight_path():
+    t = jnp.linspace(0.01, 0.99, 99)
+    np.testing.assert_allclose(RectifiedFlow().alpha(t), 1.0 - t, atol=1e-6)
+    scale = 3.0  # Stable Diffusion 3 moves t to s t/(1 + (s − 1) t)
+    moved = scale * t / (1 + (scale - 1) * t)
+    np.testing.assert_allclose(RectifiedFlow(shift=-2 * np.log(scale)).sigma(t), moved, atol=1e-6)
+
+
+@pytest.mark.parametrize("table", SCHEDULES[-3:], ids=["linear", "scaled", "cosine"])
+def test_discrete_entries_and_timesteps(table):
+    timesteps = jnp.arange(0.0, 1000.0)
+    t = table.time(timesteps)
+    np.testing.assert_allclose(table.timestep(t), timesteps, atol=1e-3)
+    kept = np.asarray(table.alpha_bar) > 1e-8  # beyond lies the clip
+    np.testing.assert_allclose((table.alpha(t) ** 2)[kept], np.asarray(table.alpha_bar)[kept], rtol=1e-3)
+    between = table.alpha(table.time(timesteps[:-1] + 0.5))
+    assert np.all(between < table.alpha(t)[:-1]) and np.all(between > table.alpha(t)[1:])
+
+
+def test_published_ends_of_the_tables():
+    """ᾱ_999: DDPM's 4.0358e-05, Stable Diffusion's 0.0047 (scaled linear)."""
+    assert Discrete.linear().alpha_bar[-1] == pytest.approx(4.0358e-05, rel=1e-3)
+    assert Discrete.scaled_linear().alpha_bar[-1] == pytest.approx(0.00466, rel=2e-3)
+    assert Discrete.cosine().alpha_bar[499] == pytest.approx(np.cos((0.508 / 1.008) * np.pi / 2) ** 2, rel=1e-3)
+
+
+@every
+def test_inverse(schedule):
+    t = jnp.linspace(0.02, 0.98, 49)
+    np.testing.assert_allclose(time_of(schedule, schedule.logsnr(t)), t, atol=2e-5)
+    np.testing.assert_array_equal(time_of(schedule, jnp.array([25.0, -25.0])), [0.0, 1.0])
+
+
+@every
+def test_training_times_lie_in_range_and_rise_with_the_draw(schedule):
+    u = jnp.linspace(0.0, 1.0, 4001)
+    t = schedule.sample_time(u)
+    assert np.all((t >= 0) & (t <= 1)) and np.all(np.diff(t) >= 0)
+    if not isinstance(schedule, EDM | Discrete):
+        np.testing.assert_array_equal(t, u)
+
+
+def test_edm_trains_on_log_normal_noise():
+    u = (jnp.arange(20000) + 0.5) / 20000
+    log_s = -0.5 * EDM().logsnr(EDM().sample_time(u))
+    assert float(jnp.mean(log_s)) == pytest.approx(-1.2, abs=1e-2)
+    assert float(jnp.std(log_s)) == pytest.approx(1.2, abs=1e-2)
+
+
+def test_discrete_trains_on_each_entry_equally():
+    table = Discrete.linear()
+    timesteps = table.timestep(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
+    counts = np.bincount(np.round(np.asarray(timesteps)).astype(int), minlength=1000)
+    assert len(counts) == 1000 and counts.min() > 50 and counts.max() < 160
+    np.testing.assert_allclose(timesteps, np.round(timesteps), atol=1e-3)
+
+
+@every
+def test_float32_whatever_the_network_computes_in(schedule):
+    for function in (schedule.logsnr, schedule.alpha, schedule.sigma, schedule.sample_time):
+        assert function(jnp.linspace(0.0, 1.0, 5, dtype=jnp.bfloat16)).dtype == jnp.float32
+
+
+@every
+def test_a_static_value_under_jit(schedule):
+    twice = jax.jit(lambda s, t: s.alpha(t), static_argnums=0)
+    assert hash(schedule) == hash(type(schedule)(*(getattr(schedule, f) for f in schedule.__dataclass_fields__)))
+    np.testing.assert_allclose(twice(schedule, jnp.array([0.3])), schedule.alpha(jnp.array([0.3])), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: Cosine(clip=0.0), "clip"),
+        (lambda: Cosine(shift=float("nan")), "shift must be finite"),
+        (lambda: Linear(beta_start=0.1, beta_end=0.01), "beta_start"),
+        (lambda: EDM(sigma_min=1.0, sigma_max=0.5), "sigma_min"),
+        (lambda: EDM(p_std=0.0), "p_std"),
+        (lambda: Discrete((0.5, 0.6)), "alpha_bar"),
+        (lambda: Discrete.linear(1), "at least 2 steps"),
+    ],
+)
+def test_settings_out_of_range_are_named(make, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make()
+    assert "\n" not in str(error.value)
