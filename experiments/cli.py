@@ -1,6 +1,10 @@
 """Command lines from settings: one place that turns bad input into one line and exit code 2."""
 
+import contextlib
+import functools
+import io
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +16,56 @@ COMPILED = Path("~/.cache/jaxdiff/compiled")
 """Where scripts keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place."""
 
 
-def run(main: Callable[..., int | None], args: list[str] | None = None) -> None:
+def run(
+    main: Callable[..., int | None], args: list[str] | None = None, stopped_by: tuple[type[Exception], ...] = ()
+) -> None:
     """Call `main` with the arguments of the command line, which tyro derives from its signature, and exit.
 
-    Exit codes: what `main` returns (None is 0); 2 for a bad value, a file that cannot be read or written
-    (`ValueError`, `OSError`: one line on standard error); 130 for Ctrl-C. Anything else is a bug of ours and
-    keeps its traceback.
+    Exit codes: what `main` returns (None is 0); 2 for a bad argument or value, a file that cannot be read or written
+    (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 130 for
+    Ctrl-C. Anything else is a bug of ours and keeps its traceback. Warnings are one line each.
     """
     enable_compilation_cache(COMPILED)
-    try:
-        code = tyro.cli(main, args=args, description=main.__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
+    with warnings.catch_warnings():
+        warnings.showwarning = _show
+        try:
+            code = _parsed(main, args)()
+        except (ValueError, OSError, *stopped_by) as error:
+            print(f"error: {_line(str(error)) or type(error).__name__}", file=sys.stderr)
+            code = 1 if isinstance(error, stopped_by) else 2
+        except KeyboardInterrupt:
+            code = 130
     sys.exit(code or 0)
+
+
+def _parsed(main: Callable[..., int | None], args: list[str] | None) -> Callable[[], int | None]:
+    """`main` with its arguments. ValueError for bad ones: tyro would print a box of several lines and exit."""
+
+    @functools.wraps(main)
+    def later(*positional, **named):
+        return functools.partial(main, *positional, **named)
+
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {specification.name}" if specification else None
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(later, prog=program, args=args, description=main.__doc__, config=_CONFIG)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # The message is what stands in the first box above its ruled line; the rest repeats the help.
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        message = next((lines[:i] for i, line in enumerate(lines) if set(line) == {"─"}), lines)
+        raise ValueError(f"{' '.join(message)} (--help lists all settings)") from None
+
+
+_CONFIG = (tyro.conf.OmitArgPrefixes,)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _show(message: Warning | str, *_) -> None:
+    print(f"warning: {_line(str(message))}", file=sys.stderr)

@@ -23,13 +23,13 @@ from experiments.imagen import pictures, presets
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source
-from jaxdiff.data.pipeline import images
+from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion import noise
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import Sampling, Stage, draw, null_text
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 from jaxdiff.training.checkpoints import load_ema
-from jaxdiff.training.loop import TrainConfig, train
+from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
 from jaxdiff.weights.imagen import SHIPPED, save_model
@@ -38,51 +38,63 @@ from jaxdiff.weights.t5 import load_text_encoder
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Train one stage of an Imagen cascade.
-
-    stage: which stage.
-    preset: its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others.
-    data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH.
-    out: folder of the run.
-    text: the frozen encoder: a directory or hub id in the transformers layout; the shipped tiny one by default.
-    embeddings: a folder that experiments.data.embed wrote; without it the embeddings are stored below data_dir.
-    steps: updates. batch: pictures per update, of all devices together. accumulate: parts that a batch is taken in.
-    crop: side of the training crops of super-resolution in pixels; 0 trains on whole pictures.
-    learning_rate: at its peak. warmup: updates from 0 to there; afterwards it falls to 0 along a cosine.
-    ema_decay: of the averaged parameters, which are what is kept.
-    sample_every: steps between grids in samples/; 0 for none. save_every: steps between checkpoints.
-    examples: how many pictures of shapes to draw. strict: a picture that cannot be read or lacks a caption is an error.
-    fsdp: devices that share each parameter. workers: processes that decode pictures, 0 for threads alone.
-    data_dir: where prepared data sets live.
-    """
+    """The settings of one training run."""
 
     stage: Literal["base64", "sr256", "sr1024"]
+    """Which stage."""
     out: Path
+    """Folder of the run."""
     preset: str = "tiny"
+    """Its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
     data: str = "shapes"
+    """shapes | emoji | folder:PATH | tfds:NAME | records:PATH"""
     text: str = str(SHIPPED / "text")
+    """The frozen text encoder: a directory or hub id in the transformers layout; the shipped tiny one by default."""
     embeddings: Path | None = None
+    """A folder that experiments.data.embed wrote; without it the embeddings are stored below DATA_DIR."""
     steps: int = 5000
+    """Updates."""
     batch: int = 32
+    """Pictures per update, of all devices together."""
     accumulate: int = 1
+    """Parts that a batch is taken in, one after the other, to save memory."""
     crop: int | None = None
+    """Side of super-resolution's training crops in pixels; 0: whole pictures; left out: a quarter of the picture."""
     learning_rate: float = 1e-3
+    """At its peak."""
     warmup: int = 200
+    """Updates from 0 to the peak; afterwards the rate falls to 0 along a cosine."""
     ema_decay: float = 0.999
+    """Of the averaged parameters, which are what is kept."""
     seed: int = 0
+    """Of the initial parameters, the order of the data and the noise."""
     log_every: int = 50
+    """Steps between lines of metrics."""
     sample_every: int = 500
+    """Steps between grids in samples/; 0: none."""
     save_every: int = 500
+    """Steps between checkpoints."""
     examples: int = 20_000
+    """How many pictures of shapes to draw."""
     strict: bool = False
+    """A picture that cannot be read or lacks its caption is an error, not a warning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters and optimizer stay float32. bfloat16 on accelerators."""
+    remat: bool = False
+    """Compute each block again in the backward pass, to save memory."""
     fsdp: int = 1
+    """Devices that share each parameter."""
     workers: int = 0
+    """Processes that decode pictures; 0: threads alone."""
     data_dir: Path = Path("runs/data")
+    """Where prepared data sets live."""
 
 
 def main(settings: Run) -> None:
-    """Train as `settings` say, and write the averaged parameters to OUT/model."""
+    """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
     stage = presets.stage(settings.stage, settings.preset)
+    unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
+    stage = dataclasses.replace(stage, unet=unet)
     sampling = presets.sampling(settings.stage, settings.preset)
     source = open_source(settings, stage)
     encoder = embeddings = None
@@ -159,14 +171,14 @@ def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings 
         strict=settings.strict,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        reading=Reading(workers=settings.workers),
     )
 
 
 def check_width(stage: Stage, encoder: TextEncoder) -> None:
     if encoder.config.d_model != stage.unet.text_width:
-        raise ValueError(
-            f"the text encoder gives embeddings of width {encoder.config.d_model}, the stage reads {stage.unet.text_width}"
-        )
+        given, read = encoder.config.d_model, stage.unet.text_width
+        raise ValueError(f"the text encoder gives embeddings of width {given}, the stage reads {read}")
 
 
 class _Samples:
@@ -198,6 +210,7 @@ class _Samples:
             shown, captions = [*self._low_res, *drawn], ["input"] * self.COUNT + list(captions)
         sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
         pictures.write(self._folder / f"{step:07d}.png", sheet)
+        tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")
 
 
 def _spread(length: int, count: int) -> Iterator[int]:
@@ -205,4 +218,4 @@ def _spread(length: int, count: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, stopped_by=(Diverged,))

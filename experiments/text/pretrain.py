@@ -16,7 +16,7 @@ from jaxdiff.data import sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
-from jaxdiff.training.loop import TrainConfig, train
+from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.weights import t5 as t5_weights
@@ -88,4 +88,4 @@ def _tokenizer(wanted: str, captions: list[str], vocab: int, folder: Path):
 
 
 if __name__ == "__main__":
-    run(pretrain)
+    run(pretrain, stopped_by=(Diverged,))
