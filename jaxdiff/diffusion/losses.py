@@ -31,19 +31,26 @@ class Simple:
 
 @dataclasses.dataclass(frozen=True)
 class MinSNR:
-    """min(SNR, γ) on the x₀ error (arXiv 2303.09556, Sec. 3.4).
+    """min(SNR, γ) on the x₀ error (arXiv 2303.09556, Sec. 3.4), and not below `floor`.
 
-    Factors, with S = e^λ: x₀: min(S, γ); ε: min(S, γ)/S; v: min(S, γ)/(S + 1); velocity: min(S, γ)/(1 + √S)².
+    Factors, with S = e^λ and m = max(min(S, γ), floor): x₀: m; ε: m/S; v: m/(S + 1); velocity: m/(1 + √S)². The paper has
+    no floor (0); a floor of 1 is the truncated SNR of progressive distillation (arXiv 2202.00512, Sec. 4), which goes on
+    learning at high noise, where the text decides, when x₀ is predicted.
     """
 
     gamma: float = 5.0
+    floor: float = 0.0
 
     def __post_init__(self):
         if not 0.0 < self.gamma < math.inf:
             raise ValueError(f"min-SNR needs a finite gamma above 0, not {self.gamma}")
+        if not 0.0 <= self.floor <= self.gamma:
+            raise ValueError(f"min-SNR's floor must lie between 0 and gamma {self.gamma}, not {self.floor}")
 
     def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
-        return jnp.exp(jnp.minimum(logsnr, math.log(self.gamma)) - log_error_ratio(prediction, logsnr))
+        lowest = math.log(self.floor) if self.floor else -math.inf
+        wanted = jnp.clip(logsnr, lowest, math.log(self.gamma))
+        return jnp.exp(wanted - log_error_ratio(prediction, logsnr))
 
 
 @dataclasses.dataclass(frozen=True)
