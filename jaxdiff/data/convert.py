@@ -11,7 +11,6 @@ that belong to the inputs given, so that leftovers of other inputs are never rea
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -28,10 +27,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
-from array_record.python import array_record_module
-
 from jaxdiff.data import pictures, remote
-from jaxdiff.data.files import remove_leftovers, replacing, write_json
+from jaxdiff.data.files import new_records, remove_leftovers, write_json
 from jaxdiff.data.folder import SUFFIXES
 from jaxdiff.data.records import INDEX, pack
 
@@ -196,11 +193,11 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
     skipped: collections.Counter[str] = collections.Counter()
     first: dict[str, str] = {}
     images = 0
-    with replacing(file) as temporary, _writer(temporary) as writer:
+    with new_records(file) as write:
         for name, image, caption in piece.examples(settings):
             fault = _fault(image, caption, settings)
             if fault is None:
-                writer.write(pack(image, caption, name))
+                write(pack(image, caption, name))
                 images += 1
             elif settings.strict:
                 raise ValueError(f"{name}: {fault} (strict)")
@@ -210,15 +207,6 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
     report = Report(file.name, piece.path, images, dict(skipped), first)
     write_json(done, dataclasses.asdict(report))  # last: only a file with its report counts as done
     return report
-
-
-@contextlib.contextmanager
-def _writer(file: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
-    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # one record a read: access is random
-    try:
-        yield writer
-    finally:
-        writer.close()
 
 
 def _run(work: Iterator[Piece], out: Path, settings: Settings, processes: int) -> Iterator[Report]:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 
-from jaxdiff.data.files import remove_leftovers, replacing, write_json
+from jaxdiff.data.files import new_records, remove_leftovers, write_json
 from jaxdiff.text.t5 import TextEncoder
 
 SIDECAR = "embeddings.json"
@@ -139,8 +139,7 @@ def _write_part(
 ) -> dict:
     """Writes one part and returns the length and width that the encoder gave."""
     shape = (state["length"], state["width"])
-    with replacing(file) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    with new_records(file) as write:
         for start in range(0, len(captions), batch):
             chunk = captions[start : start + batch]
             text, mask = _encode(encode, chunk, batch)
@@ -150,9 +149,8 @@ def _write_part(
                 )
             shape = text.shape[1:]
             for caption, rows, kept in zip(chunk, text, mask):
-                writer.write(digest(caption) + rows[: kept.sum()].tobytes())
+                write(digest(caption) + rows[: kept.sum()].tobytes())
             progress(len(chunk))
-        writer.close()
     return {"length": int(shape[0]), "width": int(shape[1])}
 
 
@@ -173,10 +171,9 @@ def _skip_stored(path: Path, state: dict, stream: Iterator, progress: Callable[[
     """Moves past the captions that are stored already; the digest of each part's last one must still fit."""
     for number, name in enumerate(state["parts"]):
         chunk = list(itertools.islice(stream, state["part"]))
-        with_reader = array_record_module.ArrayRecordReader(str(path / name))
-        stored = with_reader.num_records()
-        last = with_reader.read([stored - 1])[0][:_DIGEST]
-        with_reader.close()
+        records = array_record_data_source.ArrayRecordDataSource([str(path / name)])
+        stored = len(records)
+        last = records[stored - 1][:_DIGEST]
         if len(chunk) < stored or digest(chunk[stored - 1]) != last:
             position = number * state["part"] + stored - 1
             raise ValueError(f"{path}: caption {position} is not the one stored there; use a new path for new captions")

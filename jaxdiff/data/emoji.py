@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jaxdiff.data import pictures
+from jaxdiff.data.files import full_disk_is_an_os_error
 
 ARTWORK, NAMES = "noto", "emojibase"  # the folders of the two unpacked packages
 FILES = {ARTWORK: ("icons.json", "chars.json", "package.json"), NAMES: ("en/data.json", "package.json")}
@@ -51,7 +52,8 @@ def prepare(
         found = _builder(resolution, data_dir, packages, progress)
         if not found.is_prepared():
             read(packages)  # whatever is wrong with the packages is said before TFDS makes a folder
-            found.download_and_prepare()
+            with full_disk_is_an_os_error(data_dir):
+                found.download_and_prepare()
     return found
 
 

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from array_record.python import array_record_module
 
 _SUFFIX = ".part"
 
@@ -29,6 +31,39 @@ def write_json(file: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_records(file: Path) -> Iterator[Callable[[bytes], None]]:
+    """The function that adds a record to a new ArrayRecord file, which gets its name when the block ends well.
+
+    OSError when it cannot be written, a full disk included.
+    """
+    with replacing(file) as temporary:
+        with full_disk_is_an_os_error(file):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # read one at a time
+
+        def write(record: bytes) -> None:
+            with full_disk_is_an_os_error(file):
+                writer.write(record)
+
+        try:
+            yield write
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            raise
+        with full_disk_is_an_os_error(file):
+            writer.close()
+
+
+@contextlib.contextmanager
+def full_disk_is_an_os_error(file: Path | str) -> Iterator[None]:
+    """ArrayRecord raises RuntimeError when it cannot write; to a user that is an OSError about `file`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from error
 
 
 def remove_leftovers(folder: Path) -> None:
