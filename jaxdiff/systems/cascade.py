@@ -3,6 +3,8 @@
 drawn = cascade.sample(cascade, ["a red circle"], seed=0)     # {64: (1 64 64 3), 256: …, 1024: …}
 """
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.diffusion import noise
-from jaxdiff.systems.imagen import Sampling, Stage, draw, null_text
+from jaxdiff.systems.imagen import Sampling, Stage, check, draw, null_text
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 
 
@@ -34,7 +36,7 @@ class Cascade:
 
     def __post_init__(self):
         models = self.models
-        for lower, upper in zip(models, models[1:]):
+        for lower, upper in itertools.pairwise(models):
             if upper.stage.low_resolution != lower.stage.resolution:
                 raise ValueError(
                     f"the {upper.stage.resolution} stage enlarges {upper.stage.low_resolution} pixels, "
@@ -63,6 +65,7 @@ def sample(
     negative: str = "",
     up_to: int | None = None,
     samplings: Sequence[Sampling] | None = None,
+    size: tuple[int, int] | None = None,
     batch: int = 16,
     progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
@@ -79,6 +82,7 @@ def sample(
             negative=negative,
             up_to=up_to,
             samplings=samplings,
+            size=size,
             batch=batch,
             progress=progress,
         )
@@ -90,45 +94,68 @@ def stages(
     prompts: Sequence[str],
     *,
     seed: int = 0,
+    first: int = 0,
     per_prompt: int = 1,
     negative: str = "",
     up_to: int | None = None,
     samplings: Sequence[Sampling] | None = None,
+    size: tuple[int, int] | None = None,
+    after: tuple[int, np.ndarray] | None = None,
     batch: int = 16,
     progress: Progress | None = None,
-    start: np.ndarray | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(resolution, pictures) of each stage in turn, up to the resolution `up_to`.
 
-    Picture i of seed s is the same whatever else is drawn with it. `negative`: what guidance leads away from; empty is
-    the null text. `samplings`: one for each stage, in place of the models' own. `batch`: pictures in one program at the
-    base; every fourfold enlargement takes a sixteenth of it, at least one. `start`: pictures to enlarge in place of what
-    the base would draw. ValueError for an `up_to` that no stage draws.
+    Picture i of seed s is the same whatever else is drawn with it; `first` is the number of the first one here, so that
+    a long list can be drawn in parts. `negative`: what guidance leads away from; empty is the null text. `samplings`:
+    one for each stage, in place of the models' own. `size`: height and width of the base's pictures, which every stage
+    enlarges; its resolution by default. `after`: (resolution, pictures) to go on from, as if that stage had drawn them.
+    `batch`: pictures in one program at the base; every fourfold enlargement takes a sixteenth of it, at least one.
+
+    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, and a size or tiles that a stage
+    cannot draw. An empty prompt is drawn without text, with a warning.
     """
-    if not prompts:
-        raise ValueError("no prompts to draw")
-    if up_to is not None and up_to not in cascade.resolutions:
-        raise ValueError(
-            f"no stage draws {up_to} pixels; this cascade draws {', '.join(map(str, cascade.resolutions))}"
-        )
-    if per_prompt < 1 or batch < 1:
-        raise ValueError(f"per_prompt and batch must be at least 1, not {per_prompt} and {batch}")
+    count = len(prompts) * per_prompt
+    if count < 1 or batch < 1:
+        raise ValueError(f"nothing to draw: {len(prompts)} prompts, {per_prompt} of each, in batches of {batch}")
     samplings = samplings or [model.sampling for model in cascade.models]
     if len(samplings) != len(cascade.models):
         raise ValueError(f"{len(samplings)} samplings for {len(cascade.models)} stages: give one for each")
+    begin = 0 if after is None else _number(cascade, after[0]) + 1
+    end = len(cascade.models) if up_to is None else _number(cascade, up_to) + 1
+    nominal = cascade.base.stage.resolution if after is None else after[0]
+    size = size or (nominal, nominal) if after is None else after[1].shape[1:3]
+    for model, sampling in list(zip(cascade.models, samplings))[begin:end]:
+        check(model.stage, sampling, tuple(side * model.stage.resolution // nominal for side in size))
+    _warn_of_blanks(prompts)
     text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), encode(cascade.text, list(prompts)))
-    keys = noise.sample_keys(jax.random.key(seed), jnp.arange(len(prompts) * per_prompt))
-    pictures = start
-    for number, (model, sampling) in enumerate(zip(cascade.models, samplings)):
-        resolution = model.stage.resolution
-        if number or pictures is None:
-            away = encode(cascade.text, [negative]) if negative.strip() else None
-            size = max(1, batch // model.stage.factor**2 if number < 2 else batch // model.stage.factor**4)
-            task = _Task(model, sampling, text, away, noise.fold(keys, number), pictures, min(size, len(keys)))
+    away = encode(cascade.text, [negative]) if negative.strip() else None
+    keys = noise.sample_keys(jax.random.key(seed), jnp.arange(first, first + count))
+
+    def drawn(pictures: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+        for number in range(begin, end):
+            model, sampling, folded = cascade.models[number], samplings[number], noise.fold(keys, number)
+            rows = max(1, batch // model.stage.factor**2 if number < 2 else batch // model.stage.factor**4)
+            task = _Task(model, sampling, text, away, folded, pictures, size, min(rows, count))
             pictures = task.run(progress)
-        yield resolution, pictures
-        if resolution == up_to:
-            return
+            yield model.stage.resolution, pictures
+
+    return drawn(None if after is None else after[1])
+
+
+def _warn_of_blanks(prompts: Sequence[str]) -> None:
+    blank = sum(not prompt.strip() for prompt in prompts)
+    if blank:
+        what = "an empty prompt is" if blank == 1 else f"{blank} empty prompts are"
+        warnings.warn(f"{what} drawn without text", stacklevel=3)
+
+
+def _number(cascade: Cascade, resolution: int) -> int:
+    """Which stage draws pictures of this resolution."""
+    if resolution not in cascade.resolutions:
+        drawn = ", ".join(map(str, cascade.resolutions))
+        raise ValueError(f"no stage draws {resolution} pixels; this cascade draws {drawn}")
+    return cascade.resolutions.index(resolution)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +168,7 @@ class _Task:
     away: TextEmbedding | None
     keys: jax.Array
     low_res: np.ndarray | None
+    size: tuple[int, int]
     batch: int
 
     def run(self, progress: Progress | None) -> np.ndarray:
@@ -167,7 +195,7 @@ class _Task:
             if self.away is not None:
                 negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rows), *a.shape[1:])), self.away)
         low_res = None if self.low_res is None else jnp.asarray(self.low_res[rows])
-        size = (stage.resolution,) * 2
+        size = self.size
         if low_res is not None:
             size = tuple(side * stage.factor for side in low_res.shape[1:3])
         return draw(stage, self.model.params, self.sampling, text, negative, self.keys[rows], size, low_res, report)

@@ -6,7 +6,7 @@ settings and the tiny ones are `systems/imagen_presets.py`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -142,11 +142,13 @@ def draw(
 ) -> Float[Array, "b h w c"]:
     """Pictures (b, *size, 3) in [-1, 1] from text, and from the low-resolution pictures of a super-resolution stage.
 
-    `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own; picture
-    i depends on nothing but its own key, text and input. With `progress`, the host runs the compiled program `chunk`
-    steps at a time and reports how many are done; the pictures are the same.
+    `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own;
+    picture i depends on nothing but its own key, text and input. With `progress`, the host runs the compiled program
+    `chunk` steps at a time and reports how many are done; the pictures are the same.
     """
-    check_size(stage, *size)
+    check(stage, sampling, size)
+    if not stage.unet.reads_text:  # both branches of guidance would be the same
+        sampling = replace(sampling, guidance=Guidance())
     condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size))
     carry = sampling.sampler.init(noise.normal_like(noise.fold(keys, 0), (*size, 3)))
     if progress is None:
@@ -227,6 +229,13 @@ def null_text(stage: Stage, count: int) -> TextEmbedding:
     """No text: zeros, all of it masked (Imagen zeroes the embeddings of dropped captions)."""
     shape = (count, stage.text_length)
     return TextEmbedding(jnp.zeros((*shape, stage.unet.text_width)), jnp.zeros(shape, bool))
+
+
+def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
+    """ValueError where the stage cannot draw this size, or not in these tiles."""
+    check_size(stage, *size)
+    if sampling.tiles is not None:
+        check_size(stage, sampling.tiles.side, sampling.tiles.overlap)
 
 
 def check_size(stage: Stage, *sides: int) -> None:

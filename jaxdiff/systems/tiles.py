@@ -1,7 +1,7 @@
 """Run a network on a large picture in overlapping tiles, one at a time, so that memory does not grow with the picture.
 
-The tiles of one denoising step are blended before the sampler goes on (as in MultiDiffusion, arXiv 2302.08113), and all of
-them see the same noise, so neighbours agree at every step and no seam can build up.
+The tiles of one denoising step are blended before the sampler goes on (as in MultiDiffusion, arXiv 2302.08113), and all
+of them see the same noise, so neighbours agree at every step and no seam can build up.
 """
 
 from collections.abc import Callable
