@@ -9,17 +9,16 @@ Cost: one pass of the encoder over the captions; a caption takes 2 bytes × its 
 fingerprint, so that a model made for another one refuses them.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from jaxdiff.weights.t5 import load_text_encoder
 from tqdm import tqdm
 
 from experiments.cli import run
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import fingerprint, store_embeddings
-from jaxdiff.data.example import Source
+from jaxdiff.data.example import captions
 from jaxdiff.text.t5 import encode
+from jaxdiff.weights.t5 import load_text_encoder
 
 
 def main(
@@ -56,15 +55,6 @@ def main(
             progress=bar.update,
         )
     print(f"{stored.count} embeddings of {stored.length} × {stored.width} at most: --embeddings {out}")
-
-
-def captions(source: Source) -> Iterator[str | None]:
-    """The captions in the source's order; that of a file that cannot be read is missing, as it is in training."""
-    for index in range(len(source)):
-        try:
-            yield source[index]["caption"]
-        except OSError:
-            yield None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every source of captioned pictures holds, and what a source is."""
 
+from collections.abc import Iterator
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -20,3 +21,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def captions(source: Source) -> Iterator[str | None]:
+    """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training."""
+    for index in range(len(source)):
+        try:
+            yield source[index]["caption"]
+        except OSError:
+            yield None
