@@ -22,7 +22,7 @@ from experiments.cli import run
 from experiments.imagen import pictures, presets
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
-from jaxdiff.data.example import Source
+from jaxdiff.data.example import Example, Source
 from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion import noise
 from jaxdiff.systems.cascade import Model
@@ -76,6 +76,8 @@ class Run:
     """Steps between checkpoints."""
     examples: int = 20_000
     """How many pictures of shapes to draw."""
+    limit: int = 0
+    """Train on so many examples only, evenly spread over the set, to see whether they can be learned; 0: on all."""
     strict: bool = False
     """A picture that cannot be read or lacks its caption is an error, not a warning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -135,7 +137,8 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     spec = sources.parse(settings.data)
     if isinstance(spec, sources.Shapes):
         spec = dataclasses.replace(spec, train=settings.examples)
-    return sources.open(spec, stage.resolution, split, settings.data_dir)
+    source = sources.open(spec, stage.resolution, split, settings.data_dir)
+    return _Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
 def embeddings_of(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
@@ -179,6 +182,20 @@ def check_width(stage: Stage, encoder: TextEncoder) -> None:
     if encoder.config.d_model != stage.unet.text_width:
         given, read = encoder.config.d_model, stage.unet.text_width
         raise ValueError(f"the text encoder gives embeddings of width {given}, the stage reads {read}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """So many examples of a source, evenly spread over it."""
+
+    source: Source
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index * len(self.source) // self.count]
 
 
 class _Samples:
