@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from jaxdiff.data.pictures import to_uint8
 
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0…255, rounded."""
-    return np.clip(np.round((np.asarray(pictures, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+GAP = 8
+"""Pixels between the pictures of a sheet."""
 
 
 def save_png(path: Path, picture: np.ndarray, metadata: Mapping[str, str] | None = None) -> None:
@@ -32,24 +32,58 @@ def write(path: Path, image: Image.Image, **options) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def scaled(picture: np.ndarray, side: int) -> Image.Image:
+    """A picture (h w 3) in [-1, 1] as an image whose longer side has `side` pixels.
+
+    Small pictures are enlarged without smoothing where that goes evenly: what one sees are the pixels that were drawn.
+    """
+    image = Image.fromarray(to_uint8(picture))
+    longer = max(image.size)
+    if longer == side:
+        return image
+    filter = Image.Resampling.NEAREST if side % longer == 0 else Image.Resampling.LANCZOS
+    return image.resize(tuple(max(1, round(length * side / longer)) for length in image.size), filter)
+
+
 def grid(
     pictures: Sequence[np.ndarray], captions: Sequence[str], side: int, columns: int, font_size: int = 12
 ) -> Image.Image:
     """Pictures (h w 3 in [-1, 1]), each scaled to `side` pixels with its caption below, `columns` to a row."""
+    return sheet([scaled(picture, side) for picture in pictures], captions, side, columns, font_size)
+
+
+def sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], side: int, columns: int, font_size: int = 12
+) -> Image.Image:
+    """The same for images that have their size already, `side` pixels at most."""
+    texts = [wrapped(caption, side, font_size) for caption in captions]
+    height = side + text_height(texts, font_size)
+    rows = -(-len(images) // columns)
+    whole = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    for i, image in enumerate(images):
+        x, y = GAP + (i % columns) * (side + GAP), GAP + (i // columns) * (height + GAP)
+        paste(whole, image, (x, y))
+        write_text(whole, texts[i], (x, y + side + 3), font_size)
+    return whole
+
+
+def paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int]) -> None:
+    """`image` with a thin frame, its top left corner at `place`."""
+    (x, y), (width, height) = place, image.size
+    ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
+    sheet.paste(image, place)
+
+
+def wrapped(text: str, width: int, font_size: int) -> str:
+    """Broken into lines that fit into `width` pixels."""
+    return "\n".join(textwrap.wrap(text, max(8, int(width / (0.52 * font_size)))))
+
+
+def text_height(texts: Sequence[str], font_size: int) -> int:
+    """Pixels that the longest of these texts takes below a picture."""
+    return max((text.count("\n") + 1 for text in texts), default=0) * int(1.3 * font_size) + GAP
+
+
+def write_text(sheet: Image.Image, text: str, place: tuple[int, int], font_size: int) -> None:
     font = ImageFont.load_default(font_size)
-    lines = [textwrap.wrap(caption, max(8, int(side / (0.52 * font_size)))) or [""] for caption in captions]
-    height = side + (max(map(len, lines), default=0) * int(1.3 * font_size)) + 8
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (height + 8) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pictures):
-        x, y = 8 + (i % columns) * (side + 8), 8 + (i // columns) * (height + 8)
-        image = Image.fromarray(to_uint8(picture))
-        if image.size != (side, side):
-            # Small pictures are enlarged without smoothing: what one sees are the pixels that were drawn.
-            filter = Image.Resampling.NEAREST if side % image.width == 0 else Image.Resampling.LANCZOS
-            image = image.resize((side, side), filter)
-        sheet.paste(image, (x, y))
-        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(200, 200, 200))
-        pen.multiline_text((x, y + side + 3), "\n".join(lines[i]), fill="black", font=font, spacing=1)
-    return sheet
+    ImageDraw.Draw(sheet).multiline_text(place, text, fill="black", font=font, spacing=1)

@@ -1,6 +1,7 @@
 """The names that command lines use, and the values they stand for."""
 
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
+from jaxdiff.diffusion.thresholding import Dynamic, Static, Thresholding, Unthresholded
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.imagen import Sampling, Stage
 
@@ -21,6 +22,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Heun(),
     "euler": Euler(),
 }
+THRESHOLDINGS: dict[str, Thresholding] = {"static": Static(), "dynamic": Dynamic(), "none": Unthresholded()}
 
 
 def stage(name: str, preset: str) -> Stage:
@@ -41,3 +43,9 @@ def sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def thresholding(name: str) -> Thresholding:
+    if name not in THRESHOLDINGS:
+        raise ValueError(f"unknown thresholding {name!r}: choose from {', '.join(THRESHOLDINGS)}")
+    return THRESHOLDINGS[name]

@@ -174,7 +174,7 @@ class _Task:
     def run(self, progress: Progress | None) -> np.ndarray:
         count, resolution = len(self.keys), self.model.stage.resolution
         total = -(-count // self.batch) * self.batch * self.sampling.steps
-        parts = []
+        pictures = None  # one array for all, so that large pictures are never held twice
         for first in range(0, count, self.batch):
             # The last batch is filled up with repeats of its last picture, which are dropped again.
             rows = np.minimum(np.arange(first, first + self.batch), count - 1)
@@ -184,8 +184,10 @@ class _Task:
                 def report(step, before=first * self.sampling.steps):
                     progress(resolution, before + step * self.batch, total)
 
-            parts.append(np.asarray(self._draw(rows, report))[: count - first])
-        return np.concatenate(parts)
+            part = np.asarray(self._draw(rows, report))[: count - first]
+            pictures = np.empty((count, *part.shape[1:]), part.dtype) if pictures is None else pictures
+            pictures[first : first + len(part)] = part
+        return pictures
 
     def _draw(self, rows: np.ndarray, report: Callable[[int], None] | None) -> jax.Array:
         stage = self.model.stage

@@ -1,0 +1,149 @@
+"""What command lines can set about drawing, and what scripts that draw share: checks, progress bars, parts."""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.imagen import presets
+from jaxdiff.diffusion.thresholding import Dynamic
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.tiles import Tiles
+
+PART = 32
+"""Pictures that go through the stages together: at 1024 pixels they take 400 MB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the stages draw. One value for all stages, or one for each, separated by commas; what is left out, or empty
+    between commas (`50,,`), is the stage's own setting."""
+
+    sampler: str = ""
+    """ddpm | ddim | dpmpp | heun | euler"""
+    steps: str = ""
+    """Steps of the sampler."""
+    guidance: str = ""
+    """Guidance weight; 1 is off."""
+    thresholding: str = ""
+    """static | dynamic | none"""
+    percentile: float | None = None
+    """Of dynamic thresholding, as a fraction (0.995)."""
+    cap: float | None = None
+    """The largest scale of dynamic thresholding; 1 makes it static."""
+    aug_level: str = ""
+    """Noise put on the input of super-resolution, 0 to 1."""
+    tile: int | None = None
+    """Draw super-resolution in overlapping tiles of so many pixels a side."""
+    tile_overlap: int = 32
+    """Pixels that neighbouring tiles share."""
+
+
+def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]:
+    """How each stage draws: its own settings with those of the command line put in. ValueError naming a bad one."""
+    chosen = {
+        "sampler": _each("sampler", drawing.sampler, len(models), presets.sampler),
+        "steps": _each("steps", drawing.steps, len(models), int),
+        "guidance": _each("guidance", drawing.guidance, len(models), float),
+        "thresholding": _each("thresholding", drawing.thresholding, len(models), presets.thresholding),
+        "aug_level": _each("aug-level", drawing.aug_level, len(models), float),
+    }
+    made = []
+    for number, model in enumerate(models):
+        given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
+        if "guidance" in given:
+            given["guidance"] = dataclasses.replace(model.sampling.guidance, weight=given["guidance"])
+        if drawing.tile is not None and model.stage.unet.low_res:
+            given["tiles"] = Tiles(drawing.tile, drawing.tile_overlap)
+        made.append(_dynamic(dataclasses.replace(model.sampling, **given), drawing))
+    if (drawing.percentile, drawing.cap) != (None, None) and not any(isinstance(s.thresholding, Dynamic) for s in made):
+        raise ValueError("--percentile and --cap are for dynamic thresholding, and no stage uses it here")
+    return tuple(made)
+
+
+def _each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> list[Any]:
+    """A value for each stage, None where it is left out."""
+    values = [value.strip() for value in text.split(",")]
+    if len(values) not in (1, stages):
+        raise ValueError(f"--{name} {text}: {len(values)} values for {stages} stages; give one, or one for each")
+    try:
+        found = [convert(value) if value else None for value in values]
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: {error}") from error
+    return found * stages if len(found) == 1 else found
+
+
+def _dynamic(sampling: Sampling, drawing: Drawing) -> Sampling:
+    """With the percentile and the cap, where the thresholding is dynamic."""
+    given = {"percentile": drawing.percentile, "cap": drawing.cap}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given or not isinstance(sampling.thresholding, Dynamic):
+        return sampling
+    return dataclasses.replace(sampling, thresholding=dataclasses.replace(sampling.thresholding, **given))
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """`SIDE` or `HEIGHTxWIDTH` in pixels; None where it is empty."""
+    if not text:
+        return None
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError as error:
+        raise ValueError(f"--size {text}: not of the form SIDE or HEIGHTxWIDTH") from error
+    return height, width
+
+
+def usable(folder: Path) -> Path:
+    """The folder, made where it is missing. OSError, before minutes of drawing, where nothing can be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
+
+
+def parts(prompts: int, per_prompt: int = 1) -> list[range]:
+    """0 … prompts−1 in parts of at most PART pictures (one prompt at least), as even as can be, because a part much
+    smaller than the others would have to be compiled anew."""
+    pieces = max(1, min(prompts, -(-prompts * per_prompt // PART)))
+    edges = [prompts * i // pieces for i in range(pieces + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+class Bars:
+    """A progress bar for each stage, for `cascade.stages(progress=…)`, and the seconds that each stage took."""
+
+    def __init__(self, pieces: int = 1):
+        self._pieces = pieces
+        self._bars: dict[int, tqdm] = {}
+        self._done: dict[int, int] = {}
+        self._clock = time.perf_counter()
+        self.seconds: dict[int, list[float]] = {}
+
+    def __call__(self, resolution: int, done: int, total: int) -> None:
+        if resolution not in self._bars:
+            self._bars[resolution] = tqdm(total=total * self._pieces, desc=f"{resolution:5d} px", unit="step")
+        bar, before = self._bars[resolution], self._done.get(resolution, 0)
+        bar.update(done - before if done > before else done)
+        self._done[resolution] = done
+        if bar.n >= bar.total:
+            bar.close()
+
+    def lap(self, resolution: int | None = None) -> None:
+        """Books the time since the last lap to a stage, compilation included; to none, to begin with."""
+        now = time.perf_counter()
+        if resolution is not None:
+            self.seconds.setdefault(resolution, []).append(now - self._clock)
+        self._clock = now
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for bar in self._bars.values():
+            bar.close()
