@@ -35,22 +35,37 @@ def attention(
 
     `mask` is True where a query may look. `scale` defaults to 1/√h (T5 uses 1).
     """
-    chosen = _pick(q, k, bias) if kernel is Kernel.AUTO else kernel
+    chosen = _pick(q, k, mask, bias) if kernel is Kernel.AUTO else kernel
     if chosen is Kernel.TOKAMAX:
         import tokamax
 
         return tokamax.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+    if chosen is Kernel.CUDNN:
+        k, v, mask = _for_cudnn(q, k, v, mask)
     implementation = "cudnn" if chosen is Kernel.CUDNN else "xla"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
 
 
-def _pick(q: Array, k: Array, bias: Array | None) -> Kernel:
+def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
     platform = jax.default_backend()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        # The gradient of a bias (T5's relative positions) needs even lengths in cuDNN.
-        if bias is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0):
+        # The gradient with a mask or a bias (T5's relative positions) needs even lengths in cuDNN. An odd number of
+        # keys can be padded under a mask.
+        queries_fit = q.shape[1] % 2 == 0 or (mask is None and bias is None)
+        if queries_fit and (k.shape[1] % 2 == 0 or bias is None):
             return Kernel.CUDNN
     if platform == "tpu" and min(q.shape[1], k.shape[1]) >= LONG_SEQUENCE and importlib.util.find_spec("tokamax"):
         return Kernel.TOKAMAX
     return Kernel.XLA
+
+
+def _for_cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
+    """Keys, values and mask as cuDNN takes them: the mask for every query, the number of masked keys even."""
+    if mask is None:
+        return k, v, None
+    odd = k.shape[1] % 2
+    k, v = (jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0))) for a in (k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd)))
+    return k, v, jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
