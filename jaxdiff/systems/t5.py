@@ -191,7 +191,7 @@ class SpanBatches:
         epoch, place = divmod(position, len(self._rows))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._rows))
-        return self._order[place]
+        return int(self._order[place])
 
     def _corrupted(self, caption: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids = self._rows[caption, : self._lengths[caption]]

@@ -53,7 +53,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
     Text is normalised (NFKC, lower case, single spaces); a character that no piece holds is spelled out in UTF-8 bytes.
     `save_pretrained(directory)` writes tokenizer.json and tokenizer_config.json. Few captions give fewer ids than asked
-    for; ValueError where `vocab_size` leaves no room for words.
+    for; ValueError where `vocab_size` leaves no room for words, or where there are none.
     """
     room = vocab_size - len(_SPECIAL) - len(_BYTES) - SENTINELS
     if room < 100:
@@ -119,18 +119,21 @@ def _pieces(captions: list[str], room: int) -> dict[str, float]:
     strings that occur in two different words. Parts score below every word, so that a known word is one token.
     """
     model = _pipeline(Tokenizer(Unigram()))
-    counts = Counter(
-        word
-        for caption in captions
-        for word, _ in model.pre_tokenizer.pre_tokenize_str(model.normalizer.normalize_str(caption))
-    )
-    total = max(sum(counts.values()), 1)
+    captions = [model.normalizer.normalize_str(caption) for caption in captions]
+    counts = Counter(word for caption in captions for word, _ in model.pre_tokenizer.pre_tokenize_str(caption))
+    if not counts:
+        raise ValueError("no caption with words to train a tokenizer on")
+    total = sum(counts.values())
+    # The trainer keeps every character it meets; the rare ones are left to the bytes.
+    characters = [character for character, _ in Counter("".join(captions)).most_common()]
+    rare = dict.fromkeys(map(ord, characters[room // 6 :]), " ")
     trainer = trainers.UnigramTrainer(
         vocab_size=room // 4, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
     )
-    model.train_from_iterator(captions, trainer)
+    model.train_from_iterator((caption.translate(rare) for caption in captions), trainer)
     learned = json.loads(model.to_str())["model"]["vocab"][1:]
-    pieces = {piece: score - math.log(total) for piece, score in learned if piece not in _BYTES}
+    # The trainer sums in the random order of a hash table; rounding makes two runs agree.
+    pieces = {piece: round(score - math.log(total), 3) for piece, score in learned if piece not in _BYTES}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: room - len(pieces)]
     return pieces | {word: math.log(count / total) for word, count in frequent}
 

@@ -1,0 +1,127 @@
+"""Tokenizers: trained, saved and loaded again, bytes; what is cut is said."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+
+from jaxdiff.text.tokenizer import SENTINELS, byte_tokenizer, load_tokenizer, sentinel_ids, tokenize, train_tokenizer
+
+COLOURS = ["red", "green", "blue", "orange", "purple", "white"]
+KINDS = ["circle", "square", "triangle", "star", "hexagon"]
+CAPTIONS = [
+    f"a {size} {colour} {kind} on a {ground} background, left of {n} dots"
+    for n, size in enumerate(["small", "large"])
+    for colour in COLOURS
+    for kind in KINDS
+    for ground in COLOURS
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(CAPTIONS, 600)
+
+
+def test_trained_follows_t5(trained):
+    assert (trained.pad_token_id, trained.eos_token_id, trained.unk_token_id) == (0, 1, 2)
+    size = len(trained)
+    assert size <= 600
+    assert sentinel_ids(trained) == [size - 1 - i for i in range(SENTINELS)]
+
+
+def test_words_seen_are_one_token_each(trained):
+    ids = trained("A small RED circle,  left")["input_ids"]
+    assert trained.convert_ids_to_tokens(ids) == ["▁a", "▁small", "▁red", "▁circle", ",", "▁left", "</s>"]
+    assert trained("a SMALL red\tcircle, left ")["input_ids"] == ids
+
+
+@pytest.mark.parametrize("text", ["zebra", "naïve 🐙 über", "日本語", "<0x41> & \\ {}", "x" * 300])
+def test_no_text_is_unknown(trained, text):
+    ids = trained(text)["input_ids"]
+    assert trained.unk_token_id not in ids
+    assert trained.decode(ids, skip_special_tokens=True) == text
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+    again = load_tokenizer(tmp_path)
+    texts = [*CAPTIONS[:20], "naïve 🐙", ""]
+    assert again(texts)["input_ids"] == trained(texts)["input_ids"]
+    assert (len(again), sentinel_ids(again)) == (len(trained), sentinel_ids(trained))
+
+
+def test_training_twice_gives_the_same(trained):
+    assert train_tokenizer(CAPTIONS, 600).get_vocab() == trained.get_vocab()
+
+
+def test_captions_in_many_scripts_need_no_larger_vocabulary():
+    scripts = ["".join(chr(start + i) for i in range(60)) for start in (0x3B1, 0x430, 0x5D0, 0x905, 0x4E00, 0xAC00)]
+    tokenizer = train_tokenizer([*scripts, *CAPTIONS], 400)
+    assert len(tokenizer) <= 400
+    for text in ("a red star", "αβγ 一丁 가각"):
+        ids = tokenizer(text)["input_ids"]
+        assert 2 not in ids and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_too_small_a_vocabulary_and_no_captions_are_refused():
+    with pytest.raises(ValueError, match="vocab_size must be at least 391, not 300"):
+        train_tokenizer(CAPTIONS, 300)
+    with pytest.raises(ValueError, match="no caption with words"):
+        train_tokenizer(["", " "], 400)
+
+
+def test_bytes():
+    tokenizer = byte_tokenizer()
+    tokens = tokenize(tokenizer, ["é"], 5)
+    np.testing.assert_array_equal(tokens.ids, [[0xC3 + 3, 0xA9 + 3, 1, 0, 0]])
+    np.testing.assert_array_equal(tokens.mask, [[True, True, True, False, False]])
+    assert sentinel_ids(tokenizer) == list(range(259, 384))
+
+
+def test_shapes_padding_and_end(trained):
+    tokens = tokenize(trained, ["a red star", "", "a large blue square"], 8)
+    assert tokens.ids.shape == tokens.mask.shape == (3, 8)
+    assert tokens.ids.dtype == np.int32
+    np.testing.assert_array_equal(tokens.mask.sum(1), [4, 1, 5])
+    assert (tokens.ids[~tokens.mask] == 0).all()
+    assert (tokens.ids[[0, 1, 2], [3, 0, 4]] == 1).all()
+    assert tokenize(trained, [], 8).ids.shape == (0, 8)
+    with pytest.raises(ValueError, match="length must be at least 1"):
+        tokenize(trained, ["a"], 0)
+
+
+def warned(tokenizer, captions, length):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = tokenize(tokenizer, captions, length)
+    assert len(caught) <= 1
+    return tokens, str(caught[0].message) if caught else None
+
+
+def test_over_long_prompt_warns_once_with_the_lost_words(trained):
+    tokens, message = warned(trained, ["a small red star on a blue background", "a star"], 6)
+    assert message == "prompt longer than 6 tokens cut short; lost: 'a blue background'"
+    assert tokens.mask.sum(1).tolist() == [6, 3]
+    assert tokens.ids[0, -1] == 1
+    assert trained.decode(tokens.ids[0], skip_special_tokens=True) == "a small red star on"
+    assert warned(trained, ["a small red star on a blue background"], 9)[1] is None  # exactly as long as may be
+    _, message = warned(trained, ["a small red star"] * 5, 3)
+    assert re.fullmatch(r"5 prompts longer than 3 tokens cut short; lost: ('red star', ){3}…", message)
+
+
+def test_a_word_cut_in_the_middle_is_lost(trained):
+    _, message = warned(trained, ["a Zebra-Crossing and more"], 4)
+    assert message.endswith("lost: 'Zebra-Crossing and more'")
+    _, message = warned(byte_tokenizer(), ["hello wörld again"], 9)
+    assert message.endswith("lost: 'wörld again'")
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer could be loaded from nobody/nothing: ") as error:
+        load_tokenizer("nobody/nothing")
+    assert "\n" not in str(error.value)

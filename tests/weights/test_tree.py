@@ -1,0 +1,128 @@
+"""A parameter tree in a file: exact, whole or absent, refused where it does not fit."""
+
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.weights import tree
+
+PARAMS = {
+    "encoder": {"block_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3) / 7}, "scale": jnp.ones(3)},
+    "steps": np.array([3, 4], np.int32),
+}
+
+
+def test_round_trip_is_exact(tmp_path):
+    path = tmp_path / "deep" / "params.safetensors"
+    tree.save_tree(path, PARAMS, {"stage": "base", "α": "β"})
+    params, metadata = tree.load_tree(path)
+    assert metadata == {"stage": "base", "α": "β"}
+    assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    assert [file.name for file in path.parent.iterdir()] == ["params.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_only_floats_are_cast(tmp_path, dtype):
+    tree.save_tree(tmp_path / "x.safetensors", PARAMS, {}, dtype)
+    params, _ = tree.load_tree(tmp_path / "x.safetensors")
+    kernel = params["encoder"]["block_0"]["kernel"]
+    assert kernel.dtype == jnp.dtype(dtype) and params["steps"].dtype == np.int32
+    np.testing.assert_array_equal(kernel, PARAMS["encoder"]["block_0"]["kernel"].astype(jnp.dtype(dtype)))
+
+
+def test_other_libraries_read_it(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch's reader of the same format")
+    from safetensors.torch import load_file
+
+    tree.save_tree(tmp_path / "x.safetensors", PARAMS, {}, "bfloat16")
+    read = load_file(tmp_path / "x.safetensors")["encoder/block_0/kernel"]
+    assert read.dtype == torch.bfloat16 and read.shape == (2, 3)
+    np.testing.assert_allclose(read.float().numpy(), PARAMS["encoder"]["block_0"]["kernel"], rtol=1e-2)
+
+
+def test_flatten_and_back():
+    flat = tree.flatten(PARAMS)
+    assert list(flat) == ["encoder/block_0/kernel", "encoder/scale", "steps"]
+    assert jax.tree.structure(tree.unflatten(flat)) == jax.tree.structure(PARAMS)
+    with pytest.raises(ValueError, match="'b/c' holds a slash"):
+        tree.flatten({"a": {"b/c": 1}})
+
+
+def test_check_names_what_does_not_fit():
+    tree.check_tree(PARAMS, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS)), "x")
+    expected = {"encoder": {"block_0": {"kernel": np.zeros((3, 2))}, "bias": np.zeros(1)}, "steps": np.zeros(2)}
+    with pytest.raises(ValueError) as error:
+        tree.check_tree(PARAMS, expected, "base.safetensors")
+    assert str(error.value) == (
+        "base.safetensors does not fit the settings: 1 missing (encoder/bias); 1 unexpected (encoder/scale); "
+        "1 of another shape (encoder/block_0/kernel (2, 3), not (3, 2))"
+    )
+
+
+def test_check_lists_ten_and_the_count():
+    with pytest.raises(ValueError) as error:
+        tree.check_tree({}, {f"k{i:02}": np.zeros(1) for i in range(25)}, "x")
+    message = str(error.value)
+    assert "25 missing (k00, k01" in message and "k09, …)" in message and "k10" not in message
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        tree.load_tree(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_is_refused_whatever_its_name(tmp_path, protocol):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol))
+    with pytest.raises(ValueError, match=r"is a pickle, .* convert it .*torch\.load") as error:
+        tree.load_tree(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_zipped_pickle_is_refused(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("data.pkl", b"x")
+        with pytest.raises(ValueError, match="is a pickle"):
+            tree.load_tree(tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.3, 0.01, 0.0])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    tree.save_tree(path, {"a": np.ones(1000, np.float32)}, {})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        tree.load_tree(path)
+
+
+def test_a_file_size_limit_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tree.save_tree(path, PARAMS, {"old": "yes"})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot save .*x\.safetensors: ") as error:
+            tree.save_tree(path, {"a": np.ones(100_000, np.float32)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5))
+    with pytest.raises(OSError, match=r"cannot save .*: 0\.4 MB needed, 0\.0 MB free"):
+        tree.save_tree(tmp_path / "x.safetensors", {"a": np.ones(100_000, np.float32)}, {})
+    assert os.listdir(tmp_path) == []
