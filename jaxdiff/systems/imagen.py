@@ -36,7 +36,9 @@ class Stage:
 
     resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
     schedule, prediction, weighting: the diffusion process; Imagen's are cosine, ε and the plain squared error.
-    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4).
+    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4); the noise is added
+    before the input is enlarged. max_aug_level: the highest level in training, where levels are uniform from 0.
+    residual: the network says what to add to the enlarged input (x₀ prediction only): flat areas come out exact.
     text_length: tokens per caption. text_dropout: share of captions replaced by the null text, which is zeros.
     """
 
@@ -47,6 +49,8 @@ class Stage:
     prediction: Prediction = Prediction.EPSILON
     weighting: Weighting = Simple()
     augmentation: Schedule = Cosine()
+    max_aug_level: float = 1.0
+    residual: bool = False
     text_length: int = 128
     text_dropout: float = 0.1
 
@@ -56,6 +60,10 @@ class Stage:
             raise ValueError("low_resolution is for networks with low_res, and they need it")
         if self.low_resolution is not None and self.resolution % self.low_resolution:
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
+        if self.residual and (self.prediction is not Prediction.X0 or not self.unet.low_res):
+            raise ValueError("residual is for super-resolution stages that predict x0")
+        if not 0 <= self.max_aug_level <= 1:
+            raise ValueError(f"max_aug_level must lie in [0, 1], not {self.max_aug_level}")
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"text_dropout must be a share between 0 and 1, not {self.text_dropout}")
 
@@ -89,9 +97,25 @@ class Stage:
         x = noised(image, eps, alpha, sigma)
         text = self._dropped_text(batch, keys)
         low_res = self._augmented(batch, image.shape, keys)
-        output = self.unet.module().apply({"params": params}, x, TIME_SCALE * t, text.embeddings, text.mask, *low_res)
+        output = self.predict(params, x, t, text, *low_res)
         losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
         return losses.mean(), {}
+
+    def predict(
+        self,
+        params: dict,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: TextEmbedding,
+        low_res: Float[Array, "b h w c"] | None = None,
+        level: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """What `prediction` says, at the noised pictures x; `low_res` is enlarged and noised to its level already."""
+        given = () if low_res is None else (low_res, level)
+        output = self.unet.module().apply({"params": params}, x, TIME_SCALE * t, text.embeddings, text.mask, *given)
+        if self.residual:
+            output += self.augmentation.alpha(level)[:, None, None, None] * low_res
+        return output
 
     def _dropped_text(self, batch: Mapping, keys: Key[Array, " b"]) -> TextEmbedding:
         if "text" not in batch:
@@ -104,9 +128,9 @@ class Stage:
         """The enlarged low-resolution input with noise of a random level each, and the levels."""
         if not self.unet.low_res:
             return ()
-        level = noise.uniform(noise.fold(keys, 2))
-        low_res = enlarge(batch["low_res"].astype(jnp.float32), shape[1:3])
-        return augment(low_res, level, noise.fold(keys, 3), self.augmentation), level
+        level = self.max_aug_level * noise.uniform(noise.fold(keys, 2))
+        low_res = augment(batch["low_res"].astype(jnp.float32), level, noise.fold(keys, 3), self.augmentation)
+        return enlarge(low_res, shape[1:3]), level
 
 
 @dataclass(frozen=True)
@@ -190,10 +214,7 @@ def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Conditi
     pictures, levels = (inputs[0], *inputs[2:3]), inputs[3:]
 
     def network(x, *low_res):
-        embeddings, mask = text
-        return stage.unet.module().apply(
-            {"params": params}, x, TIME_SCALE * inputs[1], embeddings, mask, *low_res, *levels
-        )
+        return stage.predict(params, x, inputs[1], text, *low_res, *levels)
 
     output = network(*pictures) if sampling.tiles is None else in_tiles(network, pictures, sampling.tiles)
     if guidance.on:
@@ -206,8 +227,8 @@ def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Conditi
 @partial(jax.jit, static_argnums=(0, 1, 4))
 def _noise_low_res(stage, sampling, low_res, keys, size):
     level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
-    low_res = enlarge(low_res.astype(jnp.float32), size)
-    return augment(low_res, level, noise.fold(keys, 2), stage.augmentation), level
+    low_res = augment(low_res.astype(jnp.float32), level, noise.fold(keys, 2), stage.augmentation)
+    return enlarge(low_res, size), level
 
 
 def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:

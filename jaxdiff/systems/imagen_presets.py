@@ -71,7 +71,7 @@ BASE_64_TINY = Stage(
 )
 """For CPUs: patches of 4×4 pixels, and nearly all of the work at 8×8, where convolutions are wide enough to be fast.
 
-It predicts x₀: a patch of noise has 48 numbers that ε or v would have to carry through 64 channels, a patch of picture few."""
+It predicts x₀: ε or v would have to carry a patch's 48 numbers of noise through 64 channels; a picture's are few."""
 
 SR_256_TINY = Stage(
     unet=EfficientUNetConfig(
@@ -90,6 +90,8 @@ SR_256_TINY = Stage(
     schedule=Cosine.shifted(256),
     prediction=Prediction.X0,
     weighting=MinSNR(floor=1.0),
+    max_aug_level=0.3,
+    residual=True,
     text_length=24,
 )
 """Reads no text, so it trains on pictures alone."""
