@@ -116,14 +116,17 @@ def parts(prompts: int, per_prompt: int = 1) -> list[range]:
 
 
 class Bars:
-    """A progress bar for each stage, for `cascade.stages(progress=…)`, and the seconds that each stage took."""
+    """A progress bar for each stage, for `cascade.stages(progress=…)`, and the seconds that the stages took.
+
+    `pieces`: how many times each stage will be run.
+    """
 
     def __init__(self, pieces: int = 1):
         self._pieces = pieces
         self._bars: dict[int, tqdm] = {}
         self._done: dict[int, int] = {}
+        self._laps: dict[int, list[tuple[float, int]]] = {}
         self._clock = time.perf_counter()
-        self.seconds: dict[int, list[float]] = {}
 
     def __call__(self, resolution: int, done: int, total: int) -> None:
         if resolution not in self._bars:
@@ -134,12 +137,21 @@ class Bars:
         if bar.n >= bar.total:
             bar.close()
 
-    def lap(self, resolution: int | None = None) -> None:
-        """Books the time since the last lap to a stage, compilation included; to none, to begin with."""
+    def lap(self, resolution: int | None = None, count: int = 1) -> None:
+        """Books the time since the last lap on a stage that drew `count` pictures; on none, where it is not given."""
         now = time.perf_counter()
         if resolution is not None:
-            self.seconds.setdefault(resolution, []).append(now - self._clock)
+            self._laps.setdefault(resolution, []).append((now - self._clock, count))
         self._clock = now
+
+    def seconds(self, resolution: int) -> float:
+        """All the seconds of a stage, compilation included."""
+        return sum(seconds for seconds, _ in self._laps[resolution])
+
+    def per_picture(self, resolution: int) -> float:
+        """Seconds a picture; the first run, which compiles, is left out where there are others."""
+        laps = self._laps[resolution][1:] or self._laps[resolution]
+        return sum(seconds for seconds, _ in laps) / sum(count for _, count in laps)
 
     def __enter__(self) -> "Bars":
         return self

@@ -126,7 +126,7 @@ def _information(
 def _slug(prompt: str) -> str:
     """The prompt's first words as part of a file name."""
     words = re.findall(r"\w+", prompt.lower())
-    return "".join(f"-{word}" for word in words)[:60]
+    return "".join(f"-{word}" for word in words)[:60].rstrip("-")
 
 
 if __name__ == "__main__":
