@@ -155,8 +155,9 @@ def resize(x: Float[Array, "b h w c"], resample: Resample) -> Float[Array, "b h2
 
 
 class AttentionBlock(nn.Module):
-    """Pixels attend to pixels and text (`self_attention`: text concatenated to keys and values, D.3.1), or to text alone.
+    """Pixels attend to pixels and text, or to text alone.
 
+    `self_attention`: to both, the text concatenated to keys and values (D.3.1).
     `feed_forward` > 0 adds an MLP of that many times the width behind it (A.28: "hidden 2×channels").
     """
 

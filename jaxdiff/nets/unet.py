@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nets import blocks
-from jaxdiff.nets.blocks import AttentionBlock, AttentionPool, Embedding, Norm, ResBlock, Resample, TextContext
+from jaxdiff.nets.blocks import AttentionBlock, AttentionPool, Embedding, Norm, Resample, ResBlock, TextContext
 
 
 @dataclass(frozen=True)
