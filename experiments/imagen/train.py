@@ -2,7 +2,7 @@
 
     python -m experiments.imagen.train --stage base64 --text runs/t5/encoder --data shapes --out runs/base64
     python -m experiments.imagen.train --stage sr256 --data shapes --out runs/sr256
-    python -m experiments.imagen.train --stage sr1024 --data shapes --out runs/sr1024
+    python -m experiments.imagen.train --stage sr1024 --data shapes --out runs/sr1024 --init runs/sr256/model
 
 Run again with the same folder, it goes on from its last checkpoint. The folder gets checkpoints/, metrics.jsonl,
 tensorboard/, loss.png, samples/ (a grid now and then) and at the end model/, which `experiments.imagen.sample` reads as
@@ -32,7 +32,7 @@ from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
-from jaxdiff.weights.imagen import SHIPPED, save_model
+from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 
 
@@ -52,6 +52,8 @@ class Run:
     """The frozen text encoder: a directory or hub id in the transformers layout; the shipped tiny one by default."""
     embeddings: Path | None = None
     """A folder that experiments.data.embed wrote; without it the embeddings are stored below DATA_DIR."""
+    init: Path | None = None
+    """Start from the parameters of this model (the model/ of another run with the same network), to fine-tune them."""
     steps: int = 5000
     """Updates."""
     batch: int = 32
@@ -76,6 +78,8 @@ class Run:
     """Steps between checkpoints."""
     examples: int = 20_000
     """How many pictures of shapes to draw."""
+    held_out: int = 1_000
+    """How many held-out ones to draw beside them."""
     limit: int = 0
     """Train on so many examples only, evenly spread over the set, to see whether they can be learned; 0: on all."""
     strict: bool = False
@@ -125,6 +129,7 @@ def main(settings: Run) -> None:
         config,
         settings.out,
         mesh=make_mesh(fsdp=settings.fsdp),
+        initial=None if settings.init is None else load_params(stage, settings.init / "model.safetensors"),
         sample_hook=_Samples(stage, sampling, source, encoder, settings.out / "samples"),
         description=settings.stage,
     )
@@ -136,7 +141,7 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     """The pictures, at the stage's resolution where the set is drawn."""
     spec = sources.parse(settings.data)
     if isinstance(spec, sources.Shapes):
-        spec = dataclasses.replace(spec, train=settings.examples)
+        spec = sources.Shapes(settings.examples, settings.held_out)
     source = sources.open(spec, stage.resolution, split, settings.data_dir)
     return _Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
