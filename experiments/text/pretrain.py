@@ -37,6 +37,8 @@ def pretrain(
     save_every: int = 500,
     seed: int = 0,
     fsdp: int = 1,
+    examples: int = 20_000,
+    held_out: int = 1_000,
     data_dir: Path = Path("runs/data"),
 ) -> None:
     """Pre-train a T5 on the captions of a data set and write its encoder.
@@ -54,9 +56,12 @@ def pretrain(
         save_every: steps between checkpoints
         seed: of the initial parameters and the order of the data
         fsdp: devices that share each parameter
+        examples: how many pictures of shapes to draw; the same as for the base model draws them only once
+        held_out: how many held-out ones beside them
         data_dir: where prepared data sets live
     """
-    captions = captions_of(data, data_dir)
+    spec = sources.parse(data)
+    captions = captions_of(sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec, data_dir)
     words = _tokenizer(tokenizer, captions, vocab, out / "encoder")
     config = replace(PRESETS[preset], vocab=len(words))
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=max(1, steps // 10), total=steps)
@@ -69,9 +74,9 @@ def pretrain(
     print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption")
 
 
-def captions_of(data: str, data_dir: Path) -> list[str]:
+def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     """Every caption of a set's training split; examples without one are left out."""
-    source = sources.open(sources.parse(data), 64, "train", data_dir)
+    source = sources.open(data, 64, "train", data_dir)
     return [caption for i in range(len(source)) if (caption := (source[i]["caption"] or "").strip())]
 
 
