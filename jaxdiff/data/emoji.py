@@ -8,20 +8,19 @@ says nothing of its picture), and so are skin-tone variants (the same name five 
     source = sources.open(sources.Emoji(), 64, "train", "runs/data")
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import absl.logging
 import resvg_py
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jaxdiff.data import pictures
 from jaxdiff.data.files import full_disk_is_an_os_error
+from jaxdiff.data.tfds_sets import quiet
 
 ARTWORK, NAMES = "noto", "emojibase"  # the folders of the two unpacked packages
 FILES = {ARTWORK: ("icons.json", "chars.json", "package.json"), NAMES: ("en/data.json", "package.json")}
@@ -48,7 +47,7 @@ def prepare(
 
     `packages` holds the unpacked packages, in folders `noto` and `emojibase`. FileNotFoundError when they are missing.
     """
-    with _quiet():
+    with quiet():
         found = _builder(resolution, data_dir, packages, progress)
         if not found.is_prepared():
             read(packages)  # whatever is wrong with the packages is said before TFDS makes a folder
@@ -59,7 +58,7 @@ def prepare(
 
 def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
     """The set that `prepare` drew; FileNotFoundError when it did not."""
-    with _quiet():
+    with quiet():
         found = _builder(resolution, data_dir, "", False)
         ready = found.is_prepared()
     if not ready:
@@ -181,17 +180,3 @@ def _json(file: Path):
         raise FileNotFoundError(f"{file}: not there; run python -m experiments.data.emoji to fetch it") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not a JSON file ({error})") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """One progress bar of ours in place of TFDS's nested ones and its messages about custom configurations."""
-    verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        absl.logging.set_verbosity(verbosity)

@@ -7,22 +7,22 @@ Example i of a split is `scene(split, i)` with `caption(scene, split, i)`, whate
 64, 256 and 1024 pixels is the same picture.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import absl.logging
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from jaxdiff.data.files import full_disk_is_an_os_error
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import Split, scene
+from jaxdiff.data.tfds_sets import quiet
 
 RESOLUTIONS = range(64, 1025)
 
@@ -35,12 +35,13 @@ def prepare(
     TFDS writes into a folder of another name and renames it at the end: a prepared set is whole.
     """
     config = ShapesConfig(resolution=resolution, train=train, held_out=held_out)
-    with _quiet():
+    with quiet():
         # TFDS wants its listed configurations by name, and no other one of the same name.
         listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
         builder = Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
         builder.progress = progress
-        builder.download_and_prepare()  # does nothing where the set is prepared
+        with full_disk_is_an_os_error(data_dir):
+            builder.download_and_prepare()  # does nothing where the set is prepared
     return builder
 
 
@@ -112,17 +113,3 @@ def example(split: Split, index: int, resolution: int) -> dict:
         "scene": json.dumps(s.as_dict()),
         "stated": json.dumps(c.stated.as_dict()),
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """One progress bar of ours in place of TFDS's nested ones, its messages about paths and custom configurations."""
-    verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        absl.logging.set_verbosity(verbosity)

@@ -1,11 +1,14 @@
 """Any TFDS set with a picture and a text, read at random from ArrayRecord without TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import tensorflow_datasets as tfds
 
 from jaxdiff.data.example import Example
@@ -122,3 +125,18 @@ def _first(value: Any) -> Any:
             return None
         value = value[0]
     return value
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """For builders with one progress bar of their own: none of TFDS's nested ones, nor its messages about paths and
+    custom configurations."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        absl.logging.set_verbosity(verbosity)
