@@ -1,0 +1,273 @@
+"""How fast, and how large: any preset of any stage, on the devices at hand.
+
+    python -m experiments.benchmark                                          # the tiny presets of all stages
+    python -m experiments.benchmark --stage base64 --preset 300m --batch 64 --dtype bfloat16 --json runs/300m.json
+    python -m experiments.benchmark --stage base64 --preset 2b --steps 0     # count and compile only
+
+Prints a table (Markdown): parameters; FLOPs per image as the compiler counts them, in a training step (forward,
+backward, update) and in one evaluation of the network while sampling; seconds to compile; the median time of a step;
+images a second; the share of the devices' published peak; peak memory. Training is on made-up batches that are already
+on the devices, super-resolution on crops of a quarter of the picture's side as in `experiments.imagen.train`;
+sampling is at the stage's whole resolution, without guidance. The tiny presets take about 3 minutes on 2 CPU cores.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.cli import run
+from experiments.imagen import presets
+from experiments.imagen.drawing import usable
+from jaxdiff.data.files import write_json
+from jaxdiff.systems.imagen import TIME_SCALE, Stage
+from jaxdiff.training.mesh import make_mesh, to_devices
+from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.step import make_step
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+}
+"""Dense bfloat16 peaks from the vendors' data sheets, by a part of JAX's name of the device; the first that fits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What to measure."""
+
+    stage: Literal["all", "base64", "sr256", "sr1024"] = "all"
+    """Which stage."""
+    preset: str = "tiny"
+    """Its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
+    batch: int = 16
+    """Pictures of a training step, of all devices together."""
+    sample_batch: int = 1
+    """Pictures of a sampling evaluation; 0 leaves it out."""
+    crop: int | None = None
+    """Side of the training pictures of super-resolution; a quarter of the resolution when left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in."""
+    remat: bool = False
+    """Compute each block again in the backward pass; the FLOPs then count it twice."""
+    fsdp: int = 1
+    """Devices that share each parameter."""
+    steps: int = 10
+    """Steps to time, after one that is not; 0: compile only."""
+    json: Path | None = None
+    """A file for the numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; None is not measured. Times in seconds, memory in bytes per device."""
+
+    stage: str
+    preset: str
+    parameters: int
+    batch: int
+    side: int
+    dtype: str
+    flops_per_image: float
+    compile_seconds: float
+    memory: int
+    step_seconds: float | None
+    images_per_second: float | None
+    share_of_peak: float | None
+    sampling_side: int
+    sampling_flops_per_image: float | None
+    sampling_compile_seconds: float | None
+    sampling_seconds: float | None
+
+
+def main(settings: Run) -> None:
+    """Measure the training step and a sampling evaluation of a stage."""
+    if min(settings.batch, 1) < 1 or min(settings.sample_batch, settings.steps) < 0:
+        raise ValueError("--batch must be at least 1, --sample-batch and --steps at least 0")
+    names = ["base64", "sr256", "sr1024"] if settings.stage == "all" else [settings.stage]
+    stages = {name: configured(presets.stage(name, settings.preset), settings) for name in names}
+    if settings.json is not None:
+        usable(settings.json.parent)
+    jax.config.update("jax_enable_compilation_cache", False)  # otherwise there would be no compilation to time
+    rows = [measure(name, stage, settings) for name, stage in stages.items()]
+    kind = jax.devices()[0].device_kind
+    print(f"{jax.device_count()} × {kind}, jax {jax.__version__}\n\n" + table(rows))
+    if settings.json is not None:
+        rows = [dataclasses.asdict(row) for row in rows]
+        write_json(settings.json, {"device": kind, "devices": jax.device_count(), "jax": jax.__version__, "rows": rows})
+
+
+def configured(stage: Stage, settings: Run) -> Stage:
+    unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
+    return dataclasses.replace(stage, unet=unet)
+
+
+def measure(name: str, stage: Stage, settings: Run) -> Row:
+    """Compile and time one stage."""
+    side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
+    flops, compiling, memory, step = _training(stage, side, settings)
+    parameters = jax.eval_shape(stage.init, jax.random.key(0))
+    row = Row(
+        stage=name,
+        preset=settings.preset,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+        batch=settings.batch,
+        side=side,
+        dtype=settings.dtype,
+        flops_per_image=flops / settings.batch,
+        compile_seconds=compiling,
+        memory=memory,
+        step_seconds=step,
+        images_per_second=settings.batch / step if step else None,
+        share_of_peak=share_of_peak(flops, step),
+        sampling_side=stage.resolution,
+        sampling_flops_per_image=None,
+        sampling_compile_seconds=None,
+        sampling_seconds=None,
+    )
+    if not settings.sample_batch:
+        return row
+    flops, compiling, seconds = _sampling(stage, parameters, settings)
+    return dataclasses.replace(
+        row,
+        sampling_flops_per_image=flops / settings.sample_batch,
+        sampling_compile_seconds=compiling,
+        sampling_seconds=seconds,
+    )
+
+
+def _training(stage: Stage, side: int, settings: Run) -> tuple[float, float, int, float | None]:
+    """FLOPs, seconds to compile, peak bytes and seconds of a training step."""
+    mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
+    abstract = abstract_state(stage, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        batch = to_devices(made_up(stage, settings.batch, side), mesh)
+        key = jax.random.key(1)
+        compiled, flops, compiling = _compiled(step, abstract, batch, key)
+        if not settings.steps:
+            return flops, compiling, _memory(compiled), None
+        state = init_state(stage, optimizer, jax.random.key(0), mesh)
+
+        def steps() -> Iterator[Any]:
+            nonlocal state
+            while True:
+                state, metrics = compiled(state, batch, key)
+                yield metrics["loss"]
+
+        seconds = _median(steps(), settings.steps)
+        return flops, compiling, _memory(compiled), seconds
+
+
+def _sampling(stage: Stage, parameters: Any, settings: Run) -> tuple[float, float, float | None]:
+    """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
+    count = settings.sample_batch
+    batch = made_up(stage, count, stage.resolution)
+    x, text, mask = batch["image"], batch["text"].astype(np.float32), batch["text_mask"]
+    low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()
+
+    def evaluate(params, x, *rest):
+        return stage.unet.module().apply({"params": params}, x, TIME_SCALE * jnp.ones(count), *rest)
+
+    inputs = jax.device_put((x, text, mask, *low_res))
+    compiled, flops, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)
+    if not settings.steps:
+        return flops, compiling, None
+    params = jax.jit(stage.init)(jax.random.key(0))
+    return flops, compiling, _median((compiled(params, *inputs) for _ in iter(int, 1)), settings.steps)
+
+
+def made_up(stage: Stage, count: int, side: int) -> dict[str, np.ndarray]:
+    """A batch of the right shapes."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+    text = rng.normal(size=(count, stage.text_length, stage.unet.text_width)).astype(np.float16)
+    batch = {"image": image, "text": text, "text_mask": np.ones((count, stage.text_length), bool)}
+    if stage.low_resolution is not None:
+        batch["low_res"] = image[:, :: stage.factor, :: stage.factor]
+    return batch
+
+
+def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float, float]:
+    """The compiled function, its FLOPs and the seconds that compiling took, tracing left out.
+
+    FLOPs are counted before optimisation: the network's own, not what a backend's kernels make of them.
+    """
+    lowered = function.lower(*arguments)
+    begun = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - begun
+    return compiled, float(lowered.cost_analysis()["flops"]), seconds
+
+
+def _median(runs: Iterator[Any], count: int) -> float:
+    """The median seconds of `count` runs after a first one."""
+    jax.block_until_ready(next(runs))
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        jax.block_until_ready(next(runs))
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def _memory(compiled: Any) -> int:
+    """Peak bytes on a device: what it has seen, or what the compiler plans where the device does not say."""
+    seen = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    plan = compiled.memory_analysis()
+    planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return int(max(seen or 0, planned - plan.alias_size_in_bytes))
+
+
+def share_of_peak(flops: float, seconds: float | None) -> float | None:
+    """Of all devices' dense bfloat16 peak; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
+    return None if peak is None or not seconds else flops / seconds / (peak * 1e12 * jax.device_count())
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "stage": lambda r: f"{r.stage} {r.preset}",
+        "parameters": lambda r: f"{r.parameters / 1e6:,.1f} M",
+        "batch": lambda r: f"{r.batch} × {r.side}², {r.dtype}",
+        "GFLOP/image": lambda r: f"{r.flops_per_image / 1e9:,.2f}",
+        "compile": lambda r: f"{r.compile_seconds:.1f} s",
+        "step": lambda r: _number(r.step_seconds, 1e3, " ms"),
+        "images/s": lambda r: _number(r.images_per_second),
+        "of peak": lambda r: _number(r.share_of_peak, 100, " %", "not known"),
+        "memory": lambda r: f"{r.memory / 2**30:.2f} GiB",
+        "sampling GFLOP/image": lambda r: f"{_number(r.sampling_flops_per_image, 1e-9)} at {r.sampling_side}²",
+        "sampling compile": lambda r: _number(r.sampling_compile_seconds, 1, " s"),
+        "evaluation": lambda r: _number(r.sampling_seconds, 1e3, " ms"),
+    }
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, scale: float = 1.0, unit: str = "", missing: str = "–") -> str:
+    return missing if value is None else f"{value * scale:,.4g}{unit}"
+
+
+if __name__ == "__main__":
+    run(main)
