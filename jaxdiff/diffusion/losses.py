@@ -33,9 +33,9 @@ class Simple:
 class MinSNR:
     """min(SNR, γ) on the x₀ error (arXiv 2303.09556, Sec. 3.4), and not below `floor`.
 
-    Factors, with S = e^λ and m = max(min(S, γ), floor): x₀: m; ε: m/S; v: m/(S + 1); velocity: m/(1 + √S)². The paper has
-    no floor (0); a floor of 1 is the truncated SNR of progressive distillation (arXiv 2202.00512, Sec. 4), which goes on
-    learning at high noise, where the text decides, when x₀ is predicted.
+    Factors, with S = e^λ and m = max(min(S, γ), floor): x₀: m; ε: m/S; v: m/(S + 1); velocity: m/(1 + √S)². The paper
+    has no floor (0); a floor of 1 is the truncated SNR of progressive distillation (arXiv 2202.00512, Sec. 4), which
+    goes on learning at high noise, where the text decides, when x₀ is predicted.
     """
 
     gamma: float = 5.0

@@ -26,6 +26,13 @@ def test_min_snr_closed_forms():
         np.testing.assert_allclose(MinSNR(5.0).weight(LOGSNR, prediction), expected[prediction], rtol=1e-4)
 
 
+def test_min_snr_floor():
+    """Truncated SNR, max(min(S, 5), 1) on the x₀ error; in ε's terms it grows as 1/S at high noise."""
+    weight = np.clip(SNR, 1.0, 5.0)
+    np.testing.assert_allclose(MinSNR(5.0, floor=1.0).weight(LOGSNR, Prediction.X0), weight, rtol=1e-4)
+    np.testing.assert_allclose(MinSNR(5.0, floor=1.0).weight(LOGSNR, Prediction.EPSILON), weight / SNR, rtol=1e-4)
+
+
 def test_sigmoid_closed_forms():
     gate = 1 / (1 + np.exp(np.asarray(LOGSNR, np.float64) + 2.0))  # sigmoid(b − λ) with b = −2
     np.testing.assert_allclose(Sigmoid(-2.0).weight(LOGSNR, Prediction.EPSILON), gate, rtol=1e-4)
@@ -75,5 +82,7 @@ def test_loss_is_the_mean_of_squares_of_each_sample():
 def test_settings_out_of_range_are_named():
     with pytest.raises(ValueError, match="gamma"):
         MinSNR(0.0)
+    with pytest.raises(ValueError, match="floor"):
+        MinSNR(1.0, floor=2.0)
     with pytest.raises(ValueError, match="bias"):
         Sigmoid(float("inf"))

@@ -30,6 +30,7 @@ def test_percentile_among_equal_values():
     x0 = jnp.concatenate([jnp.zeros((1, 50)), jnp.full((1, 50), 2.0), jnp.full((1, 1), -8.0)], axis=1)
     np.testing.assert_allclose(jnp.max(Dynamic(0.9).apply(x0)), 1.0)
     np.testing.assert_allclose(Dynamic(0.995).apply(x0)[0, 50], 2.0 / 5.0)  # halfway between 2 and 8
+    np.testing.assert_allclose(Dynamic(0.985).apply(x0)[0, 50], 1.0)  # halfway between the last two of the twos
 
 
 def test_all_in_range_stays():
