@@ -31,9 +31,11 @@ from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
-from jaxdiff.training.optimizer import AdamW, OptimizerConfig
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
+
+OPTIMIZERS = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Run:
     """Parts that a batch is taken in, one after the other, to save memory."""
     crop: int | None = None
     """Side of super-resolution's training crops in pixels; 0: whole pictures; left out: a quarter of the picture."""
+    optimizer: Literal["adam", "adafactor", "muon"] = "adam"
+    """Adam and Adafactor are the paper's; Muon learns more from each picture where pictures are dear."""
     learning_rate: float = 1e-3
     """At its peak."""
     warmup: int = 200
@@ -110,7 +114,7 @@ def main(settings: Run) -> None:
         embeddings = embeddings_of(settings, source, encoder)
     config = TrainConfig(
         optimizer=OptimizerConfig(
-            kind=AdamW(b2=0.99),
+            kind=OPTIMIZERS[settings.optimizer],
             learning_rate=settings.learning_rate,
             warmup=min(settings.warmup, settings.steps - 1),
             total=settings.steps,

@@ -65,7 +65,7 @@ BASE_64_TINY = Stage(
         low_res=False,
         **_TINY_TEXT,
     ),
-    schedule=Cosine(shift=-4.0),
+    schedule=Cosine(shift=-2.5),
     prediction=Prediction.X0,
     weighting=MinSNR(floor=1.0),
     text_length=24,
@@ -78,14 +78,14 @@ It predicts x₀: ε or v would have to carry a patch's 48 numbers of noise thro
 
 SR_256_TINY = Stage(
     unet=EfficientUNetConfig(
-        channels=48,
-        multipliers=(2,),
-        blocks=(2,),
+        channels=32,
+        multipliers=(1,),
+        blocks=(3,),
         self_attention=(False,),
         cross_attention=(False,),
         pool_text=False,
-        time_width=192,
-        patch=4,
+        time_width=128,
+        patch=2,
         **_TINY_TEXT,
     ),
     resolution=256,
@@ -97,7 +97,7 @@ SR_256_TINY = Stage(
     residual=True,
     text_length=24,
 )
-"""Reads no text, so it trains on pictures alone."""
+"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on pictures alone."""
 
 SR_1024_TINY = replace(SR_256_TINY, resolution=1024, low_resolution=256)
 """The same network and schedule: enlarging edges fourfold is the same task again, so it may start from SR_256_TINY."""

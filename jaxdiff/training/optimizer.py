@@ -1,4 +1,4 @@
-"""The optimizer as a plain value: Adam(W) or Adafactor, clipping, linear warm-up, cosine decay to 0 or none.
+"""The optimizer as a plain value: Adam(W), Adafactor or Muon, clipping, linear warm-up, cosine decay to 0 or none.
 
 Defaults are Imagen's (appendix F.1): learning rate 1e-4, 10,000 steps of warm-up, cosine decay over 2.5 M steps. The
 paper prints `end_value=2500000` for the schedule, which would raise the rate to 2.5 million; 0 is what it means.
@@ -8,7 +8,9 @@ import enum
 import math
 from dataclasses import dataclass
 
+import jax
 import optax
+import optax.contrib
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,44 @@ class Adafactor:
         )
 
 
+@dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan 2024; scaled as in arXiv 2502.16982): momentum whose matrix is made orthogonal, Adam for the rest.
+
+    Convolution kernels count as matrices from everything that they read to what they write. `rms` is the size of an
+    update, near Adam's, so that both parts share one learning rate. `adam_for`: parts of the names of parameters that
+    Adam updates all the same; customarily the first and the last layer, and tables of embeddings.
+    """
+
+    momentum: float = 0.95
+    rms: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    adam_for: tuple[str, ...] = ("embedding", "stem", "head")
+
+    def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.contrib.muon(
+            learning_rate,
+            beta=self.momentum,
+            weight_decay=self.weight_decay,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            adam_learning_rate=learning_rate,
+            consistent_rms=self.rms,
+            muon_weight_dimension_numbers=self._matrices,
+        )
+
+    def _matrices(self, params: optax.Params) -> optax.Params:
+        def axes(path, leaf):
+            name = jax.tree_util.keystr(path)
+            if leaf.ndim < 2 or any(part in name for part in self.adam_for):
+                return None
+            return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(axes, params)
+
+
 class Decay(enum.Enum):
     """What the learning rate does after the warm-up."""
 
@@ -57,7 +97,7 @@ class OptimizerConfig:
     Raises ValueError for a setting that makes no sense.
     """
 
-    kind: AdamW | Adafactor = AdamW()
+    kind: AdamW | Adafactor | Muon = AdamW()
     learning_rate: float = 1e-4
     warmup: int = 10_000  # updates from 0 to `learning_rate`
     total: int = 2_500_000  # the update at which cosine decay reaches 0
