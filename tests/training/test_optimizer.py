@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.training.optimizer import Adafactor, AdamW, Decay, OptimizerConfig, optimizer, schedule
+from jaxdiff.training.optimizer import Adafactor, AdamW, Decay, Muon, OptimizerConfig, optimizer, schedule
 
 
 def test_default_schedule_warms_up_and_ends_at_zero():
@@ -28,7 +28,9 @@ def test_constant_schedule_stays():
     assert [float(rate(n)) for n in (0, 5, 10, 10**7)] == pytest.approx([0, 0.5e-4, 1e-4, 1e-4])
 
 
-@pytest.mark.parametrize("kind", [AdamW(), AdamW(weight_decay=0.1), Adafactor(), Adafactor(weight_decay=0.01)])
+@pytest.mark.parametrize(
+    "kind", [AdamW(), AdamW(weight_decay=0.1), Muon(rms=2.0), Adafactor(), Adafactor(weight_decay=0.01)]
+)
 def test_each_kind_minimises_a_quadratic(kind):
     transform = optimizer(OptimizerConfig(kind=kind, learning_rate=0.05, warmup=0, total=300))
     params = {"kernel": jnp.full((4, 4), 2.0)}
@@ -65,3 +67,20 @@ def test_weight_decay_moves_parameters_without_a_gradient():
 def test_bad_settings_are_named(changes, culprit):
     with pytest.raises(ValueError, match=culprit):
         OptimizerConfig(**changes)
+
+
+def test_muon_makes_matrices_orthogonal_and_leaves_the_named_layers_to_adam():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 8, 16)), "bias": jnp.ones(16)}, "head": {"kernel": jnp.ones((8, 4))}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    config = OptimizerConfig(kind=Muon(), learning_rate=0.1, warmup=0, decay=Decay.CONSTANT, clip=None)
+    transform = optimizer(config)
+    updates, _ = transform.update(grads, transform.init(params), params)
+    before, after = (
+        jnp.linalg.svd(tree["conv"]["kernel"].reshape(72, 16), compute_uv=False) for tree in (grads, updates)
+    )
+    assert before.max() > 2 * before.min()
+    assert after.max() < 1.8 * after.min()  # Newton-Schulz brings them to between 0.7 and 1.2
+    # Adam's first step (here with Nesterov's momentum) has one length and the direction of the sign.
+    for name, leaf in (("head", "kernel"), ("conv", "bias")):
+        steps = updates[name][leaf] / jnp.sign(grads[name][leaf])
+        assert jnp.allclose(steps, steps.ravel()[0], rtol=1e-3) and float(steps.ravel()[0]) < 0
