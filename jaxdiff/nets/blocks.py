@@ -47,6 +47,15 @@ def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, c // patch**2)
 
 
+def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
+    """Row and column of each place of `x`, from -1 to 1."""
+    b, h, w, _ = x.shape
+    rows, columns = jnp.meshgrid(
+        jnp.linspace(-1, 1, h, dtype=x.dtype), jnp.linspace(-1, 1, w, dtype=x.dtype), indexing="ij"
+    )
+    return jnp.broadcast_to(jnp.stack([rows, columns], axis=-1), (b, h, w, 2))
+
+
 class Norm(nn.Module):
     """GroupNorm with up to 32 groups, at least four channels each; statistics in float32, per sample."""
 

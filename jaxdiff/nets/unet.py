@@ -29,6 +29,8 @@ class UNetConfig:
     context_width: of the text inside the attention layers.
     patch: pixels folded into channels before the first level (1 in the paper; 4 makes the tiny presets fast).
     skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
+    coordinates: give the first layer two channels that say where in the picture it is, -1…1 (arXiv 1807.03247). The paper's
+    networks are deep enough to learn it from the borders; one that draws in tiles must not know it.
     low_res: whether a low-resolution picture and its noise level are inputs.
     dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
     """
@@ -47,6 +49,7 @@ class UNetConfig:
     pool_text: bool = True
     patch: int = 1
     skip_scale: float = 1.0
+    coordinates: bool = False
     low_res: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -121,6 +124,8 @@ class _Parts(nn.Module):
         if config.low_res:
             x = jnp.concatenate([x, low_res], axis=-1)
         x = blocks.space_to_depth(x.astype(config.dtype), config.patch)
+        if config.coordinates:
+            x = jnp.concatenate([x, blocks.coordinates(x)], axis=-1)
         return nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x)
 
     def head(self, x, channels):

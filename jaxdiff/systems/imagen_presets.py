@@ -62,6 +62,7 @@ BASE_64_TINY = Stage(
         heads=4,
         time_width=256,
         patch=4,
+        coordinates=True,
         low_res=False,
         **_TINY_TEXT,
     ),
