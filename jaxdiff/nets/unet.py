@@ -29,8 +29,8 @@ class UNetConfig:
     context_width: of the text inside the attention layers.
     patch: pixels folded into channels before the first level (1 in the paper; 4 makes the tiny presets fast).
     skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
-    coordinates: give the first layer two channels that say where in the picture it is, -1…1 (arXiv 1807.03247). The paper's
-    networks are deep enough to learn it from the borders; one that draws in tiles must not know it.
+    coordinates: give the first layer two channels that say where in the picture it is, -1…1 (arXiv 1807.03247). The
+    paper's networks are deep enough to learn it from the borders; one that draws in tiles must not know it.
     low_res: whether a low-resolution picture and its noise level are inputs.
     dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
     """

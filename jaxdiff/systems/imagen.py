@@ -173,6 +173,8 @@ def draw(
     check(stage, sampling, size)
     if not stage.unet.reads_text:  # both branches of guidance would be the same
         sampling = replace(sampling, guidance=Guidance())
+    if sampling.tiles is not None and stage.unet.coordinates:
+        raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
     condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size))
     carry = sampling.sampler.init(noise.normal_like(noise.fold(keys, 0), (*size, 3)))
     if progress is None:
