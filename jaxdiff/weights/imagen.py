@@ -47,7 +47,7 @@ def load_model(directory: str | Path) -> Model:
         raise FileNotFoundError(f"{directory}: no stage here (it has no stage.json)")
     try:
         data = json.loads(settings.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{settings}: not JSON ({error})") from error
     if not isinstance(data, dict) or data.keys() != {"stage", "sampling"}:
         raise ValueError(f"{settings}: not the settings of a stage")
@@ -65,11 +65,13 @@ def load_params(stage: Stage, path: Path) -> dict:
 
 
 def save_model(model: Model, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes one stage; `dtype` "float16" or "bfloat16" halves the file. OSError where the disk is full."""
+    """Writes one stage; `dtype` "float16" or "bfloat16" halves the file. OSError where the disk is full.
+
+    Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
+    """
     directory = Path(directory)
+    settings = json.dumps({"stage": to_json(model.stage), "sampling": to_json(model.sampling)}, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
-    tree.save_tree(directory / "model.safetensors", model.params, {"format": "jaxdiff"}, dtype)
-    settings = {"stage": to_json(model.stage), "sampling": to_json(model.sampling)}
-    temporary = directory / "stage.json.part"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    temporary.rename(directory / "stage.json")
+    with tree.replacing(directory / "stage.json") as temporary:
+        temporary.write_text(settings + "\n")
+        tree.save_tree(directory / "model.safetensors", model.params, {"format": "jaxdiff"}, dtype)

@@ -44,10 +44,14 @@ def from_json(data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         return data
     fields = {name: from_json(value, where) for name, value in data.items() if name != "class"}
-    cls = _CLASSES.get(data.get("class"))
-    if cls is None:
-        raise ValueError(f"{where}: unknown class of settings {data.get('class')!r}")
+    name = data.get("class")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise ValueError(f"{where}: unknown class of settings {name!r}")
+    cls = _CLASSES[name]
     try:
         return cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{where}: settings of {cls.__name__} that this version does not know ({error})") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: settings of {name} that this version does not know ({reason})") from error
+    except ValueError as error:  # of the class itself, which knows no file
+        raise ValueError(f"{where}: {error}") from error

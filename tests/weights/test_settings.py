@@ -1,0 +1,90 @@
+"""Settings ⇄ JSON: everything that a preset can say comes back equal, and nothing else is read."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jaxdiff.diffusion import grids, losses, parameterization, samplers, schedules, thresholding
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.systems import imagen_presets
+from jaxdiff.systems.imagen import Sampling, Stage
+from jaxdiff.systems.tiles import Tiles
+from jaxdiff.weights.settings import from_json, to_json
+
+PRESETS = {name: value for name, value in vars(imagen_presets).items() if isinstance(value, Stage | Sampling)}
+STAGE = Stage()
+OTHERS = [
+    *(replace(STAGE, prediction=prediction) for prediction in parameterization.Prediction),
+    replace(STAGE, schedule=schedules.Cosine(shift=1.5, clip=15.0)),
+    replace(STAGE, schedule=schedules.Linear()),
+    replace(STAGE, schedule=schedules.EDM()),
+    replace(STAGE, schedule=schedules.RectifiedFlow()),
+    replace(STAGE, schedule=schedules.Discrete.linear(50)),
+    *(replace(STAGE, weighting=weighting) for weighting in (losses.Simple(), losses.MinSNR(3.0), losses.Sigmoid(2.0))),
+    Sampling(samplers.DDPM(0.3), spacing=grids.Karras(5.0)),
+    Sampling(samplers.DDIM(0.5), spacing=grids.UniformLogSNR(-5.0, 6.0)),
+    Sampling(samplers.DPMSolverPP2M(), guidance=Guidance(4.0, (-2.0, 3.0), 0.7)),
+    Sampling(samplers.Heun(True), thresholding=thresholding.Dynamic(0.9, 1.5)),
+    Sampling(samplers.Euler(), thresholding=thresholding.Unthresholded(), tiles=Tiles(128, 16), aug_level=0.2),
+]
+
+
+def there_and_back(settings):
+    return from_json(json.loads(json.dumps(to_json(settings))), "file")
+
+
+def test_there_are_presets():
+    assert {"BASE_64_2B", "SR_256", "SR_1024", "BASE_64_TINY", "SAMPLING_SR_TINY"} <= PRESETS.keys()
+
+
+@pytest.mark.parametrize("settings", [*PRESETS.values(), *OTHERS], ids=[*PRESETS, *map(str, range(len(OTHERS)))])
+def test_round_trip(settings):
+    back = there_and_back(settings)
+    assert back == settings and hash(back) == hash(settings) and type(back) is type(settings)
+
+
+def changed(**changes):
+    return to_json(STAGE) | changes
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (changed(**{"class": "Popen"}), "unknown class of settings 'Popen'"),
+        (changed(**{"class": None}), "unknown class of settings None"),
+        (changed(**{"class": ["Stage"]}), "unknown class of settings ['Stage']"),
+        ({"resolution": 64}, "unknown class of settings None"),
+        (changed(schedule={"class": "Cosine", "slope": 1}), "settings of Cosine that this version does not know"),
+        (changed(colour=3), "settings of Stage that this version does not know"),
+        (changed(prediction={"class": "Prediction", "member": "MAGIC"}), "MAGIC"),
+        (changed(prediction={"class": "Prediction"}), "member"),
+        (changed(resolution=63), "63"),
+        (changed(resolution="64"), "settings of Stage"),
+        (changed(unet=5), "settings of Stage"),
+        (changed(unet=None), "settings of Stage"),
+        (changed(text_dropout=7.0), "text_dropout"),
+        (to_json(Sampling()) | {"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_refused_in_one_line(data, message):
+    with pytest.raises(ValueError) as error:
+        from_json(data, "some/stage.json")
+    text = str(error.value)
+    assert text.startswith("some/stage.json: ") and message in text and "\n" not in text
+
+
+def test_only_listed_classes_are_written():
+    with pytest.raises(ValueError, match="class Foreign cannot be written"):
+        to_json(Foreign())
+    with pytest.raises(ValueError, match="class Cosine cannot be written"):
+        to_json(Cosine())  # a namesake
+
+
+def _make(name):
+    from dataclasses import make_dataclass
+
+    return make_dataclass(name, [("shift", float, 0.0)], frozen=True)
+
+
+Foreign, Cosine = _make("Foreign"), _make("Cosine")
