@@ -1,0 +1,115 @@
+"""Imports run one way only, and importing does nothing: no network, no arrays, no devices."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MAY_IMPORT = {
+    "nets": set(),
+    "diffusion": set(),
+    "training": set(),
+    "text": {"nets"},
+    "systems": {"text", "nets", "diffusion"},
+    "data": {"text"},
+    "weights": {"systems", "text", "nets", "diffusion"},
+    "evaluation": {"weights", "data", "systems", "text", "nets"},
+}
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source, package):
+    """Full names of the modules that a source imports anywhere in it; `package` is where relative imports start."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def forbidden(source, module):
+    """The imports of ours that the room of `module` may not make."""
+    own = module.split(".")
+    package = module.rpartition(".")[0]
+    for name in imported(source, package):
+        parts = name.split(".")
+        if parts[0] in ("experiments", "tests") and own[0] == "jaxdiff":
+            yield name
+        elif parts[0] == "jaxdiff" and own[0] == "jaxdiff":
+            room = parts[1] if len(parts) > 1 else ""
+            if room != own[1] and room not in MAY_IMPORT[own[1]]:
+                yield name
+
+
+def test_the_table_has_every_room():
+    rooms = {path.name for path in (ROOT / "jaxdiff").iterdir() if any(path.glob("*.py"))}
+    assert rooms == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_run_one_way(room):
+    found = modules(f"jaxdiff/{room}")
+    assert len(found) > 1
+    wrong = [f"{name_of(path)} imports {name}" for path in found for name in forbidden(path.read_text(), name_of(path))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "wrong"),
+    [
+        ("from jaxdiff.systems import imagen", "jaxdiff.nets.unet", ["jaxdiff.systems.imagen"]),
+        ("from jaxdiff.nets.blocks import Norm", "jaxdiff.nets.unet", []),
+        ("import jaxdiff.weights.tree as t", "jaxdiff.systems.imagen", ["jaxdiff.weights.tree"]),
+        ("from ..data import records", "jaxdiff.training.loop", ["jaxdiff.data.records"]),
+        ("from . import step", "jaxdiff.training.loop", []),
+        ("def f():\n    from jaxdiff.training import mesh", "jaxdiff.weights.imagen", ["jaxdiff.training.mesh"]),
+        ("import experiments.cli", "jaxdiff.data.folder", ["experiments.cli"]),
+        ("from jaxdiff import nets, data", "jaxdiff.text.t5", ["jaxdiff.data"]),
+        ("import jax, numpy", "jaxdiff.nets.unet", []),
+        ("from jaxdiff.training import loop", "experiments.imagen.train", []),
+    ],
+)
+def test_the_reader_of_imports(source, module, wrong):
+    assert list(forbidden(source, module)) == wrong
+
+
+IMPORT_ALL = """
+import socket, sys
+def refuse(*args, **options):
+    raise AssertionError("the network was used")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import jax
+# jax refuses this setting once a backend exists, as it does after the first array.
+jax.config.update("jax_num_cpu_devices", 3)
+assert jax.device_count() == 3, jax.device_count()
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+
+
+def test_importing_uses_no_network_and_makes_no_arrays():
+    names = [name_of(path) for package in ("jaxdiff", "experiments") for path in modules(package)]
+    assert len(names) > 50
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
