@@ -42,6 +42,14 @@ class Cascade:
                     f"the {upper.stage.resolution} stage enlarges {upper.stage.low_resolution} pixels, "
                     f"but the stage before it draws {lower.stage.resolution}"
                 )
+        have = self.text.config.d_model, self.text.length
+        for stage in (model.stage for model in models if model.stage.unet.reads_text):
+            want = stage.unet.text_width, stage.text_length
+            if have != want:
+                raise ValueError(
+                    f"the text encoder gives embeddings of width {have[0]}, {have[1]} of them; "
+                    f"the {stage.resolution} stage reads {want[0]}, {want[1]} of them"
+                )
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -123,6 +131,10 @@ def stages(
         raise ValueError(f"{len(samplings)} samplings for {len(cascade.models)} stages: give one for each")
     begin = 0 if after is None else _number(cascade, after[0]) + 1
     end = len(cascade.models) if up_to is None else _number(cascade, up_to) + 1
+    if after is not None and len(after[1]) != count:
+        raise ValueError(f"{len(after[1])} pictures to go on from, for {count} to draw")
+    if up_to is not None and begin >= end:
+        raise ValueError(f"nothing to draw: going on from {after[0]} pixels, up to {up_to}")
     nominal = cascade.base.stage.resolution if after is None else after[0]
     size = size or (nominal, nominal) if after is None else after[1].shape[1:3]
     for model, sampling in list(zip(cascade.models, samplings))[begin:end]:
