@@ -160,7 +160,7 @@ def draw(
     negative: TextEmbedding,
     keys: Key[Array, " b"],
     size: tuple[int, int],
-    low_res: Float[Array, "b h w c"] | None = None,
+    low_res: Float[Array, "b lower_h lower_w c"] | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = 4,
 ) -> Float[Array, "b h w c"]:
