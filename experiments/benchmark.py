@@ -107,8 +107,12 @@ def main(settings: Run) -> None:
     stages = {name: configured(presets.stage(name, settings.preset), settings) for name in names}
     if settings.json is not None:
         usable(settings.json.parent)
-    jax.config.update("jax_enable_compilation_cache", False)  # otherwise there would be no compilation to time
-    rows = [measure(name, stage, settings) for name, stage in stages.items()]
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # with it there would be no compilation to time
+    try:
+        rows = [measure(name, stage, settings) for name, stage in stages.items()]
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     kind = jax.devices()[0].device_kind
     print(f"{jax.device_count()} × {kind}, jax {jax.__version__}\n\n" + table(rows))
     if settings.json is not None:

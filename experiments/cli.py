@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
@@ -68,4 +69,4 @@ def _line(text: str) -> str:
 
 
 def _show(message: Warning | str, *_) -> None:
-    print(f"warning: {_line(str(message))}", file=sys.stderr)
+    tqdm.write(f"warning: {_line(str(message))}", file=sys.stderr)  # on a line of its own above any progress bar

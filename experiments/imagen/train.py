@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -106,12 +107,11 @@ def main(settings: Run) -> None:
     unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
     stage = dataclasses.replace(stage, unet=unet)
     sampling = presets.sampling(settings.stage, settings.preset)
-    source = open_source(settings, stage)
-    encoder = embeddings = None
-    if stage.unet.reads_text:
-        encoder = load_text_encoder(settings.text, stage.text_length)
+    encoder = load_text_encoder(settings.text, stage.text_length) if stage.unet.reads_text else None
+    if encoder is not None:
         check_width(stage, encoder)
-        embeddings = embeddings_of(settings, source, encoder)
+    source = open_source(settings, stage)
+    embeddings = None if encoder is None else embeddings_of(settings, source, encoder)
     config = TrainConfig(
         optimizer=OptimizerConfig(
             kind=OPTIMIZERS[settings.optimizer],
@@ -227,7 +227,7 @@ class _Samples:
 
     def __call__(self, step: int, params: dict) -> None:
         stage = self._stage
-        keys = noise.sample_keys(jax.random.key(0), np.arange(self.COUNT))
+        keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
         null = null_text(stage, self.COUNT)
         drawn = np.asarray(draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res))

@@ -1,0 +1,68 @@
+"""A very small cascade with random parameters in place of the shipped one, and scripts called as from a shell."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small import random_params
+from small_cascade import BASE, STAGES, T5
+
+from experiments.cli import run
+from experiments.imagen import presets
+from experiments.text import pretrain
+from jaxdiff.data.shapes_caption import held_out_captions
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.nets.t5 import T5Encoder
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import Sampling
+from jaxdiff.text.tokenizer import train_tokenizer
+from jaxdiff.weights.imagen import save_model
+from jaxdiff.weights.t5 import export
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory) -> Path:
+    """A folder of weights in the layout of the shipped cascade."""
+    folder = tmp_path_factory.mktemp("standin")
+    words = train_tokenizer([caption.text for caption in held_out_captions(100)], 400)
+    words.save_pretrained(str(folder / "text"))
+    config = dataclasses.replace(T5, vocab=len(words), decoder_layers=0)
+    ids, rng = np.zeros((1, 4), np.int32), np.random.default_rng(0)
+    shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
+    export(config, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes), folder / "text")
+    for number, (name, stage) in enumerate(STAGES.items()):
+        sampling = Sampling(presets.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
+        save_model(Model(stage, random_params(stage, number), sampling), folder / name)
+    return folder
+
+
+@pytest.fixture
+def small_presets(monkeypatch) -> None:
+    """The tiny presets of training, smaller still."""
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(presets.STAGES, name, {"tiny": stage})
+    monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
+    monkeypatch.setattr(presets.presets, "SAMPLING_BASE_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
+    monkeypatch.setattr(presets.presets, "SAMPLING_SR_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys):
+    """`command(main, *arguments)`: what the script's `main` would do when called with them from a shell."""
+
+    def call(main, *arguments) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(main, [str(argument) for argument in arguments])
+        return Result(stop.value.code, *capsys.readouterr())
+
+    return call

@@ -1,0 +1,202 @@
+"""Bad input: one line that names the culprit, exit code 2, nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.imagen import evaluate, sample, train
+from jaxdiff.weights import tree
+
+ROOT = Path(__file__).parents[2]
+
+ARGUMENTS = {
+    "unknown sampler": (("--sampler", "magic"), "'magic'"),
+    "unknown thresholding": (("--thresholding", "soft"), "'soft'"),
+    "no steps": (("--steps", "0"), "steps"),
+    "no steps at one stage": (("--steps", "4,-1,4"), "-1"),
+    "steps that are no number": (("--steps", "many"), "many"),
+    "values for other stages": (("--steps", "4,4"), "--steps"),
+    "guidance not a number": (("--guidance", "nan"), "guidance"),
+    "guidance not finite": (("--guidance", "1,inf,1"), "guidance"),
+    "size off the stride": (("--size", "65"), "65"),
+    "size off the stride in one direction": (("--size", "64x60"), "60"),
+    "size in words": (("--size", "large"), "large"),
+    "tiles off the stride": (("--tile", "100"), "100"),
+    "tiles that overlap too much": (("--tile", "96", "--tile-overlap", "64"), "overlap"),
+    "no such stage": (("--up-to", "512"), "512"),
+    "no such level": (("--aug-level", "1.5"), "aug_level"),
+    "percentile without dynamic": (("--thresholding", "static", "--percentile", "0.9"), "--percentile"),
+    "percentile": (("--thresholding", "dynamic", "--percentile", "2"), "percentile"),
+    "no pictures": (("--per-prompt", "0"), "nothing to draw"),
+    "an option that does not exist": (("--colour", "red"), "--colour"),
+    "a number that is none": (("--seed", "x"), "--seed"),
+    "no such folder of weights": (("--weights", "/nowhere"), "/nowhere"),
+    "no such file of prompts": (("--prompts", "/nowhere/prompts.txt"), "/nowhere/prompts.txt"),
+}
+
+
+def one_line(done, culprit):
+    assert done.code == 2
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert culprit in done.err, done.err
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(case, standin, tmp_path, command):
+    arguments, culprit = ARGUMENTS[case]
+    out = tmp_path / "out"
+    done = command(sample.main, "a red circle", "--weights", standin, "--out", out, *arguments)
+    one_line(done, culprit)
+    assert not out.exists()
+
+
+def test_nothing_to_draw(tmp_path, command):
+    one_line(command(sample.main, "--out", tmp_path / "out"), "--prompts")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(standin, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    one_line(command(sample.main, "a red circle", "--weights", standin, "--out", out), str(tmp_path / "file"))
+    scores = ("--n", 1, "--weights", standin, "--json", out / "scores.json")
+    one_line(command(evaluate.main, *scores), str(tmp_path / "file"))
+
+
+def damaged(standin, folder, change):
+    """A copy of the stand-in whose base64 was changed."""
+    shutil.copytree(standin, folder)
+    change(folder / "base64")
+    return folder
+
+
+def without_a_key(folder):
+    params, _ = tree.load_tree(folder / "model.safetensors")
+    del params["head"]
+    tree.save_tree(folder / "model.safetensors", params, {})
+
+
+def with_another_key(folder):
+    params, _ = tree.load_tree(folder / "model.safetensors")
+    tree.save_tree(folder / "model.safetensors", {**params, "spare": {"kernel": np.zeros(3)}}, {})
+
+
+def of_another_preset(folder):
+    settings = json.loads((folder / "stage.json").read_text())
+    settings["stage"]["unet"]["channels"] = 16
+    (folder / "stage.json").write_text(json.dumps(settings))
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def with_unknown_settings(folder):
+    settings = json.loads((folder / "stage.json").read_text())
+    settings["stage"]["colour"] = "red"
+    (folder / "stage.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        (without_a_key, "missing (head/bias, head/kernel)"),
+        (with_another_key, "unexpected (spare/kernel)"),
+        (of_another_preset, "of another shape"),
+        (cut_short, "truncated or damaged"),
+        (with_unknown_settings, "stage.json"),
+    ],
+)
+def test_weights(change, culprit, standin, tmp_path, command):
+    folder, out = damaged(standin, tmp_path / "weights", change), tmp_path / "out"
+    one_line(command(sample.main, "a red circle", "--weights", folder, "--out", out), culprit)
+    assert not out.exists()
+
+
+def test_full_disk_while_saving_a_picture(standin, tmp_path, command, monkeypatch):
+    real = Image.Image.save
+
+    def half(self, file, **options):
+        real(self, file, **options)
+        Path(file).write_bytes(Path(file).read_bytes()[:50])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    done = command(sample.main, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: ") and "No space left" in done.err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def photos(folder: Path) -> Path:
+    """Eight captioned pictures; then one that is damaged and one without a caption."""
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a dark red square")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "broken.txt").write_text("a damaged square")
+    Image.new("RGB", (64, 64)).save(folder / "unnamed.png")
+    return folder
+
+
+@pytest.fixture
+def training(standin, tmp_path, small_presets):
+    """Arguments that train the base for two steps."""
+    text, data = standin / "text", photos(tmp_path / "photos")
+    settings = {"stage": "base64", "text": text, "data": f"folder:{data}", "batch": 8, "steps": 2, "sample-every": 0}
+    settings |= {"ema-decay": 0.995}  # as in test_training.py, whose compiled program is the same then
+    settings |= {"out": tmp_path / "run", "data-dir": tmp_path / "data"}
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def test_bad_pictures_are_skipped_or_under_strict_an_error(training, tmp_path, command):
+    done = command(train.main, *training)
+    assert done.code == 0, done.err
+    warned = [line for line in done.err.splitlines() if line.startswith("warning: skipped")]
+    assert len(warned) == 2 and "broken.png" in "".join(warned) and "unnamed.png" in "".join(warned)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+    done = command(train.main, *training, "--out", tmp_path / "strict", "--strict")
+    assert done.code == 2
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: ") and ("broken.png" in last or "unnamed.png" in last), done.err
+    assert not (tmp_path / "strict" / "model").exists()
+
+    # The folder of a finished run, with other settings: its checkpoint is of another model.
+    done = command(train.main, *training, "--learning-rate", "0.5")
+    assert done.code == 2
+    assert "saved with other settings" in done.err.splitlines()[-1] and "learning_rate" in done.err
+
+
+def test_training_arguments(standin, tmp_path, command):
+    out = "--out", tmp_path / "run"
+    for arguments, culprit in (
+        (("--stage", "base65"), "base65"),
+        (("--stage", "sr256", "--preset", "2b"), "'2b'"),
+        (("--stage", "sr256", "--data", "paintings"), "paintings"),
+        (("--stage", "sr256", "--data", "folder:/nowhere"), "/nowhere"),
+        (("--stage", "base64", "--text", "/nowhere"), "/nowhere"),
+    ):
+        one_line(command(train.main, *arguments, *out, "--data-dir", tmp_path / "data", "--examples", 8), culprit)
+        assert not (tmp_path / "run").exists()
+
+
+def test_as_a_process(standin, tmp_path):
+    """The exit code and the line as a shell sees them."""
+    arguments = ["a red circle", "--weights", str(standin), "--out", str(tmp_path / "out"), "--steps", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.imagen.sample", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr == "error: steps must be at least 1, not 0\n"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,87 @@
+"""Scores: what counts as right, what PSNR compares, and what the command writes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from small_cascade import SR_256
+
+from experiments.imagen import evaluate
+from experiments.imagen.evaluate import Tally, psnr, psnr_scores, true_pictures
+from jaxdiff.data.pictures import resize, to_float
+from jaxdiff.data.shapes_caption import held_out_examples
+from jaxdiff.data.shapes_draw import draw
+from jaxdiff.systems.cascade import Cascade
+from jaxdiff.weights.imagen import load
+
+
+def test_true_pictures_are_right_and_those_of_other_captions_are_not():
+    examples = held_out_examples(8)
+    captions = [caption for _, caption in examples]
+    drawn = [to_float(draw(scene, 64)) for scene, _ in examples]
+    tally = Tally()
+    tally.add(64, drawn, captions)
+    tally.add(256, [*drawn[:6], drawn[1], drawn[0]], captions)
+    assert tally.accuracy(64) == 1
+    assert tally.wrong(64) == {}
+    assert set(tally.attributes(64).values()) == {1}
+    assert tally.accuracy(256) == pytest.approx(6 / 8)
+    assert tally.accuracy(256, 6) == 1
+    assert set(tally.wrong(256)) == {captions[6].text, captions[7].text}
+    assert "kind" in tally.wrong(256)[captions[6].text]
+    assert tally.attributes(256)["kind"] < 1
+
+
+def test_psnr():
+    picture = np.full((4, 4, 3), 100, np.uint8)
+    assert psnr(picture, picture + np.uint8(10)) == pytest.approx(20 * np.log10(255 / 10))
+    assert np.isfinite(psnr(picture, picture))
+
+
+def without_weights(model: Cascade) -> Cascade:
+    """Super-resolution that adds nothing to the enlarged input."""
+    nothing = [dataclasses.replace(m, params=jax.tree.map(np.zeros_like, m.params)) for m in model.super_resolution]
+    return dataclasses.replace(model, super_resolution=tuple(nothing))
+
+
+def test_enlarging_alone_scores_like_bicubic(standin):
+    """Our input is aligned with the true picture, and our filter is Pillow's: a stage that adds nothing is bicubic."""
+    model = without_weights(load(standin))
+    chosen = [m.sampling for m in model.models]
+    noisy = [dataclasses.replace(sampling, aug_level=0.3) for sampling in chosen]
+    for resolution in (256, 1024):
+        scores = psnr_scores(model, resolution, 2, noisy)
+        ours, bicubic = scores[f"psnr_{resolution}"], scores[f"psnr_{resolution}_bicubic"]
+        assert ours == pytest.approx(bicubic, abs=0.05)
+        assert 20 < bicubic < 45
+    assert SR_256.residual
+
+
+def test_the_small_pictures_are_pillows():
+    (text, large, small), *_ = true_pictures(256, 64, 1)
+    assert large.shape == (256, 256, 3) and isinstance(text, str)
+    np.testing.assert_array_equal(small, resize(large, 64))
+
+
+def test_the_command(standin, tmp_path, command):
+    file = tmp_path / "scores" / "all.json"
+    options = "--n", 3, "--psnr-256", 2, "--psnr-1024", 1, "--json", file, "--weights", standin
+    done = command(evaluate.main, *options)
+    assert done.code == 0, done.err
+    scores = json.loads(file.read_text())
+    for resolution in (64, 256, 1024):
+        assert 0 <= scores[f"attribute_accuracy_{resolution}"] <= 1
+        assert {"kind", "colour", "count"} <= scores[f"attributes_{resolution}"].keys()
+    for name in ("psnr_256", "psnr_256_bicubic", "psnr_1024", "psnr_1024_bicubic"):
+        assert 0 < scores[name] < 60
+        assert name in done.out
+    assert scores["seconds_per_picture"] == pytest.approx(sum(scores["seconds_per_picture_of_stage"].values()))
+    assert scores["made_by"]["stages"][0]["steps"] == 2
+
+    done = command(evaluate.main, *options, "--up-to", 64, "--psnr-256", 0, "--steps", 3)
+    assert done.code == 0, done.err
+    scores = json.loads(file.read_text())
+    assert "attribute_accuracy_64" in scores and "attribute_accuracy_256" not in scores
+    assert scores["made_by"]["stages"][0]["steps"] == 3

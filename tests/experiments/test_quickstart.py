@@ -1,0 +1,107 @@
+"""The main job: 16 captions on one sheet with a report, captions of one's own, and a cascade trained from scratch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import quickstart
+from experiments.imagen.pictures import to_uint8
+from experiments.quickstart_train import train_cascade
+from jaxdiff.systems import cascade
+from jaxdiff.weights.imagen import load
+from jaxdiff.weights.t5 import load_text_encoder
+
+ROOT = Path(__file__).parents[2]
+ACCURACIES = [f"{kind}_accuracy_{resolution}" for kind in ("attribute", "colour") for resolution in (64, 256, 1024)]
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_sixteen_held_out_captions(standin, tmp_path, command):
+    done = command(quickstart.main, "--weights", standin, "--out", tmp_path)
+    assert done.code == 0, done.err
+    report = report_of(tmp_path)
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    assert {"load", "64", "256", "1024", "total"} == report["seconds"].keys()
+    assert len(report["captions"]) == len(set(report["captions"])) == 16
+    captions = quickstart.chosen_captions()
+    assert [len(caption.stated.objects) for caption in captions] == [1] * 12 + [2] * 4
+    assert report["captions"] == [caption.text for caption in captions]
+    sizes = [Image.open(path).size[0] for path in (tmp_path / "pictures").glob("*.png")]
+    assert sorted(sizes) == [64] * 16 + [256] * 16 + [1024] * 2
+    assert Image.open(tmp_path / "grid.png").size > (4 * (128 + 256), 4 * 256)
+    # It draws what the library draws.
+    first = next((tmp_path / "pictures").glob("00-*-1024.png"))
+    expected = cascade.sample(load(standin), report["captions"][:2])[1024][0]
+    assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
+    assert Image.open(first).text["prompt"] == report["captions"][0]
+
+
+def test_the_accuracy_is_over_the_one_object_captions():
+    from jaxdiff.data.pictures import to_float
+    from jaxdiff.data.shapes_caption import held_out_examples
+    from jaxdiff.data.shapes_draw import draw
+
+    examples = held_out_examples(12) + held_out_examples(4, objects=2)
+    captions = [caption for _, caption in examples]
+    assert captions == quickstart.chosen_captions()
+    drawn = np.stack([to_float(draw(scene, 64)) for scene, _ in examples])
+    drawn[0], drawn[12:] = drawn[5], drawn[0]  # one of twelve, and all of two objects, are wrong
+    scores = quickstart.scores(captions, {64: drawn, 1024: drawn[:2]})
+    assert scores["attribute_accuracy_64"] == pytest.approx(11 / 12)
+    assert scores["attribute_accuracy_1024"] == pytest.approx(1 / 2)
+    assert 0 < scores["colour_accuracy_64"] <= 12 / 16
+    assert len(scores["wrong"]["64"]) == 5
+
+
+def test_captions_of_ones_own_in_a_process(standin, tmp_path):
+    """As from a shell; no accuracy, because nobody knows what is right."""
+    arguments = ["a red circle", "--weights", str(standin), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.quickstart", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = report_of(tmp_path / "out")
+    assert report["captions"] == ["a red circle"]
+    assert not [name for name in report if "accuracy" in name]
+    names = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    assert names == [f"00-a-red-circle-{resolution}.png" for resolution in (1024, 256, 64)]
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_training_from_scratch(tmp_path, command):
+    settings = {f"{stage}_steps": 2 for stage in ("t5", "base", "sr256", "sr1024")}
+    settings |= {"t5_batch": 8, "base_batch": 8, "sr_batch": 8, "sr_crop": 64}
+    settings |= {"examples": 16, "examples_256": 8, "examples_1024": 8, "sample_every": 2, "psnr_pictures": 1}
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    done = command(quickstart.main, "--train", "--out", tmp_path, *options)
+    assert done.code == 0, done.err
+    report = report_of(tmp_path)
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    psnr = [report[f"psnr_{name}"] for name in ("256", "256_bicubic", "1024", "1024_bicubic")]
+    assert all(10 < value < 60 for value in psnr)
+    assert report["seconds"]["training"] > 0
+    assert load(tmp_path / "weights").resolutions == (64, 256, 1024)
+    assert load_text_encoder(tmp_path / "weights" / "text", 16).config.decoder_layers == 0
+    for stage in ("base64", "sr256", "sr1024"):
+        files = {path.name for path in (tmp_path / stage).iterdir()}
+        assert {"checkpoints", "tensorboard", "loss.png", "metrics.jsonl", "samples", "model"} <= files
+        assert (tmp_path / stage / "samples" / "0000002.png").is_file()
+    assert (tmp_path / "grid.png").is_file()
+    # Run again, every stage finds itself finished.
+    before = (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes()
+    assert train_cascade(quickstart.Training(**settings), tmp_path) == tmp_path / "weights"
+    assert (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes() == before

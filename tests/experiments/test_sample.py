@@ -1,0 +1,90 @@
+"""Prompts to pictures on disk: what is written, what it says of itself, and that settings do what they say."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.imagen import sample
+from jaxdiff.systems import cascade
+from jaxdiff.weights.imagen import load
+from jaxdiff.weights.settings import from_json
+
+
+def pictures_in(folder):
+    return {path.name: Image.open(path) for path in sorted(folder.glob("*.png")) if path.name != "grid.png"}
+
+
+def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
+    arguments = "a red circle", "a blue star", "--per-prompt", 2, "--seed", 7, "--up-to", 256, "--negative", "a square"
+    done = command(sample.main, *arguments, "--weights", standin, "--out", tmp_path / "out", "--steps", "3,2,2")
+    assert done.code == 0, done.err
+    found = pictures_in(tmp_path / "out")
+    assert list(found) == [f"000{i}-{slug}.png" for i, slug in enumerate(["a-red-circle"] * 2 + ["a-blue-star"] * 2)]
+    assert {image.size for image in found.values()} == {(256, 256)}
+    last = found["0003-a-blue-star.png"].text
+    assert (last["prompt"], last["seed"]) == ("a blue star", "7")
+    told = json.loads(last["settings"])
+    assert (told["number"], told["up_to"], told["negative"]) == (3, 256, "a square")
+    samplings = [from_json(stage, "the PNG") for stage in told["stages"]]
+    assert [sampling.steps for sampling in samplings] == [3, 2, 2]
+    # What the file says draws the same picture again.
+    options = {"seed": 7, "per_prompt": 2, "negative": "a square", "up_to": 256, "samplings": samplings}
+    again = cascade.sample(load(standin), ["a red circle", "a blue star"], **options)[256][3]
+    np.testing.assert_array_equal(np.asarray(found["0003-a-blue-star.png"]), sample.pictures.to_uint8(again))
+    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 2 * 256
+
+
+def test_a_picture_does_not_depend_on_the_batch_or_its_neighbours(standin):
+    model, prompts = load(standin), ["a red circle", "a blue star", "two green hearts"]
+    whole = cascade.sample(model, prompts, seed=3, batch=16)
+    assert list(whole) == [64, 256, 1024]
+    in_twos = cascade.sample(model, prompts, seed=3, batch=2)
+    alone = dict(cascade.stages(model, prompts[2:], seed=3, first=2))
+    for resolution, expected in whole.items():
+        assert np.ptp(expected) > 0.5
+        np.testing.assert_allclose(in_twos[resolution], expected, atol=2e-3)
+        np.testing.assert_allclose(alone[resolution], expected[2:], atol=2e-3)
+
+
+def test_large_lists_are_drawn_in_parts(standin, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("experiments.imagen.drawing.PART", 2)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue star\n  a green heart \n")
+    done = command(sample.main, "--prompts", prompts, "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = pictures_in(tmp_path / "out")
+    assert list(found) == ["0000-a-red-circle.png", "0001-a-blue-star.png", "0002-a-green-heart.png"]
+    expected = cascade.sample(load(standin), ["a red circle", "a blue star", "a green heart"], up_to=64)[64]
+    for image, picture in zip(found.values(), expected):
+        assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
+
+
+def test_other_sizes_and_tiles(standin, tmp_path, command):
+    arguments = "a red circle", "--size", "48x32", "--up-to", 256, "--weights", standin
+    for folder, tiles in (("whole", ()), ("tiles", ("--tile", 96, "--tile-overlap", 32))):
+        done = command(sample.main, *arguments, "--out", tmp_path / folder, *tiles)
+        assert done.code == 0, done.err
+    whole, tiled = (np.asarray(pictures_in(tmp_path / f)["0000-a-red-circle.png"], int) for f in ("whole", "tiles"))
+    assert whole.shape == tiled.shape == (192, 128, 3)
+    assert 0 < np.abs(whole - tiled).mean() < 8
+
+
+def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
+    long = "a red circle " * 8 + "and nothing else"
+    done = command(sample.main, "", long, "--up-to", 64, "--weights", standin, "--out", tmp_path)
+    assert done.code == 0, done.err
+    warned = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 2
+    assert "empty prompt is drawn without text" in warned[0]
+    assert "cut short" in warned[1] and "and nothing else" in warned[1]
+    assert "UserWarning" not in done.err
+
+
+def test_an_empty_prompt_is_the_null_text(standin):
+    model = load(standin)
+    with pytest.warns(UserWarning, match="without text"):
+        blank = cascade.sample(model, ["  "], up_to=64)[64]
+    named = cascade.sample(model, ["a red circle"], up_to=64)[64]
+    assert np.abs(blank - named).max() > 0.01
