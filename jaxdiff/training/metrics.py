@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
@@ -20,6 +19,8 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         _truncate(path, resumed)
         self._file = path.open("a")
+        from tensorboardX import SummaryWriter  # here, because it imports PyTorch wherever that is installed
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
 
     def write(self, line: dict[str, Any]) -> None:
