@@ -77,7 +77,8 @@ def main(settings: Settings) -> None:
     model = load_model(run_settings.out / "model")
     encoder = load_text_encoder(text / "encoder", model.stage.text_length)
     source = train.open_source(run_settings, model.stage)
-    chosen = [source[i * len(source) // settings.shown] for i in range(min(settings.shown, len(source)))]
+    shown = min(settings.shown, len(source))
+    chosen = [source[i * len(source) // shown] for i in range(shown)]
     names = [example["caption"] for example in chosen]
     drawn = sample(Cascade(encoder, model), names, seed=settings.seed)[model.stage.resolution]
     report(settings.out, names, [to_float(decode(example["image"])) for example in chosen], drawn)

@@ -223,7 +223,7 @@ class _Samples:
             found = images(
                 source, stage.resolution, self.COUNT, low_resolution=stage.low_resolution, crop=crop, shuffle=False
             )
-            self._low_res = next(found)["low_res"]
+            self._low_res = jnp.asarray(next(found)["low_res"])
 
     def __call__(self, step: int, params: dict) -> None:
         stage = self._stage
@@ -233,7 +233,7 @@ class _Samples:
         drawn = np.asarray(draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res))
         shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT
         if self._low_res is not None:
-            shown, captions = [*self._low_res, *drawn], ["input"] * self.COUNT + list(captions)
+            shown, captions = [*np.asarray(self._low_res), *drawn], ["input"] * self.COUNT + list(captions)
         sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
         pictures.write(self._folder / f"{step:07d}.png", sheet)
         tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")

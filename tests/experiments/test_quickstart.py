@@ -1,7 +1,6 @@
 """The main job: 16 captions on one sheet with a report, captions of one's own, and a cascade trained from scratch."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,13 +64,8 @@ def test_the_accuracy_is_over_the_one_object_captions():
 def test_captions_of_ones_own_in_a_process(standin, tmp_path):
     """As from a shell; no accuracy, because nobody knows what is right."""
     arguments = ["a red circle", "--weights", str(standin), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.quickstart", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "experiments.quickstart", *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path / "out")
