@@ -1,0 +1,38 @@
+"""Draws a picture with the tiny cascade's stages, random weights and two steps each, and prints the peak memory.
+
+python draw_1024.py SIDE TILE      # SIDE 1024 or 512 pixels; TILE 0 for none
+"""
+
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small import random_params
+
+from jaxdiff.diffusion import noise
+from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems.imagen import Sampling, draw, null_text
+from jaxdiff.systems.tiles import Tiles
+
+
+def main(side: int, tile: int) -> None:
+    tiles = Tiles(tile, tile // 8) if tile else None
+    base = Sampling(sampler=presets.SAMPLING_BASE_TINY.sampler, steps=2)
+    large = Sampling(sampler=presets.SAMPLING_SR_TINY.sampler, steps=2)
+    stages = (presets.BASE_64_TINY, base), (presets.SR_256_TINY, large), (presets.SR_1024_TINY, large)
+    picture, keys = None, noise.sample_keys(jax.random.key(0), jnp.arange(1))
+    for factor, (stage, sampling) in zip((16, 4, 1), stages):
+        if tile and factor == 1:
+            sampling = Sampling(sampler=large.sampler, steps=2, tiles=tiles)
+        params = jax.tree.map(jnp.asarray, random_params(stage))
+        text = null_text(stage, 1)
+        picture = draw(stage, params, sampling, text, text, keys, (side // factor,) * 2, picture)
+    picture = np.asarray(picture)
+    assert picture.shape == (1, side, side, 3) and np.isfinite(picture).all() and picture.std() > 0.01
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

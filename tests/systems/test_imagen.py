@@ -1,0 +1,426 @@
+"""A stage of Imagen: what its loss and its sampler do, seen through networks that are formulas, and whole."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small import BASE, LENGTH, SR, Formula, random_params
+
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.augmentation import augment
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.losses import MinSNR
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
+from jaxdiff.diffusion.schedules import Cosine
+from jaxdiff.diffusion.thresholding import Static, Unthresholded
+from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.systems import imagen
+from jaxdiff.systems.imagen import Sampling, Stage, draw, enlarge, null_text
+from jaxdiff.systems.tiles import Tiles
+from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
+
+RNG = np.random.default_rng(0)
+KEY = jax.random.key(1)
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(count, LENGTH, BASE.unet.text_width)).astype(np.float32)
+    return TextEmbedding(jnp.asarray(embeddings), jnp.ones((count, LENGTH), bool))
+
+
+def pictures(count, side, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+
+
+def batch_of(stage, count, text=True):
+    batch = {"image": pictures(count, stage.resolution)}
+    if stage.low_resolution:
+        batch["low_res"] = pictures(count, stage.low_resolution, seed=1)
+    if text:
+        embeddings, mask = texts(count)
+        batch |= {"text": embeddings, "text_mask": mask}
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def seen_in_training(stage, batch, key=KEY):
+    """What the network is given: (x, time, text, mask[, low_res, aug_level])."""
+    calls = []
+
+    def record(*inputs):
+        calls.append([np.asarray(value) for value in inputs])
+        return jnp.zeros_like(inputs[0])
+
+    spied = replace(stage, unet=Formula(low_res=stage.unet.low_res, output=record))
+    spied.loss({}, jax.tree.map(jnp.asarray, batch), key)
+    (inputs,) = calls
+    return inputs
+
+
+# Training
+
+
+def test_noised_picture_and_time():
+    """x = α x₀ + σ ε at the time that the network is told: what is left over is standard noise."""
+    batch = batch_of(BASE, 64)
+    x, time = seen_in_training(BASE, batch)[:2]
+    t = time / 1000
+    assert 0 <= t.min() < 0.02 and 0.98 < t.max() <= 1
+    np.testing.assert_allclose(np.diff(np.sort(t)), 1 / 64, atol=1e-5)  # spread evenly
+    assert np.abs(np.corrcoef(t, np.arange(64))[0, 1]) < 0.5  # and not in order
+    alpha, sigma = (np.asarray(f(jnp.asarray(t)))[:, None, None, None] for f in (Cosine().alpha, Cosine().sigma))
+    eps = ((x - alpha * batch["image"]) / sigma)[t > 0.1]
+    assert abs(eps.mean()) < 0.05 and eps.std() == pytest.approx(1, abs=0.03)
+
+
+def test_text_is_dropped_at_the_stated_rate():
+    """A dropped caption is the null text of sampling: zeros, all of it masked. The others are as they were."""
+    stage = replace(BASE, unet=Formula(), resolution=2)
+    for share in (0.0, 0.1, 1.0):
+        batch = {"image": np.zeros((4000, 2, 2, 3), np.float32)}
+        embeddings, mask = (np.asarray(a) for a in texts(4000))
+        batch |= {"text": embeddings, "text_mask": mask}
+        _, _, text, kept = seen_in_training(replace(stage, text_dropout=share), batch)
+        dropped = ~kept.any(1)
+        assert dropped.mean() == pytest.approx(share, abs=0.015 if 0 < share < 1 else 0)
+        assert (text[dropped] == 0).all()
+        np.testing.assert_array_equal(text[~dropped], embeddings[~dropped])
+        assert kept[~dropped].all()
+
+
+def test_padding_behind_a_caption_is_zeroed():
+    batch = batch_of(BASE, 64)
+    batch["text_mask"] = jnp.arange(LENGTH) < jnp.where(jnp.arange(64) % 2, LENGTH, 2)[:, None]
+    _, _, text, mask = seen_in_training(replace(BASE, text_dropout=0.0), batch)
+    np.testing.assert_array_equal(mask, batch["text_mask"])
+    assert (text[::2, 2:] == 0).all() and (text[::2, :2] != 0).all() and (text[1::2] != 0).all()
+
+
+def test_super_resolution_sees_the_noised_low_resolution_input():
+    """The bug that a test must catch: the input is noised, and the network reads the clean one."""
+    stage = replace(SR, low_resolution=16)  # no enlargement, so that the noise can be read off
+    batch = batch_of(stage, 64)
+    x, *_, low_res, level = seen_in_training(stage, batch)
+    assert level.shape == (64,) and 0 <= level.min() < 0.1 and 0.9 < level.max() <= 1
+    assert level.mean() == pytest.approx(0.5, abs=0.12)  # one for each example, uniform
+    alpha, sigma = (np.asarray(f(jnp.asarray(level)))[:, None, None, None] for f in (Cosine().alpha, Cosine().sigma))
+    eps = (low_res - alpha * batch["low_res"]) / sigma
+    assert eps[level > 0.1].std() == pytest.approx(1, abs=0.02)
+    assert abs(np.corrcoef(x.ravel(), (sigma * eps).ravel())[0, 1]) < 0.02  # not the picture's own noise
+    assert seen_in_training(replace(stage, max_aug_level=0.2), batch)[-1].max() == pytest.approx(0.2 * level.max())
+
+
+def test_the_noise_is_enlarged_with_the_input(monkeypatch):
+    """As in sampling, where the input is what the stage before it drew."""
+    noisy = []
+    batch = batch_of(SR, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(imagen, "augment", lambda *inputs: noisy.append(augment(*inputs)) or noisy[-1])
+        low_res = seen_in_training(SR, batch)[-2]
+    assert noisy[0].shape == (64, 4, 4, 3) and np.abs(noisy[0] - batch["low_res"]).max() > 0.1
+    np.testing.assert_array_equal(low_res, enlarge(noisy[0], (16, 16)))
+
+
+def test_residual_stages_add_to_the_enlarged_input():
+    """A network that says nothing draws what bicubic interpolation would; the real one learns the rest."""
+    unet = Formula(low_res=True, output=lambda x, *rest: jnp.zeros_like(x))
+    stage = replace(SR, unet=unet, prediction=Prediction.X0, residual=True)
+    low_res = jnp.asarray(0.2 * pictures(2, 4))
+    sampling = Sampling(DDIM(), 3, thresholding=Static())
+    np.testing.assert_allclose(drawn(stage, sampling, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
+    low_res = batch_of(SR, 64)["low_res"]
+    batch = {"image": enlarge(low_res, (16, 16)), "low_res": low_res}
+    assert replace(stage, max_aug_level=0.0).loss({}, batch, KEY)[0] < 1e-8
+    assert stage.loss({}, batch, KEY)[0] > 1e-4
+
+
+def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
+    """Nothing else is changed: times, levels and the picture's noise stay as they were."""
+    stage = replace(SR, unet=Formula(low_res=True, output=see_low_res))
+    batch = batch_of(SR, 64)
+    before = stage.loss({}, batch, KEY)[0]
+    assert stage.loss({}, batch, KEY)[0] == before
+    with monkeypatch.context() as patched:
+        other = lambda low_res, level, keys, schedule: augment(low_res, level, noise.fold(keys, 9), schedule)  # noqa: E731
+        patched.setattr(imagen, "augment", other)
+        assert abs(stage.loss({}, batch, KEY)[0] - before) > 1e-4
+
+
+def test_a_perfect_network_has_no_loss():
+    batch = batch_of(BASE, 64)
+    unet = Formula(output=lambda *inputs: batch["image"])
+    stage = replace(BASE, prediction=Prediction.X0, unet=unet)
+    assert stage.loss({}, batch, KEY)[0] == 0.0
+    stage = replace(BASE, unet=Formula(output=lambda x, *inputs: jnp.zeros_like(x)))
+    assert stage.loss({}, batch, KEY)[0] == pytest.approx(1, abs=0.15)  # ε, squared
+
+
+def test_training_on_pictures_alone():
+    """No captions in the batch: all of it is null text, and the real networks have a loss and gradients."""
+    for stage in (BASE, SR):
+        batch = batch_of(stage, 64, text=False)
+        _, _, text, mask = seen_in_training(stage, batch)[:4]
+        null = null_text(stage, 64)
+        np.testing.assert_array_equal(text, null.embeddings)
+        np.testing.assert_array_equal(mask, null.mask)
+        shapes = jax.eval_shape(stage.init, KEY)
+        (loss, _), grads = jax.eval_shape(jax.value_and_grad(stage.loss, has_aux=True), shapes, batch, KEY)
+        assert loss.shape == () and jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, shapes)
+
+
+def test_crops_of_any_size_train_a_super_resolution_stage():
+    shapes = jax.eval_shape(SR.init, KEY)
+    batch = {"image": np.zeros((2, 8, 24, 3), np.float32), "low_res": np.zeros((2, 2, 6, 3), np.float32)}
+    assert jax.eval_shape(SR.loss, shapes, batch, KEY)[0].shape == ()
+
+
+def test_loss_is_equal_on_every_mesh():
+    """Noise, levels, dropped captions and times are the samples' own wherever they are computed."""
+
+    def network(x, time, text, mask, low_res, level):
+        return jnp.tanh(x * low_res + (text.mean((1, 2)) + time / 1000 + level)[:, None, None, None])
+
+    stage, batch = replace(SR, unet=Formula(low_res=True, output=network)), batch_of(SR, 64)
+    loss = jax.jit(lambda batch, key: stage.loss({}, batch, key)[0])
+    alone = loss(batch, KEY)
+    assert loss(batch, jax.random.key(2)) != alone
+    mesh = make_mesh(data=4, fsdp=2)
+    with jax.set_mesh(mesh):
+        spread = loss(to_devices(batch, mesh), KEY)
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+
+
+# Drawing
+
+
+def formula_stage(output, low_res=False):
+    """x₀ is what `output` says, so one step draws it."""
+    sizes = {"resolution": 16, "low_resolution": 4} if low_res else {"resolution": 8}
+    unet = Formula(low_res=low_res, output=output)
+    return Stage(unet=unet, prediction=Prediction.X0, text_length=LENGTH, **sizes)
+
+
+ONE_STEP = Sampling(sampler=Euler(), steps=1, thresholding=Unthresholded())
+
+
+def drawn(stage, sampling, count=2, size=None, **options):
+    side = stage.resolution
+    keys = noise.sample_keys(KEY, jnp.arange(count))
+    defaults = {"text": texts(count), "negative": null_text(stage, count), "params": {}}
+    options = defaults | options
+    params, text, negative = (options.pop(name) for name in ("params", "text", "negative"))
+    return np.asarray(draw(stage, params, sampling, text, negative, keys, size or (side, side), **options))
+
+
+def see_low_res(x, time, text, mask, low_res, level):
+    return low_res
+
+
+def test_sampling_noises_the_low_resolution_input():
+    """At level 0 the network sees it as it is, above 0 noised, and in both cases it is told the level."""
+    low_res = jnp.asarray(0.2 * pictures(2, 4))
+    stage = formula_stage(see_low_res, low_res=True)
+    np.testing.assert_allclose(drawn(stage, ONE_STEP, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
+    level, low_res = 0.15, jnp.asarray(0.2 * pictures(2, 16))
+    stage = replace(stage, low_resolution=16)  # no enlargement, so that the noise can be read off
+    seen = drawn(stage, replace(ONE_STEP, aug_level=level), low_res=low_res)
+    eps = (seen - float(Cosine().alpha(level)) * low_res) / float(Cosine().sigma(level))
+    assert eps.std() == pytest.approx(1, abs=0.1) and abs(eps.mean()) < 0.1
+    assert np.abs(eps[0] - eps[1]).max() > 0.5
+    told = formula_stage(lambda x, time, text, mask, low_res, level: 0 * x + level[:, None, None, None], low_res=True)
+    for level in (0.0, 0.15, 1.0):
+        seen = drawn(told, replace(ONE_STEP, aug_level=level), low_res=low_res[:, :4, :4])
+        np.testing.assert_allclose(seen, level, atol=1e-3)
+
+
+def test_the_low_resolution_noise_stays_the_same_at_every_step():
+    stage = formula_stage(see_low_res, low_res=True)
+    low_res = jnp.asarray(0.2 * pictures(2, 4))
+    one, many = (drawn(stage, replace(ONE_STEP, steps=s, aug_level=0.15), low_res=low_res) for s in (1, 5))
+    np.testing.assert_allclose(one, many, atol=1e-3)
+
+
+def mean_text(x, time, text, mask, *low_res):
+    """A picture of one grey, half the mean of the text."""
+    return 0 * x + 0.5 * text.mean((1, 2))[:, None, None, None]
+
+
+def test_guidance_algebra_and_negative_prompt():
+    """ε̃ = w ε(c) + (1 − w) ε(n), in x₀ too: the grey is exactly that mixture, whatever the sampler."""
+    stage, text, negative = formula_stage(mean_text), texts(2), texts(2, seed=1)
+    grey, away = (0.5 * np.asarray(t.embeddings).mean((1, 2))[:, None, None, None] for t in (text, negative))
+    for sampler, weight in ((Euler(), 1.0), (Euler(), 0.0), (DDIM(), 2.5), (DDPM(), 2.5)):
+        sampling = Sampling(sampler, 3, guidance=Guidance(weight), thresholding=Unthresholded())
+        for options, base in (({}, 0.0), ({"negative": negative}, away)):
+            wanted = np.broadcast_to(weight * grey + (1 - weight) * base, (2, 8, 8, 3))
+            np.testing.assert_allclose(drawn(stage, sampling, text=text, **options), wanted, atol=2e-3)
+
+
+def test_time_runs_from_noise_to_picture():
+    """The network is told 1000 t, from 1000 down; what is drawn is the last prediction."""
+    stage = formula_stage(lambda x, time, *rest: 0 * x + time[:, None, None, None] / 1000)
+    sampling = Sampling(Euler(), 4, thresholding=Unthresholded())
+    np.testing.assert_allclose(drawn(stage, sampling), 0.25, atol=1e-3)
+    np.testing.assert_allclose(drawn(stage, ONE_STEP), 1.0, atol=1e-3)
+
+
+def test_output_is_clipped_and_thresholded():
+    stage = formula_stage(lambda x, *rest: 0 * x + 3.0)
+    for thresholding in (Unthresholded(), Static()):
+        found = drawn(stage, replace(ONE_STEP, thresholding=thresholding))
+        assert found.max() == 1.0 and found.min() > 0.999
+
+
+def test_sizes():
+    stage = formula_stage(mean_text)
+    assert drawn(stage, ONE_STEP, size=(4, 10)).shape == (2, 4, 10, 3)
+    with pytest.raises(ValueError, match="9 pixels is not a multiple of the network's stride 2"):
+        drawn(stage, ONE_STEP, size=(8, 9))
+    with pytest.raises(ValueError, match="stride 2"):
+        replace(BASE, resolution=9)
+    larger = formula_stage(see_low_res, low_res=True)
+    low_res = jnp.asarray(0.2 * pictures(2, 6)[:, :4])
+    wanted = enlarge(low_res, (16, 24))
+    np.testing.assert_allclose(drawn(larger, ONE_STEP, size=(16, 24), low_res=low_res), wanted, atol=1e-3)
+    for wrong in (None, low_res):
+        with pytest.raises(ValueError, match="drawing 24×24 needs a low-resolution input 1/4 of it"):
+            drawn(larger, ONE_STEP, size=(24, 24), low_res=wrong)
+    with pytest.raises(ValueError, match="3 pixels is not a multiple of the network's stride 2"):
+        drawn(larger, replace(ONE_STEP, tiles=Tiles(8, 3)), size=(16, 24), low_res=low_res)
+
+
+def test_enlarging_is_pillows_bicubic():
+    from PIL import Image
+
+    low_res = pictures(1, 8)
+    channel = Image.fromarray(low_res[0, :, :, 1], mode="F")
+    wanted = np.asarray(channel.resize((32, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(enlarge(jnp.asarray(low_res), (32, 32))[0, :, :, 1], wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Sampling(steps=0), "steps must be at least 1, not 0"),
+        (lambda: Sampling(aug_level=1.5), r"aug_level must lie in \[0, 1\]"),
+        (lambda: replace(BASE, text_dropout=1.1), "text_dropout"),
+        (lambda: replace(SR, max_aug_level=-0.1), r"max_aug_level must lie in \[0, 1\]"),
+        (lambda: replace(SR, residual=True), "residual is for super-resolution stages that predict x0"),
+        (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
+        (lambda: replace(BASE, low_resolution=4), "low_resolution"),
+        (lambda: Stage(unet=EfficientUNetConfig(), resolution=256), "low_resolution"),
+        (lambda: Stage(unet=EfficientUNetConfig(), resolution=256, low_resolution=96), "not a multiple"),
+        (lambda: Stage(unet=UNetConfig(), resolution=100), "stride 8"),
+    ],
+)
+def test_settings_that_make_no_sense(make, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+# Whole stages
+
+
+TEXTS, NULL = texts(8), null_text(BASE, 8)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Eight pictures of the base network with noise at every step and guidance."""
+    sampling, params = Sampling(DDPM(), 3, thresholding=Static()), random_params(BASE)
+
+    def run(rows=slice(None), put=lambda a: a, weight=3.0, text=TEXTS, negative=NULL, **options):
+        keys = noise.sample_keys(KEY, jnp.arange(8))[rows]
+        text, negative = (jax.tree.map(lambda a: a[rows], given) for given in (text, negative))
+        arguments = jax.tree.map(put, (text, negative, keys))
+        chosen = replace(sampling, guidance=Guidance(weight))
+        return np.asarray(draw(BASE, params, chosen, *arguments, (8, 8), **options))
+
+    return run, run()
+
+
+def test_a_picture_does_not_depend_on_its_batch(whole):
+    run, together = whole
+    assert together.shape == (8, 8, 8, 3) and np.isfinite(together).all() and together.std() > 0.1
+    assert np.abs(together[1:] - together[:-1]).max((1, 2, 3)).min() > 0.1
+    for i in (2, 7):
+        np.testing.assert_allclose(run(slice(i, i + 1)), together[i : i + 1], atol=1e-3)
+
+
+def test_a_picture_does_not_depend_on_the_mesh(whole):
+    run, together = whole
+    mesh = make_mesh(data=8)
+    with jax.set_mesh(mesh):
+        spread = run(put=partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data"))))
+    np.testing.assert_allclose(spread, together, atol=1e-3)
+
+
+def test_noise_is_bit_equal_whatever_the_batch_or_the_mesh():
+    keys = noise.sample_keys(KEY, jnp.arange(8))
+    together = np.asarray(noise.normal_like(keys, (8, 8, 3)))
+    np.testing.assert_array_equal(noise.normal_like(keys[5:6], (8, 8, 3))[0], together[5])
+    placed = jax.device_put(keys, batch_sharding(make_mesh(data=4, fsdp=2)))
+    spread = jax.jit(lambda keys: noise.normal_like(keys, (8, 8, 3)))(placed)
+    assert len(spread.sharding.device_set) == 8
+    np.testing.assert_array_equal(spread, together)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_progress_does_not_change_the_pictures(whole, chunk):
+    run, together = whole
+    done = []
+    np.testing.assert_array_equal(run(progress=done.append, chunk=chunk), together)
+    assert done == {1: [1, 2, 3], 2: [2, 3], 5: [3]}[chunk]
+
+
+def test_weight_one_is_conditional_and_weight_zero_unconditional(whole):
+    """Through the whole sampler with the real network."""
+    run, guided = whole
+    conditional, unconditional = run(weight=1.0), run(weight=1.0, text=NULL)
+    assert np.abs(conditional - unconditional).max() > 0.01
+    assert np.abs(conditional - guided).max() > 0.01
+    np.testing.assert_allclose(run(weight=0.0), unconditional, atol=1e-3)
+    # Leading away from what is drawn leads nowhere.
+    np.testing.assert_allclose(run(negative=TEXTS), conditional, atol=1e-3)
+    assert np.abs(run(negative=texts(8, seed=1)) - guided).max() > 0.01
+
+
+COLOURS = np.array([[0.8, -0.7, -0.7], [-0.7, 0.8, -0.6], [-0.8, -0.6, 0.9], [0.9, 0.8, -0.8]], np.float32)
+
+
+def test_four_flat_colours_are_learned_and_redrawn():
+    """Loss, sampler and guidance fit together: each caption's random embedding brings its own colour back."""
+    unet = replace(BASE.unet, channels=16, patch=4, self_attention=(False,), time_width=32, context_width=16)
+    process = {"schedule": Cosine(shift=-3.0), "prediction": Prediction.X0, "weighting": MinSNR(floor=1.0)}
+    stage = Stage(unet, 16, text_length=LENGTH, **process)
+    text = texts(4)
+    rows = np.arange(16) % 4
+    image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
+    batch = {"image": jnp.asarray(image), "text": text.embeddings[rows], "text_mask": text.mask[rows]}
+    params = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
+    optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled in half the time
+    def step(params, state, key):
+        (loss, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, losses = optimizer.init(params), []
+    for i in range(200):
+        params, state, loss = step(params, state, jax.random.fold_in(KEY, i))
+        losses.append(float(loss))
+    assert np.mean(losses[-20:]) < 0.1 * losses[0]
+    sampling = Sampling(DDIM(), 8, guidance=Guidance(2.0), thresholding=Static())
+    found = drawn(stage, sampling, count=4, params=params, text=text)
+    distance = np.abs(found.mean((1, 2))[:, None] - COLOURS[None]).max(-1)
+    assert (distance.argmin(1) == np.arange(4)).all()
+    assert distance.diagonal().max() < 0.3
