@@ -160,8 +160,11 @@ def _products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from _products(inner)
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)  # closed or not
+                if hasattr(inner, "eqns"):
+                    yield from _products(inner)
 
 
 def test_bfloat16_is_close():
