@@ -176,6 +176,17 @@ def test_ancestral_variance_lies_between_its_bounds():
     assert samplers.ancestral_deviation(point(999), point(998), 0.0).item() ** 2 == pytest.approx(0.02, abs=1e-5)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_noise_of_a_ddim_step(eta):
+    """With x₀ = ε = 0 a step leaves its own noise: η times DDPM's lower bound (arXiv 2010.02502, Eq. 16)."""
+    grid = grids.grid(Cosine(), 4)
+    nothing = lambda x, t: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
+    left = samplers.DDIM(eta=eta).step(jnp.ones((4, 50, 50)), 1, nothing, grid, _keys(4))
+    here, there = (grids.Grid(*(values[i] for values in grid)) for i in (1, 2))
+    expected = eta * samplers.ancestral_deviation(here, there, 0.0).item()
+    assert float(jnp.std(left)) == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.parametrize("sampler", DETERMINISTIC + RANDOM, ids=str)
 def test_chunks_do_not_change_the_result(sampler):
     """One program, called for steps 0–10 or in chunks of 3, 1 and 6, gives the same bits."""
