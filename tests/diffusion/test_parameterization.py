@@ -33,7 +33,7 @@ def test_round_trip(prediction, schedule):
     assert np.all(jnp.max(jnp.abs(found.eps - eps), axis=(1, 2, 3)) < eps_error)
 
 
-@pytest.mark.parametrize("a,b", itertools.permutations(Prediction, 2))
+@pytest.mark.parametrize("a,b", list(itertools.permutations(Prediction, 2)))
 def test_one_prediction_into_another_and_back(a, b):
     """Any output, not only a true target: through x₀ and ε into b's terms, and back."""
     t = jnp.array([0.2, 0.5, 0.8])

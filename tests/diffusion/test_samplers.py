@@ -84,7 +84,7 @@ def _even_grid(schedule, steps, low=-6.0, high=6.0):
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=["cosine", "flow"])
-@pytest.mark.parametrize("sampler,order", zip(DETERMINISTIC, ORDERS), ids=str)
+@pytest.mark.parametrize("sampler,order", list(zip(DETERMINISTIC, ORDERS)), ids=str)
 def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
     """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
     with jax.enable_x64(True):
