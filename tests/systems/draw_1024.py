@@ -36,7 +36,7 @@ def main(side: int, tile: int) -> None:
 
 
 def peak() -> int:
-    """Bytes, of this program alone where the system tells (VmHWM): ru_maxrss begins at the size of whoever started it."""
+    """Bytes, of this program alone (VmHWM) where the system tells: ru_maxrss begins at the size of its parent."""
     status = Path("/proc/self/status")
     if status.is_file():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
