@@ -127,6 +127,15 @@ class Embedding(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype)(x)
 
 
+def scale_shift(
+    x: Float[Array, "b h w c"], embedding: Float[Array, "b t"], dtype: Dtype, name: str | None = None
+) -> Float[Array, "b h w c"]:
+    """Normalized features times 1 + scale, plus shift: a layer of the caller reads both from the embedding (A.27)."""
+    both = nn.Dense(2 * x.shape[-1], dtype=dtype, name=name)(nn.silu(embedding))
+    scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
+    return x * (1 + scale) + shift
+
+
 class ResBlock(nn.Module):
     """Norm, swish, 3×3 convolution, twice, around a residual path (A.27; BigGAN resampling as in F.1).
 
@@ -144,9 +153,7 @@ class ResBlock(nn.Module):
         y = nn.silu(Norm(self.dtype)(x))
         x, y = resize(x, self.resample), resize(y, self.resample)
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(y)
-        scale_shift = nn.Dense(2 * self.channels, dtype=self.dtype)(nn.silu(embedding))
-        scale, shift = jnp.split(scale_shift[:, None, None, :], 2, axis=-1)
-        y = nn.silu(Norm(self.dtype)(y) * (1 + scale) + shift)
+        y = nn.silu(scale_shift(Norm(self.dtype)(y), embedding, self.dtype))
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(y)
         if self.project or x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype)(x)

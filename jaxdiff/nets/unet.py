@@ -31,6 +31,10 @@ class UNetConfig:
     skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
     coordinates: give the first layer two channels that say where in the picture it is, -1…1 (arXiv 1807.03247). The
     paper's networks are deep enough to learn it from the borders; one that draws in tiles must not know it.
+    conditioned_head: the conditioning vector scales and shifts the last norm too (as in DiT, arXiv 2212.09748). For
+    networks that predict x₀: their outermost skip carries the picture at low noise, at high noise nothing but noise.
+    input_skip: add the noised picture, times a factor for each of its channels that the conditioning vector decides, to
+    the output. For networks that predict x₀: normalized features do not carry the brightness of what they copy.
     low_res: whether a low-resolution picture and its noise level are inputs.
     dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
     """
@@ -50,6 +54,8 @@ class UNetConfig:
     patch: int = 1
     skip_scale: float = 1.0
     coordinates: bool = False
+    conditioned_head: bool = False
+    input_skip: bool = False
     low_res: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -80,7 +86,10 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class EfficientUNetConfig(UNetConfig):
-    """The same settings with the defaults of the 64→256 model (F.2)."""
+    """The same settings with the defaults of the 64→256 model (F.2), and one more.
+
+    outer_blocks: residual blocks behind the last enlargement, where the paper's network has none.
+    """
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
@@ -90,6 +99,7 @@ class EfficientUNetConfig(UNetConfig):
     feed_forward: int = 2
     skip_scale: float = 2**-0.5
     low_res: bool = True
+    outer_blocks: int = 0
 
     def module(self) -> "EfficientUNet":
         return EfficientUNet(self)
@@ -128,16 +138,23 @@ class _Parts(nn.Module):
             x = jnp.concatenate([x, blocks.coordinates(x)], axis=-1)
         return nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x)
 
-    def head(self, x, channels):
-        config = self.config
-        x = nn.silu(Norm(config.dtype, name="head_norm")(x))
+    def head(self, x, embedding, noised):
+        config, channels = self.config, noised.shape[-1]
+        x = Norm(config.dtype, name="head_norm")(x)
+        if config.conditioned_head:
+            x = blocks.scale_shift(x, embedding, config.dtype, name="head_condition")
+        x = nn.silu(x)
         zeros = nn.initializers.zeros
         x = nn.Conv(channels * config.patch**2, (3, 3), dtype=config.dtype, kernel_init=zeros, name="head")(x)
-        return blocks.keep_precision(blocks.depth_to_space(x, config.patch))
+        x = blocks.keep_precision(blocks.depth_to_space(x, config.patch))
+        if config.input_skip:
+            factor = nn.Dense(channels, dtype=config.dtype, kernel_init=zeros, name="input_skip")(nn.silu(embedding))
+            x += blocks.keep_precision(factor)[:, None, None, :] * noised
+        return x
 
-    def res(self, level, name, resample=Resample.NONE, project=False):
+    def res(self, width, name, resample=Resample.NONE, project=False):
         block = nn.remat(ResBlock) if self.config.remat else ResBlock
-        return block(self.config.width(level), resample, project, self.config.dtype, name=name)
+        return block(width, resample, project, self.config.dtype, name=name)
 
     def attend(self, x, level, name, tokens, mask):
         config = self.config
@@ -170,29 +187,29 @@ class UNet(_Parts):
         aug_level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """Time in 0…1000, low_res already enlarged to h×w, aug_level in [0, 1]; h, w multiples of the stride."""
-        config, channels = self.config, x.shape[-1]
+        config, noised = self.config, x
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
         x = self.stem(x, low_res)
         skips, last = [x], len(config.blocks) - 1
         for level, count in enumerate(config.blocks):
             for i in range(count):
-                x = self.res(level, f"down_{level}_{i}")(x, embedding)
+                x = self.res(config.width(level), f"down_{level}_{i}")(x, embedding)
                 x = self.attend(x, level, f"down_{level}_{i}", tokens, mask)
                 skips.append(x)
             if level != last:
-                x = self.res(level, f"down_{level}", Resample.DOWN)(x, embedding)
+                x = self.res(config.width(level), f"down_{level}", Resample.DOWN)(x, embedding)
                 skips.append(x)
-        x = self.res(last, "middle_0")(x, embedding)
+        x = self.res(config.width(last), "middle_0")(x, embedding)
         x = self.attend(x, last, "middle", tokens, mask)
-        x = self.res(last, "middle_1")(x, embedding)
+        x = self.res(config.width(last), "middle_1")(x, embedding)
         for level in reversed(range(last + 1)):
             for i in range(config.blocks[level] + 1):
                 x = jnp.concatenate([x, skips.pop() * config.skip_scale], axis=-1)
-                x = self.res(level, f"up_{level}_{i}")(x, embedding)
+                x = self.res(config.width(level), f"up_{level}_{i}")(x, embedding)
                 x = self.attend(x, level, f"up_{level}_{i}", tokens, mask)
             if level:
-                x = self.res(level, f"up_{level}", Resample.UP)(x, embedding)
-        return self.head(x, channels)
+                x = self.res(config.width(level), f"up_{level}", Resample.UP)(x, embedding)
+        return self.head(x, embedding, noised)
 
 
 class EfficientUNet(_Parts):
@@ -213,7 +230,7 @@ class EfficientUNet(_Parts):
         aug_level: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """Arguments as in `UNet`; h and w multiples of the stride."""
-        config, channels = self.config, x.shape[-1]
+        config, noised = self.config, x
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
         x = self.stem(x, low_res)
         skips = []
@@ -221,14 +238,16 @@ class EfficientUNet(_Parts):
             skips.append(x)
             x = nn.Conv(config.width(level), (3, 3), strides=2, dtype=config.dtype, name=f"down_{level}")(x)
             for i in range(count):
-                x = self.res(level, f"down_{level}_{i}", project=True)(x, embedding)
+                x = self.res(config.width(level), f"down_{level}_{i}", project=True)(x, embedding)
             x = self.attend(x, level, f"down_{level}", tokens, mask)
         for level in reversed(range(len(config.blocks))):
             for i in range(config.blocks[level]):
-                x = self.res(level, f"up_{level}_{i}", project=True)(x, embedding)
+                x = self.res(config.width(level), f"up_{level}_{i}", project=True)(x, embedding)
             x = self.attend(x, level, f"up_{level}", tokens, mask)
             skip = skips.pop()
             x = blocks.resize(x, Resample.UP)
             x = nn.Conv(skip.shape[-1], (3, 3), dtype=config.dtype, name=f"up_{level}")(x)
             x = x + skip * config.skip_scale
-        return self.head(x, channels)
+        for i in range(config.outer_blocks):
+            x = self.res(config.channels, f"outer_{i}")(x, embedding)
+        return self.head(x, embedding, noised)

@@ -27,6 +27,23 @@ NETWORKS = {
     "efficient": EfficientUNetConfig(
         self_attention=(False, True), cross_attention=(False, True), heads=2, context_width=8, **TWO_LEVELS
     ),
+    "tiny": EfficientUNetConfig(
+        channels=8,
+        multipliers=(1,),
+        blocks=(1,),
+        outer_blocks=1,
+        self_attention=(True,),
+        cross_attention=(False,),
+        heads=2,
+        time_width=16,
+        text_width=6,
+        context_width=8,
+        patch=2,
+        coordinates=True,
+        conditioned_head=True,
+        input_skip=True,
+        low_res=False,
+    ),
 }
 B, H, W, N = 3, 8, 12, 5
 
@@ -107,7 +124,7 @@ def test_output_has_the_pictures_shape(network):
 
 
 def test_strides():
-    assert NETWORKS["base"].stride == 4 and NETWORKS["efficient"].stride == 4
+    assert all(config.stride == 4 for config in NETWORKS.values())
     assert presets.BASE_64_2B.unet.stride == 8
     assert presets.SR_256.unet.stride == presets.SR_1024.unet.stride == 16
 
@@ -119,6 +136,20 @@ def test_text_matters_to_its_own_picture(network):
     np.testing.assert_array_equal(changed[1:], out[1:])
     unread = apply(text_mask=inputs["text_mask"].at[0, 1].set(False))
     assert np.abs(unread[0] - out[0]).max() > 1e-3
+
+
+def test_what_the_tiny_settings_add():
+    """A block behind the last enlargement, a condition at the head, and the noised picture times a factor."""
+    config = NETWORKS["tiny"]
+    plain = replace(config, outer_blocks=0, conditioned_head=False, input_skip=False)
+    params = random_params(stage_of(config))
+    assert params.keys() - random_params(stage_of(plain)).keys() == {"outer_0", "head_condition", "input_skip"}
+    inputs = inputs_of(config)
+    silent = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
+    out = config.module().apply({"params": silent}, **inputs)
+    factor = np.asarray(out / inputs["x"])
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1, :1], factor.shape), rtol=1e-4)
+    assert len(np.unique(factor[:, 0, 0].round(4))) == B * 3  # of each sample's own, and of each channel's
 
 
 def test_padding_does_not_matter(network):
