@@ -45,8 +45,8 @@ class Settings:
     """Updates of the base model."""
     batch: int = 32
     """Pictures per update."""
-    learning_rate: float = 1e-3
-    """At its peak."""
+    learning_rate: float = 2e-3
+    """At its peak (Muon)."""
     shown: int = 64
     """How many are redrawn and judged."""
     seed: int = 0
@@ -68,7 +68,9 @@ def main(settings: Settings) -> None:
         limit=settings.count,
         steps=settings.steps,
         batch=settings.batch,
+        optimizer="muon",
         learning_rate=settings.learning_rate,
+        warmup=60,
         ema_decay=0.995,
         seed=settings.seed,
         data_dir=settings.data_dir,

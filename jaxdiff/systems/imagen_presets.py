@@ -7,10 +7,10 @@ stage. Parameter counts are tested.
 from dataclasses import replace
 
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import MinSNR, PowerSNR
+from jaxdiff.diffusion.losses import MinSNR
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M
-from jaxdiff.diffusion.schedules import Cosine, Linear
+from jaxdiff.diffusion.schedules import Cosine, Focused, Linear
 from jaxdiff.diffusion.thresholding import Dynamic, Static
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems.imagen import Sampling, Stage
@@ -69,18 +69,17 @@ BASE_64_TINY = Stage(
         low_res=False,
         **_TINY_TEXT,
     ),
-    schedule=Cosine(shift=-2.5),
+    schedule=Focused(Cosine(shift=-2.5), -10.0, 4.0),
     prediction=Prediction.X0,
-    weighting=PowerSNR(0.5),
+    weighting=MinSNR(floor=1.0),
     text_length=24,
 )
 """For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
 
 The schedule is shifted towards noise: of a flat picture, 4096 pixels of a background say its colour through any noise
-that Imagen's schedule spends time on, and the text would have nothing left to decide.
-It predicts x₀: ε or v would have to carry a patch's noise through few channels; a picture's content is less. The plain
-x₀ error is a thousand times larger where nothing is known yet than where edges are drawn; its weights even that out.
-"""
+that Imagen's schedule spends time on, and the text would have nothing left to decide. Colours are decided at log-SNRs
+of -10 to -5, places and sizes at -9 to -4, forms at -5 to 0; all get the same share of the training.
+It predicts x₀: ε or v would have to carry a patch's noise through few channels; a picture's content is less."""
 
 SR_256_TINY = Stage(
     unet=EfficientUNetConfig(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Linear, RectifiedFlow, Schedule, time_of
+from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Focused, Linear, RectifiedFlow, Schedule, time_of
 
 SCHEDULES = [
     Cosine(),
@@ -135,6 +135,19 @@ def test_discrete_trains_on_each_entry_equally():
 
 
 @every
+def test_focus_changes_where_training_looks_and_nothing_else(schedule):
+    focused, t = Focused(schedule, -2.5, 3.0), jnp.linspace(0.0, 1.0, 101)
+    assert isinstance(focused, Schedule)
+    for name in ("logsnr", "alpha", "sigma"):
+        np.testing.assert_array_equal(getattr(focused, name)(t), getattr(schedule, name)(t))
+    found = focused.logsnr(focused.sample_time(t))
+    np.testing.assert_allclose(
+        found, np.linspace(3.0, -2.5, 101), atol=2e-2 if isinstance(schedule, Discrete) else 1e-3
+    )
+    assert focused.sample_time(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
+
+
+@every
 def test_float32_whatever_the_network_computes_in(schedule):
     for function in (schedule.logsnr, schedule.alpha, schedule.sigma, schedule.sample_time):
         assert function(jnp.linspace(0.0, 1.0, 5, dtype=jnp.bfloat16)).dtype == jnp.float32
@@ -157,6 +170,7 @@ def test_a_static_value_under_jit(schedule):
         (lambda: EDM(p_std=0.0), "p_std"),
         (lambda: Discrete((0.5, 0.6)), "alpha_bar"),
         (lambda: Discrete.linear(1), "at least 2 steps"),
+        (lambda: Focused(Cosine(), 1.0, -1.0), "low < high"),
     ],
 )
 def test_settings_out_of_range_are_named(make, words):
