@@ -7,7 +7,7 @@ stage. Parameter counts are tested.
 from dataclasses import replace
 
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import MinSNR
+from jaxdiff.diffusion.losses import MinSNR, PowerSNR
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M
 from jaxdiff.diffusion.schedules import Cosine, Focused, Linear
@@ -69,9 +69,9 @@ BASE_64_TINY = Stage(
         low_res=False,
         **_TINY_TEXT,
     ),
-    schedule=Focused(Cosine(shift=-2.5), -10.0, 4.0),
+    schedule=Focused(Cosine(shift=-2.5), -11.0, 4.0),
     prediction=Prediction.X0,
-    weighting=MinSNR(floor=1.0),
+    weighting=PowerSNR(0.2),
     text_length=24,
 )
 """For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.

@@ -14,8 +14,8 @@ _CLASSES = {
     for cls in (
         *(imagen.Stage, imagen.Sampling, tiles.Tiles, unet.UNetConfig, unet.EfficientUNetConfig),
         *(schedules.Cosine, schedules.Linear, schedules.EDM, schedules.RectifiedFlow, schedules.Discrete),
-        *(schedules.Focused, losses.Simple, losses.MinSNR, losses.Sigmoid, parameterization.Prediction),
-        guidance.Guidance,
+        *(schedules.Focused, parameterization.Prediction, guidance.Guidance),
+        *(losses.Simple, losses.MinSNR, losses.PowerSNR, losses.Sigmoid),
         *(samplers.DDPM, samplers.DDIM, samplers.DPMSolverPP2M, samplers.Heun, samplers.Euler),
         *(grids.UniformTime, grids.UniformLogSNR, grids.Karras),
         *(thresholding.Unthresholded, thresholding.Static, thresholding.Dynamic),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.losses import MinSNR, Sigmoid, Simple, Weighting, diffusion_loss
+from jaxdiff.diffusion.losses import MinSNR, PowerSNR, Sigmoid, Simple, Weighting, diffusion_loss
 from jaxdiff.diffusion.parameterization import Prediction, from_x0, noised, target
 from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow
 
@@ -40,7 +40,16 @@ def test_sigmoid_closed_forms():
     np.testing.assert_allclose(Sigmoid(-2.0).weight(LOGSNR, Prediction.X0), flipped, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weighting", [Simple(), MinSNR(), Sigmoid()], ids=str)
+def test_power_snr_lies_between_the_plain_errors():
+    """√S on the x₀ error within its limits; power 0 is the plain x₀ error, power 1 the plain ε error."""
+    root = np.sqrt(np.clip(SNR, np.exp(-10.0), np.exp(4.0)))
+    np.testing.assert_allclose(PowerSNR(0.5).weight(LOGSNR, Prediction.X0), root, rtol=1e-4)
+    np.testing.assert_allclose(PowerSNR(0.5).weight(LOGSNR, Prediction.EPSILON), root / SNR, rtol=1e-4)
+    np.testing.assert_allclose(PowerSNR(0.0).weight(LOGSNR, Prediction.X0), 1.0)
+    np.testing.assert_allclose(PowerSNR(1.0, -20.0, 20.0).weight(LOGSNR, Prediction.EPSILON), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", [Simple(), MinSNR(), PowerSNR(), Sigmoid()], ids=str)
 def test_finite_at_the_clipped_ends(weighting):
     assert isinstance(weighting, Weighting)
     for prediction in Prediction:
@@ -57,7 +66,7 @@ def _losses(weighting, schedule):
     return {p: diffusion_loss(target(p, *guess, alpha, sigma), p, x0, eps, alpha, sigma, weighting) for p in Prediction}
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), Sigmoid()], ids=str)
+@pytest.mark.parametrize("weighting", [MinSNR(), PowerSNR(), Sigmoid()], ids=str)
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=str)
 def test_same_loss_whatever_is_predicted(weighting, schedule):
     losses = _losses(weighting, schedule)
@@ -86,3 +95,7 @@ def test_settings_out_of_range_are_named():
         MinSNR(1.0, floor=2.0)
     with pytest.raises(ValueError, match="bias"):
         Sigmoid(float("inf"))
+    with pytest.raises(ValueError, match="power"):
+        PowerSNR(float("nan"))
+    with pytest.raises(ValueError, match="log-SNR"):
+        PowerSNR(lowest=3.0, highest=-3.0)

@@ -11,6 +11,7 @@ from experiments.data import convert, embed
 from experiments.imagen import emoji as emoji_run
 from experiments.imagen import train
 from jaxdiff.data import emoji
+from jaxdiff.weights.imagen import load_model
 
 pytestmark = pytest.mark.usefixtures("small_presets")
 SHORT = "--steps", 2, "--batch", 8, "--ema-decay", 0.995, "--sample-every", 0
@@ -33,10 +34,22 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     text = "--text-encoder", standin / "text", "--length", 16
     done = command(embed.main, *source, *text, "--out", embeddings)
     assert done.code == 0 and "9 embeddings" in done.out, done.err
-    arguments = "--stage", "base64", *source, "--text", standin / "text", "--embeddings", embeddings
+    arguments = (
+        "--stage",
+        "base64",
+        *source,
+        "--text",
+        standin / "text",
+        "--embeddings",
+        embeddings,
+        "--logsnr",
+        -5.5,
+        0,
+    )
     done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert (tmp_path / "run" / "model" / "stage.json").is_file()
+    schedule = load_model(tmp_path / "run" / "model").stage.schedule
+    assert (schedule.low, schedule.high) == (-5.5, 0.0)
 
 
 def test_emoji(tmp_path, command):

@@ -22,7 +22,10 @@ OTHERS = [
     replace(STAGE, schedule=schedules.RectifiedFlow()),
     replace(STAGE, schedule=schedules.Discrete.linear(50)),
     replace(STAGE, schedule=schedules.Focused(schedules.Cosine(shift=-2.0), -9.0, 2.0)),
-    *(replace(STAGE, weighting=weighting) for weighting in (losses.Simple(), losses.MinSNR(3.0), losses.Sigmoid(2.0))),
+    *(
+        replace(STAGE, weighting=weighting)
+        for weighting in (losses.Simple(), losses.MinSNR(3.0), losses.PowerSNR(0.7), losses.Sigmoid(2.0))
+    ),
     Sampling(samplers.DDPM(0.3), spacing=grids.Karras(5.0)),
     Sampling(samplers.DDIM(0.5), spacing=grids.UniformLogSNR(-5.0, 6.0)),
     Sampling(samplers.DPMSolverPP2M(), guidance=Guidance(4.0, (-2.0, 3.0), 0.7)),
