@@ -28,7 +28,7 @@ class Training:
     """Updates of T5."""
     t5_batch: int = 64
     """Captions per update of T5."""
-    base_steps: int = 900
+    base_steps: int = 700
     """Updates of the base model."""
     base_batch: int = 32
     """Pictures per update of the base model."""
