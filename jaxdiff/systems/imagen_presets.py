@@ -71,7 +71,7 @@ BASE_64_TINY = Stage(
     ),
     schedule=Focused(Cosine(shift=-2.5), -11.0, 4.0),
     prediction=Prediction.X0,
-    weighting=PowerSNR(0.2),
+    weighting=PowerSNR(0.2, lowest=-11.0),
     text_length=24,
 )
 """For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
