@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "jaxdiff", "experiments", "tests", "tpu_scripts"}
 ROOMS = sorted(path.parent for path in (ROOT / "jaxdiff").glob("*/__init__.py"))
 README = ROOT / "README.md"
-SHIPPED = ROOT / "jaxdiff" / "weights" / "tiny"
 PAGE = 80
 
 

@@ -6,8 +6,8 @@ Attribute accuracy: n held-out one-object captions are drawn through all stages,
 `jaxdiff.evaluation.attributes` looks at every picture; right is one in which everything that its caption states is read
 back equal. PSNR (dB, of 8-bit pictures, the mean over pictures): held-out true pictures, made small by Pillow's
 antialiased BICUBIC, are enlarged by each super-resolution stage at augmentation level 0 and guidance 1, and by the same
-filter for comparison. The shipped cascade takes about 25 minutes on 2 CPU cores at n = 100, nearly all of it at 1024
-(`--up-to 256`: 3 minutes); its scores are in jaxdiff/weights/tiny/README.md.
+filter for comparison. The shipped cascade takes about 10 minutes on 2 CPU cores at n = 100, nearly all of it at 1024
+(`--up-to 256`: 2 minutes); its scores are in jaxdiff/weights/tiny/README.md.
 """
 
 import dataclasses
