@@ -236,20 +236,25 @@ class Discrete(_VariancePreserving):
 
 @dataclasses.dataclass(frozen=True)
 class Focused:
-    """The process of another schedule, trained at log-SNRs spread evenly over [low, high].
+    """The process of another schedule, a `share` of its training at log-SNRs spread evenly over [low, high].
+
+    The rest of the training, if any, is where that schedule has it (which may be another focus).
 
     The schedule's own density gives each noise level a share that was found good for ε on photographs. What a caption
     decides about a flat picture (where, how large, which colour) is decided at log-SNRs far below those, in a few units
     that the cosine schedule hardly visits.
     """
 
-    schedule: Cosine | Linear | EDM | RectifiedFlow | Discrete
+    schedule: "Cosine | Linear | EDM | RectifiedFlow | Discrete | Focused"
     low: float
     high: float
+    share: float = 1.0
 
     def __post_init__(self):
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"a range of log-SNRs has low < high, not {self.low} and {self.high}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"the share of training in a range of log-SNRs lies in (0, 1], not {self.share}")
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return self.schedule.logsnr(t)
@@ -261,8 +266,13 @@ class Focused:
         return self.schedule.sigma(t)
 
     def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Training times from u ~ U(0, 1): where the log-SNR is high − u (high − low)."""
-        return time_of(self.schedule, self.high - _precise(u) * (self.high - self.low))
+        """Training times from u ~ U(0, 1): the log-SNR falls from high to low until u = share, then the rest."""
+        u = _precise(u)
+        inside = time_of(self.schedule, self.high - jnp.minimum(u / self.share, 1.0) * (self.high - self.low))
+        if self.share == 1.0:
+            return inside
+        rest = self.schedule.sample_time(jnp.clip((u - self.share) / (1.0 - self.share), 0.0, 1.0))
+        return jnp.where(u < self.share, inside, rest)
 
 
 def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -146,6 +146,12 @@ def test_focus_changes_where_training_looks_and_nothing_else(schedule):
     )
     assert focused.sample_time(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
 
+    # Three quarters in the range, and the last quarter as the schedule itself would have it.
+    partly = Focused(schedule, -2.5, 3.0, share=0.75).sample_time(jnp.linspace(0.0, 1.0, 401))
+    atol = 1.001e-3 if isinstance(schedule, Discrete) else 1e-5  # a step of the table may fall to either side
+    np.testing.assert_allclose(partly[:300], focused.sample_time(jnp.arange(300) / 300), atol=atol)
+    np.testing.assert_allclose(partly[300:], schedule.sample_time(t), atol=atol)
+
 
 @every
 def test_float32_whatever_the_network_computes_in(schedule):
@@ -171,6 +177,7 @@ def test_a_static_value_under_jit(schedule):
         (lambda: Discrete((0.5, 0.6)), "alpha_bar"),
         (lambda: Discrete.linear(1), "at least 2 steps"),
         (lambda: Focused(Cosine(), 1.0, -1.0), "low < high"),
+        (lambda: Focused(Cosine(), -1.0, 1.0, share=0.0), "share"),
     ],
 )
 def test_settings_out_of_range_are_named(make, words):

@@ -21,7 +21,10 @@ OTHERS = [
     replace(STAGE, schedule=schedules.EDM()),
     replace(STAGE, schedule=schedules.RectifiedFlow()),
     replace(STAGE, schedule=schedules.Discrete.linear(50)),
-    replace(STAGE, schedule=schedules.Focused(schedules.Cosine(shift=-2.0), -9.0, 2.0)),
+    replace(
+        STAGE,
+        schedule=schedules.Focused(schedules.Focused(schedules.Cosine(shift=-2.0), -9.0, 2.0), -5.0, 0.0, share=0.5),
+    ),
     *(
         replace(STAGE, weighting=weighting)
         for weighting in (losses.Simple(), losses.MinSNR(3.0), losses.PowerSNR(0.7), losses.Sigmoid(2.0))
