@@ -10,10 +10,12 @@ put the two tarballs that the message names where it says, and run it again.
 import shutil
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 
 from experiments.cli import run
 from jaxdiff.data import emoji
+from jaxdiff.data.files import replacing
 
 PACKAGES = {emoji.ARTWORK: "@iconify-json/noto", emoji.NAMES: "emojibase-data"}
 
@@ -50,8 +52,9 @@ def fetch(package: str, folder: Path, name: str) -> None:
                 member = archive.getmember(f"package/{file}")
                 target = folder / name / file
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.extractfile(member).read())
-    except (KeyError, tarfile.TarError, EOFError) as error:
+                with replacing(target) as temporary:
+                    temporary.write_bytes(archive.extractfile(member).read())
+    except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{tarball}: not the npm package {package} ({error}); delete it and run again") from error
 
 

@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from jaxdiff.data import pictures, remote
 from jaxdiff.data.files import new_records, remove_leftovers, write_json
@@ -73,13 +74,16 @@ class Rows:
 
     path: str
     start: int
-    rows: tuple[tuple[str, str | None], ...]
+    rows: tuple[tuple[str | None, str | None], ...]
 
     def identity(self) -> str:
         return f"rows\n{self.path}\n{self.start}\n{self.rows}"
 
     def examples(self, settings: "Settings") -> Iterator[Raw]:
-        for file, caption in self.rows:
+        for number, (file, caption) in enumerate(self.rows, self.start):
+            if file is None:
+                yield f"{self.path}, row {number}", Fault("no path"), caption
+                continue
             try:
                 yield file, remote.read_bytes(file), caption
             except OSError as error:
@@ -186,7 +190,10 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
     file = out / f"{_name(piece, settings)}.array_record"
     done = file.with_suffix(".json")
     if done.is_file() and file.is_file():
-        report = Report(**json.loads(done.read_text(encoding="utf-8")))
+        try:
+            report = Report(**json.loads(done.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{done}: not a report of this converter ({error}); delete it") from error
         if settings.strict and report.skipped:
             raise ValueError(f"{next(iter(report.first.values()))} (strict)")
         return report
@@ -293,33 +300,41 @@ def _caption_in(content: bytes, key: str) -> str | None:
     return found.strip() or None if isinstance(found, str) else None
 
 
-def _list_rows(path: str, settings: Settings) -> Iterator[tuple[str, str | None]]:
+def _list_rows(path: str, settings: Settings) -> Iterator[tuple[str | None, str | None]]:
+    """Paths and captions; None for what is not a string, or no path."""
     rows = _parquet_rows if path.endswith(".parquet") else _csv_rows
-    for image, caption in rows(path, settings.image_column, settings.caption_column):
-        yield remote.beside(path, image), caption or None
+    for image, caption in rows(path, settings):
+        named = isinstance(image, str) and image.strip()
+        yield remote.beside(path, image) if named else None, (caption or None) if isinstance(caption, str) else None
 
 
-def _csv_rows(path: str, image_column: str, caption_column: str) -> Iterator[tuple[str, str]]:
+def _csv_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
     with remote.open_binary(path) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-        _check_columns(path, list(reader.fieldnames or []), image_column, caption_column)
-        for row in reader:
-            yield row[image_column], row[caption_column]
+        try:
+            _check_columns(path, list(reader.fieldnames or []), settings)
+            for row in reader:
+                yield row[settings.image_column], row.get(settings.caption_column)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _parquet_rows(path: str, image_column: str, caption_column: str) -> Iterator[tuple[str, str]]:
+def _parquet_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'jaxdiff[parquet]'") from error
     with remote.open_binary(path) as stream:
         table = pyarrow.parquet.ParquetFile(stream)
-        _check_columns(path, table.schema_arrow.names, image_column, caption_column)
-        for rows in table.iter_batches(columns=[image_column, caption_column]):
-            yield from zip(rows[image_column].to_pylist(), rows[caption_column].to_pylist())
+        _check_columns(path, table.schema_arrow.names, settings)
+        wanted = {settings.image_column, settings.caption_column} & set(table.schema_arrow.names)
+        for rows in table.iter_batches(columns=sorted(wanted)):
+            for row in rows.to_pylist():
+                yield row[settings.image_column], row.get(settings.caption_column)
 
 
-def _check_columns(path: str, found: list[str], *wanted: str) -> None:
-    for column in wanted:
+def _check_columns(path: str, found: list[str], settings: Settings) -> None:
+    """Pictures alone may have captions or not."""
+    for column in (settings.image_column, *(() if settings.images_only else (settings.caption_column,))):
         if column not in found:
             raise ValueError(f"{path}: no column {column!r}, only {', '.join(found) or 'none'}; name the right one")

@@ -59,7 +59,10 @@ def _from_metadata(metadata: Path) -> tuple[tuple[str, str | None], ...]:
                 name = row["file_name"]
             except (json.JSONDecodeError, TypeError, KeyError) as error:
                 raise ValueError(f"{metadata}:{number}: not a JSON object with a file_name ({error})") from error
-            entries.append((str(name), row.get("text") or row.get("caption")))
+            caption = row.get("text") or row.get("caption")
+            if not isinstance(caption, str | None):
+                raise ValueError(f"{metadata}:{number}: the caption is not a string but {caption!r}")
+            entries.append((str(name), caption))
     return tuple(entries)
 
 

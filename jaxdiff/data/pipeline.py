@@ -82,7 +82,7 @@ def images(
         examples = examples.repeat()
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
     examples = examples.random_map(prepare)[process_index::process_count]
-    report = Skipped(limit=len(source), strict=strict)
+    report = Skipped(len(source), strict)
     stream = examples.to_iter_dataset(grain.ReadOptions(reading.threads, reading.ahead if reading.threads else 0))
     if reading.workers:
         if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which only absl's own main parses
@@ -113,7 +113,10 @@ class Batches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues exactly as the iterator that gave `state` did: same source, settings and number of workers."""
-        self._iterator.set_state(state)
+        try:
+            self._iterator.set_state(state)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"the saved place is another pipeline's (of other workers?): {error!r}") from error
 
 
 class Skipped:
@@ -121,9 +124,9 @@ class Skipped:
 
     _LINES = 10
 
-    def __init__(self, limit: int, strict: bool):
+    def __init__(self, examples: int, strict: bool):
         self.reasons: Counter[str] = Counter()
-        self._strict, self._limit = strict, limit
+        self._strict, self._examples = strict, examples
         self._names: set[str] = set()
         self._in_a_row = 0
         self._lock = threading.Lock()
@@ -131,6 +134,10 @@ class Skipped:
     @property
     def count(self) -> int:
         return sum(self.reasons.values())
+
+    def __str__(self) -> str:
+        """`3 (2 unreadable, 1 no caption)`"""
+        return f"{self.count} ({', '.join(f'{count} {kind}' for kind, count in self.reasons.most_common())})"
 
     def keep(self, example: dict) -> bool:
         """False for a reject, after counting it. Raises ValueError when strict, or when nothing else is left."""
@@ -143,8 +150,10 @@ class Skipped:
             raise ValueError(f"{line} (strict)")
         with self._lock:
             self._in_a_row += 1
-            if self._in_a_row > self._limit:  # the source went by without one usable example: it would never end
-                raise ValueError(f"not one of the {self._limit} examples is usable; the last: {line}")
+            # Twice the source, as a usable example may come first in one order of it and last in the next: beyond, it
+            # would never end.
+            if self._in_a_row >= 2 * self._examples:
+                raise ValueError(f"not one of the {self._examples} examples is usable; the last: {line}")
             if name not in self._names:
                 self._names.add(name)
                 self.reasons[kind] += 1
@@ -234,7 +243,7 @@ class _Prepare(grain.transforms.RandomMap):
             if stored != digest(caption):
                 raise ValueError(
                     f"{self.embeddings.path}: embedding {index} was made from another caption than that of {name}; "
-                    "store the embeddings again"
+                    "delete that folder, or store the embeddings in another"
                 )
             joined |= {"text": text, "text_mask": mask}
         return joined

@@ -53,8 +53,11 @@ def read(path: Path | str) -> RecordSource:
     path = Path(path)
     if not (path / INDEX).is_file():
         raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.data.convert")
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    shards = tuple(shard["file"] for shard in index["shards"] if shard["images"])
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        shards = tuple(shard["file"] for shard in index["shards"] if shard["images"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / INDEX}: not written by experiments.data.convert ({error!r})") from error
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxdiff.data.shapes_scene import Object, Scene, Split, scene, stream
+from jaxdiff.data.shapes_scene import Object, Scene, Split, pick, scene, stream
 
 SAID = 0.6  # the chance that an optional attribute is said of a single object
 SAID_OF_TWO = 0.35  # and of each of two, to keep the sentence short
@@ -55,7 +55,7 @@ def caption(scene: Scene, split: Split, index: int, wording: int = 0) -> Caption
     background = scene.background if rng.random() < SAID else None
     if len(scene.objects) == 1:
         stated = Stated((_stated(rng, scene.objects[0], SAID, rng.random() < SAID),), background)
-        return Caption(_tidy(_pick(rng, (_sentence, _sentence, _list))(rng, stated)), stated)
+        return Caption(_tidy(pick(rng, (_sentence, _sentence, _list))(rng, stated)), stated)
     objects = tuple(_stated(rng, o, SAID_OF_TWO, False) for o in scene.objects)
     stated = Stated(objects, background, scene.relation)
     return Caption(_tidy(_sentence_of_two(rng, stated)), stated)
@@ -104,7 +104,7 @@ def _sentence(rng: np.random.Generator, stated: Stated) -> str:
     forms = (f"{noun} {place} {ground}", f"there is {noun} {place} {ground}", f"a picture of {noun} {place} {ground}")
     if o.position:
         forms += (f"{place}, {noun} {ground}",)
-    return _pick(rng, forms)
+    return pick(rng, forms)
 
 
 def _list(rng: np.random.Generator, stated: Stated) -> str:
@@ -112,7 +112,7 @@ def _list(rng: np.random.Generator, stated: Stated) -> str:
     (o,) = stated.objects
     size_apart = o.size is not None and rng.random() < 0.5
     noun = _noun(rng, dataclasses.replace(o, size=None) if size_apart else o, article=False)
-    parts = [noun, _pick(rng, SIZE_WORDS[o.size]) if size_apart else "", o.position or ""]
+    parts = [noun, pick(rng, SIZE_WORDS[o.size]) if size_apart else "", o.position or ""]
     ground = f"{stated.background} background" if stated.background else ""
     parts = [ground, *parts] if rng.random() < 0.5 else [*parts, ground]
     return ", ".join(p for p in parts if p)
@@ -121,14 +121,14 @@ def _list(rng: np.random.Generator, stated: Stated) -> str:
 def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
     """ "a blue heart to the left of a small green cross on white" """
     first, second = (_noun(rng, o, article=True) for o in stated.objects)
-    between, ground = _pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
+    between, ground = pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
     said = f"{first} {between} {second}"
-    return _pick(rng, (f"{said} {ground}", f"there is {said} {ground}", f"a picture of {said} {ground}"))
+    return pick(rng, (f"{said} {ground}", f"there is {said} {ground}", f"a picture of {said} {ground}"))
 
 
 def _noun(rng: np.random.Generator, o: StatedObject, article: bool) -> str:
-    size = _pick(rng, SIZE_WORDS[o.size]) if o.size else ""
-    fill = _pick(rng, FILL_WORDS[o.fill]) if o.fill else ""
+    size = pick(rng, SIZE_WORDS[o.size]) if o.size else ""
+    fill = pick(rng, FILL_WORDS[o.fill]) if o.fill else ""
     after = ""
     if o.fill == "striped" and rng.random() < 0.3:
         fill, after = "", "with stripes"
@@ -141,17 +141,13 @@ def _place(rng: np.random.Generator, position: str | None) -> str:
     if position is None:
         return ""
     if position == "center":
-        return _pick(rng, ("in the center", "in the middle"))
-    return EDGE_WORDS.get(position) or _pick(rng, (f"in the {position} corner", f"at the {position}"))
+        return pick(rng, ("in the center", "in the middle"))
+    return EDGE_WORDS.get(position) or pick(rng, (f"in the {position} corner", f"at the {position}"))
 
 
 def _ground(rng: np.random.Generator, background: str | None) -> str:
-    return _pick(rng, (f"on a {background} background", f"on {background}")) if background else ""
+    return pick(rng, (f"on a {background} background", f"on {background}")) if background else ""
 
 
 def _tidy(text: str) -> str:
     return " ".join(text.split()).replace(" ,", ",")
-
-
-def _pick(rng: np.random.Generator, choices):
-    return choices[int(rng.integers(len(choices)))]

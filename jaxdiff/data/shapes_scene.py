@@ -86,7 +86,7 @@ def scene(split: Split, index: int, objects: int | None = None) -> Scene:
     rng = stream(split, index, 0 if objects is None else objects)
     if objects is None:
         objects = 2 if rng.random() < TWO_OBJECTS else 1
-    background = _pick(rng, tuple(BACKGROUNDS))
+    background = pick(rng, tuple(BACKGROUNDS))
     return _one(rng, split, background) if objects == 1 else _two(rng, split, background)
 
 
@@ -135,21 +135,21 @@ COMBINATIONS: dict[str, list[tuple[str, str, str, str]]] = {
 
 
 def _one(rng: np.random.Generator, split: Split, background: str) -> Scene:
-    kind, colour, fill, size = _pick(rng, COMBINATIONS[split])
+    kind, colour, fill, size = pick(rng, COMBINATIONS[split])
     radius = rng.uniform(*SIZES[size])
     inset = REACH * radius + MARGIN
-    x, y = (np.clip(rng.uniform(*_pick(rng, (LOW, MIDDLE, HIGH))), inset, 1 - inset) for _ in range(2))
+    x, y = (np.clip(rng.uniform(*pick(rng, (LOW, MIDDLE, HIGH))), inset, 1 - inset) for _ in range(2))
     return Scene(background, (Object(kind, colour, size, fill, float(x), float(y), radius),))
 
 
 def _two(rng: np.random.Generator, split: Split, background: str) -> Scene:
     """Two small or medium objects beside or above one another, with a clear gap; they differ in kind or colour."""
     candidates = {s: [c for c in COMBINATIONS[s] if c[3] != "large"] for s in {split, "train"}}
-    first = _pick(rng, candidates[split])
+    first = pick(rng, candidates[split])
     second = first
     while second[:2] == first[:2]:
-        second = _pick(rng, candidates["train"])  # one new combination at a time
-    name = _pick(rng, RELATIONS)
+        second = pick(rng, candidates["train"])  # one new combination at a time
+    name = pick(rng, RELATIONS)
     near, far = (
         rng.uniform(0.22, 0.26),
         rng.uniform(0.74, 0.78),
@@ -164,5 +164,6 @@ def _two(rng: np.random.Generator, split: Split, background: str) -> Scene:
     return Scene(background, tuple(objects), name)
 
 
-def _pick(rng: np.random.Generator, choices):
+def pick(rng: np.random.Generator, choices):
+    """One of a sequence, each as likely."""
     return choices[int(rng.integers(len(choices)))]

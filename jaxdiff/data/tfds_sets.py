@@ -85,6 +85,8 @@ def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
         raise ValueError(f"tfds:{name}: TFDS knows no set of that name, and no prepared set lies there") from error
     except ImportError as error:
         raise ValueError(f"tfds:{name}: preparing it once needs a package: {error}") from error
+    except AssertionError as error:  # how TFDS says that a version or a manual download is missing
+        raise ValueError(f"tfds:{name}: {error}") from error
     return found
 
 

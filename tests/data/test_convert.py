@@ -105,6 +105,13 @@ def test_lists(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_lists_of_pictures_alone_need_no_captions(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = write_list(tmp_path, kind, [("a.png",)], ("path",))
+    assert convert.convert([path], tmp_path / "out", Settings(images_only=True))["images"] == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_missing_column_is_named(tmp_path, kind):
     path = write_list(tmp_path, kind, [("a", "b")], ("url", "caption"))
     with pytest.raises(ValueError, match="no column 'path', only url, caption"):
@@ -259,3 +266,31 @@ def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, cap
         run(command.main, ["no.zip", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a tar file nor")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_without_a_path_or_with_other_things_are_left_out(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = [("a.png", "one"), (None, "two"), ("a.png", None)]
+    index = convert.convert([write_list(tmp_path, kind, rows)], tmp_path / "out")
+    assert index["images"] == 1 and index["skipped"] == {"no caption": 1, "no path": 1}
+    assert "row 1" in index["first"]["no path"]
+
+
+def test_lists_that_are_no_lists_of_rows(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "short.csv").write_text("caption,path\na dog\nyes,a.png\n")
+    index = convert.convert([str(tmp_path / "short.csv")], tmp_path / "out")
+    assert index["images"] == 1 and index["skipped"] == {"no path": 1}
+    (tmp_path / "long.csv").write_text("caption,path\n" + "x" * 140_000 + ",a.png\n")
+    with pytest.raises(ValueError, match=r"long\.csv, line \d: field larger"):
+        convert.convert([str(tmp_path / "long.csv")], tmp_path / "out")
+    many = write_list(tmp_path, "parquet", [("a.png", ["one", "two"])])
+    assert convert.convert([many, str(tmp_path / "short.csv")], tmp_path / "out")["skipped"]["no caption"] == 1
+
+
+def test_another_tools_index_is_named(tmp_path):
+    for content in ('{"name": "x"}', "[1]", "{"):
+        (tmp_path / "dataset.json").write_text(content)
+        with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.data\.convert"):
+            records.read(tmp_path)

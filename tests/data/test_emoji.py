@@ -105,6 +105,13 @@ def test_a_failing_npm_is_reported_in_one_line(tmp_path, monkeypatch):
 
 
 def test_a_wrong_tarball_is_named(tarballs, tmp_path):
+    whole = next(tarballs.glob("iconify-json-noto-*.tgz"))
+    content, damaged = whole.read_bytes(), tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / whole.name).write_bytes(content[:40] + bytes(len(content) - 40))
+    with pytest.raises(ValueError, match="not the npm package @iconify-json/noto"):
+        command.main(tmp_path / "data", (64,), damaged)
+    assert not [file for file in damaged.rglob("*") if file.is_file() and file.name != whole.name]
     (tarballs / "emojibase-data-9.9.9.tgz").write_bytes(b"an error page")
     with pytest.raises(ValueError, match=r"emojibase-data-9\.9\.9\.tgz: not the npm package emojibase-data"):
         command.main(tmp_path / "data", (64,), tarballs)

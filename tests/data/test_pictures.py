@@ -103,3 +103,11 @@ def test_decode_says_what_is_damaged():
     for broken in (b"", b"no picture at all", whole[:200], whole[:40] + b"\0" * 40 + whole[80:]):
         with pytest.raises(pictures.Unreadable):
             pictures.decode(broken)
+
+
+def test_decode_scales_sixteen_bits():
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    decoded = pictures.decode(encoded(Image.fromarray(ramp)))
+    np.testing.assert_array_equal(decoded, np.arange(256).repeat(3).reshape(16, 16, 3))
+    with pytest.raises(pictures.Unreadable, match="mode F"):
+        pictures.decode(encoded(Image.new("F", (2, 2)), "TIFF"))

@@ -183,6 +183,22 @@ def test_a_source_without_one_usable_example_ends(listed):
             next(images(hopeless, 32, 2))
 
 
+def test_few_usable_examples_are_enough(source, listed):
+    """The last of one order and the first of the next may be almost two sources apart."""
+    damaged = tuple({"image": b"", "caption": "x", "name": f"bad {i}"} for i in range(9))
+    for seed in range(5):
+        batches = images(listed((*damaged, *source.examples[:2])), 32, 2, seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert len(take(batches, 40)) == 40
+
+
+def test_a_place_of_another_pipeline_is_refused(source):
+    with pytest.raises(ValueError, match="another pipeline") as error:
+        images(source, 32, 2).set_state({"workers": 2})
+    assert "\n" not in str(error.value)
+
+
 def test_many_faults_warn_ten_times(source, listed):
     damaged = tuple({"image": b"", "caption": "x", "name": f"bad {i}"} for i in range(30))
     batches = images(listed((*damaged, *source.examples)), 32, 11, repeat=False)

@@ -265,3 +265,16 @@ def test_files_without_random_access_are_refused(shapes_dir, tmp_path):
         file.rename(copy / file.name.replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="no random access"):
         sources.open(sources.Tfds(str(copy)), 64, "train", "")
+
+
+@pytest.mark.parametrize("caption", [["a cat", "cat"], 7, {"en": "cat"}])
+def test_a_caption_that_is_no_string_is_named(tmp_path, caption):
+    row = {"file_name": "a.png", "text": caption}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1: the caption is not a string"):
+        sources.open(sources.Folder(tmp_path), 64, "train", "")
+
+
+def test_a_version_that_tfds_does_not_have_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"tfds:mnist:9\.9\.9: "):
+        sources.open(sources.Tfds("mnist:9.9.9"), 64, "train", tmp_path)
