@@ -1,6 +1,6 @@
 """Computes the T5 embeddings of a set's captions once and stores them, so that training runs no text encoder.
 
-    python -m experiments.data.embed --data records:runs/data/laion --text-encoder google/t5-v1_1-xxl \
+    python -m experiments.data.embed --data records:runs/data/laion --text-encoder google/flan-t5-xxl \
         --length 128 --out runs/data/laion-t5
 
 Then train with `--embeddings runs/data/laion-t5`. Killed, it continues when run again with the same arguments.
@@ -35,7 +35,7 @@ def main(
 
     Args:
         data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH
-        text_encoder: directory or hub id of a T5 in the transformers layout
+        text_encoder: directory or hub id (id@revision) of a T5 in the transformers layout
         out: the folder to write
         length: tokens per caption; longer ones are cut
         split: the split of the data

@@ -213,17 +213,25 @@ class _Stored(NamedTuple):
 
 
 def _directory(path_or_id: str | Path) -> Path:
-    """A directory as it is; a hub id as the directory that its snapshot was downloaded to."""
+    """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot."""
     text = str(path_or_id)
+    hub_id, _, revision = text.partition("@")
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
-    if isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or hub_id.count("/") > 1:
         raise FileNotFoundError(f"no T5 at {text}: not a directory")
+    wanted = ["*.json", "*.safetensors", "spiece.model"]
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "spiece.model"]))
+        directory = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{text} is neither a directory nor a hub id that could be downloaded: {reason}") from error
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{text} holds no safetensors, only pickles perhaps, which are not read: name a revision that has them "
+            f"({hub_id}@refs/pr/N), or convert a copy that you trust and give its directory"
+        )
+    return directory
 
 
 def _open(directory: Path, stack: ExitStack) -> dict[str, _Stored]:

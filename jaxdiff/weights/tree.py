@@ -108,7 +108,8 @@ def refuse_pickle(path: Path) -> None:
         raise ValueError(
             f"{path} is a pickle, which can run code when read; convert it once where you trust it: "
             'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+            f"t = torch.load('{path}', map_location='cpu', weights_only=True); "
+            f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{path.with_name('model.safetensors')}')\""
         )
 
 

@@ -1,10 +1,12 @@
 """Tokenizers: trained, saved and loaded again, bytes; what is cut is said."""
 
+import json
 import re
 import warnings
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from jaxdiff.text.tokenizer import SENTINELS, byte_tokenizer, load_tokenizer, sentinel_ids, tokenize, train_tokenizer
 
@@ -117,6 +119,28 @@ def test_a_word_cut_in_the_middle_is_lost(trained):
     assert message.endswith("lost: 'Zebra-Crossing and more'")
     _, message = warned(byte_tokenizer(), ["hello wörld again"], 9)
     assert message.endswith("lost: 'wörld again'")
+
+
+def test_sentencepiece_files_of_the_hub(tmp_path):
+    """A folder with spiece.model and no tokenizer.json, as Google's T5 v1.1 is published."""
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    text = "a small red zebra"
+    tokens = tokenize(tokenizer, [text], 40)
+    assert tokens.ids[0][tokens.mask[0]].tolist() == [*pieces.encode(text), 1]
+    assert sentinel_ids(tokenizer) == list(range(len(pieces) + 99, len(pieces) - 1, -1))
 
 
 def test_no_tokenizer(tmp_path):

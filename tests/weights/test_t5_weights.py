@@ -230,6 +230,24 @@ def test_a_hub_id_offline_is_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_id_with_its_revision(exported, monkeypatch, tmp_path):
+    config, params, directory = exported
+    asked, empty = [], tmp_path / "empty"
+    empty.mkdir()
+
+    def download(hub_id, revision, allow_patterns):
+        asked.append((hub_id, revision))
+        return str(directory if revision else empty)
+
+    monkeypatch.setattr(t5, "snapshot_download", download)
+    found, loaded = t5.load("some/t5@refs/pr/3")
+    assert found == config
+    equal(loaded, params)
+    with pytest.raises(ValueError, match=r"some/t5 holds no safetensors.*some/t5@refs/pr/N"):
+        t5.load("some/t5")
+    assert asked == [("some/t5", "refs/pr/3"), ("some/t5", None)]
+
+
 def test_export_refuses_what_does_not_fit(tmp_path):
     params = PARAMS.setdefault(V1_1, init(V1_1))
     with pytest.raises(ValueError, match=r"the T5 to export does not fit .* missing"):

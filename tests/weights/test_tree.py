@@ -3,7 +3,10 @@
 import os
 import pickle
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import jax
@@ -86,6 +89,20 @@ def test_a_pickle_is_refused_whatever_its_name(tmp_path, protocol):
     with pytest.raises(ValueError, match=r"is a pickle, .* convert it .*torch\.load") as error:
         tree.load_tree(path)
     assert "\n" not in str(error.value)
+
+
+def test_the_advice_for_pickles_works(tmp_path):
+    """Tensors that share memory, as T5's tied embeddings do in its pickles, included."""
+    torch = pytest.importorskip("torch", reason="writing a pickle of tensors needs PyTorch")
+    shared = torch.arange(6.0).reshape(2, 3)
+    torch.save({"shared.weight": shared, "encoder.embed_tokens.weight": shared}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="convert it") as error:
+        tree.refuse_pickle(tmp_path / "pytorch_model.bin")
+    _, *arguments = shlex.split(str(error.value).partition("trust it: ")[2])
+    subprocess.run([sys.executable, *arguments], check=True)
+    loaded, _ = tree.load_tree(tmp_path / "model.safetensors")
+    assert loaded.keys() == {"shared.weight", "encoder.embed_tokens.weight"}
+    np.testing.assert_array_equal(loaded["shared.weight"], shared.numpy())
 
 
 def test_a_zipped_pickle_is_refused(tmp_path):
