@@ -115,9 +115,7 @@ _FORMS = {
         log_error_ratio=jax.nn.softplus,
     ),
     Prediction.VELOCITY: _Form(
-        denoise=lambda u, x, alpha, sigma: Denoised(
-            (x - sigma * u) / (alpha + sigma), (x + alpha * u) / (alpha + sigma)
-        ),
+        denoise=_denoise_velocity,
         target=lambda x0, eps, alpha, sigma: eps - x0,
         log_error_ratio=lambda logsnr: 2.0 * jax.nn.softplus(0.5 * logsnr),
     ),

@@ -43,7 +43,9 @@ class Sampler(Protocol):
 
     def image(self, carry: Carry) -> Float[Array, "b *s"]: ...
 
-    def evaluations(self, steps: int) -> int: ...
+    def evaluations(self, steps: int) -> int:
+        """How often a run of that many steps evaluates the network."""
+        ...
 
 
 def integrate(
@@ -58,11 +60,6 @@ def integrate(
     """Steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program; the
     result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number."""
     return jax.lax.fori_loop(start, stop, lambda i, state: sampler.step(state, i, denoise, grid, keys), carry)
-
-
-def evaluations(sampler: Sampler, steps: int) -> int:
-    """How often a run of that many steps evaluates the network."""
-    return sampler.evaluations(steps)
 
 
 class _OneState:

@@ -274,7 +274,7 @@ def test_evaluations_are_counted_as_they_happen():
 
         jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), grids.grid(Cosine(), 6)))
         jax.effects_barrier()
-        assert len(calls) == samplers.evaluations(sampler, 6)
+        assert len(calls) == sampler.evaluations(6)
 
 
 @pytest.mark.parametrize("make", [lambda: samplers.DDPM(gamma=1.5), lambda: samplers.DDIM(eta=-0.1)])
