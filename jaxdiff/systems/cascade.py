@@ -156,10 +156,8 @@ def stages(
 
 
 def _warn_of_blanks(prompts: Sequence[str]) -> None:
-    blank = sum(not prompt.strip() for prompt in prompts)
-    if blank:
-        what = "an empty prompt is" if blank == 1 else f"{blank} empty prompts are"
-        warnings.warn(f"{what} drawn without text", stacklevel=3)
+    if not all(prompt.strip() for prompt in prompts):
+        warnings.warn("an empty prompt is drawn without text", stacklevel=3)
 
 
 def _number(cascade: Cascade, resolution: int) -> int:

@@ -173,8 +173,6 @@ def draw(
     check(stage, sampling, size)
     if not stage.unet.reads_text:  # both branches of guidance would be the same
         sampling = replace(sampling, guidance=Guidance())
-    if sampling.tiles is not None and stage.unet.coordinates:
-        raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
     condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size))
     carry = sampling.sampler.init(noise.normal_like(noise.fold(keys, 0), (*size, 3)))
     if progress is None:
@@ -255,10 +253,17 @@ def null_text(stage: Stage, count: int) -> TextEmbedding:
 
 
 def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
-    """ValueError where the stage cannot draw this size, or not in these tiles."""
+    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not at this level of noise."""
     check_size(stage, *size)
     if sampling.tiles is not None:
+        if stage.unet.coordinates:
+            raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
         check_size(stage, sampling.tiles.side, sampling.tiles.overlap)
+    if stage.unet.low_res and sampling.aug_level > stage.max_aug_level:
+        raise ValueError(
+            f"aug_level {sampling.aug_level} is above {stage.max_aug_level}, the highest that the {stage.resolution} "
+            "stage was trained with"
+        )
 
 
 def check_size(stage: Stage, *sides: int) -> None:

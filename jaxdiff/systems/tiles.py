@@ -53,6 +53,8 @@ def in_tiles(
 
 def starts(length: int, side: int, tiles: Tiles) -> list[int]:
     """Where tiles of `side` begin along `length`: evenly a tile less its overlap apart, the last at the very end."""
+    if length <= side:
+        return [0]
     step = side - tiles.overlap
     return [*range(0, length - side, step), length - side]
 

@@ -143,3 +143,8 @@ def peak_of(side, tile):
 
 def test_drawing_1024_pixels_takes_less_than_two_gigabytes():
     assert peak_of(1024, 256) < 2 * 1024**3
+
+
+def test_a_picture_no_larger_than_a_tile_is_one_tile():
+    assert starts(32, 32, Tiles(256, 32)) == [0]  # as large as the overlap, too
+    assert starts(33, 32, Tiles(32, 8)) == [0, 1]
