@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,7 @@ def train(
     config: TrainConfig,
     out: str | Path,
     *,
+    data: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     sample_hook: Callable[[int, Params], None] | None = None,
     initial: Params | None = None,
@@ -94,7 +95,9 @@ def train(
 ) -> TrainState:
     """Train until `config.steps` and return the last state; run again with the same folder, it goes on from there.
 
-    Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `mesh`: all devices along `data` by default.
+    Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` says what the batches are made of
+    (the set, its size, the batch): to go on with other data than the run began with is refused. `mesh`: all devices
+    along `data` by default.
     `sample_hook(step, averaged parameters)` is called every `sample_every` steps and after the last; it must not keep
     the parameters. `initial`: parameters to start from in place of the stage's own.
 
@@ -111,11 +114,18 @@ def train(
         "ema_decay": config.ema_decay,
         "ema_warmup": config.ema_warmup,
         "seed": config.seed,
+        "data": dict(data or {}),
     }
     abstract = abstract_state(stage, config.optimizer, mesh)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     folder = out / "checkpoints"
-    with _announced(), jax.set_mesh(mesh), Checkpoints(folder, flatten(fixed), config.keep) as checkpoints:
+    # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
+    with (
+        _announced(),
+        jax.set_mesh(mesh),
+        _Interruption() as interruption,
+        Checkpoints(folder, flatten(fixed), config.keep) as checkpoints,
+    ):
         if checkpoints.latest() is None:
             state = init_state(stage, config.optimizer, init_key, mesh, initial)
         else:
@@ -132,8 +142,7 @@ def train(
         first = int(state.step)
         reporter = _Reporter(out, config, first, progress, description)
         try:
-            with _Interruption() as interruption:
-                state = _run(state, step, key, batches, config, mesh, checkpoints, reporter, interruption, sample_hook)
+            state = _run(state, step, key, batches, config, mesh, checkpoints, reporter, interruption, sample_hook)
         finally:
             reporter.close()
     if jax.process_index() == 0 and first < config.steps:

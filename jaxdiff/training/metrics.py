@@ -68,8 +68,11 @@ def plot(folder: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     temporary = folder / "loss.tmp.png"
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, folder / "loss.png")
+    try:
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, folder / "loss.png")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _moving_median(values: np.ndarray) -> np.ndarray:
