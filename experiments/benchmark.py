@@ -26,7 +26,7 @@ from experiments.cli import run
 from experiments.imagen import presets
 from experiments.imagen.drawing import usable
 from jaxdiff.data.files import write_json
-from jaxdiff.systems.imagen import TIME_SCALE, Stage
+from jaxdiff.systems.imagen import TIME_SCALE, Stage, check_size
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -128,6 +128,7 @@ def configured(stage: Stage, settings: Run) -> Stage:
 def measure(name: str, stage: Stage, settings: Run) -> Row:
     """Compile and time one stage."""
     side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
+    check_size(stage, side)
     flops, compiling, memory, step = _training(stage, side, settings)
     parameters = jax.eval_shape(stage.init, jax.random.key(0))
     row = Row(
@@ -162,14 +163,14 @@ def measure(name: str, stage: Stage, settings: Run) -> Row:
 def _training(stage: Stage, side: int, settings: Run) -> tuple[float, float, int, float | None]:
     """FLOPs, seconds to compile, peak bytes and seconds of a training step."""
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
-    abstract = abstract_state(stage, optimizer, mesh)
+    abstract, before = abstract_state(stage, optimizer, mesh), _peak()
     with jax.set_mesh(mesh):
         step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract))
         batch = to_devices(made_up(stage, settings.batch, side), mesh)
         key = jax.random.key(1)
         compiled, flops, compiling = _compiled(step, abstract, batch, key)
         if not settings.steps:
-            return flops, compiling, _memory(compiled), None
+            return flops, compiling, _memory(compiled, before), None
         state = init_state(stage, optimizer, jax.random.key(0), mesh)
 
         def steps() -> Iterator[Any]:
@@ -179,7 +180,7 @@ def _training(stage: Stage, side: int, settings: Run) -> tuple[float, float, int
                 yield metrics["loss"]
 
         seconds = _median(steps(), settings.steps)
-        return flops, compiling, _memory(compiled), seconds
+        return flops, compiling, _memory(compiled, before), seconds
 
 
 def _sampling(stage: Stage, parameters: Any, settings: Run) -> tuple[float, float, float | None]:
@@ -234,12 +235,18 @@ def _median(runs: Iterator[Any], count: int) -> float:
     return statistics.median(seconds)
 
 
-def _memory(compiled: Any) -> int:
-    """Peak bytes on a device: what it has seen, or what the compiler plans where the device does not say."""
-    seen = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+def _peak() -> int:
+    """The most bytes in use on a device since the process began; 0 where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or 0
+
+
+def _memory(compiled: Any, before: int) -> int:
+    """Peak bytes on a device: what it has seen where that is more than `before`, an earlier program's peak, and what
+    the compiler plans otherwise."""
     plan = compiled.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-    return int(max(seen or 0, planned - plan.alias_size_in_bytes))
+    seen = _peak()
+    return int(max(seen if seen > before else 0, planned - plan.alias_size_in_bytes))
 
 
 def share_of_peak(flops: float, seconds: float | None) -> float | None:

@@ -5,6 +5,7 @@ import functools
 import io
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def run(
     """
     enable_compilation_cache(COMPILED)
     with warnings.catch_warnings():
-        warnings.showwarning = _show
+        warnings.showwarning = _Warnings().show
         try:
             code = _parsed(main, args)()
         except (ValueError, OSError, *stopped_by) as error:
@@ -68,5 +69,17 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _show(message: Warning | str, *_) -> None:
-    tqdm.write(f"warning: {_line(str(message))}", file=sys.stderr)  # on a line of its own above any progress bar
+class _Warnings:
+    """Shows each warning as a line of its own above any progress bar, and of one kind the first few alone."""
+
+    LINES = 12
+
+    def __init__(self) -> None:
+        self._shown: Counter[tuple[str, int]] = Counter()
+
+    def show(self, message: Warning | str, category: type[Warning], file: str, line: int, *_) -> None:
+        self._shown[file, line] += 1
+        count = self._shown[file, line]
+        if count <= self.LINES:
+            rest = "; further ones like it are not shown" if count == self.LINES else ""
+            tqdm.write(f"warning: {_line(str(message))}{rest}", file=sys.stderr)

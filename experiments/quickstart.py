@@ -73,7 +73,7 @@ def main(settings: Run) -> None:
     drawn, spent = draw(model, texts, settings.seed, out)
     save(out, texts, drawn, settings.seed, weights)
     report = scores(captions, drawn) if captions else {}
-    if settings.train:
+    if settings.train and settings.training.psnr_pictures:
         report |= super_resolution_scores(model, settings.training.psnr_pictures)
     seconds |= spent | {"total": time.perf_counter() - begun}
     report |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}

@@ -5,10 +5,10 @@ cores. Every stage resumes when it is run again, and sample grids are written as
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
+from typing import Literal
 
-from experiments.imagen import train
+from experiments.imagen import assemble, train
 from experiments.text.pretrain import pretrain
 from jaxdiff.weights.imagen import STAGES
 
@@ -51,7 +51,13 @@ class Training:
     save_every: int = 100
     """Updates between checkpoints."""
     psnr_pictures: int = 8
-    """True pictures for the PSNR at the end; a quarter as many at 1024."""
+    """True pictures for the PSNR at the end; a quarter as many at 1024; 0: none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the generators compute in; bfloat16 on accelerators."""
+    workers: int = 0
+    """Processes that decode pictures; 0: threads alone, which keep up with a CPU."""
+    stored: Literal["float32", "float16", "bfloat16"] = "float16"
+    """What the finished generators' parameters are stored in."""
 
 
 def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
@@ -68,6 +74,7 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
         **common,
     )
     common |= {"text": str(text / "encoder"), "held_out": 1, "sample_every": settings.sample_every}
+    common |= {"dtype": settings.dtype, "workers": settings.workers}
     base = train.Run(
         stage="base64",
         out=out / "base64",
@@ -97,13 +104,6 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     # The same network again, which starts from what it learned at 256.
     enlarging |= {"init": sr256 / "model", "examples": settings.examples_1024}
     train.main(train.Run(stage="sr1024", out=sr1024, steps=settings.sr1024_steps, **enlarging))
-    return gathered(out)
-
-
-def gathered(out: Path) -> Path:
-    """The results of the runs below `out` as one cascade."""
-    weights = out / "weights"
-    shutil.copytree(out / "t5" / "encoder", weights / "text", dirs_exist_ok=True)
-    for stage in STAGES:
-        shutil.copytree(out / stage / "model", weights / stage, dirs_exist_ok=True)
-    return weights
+    stages = {name: out / name / "model" for name in STAGES}
+    assemble.main(assemble.Settings(text=text / "encoder", out=out / "weights", dtype=settings.stored, **stages))
+    return out / "weights"

@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.imagen import presets
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.thresholding import Dynamic
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import Sampling
@@ -29,8 +31,14 @@ class Drawing:
     """ddpm | ddim | dpmpp | heun | euler"""
     steps: str = ""
     """Steps of the sampler."""
+    eta: float | None = None
+    """Randomness of ddim, 0 (none) to 1."""
     guidance: str = ""
     """Guidance weight; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide between these log-SNRs alone."""
+    guidance_rescale: float | None = None
+    """How far a guided prediction is brought back to the spread of the unguided one, 0 to 1."""
     thresholding: str = ""
     """static | dynamic | none"""
     percentile: float | None = None
@@ -57,11 +65,12 @@ def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]
     made = []
     for number, model in enumerate(models):
         given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
-        if "guidance" in given:
-            given["guidance"] = dataclasses.replace(model.sampling.guidance, weight=given["guidance"])
+        given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), drawing)
         if drawing.tile is not None and model.stage.unet.low_res:
             given["tiles"] = Tiles(drawing.tile, drawing.tile_overlap)
-        made.append(_dynamic(dataclasses.replace(model.sampling, **given), drawing))
+        made.append(_dynamic(_random(dataclasses.replace(model.sampling, **given), drawing), drawing))
+    if drawing.eta is not None and not any(isinstance(s.sampler, DDIM) for s in made):
+        raise ValueError("--eta is for the sampler ddim, and no stage uses it here")
     if (drawing.percentile, drawing.cap) != (None, None) and not any(isinstance(s.thresholding, Dynamic) for s in made):
         raise ValueError("--percentile and --cap are for dynamic thresholding, and no stage uses it here")
     return tuple(made)
@@ -77,6 +86,18 @@ def _each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> l
     except ValueError as error:
         raise ValueError(f"--{name} {text}: {error}") from error
     return found * stages if len(found) == 1 else found
+
+
+def _guidance(guidance: Guidance, weight: float | None, drawing: Drawing) -> Guidance:
+    given = {"weight": weight, "interval": drawing.guidance_interval, "rescale": drawing.guidance_rescale}
+    return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
+
+
+def _random(sampling: Sampling, drawing: Drawing) -> Sampling:
+    """With eta, where the sampler is DDIM."""
+    if drawing.eta is None or not isinstance(sampling.sampler, DDIM):
+        return sampling
+    return dataclasses.replace(sampling, sampler=dataclasses.replace(sampling.sampler, eta=drawing.eta))
 
 
 def _dynamic(sampling: Sampling, drawing: Drawing) -> Sampling:
@@ -107,11 +128,11 @@ def usable(folder: Path) -> Path:
         return folder
 
 
-def parts(prompts: int, per_prompt: int = 1) -> list[range]:
-    """0 … prompts−1 in parts of at most PART pictures (one prompt at least), as even as can be, because a part much
-    smaller than the others would have to be compiled anew."""
-    pieces = max(1, min(prompts, -(-prompts * per_prompt // PART)))
-    edges = [prompts * i // pieces for i in range(pieces + 1)]
+def parts(count: int) -> list[range]:
+    """0 … count−1 in parts of at most PART pictures, as even as can be, because a part much smaller than the others
+    would have to be compiled anew."""
+    pieces = -(-count // PART)
+    edges = [count * i // pieces for i in range(pieces + 1)]
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 

@@ -11,7 +11,6 @@ The whole set on one GPU, 1,644 pictures with names of their own (not measured y
     python -m experiments.imagen.emoji --count 0 --steps 60000 --batch 256 --out runs/emoji-all
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from experiments.cli import run
 from experiments.data import emoji as preparation
 from experiments.imagen import pictures, train
 from experiments.text.pretrain import pretrain
+from jaxdiff.data.files import write_json
 from jaxdiff.data.pictures import decode, to_float
 from jaxdiff.evaluation.colours import dominant
 from jaxdiff.systems.cascade import Cascade, sample
@@ -57,6 +57,8 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Over-fit the tiny base model to emoji and redraw them from their names."""
+    if settings.shown < 1:
+        raise ValueError(f"shown {settings.shown}: at least one emoji is redrawn and judged")
     preparation.main(settings.data_dir, resolutions=(64,))
     text = settings.out / "t5"
     pretrain("emoji", text, vocab=2048, steps=settings.text_steps, save_every=100, data_dir=settings.data_dir)
@@ -104,7 +106,7 @@ def report(out: Path, names: list[str], artwork: list[np.ndarray], drawn: np.nda
         shown += [*artwork[row], *blank, *drawn[row], *blank]
         captions += [""] * COLUMNS + marks[row] + [""] * len(blank)
     pictures.write(out / "grid.png", pictures.grid(shown, captions, 96, COLUMNS, font_size=9))
-    (out / "report.json").write_text(json.dumps(score, indent=1) + "\n")
+    write_json(out / "report.json", score)
     print(f"{out / 'grid.png'}: dominant colour right in {sum(right)} of {len(right)}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from jaxdiff.data.files import replacing
 from jaxdiff.data.pictures import to_uint8
 
 GAP = 8
@@ -22,14 +23,10 @@ def save_png(path: Path, picture: np.ndarray, metadata: Mapping[str, str] | None
 
 
 def write(path: Path, image: Image.Image, **options) -> None:
-    """Save under another name, then rename: a full disk leaves no half-written picture."""
+    """An image as a PNG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="png", **options)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def scaled(picture: np.ndarray, side: int) -> Image.Image:

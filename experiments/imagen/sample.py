@@ -59,13 +59,16 @@ def main(settings: Run) -> None:
     prompts = prompts_of(settings)
     model = load(settings.weights)
     chosen = samplings(model.models, settings.drawing)
-    pieces = parts(len(prompts), settings.per_prompt)
+    if settings.per_prompt < 1:
+        raise ValueError(f"nothing to draw: {settings.per_prompt} of each prompt")
+    prompts = [prompt for prompt in prompts for _ in range(settings.per_prompt)]
+    pieces = parts(len(prompts))
     images, captions = [], []
     with Bars(len(pieces)) as bars:
         for piece in pieces:
             resolution, drawn = _last(settings, model, chosen, prompts[piece.start : piece.stop], piece.start, bars)
-            for number, picture in enumerate(drawn, piece.start * settings.per_prompt):
-                prompt = prompts[number // settings.per_prompt]
+            for number, picture in enumerate(drawn, piece.start):
+                prompt = prompts[number]
                 information = _information(settings, chosen, prompt, number, resolution)
                 pictures.save_png(settings.out / f"{number:04d}{_slug(prompt)}.png", picture, information)
                 images.append(pictures.scaled(picture, 128 if max(picture.shape) <= 128 else 256))
@@ -94,8 +97,7 @@ def _last(
         model,
         prompts,
         seed=settings.seed,
-        first=start * settings.per_prompt,
-        per_prompt=settings.per_prompt,
+        first=start,
         negative=settings.negative,
         up_to=settings.up_to,
         samplings=chosen,

@@ -10,9 +10,8 @@ part of a cascade. Costs of the shipped models are in jaxdiff/weights/tiny/READM
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,13 @@ from experiments.cli import run
 from experiments.imagen import pictures, presets
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
-from jaxdiff.data.example import Example, Source
+from jaxdiff.data.example import Example, Source, captions
 from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Sampling, Stage, draw, null_text
+from jaxdiff.systems.imagen import Sampling, Stage, check_size, draw, null_text
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.loop import Diverged, TrainConfig, train
@@ -59,8 +59,16 @@ class Run:
     init: Path | None = None
     """Start from the parameters of this model (the model/ of another run with the same network), to fine-tune them."""
     logsnr: tuple[float, float] | None = None
-    """Train at log-SNRs spread evenly over this range alone; left out: where the preset trains. A stage that draws well
-    but does not do what its captions say learns it faster where that is decided: -5.5 to 0 for forms at 64 pixels."""
+    """Train at log-SNRs spread evenly over this range; left out: where the preset trains. A stage that draws well but
+    does not do what its captions say learns it faster where that is decided: -5.5 to 0 for forms at 64 pixels."""
+    logsnr_share: float = 1.0
+    """Share of the training that is spent in that range; the rest is where the preset trains."""
+    snr_power: float | None = None
+    """Weight the x0 error by SNR to this power (0: the same at every noise level); left out: the preset's weights."""
+    text_dropout: float | None = None
+    """Share of captions left out, so that guidance has something to lead away from; left out: the preset's."""
+    max_aug_level: float | None = None
+    """Highest level of the noise put on super-resolution's input; left out: the preset's."""
     steps: int = 5000
     """Updates."""
     batch: int = 32
@@ -75,6 +83,10 @@ class Run:
     """At its peak."""
     warmup: int = 200
     """Updates from 0 to the peak; afterwards the rate falls to 0 along a cosine."""
+    weight_decay: float = 0.0
+    """Of all parameters, decoupled from the gradient."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
     ema_decay: float = 0.999
     """Of the averaged parameters, which are what is kept."""
     seed: int = 0
@@ -85,6 +97,8 @@ class Run:
     """Steps between grids in samples/; 0: none."""
     save_every: int = 500
     """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept."""
     examples: int = 20_000
     """How many pictures of shapes to draw."""
     held_out: int = 1_000
@@ -107,23 +121,62 @@ class Run:
 
 def main(settings: Run) -> None:
     """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
-    stage = presets.stage(settings.stage, settings.preset)
-    unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
-    stage = dataclasses.replace(stage, unet=unet)
-    if settings.logsnr is not None:
-        stage = dataclasses.replace(stage, schedule=focused(stage.schedule, *settings.logsnr))
-    sampling = presets.sampling(settings.stage, settings.preset)
+    # What is wrong is said before anything is drawn, embedded or written.
+    stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
+    mesh = make_mesh(fsdp=settings.fsdp)
+    initial = None if settings.init is None else load_params(stage, settings.init / "model.safetensors")
     encoder = load_text_encoder(settings.text, stage.text_length) if stage.unet.reads_text else None
     if encoder is not None:
         check_width(stage, encoder)
     source = open_source(settings, stage)
-    embeddings = None if encoder is None else embeddings_of(settings, source, encoder)
-    config = TrainConfig(
+    made_by = None if encoder is None else fingerprint(encoder)
+    embeddings = None if encoder is None else embeddings_of(settings, source, encoder, made_by)
+    stream = batches(settings, stage, source, embeddings)
+    train(
+        stage,
+        stream,
+        config,
+        settings.out,
+        data=data_of(settings, source, made_by),
+        mesh=mesh,
+        initial=initial,
+        sample_hook=_Samples(stage, sampling, source, encoder, settings.out / "samples"),
+        description=settings.stage,
+    )
+    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling), settings.out / "model")
+    if stream.skipped.count:
+        print(f"skipped {stream.skipped} of {len(source)} examples")
+    print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
+
+
+def stage_of(settings: Run) -> Stage:
+    """The preset with what the command line changes of it."""
+    stage = presets.stage(settings.stage, settings.preset)
+    changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)}
+    if settings.logsnr is not None:
+        changes["schedule"] = focused(stage.schedule, *settings.logsnr, settings.logsnr_share)
+    if settings.snr_power is not None:
+        power = stage.weighting if isinstance(stage.weighting, PowerSNR) else PowerSNR()
+        changes["weighting"] = dataclasses.replace(power, power=settings.snr_power)
+    for name in ("text_dropout", "max_aug_level"):
+        if (value := getattr(settings, name)) is not None:
+            changes[name] = value
+    stage = dataclasses.replace(stage, **changes)
+    if crop := crop_of(settings, stage):
+        check_size(stage, crop)
+    return stage
+
+
+def config_of(settings: Run) -> TrainConfig:
+    if settings.steps < 1 or settings.batch < 1:
+        raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
+    return TrainConfig(
         optimizer=OptimizerConfig(
-            kind=OPTIMIZERS[settings.optimizer],
+            kind=dataclasses.replace(OPTIMIZERS[settings.optimizer], weight_decay=settings.weight_decay),
             learning_rate=settings.learning_rate,
             warmup=min(settings.warmup, settings.steps - 1),
             total=settings.steps,
+            clip=settings.clip,
         ),
         steps=settings.steps,
         accumulate=settings.accumulate,
@@ -131,25 +184,21 @@ def main(settings: Run) -> None:
         log_every=settings.log_every,
         sample_every=settings.sample_every,
         save_every=settings.save_every,
+        keep=settings.keep,
         seed=settings.seed,
     )
-    train(
-        stage,
-        batches(settings, stage, source, embeddings),
-        config,
-        settings.out,
-        mesh=make_mesh(fsdp=settings.fsdp),
-        initial=None if settings.init is None else load_params(stage, settings.init / "model.safetensors"),
-        sample_hook=_Samples(stage, sampling, source, encoder, settings.out / "samples"),
-        description=settings.stage,
-    )
-    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling), settings.out / "model")
-    print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
 
 
-def focused(schedule: Schedule, low: float, high: float) -> Focused:
-    """The schedule trained in another range than its own."""
-    return Focused(schedule.schedule if isinstance(schedule, Focused) else schedule, low, high)
+def data_of(settings: Run, source: Source, made_by: str | None) -> dict[str, Any]:
+    """What a run's batches are made of: run again with something else, it would not be the same run."""
+    made_of = {name: getattr(settings, name) for name in ("data", "batch", "crop", "workers")}
+    return made_of | {"examples": len(source), "text": made_by}
+
+
+def focused(schedule: Schedule, low: float, high: float, share: float) -> Focused:
+    """The schedule with a share of its training in another range than its own."""
+    whole = share == 1.0 and isinstance(schedule, Focused)
+    return Focused(schedule.schedule if whole else schedule, low, high, share)
 
 
 def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
@@ -161,33 +210,32 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     return _Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def embeddings_of(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
+def embeddings_of(settings: Run, source: Source, encoder: TextEncoder, made_by: str) -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
-    made_by = fingerprint(encoder)
     if settings.embeddings is not None:
         return open_embeddings(settings.embeddings, made_by)
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
-    path = settings.data_dir / "embeddings" / f"{name}-{len(source)}-{made_by}"
+    limited = f"-of-{len(source.source)}" if isinstance(source, _Spread) else ""
+    path = settings.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
     if (path / "embeddings.json").is_file():
         try:
             return open_embeddings(path, made_by)
         except ValueError:  # begun and not finished: go on
             pass
-    captions = (source[i]["caption"] for i in tqdm(range(len(source)), desc="embed captions", unit="caption"))
-    return store_embeddings(captions, lambda texts: encode(encoder, texts), path, encoder=made_by)
+    with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
+        return store_embeddings(
+            captions(source), lambda texts: encode(encoder, texts), path, encoder=made_by, progress=bar.update
+        )
 
 
 def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None):
     """This process's share of the batches; super-resolution on crops of a quarter of the picture's side by default."""
-    crop = None
-    if stage.low_resolution is not None:
-        crop = stage.resolution // 4 if settings.crop is None else settings.crop or None
     return images(
         source,
         stage.resolution,
         settings.batch // jax.process_count(),
         low_resolution=stage.low_resolution,
-        crop=crop,
+        crop=crop_of(settings, stage),
         seed=settings.seed,
         embeddings=embeddings,
         caption_optional=stage.low_resolution is not None,
@@ -196,6 +244,12 @@ def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings 
         process_count=jax.process_count(),
         reading=Reading(workers=settings.workers),
     )
+
+
+def crop_of(settings: Run, stage: Stage) -> int | None:
+    if stage.low_resolution is None:
+        return None
+    return stage.resolution // 4 if settings.crop is None else settings.crop or None
 
 
 def check_width(stage: Stage, encoder: TextEncoder) -> None:
@@ -227,7 +281,7 @@ class _Samples:
         self._stage, self._sampling, self._folder = stage, sampling, folder
         self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
         if encoder is not None:
-            self._captions = [source[i]["caption"] or "" for i in _spread(len(source), self.COUNT)]
+            self._captions = [text or "" for text in captions(_Spread(source, self.COUNT))]
             self._text = TextEmbedding(*(np.asarray(a) for a in encode(encoder, self._captions)))
         if stage.low_resolution is not None:
             crop = min(stage.resolution, 256)
@@ -248,10 +302,6 @@ class _Samples:
         sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
         pictures.write(self._folder / f"{step:07d}.png", sheet)
         tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")
-
-
-def _spread(length: int, count: int) -> Iterator[int]:
-    return (i * length // count for i in range(count))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,18 @@ Writes `OUT/encoder/`: config.json, model.safetensors and tokenizer.json in the 
 the defaults; run again with the same folder to go on after an interruption.
 """
 
+import os
+import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
 from experiments.cli import run
-from jaxdiff.data import sources
+from jaxdiff.data import example, sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
@@ -60,36 +66,51 @@ def pretrain(
         held_out: how many held-out ones beside them
         data_dir: where prepared data sets live
     """
-    spec = sources.parse(data)
-    captions = captions_of(sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec, data_dir)
-    words = _tokenizer(tokenizer, captions, vocab, out / "encoder")
-    config = replace(PRESETS[preset], vocab=len(words))
-    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=max(1, steps // 10), total=steps)
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=steps // 10, total=steps)
     settings = TrainConfig(
         optimizer=optimizer, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed
     )
+    spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
+    captions = captions_of(sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec, data_dir)
+    begun = any((out / "checkpoints").glob("[0-9]*"))
+    words = load_tokenizer(out / "encoder") if begun else _tokenizer(tokenizer, captions, vocab)
+    config = replace(PRESETS[preset], vocab=len(words))
     stream = batches(words, captions, batch, length, seed)
-    state = train(Pretraining(config), stream, settings, out, mesh=make_mesh(fsdp=fsdp), description="t5")
+    if not begun:
+        _save(words, out / "encoder")
+    made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
+    made_of |= {"tokenizer": tokenizer, "vocab": vocab}
+    state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
     t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(state.ema), out / "encoder")
     print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption")
 
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
-    """Every caption of a set's training split; examples without one are left out."""
+    """Every caption of a set's training split; examples without one are left out, with one warning of how many."""
     source = sources.open(data, 64, "train", data_dir)
-    return [caption for i in range(len(source)) if (caption := (source[i]["caption"] or "").strip())]
+    read = tqdm(example.captions(source), total=len(source), desc="read captions", unit="caption")
+    found = [caption for text in read if (caption := (text or "").strip())]
+    if len(found) < len(source):
+        warnings.warn(f"{len(source) - len(found)} of {len(source)} examples have no caption: left out", stacklevel=2)
+    return found
 
 
-def _tokenizer(wanted: str, captions: list[str], vocab: int, folder: Path):
-    """The run's tokenizer: written before the first step, so that a run that goes on has the same token ids."""
-    if (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(folder)
+def _tokenizer(wanted: str, captions: list[str], vocab: int) -> PreTrainedTokenizerBase:
     if wanted == "trained":
-        words = train_tokenizer(captions, vocab)
-    else:
-        words = byte_tokenizer() if wanted == "bytes" else load_tokenizer(wanted)
-    words.save_pretrained(str(folder))
-    return words
+        return train_tokenizer(captions, vocab)
+    return byte_tokenizer() if wanted == "bytes" else load_tokenizer(wanted)
+
+
+def _save(words: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Before the first step, so that a run that goes on has the same token ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        words.save_pretrained(temporary)
+        # The file by which a tokenizer is known comes last: where it is, all of it is.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer_config.json"):
+            os.replace(file, folder / file.name)
 
 
 if __name__ == "__main__":

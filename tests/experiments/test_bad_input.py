@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import benchmark
 from experiments.imagen import evaluate, sample, train
+from experiments.text.pretrain import pretrain
 from jaxdiff.weights import tree
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +35,10 @@ ARGUMENTS = {
     "tiles that overlap too much": (("--tile", "96", "--tile-overlap", "64"), "overlap"),
     "no such stage": (("--up-to", "512"), "512"),
     "no such level": (("--aug-level", "1.5"), "aug_level"),
+    "a level beyond training": (("--aug-level", "0.8"), "aug_level 0.8 is above 0.3"),
     "percentile without dynamic": (("--thresholding", "static", "--percentile", "0.9"), "--percentile"),
+    "eta without ddim": (("--sampler", "euler", "--eta", "0.5"), "--eta"),
+    "an interval upside down": (("--guidance-interval", "1", "-1"), "interval"),
     "percentile": (("--thresholding", "dynamic", "--percentile", "2"), "percentile"),
     "no pictures": (("--per-prompt", "0"), "nothing to draw"),
     "an option that does not exist": (("--colour", "red"), "--colour"),
@@ -138,7 +143,7 @@ def test_full_disk_while_saving_a_picture(standin, tmp_path, command, monkeypatc
 
 
 def photos(folder: Path) -> Path:
-    """Eight captioned pictures; then one that is damaged and one without a caption."""
+    """Eight captioned pictures; then one that is damaged, one without a caption, and one that is not there."""
     folder.mkdir()
     for i in range(8):
         Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(folder / f"{i}.png")
@@ -146,6 +151,8 @@ def photos(folder: Path) -> Path:
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
     (folder / "broken.txt").write_text("a damaged square")
     Image.new("RGB", (64, 64)).save(folder / "unnamed.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "gone.txt").write_text("a lost square")
     return folder
 
 
@@ -163,19 +170,22 @@ def test_bad_pictures_are_skipped_or_under_strict_an_error(training, tmp_path, c
     done = command(train.main, *training)
     assert done.code == 0, done.err
     warned = [line for line in done.err.splitlines() if line.startswith("warning: skipped")]
-    assert len(warned) == 2 and "broken.png" in "".join(warned) and "unnamed.png" in "".join(warned)
+    assert len(warned) == 3 and all(name in "".join(warned) for name in ("broken.png", "unnamed.png", "gone.png"))
+    assert "skipped 3 (2 unreadable, 1 no caption) of 11 examples" in done.out
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
     done = command(train.main, *training, "--out", tmp_path / "strict", "--strict")
     assert done.code == 2
     last = done.err.splitlines()[-1]
-    assert last.startswith("error: ") and ("broken.png" in last or "unnamed.png" in last), done.err
+    assert last.startswith("error: ") and any(name in last for name in ("broken", "unnamed", "gone")), done.err
     assert not (tmp_path / "strict" / "model").exists()
 
     # The folder of a finished run, with other settings: its checkpoint is of another model.
     done = command(train.main, *training, "--learning-rate", "0.5")
     assert done.code == 2
     assert "saved with other settings" in done.err.splitlines()[-1] and "learning_rate" in done.err
+    done = command(train.main, *training, "--batch", 16)
+    assert done.code == 2 and "data.batch was 8 and is 16 here" in done.err.splitlines()[-1]
 
 
 def test_training_arguments(standin, tmp_path, command):
@@ -186,9 +196,19 @@ def test_training_arguments(standin, tmp_path, command):
         (("--stage", "sr256", "--data", "paintings"), "paintings"),
         (("--stage", "sr256", "--data", "folder:/nowhere"), "/nowhere"),
         (("--stage", "base64", "--text", "/nowhere"), "/nowhere"),
+        (("--stage", "sr256", "--init", "/nowhere"), "/nowhere"),
+        (("--stage", "sr256", "--steps", 0), "steps 0"),
+        (("--stage", "sr256", "--batch", 0), "batch 0"),
+        (("--stage", "sr256", "--learning-rate", "nan"), "learning_rate"),
+        (("--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels"),
+        (("--stage", "base64", "--logsnr", 1, -1), "low < high"),
+        (("--stage", "base64", "--logsnr", -1, 1, "--logsnr-share", 2), "share"),
     ):
         one_line(command(train.main, *arguments, *out, "--data-dir", tmp_path / "data", "--examples", 8), culprit)
-        assert not (tmp_path / "run").exists()
+        assert list(tmp_path.iterdir()) == []
+    one_line(command(pretrain, *out, "--data-dir", tmp_path / "data", "--steps", 0), "steps 0")
+    one_line(command(benchmark.main, "--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_process(standin, tmp_path):

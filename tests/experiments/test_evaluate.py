@@ -86,3 +86,14 @@ def test_the_command(standin, tmp_path, command):
     scores = json.loads(file.read_text())
     assert "attribute_accuracy_64" in scores and "attribute_accuracy_256" not in scores
     assert scores["made_by"]["seed"] == 1 and "psnr_256" not in scores
+
+
+def test_what_is_shipped(tmp_path, command):
+    """The cascade in the package: its base draws the colours asked for, its super-resolution beats bicubic by 2 dB."""
+    scores = tmp_path / "scores.json"
+    counts = "--n", 6, "--up-to", 64, "--psnr-256", 2, "--psnr-1024", 0
+    done = command(evaluate.main, *counts, "--json", scores)
+    assert done.code == 0, done.err
+    found = json.loads(scores.read_text())
+    assert found["attributes_64"]["colour"] >= 5 / 6 and found["attributes_64"]["background"] >= 5 / 6
+    assert found["psnr_256"] > found["psnr_256_bicubic"] + 2.0

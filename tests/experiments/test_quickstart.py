@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from experiments.quickstart_train import train_cascade
 from jaxdiff.systems import cascade
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.t5 import load_text_encoder
+from jaxdiff.weights.tree import load_tree
 
 ROOT = Path(__file__).parents[2]
 ACCURACIES = [f"{kind}_accuracy_{resolution}" for kind in ("attribute", "colour") for resolution in (64, 256, 1024)]
@@ -95,6 +97,8 @@ def test_training_from_scratch(tmp_path, command):
         assert {"checkpoints", "tensorboard", "loss.png", "metrics.jsonl", "samples", "model"} <= files
         assert (tmp_path / stage / "samples" / "0000002.png").is_file()
     assert (tmp_path / "grid.png").is_file()
+    files = [tmp_path / "weights" / stage / "model.safetensors" for stage in ("base64", "sr256", "sr1024")]
+    assert {leaf.dtype for file in files for leaf in jax.tree.leaves(load_tree(file)[0])} == {np.dtype("float16")}
     # Run again, every stage finds itself finished.
     before = (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes()
     assert train_cascade(quickstart.Training(**settings), tmp_path) == tmp_path / "weights"

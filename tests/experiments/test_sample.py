@@ -94,8 +94,7 @@ def test_settings_for_all_stages_or_each(standin):
 def test_parts_are_even():
     assert [len(part) for part in parts(100)] == [25] * 4
     assert [len(part) for part in parts(33)] == [16, 17]
-    assert [len(part) for part in parts(3, per_prompt=64)] == [1, 1, 1]
-    assert [i for part in parts(70, per_prompt=3) for i in part] == list(range(70))
+    assert [i for part in parts(70) for i in part] == list(range(70))
 
 
 def test_warnings_are_one_plain_line_each(standin, tmp_path, command):

@@ -4,16 +4,34 @@ import io
 import json
 import tarfile
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.data import convert, embed
+from experiments.imagen import assemble, train
 from experiments.imagen import emoji as emoji_run
-from experiments.imagen import train
+from experiments.text import pretrain
 from jaxdiff.data import emoji
-from jaxdiff.weights.imagen import load_model
+from jaxdiff.training import metrics
+from jaxdiff.weights.imagen import load, load_model
+from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Eight pictures with captions, and one without."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(9):
+        Image.new("RGB", (64, 64), (25 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a dark red square number {i}" if i else "")
+    return folder
+
+
 SHORT = "--steps", 2, "--batch", 8, "--ema-decay", 0.995, "--sample-every", 0
 
 
@@ -50,6 +68,69 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     assert done.code == 0, done.err
     schedule = load_model(tmp_path / "run" / "model").stage.schedule
     assert (schedule.low, schedule.high) == (-5.5, 0.0)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, command, monkeypatch):
+    """Grain's stream, stored embeddings and a stage of Imagen: the losses are those of a run that was left alone."""
+    arguments = "--stage", "base64", "--data", f"folder:{photos}", "--text", standin / "text"
+    arguments += *SHORT, "--steps", 4, "--log-every", 1, "--save-every", 2, "--data-dir", tmp_path / "data"
+    assert command(train.main, *arguments, "--out", tmp_path / "whole").code == 0
+
+    class Torn:
+        """A stream that ends the process, as far as it can, when its fourth batch is asked for."""
+
+        def __init__(self, stream):
+            self._stream, self._left = stream, 3
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+        def __next__(self):
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+            return next(self._stream)
+
+    with monkeypatch.context() as patched:
+        real = train.batches
+        patched.setattr(train, "batches", lambda *given: Torn(real(*given)))
+        assert command(train.main, *arguments, "--out", tmp_path / "torn").code == 130
+    assert [line["step"] for line in metrics.read(tmp_path / "torn" / "metrics.jsonl")][-1] == 2
+    assert command(train.main, *arguments, "--out", tmp_path / "torn").code == 0
+    whole, torn = (
+        [(line["step"], line["loss"]) for line in metrics.read(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "torn")
+    )
+    assert whole == torn and len(whole) == 4
+
+
+def test_stages_become_a_cascade(standin, tmp_path, command):
+    out = tmp_path / "out"
+    stages = [part for stage in ("base64", "sr256", "sr1024") for part in (f"--{stage}", standin / stage)]
+    done = command(assemble.main, "--text", standin / "text", *stages, "--dtype", "float16", "--out", out)
+    assert done.code == 0 and "draws 64, 256, 1024" in done.out, done.err
+    found, given = load(out), load(standin)
+    for a, b in zip(found.models, given.models, strict=True):
+        assert (a.stage, a.sampling) == (b.stage, b.sampling)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), a.params, b.params)
+    sizes = [(folder / "base64" / "model.safetensors").stat().st_size for folder in (out, standin)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+    # A shorter cascade over a longer one would be read as the longer one; one with a gap is none.
+    done = command(assemble.main, "--text", standin / "text", *stages[:2], "--out", out)
+    assert done.code == 2 and "holds sr256 and sr1024 of another cascade" in done.err
+    gap = *stages[:2], *stages[4:]
+    done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
+    assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
+
+
+def test_a_text_encoder_of_ones_own(photos, tmp_path, command):
+    arguments = "--data", f"folder:{photos}", "--out", tmp_path / "t5", "--vocab", 400, "--batch", 8, "--length", 16
+    done = command(pretrain.pretrain, *arguments, "--steps", 2)
+    assert done.code == 0 and "1 of 9 examples have no caption" in done.err, done.err
+    assert load_text_encoder(tmp_path / "t5" / "encoder", 16).config.decoder_layers == 0
+    done = command(pretrain.pretrain, *arguments, "--steps", 2, "--tokenizer", "bytes")
+    assert done.code == 2 and "data.tokenizer was 'trained' and is 'bytes' here" in done.err
 
 
 def test_emoji(tmp_path, command):

@@ -1,0 +1,61 @@
+"""Gathers finished stages into one folder, which every script takes as `--weights`.
+
+    python -m experiments.imagen.assemble --text runs/t5/encoder --base64 runs/base64/model --out runs/cascade
+    python -m experiments.imagen.assemble --text runs/t5/encoder --base64 runs/base64/model --sr256 runs/sr256/model \\
+        --sr1024 runs/sr1024/model --dtype float16 --out runs/cascade
+
+Takes seconds. The stages are checked against one another and the text encoder before anything is written.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments.cli import run
+from jaxdiff.data.files import replacing
+from jaxdiff.systems.cascade import Cascade
+from jaxdiff.weights.imagen import STAGES, load_model, save_model
+from jaxdiff.weights.t5 import load_text_encoder
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parts of a cascade."""
+
+    text: Path
+    """Directory of the text encoder that the stages were trained with."""
+    base64: Path
+    """The model/ folder of the base's run."""
+    out: Path
+    """Folder of the cascade."""
+    sr256: Path | None = None
+    """The model/ folder of 64→256; left out, the cascade ends at 64."""
+    sr1024: Path | None = None
+    """The model/ folder of 256→1024."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the stages' parameters are stored in. Two bytes halve the files; they are float32 again when loaded."""
+
+
+def main(settings: Settings) -> None:
+    """Gather finished stages into one folder."""
+    folders = {name: folder for name in STAGES if (folder := getattr(settings, name)) is not None}
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    base, *super_resolution = models.values()
+    cascade = Cascade(load_text_encoder(settings.text, base.stage.text_length), base, tuple(super_resolution))
+    others = [name for name in STAGES if name not in folders and (settings.out / name).exists()]
+    if others:
+        raise ValueError(f"{settings.out} holds {' and '.join(others)} of another cascade: choose another folder")
+    text = settings.out / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for file in sorted(settings.text.iterdir()):
+        if file.is_file():
+            with replacing(text / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    for name, model in models.items():
+        save_model(model, settings.out / name, settings.dtype)
+    print(f"{settings.out}: a cascade that draws {', '.join(map(str, cascade.resolutions))}")
+
+
+if __name__ == "__main__":
+    run(main)
