@@ -91,7 +91,7 @@ def test_the_command(standin, tmp_path, command):
 def test_what_is_shipped(tmp_path, command):
     """The cascade in the package: its base draws the colours asked for, its super-resolution beats bicubic by 2 dB."""
     scores = tmp_path / "scores.json"
-    counts = "--n", 6, "--up-to", 64, "--psnr-256", 2, "--psnr-1024", 0
+    counts = "--n", 6, "--up-to", 256, "--psnr-256", 2, "--psnr-1024", 0
     done = command(evaluate.main, *counts, "--json", scores)
     assert done.code == 0, done.err
     found = json.loads(scores.read_text())
