@@ -113,6 +113,6 @@ SAMPLING_BASE = Sampling(sampler=DDPM(), steps=256, guidance=Guidance(1.35), thr
 SAMPLING_SR = Sampling(sampler=DDPM(), steps=128, guidance=Guidance(8.0), thresholding=Dynamic())
 """w = 8 at augmentation level 0: the super-resolution setting of the same figure."""
 
-SAMPLING_BASE_TINY = Sampling(sampler=DDPM(), steps=24, guidance=Guidance(2.0), thresholding=Static())
+SAMPLING_BASE_TINY = Sampling(sampler=DDPM(), steps=24, guidance=Guidance(3.0), thresholding=Static())
 SAMPLING_SR_TINY = Sampling(sampler=DPMSolverPP2M(), steps=6, thresholding=Static())
 """No guidance: these stages read no text."""

@@ -103,3 +103,7 @@ def test_training_from_scratch(tmp_path, command):
     before = (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes()
     assert train_cascade(quickstart.Training(**settings), tmp_path) == tmp_path / "weights"
     assert (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes() == before
+    # By default the last stage is the one before it again.
+    train_cascade(quickstart.Training(**settings | {"sr1024_steps": 0}), tmp_path)
+    _, sr256, sr1024 = load(tmp_path / "weights").models
+    jax.tree.map(np.testing.assert_array_equal, sr256.params, sr1024.params)

@@ -68,7 +68,7 @@ def test_a_stage_of_imagen_has_the_same_gradient_on_eight_devices():
     )
     assert spread["loss"] == pytest.approx(float(alone["loss"]), rel=1e-5)
     assert spread["grad_norm"] == pytest.approx(float(alone["grad_norm"]), rel=1e-4)
-    # Some gradients are 0 but for rounding, such as those of keys' biases: they are compared on the scale of the others.
+    # Some gradients are 0 but for rounding, such as those of keys' biases: they are compared on the others' scale.
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(one))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * largest), one, eight)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(one))
