@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from experiments.cores import use_cores
 from experiments.imagen import assemble, presets, train
 from experiments.text.pretrain import pretrain
 from jaxdiff.systems.cascade import Model
@@ -25,19 +26,28 @@ class Training:
     """Pictures to train 64→256 with."""
     examples_1024: int = 240
     """Pictures to train 256→1024 with."""
-    t5_steps: int = 900
+    t5_steps: int = 800
     """Updates of T5."""
     t5_batch: int = 64
     """Captions per update of T5."""
-    base_steps: int = 700
+    base_preset: str = "quick"
+    """Size of the base model: one that learns colours in minutes; `tiny`, the shipped one, learns forms in hours."""
+    base_steps: int = 2200
     """Updates of the base model."""
     base_batch: int = 32
     """Pictures per update of the base model."""
-    base_learning_rate: float = 2e-3
+    base_learning_rate: float = 3e-3
     """Of the base model, at its peak (Muon)."""
-    base_ema_decay: float = 0.995
+    base_ema_decay: float = 0.99
     """Of the base model's averaged parameters."""
-    sr256_steps: int = 700
+    base_logsnr: tuple[float, float] | None = (-7.0, -2.0)
+    """Log-SNRs where the base model trains most: there an object can be seen, but not yet its colour, and only the
+    caption says it. None: wherever the preset trains."""
+    base_logsnr_share: float = 0.85
+    """Share of the base model's training there."""
+    base_snr_power: float | None = 0.0
+    """Power of the SNR that weights its error; 0: no noise level counts for more. None: the preset's weights."""
+    sr256_steps: int = 600
     """Updates of 64→256."""
     sr1024_steps: int = 0
     """Updates of 256→1024, which starts from what 64→256 has learned: the same network for the same task, where a few
@@ -64,6 +74,7 @@ class Training:
 
 def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     """Trains T5, the base and both super-resolution stages below `out`; the folder of the finished cascade."""
+    use_cores(settings.t5_batch, settings.base_batch, settings.sr_batch)
     data, text = out / "data", out / "t5"
     common = {"seed": seed, "save_every": settings.save_every, "data_dir": data}
     pretrain(
@@ -79,13 +90,17 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     common |= {"dtype": settings.dtype, "workers": settings.workers}
     base = train.Run(
         stage="base64",
+        preset=settings.base_preset,
         out=out / "base64",
         steps=settings.base_steps,
         batch=settings.base_batch,
         optimizer="muon",
         learning_rate=settings.base_learning_rate,
         ema_decay=settings.base_ema_decay,
-        warmup=60,
+        logsnr=settings.base_logsnr,
+        logsnr_share=settings.base_logsnr_share,
+        snr_power=settings.base_snr_power,
+        warmup=30,
         examples=settings.examples,
         **common,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.cli import run
+from experiments.cores import use_cores
 from experiments.data import emoji as preparation
 from experiments.imagen import pictures, train
 from experiments.text.pretrain import pretrain
@@ -30,6 +31,7 @@ from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder
 
 COLUMNS = 16
+TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,18 @@ def main(settings: Settings) -> None:
     """Over-fit the tiny base model to emoji and redraw them from their names."""
     if settings.shown < 1:
         raise ValueError(f"shown {settings.shown}: at least one emoji is redrawn and judged")
+    use_cores(TEXT_BATCH, settings.batch)
     preparation.main(settings.data_dir, resolutions=(64,))
     text = settings.out / "t5"
-    pretrain("emoji", text, vocab=2048, steps=settings.text_steps, save_every=100, data_dir=settings.data_dir)
+    pretrain(
+        "emoji",
+        text,
+        vocab=2048,
+        batch=TEXT_BATCH,
+        steps=settings.text_steps,
+        save_every=100,
+        data_dir=settings.data_dir,
+    )
     run_settings = train.Run(
         stage="base64",
         out=settings.out / "base64",

@@ -8,6 +8,7 @@ from jaxdiff.systems.imagen import Sampling, Stage
 STAGES: dict[str, dict[str, Stage]] = {
     "base64": {
         "tiny": presets.BASE_64_TINY,
+        "quick": presets.BASE_64_QUICK,
         "300m": presets.BASE_64_300M,
         "500m": presets.BASE_64_500M,
         "2b": presets.BASE_64_2B,
@@ -34,7 +35,7 @@ def stage(name: str, preset: str) -> Stage:
 
 def sampling(name: str, preset: str) -> Sampling:
     """How a stage draws unless told otherwise."""
-    if preset == "tiny":
+    if preset in ("tiny", "quick"):
         return presets.SAMPLING_BASE_TINY if name == "base64" else presets.SAMPLING_SR_TINY
     return presets.SAMPLING_BASE if name == "base64" else presets.SAMPLING_SR
 

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.cli import run
+from experiments.cores import use_cores
 from experiments.imagen import pictures, presets
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
@@ -49,7 +50,7 @@ class Run:
     out: Path
     """Folder of the run."""
     preset: str = "tiny"
-    """Its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
+    """Its size: quick | tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
     data: str = "shapes"
     """shapes | emoji | folder:PATH | tfds:NAME | records:PATH"""
     text: str = str(SHIPPED / "text")
@@ -121,6 +122,7 @@ class Run:
 
 def main(settings: Run) -> None:
     """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
+    use_cores(settings.batch // max(1, settings.accumulate))
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
     mesh = make_mesh(fsdp=settings.fsdp)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
+from experiments.cores import use_cores
 from jaxdiff.data import example, sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
@@ -68,6 +69,7 @@ def pretrain(
     """
     if steps < 1 or batch < 1:
         raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
+    use_cores(batch)
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=steps // 10, total=steps)
     settings = TrainConfig(
         optimizer=optimizer, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed

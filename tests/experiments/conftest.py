@@ -42,7 +42,7 @@ def standin(tmp_path_factory) -> Path:
 def small_presets(monkeypatch) -> None:
     """The tiny presets of training, smaller still."""
     for name, stage in STAGES.items():
-        monkeypatch.setitem(presets.STAGES, name, {"tiny": stage})
+        monkeypatch.setitem(presets.STAGES, name, {"tiny": stage, "quick": stage})
     monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
     monkeypatch.setattr(presets.presets, "SAMPLING_BASE_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
     monkeypatch.setattr(presets.presets, "SAMPLING_SR_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
