@@ -85,7 +85,7 @@ BASE_64_QUICK = replace(
     BASE_64_TINY,
     unet=replace(
         BASE_64_TINY.unet,
-        channels=48,
+        channels=64,
         multipliers=(2,),
         blocks=(1,),
         outer_blocks=0,
