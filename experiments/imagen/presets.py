@@ -35,7 +35,9 @@ def stage(name: str, preset: str) -> Stage:
 
 def sampling(name: str, preset: str) -> Sampling:
     """How a stage draws unless told otherwise."""
-    if preset in ("tiny", "quick"):
+    if preset == "quick":
+        return presets.SAMPLING_BASE_QUICK
+    if preset == "tiny":
         return presets.SAMPLING_BASE_TINY if name == "base64" else presets.SAMPLING_SR_TINY
     return presets.SAMPLING_BASE if name == "base64" else presets.SAMPLING_SR
 

@@ -44,8 +44,8 @@ def small_presets(monkeypatch) -> None:
     for name, stage in STAGES.items():
         monkeypatch.setitem(presets.STAGES, name, {"tiny": stage, "quick": stage})
     monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
-    monkeypatch.setattr(presets.presets, "SAMPLING_BASE_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
-    monkeypatch.setattr(presets.presets, "SAMPLING_SR_TINY", Sampling(presets.SAMPLERS["ddim"], steps=2))
+    for name in ("SAMPLING_BASE_TINY", "SAMPLING_BASE_QUICK", "SAMPLING_SR_TINY"):
+        monkeypatch.setattr(presets.presets, name, Sampling(presets.SAMPLERS["ddim"], steps=2))
 
 
 @dataclasses.dataclass(frozen=True)
