@@ -94,8 +94,8 @@ BASE_64_QUICK = replace(
         patch=4,
     ),
 )
-"""For minutes of training: a fourth of that work for each picture, because colours take many pictures to learn from and
-no fine patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
+"""For minutes of training: twice as fast for each picture, because colours take many pictures to learn from and no fine
+patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
 
 SR_256_TINY = Stage(
     unet=EfficientUNetConfig(
