@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxdiff.training.checkpoints import Checkpoints
-from jaxdiff.training.mesh import batch_devices, make_mesh, to_devices
-from jaxdiff.training.metrics import MetricsLog, plot
+from jaxdiff.training.mesh import check_batch, make_mesh, to_devices
+from jaxdiff.training.metrics import PLOT, MetricsLog, plot
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.settings import flatten
 from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
@@ -33,7 +33,7 @@ TOO_MANY = 10  # steps in a row without a finite loss
 
 
 class Diverged(RuntimeError):
-    """Ten steps in a row had a loss or gradient that was not finite; the last good checkpoint is as it was."""
+    """Ten steps in a row had a loss, gradient or update that was not finite; the last good checkpoint is as it was."""
 
 
 class Preempted(SystemExit):
@@ -76,6 +76,8 @@ class TrainConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.sample_every < 0:
             raise ValueError(f"sample_every {self.sample_every}: must be 0 (never) or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}: must be at least 0 and below 2**32")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and below 1")
 
@@ -145,7 +147,7 @@ def train(
             state = _run(state, step, key, batches, config, mesh, checkpoints, reporter, interruption, sample_hook)
         finally:
             reporter.close()
-    if jax.process_index() == 0 and first < config.steps:
+    if jax.process_index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
         plot(out)
     return state
 
@@ -165,6 +167,7 @@ def _run(
     """The loop itself, from the state's step to the last."""
     first = int(state.step)
     in_flight: deque[Any] = deque()
+    save_due = False
     for number, (batch, rows, place) in enumerate(_prefetch(batches, config, mesh, config.steps - first), first + 1):
         state, metrics = step(state, batch, key)
         reporter.add(number, rows, metrics)
@@ -173,9 +176,14 @@ def _run(
             jax.block_until_ready(in_flight.popleft())
         last = number == config.steps
         stop = interruption.reached(number)
-        if last or stop or number % config.save_every == 0:
+        save_due |= number % config.save_every == 0
+        if last or stop or save_due:
             reporter.flush()  # raises Diverged before anything is saved
-            checkpoints.save(number, state, place)
+            # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
+            # must not be of those. It is saved after the first good step, or where the run ends.
+            if last or stop or reporter.last_was_finite:
+                checkpoints.save(number, state, place)
+                save_due = False
             reporter.restart_clock()
         if stop and not last:
             message = f"stopped by {stop} after step {number}, saved in {checkpoints.directory}; run again to go on"
@@ -193,7 +201,6 @@ def _prefetch(batches: Batches, config: TrainConfig, mesh: Mesh, count: int) -> 
     One batch more than is asked for is on its way to the devices.
     """
     ready: deque[tuple[Any, int, Any]] = deque()
-    parts = batch_devices(mesh) * config.accumulate
     for index in range(count):
         try:
             batch = next(batches)
@@ -203,10 +210,7 @@ def _prefetch(batches: Batches, config: TrainConfig, mesh: Mesh, count: int) -> 
         if len(rows) != 1:
             raise ValueError(f"arrays of a batch differ in their number of rows: {sorted(rows)}")
         total = rows.pop() * jax.process_count()
-        if total % parts:
-            raise ValueError(
-                f"a batch of {total} does not divide over {batch_devices(mesh)} devices × {config.accumulate} parts"
-            )
+        check_batch(total, mesh, config.accumulate)
         ready.append((to_devices(batch, mesh), total, batches.get_state()))
         if len(ready) == 2:
             yield ready.popleft()
@@ -223,6 +227,7 @@ class _Reporter:
         self._gathered: list[Any] = []  # metrics of the steps since the last line, on the devices
         self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet read
         self._rows = 0
+        self.last_was_finite = True  # as of the last line
         self._clock: float | None = None  # None: the next step's time is not counted (it may compile)
         self._bar = tqdm(
             total=config.steps,
@@ -281,14 +286,16 @@ class _Reporter:
             line[name] = _mean([float(value[name]) for value in values])
         line |= {"learning_rate": float(latest["learning_rate"]), "images_per_second": speed}
         line["skipped"] = int(latest["skipped"])
+        self.last_was_finite = int(latest["in_a_row"]) == 0
         if self._log is not None:
             self._log.write(line)
         loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
         self._bar.set_postfix_str(f"loss {loss}, {speed or 0:.3g} images/s", refresh=False)
         if int(latest["worst_run"]) >= TOO_MANY:
             raise Diverged(
-                f"{int(latest['worst_run'])} steps in a row by step {step} had a loss or gradient that was not finite: "
-                "stopped, the last checkpoint is as it was; lower the learning rate or look at the data"
+                f"{int(latest['worst_run'])} steps in a row by step {step} had a loss, gradient or update that was not "
+                "finite: stopped, the last checkpoint is as it was; begin a new run from it with a lower learning rate "
+                "or look at the data"
             )
 
 

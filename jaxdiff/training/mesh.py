@@ -58,6 +58,13 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """ValueError for a global batch that does not divide over the devices and the parts it is taken in."""
+    devices = batch_devices(mesh)
+    if rows % (devices * accumulate):
+        raise ValueError(f"a batch of {rows} does not divide over {devices} devices × {accumulate} parts")
+
+
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's numpy batch as global arrays, sharded by their first axis; strings (captions) stay on the host."""
     sharding = batch_sharding(mesh)

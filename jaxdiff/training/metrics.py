@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+PLOT = "loss.png"
+
 
 class MetricsLog:
     """metrics.jsonl (one object a line) and `tensorboard/` in a run's folder, continued after step `resumed`.
@@ -70,7 +72,7 @@ def plot(folder: Path) -> None:
     temporary = folder / "loss.tmp.png"
     try:
         figure.savefig(temporary, dpi=120)
-        os.replace(temporary, folder / "loss.png")
+        os.replace(temporary, folder / PLOT)
     finally:
         temporary.unlink(missing_ok=True)
 

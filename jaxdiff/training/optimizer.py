@@ -36,13 +36,15 @@ class Adafactor:
     weight_decay: float = 0.0
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.adafactor(
-            learning_rate,
+        # Given the rate itself, optax adds the decay after it: 0.01 would take a hundredth of every parameter a step.
+        unscaled = optax.adafactor(
+            None,
             decay_rate=self.decay_rate,
             clipping_threshold=self.clipping_threshold,
             multiply_by_parameter_scale=self.multiply_by_parameter_scale,
             weight_decay_rate=self.weight_decay or None,
         )
+        return optax.chain(unscaled, optax.scale_by_learning_rate(learning_rate, flip_sign=False))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Muon:
             weight_decay=self.weight_decay,
             adam_b1=self.b1,
             adam_b2=self.b2,
+            adam_weight_decay=self.weight_decay,
             adam_learning_rate=learning_rate,
             consistent_rms=self.rms,
             muon_weight_dimension_numbers=self._matrices,

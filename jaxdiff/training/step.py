@@ -35,8 +35,8 @@ def make_step(
     `accumulate`: the batch is taken in that many parts, one after the other, with the mean of their gradients (part i's
     key is folded with i). `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
 
-    A loss or gradient that is not finite changes the counters only. Metrics are scalars on the devices: the stage's
-    own, and loss, grad_norm (before clipping), learning_rate, skipped, in_a_row, worst_run.
+    A loss, gradient or update that is not finite changes the counters only. Metrics are scalars on the devices: the
+    stage's own, and loss, grad_norm (before clipping), learning_rate, skipped, in_a_row, worst_run.
     """
     update = optimizer(config)
     rate = schedule(config)
@@ -46,10 +46,10 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         loss, stage_metrics, grads = _gradients(stage, state.params, batch, key, accumulate, placements.params)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         made = state.step - state.skipped  # updates before this one
         updates, opt_state = update.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         decay = _ema_decay(made + 1, ema_decay, ema_warmup)
         as_float32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)

@@ -103,12 +103,22 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted):
 
 
 def test_ten_in_a_row_stop_with_the_last_good_checkpoint(uninterrupted, tmp_path):
-    with pytest.raises(Diverged, match=r"^10 steps in a row by step 22 had a loss .* not finite") as caught:
+    with pytest.raises(Diverged, match=r"^10 steps in a row by step 22 had a loss, .* not finite") as caught:
         run(tmp_path, Stream(bad=frozenset(range(12, 22))), steps=30, save_every=11)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["11"]
     assert [line["loss"] is None for line in read(tmp_path / "metrics.jsonl")] == [False] * 12 + [True] * 10
     assert same_bits(run(tmp_path, steps=30, save_every=11), uninterrupted[1])  # with good data it goes on
+
+
+def test_nothing_is_saved_while_losses_are_not_finite(tmp_path):
+    """What made them so may be in the parameters already: the last checkpoint is of a good step."""
+    with pytest.raises(Diverged):
+        run(tmp_path / "lost", Stream(bad=frozenset(range(12, 30))), steps=30, save_every=4)
+    assert sorted(int(path.name) for path in (tmp_path / "lost" / "checkpoints").iterdir()) == [4, 8, 12]
+    run(tmp_path / "mended", Stream(bad=frozenset(range(14, 18))), steps=21, save_every=8)
+    saved = sorted(int(path.name) for path in (tmp_path / "mended" / "checkpoints").iterdir())
+    assert saved == [8, 19, 21]  # that of 16 came after the first good step
 
 
 def test_ten_in_a_row_are_seen_though_the_loss_recovered_before_the_next_line(tmp_path):

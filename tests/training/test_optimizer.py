@@ -47,11 +47,15 @@ def test_each_kind_minimises_a_quadratic(kind):
     assert float(jnp.max(jnp.abs(params["kernel"]))) < 0.05
 
 
-def test_weight_decay_moves_parameters_without_a_gradient():
-    transform = optimizer(OptimizerConfig(kind=AdamW(weight_decay=0.1), learning_rate=0.5, warmup=0, total=10))
-    params = {"kernel": jnp.ones(3)}
-    updates, _ = transform.update({"kernel": jnp.zeros(3)}, transform.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1, rtol=1e-6)
+@pytest.mark.parametrize("kind", [AdamW(weight_decay=0.1), Adafactor(weight_decay=0.1), Muon(weight_decay=0.1)])
+def test_weight_decay_moves_every_parameter_by_the_learning_rates_share(kind):
+    """Matrices and the rest alike, and less where the rate is lower."""
+    transform = optimizer(OptimizerConfig(kind=kind, learning_rate=0.5, warmup=2, total=10))
+    params = {"conv": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "head": {"kernel": jnp.ones((4, 4))}}
+    zeros, state = jax.tree.map(jnp.zeros_like, params), transform.init(params)
+    for rate in (0.0, 0.25, 0.5):
+        updates, state = transform.update(zeros, state, params)
+        jax.tree.map(lambda u, rate=rate: np.testing.assert_allclose(u, -rate * 0.1, rtol=1e-6), updates)
 
 
 @pytest.mark.parametrize(

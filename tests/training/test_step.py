@@ -224,3 +224,14 @@ def test_other_parameters_to_start_from():
     given["second"]["kernel"] = np.zeros((3, 3))
     with pytest.raises(ValueError, match=r"\['second'\]\['kernel'\] is \(3, 3\), expected \(8192, 8\)"):
         init_state(WIDE, config, jax.random.key(1), mesh, given)
+
+
+def test_an_update_that_is_not_finite_is_skipped_too():
+    """It would be saved, and every run from there on would diverge."""
+    mesh = mesh_of(1, 1)
+    huge = OptimizerConfig(learning_rate=3e38, warmup=0, total=100, clip=None)
+    state, step = start(Toy(), huge, mesh)
+    kept = jax.device_get(state.params)
+    state, metrics = step(state, to_devices(next(Stream()), mesh), jax.random.key(2))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and int(state.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, kept)
