@@ -6,10 +6,11 @@ x₀, v or velocity alike; only `rescale` depends on which. Both branches are on
 """
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+_LARGEST = float(jnp.finfo(jnp.float32).max) / 2  # w and 1 − w are float32
 
 
 def guide(
@@ -37,7 +38,7 @@ class Guidance:
     rescale: float = 0.0
 
     def __post_init__(self):
-        if not math.isfinite(self.weight):
+        if not abs(self.weight) <= _LARGEST:
             raise ValueError(f"the guidance weight must be finite, not {self.weight}")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"the guidance interval is (low, high) in log-SNR with low <= high, not {self.interval}")

@@ -12,8 +12,9 @@ n = i + 1 the next. All but DDIM read x₀ alone. After thresholding x₀, ε is
 (`parameterization.from_x0`, which makes DDIM consistent with the others) or stays the network's own (as in
 diffusers' DDIM).
 
-The grid ends at the clipped log-SNR, where σ is 5e-5 of the picture's range: the state there is the picture. State and
-coefficients are float32 (float64 if x is), whatever the network computes in.
+The grid ends at the schedule's last log-SNR, clipped, where σ is 5e-5 of the picture's range by default (0.002 with
+EDM): the state there is the picture. State and coefficients are float32 (float64 if x is), whatever the network
+computes in.
 """
 
 import dataclasses
@@ -206,7 +207,9 @@ class DPMSolverPP2M:
     def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
         x0 = _denoise(denoise, carry.x, here).x0
-        extrapolate = carry.ready & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
+        # Two points beyond the clip share one log-SNR, and no slope lies between them.
+        moved = here.logsnr > before.logsnr
+        extrapolate = carry.ready & moved & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
         slope = 0.5 * (there.logsnr - here.logsnr) / jnp.where(extrapolate, here.logsnr - before.logsnr, 1.0)
         slope = jnp.where(extrapolate, slope, 0.0)
         return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))

@@ -26,7 +26,7 @@ class Resample(enum.Enum):
 
 
 def sinusoidal(position: Float[Array, " b"], width: int, longest: float = 10_000.0) -> Float[Array, "b width"]:
-    """Sines and cosines of `position` at `width`/2 geometric frequencies from 1 to 1/`longest` (float32)."""
+    """Sines and cosines of `position` at `width`/2 geometric frequencies from 1 towards 1/`longest` (float32)."""
     half = width // 2
     frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = position.astype(jnp.float32)[:, None] * frequencies

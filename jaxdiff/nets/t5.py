@@ -45,7 +45,8 @@ class T5Config:
     eos_id: int = 1
     decoder_start_id: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of the matrix products. Parameters, the residual stream, norms and softmax stay float32."""
+    """Compute type of the matrix products. The residual stream, norms and softmax stay float32, and so do parameters
+    that are made or trained here; those of a checkpoint are loaded in the type that is asked for."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
 

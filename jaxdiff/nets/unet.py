@@ -27,7 +27,7 @@ class UNetConfig:
     feed_forward: width of the MLP behind attention relative to the level; 0 for none.
     time_width: width of the conditioning vector; text_width: of the embeddings coming in (T5-XXL: 4096);
     context_width: of the text inside the attention layers.
-    patch: pixels folded into channels before the first level (1 in the paper; 4 makes the tiny presets fast).
+    patch: pixels folded into channels before the first level (1 in the paper; 2 or 4 make the tiny presets fast).
     skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
     coordinates: give the first layer two channels that say where in the picture it is, -1…1 (arXiv 1807.03247). The
     paper's networks are deep enough to learn it from the borders; one that draws in tiles must not know it.

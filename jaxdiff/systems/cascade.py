@@ -1,6 +1,6 @@
 """The Imagen cascade: text → T5 → 64×64 → 256×256 → 1024×1024.
 
-drawn = cascade.sample(cascade, ["a red circle"], seed=0)     # {64: (1 64 64 3), 256: …, 1024: …}
+drawn = cascade.sample(model, ["a red circle"], seed=0)     # {64: (1 64 64 3), 256: …, 1024: …}
 """
 
 import itertools
@@ -19,11 +19,15 @@ from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A stage, its parameters, and how it draws unless told otherwise."""
+    """A stage, its parameters, and how it draws unless told otherwise.
+
+    text: the fingerprint of the text encoder that it was trained with, where that is known.
+    """
 
     stage: Stage
     params: dict
     sampling: Sampling
+    text: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +122,17 @@ def stages(
     a long list can be drawn in parts. `negative`: what guidance leads away from; empty is the null text. `samplings`:
     one for each stage, in place of the models' own. `size`: height and width of the base's pictures, which every stage
     enlarges; its resolution by default. `after`: (resolution, pictures) to go on from, as if that stage had drawn them.
-    `batch`: pictures in one program at the base; every fourfold enlargement takes a sixteenth of it, at least one.
+    `batch`: pictures in one program at the base; a larger picture takes the place of as many as it has of their pixels,
+    up to the one that is left.
 
-    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, and a size or tiles that a stage
-    cannot draw. An empty prompt is drawn without text, with a warning.
+    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, a size or tiles that a stage
+    cannot draw, a seed below 0 or from 2³² on; and for a stage that draws values that are not finite. An empty prompt
+    is drawn without text, with a warning.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings, not one string")
+    if not 0 <= seed < 2**32:  # beyond, jax's keys would begin again from 0
+        raise ValueError(f"seed {seed}: must be at least 0 and below 2**32")
     count = len(prompts) * per_prompt
     if count < 1 or batch < 1:
         raise ValueError(f"nothing to draw: {len(prompts)} prompts, {per_prompt} of each, in batches of {batch}")
@@ -147,7 +157,7 @@ def stages(
     def drawn(pictures: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
         for number in range(begin, end):
             model, sampling, folded = cascade.models[number], samplings[number], noise.fold(keys, number)
-            rows = max(1, batch // model.stage.factor**2 if number < 2 else batch // model.stage.factor**4)
+            rows = max(1, batch * cascade.base.stage.resolution**2 // model.stage.resolution**2)
             task = _Task(model, sampling, text, away, folded, pictures, size, min(rows, count))
             pictures = task.run(progress)
             yield model.stage.resolution, pictures
@@ -195,6 +205,11 @@ class _Task:
                     progress(resolution, before + step * self.batch, total)
 
             part = np.asarray(self._draw(rows, report))[: count - first]
+            if not np.isfinite(part).all():
+                raise ValueError(
+                    f"the {resolution} stage drew values that are not finite: its weights, or its sampler's settings, "
+                    "lead there"
+                )
             pictures = np.empty((count, *part.shape[1:]), part.dtype) if pictures is None else pictures
             pictures[first : first + len(part)] = part
         return pictures

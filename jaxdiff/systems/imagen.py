@@ -58,7 +58,7 @@ class Stage:
         check_size(self, self.resolution)
         if (self.low_resolution is not None) != self.unet.low_res:
             raise ValueError("low_resolution is for networks with low_res, and they need it")
-        if self.low_resolution is not None and self.resolution % self.low_resolution:
+        if self.low_resolution is not None and (self.low_resolution < 1 or self.resolution % self.low_resolution):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.residual and (self.prediction is not Prediction.X0 or not self.unet.low_res):
             raise ValueError("residual is for super-resolution stages that predict x0")
@@ -258,7 +258,8 @@ def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
     if sampling.tiles is not None:
         if stage.unet.coordinates:
             raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
-        check_size(stage, sampling.tiles.side, sampling.tiles.overlap)
+        check_size(stage, sampling.tiles.side, name="tile")
+        check_size(stage, sampling.tiles.overlap, name="tile overlap")
     if stage.unet.low_res and sampling.aug_level > stage.max_aug_level:
         raise ValueError(
             f"aug_level {sampling.aug_level} is above {stage.max_aug_level}, the highest that the {stage.resolution} "
@@ -266,8 +267,8 @@ def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
         )
 
 
-def check_size(stage: Stage, *sides: int) -> None:
-    """ValueError where a side is not a multiple of the network's stride."""
+def check_size(stage: Stage, *sides: int, name: str = "side") -> None:
+    """ValueError where a side (`name` says of what) is not a multiple of the network's stride."""
     for side in sides:
         if side < 1 or side % stage.unet.stride:
-            raise ValueError(f"a side of {side} pixels is not a multiple of the network's stride {stage.unet.stride}")
+            raise ValueError(f"a {name} of {side} pixels is not a multiple of the network's stride {stage.unet.stride}")

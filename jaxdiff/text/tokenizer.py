@@ -38,8 +38,8 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json)")
     try:
         return AutoTokenizer.from_pretrained(str(path_or_id))
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {reason}") from error
 
 

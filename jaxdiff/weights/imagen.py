@@ -49,18 +49,18 @@ def load_model(directory: str | Path) -> Model:
         data = json.loads(settings.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{settings}: not JSON ({error})") from error
-    if not isinstance(data, dict) or data.keys() != {"stage", "sampling"}:
+    if not isinstance(data, dict) or not {"stage", "sampling"} <= data.keys() <= {"stage", "sampling", "text"}:
         raise ValueError(f"{settings}: not the settings of a stage")
     stage, sampling = (from_json(data[name], str(settings)) for name in ("stage", "sampling"))
-    if not isinstance(stage, Stage) or not isinstance(sampling, Sampling):
+    text = data.get("text")
+    if not isinstance(stage, Stage) or not isinstance(sampling, Sampling) or not isinstance(text, str | None):
         raise ValueError(f"{settings}: not the settings of a stage")
-    return Model(stage, load_params(stage, directory / "model.safetensors"), sampling)
+    return Model(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
 
 
 def load_params(stage: Stage, path: Path) -> dict:
     """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
-    params, _ = tree.load_tree(path)
-    tree.check_tree(params, jax.eval_shape(stage.init, jax.random.key(0)), str(path))
+    params = tree.load_expected(path, jax.eval_shape(stage.init, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
@@ -70,7 +70,8 @@ def save_model(model: Model, directory: str | Path, dtype: str = "float32") -> N
     Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
     """
     directory = Path(directory)
-    settings = json.dumps({"stage": to_json(model.stage), "sampling": to_json(model.sampling)}, indent=1)
+    told = {"stage": to_json(model.stage), "sampling": to_json(model.sampling)}
+    settings = json.dumps(told if model.text is None else told | {"text": model.text}, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     with tree.replacing(directory / "stage.json") as temporary:
         temporary.write_text(settings + "\n")

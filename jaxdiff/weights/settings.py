@@ -3,7 +3,10 @@ so that a file can name nothing else."""
 
 import dataclasses
 import enum
+import typing
 from typing import Any
+
+import typeguard
 
 from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
 from jaxdiff.nets import unet
@@ -49,6 +52,12 @@ def from_json(data: Any, where: str) -> Any:
     if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(f"{where}: unknown class of settings {name!r}")
     cls = _CLASSES[name]
+    hints = typing.get_type_hints(cls)
+    for field, value in fields.items():
+        try:
+            typeguard.check_type(value, hints.get(field, typing.Any))
+        except typeguard.TypeCheckError as error:
+            raise ValueError(f"{where}: {field} of {name} is {value!r}: {error}") from error
     try:
         return cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
     except (TypeError, KeyError, AttributeError) as error:

@@ -42,7 +42,7 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
-    directory = _directory(path_or_id)
+    directory = directory_of(path_or_id)
     config = replace(read_config(directory / "config.json"), dtype=dtype)
     with ExitStack() as stack:
         tensors = _open(directory, stack)
@@ -68,7 +68,7 @@ def load_text_encoder(
     place: Callable[[np.ndarray], Array] = jnp.asarray,
 ) -> TextEncoder:
     """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption."""
-    directory = _directory(path_or_id)
+    directory = directory_of(path_or_id)
     tokenizer = load_tokenizer(directory)
     config, params = load(directory, dtype, encoder_only=True, place=place)
     if len(tokenizer) > config.vocab:
@@ -212,7 +212,7 @@ class _Stored(NamedTuple):
         return array
 
 
-def _directory(path_or_id: str | Path) -> Path:
+def directory_of(path_or_id: str | Path) -> Path:
     """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot."""
     text = str(path_or_id)
     hub_id, _, revision = text.partition("@")
@@ -244,7 +244,7 @@ def _open(directory: Path, stack: ExitStack) -> dict[str, _Stored]:
     listed: dict[str, str] = {}
     if not whole.is_file():
         try:
-            listed = json.loads(index.read_text())["weight_map"]
+            listed = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{index} is not an index of shards: {error!r}") from error
     tensors = {}
@@ -258,9 +258,10 @@ def _open(directory: Path, stack: ExitStack) -> dict[str, _Stored]:
 
 
 def _is_tied(config: T5Config, tensors: Mapping[str, _Stored]) -> bool:
-    """Whether the output layer is the embedding. transformers 5 writes "tied" for all, so the tensors decide."""
+    """Whether the output layer is the embedding. transformers 5 writes "tied" for all, so the tensors decide; where the
+    settings say that it is not, its tensor must be there."""
     if "lm_head.weight" not in tensors:
-        return True
+        return config.tied
     return config.tied and "shared.weight" in tensors and _same(tensors["lm_head.weight"], tensors["shared.weight"])
 
 
@@ -276,7 +277,7 @@ def _accounted(config: T5Config, tensors: Mapping[str, _Stored]) -> dict[str, _S
         tensors.setdefault("shared.weight", tensors[embedding])
     for key in (embedding, "decoder.embed_tokens.weight", *(["lm_head.weight"] if config.tied else [])):
         copy = tensors.pop(key, None)
-        if copy is not None and not _same(copy, tensors["shared.weight"]):
+        if copy is not None and "shared.weight" in tensors and not _same(copy, tensors["shared.weight"]):
             raise ValueError(f"{key} differs from shared.weight, of which it should be a copy")
     return tensors
 

@@ -41,6 +41,14 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
         return unflatten(flat), dict(file.metadata() or {})
 
 
+def load_expected(path: str | Path, expected_shapes: dict) -> dict:
+    """`load_tree` of a file that must hold exactly the leaves of `expected_shapes`, compared before any is read."""
+    with open_safetensors(Path(path)) as file:
+        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_shapes(have, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
+        return unflatten({name: file.get_tensor(name) for name in have})
+
+
 def check_tree(params: dict, expected_shapes: dict, where: str) -> None:
     """Raises ValueError unless `params` has exactly the leaves of `expected_shapes` (arrays or shape structs).
 
@@ -129,7 +137,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; afterwards it takes its place, or on any failure it vanishes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -81,7 +81,7 @@ def test_a_constant_prediction_does_not_divide_by_zero():
     assert np.all(np.isfinite(Guidance(3.0, rescale=1.0).apply(flat, flat, jnp.zeros(1))))
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_weight_must_be_finite(weight):
     with pytest.raises(ValueError, match="guidance weight must be finite"):
         Guidance(weight)

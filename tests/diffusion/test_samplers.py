@@ -281,3 +281,14 @@ def test_evaluations_are_counted_as_they_happen():
 def test_settings_out_of_range_are_named(make):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         make()
+
+
+def test_a_grid_that_begins_beyond_the_clip():
+    """Its first points share one log-SNR, and DPM-Solver++(2M) divides by the distance between them."""
+    schedule = Cosine(clip=5.0)
+    grid, keys = grids.grid(schedule, 24), _keys(2)
+    assert grid.logsnr[0] == grid.logsnr[1]
+    x = noise.normal_like(keys, (5,))
+    for sampler in (*DETERMINISTIC, *RANDOM):
+        carry = _sample(sampler, Mixture().denoise(schedule), sampler.init(x), grid, keys, 0, 24)
+        assert np.all(np.isfinite(sampler.image(carry))), sampler

@@ -186,11 +186,18 @@ def test_stages_must_fit(encoder):
         ({"prompts": []}, "nothing to draw: 0 prompts"),
         ({"per_prompt": 0}, "nothing to draw"),
         ({"batch": 0}, "batches of 0"),
+        ({"prompts": "red"}, "a list of strings, not one string"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**32}, "seed 4294967296"),
         ({"samplings": (SAMPLING,)}, "1 samplings for 3 stages"),
         ({"size": (8, 9)}, "9 pixels is not a multiple of the network's stride 2"),
         ({"after": (8, np.zeros((1, 8, 8, 3), np.float32)), "up_to": 8}, "nothing to draw"),
         ({"after": (8, np.zeros((2, 8, 8, 3), np.float32))}, "2 pictures to go on from, for 1 to draw"),
-        ({"samplings": (SAMPLING, SAMPLING, replace(SAMPLING, tiles=Tiles(9, 4)))}, "9 pixels is not a multiple"),
+        (
+            {"samplings": (SAMPLING, SAMPLING, replace(SAMPLING, tiles=Tiles(9, 4)))},
+            "a tile of 9 pixels is not",
+        ),
+        ({"samplings": (SAMPLING, SAMPLING, replace(SAMPLING, tiles=Tiles(8, 3)))}, "a tile overlap of 3 pixels"),
     ],
 )
 def test_refused_before_anything_is_drawn(cascade, options, match):
@@ -201,3 +208,10 @@ def test_refused_before_anything_is_drawn(cascade, options, match):
     with pytest.raises(ValueError, match=match) as error:
         stages(cascade, options.pop("prompts"), **options)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_finite_is_no_picture(encoder):
+    broken = replace(model(8).stage.unet, output=lambda x, *rest: x / 0.0)
+    lost = replace(model(8), stage=replace(model(8).stage, unet=broken))
+    with pytest.raises(ValueError, match="the 8 stage drew values that are not finite"):
+        sample(Cascade(encoder, lost), ["red"])

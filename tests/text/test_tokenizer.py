@@ -149,3 +149,12 @@ def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer could be loaded from nobody/nothing: ") as error:
         load_tokenizer("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_tokenizer(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    for damage in ("{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "Unheard"}}', "{"):
+        (tmp_path / "tokenizer.json").write_text(damage)
+        with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}: ") as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value)

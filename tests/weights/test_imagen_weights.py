@@ -258,3 +258,25 @@ def test_settings_are_readable(saved):
     data = json.loads((saved[0] / "base64/stage.json").read_text())
     assert data["stage"]["class"] == "Stage" and data["stage"]["prediction"]["member"] == "EPSILON"
     assert data["stage"]["unet"]["channels"] == 8 and data["sampling"]["guidance"]["weight"] == 2.5
+
+
+def test_a_tensor_named_like_a_group(copy):
+    path = copy / "base64/model.safetensors"
+    params, metadata = tree.load_tree(path)
+    tensors = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    tree.write_safetensors(path, tensors | {"head": np.zeros(3, np.float32)}, metadata)
+    with pytest.raises(ValueError, match=r"1 unexpected \(head\)"):
+        load(copy)
+
+
+def test_others_may_read_what_is_saved(copy):
+    """As they may any new file here; safetensors alone would leave it to its owner."""
+    (copy / "new").touch()
+    assert (copy / "base64/model.safetensors").stat().st_mode == (copy / "new").stat().st_mode
+
+
+def test_the_encoder_of_the_training_is_remembered(tmp_path):
+    save_model(replace(model(BASE), text="0123456789abcdef"), tmp_path)
+    assert load_model(tmp_path).text == "0123456789abcdef"
+    save_model(model(BASE), tmp_path)
+    assert load_model(tmp_path).text is None

@@ -106,6 +106,9 @@ def test_an_index_that_promises_too_much(exported):
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"lists 1 tensors that its shards lack \(encoder.extra.weight\)"):
         t5.load(directory)
+    path.write_text('{"weight_map": [1]}')
+    with pytest.raises(ValueError, match="not an index of shards"):
+        t5.load(directory)
     path.write_text("{}")
     with pytest.raises(ValueError, match="not an index of shards"):
         t5.load(directory)
@@ -314,3 +317,13 @@ def test_shards_of_transformers(exported, tmp_path):
     loaded_config, loaded = t5.load(tmp_path / "shards")
     assert loaded_config == config
     equal(loaded, params)
+
+
+def test_a_lost_output_layer_is_not_taken_for_a_tied_one(tmp_path):
+    config = replace(V1_1, tied=False)
+    t5.export(config, init(config), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\)"):
+        t5.load(tmp_path)
