@@ -6,8 +6,10 @@
 
 The work is cut into pieces, a tar file or a run of a list's rows each, and every piece becomes one ArrayRecord file
 and one small JSON report, both renamed into place when whole. A killed run therefore loses only the pieces in
-progress; the same command does those again and nothing twice. `dataset.json` appears at the end and lists the pieces
-that belong to the inputs given, so that leftovers of other inputs are never read. Paths with `://` go through fsspec.
+progress; the same command does those again and nothing twice. A picture that is missing or damaged is left out and
+counted; a file or bucket out of reach stops the command, so that it costs no pictures. `dataset.json` appears at the
+end and lists the pieces that belong to the inputs given, so that leftovers of other inputs are never read. Paths with
+`://` go through fsspec.
 """
 
 import collections
@@ -87,6 +89,8 @@ class Rows:
             try:
                 yield file, remote.read_bytes(file), caption
             except OSError as error:
+                if not remote.is_absent(error):  # a bucket out of reach for a moment must not cost its pictures
+                    raise
                 yield file, Fault("not there", str(error)), caption
 
 
@@ -109,6 +113,8 @@ class Settings:
     """decode every picture, so that damaged ones are left out now and not met in training"""
     strict: bool = False
     """stop at the first damaged picture or missing caption"""
+    retry: bool = False
+    """do those pieces again in which something was left out, because it is there or repaired now"""
 
     def __post_init__(self):
         if self.rows_per_file < 1:
@@ -194,9 +200,10 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
             report = Report(**json.loads(done.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{done}: not a report of this converter ({error}); delete it") from error
-        if settings.strict and report.skipped:
+        if settings.strict and report.skipped and not settings.retry:
             raise ValueError(f"{next(iter(report.first.values()))} (strict)")
-        return report
+        if not (settings.retry and report.skipped):
+            return report
     skipped: collections.Counter[str] = collections.Counter()
     first: dict[str, str] = {}
     images = 0
@@ -315,7 +322,7 @@ def _csv_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
             _check_columns(path, list(reader.fieldnames or []), settings)
             for row in reader:
                 yield row[settings.image_column], row.get(settings.caption_column)
-        except csv.Error as error:
+        except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
@@ -325,7 +332,10 @@ def _parquet_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'jaxdiff[parquet]'") from error
     with remote.open_binary(path) as stream:
-        table = pyarrow.parquet.ParquetFile(stream)
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from error
         _check_columns(path, table.schema_arrow.names, settings)
         wanted = {settings.image_column, settings.caption_column} & set(table.schema_arrow.names)
         for rows in table.iter_batches(columns=sorted(wanted)):

@@ -22,6 +22,7 @@ from jaxdiff.text.t5 import TextEncoder
 
 SIDECAR = "embeddings.json"
 _DIGEST = 16
+_SETTINGS = {"encoder", "length", "width", "count", "part", "parts", "complete"}
 
 # Captions in; embeddings (b n d) and mask (b n) out, the mask true for the first tokens of each row.
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
@@ -82,6 +83,9 @@ def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
     settings = _read_sidecar(path)
     if settings is None:
         raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.data.embed)")
+    missing = [name for name in settings["parts"] if not (path / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path / missing[0]}: missing ({len(missing)} of {len(settings['parts'])} parts)")
     if not settings["complete"]:
         raise ValueError(f"{path}: only {settings['count']} embeddings, the rest is not stored yet; run the same again")
     if encoder is not None and settings["encoder"] != encoder:
@@ -192,6 +196,9 @@ def _read_sidecar(path: Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
         raise ValueError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(settings, dict) or not settings.keys() >= _SETTINGS:
+        raise ValueError(f"{file}: not the settings of stored embeddings")
+    return settings

@@ -50,7 +50,7 @@ def _from_files(path: Path) -> tuple[tuple[str, None], ...]:
 
 def _from_metadata(metadata: Path) -> tuple[tuple[str, str | None], ...]:
     entries = []
-    with metadata.open(encoding="utf-8") as lines:
+    with metadata.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -1,5 +1,6 @@
 """Local and bucket paths alike: `://` goes through fsspec (the `bucket` extra), everything else is a local file."""
 
+import errno
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,12 @@ def read_bytes(path: str) -> bytes:
     """A file's bytes."""
     with open_binary(path) as stream:
         return stream.read()
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether it says that there is no such file, as against one that cannot be had just now."""
+    kinds = FileNotFoundError, IsADirectoryError, NotADirectoryError
+    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def size(path: str) -> int:

@@ -12,6 +12,7 @@ import absl.logging
 import tensorflow_datasets as tfds
 
 from jaxdiff.data.example import Example
+from jaxdiff.data.files import full_disk_is_an_os_error
 
 # Where a set has several texts, the first of these that it has is the caption.
 _PREFERRED = ("caption", "captions", "text", "prompt", "description")
@@ -80,7 +81,8 @@ def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
             found = default if default.is_prepared() else found
         if not found.is_prepared():
             caption_features(found.info.features, name)  # what is no use is not downloaded
-            found.download_and_prepare()
+            with full_disk_is_an_os_error(data_dir):
+                found.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"tfds:{name}: TFDS knows no set of that name, and no prepared set lies there") from error
     except ImportError as error:

@@ -294,3 +294,31 @@ def test_another_tools_index_is_named(tmp_path):
         (tmp_path / "dataset.json").write_text(content)
         with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.data\.convert"):
             records.read(tmp_path)
+
+
+def test_a_bucket_out_of_reach_costs_no_pictures(tmp_path, monkeypatch):
+    """It stops the command, which goes on when it is run again; what is not there is left out, unless it is retried."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = write_list(tmp_path, "csv", [("a.png", "one"), ("b.png", "two")])
+
+    def unreachable(file):
+        raise TimeoutError(f"{file}: no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "read_bytes", unreachable)
+        with pytest.raises(TimeoutError, match=r"a\.png: no answer"):
+            convert.convert([path], tmp_path / "out")
+    assert convert.convert([path], tmp_path / "out")["skipped"] == {"not there": 1}
+    (tmp_path / "b.png").write_bytes(PNG)
+    assert convert.convert([path], tmp_path / "out")["images"] == 1
+    assert convert.convert([path], tmp_path / "out", convert.Settings(retry=True))["images"] == 2
+    assert captions(tmp_path / "out") == ["one", "two"]
+
+
+def test_damaged_lists_are_named(tmp_path):
+    (tmp_path / "list.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"list\.parquet: not a Parquet file"):
+        convert.convert([str(tmp_path / "list.parquet")], tmp_path / "out")
+    (tmp_path / "list.csv").write_bytes(b"path,caption\na.png,\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line \d"):
+        convert.convert([str(tmp_path / "list.csv")], tmp_path / "out")

@@ -128,6 +128,14 @@ def test_opening_says_what_is_wrong(tmp_path):
     store(tmp_path)
     with pytest.raises(ValueError, match="made by the text encoder t5, but the model needs clip"):
         open_embeddings(tmp_path, "clip")
+    part = tmp_path / "part-00000.array_record"
+    part.rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match=r"part-00000\.array_record: missing \(1 of "):
+        open_embeddings(tmp_path)
+    (tmp_path / "aside").rename(part)
+    (tmp_path / "embeddings.json").write_text('{"count": 3}')
+    with pytest.raises(ValueError, match="not the settings of stored embeddings"):
+        open_embeddings(tmp_path)
     (tmp_path / "embeddings.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         open_embeddings(tmp_path)
