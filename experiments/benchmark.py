@@ -41,6 +41,7 @@ PEAK_TFLOPS = {
     "B200": 2250,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "RTX 4090": 165,
     "TPU v4": 275,
@@ -215,7 +216,8 @@ def made_up(stage: Stage, count: int, side: int) -> dict[str, np.ndarray]:
 def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float, float]:
     """The compiled function, its FLOPs and the seconds that compiling took, tracing left out.
 
-    FLOPs are counted before optimisation: the network's own, not what a backend's kernels make of them.
+    FLOPs are counted before optimisation: the network's own, not what a backend's kernels make of them. What cuDNN's
+    attention does (GPUs in bfloat16) the compiler cannot count: there the share of the peak is a lower bound.
     """
     lowered = function.lower(*arguments)
     begun = time.perf_counter()

@@ -17,7 +17,7 @@ from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What --train does. The defaults share its 25 minutes on 2 CPU cores: about 3 for T5, 14 for the base, 6 for
+    """What --train does. The defaults share its 25 minutes on 2 CPU cores: about 3 for T5, 16 for the base, 4 for
     64→256, the rest for drawing data, compiling and the final sheet."""
 
     examples: int = 20_000
@@ -32,7 +32,7 @@ class Training:
     """Captions per update of T5."""
     base_preset: str = "quick"
     """Size of the base model: one that learns colours in minutes; `tiny`, the shipped one, learns forms in hours."""
-    base_steps: int = 1800
+    base_steps: int = 2050
     """Updates of the base model."""
     base_batch: int = 32
     """Pictures per update of the base model."""
@@ -47,7 +47,7 @@ class Training:
     """Share of the base model's training there; with more, what it draws stays blurred and noisy."""
     base_snr_power: float | None = 0.1
     """Power of the SNR that weights its error; 0: no noise level counts for more. None: the preset's weights."""
-    sr256_steps: int = 600
+    sr256_steps: int = 400
     """Updates of 64→256."""
     sr1024_steps: int = 0
     """Updates of 256→1024, which starts from what 64→256 has learned: the same network for the same task, where a few

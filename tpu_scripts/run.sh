@@ -2,7 +2,7 @@
 # Run a command on every worker of the TPU, in the repository, with its Python first on PATH.
 #
 #   tpu_scripts/run.sh [--dry-run] [--detach] [--env FILE] -- COMMAND [ARGUMENT...]
-#   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --out runs/base64
+#   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out runs/base64
 #
 #   --dry-run   print the exact commands and run none
 #   --detach    leave it running and return; its output goes to runs/tpu.log on each worker

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.cli import run
+from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.files import replacing
 from jaxdiff.systems.cascade import Cascade
+from jaxdiff.weights import t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
-from jaxdiff.weights.t5 import load_text_encoder
 
 
 @dataclass(frozen=True)
 class Settings:
     """The parts of a cascade."""
 
-    text: Path
-    """Directory of the text encoder that the stages were trained with."""
+    text: str
+    """Directory, or hub id, of the text encoder that the stages were trained with."""
     base64: Path
     """The model/ folder of the base's run."""
     out: Path
@@ -42,13 +43,21 @@ def main(settings: Settings) -> None:
     folders = {name: folder for name in STAGES if (folder := getattr(settings, name)) is not None}
     models = {name: load_model(folder) for name, folder in folders.items()}
     base, *super_resolution = models.values()
-    cascade = Cascade(load_text_encoder(settings.text, base.stage.text_length), base, tuple(super_resolution))
+    directory = t5.directory_of(settings.text)
+    encoder = t5.load_text_encoder(directory, base.stage.text_length)
+    made_by = fingerprint(encoder)
+    for name, model in models.items():
+        if model.text not in (None, made_by):
+            raise ValueError(
+                f"{folders[name]} was trained with the text encoder {model.text}, {settings.text} is {made_by}"
+            )
+    cascade = Cascade(encoder, base, tuple(super_resolution))
     others = [name for name in STAGES if name not in folders and (settings.out / name).exists()]
     if others:
         raise ValueError(f"{settings.out} holds {' and '.join(others)} of another cascade: choose another folder")
     text = settings.out / "text"
     text.mkdir(parents=True, exist_ok=True)
-    for file in sorted(settings.text.iterdir()):
+    for file in sorted(directory.iterdir()):
         if file.is_file():
             with replacing(text / file.name) as temporary:
                 shutil.copyfile(file, temporary)

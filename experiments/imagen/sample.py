@@ -82,7 +82,10 @@ def prompts_of(settings: Run) -> list[str]:
     """The prompts of the command line, then those of the file. ValueError where there is none."""
     prompts = list(settings.prompt)
     if settings.prompts is not None:
-        lines = settings.prompts.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = settings.prompts.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{settings.prompts}: not UTF-8 ({error})") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("nothing to draw: give prompts as arguments, or a file of them with --prompts")

@@ -33,10 +33,11 @@ from jaxdiff.systems.imagen import Sampling, Stage, check_size, draw, null_text
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.loop import Diverged, TrainConfig, train
-from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.mesh import check_batch, make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
+from jaxdiff.weights.tree import check_tree
 
 OPTIMIZERS = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
 
@@ -53,12 +54,18 @@ class Run:
     """Its size: quick | tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
     data: str = "shapes"
     """shapes | emoji | folder:PATH | tfds:NAME | records:PATH"""
-    text: str = str(SHIPPED / "text")
-    """The frozen text encoder: a directory or hub id in the transformers layout; the shipped tiny one by default."""
+    text: str | None = None
+    """The frozen text encoder: a directory or hub id in the transformers layout; left out: the shipped tiny one, or
+    whichever made EMBEDDINGS. The presets for GPUs and TPUs read a T5 of width 4096 (google/flan-t5-xxl). `none`:
+    super-resolution learns from pictures alone."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the text encoder is kept and computed in; bfloat16 halves the memory of a large one."""
     embeddings: Path | None = None
-    """A folder that experiments.data.embed wrote; without it the embeddings are stored below DATA_DIR."""
+    """A folder that experiments.data.embed wrote: no text encoder is loaded. Without it the captions are embedded once
+    and stored below DATA_DIR."""
     init: Path | None = None
-    """Start from the parameters of this model (the model/ of another run with the same network), to fine-tune them."""
+    """Begin with the averaged parameters of another run of the same network (its folder, finished or not, or the
+    model/ in it), to fine-tune them."""
     logsnr: tuple[float, float] | None = None
     """Train at log-SNRs spread evenly over this range; left out: where the preset trains. A stage that draws well but
     does not do what its captions say learns it faster where that is decided: -5.5 to 0 for forms at 64 pixels."""
@@ -126,26 +133,29 @@ def main(settings: Run) -> None:
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
     mesh = make_mesh(fsdp=settings.fsdp)
-    initial = None if settings.init is None else load_params(stage, settings.init / "model.safetensors")
-    encoder = load_text_encoder(settings.text, stage.text_length) if stage.unet.reads_text else None
-    if encoder is not None:
-        check_width(stage, encoder)
+    check_batch(settings.batch, mesh, settings.accumulate)
+    initial = initial_of(settings, stage)
+    encoder, embeddings = text_of(settings, stage)
     source = open_source(settings, stage)
-    made_by = None if encoder is None else fingerprint(encoder)
-    embeddings = None if encoder is None else embeddings_of(settings, source, encoder, made_by)
+    if encoder is not None:
+        embeddings = stored_embeddings(settings, source, encoder)
+    del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
     stream = batches(settings, stage, source, embeddings)
     train(
         stage,
         stream,
         config,
         settings.out,
-        data=data_of(settings, source, made_by),
+        data=data_of(settings, stage, source, embeddings),
         mesh=mesh,
         initial=initial,
-        sample_hook=_Samples(stage, sampling, source, encoder, settings.out / "samples"),
+        sample_hook=_Samples(stage, sampling, source, embeddings, settings.out / "samples"),
         description=settings.stage,
     )
-    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling), settings.out / "model")
+    # How it was computed in training is no part of what was learned.
+    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32", remat=False))
+    made_by = None if embeddings is None else embeddings.encoder
+    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling, made_by), settings.out / "model")
     if stream.skipped.count:
         print(f"skipped {stream.skipped} of {len(source)} examples")
     print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
@@ -165,13 +175,18 @@ def stage_of(settings: Run) -> Stage:
             changes[name] = value
     stage = dataclasses.replace(stage, **changes)
     if crop := crop_of(settings, stage):
-        check_size(stage, crop)
+        check_size(stage, crop, name="crop")
+        if crop > stage.resolution:
+            raise ValueError(f"--crop {crop}: larger than the pictures, {stage.resolution}")
     return stage
 
 
 def config_of(settings: Run) -> TrainConfig:
     if settings.steps < 1 or settings.batch < 1:
         raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
+    for name in ("limit", "workers"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} {getattr(settings, name)}: must be 0 or more")
     return TrainConfig(
         optimizer=OptimizerConfig(
             kind=dataclasses.replace(OPTIMIZERS[settings.optimizer], weight_decay=settings.weight_decay),
@@ -191,14 +206,32 @@ def config_of(settings: Run) -> TrainConfig:
     )
 
 
-def data_of(settings: Run, source: Source, made_by: str | None) -> dict[str, Any]:
+def data_of(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
     """What a run's batches are made of: run again with something else, it would not be the same run."""
-    made_of = {name: getattr(settings, name) for name in ("data", "batch", "crop", "workers")}
-    return made_of | {"examples": len(source), "text": made_by}
+    made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers")}
+    whole = source.source if isinstance(source, _Spread) else source
+    made_of |= {"crop": crop_of(settings, stage), "examples": len(source), "of": len(whole)}
+    return made_of | {"text": None if embeddings is None else embeddings.encoder}
+
+
+def initial_of(settings: Run, stage: Stage) -> dict | None:
+    """The parameters to begin with, on the host, where INIT gives them; a run that goes on has its own."""
+    if settings.init is None or any(path.name.isdigit() for path in (settings.out / "checkpoints").glob("*")):
+        return None
+    checkpoints = settings.init / "checkpoints"
+    if checkpoints.is_dir():
+        params = load_ema(checkpoints)
+        check_tree(params, jax.eval_shape(stage.init, jax.random.key(0)), str(checkpoints))
+    else:
+        params = load_params(stage, settings.init / "model.safetensors")
+    return jax.tree.map(np.asarray, params)
 
 
 def focused(schedule: Schedule, low: float, high: float, share: float) -> Focused:
-    """The schedule with a share of its training in another range than its own."""
+    """The schedule with a share of its training in another range. ValueError where it has no such log-SNRs."""
+    lowest, highest = float(schedule.logsnr(1.0)), float(schedule.logsnr(0.0))
+    if not (low < highest and high > lowest):
+        raise ValueError(f"--logsnr {low:g} {high:g}: the schedule's lie between {lowest:.3g} and {highest:.3g}")
     whole = share == 1.0 and isinstance(schedule, Focused)
     return Focused(schedule.schedule if whole else schedule, low, high, share)
 
@@ -212,10 +245,43 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     return _Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def embeddings_of(settings: Run, source: Source, encoder: TextEncoder, made_by: str) -> Embeddings:
+def text_of(settings: Run, stage: Stage) -> tuple[TextEncoder | None, Embeddings | None]:
+    """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
+    neither. ValueError for those that the stage cannot read, or that TEXT has not made."""
+    if not stage.unet.reads_text:
+        return None, None
+    if settings.text == "none":
+        if stage.low_resolution is None:
+            raise ValueError("--text none: only super-resolution can do without text")
+        return None, None
+    text = settings.text or str(SHIPPED / "text")
+    if settings.embeddings is None:
+        encoder = load_text_encoder(text, stage.text_length, settings.text_dtype)
+        _check_width(stage, encoder.config.d_model, text)
+        return encoder, None
+    made_by = None
+    if settings.text is not None:
+        encoder = load_text_encoder(text, stage.text_length, settings.text_dtype, place=np.asarray)
+        made_by = fingerprint(encoder)
+    embeddings = open_embeddings(settings.embeddings, made_by)
+    _check_width(stage, embeddings.width, str(embeddings.path))
+    if embeddings.length != stage.text_length:
+        raise ValueError(
+            f"{embeddings.path}: embeddings of {embeddings.length} tokens a caption, the stage reads "
+            f"{stage.text_length}: store them again with that length"
+        )
+    return None, embeddings
+
+
+def _check_width(stage: Stage, width: int, given: str) -> None:
+    read = stage.unet.text_width
+    if width != read:
+        raise ValueError(f"{given}: embeddings of width {width}, the stage reads {read}: choose a T5 of that width")
+
+
+def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
-    if settings.embeddings is not None:
-        return open_embeddings(settings.embeddings, made_by)
+    made_by = fingerprint(encoder)
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
     limited = f"-of-{len(source.source)}" if isinstance(source, _Spread) else ""
     path = settings.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
@@ -254,12 +320,6 @@ def crop_of(settings: Run, stage: Stage) -> int | None:
     return stage.resolution // 4 if settings.crop is None else settings.crop or None
 
 
-def check_width(stage: Stage, encoder: TextEncoder) -> None:
-    if encoder.config.d_model != stage.unet.text_width:
-        given, read = encoder.config.d_model, stage.unet.text_width
-        raise ValueError(f"the text encoder gives embeddings of width {given}, the stage reads {read}")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Spread:
     """So many examples of a source, evenly spread over it."""
@@ -271,7 +331,11 @@ class _Spread:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        return self.source[index * len(self.source) // self.count]
+        return self.source[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Where an example of these lies in the source."""
+        return index * len(self.source) // self.count
 
 
 class _Samples:
@@ -279,18 +343,21 @@ class _Samples:
 
     COUNT = 8
 
-    def __init__(self, stage: Stage, sampling: Sampling, source: Source, encoder: TextEncoder | None, folder: Path):
+    def __init__(
+        self, stage: Stage, sampling: Sampling, source: Source, embeddings: Embeddings | None, folder: Path
+    ) -> None:
         self._stage, self._sampling, self._folder = stage, sampling, folder
         self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
-        if encoder is not None:
-            self._captions = [text or "" for text in captions(_Spread(source, self.COUNT))]
-            self._text = TextEmbedding(*(np.asarray(a) for a in encode(encoder, self._captions)))
+        shown, found = _Spread(source, self.COUNT), range(self.COUNT)
         if stage.low_resolution is not None:
             crop = min(stage.resolution, 256)
-            found = images(
-                source, stage.resolution, self.COUNT, low_resolution=stage.low_resolution, crop=crop, shuffle=False
-            )
-            self._low_res = jnp.asarray(next(found)["low_res"])
+            options = {"low_resolution": stage.low_resolution, "crop": crop, "shuffle": False}
+            batch = next(images(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options))
+            self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
+        if embeddings is not None:
+            self._captions = [(shown[i]["caption"] or "").strip() for i in found]
+            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
+            self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
 
     def __call__(self, step: int, params: dict) -> None:
         stage = self._stage

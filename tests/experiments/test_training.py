@@ -1,21 +1,25 @@
 """Two steps of training on pictures and captions of one's own, and on emoji; on shapes, test_quickstart.py trains."""
 
+import dataclasses
 import io
 import json
+import shutil
 import tarfile
 
 import jax
 import numpy as np
 import pytest
+import small_cascade
 from PIL import Image
 
 from experiments.data import convert, embed
-from experiments.imagen import assemble, train
+from experiments.imagen import assemble, presets, train
 from experiments.imagen import emoji as emoji_run
 from experiments.text import pretrain
 from jaxdiff.data import emoji
+from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.training import metrics
-from jaxdiff.weights.imagen import load, load_model
+from jaxdiff.weights.imagen import load, load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
@@ -56,8 +60,6 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
         "--stage",
         "base64",
         *source,
-        "--text",
-        standin / "text",
         "--embeddings",
         embeddings,
         "--logsnr",
@@ -66,8 +68,64 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     )
     done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    schedule = load_model(tmp_path / "run" / "model").stage.schedule
-    assert (schedule.low, schedule.high) == (-5.5, 0.0)
+    model = load_model(tmp_path / "run" / "model")
+    assert (model.stage.schedule.low, model.stage.schedule.high) == (-5.5, 0.0)
+
+    # The encoder, where it is named too, must be the one that made them, and the model knows which that was.
+    wrong = dataclasses.replace(load_text_encoder(standin / "text", 16), length=15)
+    done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
+    assert done.code == 0, done.err
+    folder = tmp_path / "other"
+    shutil.copytree(embeddings, folder)
+    sidecar = folder / "embeddings.json"
+    sidecar.write_text(sidecar.read_text().replace(model.text, fingerprint(wrong)))
+    changed = (*arguments[:-5], folder, *arguments[-3:])
+    done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
+    assert done.code == 2 and "but the model needs" in done.err
+    sidecar.write_text(sidecar.read_text().replace('"length": 16', '"length": 15'))
+    done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run")
+    assert done.code == 2 and "15 tokens a caption, the stage reads 16" in done.err
+
+
+def test_parameters_to_begin_with(standin, photos, tmp_path, command):
+    """From a run's folder, finished or not, or the model/ in it; what was learned does not depend on how."""
+    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 16, *SHORT, "--data-dir", tmp_path / "data"
+    assert command(train.main, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
+    model = load_model(tmp_path / "first" / "model")
+    assert (model.stage.unet.dtype, model.stage.unet.remat) == ("float32", False)
+    found = []
+    for init in (tmp_path / "first", tmp_path / "first" / "model"):
+        settings = train.Run("sr256", tmp_path / "second", init=init)
+        found.append(train.initial_of(settings, model.stage))
+    jax.tree.map(np.testing.assert_array_equal, *found, model.params)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert train.initial_of(dataclasses.replace(settings, out=tmp_path / "first"), model.stage) is None
+    with pytest.raises(ValueError, match="does not fit the settings"):
+        train.initial_of(settings, load_model(standin / "base64").stage)
+
+
+def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):
+    """Its sample grids pair each enlarged picture with that picture's own caption, where there are captions."""
+    texts = {"pool_text": True, "text_width": small_cascade.BASE.unet.text_width}
+    reading = dataclasses.replace(
+        small_cascade.STAGES["sr256"],
+        unet=dataclasses.replace(small_cascade.STAGES["sr256"].unet, **texts),
+        text_length=small_cascade.BASE.text_length,
+    )
+    monkeypatch.setitem(presets.STAGES, "sr256", {"tiny": reading})
+    (photos / "3.png").write_bytes(b"no picture")
+    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 16, *SHORT, "--data-dir", tmp_path / "data"
+    done = command(train.main, *arguments, "--text", "none", "--out", tmp_path / "alone")
+    assert done.code == 0, done.err
+
+    source = train.open_source(train.Run("sr256", tmp_path, data=f"folder:{photos}"), reading)
+    rows = {i: (np.full((16, small_cascade.WIDTH), i, np.float16), np.arange(16) < 3, b"") for i in range(9)}
+    with pytest.warns(UserWarning, match=r"3\.png"):
+        samples = train._Samples(reading, presets.sampling("sr256", "tiny"), source, rows, tmp_path)
+    shades = np.round((np.asarray(samples._low_res)[:, 0, 0, 0] + 1) * 127.5 / 25).astype(int)
+    assert 3 not in shades
+    assert samples._captions == [f"a dark red square number {i}" if i else "" for i in shades]
+    assert samples._text.embeddings[:, 0, 0].tolist() == shades.tolist()
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, command, monkeypatch):
@@ -117,6 +175,11 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     # A shorter cascade over a longer one would be read as the longer one; one with a gap is none.
     done = command(assemble.main, "--text", standin / "text", *stages[:2], "--out", out)
     assert done.code == 2 and "holds sr256 and sr1024 of another cascade" in done.err
+    base = tmp_path / "base"
+    save_model(dataclasses.replace(load_model(standin / "base64"), text="0123456789abcdef"), base)
+    done = command(assemble.main, "--text", standin / "text", "--base64", base, "--out", tmp_path / "wrong")
+    assert done.code == 2 and "trained with the text encoder 0123456789abcdef" in done.err
+    assert not (tmp_path / "wrong").exists()
     gap = *stages[:2], *stages[4:]
     done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
     assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
