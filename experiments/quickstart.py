@@ -7,10 +7,10 @@
 Writes runs/quickstart/: grid.png (every caption at 64 and 256 pixels, two of them at 1024), pictures/ (one PNG each)
 and report.json (how many pictures have everything that their caption states, read back by an exact reader; seconds).
 At most 3 minutes on 2 CPU cores, compilation included; `--train` takes at most 25 more. Its aim is the colours right
-in at least 80 % of the 16 captions, and both super-resolution stages above bicubic. Seen so far (2 cores of an AMD
-EPYC, jax 0.10.2, 2026-11-22): a whole run of 24 minutes, 33.1 dB against 31.0 at 256 and 39.1 against 37.6 at 1024,
-with a base that got 31 % of the colours; the base of today's settings, trained alone, 72 % of 64 captions, on which its
-guidance was chosen too (six were tried: 61 to 72 %). Today's settings have not run as a whole.
+in at least 80 % of the 16 captions, and both super-resolution stages above bicubic. A whole run on 2 cores of an AMD
+EPYC (jax 0.10.2, 2026-11-23) took 23 min 47 s: 31.8 dB against 31.0 at 256, 38.0 against 37.6 at 1024, and 69 % of the
+captions, eleven of the twelve with one object (81 % of 64 such) and none of the four with two: where things are, and which
+colour is whose, takes longer to learn than those minutes.
 """
 
 import dataclasses
