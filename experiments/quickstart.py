@@ -9,8 +9,8 @@ and report.json (how many pictures have everything that their caption states, re
 At most 3 minutes on 2 CPU cores, compilation included; `--train` takes at most 25 more. Its aim is the colours right
 in at least 80 % of the 16 captions, and both super-resolution stages above bicubic. A whole run on 2 cores of an AMD
 EPYC (jax 0.10.2, 2026-11-23) took 23 min 47 s: 31.8 dB against 31.0 at 256, 38.0 against 37.6 at 1024, and 69 % of the
-captions, eleven of the twelve with one object (81 % of 64 such) and none of the four with two: where things are, and which
-colour is whose, takes longer to learn than those minutes.
+captions, eleven of the twelve with one object (81 % of 64 such) and none of the four with two: where things are, and
+which colour is whose, takes longer to learn than those minutes.
 """
 
 import dataclasses
