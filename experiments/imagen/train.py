@@ -2,7 +2,7 @@
 
     python -m experiments.imagen.train --stage base64 --text runs/t5/encoder --data shapes --out runs/base64
     python -m experiments.imagen.train --stage sr256 --data shapes --out runs/sr256
-    python -m experiments.imagen.train --stage sr1024 --data shapes --out runs/sr1024 --init runs/sr256/model
+    python -m experiments.imagen.train --stage sr1024 --data shapes --examples 2000 --out runs/sr1024 --init runs/sr256
 
 Run again with the same folder, it goes on from its last checkpoint. The folder gets checkpoints/, metrics.jsonl,
 tensorboard/, loss.png, samples/ (a grid now and then) and at the end model/, which `experiments.imagen.sample` reads as
