@@ -355,7 +355,8 @@ class _Samples:
             batch = next(images(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options))
             self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
         if embeddings is not None:
-            self._captions = [(shown[i]["caption"] or "").strip() for i in found]
+            texts = list(captions(shown))
+            self._captions = [texts[i] or "" for i in found]
             text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
             self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
 
