@@ -177,14 +177,13 @@ def _run(
         last = number == config.steps
         stop = interruption.reached(number)
         save_due |= number % config.save_every == 0
-        if last or stop or save_due:
+        # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint must
+        # not be of those. It is saved after the first good step, or where the run ends.
+        if last or stop or (save_due and int(metrics["in_a_row"]) == 0):
             reporter.flush()  # raises Diverged before anything is saved
-            # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
-            # must not be of those. It is saved after the first good step, or where the run ends.
-            if last or stop or reporter.last_was_finite:
-                checkpoints.save(number, state, place)
-                save_due = False
+            checkpoints.save(number, state, place)
             reporter.restart_clock()
+            save_due = False
         if stop and not last:
             message = f"stopped by {stop} after step {number}, saved in {checkpoints.directory}; run again to go on"
             raise Preempted(message)
@@ -227,7 +226,6 @@ class _Reporter:
         self._gathered: list[Any] = []  # metrics of the steps since the last line, on the devices
         self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet read
         self._rows = 0
-        self.last_was_finite = True  # as of the last line
         self._clock: float | None = None  # None: the next step's time is not counted (it may compile)
         self._bar = tqdm(
             total=config.steps,
@@ -286,7 +284,6 @@ class _Reporter:
             line[name] = _mean([float(value[name]) for value in values])
         line |= {"learning_rate": float(latest["learning_rate"]), "images_per_second": speed}
         line["skipped"] = int(latest["skipped"])
-        self.last_was_finite = int(latest["in_a_row"]) == 0
         if self._log is not None:
             self._log.write(line)
         loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"

@@ -79,7 +79,7 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     shutil.copytree(embeddings, folder)
     sidecar = folder / "embeddings.json"
     sidecar.write_text(sidecar.read_text().replace(model.text, fingerprint(wrong)))
-    changed = (*arguments[:-5], folder, *arguments[-3:])
+    changed = (*arguments[:-4], folder, *arguments[-3:])
     done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 2 and "but the model needs" in done.err
     sidecar.write_text(sidecar.read_text().replace('"length": 16', '"length": 15'))
@@ -89,7 +89,7 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
 
 def test_parameters_to_begin_with(standin, photos, tmp_path, command):
     """From a run's folder, finished or not, or the model/ in it; what was learned does not depend on how."""
-    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 16, *SHORT, "--data-dir", tmp_path / "data"
+    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
     assert command(train.main, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
     model = load_model(tmp_path / "first" / "model")
     assert (model.stage.unet.dtype, model.stage.unet.remat) == ("float32", False)
@@ -114,7 +114,7 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     )
     monkeypatch.setitem(presets.STAGES, "sr256", {"tiny": reading})
     (photos / "3.png").write_bytes(b"no picture")
-    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 16, *SHORT, "--data-dir", tmp_path / "data"
+    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
     done = command(train.main, *arguments, "--text", "none", "--out", tmp_path / "alone")
     assert done.code == 0, done.err
 

@@ -132,9 +132,9 @@ def test_nine_in_a_row_are_skipped_and_counted(tmp_path):
     state = run(tmp_path, Stream(bad=bad), log_every=5)
     assert int(state.skipped) == 10
     lines = read(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [5, 10, 15, 20]
-    assert [line["skipped"] for line in lines] == [2, 7, 10, 10]
-    assert [line["loss"] is None for line in lines] == [False, True, False, False]
+    assert [line["step"] for line in lines] == [5, 10, 13, 15, 20]  # after step 13 it is saved
+    assert [line["skipped"] for line in lines] == [2, 7, 9, 10, 10]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, False]
 
 
 def test_a_line_is_the_mean_over_its_interval(uninterrupted, tmp_path):
