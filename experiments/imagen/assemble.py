@@ -34,6 +34,8 @@ class Settings:
     """The model/ folder of 64→256; left out, the cascade ends at 64."""
     sr1024: Path | None = None
     """The model/ folder of 256→1024."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the text encoder was computed in when the stages were trained."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the stages' parameters are stored in. Two bytes halve the files; they are float32 again when loaded."""
 
@@ -44,12 +46,13 @@ def main(settings: Settings) -> None:
     models = {name: load_model(folder) for name, folder in folders.items()}
     base, *super_resolution = models.values()
     directory = t5.directory_of(settings.text)
-    encoder = t5.load_text_encoder(directory, base.stage.text_length)
+    encoder = t5.load_text_encoder(directory, base.stage.text_length, settings.text_dtype)
     made_by = fingerprint(encoder)
     for name, model in models.items():
         if model.text not in (None, made_by):
             raise ValueError(
-                f"{folders[name]} was trained with the text encoder {model.text}, {settings.text} is {made_by}"
+                f"{folders[name]} was trained with the text encoder {model.text}, {settings.text} in "
+                f"{settings.text_dtype} is {made_by}"
             )
     cascade = Cascade(encoder, base, tuple(super_resolution))
     others = [name for name in STAGES if name not in folders and (settings.out / name).exists()]
