@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -14,7 +14,7 @@ from experiments.imagen import presets
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.thresholding import Dynamic
-from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.cascade import Cascade, Model
 from jaxdiff.systems.imagen import Sampling
 from jaxdiff.systems.tiles import Tiles
 
@@ -51,6 +51,19 @@ class Drawing:
     """Draw super-resolution in overlapping tiles of so many pixels a side."""
     tile_overlap: int = 32
     """Pixels that neighbouring tiles share."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the generators compute in; bfloat16 on accelerators."""
+
+
+def computing(cascade: Cascade, drawing: Drawing) -> Cascade:
+    """The cascade with generators that compute in what the command line says. Parameters and samplers stay float32."""
+
+    def cast(model: Model) -> Model:
+        unet = dataclasses.replace(model.stage.unet, dtype=drawing.dtype)
+        return dataclasses.replace(model, stage=dataclasses.replace(model.stage, unet=unet))
+
+    base, *others = map(cast, cascade.models)
+    return dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
 
 
 def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]:

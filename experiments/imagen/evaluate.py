@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, parts, samplings, usable
+from experiments.imagen.drawing import Bars, Drawing, computing, parts, samplings, usable
 from jaxdiff.data import pictures
 from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
@@ -59,7 +59,7 @@ class Run:
 
 def main(settings: Run) -> None:
     """Score a cascade on held-out captions and pictures of `shapes`."""
-    model = upto(load(settings.weights), settings.up_to)
+    model = upto(computing(load(settings.weights), settings.drawing), settings.up_to)
     chosen = samplings(model.models, settings.drawing)
     if min(settings.n, settings.psnr_256, settings.psnr_1024) < 0:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")
@@ -184,6 +184,7 @@ def psnr(true: np.ndarray, other: np.ndarray) -> float:
 def _made_by(settings: Run, chosen: Sequence[Sampling]) -> dict:
     """What the scores depend on, for the file."""
     told = {name: getattr(settings, name) for name in ("n", "psnr_256", "psnr_1024", "seed", "batch")}
+    told["dtype"] = settings.drawing.dtype
     stages = [to_json(sampling) for sampling in chosen]
     return {**told, "weights": str(settings.weights), "stages": stages, "device": jax.devices()[0].device_kind}
 

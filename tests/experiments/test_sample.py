@@ -74,6 +74,19 @@ def test_other_sizes_in_tiles(standin, tmp_path, command):
     assert json.loads(image.text["settings"])["stages"][1]["tiles"] == to_json(Tiles(96, 32))
 
 
+def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
+    drawn = {}
+    for dtype in ("float32", "bfloat16"):
+        options = "--weights", standin, "--out", tmp_path / dtype, "--steps", 2, "--up-to", 256, "--dtype", dtype
+        done = command(sample.main, "a red circle", *options)
+        assert done.code == 0, done.err
+        (image,) = pictures_in(tmp_path / dtype).values()
+        assert json.loads(image.text["settings"])["dtype"] == dtype
+        drawn[dtype] = np.asarray(image, np.float32)
+    difference = np.abs(drawn["float32"] - drawn["bfloat16"])
+    assert 0 < difference.mean() < 4  # of 255
+
+
 def test_settings_for_all_stages_or_each(standin):
     model = load(standin)
     own = [m.sampling for m in model.models]
