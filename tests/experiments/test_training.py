@@ -180,6 +180,14 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     done = command(assemble.main, "--text", standin / "text", "--base64", base, "--out", tmp_path / "wrong")
     assert done.code == 2 and "trained with the text encoder 0123456789abcdef" in done.err
     assert not (tmp_path / "wrong").exists()
+    # The same encoder computed in bfloat16 is another one.
+    half = load_text_encoder(standin / "text", 16, "bfloat16")
+    save_model(dataclasses.replace(load_model(standin / "base64"), text=fingerprint(half)), base)
+    arguments = "--text", standin / "text", "--base64", base, "--out", tmp_path / "half"
+    done = command(assemble.main, *arguments)
+    assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()
+    done = command(assemble.main, *arguments, "--text-dtype", "bfloat16")
+    assert done.code == 0, done.err
     gap = *stages[:2], *stages[4:]
     done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
     assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
