@@ -51,15 +51,16 @@ class Drawing:
     """Draw super-resolution in overlapping tiles of so many pixels a side."""
     tile_overlap: int = 32
     """Pixels that neighbouring tiles share."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     """What the generators compute in; bfloat16 on accelerators."""
 
 
-def computing(cascade: Cascade, drawing: Drawing) -> Cascade:
-    """The cascade with generators that compute in what the command line says. Parameters and samplers stay float32."""
+def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
+    """The cascade with generators that compute in `dtype` (None: each in its own). Parameters and samplers stay
+    float32."""
 
     def cast(model: Model) -> Model:
-        unet = dataclasses.replace(model.stage.unet, dtype=drawing.dtype)
+        unet = dataclasses.replace(model.stage.unet, dtype=dtype or model.stage.unet.dtype)
         return dataclasses.replace(model, stage=dataclasses.replace(model.stage, unet=unet))
 
     base, *others = map(cast, cascade.models)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, computing, parts, samplings, usable
+from experiments.imagen.drawing import Bars, Drawing, parts, samplings, usable, with_dtype
 from jaxdiff.data import pictures
 from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
@@ -59,7 +59,7 @@ class Run:
 
 def main(settings: Run) -> None:
     """Score a cascade on held-out captions and pictures of `shapes`."""
-    model = upto(computing(load(settings.weights), settings.drawing), settings.up_to)
+    model = upto(with_dtype(load(settings.weights), settings.drawing.dtype), settings.up_to)
     chosen = samplings(model.models, settings.drawing)
     if min(settings.n, settings.psnr_256, settings.psnr_1024) < 0:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")

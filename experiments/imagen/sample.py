@@ -19,7 +19,7 @@ import tyro
 
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, Drawing, computing, parts, samplings, size_of, usable
+from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of, usable, with_dtype
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade
 from jaxdiff.systems.imagen import Sampling
@@ -57,7 +57,7 @@ class Run:
 def main(settings: Run) -> None:
     """Draw pictures from captions with a trained cascade."""
     prompts = prompts_of(settings)
-    model = computing(load(settings.weights), settings.drawing)
+    model = with_dtype(load(settings.weights), settings.drawing.dtype)
     chosen = samplings(model.models, settings.drawing)
     if settings.per_prompt < 1:
         raise ValueError(f"nothing to draw: {settings.per_prompt} of each prompt")

@@ -130,8 +130,8 @@ SAMPLING_SR = Sampling(sampler=DDPM(), steps=128, guidance=Guidance(8.0), thresh
 """w = 8 at augmentation level 0: the super-resolution setting of the same figure."""
 
 SAMPLING_BASE_TINY = Sampling(sampler=DDPM(), steps=36, guidance=Guidance(3.0, (-20.0, -1.0)), thresholding=Static())
-"""Guided until forms are decided. Beyond that, guidance makes the edges wobble: of 200 held-out captions 76 % came out
-right with it up to the end and 81 % with it up to -1 (the same parameters)."""
+"""Guided from the noisiest level until forms are decided. Beyond that, guidance makes the edges wobble; many steps make
+them straighter. Figures are in the model card (jaxdiff/weights/tiny/README.md)."""
 SAMPLING_BASE_QUICK = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(3.0, (-8.0, -2.0)))
 """Guided only where colours are decided: beyond that it makes them brighter than any of the set's."""
 SAMPLING_SR_TINY = Sampling(sampler=DPMSolverPP2M(), steps=6, thresholding=Static())
