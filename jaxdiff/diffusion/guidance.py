@@ -8,7 +8,7 @@ x₀, v or velocity alike; only `rescale` depends on which. Both branches are on
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _LARGEST = float(jnp.finfo(jnp.float32).max) / 2  # w and 1 − w are float32
 
@@ -54,18 +54,18 @@ class Guidance:
         self, cond: Float[Array, "b *s"], uncond: Float[Array, "b *s"], logsnr: Float[Array, "..."]
     ) -> Float[Array, "b *s"]:
         """The guided prediction at this log-SNR, a scalar or (b,)."""
-        guided = guide(cond, uncond, self._weight_at(logsnr))
+        guided = guide(cond, uncond, jnp.where(self.inside(logsnr), self.weight, 1.0))
         if self.rescale == 0.0:
             return guided
         axes = tuple(range(1, cond.ndim))
         ratio = _deviation(cond, axes) / jnp.maximum(_deviation(guided, axes), 1e-12)
         return guided * (1.0 + self.rescale * (ratio - 1.0))
 
-    def _weight_at(self, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    def inside(self, logsnr: Float[Array, "*s"]) -> Bool[Array, "*s"]:
+        """Where the weight counts; elsewhere the unconditional prediction need not be computed."""
         if self.interval is None:
-            return jnp.full(jnp.shape(logsnr), self.weight)
-        inside = (logsnr >= self.interval[0]) & (logsnr <= self.interval[1])
-        return jnp.where(inside, self.weight, 1.0)
+            return jnp.ones(jnp.shape(logsnr), bool)
+        return (logsnr >= self.interval[0]) & (logsnr <= self.interval[1])
 
 
 def _deviation(x: Float[Array, "b *s"], axes: tuple[int, ...]) -> Float[Array, "b ..."]:

@@ -205,23 +205,38 @@ def _advance(stage, sampling, params, carry, condition, keys, start, stop):
 
 
 def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array) -> Denoised:
-    """The network with guidance (both branches in one doubled batch) and thresholding around it."""
-    guidance, text = sampling.guidance, condition.text
-    inputs = (x, t, *condition.low_res)
-    if guidance.on:
-        inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), inputs)
-        text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, condition.negative)
-    pictures, levels = (inputs[0], *inputs[2:3]), inputs[3:]
+    """The network with guidance and thresholding around it."""
+    guidance, logsnr = sampling.guidance, stage.schedule.logsnr(t)
+    predict = partial(_predict, stage, sampling.tiles, params)
 
-    def network(x, *low_res):
-        return stage.predict(params, x, inputs[1], text, *low_res, *levels)
+    def conditional():
+        return predict(condition.text, x, t, *condition.low_res)
 
-    output = network(*pictures) if sampling.tiles is None else in_tiles(network, pictures, sampling.tiles)
-    if guidance.on:
-        output = guidance.apply(*jnp.split(output, 2), stage.schedule.logsnr(t))
+    def guided():
+        """Both branches in one doubled batch."""
+        inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, t, *condition.low_res))
+        text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition.text, condition.negative)
+        return guidance.apply(*jnp.split(predict(text, *inputs), 2), logsnr)
+
+    if not guidance.on:
+        output = conditional()
+    elif guidance.interval is None:
+        output = guided()
+    else:
+        output = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
     alpha, sigma = stage.schedule.alpha(t), stage.schedule.sigma(t)
     x0 = sampling.thresholding.apply(denoised(stage.prediction, output, x, alpha, sigma).x0)
     return from_x0(x0, x, alpha, sigma)
+
+
+def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbedding, x, t, *low_res) -> Array:
+    """The stage's prediction, of the whole picture or tile by tile."""
+    pictures, levels = (x, *low_res[:1]), low_res[1:]
+
+    def network(x, *low_res):
+        return stage.predict(params, x, t, text, *low_res, *levels)
+
+    return network(*pictures) if tiles is None else in_tiles(network, pictures, tiles)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))

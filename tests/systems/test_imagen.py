@@ -263,6 +263,24 @@ def test_guidance_algebra_and_negative_prompt():
             np.testing.assert_allclose(drawn(stage, sampling, text=text, **options), wanted, atol=2e-3)
 
 
+def test_outside_its_interval_guidance_costs_nothing():
+    """The network sees doubled batches for as long as the log-SNR is inside, and plain ones after that."""
+    batches = []
+
+    def grey_and_count(x, *rest):
+        jax.debug.callback(lambda x: batches.append(len(x)), x, ordered=True)
+        return mean_text(x, *rest)
+
+    stage, text = formula_stage(grey_and_count), texts(2)
+    sampling = Sampling(Euler(), 8, guidance=Guidance(3.0, (-20.0, 0.0)), thresholding=Unthresholded())
+    found = drawn(stage, sampling, text=text)
+    jax.effects_barrier()
+    # Uniform in time, the cosine schedule is at log-SNR 0 halfway: points 0 to 4 of 8 are inside.
+    assert batches == [4] * 5 + [2] * 3
+    grey = 0.5 * np.asarray(text.embeddings).mean((1, 2))[:, None, None, None]
+    np.testing.assert_allclose(found, np.broadcast_to(grey, found.shape), atol=2e-3)
+
+
 def test_time_runs_from_noise_to_picture():
     """The network is told 1000 t, from 1000 down; what is drawn is the last prediction."""
     stage = formula_stage(lambda x, time, *rest: 0 * x + time[:, None, None, None] / 1000)
@@ -337,11 +355,11 @@ def whole():
     """Eight pictures of the base network with noise at every step and guidance."""
     sampling, params = Sampling(DDPM(), 3, thresholding=Static()), random_params(BASE)
 
-    def run(rows=slice(None), put=lambda a: a, weight=3.0, text=TEXTS, negative=NULL, **options):
+    def run(rows=slice(None), put=lambda a: a, weight=3.0, interval=None, text=TEXTS, negative=NULL, **options):
         keys = noise.sample_keys(KEY, jnp.arange(8))[rows]
         text, negative = (jax.tree.map(lambda a: a[rows], given) for given in (text, negative))
         arguments = jax.tree.map(put, (text, negative, keys))
-        chosen = replace(sampling, guidance=Guidance(weight))
+        chosen = replace(sampling, guidance=Guidance(weight, interval))
         return np.asarray(draw(BASE, params, chosen, *arguments, (8, 8), **options))
 
     return run, run()
@@ -358,9 +376,13 @@ def test_a_picture_does_not_depend_on_its_batch(whole):
 def test_a_picture_does_not_depend_on_the_mesh(whole):
     run, together = whole
     mesh = make_mesh(data=8)
-    with jax.set_mesh(mesh):
-        spread = run(put=partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data"))))
-    np.testing.assert_allclose(spread, together, atol=1e-3)
+    # Guidance that ends halfway is a condition, on which all devices have to agree.
+    put = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    for interval, wanted in ((None, together), ((-20.0, 0.0), run(interval=(-20.0, 0.0)))):
+        with jax.set_mesh(mesh):
+            spread = run(put=put, interval=interval)
+        np.testing.assert_allclose(spread, wanted, atol=1e-3)
+    assert np.abs(wanted - together).max() > 0.01
 
 
 def test_noise_is_bit_equal_whatever_the_batch_or_the_mesh():
