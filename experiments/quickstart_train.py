@@ -125,6 +125,6 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
         learned = load_model(sr256 / "model")
         stage = presets.stage("sr1024", "tiny")
         save_model(Model(stage, learned.params, learned.sampling), sr1024 / "model")
-    stages = {name: out / name / "model" for name in STAGES}
+    stages = {name: (out / name / "model",) for name in STAGES}
     assemble.main(assemble.Settings(text=text / "encoder", out=out / "weights", dtype=settings.stored, **stages))
     return out / "weights"

@@ -3,8 +3,11 @@
     python -m experiments.imagen.assemble --text runs/t5/encoder --base64 runs/base64/model --out runs/cascade
     python -m experiments.imagen.assemble --text runs/t5/encoder --base64 runs/base64/model --sr256 runs/sr256/model \\
         --sr1024 runs/sr1024/model --dtype float16 --out runs/cascade
+    python -m experiments.imagen.assemble --text runs/t5/encoder --base64 runs/a/model runs/b/model --out runs/mean
 
-Takes seconds. The stages are checked against one another and the text encoder before anything is written.
+Takes seconds. The stages are checked against one another and the text encoder before anything is written. Several
+folders for one stage give the mean of their parameters: the ends of runs each of which began (`--init`) with what the
+last had learned draw better together than each alone.
 """
 
 import shutil
@@ -15,7 +18,7 @@ from typing import Literal
 from experiments.cli import run
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.files import replacing
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.systems.cascade import Cascade, Model, mean
 from jaxdiff.weights import t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
@@ -26,14 +29,14 @@ class Settings:
 
     text: str
     """Directory, or hub id, of the text encoder that the stages were trained with."""
-    base64: Path
-    """The model/ folder of the base's run."""
+    base64: tuple[Path, ...]
+    """The model/ folder of the base's run; of several runs, each begun with the last one's parameters: their mean."""
     out: Path
     """Folder of the cascade."""
-    sr256: Path | None = None
-    """The model/ folder of 64→256; left out, the cascade ends at 64."""
-    sr1024: Path | None = None
-    """The model/ folder of 256→1024."""
+    sr256: tuple[Path, ...] = ()
+    """The same of 64→256; left out, the cascade ends at 64."""
+    sr1024: tuple[Path, ...] = ()
+    """The same of 256→1024."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the text encoder was computed in when the stages were trained."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -42,8 +45,10 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Gather finished stages into one folder."""
-    folders = {name: folder for name in STAGES if (folder := getattr(settings, name)) is not None}
-    models = {name: load_model(folder) for name, folder in folders.items()}
+    if not settings.base64:
+        raise ValueError("--base64 names no folder")
+    folders = {name: given for name in STAGES if (given := getattr(settings, name))}
+    models = {name: _mean(given) for name, given in folders.items()}
     base, *super_resolution = models.values()
     directory = t5.directory_of(settings.text)
     encoder = t5.load_text_encoder(directory, base.stage.text_length, settings.text_dtype)
@@ -51,7 +56,7 @@ def main(settings: Settings) -> None:
     for name, model in models.items():
         if model.text not in (None, made_by):
             raise ValueError(
-                f"{folders[name]} was trained with the text encoder {model.text}, {settings.text} in "
+                f"{folders[name][0]} was trained with the text encoder {model.text}, {settings.text} in "
                 f"{settings.text_dtype} is {made_by}"
             )
     cascade = Cascade(encoder, base, tuple(super_resolution))
@@ -67,6 +72,14 @@ def main(settings: Settings) -> None:
     for name, model in models.items():
         save_model(model, settings.out / name, settings.dtype)
     print(f"{settings.out}: a cascade that draws {', '.join(map(str, cascade.resolutions))}")
+
+
+def _mean(folders: tuple[Path, ...]) -> Model:
+    models = [load_model(folder) for folder in folders]
+    try:
+        return mean(models)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, folders))}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ drawn = cascade.sample(model, ["a red circle"], seed=0)     # {64: (1 64 64 3), 
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,25 @@ class Model:
     params: dict
     sampling: Sampling
     text: str | None = None
+
+
+def mean(models: Sequence[Model]) -> Model:
+    """The first model with the mean of all parameters: stochastic weight averaging (arXiv 1803.05407).
+
+    For the ends of successive runs, each begun with the parameters of the one before: each lies somewhere on the edge
+    of what suits the data, their mean nearer its middle. Models that began apart have no useful mean.
+
+    Raises ValueError where networks, predictions or text encoders differ.
+    """
+    first, *others = models
+    for other in others:
+        for part in ("unet", "prediction", "residual"):
+            if getattr(other.stage, part) != getattr(first.stage, part):
+                raise ValueError(f"models whose {part} differs have no mean")
+        if None not in (first.text, other.text) and first.text != other.text:
+            raise ValueError(f"models trained with the text encoders {first.text} and {other.text} have no mean")
+    params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(model.params for model in models))
+    return replace(first, params=params)
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,6 +188,20 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()
     done = command(assemble.main, *arguments, "--text-dtype", "bfloat16")
     assert done.code == 0, done.err
+    # The mean of two runs of one network; of two networks there is none.
+    base = load_model(standin / "base64")
+    tripled = dataclasses.replace(base, params=jax.tree.map(lambda leaf: 3 * leaf, base.params))
+    save_model(tripled, tmp_path / "tripled")
+    arguments = "--text", standin / "text", "--base64", standin / "base64"
+    done = command(assemble.main, *arguments, tmp_path / "tripled", "--out", tmp_path / "mean")
+    assert done.code == 0, done.err
+    params = load_model(tmp_path / "mean" / "base64").params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y, rtol=1e-6), params, base.params)
+    done = command(assemble.main, *arguments, standin / "sr256", "--out", tmp_path / "none")
+    assert done.code == 2 and "models whose unet differs have no mean" in done.err
+    assert not (tmp_path / "none").exists()
+    done = command(assemble.main, "--text", standin / "text", "--base64", "--out", tmp_path / "none")
+    assert done.code == 2 and "base64" in done.err
     gap = *stages[:2], *stages[4:]
     done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
     assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
