@@ -43,10 +43,11 @@ def mean(models: Sequence[Model]) -> Model:
         for part in ("unet", "prediction", "residual"):
             if getattr(other.stage, part) != getattr(first.stage, part):
                 raise ValueError(f"models whose {part} differs have no mean")
-        if None not in (first.text, other.text) and first.text != other.text:
-            raise ValueError(f"models trained with the text encoders {first.text} and {other.text} have no mean")
+    known = sorted({model.text for model in models} - {None})
+    if len(known) > 1:
+        raise ValueError(f"models trained with the text encoders {' and '.join(known)} have no mean")
     params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(model.params for model in models))
-    return replace(first, params=params)
+    return replace(first, params=params, text=known[0] if known else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,7 +188,12 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()
     done = command(assemble.main, *arguments, "--text-dtype", "bfloat16")
     assert done.code == 0, done.err
-    # The mean of two runs of one network; of two networks there is none.
+    gap = *stages[:2], *stages[4:]
+    done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
+    assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
+
+
+def test_the_mean_of_several_runs(standin, tmp_path, command):
     base = load_model(standin / "base64")
     tripled = dataclasses.replace(base, params=jax.tree.map(lambda leaf: 3 * leaf, base.params))
     save_model(tripled, tmp_path / "tripled")
@@ -200,11 +205,13 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     done = command(assemble.main, *arguments, standin / "sr256", "--out", tmp_path / "none")
     assert done.code == 2 and "models whose unet differs have no mean" in done.err
     assert not (tmp_path / "none").exists()
+    others = tmp_path / "0123456789abcdef", tmp_path / "fedcba9876543210"
+    for other in others:
+        save_model(dataclasses.replace(base, text=other.name), other)
+    done = command(assemble.main, *arguments, *others, "--out", tmp_path / "none")
+    assert done.code == 2 and "encoders 0123456789abcdef and fedcba9876543210 have no mean" in done.err
     done = command(assemble.main, "--text", standin / "text", "--base64", "--out", tmp_path / "none")
     assert done.code == 2 and "base64" in done.err
-    gap = *stages[:2], *stages[4:]
-    done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
-    assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
 
 
 def test_a_text_encoder_of_ones_own(photos, tmp_path, command):
