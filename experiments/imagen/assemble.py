@@ -19,7 +19,7 @@ from experiments.cli import run
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.files import replacing
 from jaxdiff.systems.cascade import Cascade, Model, mean
-from jaxdiff.weights import t5
+from jaxdiff.weights import hub, t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
 
@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     folders = {name: given for name in STAGES if (given := getattr(settings, name))}
     models = {name: _mean(given) for name, given in folders.items()}
     base, *super_resolution = models.values()
-    directory = t5.directory_of(settings.text)
+    directory = hub.directory_of(settings.text, "T5")
     encoder = t5.load_text_encoder(directory, base.stage.text_length, settings.text_dtype)
     made_by = fingerprint(encoder)
     for name, model in models.items():

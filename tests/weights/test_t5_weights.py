@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxdiff.nets import t5 as nets
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer, train_tokenizer
-from jaxdiff.weights import t5
+from jaxdiff.weights import hub, t5
 
 V1_1 = nets.T5Config(vocab=500, d_model=24, d_kv=8, d_ff=40, layers=2, decoder_layers=1, heads=2, max_distance=64)
 V1_0 = replace(V1_1, gated=False, tied=True, scale_logits=True)
@@ -242,7 +242,7 @@ def test_a_hub_id_with_its_revision(exported, monkeypatch, tmp_path):
         asked.append((hub_id, revision))
         return str(directory if revision else empty)
 
-    monkeypatch.setattr(t5, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     found, loaded = t5.load("some/t5@refs/pr/3")
     assert found == config
     equal(loaded, params)

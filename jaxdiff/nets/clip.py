@@ -1,0 +1,215 @@
+"""CLIP's two towers (arXiv 2103.00020): captions and pictures, embedded so that what belongs together lies together.
+
+Both are pre-norm transformers: the text tower is causal and its embedding is read where the caption ends, the image
+tower is a ViT (arXiv 2010.11929) whose embedding is read at a learned first token. Stable Diffusion and DALL·E 2 are
+conditioned by them, CLIP score judges by them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdiff.nets.attention import attention
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """The text tower. The defaults are those of ViT-B/32's."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    feed_forward: int = 2048
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """OpenAI's models were trained with x · sigmoid(1.702 x), OpenCLIP's with the exact GELU."""
+    eps: float = 1e-5
+    vocab: int = 49408
+    length: int = 77
+    """Most tokens of a caption, its start and its end included."""
+    eos_id: int | None = 49407
+    """The embedding is read at the first token of this id. None: at the first of the largest id in the caption, which
+    says the same of OpenAI's vocabulary, whose end is its last id, and is what its older configurations need."""
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """The image tower. The defaults are ViT-B/32's."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    feed_forward: int = 3072
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    resolution: int = 224
+    patch: int = 32
+
+    def __post_init__(self):
+        if self.resolution % self.patch:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of the patches' {self.patch} pixels")
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, and the width of the space that they share."""
+
+    text: TextTowerConfig = TextTowerConfig()
+    image: ImageTowerConfig = ImageTowerConfig()
+    width: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the matrix products; the residual stream, norms and softmax stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, to save memory."""
+
+
+VIT_B_32 = CLIPConfig()
+VIT_L_14 = CLIPConfig(
+    TextTowerConfig(width=768, heads=12, feed_forward=3072),
+    ImageTowerConfig(width=1024, layers=24, heads=16, feed_forward=4096, patch=14),
+    width=768,
+)
+OPEN_VIT_H_14 = CLIPConfig(
+    TextTowerConfig(width=1024, layers=24, heads=16, feed_forward=4096, activation="gelu"),
+    ImageTowerConfig(width=1280, layers=32, heads=16, feed_forward=5120, activation="gelu", patch=14),
+    width=1024,
+)
+OPEN_VIT_BIG_G_14 = CLIPConfig(
+    TextTowerConfig(width=1280, layers=32, heads=20, feed_forward=5120, activation="gelu"),
+    ImageTowerConfig(width=1664, layers=48, heads=16, feed_forward=8192, activation="gelu", patch=14),
+    width=1280,
+)
+
+
+class Embedded(NamedTuple):
+    """What a tower says: all last states, and the one embedding that CLIP compares (not of length 1 yet)."""
+
+    states: Float[Array, "b n d"]
+    embedding: Float[Array, "b e"]
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature."""
+
+    config: CLIPConfig
+
+    def setup(self):
+        self.text = TextTower(self.config)
+        self.image = ImageTower(self.config)
+        # 1/0.07 at first (2.5).
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
+
+    def __call__(self, ids: Int[Array, "b n"], image: Float[Array, "c h w 3"]) -> Float[Array, "b c"]:
+        """Logits: cosines of captions and pictures, over the temperature."""
+        text, image = (_unit(e.embedding) for e in (self.text(ids), self.image(image)))
+        return jnp.exp(self.logit_scale) * text @ image.T
+
+    def embed_text(self, ids: Int[Array, "b n"]) -> Embedded:
+        return self.text(ids)
+
+    def embed_image(self, image: Float[Array, "b h w 3"]) -> Embedded:
+        """Of pictures at the tower's resolution, normalised as it was trained (`weights.clip.normalised`)."""
+        return self.image(image)
+
+
+class TextTower(nn.Module):
+    """Token ids to embeddings. No mask of padding: it lies behind the end, where a causal tower does not look."""
+
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b n"]) -> Embedded:
+        config = self.config.text
+        if ids.shape[1] > config.length:
+            raise ValueError(f"captions of {ids.shape[1]} tokens, but this tower reads {config.length}")
+        x = nn.Embed(config.vocab, config.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(ids)
+        x = x.astype(jnp.float32) + _positions(self, config.length, config.width, 0.01)[: ids.shape[1]]
+        causal = jnp.broadcast_to(jnp.tri(ids.shape[1], dtype=bool), (len(ids), 1, ids.shape[1], ids.shape[1]))
+        x = _blocks(self.config, config, x, causal)
+        x = nn.LayerNorm(config.eps, name="norm")(x)
+        end = jnp.argmax(ids if config.eos_id is None else ids == config.eos_id, -1)
+        pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
+        return Embedded(x, _projection(self.config, config.width)(pooled))
+
+
+class ImageTower(nn.Module):
+    """Pictures to embeddings: patches, a learned token before them, and what that token has become at the end."""
+
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Embedded:
+        config, dtype = self.config.image, self.config.dtype
+        side = config.resolution
+        if image.shape[1:3] != (side, side):
+            raise ValueError(f"pictures of {image.shape[1]}x{image.shape[2]}, but this tower reads {side}x{side}")
+        patches = nn.Conv(
+            config.width,
+            (config.patch, config.patch),
+            strides=config.patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=dtype,
+            name="patches",
+        )(image)
+        x = patches.reshape(len(patches), -1, config.width).astype(jnp.float32)
+        first = self.param("first", nn.initializers.normal(config.width**-0.5), (config.width,), jnp.float32)
+        x = jnp.concatenate([jnp.broadcast_to(first.astype(jnp.float32), (len(x), 1, config.width)), x], 1)
+        x = x + _positions(self, x.shape[1], config.width, config.width**-0.5)
+        x = nn.LayerNorm(config.eps, name="first_norm")(x)
+        x = _blocks(self.config, config, x, None)
+        pooled = nn.LayerNorm(config.eps, name="norm")(x[:, 0])
+        return Embedded(x, _projection(self.config, config.width)(pooled))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block of either tower."""
+
+    tower: TextTowerConfig | ImageTowerConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], visible: Bool[Array, "b 1 n n"] | None) -> Float[Array, "b n d"]:
+        tower = self.tower
+        y = nn.LayerNorm(tower.eps, name="attention_norm")(x)
+        shape = (*y.shape[:2], tower.heads, tower.width // tower.heads)
+        q, k, v = (self._dense(tower.width, name)(y).reshape(shape) for name in ("q", "k", "v"))
+        y = attention(q, k, v, mask=visible).reshape(y.shape)
+        x = x + self._dense(tower.width, "o")(y).astype(jnp.float32)
+        y = nn.LayerNorm(tower.eps, name="feed_forward_norm")(x)
+        hidden = self._dense(tower.feed_forward, "wi")(y)
+        if tower.activation == "quick_gelu":
+            hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
+        else:
+            hidden = nn.gelu(hidden, approximate=False)
+        return x + self._dense(tower.width, "wo")(hidden).astype(jnp.float32)
+
+    def _dense(self, width: int, name: str) -> nn.Dense:
+        """Initial values of CLIP's code: the paths back into the residual stream are smaller the deeper the tower."""
+        inner, into = self.tower.width**-0.5, self.tower.width**-0.5 * (2 * self.tower.layers) ** -0.5
+        std = {"q": inner, "k": inner, "v": inner, "o": into, "wi": (2 * self.tower.width) ** -0.5, "wo": into}[name]
+        return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
+
+
+def _blocks(config: CLIPConfig, tower: TextTowerConfig | ImageTowerConfig, x: Array, visible: Array | None) -> Array:
+    block = nn.remat(Block) if config.remat else Block
+    for i in range(tower.layers):
+        x = block(tower, config.dtype, name=f"block_{i}")(x, visible)
+    return x
+
+
+def _positions(module: nn.Module, count: int, width: int, std: float) -> Float[Array, "n d"]:
+    table = module.param("positions", nn.initializers.normal(std), (count, width), jnp.float32)
+    return table.astype(jnp.float32)
+
+
+def _projection(config: CLIPConfig, width: int) -> nn.Dense:
+    init = nn.initializers.normal(width**-0.5)
+    return nn.Dense(config.width, use_bias=False, kernel_init=init, name="projection")
+
+
+def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,175 @@
+"""What public checkpoints have in common: a folder or hub id, config.json, safetensors in shards, PyTorch's layouts.
+
+A family (`weights/t5.py`, `weights/clip.py`) says what its tensors are called, by a table of rules or a function; here
+they are found, accounted for, read one by one and written.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jaxtyping import Array
+
+from jaxdiff.weights import tree
+
+WANTED = ("*.json", "*.safetensors", "spiece.model", "merges.txt")
+"""The files of a hub id that are downloaded."""
+
+Place = Callable[[np.ndarray], Array]
+"""Puts an array on its devices."""
+
+
+def directory_of(path_or_id: str | Path, what: str = "weights") -> Path:
+    """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot."""
+    text = str(path_or_id)
+    hub_id, _, revision = text.partition("@")
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    if isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or hub_id.count("/") > 1:
+        raise FileNotFoundError(f"no {what} at {text}: not a directory")
+    try:
+        directory = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(WANTED)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{text} is neither a directory nor a hub id that could be downloaded: {reason}") from error
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{text} holds no safetensors, only pickles perhaps, which are not read: name a revision that has them "
+            f"({hub_id}@refs/pr/N), or convert a copy that you trust and give its directory"
+        )
+    return directory
+
+
+def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
+    """The settings in a config.json. FileNotFoundError, or ValueError where it is no JSON object."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} at {path.parent}: {path.name} is missing")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON with settings: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not JSON with settings: it holds a {type(values).__name__}")
+    return values
+
+
+def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any = None) -> None:
+    """ValueError that names a setting whose value is not supported."""
+    value = values.get(name, default)
+    if value not in allowed:
+        raise ValueError(f"{path}: {name} = {value!r} is not supported, only {' or '.join(map(repr, allowed))}")
+
+
+class Stored(NamedTuple):
+    """A tensor that has not been read yet."""
+
+    file: Any
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.key).get_shape())
+
+    def read(self) -> np.ndarray:
+        array = self.file.get_tensor(self.key)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{self.key} holds {array.dtype}: quantized checkpoints are not read")
+        return array
+
+
+def open_tensors(directory: Path, stack: ExitStack) -> dict[str, Stored]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():
+        for pickle in sorted(directory.glob("*.bin")):
+            tree.refuse_pickle(pickle)
+        raise FileNotFoundError(f"no weights at {directory}: neither {whole.name} nor {index.name}")
+    listed: dict[str, str] = {}
+    if not whole.is_file():
+        try:
+            listed = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+        outside = [name for name in listed.values() if not isinstance(name, str) or name != Path(name).name]
+        if outside:
+            raise ValueError(f"{index} lists {outside[0]!r}, which is no file beside it")
+    tensors = {}
+    for name in sorted(set(listed.values())) or [whole.name]:
+        file = stack.enter_context(tree.open_safetensors(directory / name))
+        tensors |= {key: Stored(file, key) for key in file.keys()}  # noqa: SIM118
+    lost = sorted(listed.keys() - tensors.keys())
+    if lost:
+        raise ValueError(f"{index} lists {len(lost)} tensors that its shards lack ({', '.join(lost[:10])})")
+    return tensors
+
+
+def names(
+    paths: Iterable[str], rules: Iterable[tuple[str, str]], words: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Their name of each of our parameters, by the first rule that fits its path.
+
+    A rule is a path with {fields}, each a part of one name, and their name with the same fields; what a field stands
+    for is exchanged by `words`. ("norm/{leaf}", "layer_norm.{leaf}") with {"scale": "weight"} makes "norm/scale"
+    "layer_norm.weight". Raises ValueError for a path without a rule, and where two have one name.
+    """
+    compiled = [(re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+?)", re.escape(ours))), to) for ours, to in rules]
+    found: dict[str, str] = {}
+    for path in paths:
+        fits = ((match, to) for pattern, to in compiled if (match := pattern.fullmatch(path)))
+        match, to = next(fits, (None, ""))
+        if match is None:
+            raise ValueError(f"no rule names {path}")
+        found[path] = to.format(**{field: words.get(word, word) for field, word in match.groupdict().items()})
+    if len(set(found.values())) < len(found):
+        raise ValueError("two parameters have one name")
+    return found
+
+
+def load_params(
+    tensors: Mapping[str, Stored], shapes: dict, named: Mapping[str, str], dtype: str, place: Place, where: str
+) -> dict:
+    """The parameter tree of `shapes`, whose leaves are `named` so in `tensors`; none may be missing or left over.
+
+    Tensors are read one at a time, cast to `dtype` and handed to `place`.
+    """
+    leaves = tree.flatten(shapes)
+    want = {named[path]: theirs_shape(path, leaf.shape) for path, leaf in leaves.items()}
+    tree.check_shapes({key: tensor.shape for key, tensor in tensors.items()}, want, where)
+    read = ((path, tensors[named[path]].read().astype(jnp.dtype(dtype), copy=False)) for path in leaves)
+    return tree.unflatten({path: place(ours(path, array)) for path, array in read})
+
+
+def write_params(path: Path, params: dict, named: Mapping[str, str], dtype: str) -> None:
+    """The inverse of `load_params`, into one file, which appears whole or not at all (OSError)."""
+    leaves = tree.flatten(params).items()
+    tensors = {named[name]: theirs(name, np.asarray(leaf).astype(jnp.dtype(dtype))) for name, leaf in leaves}
+    tree.write_safetensors(path, tensors, {"format": "pt"})
+
+
+def ours(path: str, array: np.ndarray) -> np.ndarray:
+    """A tensor of PyTorch as Flax has it: (out, in) → (in, out); of a convolution (out, in, h, w) → (h, w, in, out)."""
+    if not path.endswith("kernel"):
+        return array
+    return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0))
+
+
+def theirs(path: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `ours`."""
+    if path.endswith("kernel"):
+        array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+    return np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
+
+
+def theirs_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`theirs` of a shape."""
+    if not path.endswith("kernel"):
+        return tuple(shape)
+    return tuple(shape[::-1]) if len(shape) == 2 else tuple(shape[i] for i in (3, 2, 0, 1))

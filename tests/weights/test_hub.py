@@ -1,0 +1,113 @@
+"""What every public checkpoint is read through: names, layouts, and files that are damaged or point elsewhere."""
+
+import json
+import struct
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdiff.weights import hub
+
+WORDS = {"kernel": "weight", "q": "query"}
+
+
+def test_names():
+    rules = ("head/kernel", "lm.weight"), ("{stack}/block_{i}/{part}/{leaf}", "{stack}.{i}.{part}.{leaf}")
+    found = hub.names(["head/kernel", "a/block_12/q/kernel", "b/block_0/q/bias"], rules, WORDS)
+    assert found == {
+        "head/kernel": "lm.weight",
+        "a/block_12/q/kernel": "a.12.query.weight",
+        "b/block_0/q/bias": "b.0.query.bias",
+    }
+    with pytest.raises(ValueError, match="no rule names a/norm/scale"):
+        hub.names(["a/norm/scale"], rules, WORDS)
+    with pytest.raises(ValueError, match="two parameters have one name"):
+        hub.names(["a/kernel", "b/kernel"], [("{x}/kernel", "same")])
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [("a", ()), ("a/scale", (3,)), ("a/embedding", (3, 4)), ("a/kernel", (3, 4)), ("a/kernel", (2, 5, 3, 4))],
+)
+def test_layouts(path, shape):
+    array = np.arange(np.prod(shape, dtype=int), dtype="f4").reshape(shape)
+    there = hub.theirs(path, array)
+    assert there.shape == hub.theirs_shape(path, shape) and there.flags.c_contiguous
+    np.testing.assert_array_equal(hub.ours(path, there), array)
+    if path == "a/kernel":
+        # PyTorch's order: out, in, and then the window.
+        assert there[1, 2, *([0] * (len(shape) - 2))] == array[*([0] * (len(shape) - 2)), 2, 1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    inside = tmp_path / "model"
+    inside.mkdir()
+    save_file({"secret": np.zeros(2, "f4")}, tmp_path / "outside.safetensors")
+    save_file({"a": np.ones((2, 3), "f4")}, inside / "model.safetensors")
+    return inside
+
+
+def read(folder):
+    with ExitStack() as stack:
+        return {key: tensor.read() for key, tensor in hub.open_tensors(folder, stack).items()}
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "b/../c", 3, None])
+def test_an_index_names_files_beside_it_alone(folder, name):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
+    with pytest.raises(ValueError, match="which is no file beside it"):
+        read(folder)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"t5"', "{", "\x00"])
+def test_settings_that_are_none(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json is not JSON with settings"):
+        hub.read_json(folder / "config.json")
+
+
+def test_damaged_headers(folder):
+    """Truncated anywhere, or with any bit of the header flipped: read as it was meant, or refused in one line."""
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    damaged = [whole[:count] for count in range(len(whole))]
+    for place in range(header):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            damaged.append(bytes(flipped))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            found = read(folder)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert sum(array.nbytes for array in found.values()) <= len(whole)
+    assert refused > 0.8 * len(damaged)
+
+
+def test_huge_promises(folder):
+    """A header that declares a terabyte, or a header of a terabyte, takes no memory."""
+    path = folder / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 20, 1 << 18], "data_offsets": [0, 1 << 40]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read(folder)
+    path.write_bytes(struct.pack("<Q", 1 << 40) + header)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read(folder)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i8"])
+def test_quantized_tensors_are_refused(folder, dtype):
+    save_file({"a": np.ones((2, 3), dtype)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a holds .*int.*: quantized checkpoints are not read"):
+        read(folder)
