@@ -5,7 +5,7 @@ ByT5 have a gated GELU and an output layer of their own. Nothing here is dropped
 dropout, and a frozen encoder has none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import flax.linen as nn
@@ -49,6 +49,10 @@ class T5Config:
     that are made or trained here; those of a checkpoint are loaded in the type that is asked for."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
+    # Out of the repr, of which fingerprints of encoders are made: those stored before it existed stay true, and the
+    # names of the parameters tell it anyway.
+    bias_per_layer: bool = field(default=False, repr=False)
+    """Every layer has relative positions of its own (UMT5) instead of those of the first (all others)."""
 
 
 SMALL = T5Config()
@@ -143,7 +147,9 @@ class Stack(nn.Module):
         encoded_mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
         length = x.shape[1]
-        bias = RelativeBias(self.config, bidirectional=not self.causal, name="relative_bias")(length)
+        own = self.config.bias_per_layer
+        names = [f"relative_bias_{i}" for i in range(self.layers)] if own else ["relative_bias"] if self.layers else []
+        biases = [RelativeBias(self.config, not self.causal, name=name)(length) for name in names]
         visible = mask[:, None, None, :]
         if self.causal:
             visible = visible & jnp.tri(length, dtype=bool)
@@ -151,7 +157,7 @@ class Stack(nn.Module):
         block = nn.remat(Block) if self.config.remat else Block
         x = x.astype(jnp.float32)
         for i in range(self.layers):
-            x = block(self.config, name=f"block_{i}")(x, visible, bias, encoded, cross)
+            x = block(self.config, name=f"block_{i}")(x, visible, biases[i if own else 0], encoded, cross)
         return RMSNorm(self.config.eps, name="norm")(x)
 
 

@@ -1,7 +1,7 @@
 """T5 in the transformers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
-Reads v1.0, v1.1, Flan-T5, ByT5 and mT5, the whole model or its encoder alone, one file or shards with an index. Every
-tensor is accounted for: it is read, or it is one of the named duplicates, or the checkpoint is refused.
+Reads v1.0, v1.1, Flan-T5, ByT5, mT5 and UMT5, the whole model or its encoder alone, one file or shards with an index.
+Every tensor is accounted for: it is read, or it is one of the named duplicates, or the checkpoint is refused.
 """
 
 import json
@@ -91,7 +91,7 @@ def read_config(path: Path) -> T5Config:
         raise ValueError(f"{path} lacks the setting {lacking[0]!r}")
     given = {name: values[theirs] for name, theirs in REQUIRED.items()}
     given |= {name: values[theirs] for name, theirs in OPTIONAL.items() if values.get(theirs) is not None}
-    hub.require(path, values, "model_type", ("t5", "mt5"))
+    hub.require(path, values, "model_type", ("t5", "mt5", "umt5"))
     hub.require(path, values, "feed_forward_proj", tuple(FEED_FORWARD), "relu")
     gated = FEED_FORWARD[values.get("feed_forward_proj", "relu")]
     hub.require(path, values, "dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
@@ -100,6 +100,7 @@ def read_config(path: Path) -> T5Config:
         decoder_layers=given.pop("decoder_layers", given["layers"]),
         gated=gated,
         tied=tied,
+        bias_per_layer=values["model_type"] == "umt5",
         scale_logits=bool(values.get("scale_decoder_outputs", tied)),
         **given,
     )
@@ -136,6 +137,7 @@ RULES = (
     ("head/kernel", "lm_head.weight"),
     ("{stack}/norm/scale", "{stack}.final_layer_norm.weight"),
     ("{stack}/relative_bias/embedding", "{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ("{stack}/relative_bias_{i}/embedding", "{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"),
     ("{stack}/block_{i}/attention_norm/scale", "{stack}.block.{i}.layer.0.layer_norm.weight"),
     ("{stack}/block_{i}/attention/{part}/kernel", "{stack}.block.{i}.layer.0.SelfAttention.{part}.weight"),
     ("decoder/block_{i}/cross_attention_norm/scale", "decoder.block.{i}.layer.1.layer_norm.weight"),
@@ -149,12 +151,13 @@ RULES = (
 
 def _hub_config(config: T5Config, dtype: str) -> dict[str, Any]:
     whole = config.decoder_layers > 0
+    family = "UMT5" if config.bias_per_layer else "T5"
     names = REQUIRED | OPTIONAL
     values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     return values | {
         "num_decoder_layers": config.decoder_layers or config.layers,
-        "architectures": ["T5ForConditionalGeneration" if whole else "T5EncoderModel"],
-        "model_type": "t5",
+        "architectures": [f"{family}{'ForConditionalGeneration' if whole else 'EncoderModel'}"],
+        "model_type": family.lower(),
         "is_encoder_decoder": whole,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         "tie_word_embeddings": config.tied,

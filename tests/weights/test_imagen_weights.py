@@ -13,6 +13,7 @@ import pytest
 from small import BASE as EIGHT
 from small import LENGTH, SR, TEXT, Formula, random_params
 
+from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.nets.t5 import T5Config, T5Encoder
@@ -280,3 +281,11 @@ def test_the_encoder_of_the_training_is_remembered(tmp_path):
     assert load_model(tmp_path).text == "0123456789abcdef"
     save_model(model(BASE), tmp_path)
     assert load_model(tmp_path).text is None
+
+
+def test_what_is_shipped_knows_its_encoder():
+    """A fingerprint is stored with stages and embeddings, so an encoder must keep it from one version to the next."""
+    shipped = load()
+    made_by = fingerprint(shipped.text)
+    assert shipped.base.text == made_by
+    assert {model.text for model in shipped.super_resolution} <= {None, made_by}
