@@ -3,7 +3,7 @@
     python -m experiments.imagen.emoji
 
 takes 64 emoji from all over the set and at most 20 minutes of training on 2 CPU cores (900 updates of about a second).
-Expected: the right dominant colour in at least 80 % of the pictures redrawn from their names; seen: 61 of 64 (one core
+Expected: the right dominant colour in at least 80 % of the pictures redrawn from their names; seen: 62 of 64 (2 cores
 of an AMD EPYC, jax 0.10.2, 2026-11-24). Writes OUT/grid.png (above each other: the artwork and what was drawn) and
 OUT/report.json. It needs npm and the network once, for the artwork (experiments.data.emoji).
 
