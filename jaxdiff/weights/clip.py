@@ -76,6 +76,7 @@ RULES = (
     ("{tower}/positions", "{tower}.embeddings.position_embedding.weight"),
     ("{tower}/block_{i}/{part}/{leaf}", "{tower}.encoder.layers.{i}.{part}.{leaf}"),
 )
+"""`pre_layrnorm` is misspelt in the published files."""
 WORDS = {
     "text": "text_model",
     "image": "vision_model",
@@ -90,7 +91,6 @@ WORDS = {
     "wi": "mlp.fc1",
     "wo": "mlp.fc2",
 }
-"""The layer norm before the image tower's blocks is misspelt in the published files."""
 
 TOWER = {
     "width": "hidden_size",

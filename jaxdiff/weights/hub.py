@@ -1,7 +1,7 @@
 """What public checkpoints have in common: a folder or hub id, config.json, safetensors in shards, PyTorch's layouts.
 
-A family (`weights/t5.py`, `weights/clip.py`) says what its tensors are called, by a table of rules or a function; here
-they are found, accounted for, read one by one and written.
+A family (`weights/t5.py`, `weights/clip.py`) says what its tensors are called, by a table of rules; here they are
+found, accounted for, read one by one and written.
 """
 
 import json
