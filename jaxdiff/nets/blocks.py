@@ -17,6 +17,17 @@ from jaxdiff.nets.attention import attention
 Dtype = str | type | jnp.dtype
 
 
+class Activation(enum.Enum):
+    """The nonlinearity of every block."""
+
+    SILU = "silu"
+    GELU = "gelu"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """GELU is the exact one, not its approximation by a tanh."""
+        return nn.silu(x) if self is Activation.SILU else nn.gelu(x, approximate=False)
+
+
 class Resample(enum.Enum):
     """What a residual block does to the size of the picture."""
 
@@ -57,15 +68,16 @@ def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
 
 
 class Norm(nn.Module):
-    """GroupNorm with up to 32 groups, at least four channels each; statistics in float32, per sample."""
+    """GroupNorm; statistics in float32, per sample. Without a number of `groups`, up to 32 of at least four channels."""
 
     dtype: Dtype = jnp.float32
+    groups: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s c"]:
         channels = x.shape[-1]
-        groups = math.gcd(32, channels)
-        while channels // groups < 4 and groups > 1:
+        groups = self.groups or math.gcd(32, channels)
+        while not self.groups and channels // groups < 4 and groups > 1:
             groups //= 2
         return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype)(x)
 
@@ -113,25 +125,53 @@ class AttentionPool(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
 
 
+class WholeTextPool(nn.Module):
+    """Text tokens to one vector as DeepFloyd IF does: padding counts, and the query, the tokens' mean with a learned
+    offset, is also the first key and value. LayerNorm before and behind."""
+
+    heads: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, text: Float[Array, "b n d"]) -> Float[Array, "b t"]:
+        b, _, width = text.shape
+        text = nn.LayerNorm(1e-5, dtype=self.dtype, name="text_norm")(text)
+        offset = self.param("offset", nn.initializers.normal(width**-0.5), (1, width)).astype(self.dtype)
+        mean = text.mean(1, keepdims=True) + offset
+        text = jnp.concatenate([mean, text], axis=1)
+        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
+        k = nn.Dense(width, dtype=self.dtype, name="k")(text).reshape(b, -1, self.heads, width // self.heads)
+        v = nn.Dense(width, dtype=self.dtype, name="v")(text).reshape(b, -1, self.heads, width // self.heads)
+        pooled = attention(q, k, v).reshape(b, width)
+        pooled = nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
+        return nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(pooled)
+
+
 class Embedding(nn.Module):
     """A scalar per sample (time, log-SNR, noise level; scaled to about 0…1000) to a vector: sines, then an MLP."""
 
     frequencies: int
     features: int
     dtype: Dtype = jnp.float32
+    activation: Activation = Activation.SILU
 
     @nn.compact
     def __call__(self, position: Float[Array, " b"]) -> Float[Array, "b t"]:
         x = sinusoidal(position, self.frequencies).astype(self.dtype)
-        x = nn.silu(nn.Dense(self.features, dtype=self.dtype)(x))
+        x = self.activation(nn.Dense(self.features, dtype=self.dtype)(x))
         return nn.Dense(self.features, dtype=self.dtype)(x)
 
 
 def scale_shift(
-    x: Float[Array, "b h w c"], embedding: Float[Array, "b t"], dtype: Dtype, name: str | None = None
+    x: Float[Array, "b h w c"],
+    embedding: Float[Array, "b t"],
+    dtype: Dtype,
+    name: str | None = None,
+    activation: Activation = Activation.SILU,
 ) -> Float[Array, "b h w c"]:
     """Normalized features times 1 + scale, plus shift: a layer of the caller reads both from the embedding (A.27)."""
-    both = nn.Dense(2 * x.shape[-1], dtype=dtype, name=name)(nn.silu(embedding))
+    both = nn.Dense(2 * x.shape[-1], dtype=dtype, name=name)(activation(embedding))
     scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
     return x * (1 + scale) + shift
 
@@ -140,24 +180,28 @@ class ResBlock(nn.Module):
     """Norm, swish, 3×3 convolution, twice, around a residual path (A.27; BigGAN resampling as in F.1).
 
     The embedding scales and shifts the second norm. The residual path is a 1×1 convolution where the width changes,
-    or always if `project` (A.27 draws it always).
+    or always if `project` (A.27 draws it always). The sum of both paths is multiplied by `scale`.
     """
 
     channels: int
     resample: Resample = Resample.NONE
     project: bool = False
     dtype: Dtype = jnp.float32
+    activation: Activation = Activation.SILU
+    groups: int = 0
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], embedding: Float[Array, "b t"]) -> Float[Array, "b h2 w2 c2"]:
-        y = nn.silu(Norm(self.dtype)(x))
+        y = self.activation(Norm(self.dtype, self.groups)(x))
         x, y = resize(x, self.resample), resize(y, self.resample)
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(y)
-        y = nn.silu(scale_shift(Norm(self.dtype)(y), embedding, self.dtype))
+        y = Norm(self.dtype, self.groups)(y)
+        y = self.activation(scale_shift(y, embedding, self.dtype, activation=self.activation))
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(y)
         if self.project or x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype)(x)
-        return x + y
+        return x + y if self.scale == 1.0 else (x + y) * self.scale
 
 
 def resize(x: Float[Array, "b h w c"], resample: Resample) -> Float[Array, "b h2 w2 c"]:
@@ -175,33 +219,40 @@ class AttentionBlock(nn.Module):
 
     `self_attention`: to both, the text concatenated to keys and values (D.3.1).
     `feed_forward` > 0 adds an MLP of that many times the width behind it (A.28: "hidden 2×channels").
+    `group_text`: GroupNorm over all tokens of the text (DeepFloyd IF) instead of LayerNorm of each. No mask: all of the
+    text is seen.
     """
 
     heads: int
     self_attention: bool = True
     feed_forward: int = 0
     dtype: Dtype = jnp.float32
+    groups: int = 0
+    group_text: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b n e"], mask: Bool[Array, "b n"]
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b n e"], mask: Bool[Array, "b n"] | None
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         x = x.reshape(b, h * w, c)
         split = (b, -1, self.heads, c // self.heads)
-        y = Norm(self.dtype)(x)
+        y = Norm(self.dtype, self.groups)(x)
         q = nn.Dense(c, dtype=self.dtype, name="q")(y).reshape(split)
-        text = nn.LayerNorm(dtype=self.dtype)(context)
+        if self.group_text:
+            text = Norm(self.dtype, self.groups, name="text_norm")(context)
+        else:
+            text = nn.LayerNorm(dtype=self.dtype)(context)
         k = nn.Dense(c, dtype=self.dtype, name="text_k")(text).reshape(split)
         v = nn.Dense(c, dtype=self.dtype, name="text_v")(text).reshape(split)
         if self.self_attention:
             k = jnp.concatenate([k, nn.Dense(c, dtype=self.dtype, name="k")(y).reshape(split)], axis=1)
             v = jnp.concatenate([v, nn.Dense(c, dtype=self.dtype, name="v")(y).reshape(split)], axis=1)
-            mask = jnp.concatenate([mask, jnp.ones((b, h * w), bool)], axis=1)
-        y = attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, h * w, c)
+            mask = None if mask is None else jnp.concatenate([mask, jnp.ones((b, h * w), bool)], axis=1)
+        y = attention(q, k, v, mask=None if mask is None else mask[:, None, None, :]).reshape(b, h * w, c)
         x = x + nn.Dense(c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(y)
         if self.feed_forward:
-            y = nn.Dense(self.feed_forward * c, dtype=self.dtype, name="up")(Norm(self.dtype)(x))
+            y = nn.Dense(self.feed_forward * c, dtype=self.dtype, name="up")(Norm(self.dtype, self.groups)(x))
             x = x + nn.Dense(c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="down")(nn.gelu(y))
         return x.reshape(b, h, w, c)
 

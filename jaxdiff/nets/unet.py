@@ -1,10 +1,14 @@
 """Imagen's two U-Nets: the base (F.1, an ADM U-Net) and the Efficient U-Net of super-resolution (F.2, F.3, B.1).
 
+The first is also DeepFloyd IF's, of both its stages, by its settings (`weights/deepfloyd.py` reads them).
+
 Both take a noised picture, a time, the text and, for super-resolution, the low-resolution picture with its noise
 level, and return one picture. Settings are frozen dataclasses; `settings.module()` is the network.
 """
 
+import enum
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -12,7 +16,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nets import blocks
-from jaxdiff.nets.blocks import AttentionBlock, AttentionPool, Embedding, Norm, Resample, ResBlock, TextContext
+from jaxdiff.nets.blocks import (
+    Activation,
+    AttentionBlock,
+    AttentionPool,
+    Embedding,
+    Norm,
+    Resample,
+    ResBlock,
+    TextContext,
+    WholeTextPool,
+)
+
+
+class Reading(enum.Enum):
+    """How a network reads its text.
+
+    MASKED: padding is not seen; the tokens are normalized one by one, and projected before they are pooled (Imagen,
+    with a learned token for captions that say nothing). WHOLE: all tokens are seen, padding included, as they come; they
+    are pooled before they are projected, and normalized in groups of channels over all tokens (DeepFloyd IF).
+    """
+
+    MASKED = "masked"
+    WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,11 @@ class UNetConfig:
     input_skip: add the noised picture, times a factor for each of its channels that the conditioning vector decides, to
     the output. For networks that predict x₀: normalized features do not carry the brightness of what they copy.
     low_res: whether a low-resolution picture and its noise level are inputs.
+    learned_variance: the output has twice the channels, the second half of them for the variance of a sampler's noise
+    (arXiv 2102.09672, 3.1).
+    reading: how the text is read. pool_heads: heads of the attention that pools it; 0: one for 64 channels.
+    activation, norm_groups (0: up to 32 of at least four channels), frequencies (sines of an embedding; 0: as many as
+    channels, at least 128), residual_scale (a factor on the sum of each residual block): where DeepFloyd IF differs.
     dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
     """
 
@@ -57,6 +88,13 @@ class UNetConfig:
     conditioned_head: bool = False
     input_skip: bool = False
     low_res: bool = False
+    learned_variance: bool = False
+    reading: Reading = Reading.MASKED
+    pool_heads: int = 0
+    activation: Activation = Activation.SILU
+    norm_groups: int = 0
+    frequencies: int = 0
+    residual_scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
@@ -64,6 +102,8 @@ class UNetConfig:
         levels = {len(self.multipliers), len(self.blocks), len(self.self_attention), len(self.cross_attention)}
         if len(levels) != 1:
             raise ValueError("multipliers, blocks, self_attention and cross_attention must have one entry per level")
+        if self.learned_variance and self.input_skip:
+            raise ValueError("input_skip is for networks that predict x0, and they learn no variance")
 
     def module(self) -> "UNet":
         return UNet(self)
@@ -117,15 +157,23 @@ class _Parts(nn.Module):
     def condition(self, time, text, text_mask, aug_level):
         """The conditioning vector (b t) and the text as attention sees it (tokens, mask; None where none is read)."""
         config, dtype = self.config, self.config.dtype
-        frequencies = max(128, config.channels)
-        embedding = Embedding(frequencies, config.time_width, dtype, name="time")(time)
+        embed = partial(
+            Embedding, config.frequencies or max(128, config.channels), config.time_width, dtype, config.activation
+        )
+        embedding = embed(name="time")(time)
         if config.low_res:
-            embedding += Embedding(frequencies, config.time_width, dtype, name="aug_level")(1000.0 * aug_level)
+            embedding += embed(name="aug_level")(1000.0 * aug_level)
         if not config.reads_text:
             return embedding, None, None
-        tokens, mask = TextContext(config.context_width, dtype, name="text")(text.astype(dtype), text_mask)
+        text = text.astype(dtype)
+        if config.reading is Reading.WHOLE:
+            if config.pool_text:
+                heads = config.pool_heads or max(1, config.text_width // 64)
+                embedding += WholeTextPool(heads, config.time_width, dtype, name="pool")(text)
+            return embedding, nn.Dense(config.context_width, dtype=dtype, name="text")(text), None
+        tokens, mask = TextContext(config.context_width, dtype, name="text")(text, text_mask)
         if config.pool_text:
-            heads = max(1, config.context_width // 64)
+            heads = config.pool_heads or max(1, config.context_width // 64)
             embedding += AttentionPool(heads, config.time_width, dtype, name="pool")(tokens, mask)
         return embedding, tokens, mask
 
@@ -139,11 +187,11 @@ class _Parts(nn.Module):
         return nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x)
 
     def head(self, x, embedding, noised):
-        config, channels = self.config, noised.shape[-1]
-        x = Norm(config.dtype, name="head_norm")(x)
+        config, channels = self.config, noised.shape[-1] * (2 if self.config.learned_variance else 1)
+        x = Norm(config.dtype, config.norm_groups, name="head_norm")(x)
         if config.conditioned_head:
-            x = blocks.scale_shift(x, embedding, config.dtype, name="head_condition")
-        x = nn.silu(x)
+            x = blocks.scale_shift(x, embedding, config.dtype, "head_condition", config.activation)
+        x = config.activation(x)
         zeros = nn.initializers.zeros
         x = nn.Conv(channels * config.patch**2, (3, 3), dtype=config.dtype, kernel_init=zeros, name="head")(x)
         x = blocks.keep_precision(blocks.depth_to_space(x, config.patch))
@@ -153,8 +201,10 @@ class _Parts(nn.Module):
         return x
 
     def res(self, width, name, resample=Resample.NONE, project=False):
-        block = nn.remat(ResBlock) if self.config.remat else ResBlock
-        return block(width, resample, project, self.config.dtype, name=name)
+        config = self.config
+        block = nn.remat(ResBlock) if config.remat else ResBlock
+        style = config.activation, config.norm_groups, config.residual_scale
+        return block(width, resample, project, config.dtype, *style, name=name)
 
     def attend(self, x, level, name, tokens, mask):
         config = self.config
@@ -164,7 +214,9 @@ class _Parts(nn.Module):
             (config.cross_attention[level], False, "cross"),
         ):
             if wanted:
-                layer = block(config.heads_at(level), itself, config.feed_forward, config.dtype, name=f"{name}_{kind}")
+                style = config.norm_groups, config.reading is Reading.WHOLE
+                heads = config.heads_at(level)
+                layer = block(heads, itself, config.feed_forward, config.dtype, *style, name=f"{name}_{kind}")
                 x = layer(x, tokens, mask)
         return x
 

@@ -7,7 +7,6 @@ found, accounted for, read one by one and written.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,32 +19,57 @@ from jaxtyping import Array
 
 from jaxdiff.weights import tree
 
-WANTED = ("*.json", "*.safetensors", "spiece.model", "merges.txt")
-"""The files of a hub id that are downloaded."""
+SETTINGS = ("*.json", "*spiece.model", "*merges.txt")
+"""The files of a hub id, in any of its folders, that are downloaded beside weights."""
+STEMS = ("model", "diffusion_pytorch_model")
+"""What transformers and diffusers call their files of weights."""
 
 Place = Callable[[np.ndarray], Array]
 """Puts an array on its devices."""
 
 
-def directory_of(path_or_id: str | Path, what: str = "weights") -> Path:
-    """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot."""
+def directory_of(
+    path_or_id: str | Path, what: str = "weights", *, folders: tuple[str, ...] = ("",), variant: str | None = None
+) -> Path:
+    """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot.
+
+    `folders`: where the weights are that are wanted, "" for the top. `variant`: "fp16" for the files of that name; None
+    for those without one or, where a repository has none of them, for what it has. With HF_HUB_OFFLINE=1 only what was
+    downloaded before is found. FileNotFoundError, or ValueError in one line where nothing can be downloaded.
+    """
     text = str(path_or_id)
     hub_id, _, revision = text.partition("@")
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if isinstance(path_or_id, Path) or text.startswith((".", "/", "~")) or hub_id.count("/") > 1:
         raise FileNotFoundError(f"no {what} at {text}: not a directory")
-    try:
-        directory = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(WANTED)))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{text} is neither a directory nor a hub id that could be downloaded: {reason}") from error
-    if not any(directory.glob("*.safetensors")):
-        raise ValueError(
-            f"{text} holds no safetensors, only pickles perhaps, which are not read: name a revision that has them "
-            f"({hub_id}@refs/pr/N), or convert a copy that you trust and give its directory"
-        )
-    return directory
+    for names in (_files(variant), ["*.safetensors"] if variant is None else []):
+        wanted = [f"{folder}/{name}" if folder else name for folder in folders for name in names]
+        try:
+            found = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{text} is no directory, and no hub id that could be downloaded: {reason}") from error
+        if all(any((Path(found) / folder).glob("*.safetensors")) for folder in folders):
+            return Path(found)
+    of_variant = f" of the variant {variant}" if variant else ""
+    raise ValueError(
+        f"{text} holds no safetensors{of_variant}, only pickles perhaps, which are not read: name a revision that has "
+        f"them ({hub_id}@refs/pr/N), or convert a copy that you trust and give its directory"
+    )
+
+
+def _files(variant: str | None) -> list[str]:
+    """Patterns of the names that a checkpoint has: in one file or in shards, numbered before or behind the variant."""
+    mark, number = f".{variant}" if variant else "", "-?????-of-?????"
+    names = (f"{mark}.safetensors", f"{mark}{number}.safetensors", f"{number}{mark}.safetensors")
+    return [stem + name for stem in STEMS for name in dict.fromkeys(names)]
+
+
+def check_dtype(dtype: str) -> None:
+    """ValueError for a type that parameters are not loaded in."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
 
 
 def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
@@ -71,29 +95,27 @@ def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any
 class Stored(NamedTuple):
     """A tensor that has not been read yet."""
 
-    file: Any
+    file: Path
     key: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.key).get_shape())
+    shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        array = self.file.get_tensor(self.key)
+        # Opened for this tensor alone: a file that stays mapped would keep what was read of it in memory.
+        with tree.open_safetensors(self.file) as file:
+            array = file.get_tensor(self.key)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{self.key} holds {array.dtype}: quantized checkpoints are not read")
         return array
 
 
-def open_tensors(directory: Path, stack: ExitStack) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if not whole.is_file() and not index.is_file():
-        for pickle in sorted(directory.glob("*.bin")):
-            tree.refuse_pickle(pickle)
-        raise FileNotFoundError(f"no weights at {directory}: neither {whole.name} nor {index.name}")
-    listed: dict[str, str] = {}
-    if not whole.is_file():
+def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, unread: of its one file, or of the shards that its index lists.
+
+    `variant` as in `directory_of`. FileNotFoundError, or ValueError for pickles, damaged files and indices.
+    """
+    listed: dict[str, Any] = {}
+    whole, index = _whole_or_index(directory, variant)
+    if whole is None:
         try:
             listed = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, TypeError, KeyError) as error:
@@ -102,13 +124,28 @@ def open_tensors(directory: Path, stack: ExitStack) -> dict[str, Stored]:
         if outside:
             raise ValueError(f"{index} lists {outside[0]!r}, which is no file beside it")
     tensors = {}
-    for name in sorted(set(listed.values())) or [whole.name]:
-        file = stack.enter_context(tree.open_safetensors(directory / name))
-        tensors |= {key: Stored(file, key) for key in file.keys()}  # noqa: SIM118
+    for path in [whole] if whole else [directory / name for name in sorted(set(listed.values()))]:
+        with tree.open_safetensors(path) as file:
+            keys = file.keys()
+            tensors |= {key: Stored(path, key, tuple(file.get_slice(key).get_shape())) for key in keys}
     lost = sorted(listed.keys() - tensors.keys())
     if lost:
         raise ValueError(f"{index} lists {len(lost)} tensors that its shards lack ({', '.join(lost[:10])})")
     return tensors
+
+
+def _whole_or_index(directory: Path, variant: str | None) -> tuple[Path | None, Path]:
+    """The one file of weights, or None and the index of several."""
+    for mark in (f".{variant}",) if variant else ("", ".fp16", ".bf16"):
+        for stem in STEMS:
+            whole = directory / f"{stem}{mark}.safetensors"
+            index = directory / f"{stem}.safetensors.index{mark}.json"
+            if whole.is_file() or index.is_file():
+                return whole if whole.is_file() else None, index
+    for pickle in sorted(directory.glob("*.bin")):
+        tree.refuse_pickle(pickle)
+    names = " nor ".join(f"{stem}{f'.{variant}' if variant else ''}.safetensors" for stem in STEMS)
+    raise FileNotFoundError(f"no weights at {directory}: neither {names}, nor an index of shards")
 
 
 def names(

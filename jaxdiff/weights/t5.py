@@ -6,7 +6,6 @@ Every tensor is accounted for: it is read, or it is one of the named duplicates,
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,27 +28,27 @@ def load(
     dtype: str = "float32",
     *,
     encoder_only: bool = False,
+    variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> tuple[T5Config, dict]:
     """Configuration and parameters of a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
 
     With `encoder_only`, or from a checkpoint that has no decoder, the parameters are those of `T5Encoder` and
-    `decoder_layers` is 0. Tensors are read one at a time and handed to `place`, which puts them on devices.
+    `decoder_layers` is 0. `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to
+    `place`, which puts them on devices.
     Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
-    directory = hub.directory_of(path_or_id, "T5")
+    hub.check_dtype(dtype)
+    directory = hub.directory_of(path_or_id, "T5", variant=variant)
     config = replace(read_config(directory / "config.json"), dtype=dtype)
-    with ExitStack() as stack:
-        tensors = hub.open_tensors(directory, stack)
-        if encoder_only or not any(key.startswith("decoder.") for key in tensors):
-            config = replace(config, decoder_layers=0)
-        else:
-            config = replace(config, tied=_is_tied(config, tensors))
-        tensors = _accounted(config, tensors)
-        shapes = _shapes(config)
-        return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
+    tensors = hub.open_tensors(directory, variant)
+    if encoder_only or not any(key.startswith("decoder.") for key in tensors):
+        config = replace(config, decoder_layers=0)
+    else:
+        config = replace(config, tied=_is_tied(config, tensors))
+    tensors = _accounted(config, tensors)
+    shapes = _shapes(config)
+    return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
 
 
 def load_text_encoder(

@@ -2,10 +2,10 @@
 
 import json
 import struct
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 from jaxdiff.weights import hub
@@ -51,8 +51,68 @@ def folder(tmp_path):
 
 
 def read(folder):
-    with ExitStack() as stack:
-        return {key: tensor.read() for key, tensor in hub.open_tensors(folder, stack).items()}
+    return {key: tensor.read() for key, tensor in hub.open_tensors(folder).items()}
+
+
+def test_variants(folder):
+    """Files named .fp16 are read when they are asked for, or when there are no others; in one file or in shards."""
+    half = {"a": np.full((2, 3), 2, "f2")}
+    save_file(half, folder / "model.fp16.safetensors")
+    assert hub.open_tensors(folder)["a"].read().dtype == np.float32
+    np.testing.assert_array_equal(hub.open_tensors(folder, "fp16")["a"].read(), half["a"])
+    with pytest.raises(FileNotFoundError, match=r"neither model.bf16.safetensors nor diffusion_pytorch_model.bf16"):
+        hub.open_tensors(folder, "bf16")
+    (folder / "model.safetensors").unlink()
+    np.testing.assert_array_equal(read(folder)["a"], half["a"])
+    (folder / "model.fp16.safetensors").rename(folder / "model.fp16-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model.fp16-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    np.testing.assert_array_equal(hub.open_tensors(folder, "fp16")["a"].read(), half["a"])
+    np.testing.assert_array_equal(read(folder)["a"], half["a"])
+
+
+REPOSITORY = (
+    *("model_index.json", "unet/config.json", "text_encoder/config.json", "tokenizer/spiece.model"),
+    *(f"unet/diffusion_pytorch_model{mark}.{kind}" for mark in ("", ".fp16") for kind in ("safetensors", "bin")),
+    *(f"text_encoder/model{number}-of-00002.safetensors" for number in ("-00001", "-00002")),
+    *(f"text_encoder/model.fp16{number}-of-00002.safetensors" for number in ("-00001", "-00002")),
+    "safety_checker/model.safetensors",
+)
+ALWAYS = {name for name in REPOSITORY if name.endswith((".json", ".model"))}
+
+
+def hub_of(repository, tmp_path, monkeypatch):
+    """Downloads from a list of names, and what each download asked for."""
+    asked = []
+
+    def download(hub_id, revision, allow_patterns):
+        asked.append(set(filter_repo_objects(repository, allow_patterns=allow_patterns)))
+        for name in asked[-1]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return asked
+
+
+def test_only_what_is_wanted_is_downloaded(tmp_path, monkeypatch):
+    asked = hub_of(REPOSITORY, tmp_path, monkeypatch)
+    folders = "unet", "text_encoder"
+    hub.directory_of("some/cascade", folders=folders)
+    plain = {name for name in REPOSITORY if name.endswith(".safetensors") and name.startswith(folders)}
+    plain = {name for name in plain if "fp16" not in name}
+    assert asked == [ALWAYS | plain] and len(plain) == 3
+    hub.directory_of("some/cascade", folders=folders, variant="fp16")
+    assert asked[1] == ALWAYS | {name for name in REPOSITORY if "fp16" in name and name.endswith(".safetensors")}
+
+
+def test_a_repository_of_one_variant(tmp_path, monkeypatch):
+    asked = hub_of(["config.json", "model.fp16.safetensors", "model.bin"], tmp_path, monkeypatch)
+    assert hub.directory_of("some/t5") == tmp_path
+    assert asked == [{"config.json"}, {"config.json", "model.fp16.safetensors"}]
+    with pytest.raises(ValueError, match="holds no safetensors of the variant bf16, only pickles perhaps"):
+        hub.directory_of("some/t5", folders=("unet",), variant="bf16")
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "b/../c", 3, None])

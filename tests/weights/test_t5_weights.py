@@ -229,7 +229,7 @@ def test_no_checkpoint(tmp_path, exported):
 
 
 def test_a_hub_id_offline_is_one_line():
-    with pytest.raises(ValueError, match="nobody/nothing is neither a directory nor a hub id") as error:
+    with pytest.raises(ValueError, match="nobody/nothing is no directory, and no hub id that could be") as error:
         t5.load("nobody/nothing")
     assert "\n" not in str(error.value)
 
@@ -249,7 +249,7 @@ def test_a_hub_id_with_its_revision(exported, monkeypatch, tmp_path):
     equal(loaded, params)
     with pytest.raises(ValueError, match=r"some/t5 holds no safetensors.*some/t5@refs/pr/N"):
         t5.load("some/t5")
-    assert asked == [("some/t5", "refs/pr/3"), ("some/t5", None)]
+    assert set(asked) == {("some/t5", "refs/pr/3"), ("some/t5", None)}
 
 
 def test_export_refuses_what_does_not_fit(tmp_path):
@@ -301,9 +301,6 @@ def test_transformers_opens_what_is_exported(exported):
         expected = model.eval()(
             input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), decoder_input_ids=torch.tensor(said)
         ).logits.numpy()
-    if config.bias_per_layer:
-        # transformers 5 takes every UMT5 for tied, and scales its logits as v1.0 does; the published ones are not tied.
-        expected = expected * config.d_model**0.5
     got = jax.jit(nets.T5(config).apply)({"params": params}, ids, mask, said)
     assert np.abs(got - expected).max() <= 2e-5
 

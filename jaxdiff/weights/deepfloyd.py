@@ -1,0 +1,322 @@
+"""DeepFloyd IF's U-Nets in the diffusers layout (config.json + safetensors) ⇄ configuration and parameter tree.
+
+Both stages, of every size: diffusers' UNet2DConditionModel with simple cross-attention blocks. Every setting of that
+class is read, or it must have the one value that IF has.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.nets.blocks import Activation
+from jaxdiff.nets.unet import Reading, UNetConfig
+from jaxdiff.weights import hub, tree
+
+
+def load_unet(
+    directory: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
+) -> tuple[UNetConfig, dict]:
+    """Configuration and parameters of a directory; floating leaves in `dtype`, "float32" or "bfloat16".
+
+    `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
+    on devices. Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
+    """
+    hub.check_dtype(dtype)
+    directory = Path(directory)
+    config = read_config(directory / "config.json", dtype)
+    tensors = hub.open_tensors(directory, variant)
+    shapes = _shapes(config)
+    return config, hub.load_params(tensors, shapes, hub_names(config, shapes), dtype, place, str(directory))
+
+
+def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
+    """Writes config.json and diffusion_pytorch_model.safetensors as diffusers' UNet2DConditionModel opens.
+
+    ValueError where the network is none of IF's kind or `params` does not fit it, OSError where something cannot be
+    written; each file appears whole or not at all.
+    """
+    directory = Path(directory)
+    told = _hub_config(config)
+    tree.check_tree(params, _shapes(config), "the U-Net to export")
+    hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, hub_names(config, params), dtype)
+    with tree.replacing(directory / "config.json") as temporary:
+        temporary.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
+    """The network that a config.json of diffusers describes. ValueError that names a setting that is not supported."""
+    values = hub.read_json(path, "U-Net")
+    hub.require(path, values, "_class_name", ("UNet2DConditionModel",))
+    unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown[:10])}")
+    for name, (default, *allowed) in FIXED.items():
+        hub.require(path, values, name, tuple(allowed), default)
+
+    def integers(name: str, count: int | None = None) -> tuple[int, ...]:
+        """A positive number for each level, where one number stands for all of them."""
+        value = values.get(name, READ[name])
+        found = [value] * (count or 1) if isinstance(value, int) else value
+        good = isinstance(found, list) and found and all(type(n) is int and n > 0 for n in found)
+        if not good or len(found) != (count or len(found)):
+            raise ValueError(f"{path}: {name} = {value!r} is not supported, only a positive integer for each level")
+        return tuple(found)
+
+    def integer(name: str, default: int | None = None) -> int:
+        value = values.get(name, READ[name])
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {name} = {value!r} is not supported, only a positive integer")
+        return value
+
+    widths = integers("block_out_channels")
+    levels = len(widths)
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"{path}: block_out_channels = {list(widths)} is not supported, only multiples of the first")
+    for name, attending, plain in (
+        ("down_block_types", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        ("up_block_types", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    ):
+        kinds = values.get(name)
+        if not isinstance(kinds, list) or len(kinds) != levels or not {attending, plain} >= set(map(str, kinds)):
+            raise ValueError(
+                f"{path}: {name} = {kinds!r} is not supported, only {levels} of {attending!r} and {plain!r}"
+            )
+    attends = tuple(kind.startswith("Simple") for kind in values["down_block_types"])
+    if tuple(kind.startswith("Simple") for kind in reversed(values["up_block_types"])) != attends or not attends[-1]:
+        raise ValueError(f"{path}: up_block_types do not mirror down_block_types, or the lowest level has no attention")
+    cross = _one_of(path, values, "only_cross_attention", (False, True))
+    hub.require(path, values, "mid_block_only_cross_attention", (None, cross))
+    class_embed = _one_of(path, values, "class_embed_type", (None, "timestep"))
+    low_res = class_embed == "timestep"
+    hub.require(path, values, "in_channels", (6 if low_res else 3,))
+    out_channels = _one_of(path, values, "out_channels", (3, 6))
+    activation = Activation(_one_of(path, values, "act_fn", tuple(a.value for a in Activation)))
+    # Applied once, before all blocks, or in each of them: the same numbers.
+    once = _one_of(path, values, "resnet_skip_time_act", (False, True))
+    hub.require(path, values, "time_embedding_act_fn", (activation.value if once else None,))
+    scale = values.get("resnet_out_scale_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ValueError(f"{path}: resnet_out_scale_factor = {scale!r} is not supported, only a positive number")
+    hub.require(path, values, "mid_block_scale_factor", (scale,), 1)
+    context_width = integer("cross_attention_dim")
+    for name, width in {"block_out_channels": widths[0], "cross_attention_dim": context_width}.items():
+        if width % NORM_GROUPS:
+            raise ValueError(f"{path}: {name} of {width} is not supported, only multiples of {NORM_GROUPS}")
+    head_channels = integer("attention_head_dim")
+    uneven = [width for width, level in zip(widths, attends) if level and width % head_channels]
+    if uneven:
+        raise ValueError(f"{path}: attention_head_dim = {head_channels} does not divide the {uneven[0]} channels of a level")
+    text_width, pool_heads = integer("encoder_hid_dim"), integer("addition_embed_type_num_heads")
+    if text_width % pool_heads:
+        raise ValueError(f"{path}: addition_embed_type_num_heads = {pool_heads} does not divide {text_width}")
+    return UNetConfig(
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=integers("layers_per_block", levels),
+        self_attention=tuple(a and not cross for a in attends),
+        cross_attention=tuple(a and cross for a in attends),
+        head_channels=head_channels,
+        time_width=integer("time_embedding_dim", 4 * widths[0]),
+        text_width=text_width,
+        context_width=context_width,
+        low_res=low_res,
+        learned_variance=out_channels == 6,
+        reading=Reading.WHOLE,
+        pool_heads=pool_heads,
+        activation=activation,
+        norm_groups=NORM_GROUPS,
+        frequencies=widths[0],
+        residual_scale=1.0 / scale,
+        dtype=dtype,
+    )
+
+
+NORM_GROUPS = 32
+FIXED = {
+    "center_input_sample": (False, False),
+    "flip_sin_to_cos": (True, True),
+    "freq_shift": (0, 0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
+    "downsample_padding": (1, 1),
+    "norm_num_groups": (32, NORM_GROUPS),
+    "norm_eps": (1e-5, 1e-5),
+    "transformer_layers_per_block": (1, 1),
+    "reverse_transformer_layers_per_block": (None, None),
+    "encoder_hid_dim_type": (None, None, "text_proj"),
+    "num_attention_heads": (None, None),
+    "dual_cross_attention": (False, False),
+    "use_linear_projection": (False, False),
+    "addition_embed_type": (None, "text"),
+    "addition_time_embed_dim": (None, None),
+    "num_class_embeds": (None, None),
+    "upcast_attention": (False, False, None),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "time_embedding_type": ("positional", "positional"),
+    "timestep_post_act": (None, None),
+    "time_cond_proj_dim": (None, None),
+    "conv_in_kernel": (3, 3),
+    "conv_out_kernel": (3, 3),
+    "projection_class_embeddings_input_dim": (None, None),
+    "attention_type": ("default", "default"),
+    "class_embeddings_concat": (False, False),
+    "cross_attention_norm": (None, "group_norm"),
+}
+"""diffusers' default of a setting that a file leaves out, and the values that are supported."""
+READ = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": None,
+    "up_block_types": None,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+    "encoder_hid_dim": None,
+    "addition_embed_type_num_heads": 64,
+    "class_embed_type": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "mid_block_scale_factor": 1,
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "sample_size": None,  # what the stage says
+    "dropout": 0.0,  # in training alone
+}
+"""The settings that differ between IF's stages and sizes, with diffusers' defaults."""
+
+
+def _one_of(path: Path, values: dict, name: str, allowed: tuple) -> Any:
+    hub.require(path, values, name, allowed, READ[name])
+    return values.get(name, READ[name])
+
+
+def _hub_config(config: UNetConfig) -> dict[str, Any]:
+    """diffusers' settings of a network. ValueError naming one that diffusers' class has no word for."""
+    attends = [a or b for a, b in zip(config.self_attention, config.cross_attention)]
+    cross = any(config.cross_attention)
+    wanted = {
+        "reading": (config.reading is Reading.WHOLE, "Reading.WHOLE"),
+        "pool_text": (config.pool_text, True),
+        "norm_groups": (config.norm_groups == NORM_GROUPS, NORM_GROUPS),
+        "frequencies": (config.frequencies == config.channels, "that of channels"),
+        "heads": (config.heads == 0, 0),
+        "feed_forward": (config.feed_forward == 0, 0),
+        "patch": (config.patch == 1, 1),
+        "skip_scale": (config.skip_scale == 1.0, 1.0),
+        "coordinates": (not config.coordinates, False),
+        "conditioned_head": (not config.conditioned_head, False),
+        "input_skip": (not config.input_skip, False),
+        "multipliers": (config.multipliers[0] == 1, "1 at first"),
+        "cross_attention": (attends[-1] and not (cross and any(config.self_attention)), "on, or self_attention, not both"),
+        "unet": (type(config) is UNetConfig, "UNetConfig"),
+    }
+    for name, (fits, only) in wanted.items():
+        if not fits:
+            value = getattr(config, name, type(config).__name__)
+            raise ValueError(f"diffusers' layout of DeepFloyd IF has no {name} = {value}: it has to be {only}")
+    kinds = ["SimpleCrossAttn" if a else "Resnet" for a in attends]
+    plain, attending = ("DownsampleBlock2D", "UpsampleBlock2D"), ("DownBlock2D", "UpBlock2D")
+    down, up = ([kind + (attending if a else plain)[i] for kind, a in zip(kinds, attends)] for i in (0, 1))
+    scale = 1.0 / config.residual_scale
+    given = {
+        "in_channels": 6 if config.low_res else 3,
+        "out_channels": 6 if config.learned_variance else 3,
+        "down_block_types": down,
+        "up_block_types": up[::-1],
+        "only_cross_attention": cross,
+        "block_out_channels": [config.width(level) for level in range(len(config.blocks))],
+        "layers_per_block": list(config.blocks),
+        "act_fn": config.activation.value,
+        "attention_head_dim": config.head_channels,
+        "cross_attention_dim": config.context_width,
+        "encoder_hid_dim": config.text_width,
+        "addition_embed_type_num_heads": config.pool_heads or max(1, config.text_width // 64),
+        "class_embed_type": "timestep" if config.low_res else None,
+        "resnet_skip_time_act": config.low_res,
+        "time_embedding_act_fn": config.activation.value if config.low_res else None,
+        "resnet_out_scale_factor": scale,
+        "mid_block_scale_factor": scale,
+        "time_embedding_dim": config.time_width,
+    }
+    fixed = {name: allowed[-1] for name, (_, *allowed) in FIXED.items()} | {"upcast_attention": False}
+    return {"_class_name": "UNet2DConditionModel"} | fixed | READ | given
+
+
+def hub_names(config: UNetConfig, params: dict) -> dict[str, str]:
+    """diffusers' name of each of our parameters, its path joined by "/"."""
+    last = len(config.blocks) - 1
+    # diffusers numbers the levels of the way up from the lowest.
+    up = [
+        (ours.replace("{level}", str(level)), theirs.replace("{level}", str(last - level)))
+        for level in range(last + 1)
+        for ours, theirs in UP
+    ]
+    return hub.names(tree.flatten(params), [*DOWN, *up, *TOP], WORDS)
+
+
+def _inside(block: tuple[str, str], parts: dict[str, str]) -> list[tuple[str, str]]:
+    return [(f"{block[0]}/{ours}/{{leaf}}", f"{block[1]}.{theirs}.{{leaf}}") for ours, theirs in parts.items()]
+
+
+_RES = {
+    "Norm_0/GroupNorm_0": "norm1",
+    "Conv_0": "conv1",
+    "Dense_0": "time_emb_proj",
+    "Norm_1/GroupNorm_0": "norm2",
+    "Conv_1": "conv2",
+    "Conv_2": "conv_shortcut",
+}
+_ATTENTION = {
+    "Norm_0/GroupNorm_0": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "text_norm/GroupNorm_0": "norm_cross",
+    "text_k": "add_k_proj",
+    "text_v": "add_v_proj",
+    "out": "to_out.0",
+}
+DOWN = (
+    *_inside(("down_{level}_{i}_{kind}", "down_blocks.{level}.attentions.{i}"), _ATTENTION),
+    *_inside(("down_{level}_{i}", "down_blocks.{level}.resnets.{i}"), _RES),
+    *_inside(("down_{level}", "down_blocks.{level}.downsamplers.0"), _RES),
+)
+UP = (
+    *_inside(("up_{level}_{i}_{kind}", "up_blocks.{level}.attentions.{i}"), _ATTENTION),
+    *_inside(("up_{level}_{i}", "up_blocks.{level}.resnets.{i}"), _RES),
+    *_inside(("up_{level}", "up_blocks.{level}.upsamplers.0"), _RES),
+)
+TOP = (
+    *_inside(("middle_self", "mid_block.attentions.0"), _ATTENTION),
+    *_inside(("middle_cross", "mid_block.attentions.0"), _ATTENTION),
+    *_inside(("middle_{i}", "mid_block.resnets.{i}"), _RES),
+    ("stem/{leaf}", "conv_in.{leaf}"),
+    ("head_norm/GroupNorm_0/{leaf}", "conv_norm_out.{leaf}"),
+    ("head/{leaf}", "conv_out.{leaf}"),
+    ("text/{leaf}", "encoder_hid_proj.{leaf}"),
+    ("time/{layer}/{leaf}", "time_embedding.{layer}.{leaf}"),
+    ("aug_level/{layer}/{leaf}", "class_embedding.{layer}.{leaf}"),
+    ("pool/text_norm/{leaf}", "add_embedding.norm1.{leaf}"),
+    ("pool/offset", "add_embedding.pool.positional_embedding"),
+    ("pool/out/{leaf}", "add_embedding.proj.{leaf}"),
+    ("pool/norm/{leaf}", "add_embedding.norm2.{leaf}"),
+    ("pool/{part}/{leaf}", "add_embedding.pool.{part}_proj.{leaf}"),
+)
+WORDS = {"kernel": "weight", "scale": "weight", "Dense_0": "linear_1", "Dense_1": "linear_2"}
+
+
+def _shapes(config: UNetConfig) -> dict:
+    side = config.stride
+    picture = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 2, config.text_width), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 2), bool)
+    low_res = (picture, one) if config.low_res else ()
+    return jax.eval_shape(config.module().init, jax.random.key(0), picture, one, text, mask, *low_res)["params"]
