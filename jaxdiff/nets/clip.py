@@ -55,15 +55,22 @@ class ImageTowerConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, and the width of the space that they share."""
+    """Both towers, and the width of the space that they share; or one tower alone, the other being None."""
 
-    text: TextTowerConfig = TextTowerConfig()
-    image: ImageTowerConfig = ImageTowerConfig()
-    width: int = 512
+    text: TextTowerConfig | None = TextTowerConfig()
+    image: ImageTowerConfig | None = ImageTowerConfig()
+    width: int | None = 512
+    """None: a tower alone that has no projection into that space, of which only the states are used."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the matrix products; the residual stream, norms and softmax stay float32."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
+
+    def __post_init__(self):
+        if self.text is None and self.image is None:
+            raise ValueError("neither a text tower nor an image tower")
+        if self.width is None and None not in (self.text, self.image):
+            raise ValueError("two towers need the width of the space in which they are compared")
 
 
 VIT_B_32 = CLIPConfig()
@@ -85,22 +92,29 @@ OPEN_VIT_BIG_G_14 = CLIPConfig(
 
 
 class Embedded(NamedTuple):
-    """What a tower says: all last states, and the one embedding that CLIP compares (not of length 1 yet)."""
+    """What a tower says: all last states, the one in which it sums up, and the embedding that CLIP compares.
+
+    The embedding is the projection of `pooled`, not of length 1 yet; None where the tower has no projection.
+    """
 
     states: Float[Array, "b n d"]
-    embedding: Float[Array, "b e"]
+    pooled: Float[Array, "b d"]
+    embedding: Float[Array, "b e"] | None
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature."""
+    """Both towers and the temperature; or one tower, of which only the `embed_` method can be called."""
 
     config: CLIPConfig
 
     def setup(self):
-        self.text = TextTower(self.config)
-        self.image = ImageTower(self.config)
-        # 1/0.07 at first (2.5).
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
+        if self.config.text is not None:
+            self.text = TextTower(self.config)
+        if self.config.image is not None:
+            self.image = ImageTower(self.config)
+        if None not in (self.config.text, self.config.image):
+            # 1/0.07 at first (2.5).
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
 
     def __call__(self, ids: Int[Array, "b n"], image: Float[Array, "c h w 3"]) -> Float[Array, "b c"]:
         """Logits: cosines of captions and pictures, over the temperature."""
@@ -132,7 +146,7 @@ class TextTower(nn.Module):
         x = nn.LayerNorm(config.eps, name="norm")(x)
         end = jnp.argmax(ids if config.eos_id is None else ids == config.eos_id, -1)
         pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
-        return Embedded(x, _projection(self.config, config.width)(pooled))
+        return Embedded(x, pooled, _projected(self.config, pooled))
 
 
 class ImageTower(nn.Module):
@@ -162,7 +176,7 @@ class ImageTower(nn.Module):
         x = nn.LayerNorm(config.eps, name="first_norm")(x)
         x = _blocks(self.config, config, x, None)
         pooled = nn.LayerNorm(config.eps, name="norm")(x[:, 0])
-        return Embedded(x, _projection(self.config, config.width)(pooled))
+        return Embedded(x, pooled, _projected(self.config, pooled))
 
 
 class Block(nn.Module):
@@ -206,9 +220,11 @@ def _positions(module: nn.Module, count: int, width: int, std: float) -> Float[A
     return table.astype(jnp.float32)
 
 
-def _projection(config: CLIPConfig, width: int) -> nn.Dense:
-    init = nn.initializers.normal(width**-0.5)
-    return nn.Dense(config.width, use_bias=False, kernel_init=init, name="projection")
+def _projected(config: CLIPConfig, pooled: Float[Array, "b d"]) -> Float[Array, "b e"] | None:
+    if config.width is None:
+        return None
+    init = nn.initializers.normal(pooled.shape[-1] ** -0.5)
+    return nn.Dense(config.width, use_bias=False, kernel_init=init, name="projection")(pooled)
 
 
 def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

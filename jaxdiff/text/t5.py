@@ -1,9 +1,9 @@
 """Captions to frozen T5 embeddings: the text box of Imagen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,18 +55,19 @@ def null_text(encoder: TextEncoder, count: int) -> TextEmbedding:
 
 def embed(encoder: TextEncoder, tokens: Tokens) -> TextEmbedding:
     """Embeddings of tokens, in blocks of one size so that the compiled program is reused."""
-    count = len(tokens.ids)
-    if not count:
+    if not len(tokens.ids):
         return null_text(encoder, 0)
+    embeddings = in_blocks(partial(_embed, encoder.config, encoder.params), tokens.ids, tokens.mask)
+    return TextEmbedding(embeddings, jnp.asarray(tokens.mask))
+
+
+def in_blocks(program: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """What `program` makes of the rows of `arrays`, at least one, called with blocks of one size."""
+    count = len(arrays[0])
     block = min(BLOCK, 1 << (count - 1).bit_length())
-    padding = ((0, -count % block), (0, 0))
-    ids, mask = np.pad(tokens.ids, padding), np.pad(tokens.mask, padding)
-    parts = [
-        _embed(encoder.config, encoder.params, ids[i : i + block], mask[i : i + block])
-        for i in range(0, len(ids), block)
-    ]
-    embeddings = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    return TextEmbedding(embeddings[:count], jnp.asarray(tokens.mask))
+    arrays = tuple(np.pad(array, ((0, -count % block), (0, 0))) for array in arrays)
+    parts = [program(*(array[i : i + block] for array in arrays)) for i in range(0, len(arrays[0]), block)]
+    return jax.tree.map(lambda *leaves: (leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves))[:count], *parts)
 
 
 @partial(jax.jit, static_argnums=0)

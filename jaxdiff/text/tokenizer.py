@@ -1,7 +1,8 @@
 """Captions to token ids, and a tokenizer trained from captions.
 
-Every tokenizer is one of transformers', so that a directory written here opens there and the other way round. All
-follow T5: `<pad>` 0, `</s>` 1 at the end of each caption, `<unk>` 2, sentinels `<extra_id_0…>` for span corruption.
+Every tokenizer is one of transformers', so that a directory written here opens there and the other way round. Those
+made here follow T5: `<pad>` 0, `</s>` 1 at the end of each caption, `<unk>` 2, sentinels `<extra_id_0…>` for span
+corruption.
 """
 
 import json
@@ -33,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
-    """Any T5-style tokenizer from a directory, or from the hub by its id. ValueError where there is none."""
+    """A tokenizer of T5 or CLIP from a directory, or from the hub by its id. ValueError where there is none."""
     if Path(path_or_id).is_dir() and not (Path(path_or_id) / "tokenizer_config.json").is_file():
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json)")
     try:
@@ -80,7 +81,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tokens:
-    """Ids (b, length) int32 and mask (b, length), each caption ended by `</s>`.
+    """Ids (b, length) int32 and mask (b, length), each caption ended by `</s>`, or by the tokenizer's own end.
 
     Captions of more than `length` tokens are cut, with one warning that names the lost words.
     """
@@ -92,7 +93,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     lost = []
     for i, row in enumerate(rows):
         if len(row) > length:
-            lost.append(_lost_words(tokenizer, captions[i], length - 1))
+            lost.append(_lost_words(tokenizer, captions[i], max(length - _specials(tokenizer), 0)))
             row = [*row[: length - 1], tokenizer.eos_token_id]
         ids[i, : len(row)] = row
         mask[i, : len(row)] = True
@@ -136,6 +137,11 @@ def _pieces(captions: list[str], room: int) -> dict[str, float]:
     pieces = {piece: round(score - math.log(total), 3) for piece, score in learned if piece not in _BYTES}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: room - len(pieces)]
     return pieces | {word: math.log(count / total) for word, count in frequent}
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that every caption has beside its own: T5's end; CLIP's start and end."""
+    return len(tokenizer("", add_special_tokens=True)["input_ids"])
 
 
 def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:

@@ -1,18 +1,23 @@
 """CLIP in the transformers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
-Reads OpenAI's models and OpenCLIP's that were saved as transformers' CLIPModel, both towers with their projections.
+Reads OpenAI's models and OpenCLIP's that were saved as transformers' CLIPModel, whole or one tower of it, and towers
+that were saved alone, with their projection or, as Stable Diffusion has its text tower, without.
 """
 
 import json
-from contextlib import ExitStack
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.tokenizer import load_tokenizer
 from jaxdiff.weights import hub, tree
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
@@ -22,27 +27,60 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels in [0, 1], of the pictures that every published model was trained with."""
 
+Tower = Literal["text", "image"]
 
-def load(path_or_id: str | Path, dtype: str = "float32", *, place: hub.Place = jnp.asarray) -> tuple[CLIPConfig, dict]:
-    """Configuration and parameters of a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
 
-    Tensors are read one at a time and handed to `place`, which puts them on devices. Raises FileNotFoundError, or
-    ValueError that names the setting or the tensors at fault.
+def load(
+    path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
+) -> tuple[CLIPConfig, dict]:
+    """Both towers of a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
+
+    `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
+    on devices. Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
-    directory = hub.directory_of(path_or_id, "CLIP")
-    config = read_config(directory / "config.json", dtype)
-    shapes = _shapes(config)
-    with ExitStack() as stack:
-        tensors = hub.open_tensors(directory, stack)
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
-        return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
+    return _load(path_or_id, dtype, variant, place, None)
+
+
+def load_text(
+    path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
+) -> tuple[CLIPConfig, dict]:
+    """As `load`, but the text tower alone: of a whole CLIP, of which nothing else is read, or of one that was saved as
+    CLIPTextModel or CLIPTextModelWithProjection.
+
+    The configuration's `image` is None, its `width` too where there is no projection; the parameters are {"text": …}.
+    """
+    return _load(path_or_id, dtype, variant, place, "text")
+
+
+def load_image(
+    path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
+) -> tuple[CLIPConfig, dict]:
+    """`load_text` of the image tower: of a whole CLIP, a CLIPVisionModel or a CLIPVisionModelWithProjection."""
+    return _load(path_or_id, dtype, variant, place, "image")
+
+
+def load_text_encoder(
+    path_or_id: str | Path,
+    dtype: str = "float32",
+    *,
+    tokenizer: str | Path | None = None,
+    variant: str | None = None,
+    place: hub.Place = jnp.asarray,
+) -> CLIPTextEncoder:
+    """The frozen text tower of a directory or hub id with its tokenizer, or with the one of the directory `tokenizer`
+    (Stable Diffusion keeps the two apart)."""
+    directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
+    words = load_tokenizer(directory if tokenizer is None else tokenizer)
+    config, params = load_text(directory, dtype, variant=variant, place=place)
+    if len(words) > config.text.vocab:
+        raise ValueError(f"{directory}: the tokenizer has {len(words)} ids, the embedding only {config.text.vocab}")
+    return CLIPTextEncoder(config, params, words)
 
 
 def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
     """Writes config.json and model.safetensors as transformers' CLIPModel opens.
 
+    A tower alone is what CLIPTextModel or CLIPVisionModel opens, or where it has a projection, their WithProjection.
     ValueError where `params` does not fit `config`, OSError where something cannot be written; each file appears whole
     or not at all.
     """
@@ -92,6 +130,7 @@ WORDS = {
     "wo": "mlp.fc2",
 }
 
+PROJECTION = {"text": "text_projection.weight", "image": "visual_projection.weight"}
 TOWER = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -106,53 +145,159 @@ LARGEST_ID = 2
 """What the first published configurations give as the end's id; it is a mistake, and stands for the largest id."""
 
 
-def read_config(path: Path, dtype: str = "float32") -> CLIPConfig:
-    """The settings in a transformers config.json; what it leaves out is as in ViT-B/32.
+def read_config(path: Path, dtype: str = "float32", tower: Tower | None = None) -> CLIPConfig:
+    """The settings in a transformers config.json, of one `tower` or of both; what it leaves out is as in ViT-B/32.
 
     ValueError that names a setting that is not supported.
     """
+    return _config(path, hub.read_json(path, "CLIP"), dtype, tower)
+
+
+def _load(
+    path_or_id: str | Path, dtype: str, variant: str | None, place: hub.Place, tower: Tower | None
+) -> tuple[CLIPConfig, dict]:
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+    directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
+    path = directory / "config.json"
     values = hub.read_json(path, "CLIP")
-    hub.require(path, values, "model_type", ("clip",))
-    text, image = (values.get(name) or {} for name in ("text_config", "vision_config"))
-    if not isinstance(text, dict) or not isinstance(image, dict):
-        raise ValueError(f"{path}: text_config and vision_config are not groups of settings")
-    for tower in (text, image):
-        hub.require(path, tower, "hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
-    hub.require(path, image, "num_channels", (3,), 3)
-    eos_id = text.get("eos_token_id", 49407)
-    if not isinstance(eos_id, int):
-        raise ValueError(f"{path}: eos_token_id = {eos_id!r} is not supported, only one id")
-    try:
-        return CLIPConfig(
-            TextTowerConfig(**_given(text, TEXT), eos_id=None if eos_id == LARGEST_ID else eos_id),
-            ImageTowerConfig(**_given(image, IMAGE)),
-            int(values.get("projection_dim", 512)),
-            dtype,
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = _config(path, values, dtype, tower)
+    tensors = hub.open_tensors(directory, variant)
+    if tower:
+        tensors = _of_tower(tensors, tower)
+        if PROJECTION[tower] not in tensors and not _promises_projection(values):
+            config = replace(config, width=None)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
+    shapes = _shapes(config)
+    return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
 
 
-def _given(values: dict, names: dict[str, str]) -> dict[str, Any]:
-    return {ours: values[theirs] for ours, theirs in names.items() if values.get(theirs) is not None}
+def _of_tower(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.Stored]:
+    """`tensors` without the other tower's and the temperature, under the names that they have in a whole CLIP.
+
+    transformers 5 saves a tower that has no projection without its name before the tensors'.
+    """
+    if "embeddings.position_embedding.weight" in tensors:
+        return {f"{WORDS[tower]}.{key}": tensor for key, tensor in tensors.items()}
+    other: Tower = "image" if tower == "text" else "text"
+    left_out = (f"{WORDS[other]}.", PROJECTION[other], "logit_scale")
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(left_out)}
+
+
+def _promises_projection(values: dict) -> bool:
+    return values["model_type"] == "clip" or "WithProjection" in str(values.get("architectures"))
+
+
+def _config(path: Path, values: dict, dtype: str, tower: Tower | None) -> CLIPConfig:
+    alone = {"text": "clip_text_model", "image": "clip_vision_model"}
+    if tower is None and values.get("model_type") in alone.values():
+        raise ValueError(f"{path}: model_type = {values['model_type']!r} is one tower alone: load_text or load_image")
+    hub.require(path, values, "model_type", ("clip", *([alone[tower]] if tower else [])))
+    hub.require(path, values, "quantization_config", (None,))
+    top = _Group(path, "", values)
+    groups = {}
+    for name in [tower] if tower else alone:
+        groups[name] = top
+        if values["model_type"] == "clip":
+            groups[name] = top.group("text_config" if name == "text" else "vision_config")
+            groups[name].require("model_type", (alone[name],), alone[name])
+    return CLIPConfig(
+        _text_config(groups["text"]) if "text" in groups else None,
+        _image_config(groups["image"]) if "image" in groups else None,
+        512 if values.get("projection_dim") is None else top.size("projection_dim", 512),
+        dtype,
+    )
+
+
+def _text_config(group: "_Group") -> TextTowerConfig:
+    group.require("use_attention_mask", (None, False))  # diffusers' pipelines would hide what fills a caption up
+    eos_id = group.size("eos_token_id", 49407, least=0)
+    return replace(group.tower(TextTowerConfig(), TEXT), eos_id=None if eos_id == LARGEST_ID else eos_id)
+
+
+def _image_config(group: "_Group") -> ImageTowerConfig:
+    group.require("num_channels", (3,), 3)
+    return group.tower(ImageTowerConfig(), IMAGE)
+
+
+MOST, DEEPEST = 2**20, 256
+"""No size and no number of layers is larger: more is a mistake, and would be found out much later."""
+_Config = TypeVar("_Config", TextTowerConfig, ImageTowerConfig)
+
+
+class _Group(NamedTuple):
+    """A group of settings in a config.json; what is wrong with one is a ValueError that gives the name it has there."""
+
+    path: Path
+    name: str
+    values: dict[str, Any]
+
+    def group(self, name: str) -> "_Group":
+        """A group in this one. What transformers calls its `_dict` is from older versions, and replaces all of it."""
+        values = self.values.get(f"{name}_dict")
+        name = name if values is None else f"{name}_dict"
+        values = self.values.get(name)
+        if not isinstance(values, dict | None):
+            raise ValueError(f"{self.path}: {name} is not a group of settings")
+        return _Group(self.path, f"{name}.", values or {})
+
+    def require(self, name: str, allowed: tuple, default: Any = None) -> None:
+        hub.require(self.path, {self.name + name: self.values.get(name, default)}, self.name + name, allowed)
+
+    def size(self, name: str, default: int, least: int = 1) -> int:
+        value, most = self.values.get(name, default), DEEPEST if name == TOWER["layers"] else MOST
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def fraction(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if type(value) is not float or not 0 < value < 1:
+            raise self.error(name, value, "a number between 0 and 1")
+        return value
+
+    def error(self, name: str, value: Any, wanted: str) -> ValueError:
+        return ValueError(f"{self.path}: {self.name}{name} = {value!r} is not supported, only {wanted}")
+
+    def tower(self, defaults: _Config, names: dict[str, str]) -> _Config:
+        self.require("hidden_act", ("quick_gelu", "gelu"), defaults.activation)
+        given: dict[str, Any] = {}
+        for ours, theirs in names.items():
+            default = getattr(defaults, ours)
+            read = {int: self.size, float: self.fraction, str: self.values.get}[type(default)]
+            given[ours] = read(theirs, default)
+        for whole, part in (("width", "heads"), ("resolution", "patch")):
+            if part in given and given[whole] % given[part]:
+                wanted = f"one that divides {self.name}{names[whole]} = {given[whole]}"
+                raise self.error(names[part], given[part], wanted)
+        return replace(defaults, **given)
 
 
 def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
-    text = {theirs: getattr(config.text, ours) for ours, theirs in TEXT.items()}
-    image = {theirs: getattr(config.image, ours) for ours, theirs in IMAGE.items()}
-    eos_id = LARGEST_ID if config.text.eos_id is None else config.text.eos_id
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.width,
-        "text_config": text | {"model_type": "clip_text_model", "projection_dim": config.width, "eos_token_id": eos_id},
-        "vision_config": image | {"model_type": "clip_vision_model", "projection_dim": config.width},
-        "dtype": dtype,
-    }
+    groups = {}
+    projection = {} if config.width is None else {"projection_dim": config.width}
+    if config.text is not None:
+        eos_id = LARGEST_ID if config.text.eos_id is None else config.text.eos_id
+        values = {theirs: getattr(config.text, ours) for ours, theirs in TEXT.items()}
+        groups["text"] = {"model_type": "clip_text_model"} | values | projection | {"eos_token_id": eos_id}
+    if config.image is not None:
+        values = {theirs: getattr(config.image, ours) for ours, theirs in IMAGE.items()}
+        groups["vision"] = {"model_type": "clip_vision_model"} | values | projection
+    if len(groups) == 2:
+        whole = {"architectures": ["CLIPModel"], "model_type": "clip", **projection}
+        return whole | {f"{name}_config": values for name, values in groups.items()} | {"dtype": dtype}
+    [(name, values)] = groups.items()
+    architecture = f"CLIP{name.title()}Model{'WithProjection' if projection else ''}"
+    return {"architectures": [architecture], **values, "dtype": dtype}
 
 
 def _shapes(config: CLIPConfig) -> dict:
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    side = config.image.resolution
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    side = config.image.resolution if config.image else 0
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, image)["params"]
+    init, key = CLIP(config).init, jax.random.key(0)
+    if config.image is None:
+        return jax.eval_shape(partial(init, method="embed_text"), key, ids)["params"]
+    if config.text is None:
+        return jax.eval_shape(partial(init, method="embed_image"), key, image)["params"]
+    return jax.eval_shape(init, key, ids, image)["params"]

@@ -8,40 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_clip import CONFIGS, OPENAI, close, init
 
 from jaxdiff.nets import clip as nets
 from jaxdiff.weights import clip, tree
 
-OPENAI = nets.CLIPConfig(
-    nets.TextTowerConfig(width=48, layers=2, heads=3, feed_forward=96, vocab=120, length=12, eos_id=None),
-    nets.ImageTowerConfig(width=64, layers=3, heads=4, feed_forward=80, resolution=28, patch=7),
-    width=40,
-)
-OPEN = replace(
-    OPENAI,
-    text=replace(OPENAI.text, activation="gelu", eos_id=117),
-    image=replace(OPENAI.image, activation="gelu"),
-)
-CONFIGS = pytest.mark.parametrize("config", [OPENAI, OPEN], ids=["OpenAI", "OpenCLIP"])
 SIZES = {
     "ViT-B/32": (nets.VIT_B_32, 151.28),
     "ViT-L/14": (nets.VIT_L_14, 427.62),
     "OpenCLIP ViT-H/14": (nets.OPEN_VIT_H_14, 986.11),
     "OpenCLIP ViT-bigG/14": (nets.OPEN_VIT_BIG_G_14, 2539.57),
 }
-
-
-def init(config):
-    """Random parameters by numpy: nothing to compile."""
-    rng = np.random.default_rng(0)
-    shapes = tree.flatten(clip._shapes(config)).items()
-    spread = {"scale": lambda x: 1 + 0.1 * x, "bias": lambda x: 0.1 * x, "logit_scale": lambda x: 1 + 0 * x}
-    return tree.unflatten(
-        {
-            path: jnp.asarray(spread.get(path.split("/")[-1], lambda x: 0.3 * x)(rng.normal(size=leaf.shape)), "f4")
-            for path, leaf in shapes
-        }
-    )
 
 
 @CONFIGS
@@ -75,10 +52,6 @@ def test_the_same_as_in_pytorch(config, tmp_path):
     close(logits, expected.logits_per_text.numpy())
 
 
-def close(found, expected):
-    assert np.abs(np.asarray(found) - expected).max() < 1e-4 * np.abs(expected).max()
-
-
 @CONFIGS
 def test_export_and_load_are_inverse(config, tmp_path):
     params = init(config)
@@ -106,33 +79,6 @@ def test_published_sizes(name):
     names = clip.hub_names(shapes)
     found = {names[path]: clip.hub.theirs_shape(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()}
     assert found == expected
-
-
-def setting(directory, group, **values):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    (config[group] if group else config).update(values)
-    path.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("group", "values", "message"),
-    [
-        (None, {"model_type": "siglip"}, "model_type = 'siglip' is not supported"),
-        (None, {"text_config": [1]}, "are not groups of settings"),
-        ("text_config", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
-        ("text_config", {"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\] is not supported"),
-        ("vision_config", {"num_channels": 4}, "num_channels = 4 is not supported"),
-        ("vision_config", {"patch_size": 9}, "28 is not a multiple of the patches' 9 pixels"),
-        ("text_config", {"num_hidden_layers": 1}, "16 unexpected .*text_model.encoder.layers.1"),
-        (None, {"projection_dim": 41}, "2 of another shape .*text_projection.weight"),
-    ],
-)
-def test_settings_that_are_not_supported(group, values, message, tmp_path):
-    clip.export(OPENAI, init(OPENAI), tmp_path)
-    setting(tmp_path, group, **values)
-    with pytest.raises(ValueError, match=message):
-        clip.load(tmp_path)
 
 
 def test_files_of_older_versions(tmp_path):
