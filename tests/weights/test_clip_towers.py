@@ -166,3 +166,14 @@ def test_configurations_that_make_no_sense():
         replace(OPENAI, width=None)
     with pytest.raises(ValueError, match="the CLIP to export does not fit the settings"):
         clip.export(alone(OPENAI, "text"), init(OPENAI), "nowhere")
+
+
+@TOWERS
+def test_half_precision_under_a_name_of_its_own(tower, tmp_path):
+    params = init(OPENAI)
+    clip.export(OPENAI, params, tmp_path, "float16")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
+    expected = jax.tree.map(lambda leaf: leaf.astype("float16").astype("float32"), {tower: params[tower]})
+    equal(LOAD[tower](tmp_path, variant="fp16")[1], expected)
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        LOAD[tower](tmp_path, variant="bf16")
