@@ -26,7 +26,7 @@ from experiments.cli import run
 from experiments.imagen import presets
 from experiments.imagen.drawing import usable
 from jaxdiff.data.files import write_json
-from jaxdiff.systems.imagen import TIME_SCALE, Stage, check_size
+from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -192,7 +192,7 @@ def _sampling(stage: Stage, parameters: Any, settings: Run) -> tuple[float, floa
     low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()
 
     def evaluate(params, x, *rest):
-        return stage.unet.module().apply({"params": params}, x, TIME_SCALE * jnp.ones(count), *rest)
+        return stage.unet.module().apply({"params": params}, x, stage.schedule.position(jnp.ones(count)), *rest)
 
     inputs = jax.device_put((x, text, mask, *low_res))
     compiled, flops, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)

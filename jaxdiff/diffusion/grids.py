@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff.diffusion.schedules import Schedule, time_of
+from jaxdiff.diffusion.schedules import Discrete, Schedule, time_of
 
 
 class Grid(NamedTuple):
@@ -26,7 +26,7 @@ class Grid(NamedTuple):
 
 @runtime_checkable
 class Spacing(Protocol):
-    """Where the k + 1 points lie; the last is always t = 0."""
+    """Where the k + 1 points lie; the last is always t = 0. ValueError where it cannot have so many."""
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]: ...
 
@@ -75,6 +75,53 @@ class Karras:
         return _spread(schedule, steps, low, high, lambda logsnr: jnp.exp(logsnr / scale), lambda s: scale * jnp.log(s))
 
 
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """Every (N // k)-th entry of a discrete schedule, from entry 0 up, then the clean end (diffusers' "leading")."""
+
+    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+        stride = _table_of(schedule, steps).steps // steps
+        return _falling(schedule, [stride * i for i in range(steps)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Respaced:
+    """Entries of a discrete schedule, cut into as many equal parts as there are `counts`: so many of each part, evenly
+    from its first to its last, cleanest part first; then the clean end (improved DDPM's and DeepFloyd IF's respacing).
+
+    Steps are the sum of the counts. `offset` is taken from the noisiest entry (2 in IF's fast27).
+    """
+
+    counts: tuple[int, ...]
+    offset: int = 0
+
+    def __post_init__(self):
+        if not self.counts or min(self.counts) < 1 or self.offset < 0:
+            raise ValueError(f"a respacing needs counts of at least 1 and an offset of at least 0, not {self}")
+
+    @property
+    def steps(self) -> int:
+        return sum(self.counts)
+
+    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+        if steps != self.steps:
+            raise ValueError(f"this respacing has {self.steps} steps, not {steps}")
+        return _falling(schedule, self.entries(_table_of(schedule, steps).steps))
+
+    def entries(self, table: int) -> list[int]:
+        """The entries of a table of that length, rising."""
+        size, longer = divmod(table, len(self.counts))
+        found, start = [], 0
+        for number, count in enumerate(self.counts):
+            length = size + (number < longer)
+            if count > length:
+                raise ValueError(f"a respacing cannot take {count} entries out of {length}")
+            stride = (length - 1) / (count - 1) if count > 1 else 0.0
+            found += [start + round(stride * i) for i in range(count)]
+            start += length
+        return [*found[:-1], found[-1] - self.offset]
+
+
 def grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> Grid:
     """The grid of `steps` steps. Its ends have the schedule's clipped log-SNR: no coefficient is zero or infinite."""
     if steps < 1:
@@ -90,6 +137,20 @@ def grid_at(schedule: Schedule, t: Float[Array, " n"]) -> Grid:
 def grid_of(t: Float[Array, " n"], alpha: Float[Array, " n"], sigma: Float[Array, " n"]) -> Grid:
     """A grid of explicit values: t is what the network is told. The last σ may be zero (log-SNR infinite)."""
     return Grid(t, alpha, sigma, 2.0 * (jnp.log(alpha) - jnp.log(sigma)))
+
+
+def _table_of(schedule: Schedule, steps: int) -> Discrete:
+    """The schedule, if it has a table of at least so many entries to step through."""
+    if not isinstance(schedule, Discrete):
+        raise ValueError(f"this spacing steps through the table of a discrete schedule, not {type(schedule).__name__}")
+    if steps > schedule.steps:
+        raise ValueError(f"{steps} steps, but the schedule has {schedule.steps}")
+    return schedule
+
+
+def _falling(schedule: Discrete, entries: list[int]) -> Float[Array, " n"]:
+    """Times of these rising entries, noisiest first, and of the clean end."""
+    return jnp.append(schedule.time(jnp.asarray(entries[::-1], jnp.float32)), 0.0)
 
 
 def _spread(

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.diffusion.grids import Grid, grid_at
 from jaxdiff.diffusion.parameterization import Prediction, log_error_ratio, target
+from jaxdiff.diffusion.samplers import ancestral_deviation
+from jaxdiff.diffusion.schedules import Discrete
 
 
 @runtime_checkable
@@ -95,6 +98,53 @@ class Sigmoid:
 
     def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
         return jnp.exp(jax.nn.log_sigmoid(self.bias - logsnr) + logsnr - log_error_ratio(prediction, logsnr))
+
+
+def variance_loss(
+    schedule: Discrete,
+    gamma: Float[Array, "b *s"],
+    x0: Float[Array, "b *s"],
+    predicted: Float[Array, "b *s"],
+    x: Float[Array, "b *s"],
+    t: Float[Array, " b"],
+    weight: float = 0.001,
+) -> Float[Array, " b"]:
+    """What a learned variance is trained by: the variational bound of one step of the table, in bits per value, times
+    `weight` and N/1000 (improved DDPM, arXiv 2102.09672, Eq. 16, with all N steps in expectation).
+
+    It is the divergence of the true step's distribution, given x₀, from the sampler's (`DDPM` with this γ). `predicted`
+    is the network's x₀ without its gradient: the bound is to teach γ alone. At the first entry, whose true step has no
+    variance, it is −log of the density that the sampler gives the 1/255 around x₀.
+    """
+    step = 1.0 / schedule.steps
+    wide = (-1,) + (1,) * (x.ndim - 1)
+    here, before = (grid_at(schedule, jnp.maximum(time, 0.0).reshape(wide)) for time in (t, t - step))
+    # The lower bound of the variance is 0 at the first entry; there the second one's stands in.
+    second = grid_at(schedule, jnp.asarray([2.0 * step, step]))
+    least = 2.0 * jnp.log(ancestral_deviation(_point(second, 0), _point(second, 1), 0.0))
+    first = (t < 1.5 * step).reshape(wide)
+    low = jnp.where(first, least, 2.0 * jnp.log(ancestral_deviation(here, before, 0.0)))
+    high = 2.0 * jnp.log(ancestral_deviation(here, before, 1.0))
+    log_variance = (1.0 - gamma) * low + gamma * high
+    fresh = -jnp.expm1(here.logsnr - before.logsnr)
+    difference = fresh * before.alpha * (x0 - predicted)  # of the means: the share of x is the same in both
+    divergence = 0.5 * (log_variance - low + jnp.expm1(low - log_variance) + difference**2 * jnp.exp(-log_variance))
+    likelihood = -_log_density(x0, predicted, 0.5 * log_variance)
+    bits = jnp.where(first, likelihood, divergence) / math.log(2.0)
+    return weight * schedule.steps / 1000.0 * jnp.mean(bits, axis=tuple(range(1, x.ndim)))
+
+
+def _log_density(x0: Float[Array, "b *s"], mean: Float[Array, "b *s"], log_deviation: Float[Array, "b *s"]) -> Array:
+    """log of the share of a normal distribution within 1/255 of x₀; the outermost of 256 levels reach to infinity."""
+    scale = jnp.exp(-log_deviation)
+    above = jax.scipy.special.ndtr(scale * (x0 + 1.0 / 255.0 - mean))
+    below = jax.scipy.special.ndtr(scale * (x0 - 1.0 / 255.0 - mean))
+    share = jnp.where(x0 > 0.999, 1.0 - below, jnp.where(x0 < -0.999, above, above - below))
+    return jnp.log(jnp.maximum(share, 1e-12))
+
+
+def _point(grid: Grid, i: int) -> Grid:
+    return Grid(*(values[i] for values in grid))
 
 
 def diffusion_loss(

@@ -38,6 +38,15 @@ class Denoised(NamedTuple):
     eps: Float[Array, "b *s"]
 
 
+class DenoisedWithVariance(NamedTuple):
+    """The same of a network that has learned the variance too: gamma is the place of a random step's log variance
+    between its bounds (`samplers.DDPM`)."""
+
+    x0: Float[Array, "b *s"]
+    eps: Float[Array, "b *s"]
+    gamma: Float[Array, "b *s"]
+
+
 def noised(
     x0: Float[Array, "b *s"], eps: Float[Array, "b *s"], alpha: Coefficient, sigma: Coefficient
 ) -> Float[Array, "b *s"]:

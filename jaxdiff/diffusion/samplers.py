@@ -4,7 +4,7 @@ A sampler is a frozen dataclass with three functions of its state, the carry (on
 
     carry = sampler.init(x)                                    # x ~ N(0, 1), the noise at t = 1
     carry = integrate(sampler, denoise, carry, grid, keys, start, stop)
-    image = sampler.image(carry)
+    image = sampler.image(carry)                               # and sampler.replace(carry, image) puts another one in
 
 `denoise(x, t)` is the network with everything around it (guidance, thresholding): x (b, …) as noised by the schedule
 and t (b,) go in, x₀ and ε come out. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and
@@ -27,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.grids import Grid
-from jaxdiff.diffusion.parameterization import Denoised
+from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance
 
-Denoise = Callable[[Float[Array, "b *s"], Float[Array, " b"]], Denoised]
+Denoise = Callable[[Float[Array, "b *s"], Float[Array, " b"]], Denoised | DenoisedWithVariance]
 Carry = Any
 Index = Int[Array, ""] | int
 
@@ -44,6 +44,8 @@ class Sampler(Protocol):
 
     def image(self, carry: Carry) -> Float[Array, "b *s"]: ...
 
+    def replace(self, carry: Carry, x: Float[Array, "b *s"]) -> Carry: ...
+
     def evaluations(self, steps: int) -> int:
         """How often a run of that many steps evaluates the network."""
         ...
@@ -57,10 +59,17 @@ def integrate(
     keys: Key[Array, " b"],
     start: Index,
     stop: Index,
+    keep: Callable[[Float[Array, "b *s"], Grid], Float[Array, "b *s"]] | None = None,
 ) -> Carry:
     """Steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program; the
-    result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number."""
-    return jax.lax.fori_loop(start, stop, lambda i, state: sampler.step(state, i, denoise, grid, keys), carry)
+    result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number. `keep(x,
+    point)` puts what is known (inpainting) back into the state after each step, at the grid's point where it ends."""
+
+    def step(i, state):
+        state = sampler.step(state, i, denoise, grid, keys)
+        return state if keep is None else sampler.replace(state, keep(sampler.image(state), _at(grid, i + 1)))
+
+    return jax.lax.fori_loop(start, stop, step, carry)
 
 
 class _OneState:
@@ -72,6 +81,9 @@ class _OneState:
     def image(self, carry: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
         return carry
 
+    def replace(self, carry: Float[Array, "b *s"], x: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
+        return x.astype(carry.dtype)
+
     def evaluations(self, steps: int) -> int:
         return steps
 
@@ -81,24 +93,27 @@ class DDPM(_OneState):
     """Ancestral sampling with Imagen's interpolated variance.
 
     x_n = (α_i/α_n)(σ_n²/σ_i²) x + c α_n x₀ + s z, c = 1 − e^(λ_i − λ_n), z ~ N(0, 1),
-    s² = (c σ_n²)^(1−γ) (c σ_i²)^γ: γ = 0 is the lower bound (the posterior of a known x₀), γ = 1 the upper. The last
-    step adds no noise.
+    s² = (c σ_n²)^(1−γ) (c σ_i²)^γ: γ = 0 is the lower bound (the posterior of a known x₀), γ = 1 the upper, and None
+    what the network has learned, a γ for each value (arXiv 2102.09672, Eq. 15). The last step adds no noise.
     """
 
-    gamma: float = 0.0
+    gamma: float | None = 0.0
 
     def __post_init__(self):
-        if not 0.0 <= self.gamma <= 1.0:
+        if self.gamma is not None and not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"DDPM's gamma must lie in [0, 1], not {self.gamma}")
 
     def step(
         self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        x0 = _denoise(denoise, x, here).x0
+        found = _denoise(denoise, x, here)
+        if self.gamma is None and not isinstance(found, DenoisedWithVariance):
+            raise ValueError("DDPM without a gamma needs a network that has learned the variance")
+        gamma = found.gamma if self.gamma is None else self.gamma
         kept = (here.alpha / there.alpha) * (there.sigma / here.sigma) ** 2
-        mean = kept * x + _fresh(here, there) * there.alpha * x0
-        deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, self.gamma), 0.0)
+        mean = kept * x + _fresh(here, there) * there.alpha * found.x0
+        deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, gamma), 0.0)
         return mean + deviation * noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
 
 
@@ -119,7 +134,8 @@ class DDIM(_OneState):
         self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        x0, eps = _denoise(denoise, x, here)
+        found = _denoise(denoise, x, here)
+        x0, eps = found.x0, found.eps
         if self.eta == 0.0:
             return there.alpha * x0 + there.sigma * eps
         random = self.eta**2 * _fresh(here, there)
@@ -201,6 +217,9 @@ class DPMSolverPP2M:
     def image(self, carry: Multistep) -> Float[Array, "b *s"]:
         return carry.x
 
+    def replace(self, carry: Multistep, x: Float[Array, "b *s"]) -> Multistep:
+        return carry._replace(x=x.astype(carry.x.dtype))
+
     def evaluations(self, steps: int) -> int:
         return steps
 
@@ -215,7 +234,7 @@ class DPMSolverPP2M:
         return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))
 
 
-def ancestral_deviation(here: Grid, there: Grid, gamma: float) -> Float[Array, "..."]:
+def ancestral_deviation(here: Grid, there: Grid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:
     """The standard deviation s of DDPM's noise for the step between two points of a grid."""
     return jnp.sqrt(_fresh(here, there)) * there.sigma ** (1.0 - gamma) * here.sigma**gamma
 
@@ -231,9 +250,9 @@ def _fresh(here: Grid, there: Grid) -> Float[Array, "..."]:
     return -jnp.expm1(here.logsnr - there.logsnr)
 
 
-def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: Grid) -> Denoised:
+def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: Grid) -> Denoised | DenoisedWithVariance:
     found = denoise(x, jnp.broadcast_to(here.t, x.shape[:1]))
-    return Denoised(found.x0.astype(x.dtype), found.eps.astype(x.dtype))
+    return jax.tree.map(lambda a: a.astype(x.dtype), found)
 
 
 def _at(grid: Grid, i: Index) -> Grid:

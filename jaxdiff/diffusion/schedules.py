@@ -34,8 +34,27 @@ class Schedule(Protocol):
 
     def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]: ...
 
+    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """What networks are told of a time."""
+        ...
 
-class _VariancePreserving:
+    def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The time of a level of noise in [0, 1], for augmentation."""
+        ...
+
+
+class _Continuous:
+    """Time is any number in [0, 1], and a level of noise is one."""
+
+    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """1000 t: the range for which a network's sines and cosines are made."""
+        return 1000.0 * _precise(t)
+
+    def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return _precise(level)
+
+
+class _VariancePreserving(_Continuous):
     """α² + σ² = 1: α² = sigmoid(λ), σ² = sigmoid(−λ), both through the stable log-sigmoid."""
 
     def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
@@ -140,7 +159,7 @@ class EDM(_VariancePreserving):
 
 
 @dataclasses.dataclass(frozen=True)
-class RectifiedFlow:
+class RectifiedFlow(_Continuous):
     """Straight paths (arXiv 2209.03003): α = 1 − t, σ = t, so λ = 2 log((1−t)/t) + shift, α = sigmoid(λ/2), σ = 1 − α.
 
     The shift is added to the log-SNR, as for `Cosine`; the factor s of Stable Diffusion 3 is shift = −2 log s.
@@ -173,7 +192,7 @@ class Discrete(_VariancePreserving):
     """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) laid on continuous time.
 
     Table index i (the integer timestep that such a network was trained with) lies at t = (i + 1)/N, so that t = 0 is
-    the clean picture and t = 1 the last entry; `time` and `timestep` convert. Between entries log ᾱ is interpolated
+    the clean picture and t = 1 the last entry; `time` and `position` convert. Between entries log ᾱ is interpolated
     linearly.
     """
 
@@ -219,9 +238,13 @@ class Discrete(_VariancePreserving):
         """t of a table index."""
         return (_precise(timestep) + 1.0) / self.steps
 
-    def timestep(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        """The table index at t, what the network is told (fractional between entries; −1 at t = 0)."""
+    def position(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        """The table index at t (fractional between entries; −1 at t = 0)."""
         return _precise(t) * self.steps - 1.0
+
+    def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """That of the table's entry `level` · N, so that 0 is the first one and not the clean picture."""
+        return self.time(jnp.clip(jnp.round(_precise(level) * self.steps), 0.0, self.steps - 1.0))
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         t = _precise(t)
@@ -264,6 +287,12 @@ class Focused:
 
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return self.schedule.sigma(t)
+
+    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return self.schedule.position(t)
+
+    def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return self.schedule.level_time(level)
 
     def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Training times from u ~ U(0, 1): the log-SNR falls from high to low until u = share, then the rest."""

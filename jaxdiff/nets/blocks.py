@@ -68,7 +68,7 @@ def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
 
 
 class Norm(nn.Module):
-    """GroupNorm; statistics in float32, per sample. Without a number of `groups`, up to 32 of at least four channels."""
+    """GroupNorm; statistics in float32, per sample. `groups` 0: up to 32, of at least four channels each."""
 
     dtype: Dtype = jnp.float32
     groups: int = 0

@@ -33,7 +33,7 @@ class Reading(enum.Enum):
     """How a network reads its text.
 
     MASKED: padding is not seen; the tokens are normalized one by one, and projected before they are pooled (Imagen,
-    with a learned token for captions that say nothing). WHOLE: all tokens are seen, padding included, as they come; they
+    with a learned token for captions that say nothing). WHOLE: all tokens are seen as they come, padding included; they
     are pooled before they are projected, and normalized in groups of channels over all tokens (DeepFloyd IF).
     """
 

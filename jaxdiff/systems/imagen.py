@@ -5,6 +5,7 @@ from the low-resolution picture and, where it has one, the text. Joining stages 
 settings and the tiny ones are `systems/imagen_presets.py`.
 """
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,19 +16,38 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
-from jaxdiff.diffusion.grids import Spacing, UniformTime, grid
+from jaxdiff.diffusion.grids import Grid, Spacing, UniformTime, grid
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss
-from jaxdiff.diffusion.parameterization import Denoised, Prediction, denoised, from_x0, noised
+from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss, variance_loss
+from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, Prediction, denoised, from_x0, noised
 from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
-from jaxdiff.diffusion.schedules import Cosine, Schedule
+from jaxdiff.diffusion.schedules import Cosine, Discrete, Schedule
 from jaxdiff.diffusion.thresholding import Dynamic, Thresholding
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems.tiles import Tiles, in_tiles
 from jaxdiff.text.t5 import TextEmbedding
 
-TIME_SCALE = 1000.0
-"""Networks see 1000 t: the range for which their sines and cosines were made."""
+
+class NullText(enum.Enum):
+    """What stands for no text: in training in place of dropped captions, in drawing what guidance leads away from.
+
+    ZEROS: embeddings of zeros, all of them masked (Imagen). EMPTY: the encoder's embedding of the empty caption
+    (DeepFloyd IF).
+    """
+
+    ZEROS = "zeros"
+    EMPTY = "empty"
+
+
+class Enlargement(enum.Enum):
+    """How the low-resolution input of super-resolution comes to the output's size.
+
+    CUBIC: noised, then enlarged as Pillow's BICUBIC does. BILINEAR: enlarged, the corner pixels of both sizes in one
+    place, and then noised (DeepFloyd IF).
+    """
+
+    CUBIC = "cubic"
+    BILINEAR = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -36,10 +56,10 @@ class Stage:
 
     resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
     schedule, prediction, weighting: the diffusion process; Imagen's are cosine, ε and the plain squared error.
-    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4); the noise is added
-    before the input is enlarged. max_aug_level: the highest level in training, where levels are uniform from 0.
+    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4). max_aug_level: the
+    highest level in training, where levels are uniform from 0. enlargement: how that input is enlarged, and when.
     residual: the network says what to add to the enlarged input (x₀ prediction only): flat areas come out exact.
-    text_length: tokens per caption. text_dropout: share of captions replaced by the null text, which is zeros.
+    text_length: tokens per caption. text_dropout: share of captions replaced by the null text.
     """
 
     unet: UNetConfig = UNetConfig()
@@ -50,9 +70,11 @@ class Stage:
     weighting: Weighting = Simple()
     augmentation: Schedule = Cosine()
     max_aug_level: float = 1.0
+    enlargement: Enlargement = Enlargement.CUBIC
     residual: bool = False
     text_length: int = 128
     text_dropout: float = 0.1
+    null_text: NullText = NullText.ZEROS
 
     def __post_init__(self):
         check_size(self, self.resolution)
@@ -62,6 +84,8 @@ class Stage:
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
         if self.residual and (self.prediction is not Prediction.X0 or not self.unet.low_res):
             raise ValueError("residual is for super-resolution stages that predict x0")
+        if self.unet.learned_variance and not isinstance(self.schedule, Discrete):
+            raise ValueError("a variance is learned between the entries of a discrete schedule")
         if not 0 <= self.max_aug_level <= 1:
             raise ValueError(f"max_aug_level must lie in [0, 1], not {self.max_aug_level}")
         if not 0 <= self.text_dropout <= 1:
@@ -84,7 +108,8 @@ class Stage:
         """The weighted squared error, averaged over the batch.
 
         `batch`: image (b h w 3) in [-1, 1]; for super-resolution low_res (b h/f w/f 3); text (b n d) and text_mask
-        (b n) where there are captions; without them the stage trains on pictures alone.
+        (b n) where there are captions, and null_text (n d), the embedding of the empty caption, where that is the null
+        text; without captions the stage trains on pictures alone.
         """
         image = batch["image"].astype(jnp.float32)
         count = image.shape[0]
@@ -97,9 +122,19 @@ class Stage:
         x = noised(image, eps, alpha, sigma)
         text = self._dropped_text(batch, keys)
         low_res = self._augmented(batch, image.shape, keys)
-        output = self.predict(params, x, t, text, *low_res)
+        output, gamma = self.parts(self.predict(params, x, t, text, *low_res))
         losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
+        if gamma is not None:
+            x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
+            losses += variance_loss(self.schedule, gamma, image, x0, x, t)
         return losses.mean(), {}
+
+    def parts(self, output: Float[Array, "b h w o"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
+        """Of a network's output: what `prediction` says and, where it is learned, γ of the variance (`DDPM`)."""
+        if not self.unet.learned_variance:
+            return output, None
+        output, variance = jnp.split(output, 2, axis=-1)
+        return output, 0.5 * (variance + 1.0)
 
     def predict(
         self,
@@ -109,33 +144,45 @@ class Stage:
         text: TextEmbedding,
         low_res: Float[Array, "b h w c"] | None = None,
         level: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """What `prediction` says, at the noised pictures x; `low_res` is enlarged and noised to its level already."""
+    ) -> Float[Array, "b h w o"]:
+        """The network's output at the noised pictures x; `low_res` is enlarged and noised to its level already."""
         given = () if low_res is None else (low_res, level)
-        output = self.unet.module().apply({"params": params}, x, TIME_SCALE * t, text.embeddings, text.mask, *given)
+        position = self.schedule.position(t)
+        output = self.unet.module().apply({"params": params}, x, position, text.embeddings, text.mask, *given)
         if self.residual:
-            output += self.augmentation.alpha(level)[:, None, None, None] * low_res
+            alpha = self.augmentation.alpha(self.augmentation.level_time(level))
+            output += alpha[:, None, None, None] * low_res
         return output
 
     def _dropped_text(self, batch: Mapping, keys: Key[Array, " b"]) -> TextEmbedding:
         if "text" not in batch:
             return null_text(self, batch["image"].shape[0])
         kept = noise.uniform(noise.fold(keys, 1)) >= self.text_dropout
-        mask = batch["text_mask"] & kept[:, None]
-        return TextEmbedding(jnp.where(mask[..., None], batch["text"].astype(jnp.float32), 0.0), mask)
+        text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
+        if self.null_text is NullText.EMPTY:
+            if "null_text" not in batch:
+                raise ValueError("this stage's null text is the empty caption: a batch needs null_text, its embedding")
+            # Nothing of either is masked.
+            return TextEmbedding(jnp.where(kept[:, None, None], text, batch["null_text"].astype(jnp.float32)), mask)
+        mask = mask & kept[:, None]
+        return TextEmbedding(jnp.where(mask[..., None], text, 0.0), mask)
 
     def _augmented(self, batch: Mapping, shape: tuple, keys: Key[Array, " b"]) -> tuple:
         """The enlarged low-resolution input with noise of a random level each, and the levels."""
         if not self.unet.low_res:
             return ()
         level = self.max_aug_level * noise.uniform(noise.fold(keys, 2))
-        low_res = augment(batch["low_res"].astype(jnp.float32), level, noise.fold(keys, 3), self.augmentation)
-        return enlarge(low_res, shape[1:3]), level
+        return low_res_input(self, batch["low_res"], level, noise.fold(keys, 3), shape[1:3])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a stage draws. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution."""
+    """How a stage draws. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution.
+
+    keep_eps: after thresholding x₀, ε stays the network's own, as in diffusers' DDIM, instead of that which x₀ implies.
+    clean_known: what a mask keeps is put back as it is after each step, as in DeepFloyd IF, instead of noised to the
+    step's level.
+    """
 
     sampler: Sampler = DDPM()
     steps: int = 256
@@ -144,12 +191,34 @@ class Sampling:
     thresholding: Thresholding = Dynamic()
     aug_level: float = 0.0
     tiles: Tiles | None = None
+    keep_eps: bool = False
+    clean_known: bool = False
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not 0 <= self.aug_level <= 1:
             raise ValueError(f"aug_level must lie in [0, 1], not {self.aug_level}")
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A picture to begin with (image to image) and, with a mask, to keep in part (inpainting).
+
+    image: (b h w 3) in [-1, 1], of the size that is drawn. strength in (0, 1]: the share of the steps that are drawn,
+    from the picture noised to where they begin. mask: (b h w 1), 1 where is drawn and 0 where the picture is kept.
+    """
+
+    image: Float[Array, "b h w 3"]
+    strength: float = 1.0
+    mask: Float[Array, "b h w 1"] | None = None
+
+    def first(self, steps: int) -> int:
+        """The first of the steps that are drawn. ValueError where it would be none."""
+        drawn = int(steps * self.strength) if 0.0 < self.strength <= 1.0 else 0
+        if drawn < 1:
+            raise ValueError(f"strength {self.strength} leaves no step of {steps} to draw, or lies above 1")
+        return steps - drawn
 
 
 def draw(
@@ -163,21 +232,27 @@ def draw(
     low_res: Float[Array, "b lower_h lower_w c"] | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = 4,
+    given: Given | None = None,
 ) -> Float[Array, "b h w c"]:
     """Pictures (b, *size, 3) in [-1, 1] from text, and from the low-resolution pictures of a super-resolution stage.
 
     `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own;
-    picture i depends on nothing but its own key, text and input. With `progress`, the host runs the compiled program
-    `chunk` steps at a time and reports how many are done; the pictures are the same.
+    picture i depends on nothing but its own key, text and input. `given`: a picture to begin with. With `progress`, the
+    host runs the compiled program `chunk` steps at a time and reports how many are done; the pictures are the same.
     """
     check(stage, sampling, size)
     if not stage.unet.reads_text:  # both branches of guidance would be the same
         sampling = replace(sampling, guidance=Guidance())
-    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size))
-    carry = sampling.sampler.init(noise.normal_like(noise.fold(keys, 0), (*size, 3)))
+    first = 0 if given is None else given.first(sampling.steps)
+    known = () if given is None or given.mask is None else (given.image, given.mask)
+    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known)
+    x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
+    if given is not None:
+        x = _begin(stage, sampling, given.image, x, known, first)
+    carry = sampling.sampler.init(x)
     if progress is None:
         chunk = sampling.steps
-    for start in range(0, sampling.steps, chunk):
+    for start in range(first, sampling.steps, chunk):
         stop = min(start + chunk, sampling.steps)
         carry = _advance(stage, sampling, params, carry, condition, keys, start, stop)
         if progress is not None:
@@ -194,6 +269,23 @@ class _Condition:
     text: TextEmbedding
     negative: TextEmbedding
     low_res: tuple
+    known: tuple = ()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _begin(stage, sampling, image, eps, known, first):
+    """The given picture, noised to the level where drawing begins."""
+    point = Grid(*(values[first] for values in grid(stage.schedule, sampling.steps, sampling.spacing)))
+    x = noised(image, eps, point.alpha, point.sigma)
+    return _kept(sampling, known, eps, x, point) if known else x
+
+
+def _kept(sampling, known, eps, x, point):
+    """x with the known part of the picture in it; its noise is the same at every step."""
+    image, mask = known
+    if not sampling.clean_known:
+        image = noised(image, eps, point.alpha, point.sigma)
+    return mask * x + (1.0 - mask) * image
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -201,32 +293,39 @@ def _advance(stage, sampling, params, carry, condition, keys, start, stop):
     """Steps start…stop−1, one program whatever the two are."""
     denoise = partial(_denoise, stage, sampling, params, condition)
     points = grid(stage.schedule, sampling.steps, sampling.spacing)
-    return integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop)
+    keep = None
+    if condition.known:
+        eps = noise.normal_like(noise.fold(keys, 0), condition.known[0].shape[1:])
+        keep = partial(_kept, sampling, condition.known, eps)
+    return integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop, keep)
 
 
-def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array) -> Denoised:
+def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array):
     """The network with guidance and thresholding around it."""
     guidance, logsnr = sampling.guidance, stage.schedule.logsnr(t)
     predict = partial(_predict, stage, sampling.tiles, params)
 
     def conditional():
-        return predict(condition.text, x, t, *condition.low_res)
+        return stage.parts(predict(condition.text, x, t, *condition.low_res))
 
     def guided():
         """Both branches in one doubled batch."""
         inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, t, *condition.low_res))
         text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition.text, condition.negative)
-        return guidance.apply(*jnp.split(predict(text, *inputs), 2), logsnr)
+        (cond, gamma), (uncond, _) = map(stage.parts, jnp.split(predict(text, *inputs), 2))
+        return guidance.apply(cond, uncond, logsnr), gamma
 
     if not guidance.on:
-        output = conditional()
+        output, gamma = conditional()
     elif guidance.interval is None:
-        output = guided()
+        output, gamma = guided()
     else:
-        output = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
+        output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
     alpha, sigma = stage.schedule.alpha(t), stage.schedule.sigma(t)
-    x0 = sampling.thresholding.apply(denoised(stage.prediction, output, x, alpha, sigma).x0)
-    return from_x0(x0, x, alpha, sigma)
+    found = denoised(stage.prediction, output, x, alpha, sigma)
+    x0 = sampling.thresholding.apply(found.x0)
+    eps = found.eps if sampling.keep_eps else from_x0(x0, x, alpha, sigma).eps
+    return Denoised(x0, eps) if gamma is None else DenoisedWithVariance(x0, eps, gamma)
 
 
 def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbedding, x, t, *low_res) -> Array:
@@ -242,8 +341,23 @@ def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbeddin
 @partial(jax.jit, static_argnums=(0, 1, 4))
 def _noise_low_res(stage, sampling, low_res, keys, size):
     level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
-    low_res = augment(low_res.astype(jnp.float32), level, noise.fold(keys, 2), stage.augmentation)
-    return enlarge(low_res, size), level
+    return low_res_input(stage, low_res, level, noise.fold(keys, 2), size)
+
+
+def low_res_input(
+    stage: Stage,
+    low_res: Float[Array, "b h w c"],
+    level: Float[Array, " b"],
+    keys: Key[Array, " b"],
+    size: tuple[int, int],
+) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, " b"]]:
+    """The low-resolution pictures as the network sees them, noised and enlarged, and the level that it is told."""
+    low_res, schedule = low_res.astype(jnp.float32), stage.augmentation
+    if stage.enlargement is Enlargement.CUBIC:
+        seen = enlarge(augment(low_res, level, keys, schedule), size)
+    else:
+        seen = augment(enlarge_between_corners(low_res, size), level, keys, schedule)
+    return seen, schedule.position(schedule.level_time(level)) / 1000.0
 
 
 def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
@@ -261,8 +375,16 @@ def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Ar
     return jax.image.resize(low_res, shape, jax.image.ResizeMethod.CUBIC, antialias=False)
 
 
+def enlarge_between_corners(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """Bilinear, the centres of the corner pixels of both sizes in one place (PyTorch's align_corners)."""
+    shape = (low_res.shape[0], *size, low_res.shape[3])
+    scale = jnp.asarray([(after - 1) / max(before - 1, 1) for before, after in zip(low_res.shape[1:3], size)])
+    shift = 0.5 - 0.5 * scale
+    return jax.image.scale_and_translate(low_res, shape, (1, 2), scale, shift, "linear", antialias=False)
+
+
 def null_text(stage: Stage, count: int) -> TextEmbedding:
-    """No text: zeros, all of it masked (Imagen zeroes the embeddings of dropped captions)."""
+    """Zeros, all of it masked: NullText.ZEROS, and what a stage is given that reads no text."""
     shape = (count, stage.text_length)
     return TextEmbedding(jnp.zeros((*shape, stage.unet.text_width)), jnp.zeros(shape, bool))
 

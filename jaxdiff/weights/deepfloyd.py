@@ -109,7 +109,9 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     head_channels = integer("attention_head_dim")
     uneven = [width for width, level in zip(widths, attends) if level and width % head_channels]
     if uneven:
-        raise ValueError(f"{path}: attention_head_dim = {head_channels} does not divide the {uneven[0]} channels of a level")
+        raise ValueError(
+            f"{path}: attention_head_dim = {head_channels} does not divide the {uneven[0]} channels of a level"
+        )
     text_width, pool_heads = integer("encoder_hid_dim"), integer("addition_embed_type_num_heads")
     if text_width % pool_heads:
         raise ValueError(f"{path}: addition_embed_type_num_heads = {pool_heads} does not divide {text_width}")
@@ -214,7 +216,10 @@ def _hub_config(config: UNetConfig) -> dict[str, Any]:
         "conditioned_head": (not config.conditioned_head, False),
         "input_skip": (not config.input_skip, False),
         "multipliers": (config.multipliers[0] == 1, "1 at first"),
-        "cross_attention": (attends[-1] and not (cross and any(config.self_attention)), "on, or self_attention, not both"),
+        "cross_attention": (
+            attends[-1] and not (cross and any(config.self_attention)),
+            "on, or self_attention, not both",
+        ),
         "unet": (type(config) is UNetConfig, "UNetConfig"),
     }
     for name, (fits, only) in wanted.items():

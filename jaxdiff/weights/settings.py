@@ -9,18 +9,19 @@ from typing import Any
 import typeguard
 
 from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
-from jaxdiff.nets import unet
+from jaxdiff.nets import blocks, unet
 from jaxdiff.systems import imagen, tiles
 
 _CLASSES = {
     cls.__name__: cls
     for cls in (
-        *(imagen.Stage, imagen.Sampling, tiles.Tiles, unet.UNetConfig, unet.EfficientUNetConfig),
+        *(imagen.Stage, imagen.Sampling, imagen.NullText, imagen.Enlargement, tiles.Tiles),
+        *(unet.UNetConfig, unet.EfficientUNetConfig, unet.Reading, blocks.Activation),
         *(schedules.Cosine, schedules.Linear, schedules.EDM, schedules.RectifiedFlow, schedules.Discrete),
         *(schedules.Focused, parameterization.Prediction, guidance.Guidance),
         *(losses.Simple, losses.MinSNR, losses.PowerSNR, losses.Sigmoid),
         *(samplers.DDPM, samplers.DDIM, samplers.DPMSolverPP2M, samplers.Heun, samplers.Euler),
-        *(grids.UniformTime, grids.UniformLogSNR, grids.Karras),
+        *(grids.UniformTime, grids.UniformLogSNR, grids.Karras, grids.Leading, grids.Respaced),
         *(thresholding.Unthresholded, thresholding.Static, thresholding.Dynamic),
     )
 }

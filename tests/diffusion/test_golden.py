@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion import grids, noise, samplers, thresholding
-from jaxdiff.diffusion.parameterization import Denoised, Prediction, denoised, noised
+from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import EDM, Discrete
 
 STEPS = 10
@@ -41,8 +41,8 @@ def _run(sampler, grid, schedule, x, prediction=Prediction.EPSILON, threshold=UN
 
     def denoise(x, t):
         here = jnp.argmin(jnp.abs(grid.t - t[0]))
-        x0, eps = denoised(prediction, _network(x, schedule.timestep(t)), x, grid.alpha[here], grid.sigma[here])
-        return Denoised(threshold.apply(x0), eps)
+        found = denoised(prediction, _network(x, schedule.position(t)), x, grid.alpha[here], grid.sigma[here])
+        return found._replace(x0=threshold.apply(found.x0))
 
     steps = grid.t.shape[0] - 1
     final = jax.jit(lambda x: samplers.integrate(sampler, denoise, sampler.init(x), grid, _keys(x), 0, steps))(x)
@@ -64,7 +64,7 @@ def _run_shrinking(sampler, grid, schedule, x, prediction=Prediction.EPSILON):
             here = jnp.where(first, i, i + 1)
             alpha, sigma = grid.alpha[here], grid.sigma[here]
             shrunk = jnp.where(first, x, alpha * x)
-            output = _network(shrunk / alpha, schedule.timestep(t))
+            output = _network(shrunk / alpha, schedule.position(t))
             eps = denoised(prediction, output, shrunk, alpha, sigma).eps
             return denoised(Prediction.EPSILON, eps, x, alpha, sigma)
 

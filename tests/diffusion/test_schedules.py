@@ -89,7 +89,7 @@ def test_rectified_flow_is_a_straight_path():
 def test_discrete_entries_and_timesteps(table):
     timesteps = jnp.arange(0.0, 1000.0)
     t = table.time(timesteps)
-    np.testing.assert_allclose(table.timestep(t), timesteps, atol=1e-3)
+    np.testing.assert_allclose(table.position(t), timesteps, atol=1e-3)
     kept = np.asarray(table.alpha_bar) > 1e-8  # beyond lies the clip
     np.testing.assert_allclose((table.alpha(t) ** 2)[kept], np.asarray(table.alpha_bar)[kept], rtol=1e-3)
     between = table.alpha(table.time(timesteps[:-1] + 0.5))
@@ -128,7 +128,7 @@ def test_edm_trains_on_log_normal_noise():
 
 def test_discrete_trains_on_each_entry_equally():
     table = Discrete.linear()
-    timesteps = table.timestep(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
+    timesteps = table.position(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
     counts = np.bincount(np.round(np.asarray(timesteps)).astype(int), minlength=1000)
     assert len(counts) == 1000 and counts.min() > 50 and counts.max() < 160
     np.testing.assert_allclose(timesteps, np.round(timesteps), atol=1e-3)
