@@ -64,11 +64,13 @@ def digest(caption: str | None) -> bytes:
 
 def fingerprint(encoder: TextEncoder) -> str:
     """16 hexadecimal digits that change with anything that changes an encoder's embeddings: settings, vocabulary,
-    parameters, tokens per caption.
+    parameters, tokens per caption, what is done with a caption before.
     """
     # What only the decoder or the memory plan depends on is left out: an exported encoder is the same encoder.
     config = dataclasses.replace(encoder.config, decoder_layers=0, tied=False, scale_logits=False, remat=False)
     told = hashlib.blake2b(repr((config, encoder.length)).encode(), digest_size=8)
+    if encoder.whole or encoder.prepare is not str:
+        told.update(f"{encoder.whole} {encoder.prepare.__qualname__}".encode())
     told.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(encoder.params)[0]:
         values = np.ascontiguousarray(leaf)

@@ -7,14 +7,16 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.diffusion import noise
-from jaxdiff.systems.imagen import Sampling, Stage, check, draw, null_text
-from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
+from jaxdiff.nets.unet import Reading
+from jaxdiff.systems.imagen import Given, NullText, Sampling, Stage, check, draw, null_text
+from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +54,10 @@ def mean(models: Sequence[Model]) -> Model:
 
 @dataclass(frozen=True, eq=False)
 class Cascade:
-    """A frozen text encoder, a base model and any number of super-resolution models, in the order of their use."""
+    """A frozen text encoder (or what it has said of the captions that will be drawn), a base model and any number of
+    super-resolution models, in the order of their use."""
 
-    text: TextEncoder
+    text: TextEncoder | EmbeddedCaptions
     base: Model
     super_resolution: tuple[Model, ...] = ()
 
@@ -66,13 +69,17 @@ class Cascade:
                     f"the {upper.stage.resolution} stage enlarges {upper.stage.low_resolution} pixels, "
                     f"but the stage before it draws {lower.stage.resolution}"
                 )
-        have = self.text.config.d_model, self.text.length
+        have = self.text.width, self.text.length
         for stage in (model.stage for model in models if model.stage.unet.reads_text):
             want = stage.unet.text_width, stage.text_length
             if have != want:
                 raise ValueError(
                     f"the text encoder gives embeddings of width {have[0]}, {have[1]} of them; "
                     f"the {stage.resolution} stage reads {want[0]}, {want[1]} of them"
+                )
+            if not self.text.whole and (stage.unet.reading is Reading.WHOLE or stage.null_text is NullText.EMPTY):
+                raise ValueError(
+                    f"the {stage.resolution} stage reads padding and empty captions too, which this text encoder masks"
                 )
 
     @property
@@ -82,6 +89,29 @@ class Cascade:
     @property
     def resolutions(self) -> tuple[int, ...]:
         return tuple(model.stage.resolution for model in self.models)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture to begin with (image to image) and, with a mask, to keep in part (inpainting), for all that is drawn.
+
+    image: (h, w, 3) in [-1, 1], of any size: each stage sees it at its own. strengths: for each stage, the share of its
+    steps that are drawn, above 0 and up to 1. mask: (h, w), True where is drawn and False where the picture is kept.
+    """
+
+    image: np.ndarray
+    strengths: tuple[float, ...]
+    mask: np.ndarray | None = None
+
+    def given(self, number: int, count: int, size: tuple[int, int]) -> Given:
+        """For a stage that draws pictures of this size."""
+        image = jax.image.resize(jnp.asarray(self.image, jnp.float32), (*size, 3), "cubic")
+        image = jnp.broadcast_to(jnp.clip(image, -1.0, 1.0), (count, *size, 3))
+        if self.mask is None:
+            return Given(image, self.strengths[number])
+        mask = jax.image.resize(jnp.asarray(self.mask, jnp.float32)[..., None], (*size, 1), "linear")
+        mask = jnp.broadcast_to((mask >= 0.5).astype(jnp.float32), (count, *size, 1))
+        return Given(image, self.strengths[number], mask)
 
 
 Progress = Callable[[int, int, int], None]
@@ -133,6 +163,7 @@ def stages(
     samplings: Sequence[Sampling] | None = None,
     size: tuple[int, int] | None = None,
     after: tuple[int, np.ndarray] | None = None,
+    picture: Picture | None = None,
     batch: int = 16,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -142,12 +173,13 @@ def stages(
     a long list can be drawn in parts. `negative`: what guidance leads away from; empty is the null text. `samplings`:
     one for each stage, in place of the models' own. `size`: height and width of the base's pictures, which every stage
     enlarges; its resolution by default. `after`: (resolution, pictures) to go on from, as if that stage had drawn them.
+    `picture`: what every stage begins with, or keeps in part.
     `batch`: pictures in one program at the base; a larger picture takes the place of as many as it has of their pixels,
     up to the one that is left.
 
-    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, a size or tiles that a stage
-    cannot draw, a seed below 0 or from 2³² on; and for a stage that draws values that are not finite. An empty prompt
-    is drawn without text, with a warning.
+    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, a size, tiles or strength that a
+    stage cannot draw, a seed below 0 or from 2³² on; and for a stage that draws values that are not finite. An empty
+    prompt is drawn without text, with a warning.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, not one string")
@@ -169,20 +201,34 @@ def stages(
     size = size or (nominal, nominal) if after is None else after[1].shape[1:3]
     for model, sampling in list(zip(cascade.models, samplings))[begin:end]:
         check(model.stage, sampling, tuple(side * model.stage.resolution // nominal for side in size))
+    if picture is not None:
+        _check_picture(cascade, picture, samplings, begin, end)
     _warn_of_blanks(prompts)
     text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), encode(cascade.text, list(prompts)))
-    away = encode(cascade.text, [negative]) if negative.strip() else None
+    empty = any(model.stage.null_text is NullText.EMPTY for model in cascade.models)
+    away = encode(cascade.text, [negative]) if negative.strip() or empty else None
     keys = noise.sample_keys(jax.random.key(seed), jnp.arange(first, first + count))
 
     def drawn(pictures: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
         for number in range(begin, end):
             model, sampling, folded = cascade.models[number], samplings[number], noise.fold(keys, number)
             rows = max(1, batch * cascade.base.stage.resolution**2 // model.stage.resolution**2)
-            task = _Task(model, sampling, text, away, folded, pictures, size, min(rows, count))
+            draws = _Task(model, sampling, text, away, folded, pictures, size, min(rows, count))
+            task = draws if picture is None else replace(draws, begin=partial(picture.given, number))
             pictures = task.run(progress)
             yield model.stage.resolution, pictures
 
     return drawn(None if after is None else after[1])
+
+
+def _check_picture(cascade: Cascade, picture: Picture, samplings: Sequence[Sampling], begin: int, end: int) -> None:
+    if len(picture.strengths) != len(cascade.models):
+        raise ValueError(f"{len(picture.strengths)} strengths for {len(cascade.models)} stages: give one for each")
+    if picture.mask is not None and picture.mask.shape != picture.image.shape[:2]:
+        have, want = ("×".join(map(str, array.shape[:2])) for array in (picture.mask, picture.image))
+        raise ValueError(f"a mask of {have} pixels for a picture of {want}")
+    for number in range(begin, end):
+        Given(picture.image, picture.strengths[number]).first(samplings[number].steps)
 
 
 def _warn_of_blanks(prompts: Sequence[str]) -> None:
@@ -210,6 +256,7 @@ class _Task:
     low_res: np.ndarray | None
     size: tuple[int, int]
     batch: int
+    begin: Callable[[int, tuple[int, int]], Given] | None = None
 
     def run(self, progress: Progress | None) -> np.ndarray:
         count, resolution = len(self.keys), self.model.stage.resolution
@@ -245,4 +292,6 @@ class _Task:
         size = self.size
         if low_res is not None:
             size = tuple(side * stage.factor for side in low_res.shape[1:3])
-        return draw(stage, self.model.params, self.sampling, text, negative, self.keys[rows], size, low_res, report)
+        given = None if self.begin is None else self.begin(len(rows), size)
+        inputs = text, negative, self.keys[rows], size, low_res, report
+        return draw(stage, self.model.params, self.sampling, *inputs, given=given)

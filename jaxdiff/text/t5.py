@@ -27,24 +27,72 @@ class TextEmbedding(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A frozen encoder: settings, parameters (the `shared` and `encoder` subtrees), tokenizer, tokens per caption."""
+    """A frozen encoder: settings, parameters (the `shared` and `encoder` subtrees), tokenizer, tokens per caption.
+
+    whole: what the encoder says of padding counts too, and a blank caption is one like any other (DeepFloyd IF);
+    otherwise both are zeros that are masked. prepare: done with each caption before it is cut into tokens.
+    """
 
     config: T5Config
     params: dict
     tokenizer: PreTrainedTokenizerBase
     length: int
+    whole: bool = False
+    prepare: Callable[[str], str] = str
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
 
 
-def encode(encoder: TextEncoder, captions: Sequence[str]) -> TextEmbedding:
-    """Float32 embeddings (b, length, d_model) of `captions`.
+@dataclass(frozen=True, eq=False)
+class EmbeddedCaptions:
+    """Captions that an encoder has embedded before, in its place: it need not be in memory when pictures are drawn."""
 
-    A blank caption becomes the null text: zeros, nothing to attend to. One that is too long is cut with a warning.
+    captions: tuple[str, ...]
+    embedding: TextEmbedding
+    whole: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.embedding.embeddings.shape[2]
+
+    @property
+    def length(self) -> int:
+        return self.embedding.embeddings.shape[1]
+
+
+def embed_captions(encoder: TextEncoder, captions: Sequence[str]) -> EmbeddedCaptions:
+    """Each caption once, and the empty one."""
+    each = tuple(dict.fromkeys(["", *captions]))
+    # On the host, so that nothing of it stays on the encoder's devices.
+    return EmbeddedCaptions(each, TextEmbedding(*map(np.asarray, encode(encoder, each))), encoder.whole)
+
+
+def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
+    """Float32 embeddings (b, length, width) of `captions`.
+
+    A blank caption becomes the null text: zeros, nothing to attend to; or the embedding of the empty one, where the
+    encoder's are `whole`. One that is too long is cut with a warning. ValueError for a caption that was not embedded.
     """
     if isinstance(captions, str):
         raise ValueError("captions must be a list of strings, not one string")
-    tokens = tokenize(encoder.tokenizer, captions, encoder.length)
+    if isinstance(encoder, EmbeddedCaptions):
+        return _found(encoder, captions)
+    tokens = tokenize(encoder.tokenizer, [encoder.prepare(caption) for caption in captions], encoder.length)
+    if encoder.whole:
+        return TextEmbedding(_in_blocks(encoder, tokens), jnp.ones(tokens.mask.shape, bool))
     written = np.array([bool(caption.strip()) for caption in captions], bool)
     return embed(encoder, Tokens(tokens.ids, tokens.mask & written[:, None]))
+
+
+def _found(embedded: EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
+    places = {caption: place for place, caption in enumerate(embedded.captions)}
+    lacking = [caption for caption in captions if caption not in places]
+    if lacking:
+        raise ValueError(f"no embedding of {lacking[0]!r} among those of {len(places)} captions")
+    rows = np.array([places[caption] for caption in captions], int)
+    return TextEmbedding(*(jnp.asarray(array[rows]) for array in embedded.embedding))
 
 
 def null_text(encoder: TextEncoder, count: int) -> TextEmbedding:
@@ -57,8 +105,12 @@ def embed(encoder: TextEncoder, tokens: Tokens) -> TextEmbedding:
     """Embeddings of tokens, in blocks of one size so that the compiled program is reused."""
     if not len(tokens.ids):
         return null_text(encoder, 0)
-    embeddings = in_blocks(partial(_embed, encoder.config, encoder.params), tokens.ids, tokens.mask)
-    return TextEmbedding(embeddings, jnp.asarray(tokens.mask))
+    embeddings = _in_blocks(encoder, tokens)
+    return TextEmbedding(jnp.where(tokens.mask[..., None], embeddings, 0.0), jnp.asarray(tokens.mask))
+
+
+def _in_blocks(encoder: TextEncoder, tokens: Tokens) -> Float[Array, "b n d"]:
+    return in_blocks(partial(_embed, encoder.config, encoder.params), tokens.ids, tokens.mask)
 
 
 def in_blocks(program: Callable[..., Any], *arrays: np.ndarray) -> Any:
@@ -72,4 +124,4 @@ def in_blocks(program: Callable[..., Any], *arrays: np.ndarray) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-    return jnp.where(mask[..., None], T5Encoder(config).apply({"params": params}, ids, mask), 0.0)
+    return T5Encoder(config).apply({"params": params}, ids, mask)
