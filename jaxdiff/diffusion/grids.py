@@ -5,6 +5,7 @@ included), such as the leading spacing of a published discrete sampler.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -117,7 +118,8 @@ class Respaced:
             if count > length:
                 raise ValueError(f"a respacing cannot take {count} entries out of {length}")
             stride = (length - 1) / (count - 1) if count > 1 else 0.0
-            found += [start + round(stride * i) for i in range(count)]
+            # Summed up as in the published code: a product would round some halves the other way.
+            found += [start + round(place) for place in itertools.accumulate([0.0, *[stride] * (count - 1)])]
             start += length
         return [*found[:-1], found[-1] - self.offset]
 

@@ -1,4 +1,4 @@
-"""Imagen's published stages as plain values, and a tiny cascade that trains on a laptop.
+"""Imagen's published stages as plain values, DeepFloyd IF's, and a tiny cascade that trains on a laptop.
 
 Where the paper prints no value, a convention stands in: 128 text tokens, the sampling steps, the guidance of each
 stage. Parameter counts are tested.
@@ -6,14 +6,16 @@ stage. Parameter counts are tested.
 
 from dataclasses import replace
 
+from jaxdiff.diffusion.grids import Respaced
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.losses import MinSNR, PowerSNR
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDPM, DPMSolverPP2M
-from jaxdiff.diffusion.schedules import Cosine, Focused, Linear
+from jaxdiff.diffusion.schedules import Cosine, Discrete, Focused, Linear
 from jaxdiff.diffusion.thresholding import Dynamic, Static
-from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems.imagen import Sampling, Stage
+from jaxdiff.nets.blocks import Activation
+from jaxdiff.nets.unet import EfficientUNetConfig, Reading, UNetConfig
+from jaxdiff.systems.imagen import Enlargement, NullText, Sampling, Stage
 
 BASE_64_2B = Stage(unet=UNetConfig())
 """The base model (F.1): 2.26 B parameters with the text projected to 2048 inside the network."""
@@ -136,3 +138,83 @@ SAMPLING_BASE_QUICK = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(3.
 """Guided only where colours are decided: beyond that it makes them brighter than any of the set's."""
 SAMPLING_SR_TINY = Sampling(sampler=DPMSolverPP2M(), steps=6, thresholding=Static())
 """No guidance: these stages read no text."""
+
+
+def _if_unet(channels: int, multipliers: tuple[int, ...], **settings) -> UNetConfig:
+    top = channels * multipliers[-1]
+    return UNetConfig(
+        channels=channels,
+        multipliers=multipliers,
+        time_width=top,
+        context_width=top,
+        learned_variance=True,
+        reading=Reading.WHOLE,
+        pool_heads=64,
+        activation=Activation.GELU,
+        norm_groups=32,
+        frequencies=channels,
+        **settings,
+    )
+
+
+def if_stage(unet: UNetConfig, resolution: int) -> Stage:
+    """DeepFloyd IF's conventions around one of its U-Nets: 1000 cosine steps, learned variance, the empty caption as
+    null text, 77 tokens; super-resolution sees its input enlarged bilinearly, then noised."""
+    return Stage(
+        unet=unet,
+        resolution=resolution,
+        low_resolution=resolution // 4 if unet.low_res else None,
+        schedule=Discrete.cosine(),
+        augmentation=Discrete.cosine(),
+        enlargement=Enlargement.BILINEAR,
+        text_length=77,
+        null_text=NullText.EMPTY,
+    )
+
+
+_IF_II = {
+    "multipliers": (1, 1, 2, 3, 4),
+    "blocks": (2, 2, 3, 5, 5),
+    "self_attention": (False,) * 5,
+    "cross_attention": (False, False, False, True, True),
+    "low_res": True,
+    "residual_scale": 0.7071,
+}
+
+IF_I_M = if_stage(_if_unet(192, (1, 2, 3, 4)), 64)
+IF_I_L = if_stage(_if_unet(320, (1, 2, 3, 4)), 64)
+IF_I_XL = if_stage(_if_unet(704, (1, 2, 3, 4)), 64)
+"""372, 935 and 4305 M parameters."""
+IF_II_M = if_stage(_if_unet(192, **_IF_II), 256)
+IF_II_L = if_stage(_if_unet(320, **_IF_II), 256)
+"""466 and 1198 M parameters. Their widths are not printed anywhere: these are the ones of stage I's M and L, and come to
+the published 450 M and 1.2 B. What is loaded has the widths of its own config.json."""
+
+FAST27 = Respaced((10, 10, 3, 2, 2), offset=2)
+SMART27 = Respaced((7, 4, 2, 1, 2, 4, 7))
+SMART50 = Respaced((10, 6, 4, 3, 2, 2, 3, 4, 6, 10))
+SMART100 = Respaced((1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13))
+SMART185 = Respaced((1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20))
+SUPER27 = Respaced((1, 1, 1, 1, 1, 1, 1, 2, 5, 13))
+SUPER40 = Respaced((2, 2, 2, 2, 2, 2, 3, 4, 6, 15))
+SUPER100 = Respaced((4, 4, 6, 6, 8, 8, 10, 10, 14, 30))
+"""DeepFloyd IF's respacings of its 1000 steps; the super ones are for super-resolution to 1024."""
+
+SAMPLING_IF_I = Sampling(
+    sampler=DDPM(None),
+    steps=100,
+    spacing=Respaced((100,)),
+    guidance=Guidance(7.0),
+    thresholding=Dynamic(0.95, cap=1.5),
+    clean_known=True,
+)
+SAMPLING_IF_II = Sampling(
+    sampler=DDPM(None),
+    steps=50,
+    spacing=SMART50,
+    guidance=Guidance(4.0),
+    thresholding=Dynamic(0.95, cap=1.0),
+    aug_level=0.25,
+    clean_known=True,
+)
+"""The cap of 1 makes its thresholding static."""
