@@ -240,7 +240,10 @@ class Discrete(_VariancePreserving):
 
     def position(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """The table index at t (fractional between entries; −1 at t = 0)."""
-        return _precise(t) * self.steps - 1.0
+        found = _precise(t) * self.steps - 1.0
+        # At an entry exactly its index: what float32 loses in t would show in a network's sines of it.
+        nearest = jnp.round(found)
+        return jnp.where(jnp.abs(found - nearest) < 1e-3, nearest, found)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """That of the table's entry `level` · N, so that 0 is the first one and not the clean picture."""

@@ -1,13 +1,16 @@
-"""A trained Imagen cascade on disk.
+"""A cascade on disk: one that was trained here, or DeepFloyd IF.
 
     DIR/text/              the text encoder: config.json, model.safetensors, tokenizer.json (transformers layout)
     DIR/base64/            stage.json (settings) and model.safetensors (averaged parameters)
     DIR/sr256/ DIR/sr1024/ the same for super-resolution
 
-A folder of a training run (`…/model`) is one such stage. `SHIPPED` is the tiny cascade of the package.
+A folder of a training run (`…/model`) is one such stage. `SHIPPED` is the tiny cascade of the package. A stage of IF
+is a folder that diffusers' IFPipeline or IFSuperResolutionPipeline opens (`weights/deepfloyd_pipeline.py`), the base's
+with the text encoder in it; alone, or in a folder of stages under the names above.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,33 +18,115 @@ import jax.numpy as jnp
 
 from jaxdiff.systems.cascade import Cascade, Model
 from jaxdiff.systems.imagen import Sampling, Stage
-from jaxdiff.weights import tree
+from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
+from jaxdiff.weights import deepfloyd_pipeline, hub, t5, tree
 from jaxdiff.weights.settings import from_json, to_json
-from jaxdiff.weights.t5 import load_text_encoder
 
 SHIPPED = Path(__file__).parent / "tiny"
 STAGES = ("base64", "sr256", "sr1024")
+SECOND = {f"DeepFloyd/IF-I-{size}-v1.0": f"DeepFloyd/IF-II-{size.replace('X', '')}-v1.0" for size in ("M", "L", "XL")}
+"""The stage II that a published stage I is drawn with, where no other is named."""
+
+Weights = str | Path | Sequence[str | Path]
+"""A folder of stages, or the pipeline of each stage by its folder or hub id (`id@revision`)."""
 
 
-def load(directory: str | Path = SHIPPED) -> Cascade:
-    """The cascade in `directory`; a super-resolution stage may be missing, with all after it.
+def load(
+    weights: Weights = SHIPPED,
+    *,
+    dtype: str | None = None,
+    variant: str | None = None,
+    clean: bool = True,
+    text: TextEncoder | EmbeddedCaptions | None = None,
+    place: hub.Place = jnp.asarray,
+) -> Cascade:
+    """The cascade in a folder, where super-resolution may be missing from its end; or of one or several pipelines.
 
-    Raises FileNotFoundError, or ValueError for settings, names or shapes that do not fit.
+    `load("DeepFloyd/IF-I-XL-v1.0")` brings the stage II that belongs to it. `text`: in place of the text encoder, which
+    is then not loaded. What comes from pipelines is loaded in `dtype` ("float32" by default, or "bfloat16"), from the
+    files of a `variant` ("fp16"), put on devices by `place`, and its captions are cleaned as IF's were, or with
+    `clean=False` only put in lower case. Raises FileNotFoundError, or ValueError for settings, names or shapes that do
+    not fit.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder of weights")
-    base = load_model(directory / STAGES[0])
-    present = [name for name in STAGES[1:] if (directory / name).is_dir()]
-    if present != list(STAGES[1 : 1 + len(present)]):
-        raise ValueError(f"{directory}: holds {present[-1]} without the stage before it")
-    text = load_text_encoder(directory / "text", base.stage.text_length)
-    return Cascade(text, base, tuple(load_model(directory / name) for name in present))
+    folder = _folder(weights)
+    options = {"dtype": dtype or "float32", "variant": variant, "place": place}
+    if folder is not None:
+        present = [name for name in STAGES if (folder / name).is_dir()]
+        if present[1:] != list(STAGES[1 : len(present)]):
+            raise ValueError(f"{folder}: holds {present[-1]} without the stage before it")
+        places = [folder / name for name in present or STAGES[:1]]
+        models = [deepfloyd_pipeline.load_stage(p, **options) if is_pipeline(p) else load_model(p) for p in places]
+    else:
+        models = [deepfloyd_pipeline.load_stage(place, **options) for place in _pipelines(weights, variant)]
+    base, *others = models
+    text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place) if text is None else text
+    return Cascade(text, base, tuple(others))
+
+
+def load_text(
+    weights: Weights = SHIPPED,
+    *,
+    dtype: str | None = None,
+    variant: str | None = None,
+    clean: bool = True,
+    place: hub.Place = jnp.asarray,
+) -> TextEncoder:
+    """The text encoder of a cascade alone, as `load` has it: to embed captions and leave before the rest is loaded."""
+    folder = _folder(weights)
+    if folder is not None and not is_pipeline(folder / STAGES[0]):
+        return t5.load_text_encoder(folder / "text", read_settings(folder / STAGES[0])[0].text_length)
+    first = folder / STAGES[0] if folder is not None else _directory(_listed(weights)[0], variant, ("text_encoder",))
+    options = {"clean": clean, "variant": variant, "place": place}
+    return deepfloyd_pipeline.load_text_encoder(first, dtype or "float32", **options)
+
+
+def is_pipeline(directory: Path) -> bool:
+    return (directory / deepfloyd_pipeline.INDEX).is_file()
+
+
+def _listed(weights: Weights) -> list[str | Path]:
+    """Where the stages are, in their order."""
+    listed = [weights] if isinstance(weights, str | Path) else list(weights)
+    if not listed:
+        raise ValueError("no weights are named")
+    if len(listed) == 1 and (hub_id := str(listed[0]).partition("@")[0]) in SECOND and not Path(listed[0]).exists():
+        return [listed[0], SECOND[hub_id]]
+    return listed
+
+
+def _folder(weights: Weights) -> Path | None:
+    """The folder of stages, where it is one that is named, and not pipelines."""
+    listed = _listed(weights)
+    folder = Path(listed[0])
+    if len(listed) > 1 or is_pipeline(folder):
+        return None
+    if not folder.is_dir():
+        if isinstance(listed[0], Path) or str(listed[0]).count("/") != 1 or str(listed[0]).startswith((".", "~")):
+            raise FileNotFoundError(f"{folder}: no such folder of weights")
+        return None
+    return folder
+
+
+def _pipelines(weights: Weights, variant: str | None) -> list[Path]:
+    return [_directory(place, variant, ("unet",)) for place in _listed(weights)]
+
+
+def _directory(place: str | Path, variant: str | None, folders: tuple[str, ...]) -> Path:
+    directory = hub.directory_of(place, "weights", folders=folders, variant=variant)
+    if not is_pipeline(directory):
+        raise ValueError(f"{place} holds no pipeline of DeepFloyd IF (it has no {deepfloyd_pipeline.INDEX})")
+    return directory
 
 
 def load_model(directory: str | Path) -> Model:
     """One stage: its settings, its parameters as float32, and how it draws."""
     directory = Path(directory)
+    stage, sampling, text = read_settings(directory)
+    return Model(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
+
+
+def read_settings(directory: Path) -> tuple[Stage, Sampling, str | None]:
+    """Of one stage, with the fingerprint of the text encoder that it was trained with, where that is known."""
     settings = directory / "stage.json"
     if not settings.is_file():
         raise FileNotFoundError(f"{directory}: no stage here (it has no stage.json)")
@@ -55,13 +140,23 @@ def load_model(directory: str | Path) -> Model:
     text = data.get("text")
     if not isinstance(stage, Stage) or not isinstance(sampling, Sampling) or not isinstance(text, str | None):
         raise ValueError(f"{settings}: not the settings of a stage")
-    return Model(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
+    return stage, sampling, text
 
 
 def load_params(stage: Stage, path: Path) -> dict:
     """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
     params = tree.load_expected(path, jax.eval_shape(stage.init, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> None:
+    """Writes a cascade of IF's kind as pipelines in a folder of stages: diffusers opens each, `load` all of them.
+
+    ValueError where diffusers has no words for a setting of a stage, OSError where something cannot be written.
+    """
+    for name, model in zip(STAGES, cascade.models):
+        text = cascade.text if model is cascade.base and isinstance(cascade.text, TextEncoder) else None
+        deepfloyd_pipeline.export_stage(model, Path(directory) / name, text, dtype)
 
 
 def save_model(model: Model, directory: str | Path, dtype: str = "float32") -> None:

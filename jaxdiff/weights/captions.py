@@ -1,0 +1,30 @@
+"""Captions embedded once, in one safetensors file: what draws from it needs no text encoder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
+from jaxdiff.weights import tree
+
+
+def save(path: str | Path, embedded: EmbeddedCaptions) -> None:
+    """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
+    told = {"captions": json.dumps(embedded.captions), "whole": json.dumps(embedded.whole)}
+    text, mask = (np.asarray(array) for array in embedded.embedding)
+    tree.save_tree(path, {"embeddings": text, "mask": mask}, {"format": "jaxdiff captions"} | told)
+
+
+def load(path: str | Path) -> EmbeddedCaptions:
+    """The inverse of `save`. FileNotFoundError, or ValueError in one line for any other file."""
+    params, told = tree.load_tree(path)
+    try:
+        captions, whole = json.loads(told["captions"]), json.loads(told["whole"])
+        text, mask = params["embeddings"], params["mask"]
+        fits = text.ndim == 3 and mask.shape == text.shape[:2] and len(captions) == len(text) and mask.dtype == bool
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of embedded captions ({error!r})") from error
+    if not fits or not isinstance(whole, bool) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{path}: not a file of embedded captions")
+    return EmbeddedCaptions(tuple(captions), TextEmbedding(text.astype(np.float32), mask), whole)

@@ -1,0 +1,192 @@
+"""DeepFloyd IF as diffusers keeps it: a folder for each stage, with its U-Net, its scheduler and the text encoder.
+
+    STAGE_I/   model_index.json  unet/  scheduler/  text_encoder/  tokenizer/
+    STAGE_II/  model_index.json  unet/  scheduler/  image_noising_scheduler/
+
+What a scheduler's settings say is how the stage draws; what they do not say (guidance, steps, the level of noise on the
+input of stage II) is as in `systems/imagen_presets.py`.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDIM, DDPM
+from jaxdiff.diffusion.schedules import Discrete
+from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
+from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import Enlargement, NullText, Sampling
+from jaxdiff.text.cleaning import clean_caption
+from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.weights import deepfloyd, hub, t5, tree
+
+INDEX = "model_index.json"
+LENGTH = 77
+"""Tokens a caption that IF was trained with."""
+
+
+def load_stage(
+    directory: Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
+) -> Model:
+    """The stage in a pipeline's folder; parameters and compute type in `dtype`, "float32" or "bfloat16".
+
+    Raises FileNotFoundError, or ValueError that names the file and the setting or tensors at fault.
+    """
+    if (directory / INDEX).is_file():
+        kind = hub.read_json(directory / INDEX, "DeepFloyd IF").get("_class_name")
+        if not str(kind).startswith("IF"):
+            raise ValueError(f"{directory / INDEX}: _class_name = {kind!r} is not supported, only IF's pipelines")
+    config = directory / "unet" / "config.json"
+    side = hub.read_json(config, "U-Net").get("sample_size")
+    unet, params = deepfloyd.load_unet(directory / "unet", dtype, variant=variant, place=place)
+    if type(side) is not int or side < 1:
+        raise ValueError(f"{config}: sample_size = {side!r} is not supported, only a number of pixels")
+    try:
+        stage = presets.if_stage(unet, side)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    sampling = presets.SAMPLING_IF_II if unet.low_res else presets.SAMPLING_IF_I
+    for name in ("scheduler", "image_noising_scheduler"):
+        path = directory / name / "scheduler_config.json"
+        if path.is_file():
+            schedule, given = read_scheduler(path, unet.learned_variance)
+            if name == "scheduler":
+                stage, sampling = replace(stage, schedule=schedule), replace(sampling, **given)
+            else:
+                stage = replace(stage, augmentation=schedule)
+    return Model(stage, params, sampling)
+
+
+def load_text_encoder(
+    directory: Path,
+    dtype: str = "float32",
+    *,
+    clean: bool = True,
+    variant: str | None = None,
+    place: hub.Place = jnp.asarray,
+) -> TextEncoder:
+    """The frozen T5 of stage I. Captions are cleaned as IF's were in training, or with `clean=False` only put in lower
+    case."""
+    encoder = t5.load_text_encoder(
+        directory / "text_encoder", LENGTH, dtype, tokenizer=directory / "tokenizer", variant=variant, place=place
+    )
+    return replace(encoder, whole=True, prepare=clean_caption if clean else lowered)
+
+
+def lowered(caption: str) -> str:
+    """In lower case, without blanks at its ends."""
+    return caption.lower().strip()
+
+
+def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]:
+    """The schedule, and the settings of `Sampling` that a scheduler_config.json decides, of a network that has learned
+    the variance or not. ValueError that names a setting that is not supported."""
+    values = hub.read_json(path, "scheduler")
+    hub.require(path, values, "_class_name", ("DDPMScheduler", "DDIMScheduler"))
+    for name, allowed in {
+        "beta_schedule": ("squaredcos_cap_v2",),
+        "trained_betas": (None,),
+        "prediction_type": ("epsilon",),
+        "steps_offset": (0, None),
+        "rescale_betas_zero_snr": (False, None),
+        "set_alpha_to_one": (True, None),
+        "clip_sample_range": (1.0, None),
+    }.items():
+        hub.require(path, values, name, allowed, None if None in allowed else allowed[0])
+    count = values.get("num_train_timesteps", 1000)
+    if type(count) is not int or not 2 <= count <= 1_000_000:
+        raise ValueError(f"{path}: num_train_timesteps = {count!r} is not supported, only a number from 2")
+    given: dict[str, Any] = {"thresholding": _thresholding(path, values)}
+    if values["_class_name"] == "DDIMScheduler":
+        return Discrete.cosine(count), given | {"sampler": DDIM(), "keep_eps": True}
+    variances = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
+    variances |= {"learned_range": None} if learned else {}
+    hub.require(path, values, "variance_type", tuple(variances), "fixed_small")
+    return Discrete.cosine(count), given | {"sampler": DDPM(variances[values.get("variance_type", "fixed_small")])}
+
+
+def _thresholding(path: Path, values: dict) -> Dynamic | Static | Unthresholded:
+    if not values.get("thresholding", False):
+        return Static() if values.get("clip_sample", True) else Unthresholded()
+    ratio, cap = values.get("dynamic_thresholding_ratio", 0.995), values.get("sample_max_value", 1.0)
+    try:
+        return Dynamic(float(ratio), float(cap))
+    except (TypeError, ValueError) as error:
+        told = f"dynamic_thresholding_ratio = {ratio!r} with sample_max_value = {cap!r}"
+        raise ValueError(f"{path}: {told} is not supported: {error}") from error
+
+
+def export_stage(model: Model, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+    """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
+
+    ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
+    written.
+    """
+    stage, sampling = model.stage, model.sampling
+    scheduler = _scheduler(stage.schedule, "schedule") | _drawing(sampling, stage.unet.learned_variance)
+    for name, fits in {
+        "prediction": stage.prediction is Prediction.EPSILON,
+        "enlargement": stage.enlargement is Enlargement.BILINEAR or not stage.unet.low_res,
+        "null_text": stage.null_text is NullText.EMPTY,
+        "text_length": stage.text_length == LENGTH,
+        "residual": not stage.residual,
+        "low_resolution": not stage.unet.low_res or stage.factor == 4,
+    }.items():
+        if not fits:
+            raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {getattr(stage, name)}")
+    noising = _scheduler(stage.augmentation, "augmentation") if stage.unet.low_res else None
+    deepfloyd.export_unet(stage.unet, model.params, directory / "unet", dtype)
+    config = directory / "unet" / "config.json"
+    _write(config, json.loads(config.read_text()) | {"sample_size": stage.resolution})
+    _write(directory / "scheduler" / "scheduler_config.json", scheduler)
+    parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
+    parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
+    parts |= {"scheduler": ("diffusers", scheduler["_class_name"])}
+    if noising:
+        _write(directory / "image_noising_scheduler" / "scheduler_config.json", noising)
+        parts |= {"image_noising_scheduler": ("diffusers", noising["_class_name"])}
+    parts |= {"text_encoder": (None, None), "tokenizer": (None, None)}
+    if text is not None:
+        t5.export(text.config, text.params, directory / "text_encoder", dtype)
+        text.tokenizer.save_pretrained(str(directory / "tokenizer"))
+        parts |= {"text_encoder": ("transformers", "T5EncoderModel")}
+        parts |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
+    name = "IFSuperResolutionPipeline" if stage.unet.low_res else "IFPipeline"
+    _write(directory / INDEX, {"_class_name": name} | parts)
+
+
+def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
+    if not isinstance(schedule, Discrete) or schedule != Discrete.cosine(schedule.steps):
+        raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be Discrete.cosine()")
+    return {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": "epsilon",
+    }
+
+
+def _drawing(sampling: Sampling, learned: bool) -> dict[str, Any]:
+    threshold, sampler = sampling.thresholding, sampling.sampler
+    told: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, Static)}
+    if isinstance(threshold, Dynamic):
+        told["thresholding"] = True
+        cap = 1e6 if threshold.cap is None else threshold.cap
+        told |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}
+    if isinstance(sampler, DDIM):
+        return told | {"_class_name": "DDIMScheduler"}
+    gammas = {0.0: "fixed_small", 1.0: "fixed_large"} | ({None: "learned_range"} if learned else {})
+    if not isinstance(sampler, DDPM) or sampler.gamma not in gammas:
+        raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}")
+    return told | {"variance_type": gammas[sampler.gamma]}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tree.replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,69 @@
+"""A DeepFloyd IF of the published topology and very small: random weights, a small vocabulary."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.nets.blocks import Activation
+from jaxdiff.nets.t5 import T5Config, T5Encoder
+from jaxdiff.nets.unet import Reading, UNetConfig
+from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems.cascade import Cascade, Model
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.text.cleaning import clean_caption
+from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.tokenizer import train_tokenizer
+from jaxdiff.weights import tree
+
+BASE = UNetConfig(
+    channels=32,
+    multipliers=(1, 2),
+    blocks=(1, 1),
+    self_attention=(False, True),
+    cross_attention=(False, False),
+    head_channels=16,
+    time_width=64,
+    text_width=24,
+    context_width=32,
+    learned_variance=True,
+    reading=Reading.WHOLE,
+    pool_heads=4,
+    activation=Activation.GELU,
+    norm_groups=32,
+    frequencies=32,
+)
+SR = replace(BASE, self_attention=(False, False), cross_attention=(False, True), low_res=True, residual_scale=0.7071)
+STAGES = presets.if_stage(BASE, 16), presets.if_stage(SR, 64)
+CAPTIONS = ["a large red circle on a white background", "two blue stars left of a green heart", "A pink Cross!"]
+
+
+def random_params(shapes: dict, seed: int = 0) -> dict:
+    """Parameters none of which is 0; drawn by numpy, since compiling `init` takes long. The last layer is a small one:
+    a network that says more than there is noise makes a picture's every rounding error grow with each step."""
+    rng, drawn = np.random.default_rng(seed), {}
+    for path, leaf in tree.flatten(shapes).items():
+        x = rng.normal(size=leaf.shape)
+        if path.endswith("kernel"):
+            x *= (0.2 if path.startswith("head/") else 1.0) * np.prod(leaf.shape[:-1]) ** -0.5
+        drawn[path] = jnp.asarray(1 + 0.1 * x if path.endswith("scale") else x if x.ndim > 1 else 0.1 * x, "f4")
+    return tree.unflatten(drawn)
+
+
+def stage_params(stage: Stage, seed: int = 0) -> dict:
+    return random_params(jax.eval_shape(stage.init, jax.random.key(0)), seed)
+
+
+def text_encoder(captions=CAPTIONS) -> TextEncoder:
+    words = train_tokenizer([*captions, "a small yellow square"] * 20, 450)
+    config = T5Config(vocab=len(words), d_model=24, d_kv=8, d_ff=40, layers=2, decoder_layers=0, heads=2)
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, jax.ShapeDtypeStruct((1, 2), bool))
+    return TextEncoder(config, random_params(shapes["params"], 7), words, 77, whole=True, prepare=clean_caption)
+
+
+def cascade() -> Cascade:
+    samplings = presets.SAMPLING_IF_I, presets.SAMPLING_IF_II
+    base, large = (Model(s, stage_params(s, i), samplings[i]) for i, s in enumerate(STAGES))
+    return Cascade(text_encoder(), base, (large,))
