@@ -291,8 +291,19 @@ class Linear(nn.Module):
         shape = (x.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
         # One flat matrix product: XLA's CPU gradient of a product over two leading axes takes 1.6 times as long.
-        flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
-        return flat.reshape(*x.shape[:-1], self.width)
+        flat = x.reshape(-1, x.shape[-1])
+        if kernel.dtype == jnp.bfloat16:
+            kernel = jax.lax.platform_dependent(kernel, flat, cpu=_not_before, default=lambda kernel, _: kernel)
+        return (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.width)
+
+
+def _not_before(kernel: Float[Array, "d e"], x: Float[Array, "n d"]) -> Float[Array, "d e"]:
+    """`kernel`, which cannot be had before `x` is known: nothing is larger than infinity, but the compiler never asks.
+
+    On a CPU XLA multiplies bfloat16 as float32. Left to itself it makes the float32 copies of all layers at once,
+    before the first is used: for XXL 19 GB beside the 9.5 of the model, where those of one layer take 0.8.
+    """
+    return jnp.where(x[0, 0] > jnp.inf, jnp.zeros((), kernel.dtype), kernel)
 
 
 def _embedding(config: T5Config) -> nn.Embed:

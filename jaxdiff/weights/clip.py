@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +156,7 @@ def read_config(path: Path, dtype: str = "float32", tower: Tower | None = None) 
 def _load(
     path_or_id: str | Path, dtype: str, variant: str | None, place: hub.Place, tower: Tower | None
 ) -> tuple[CLIPConfig, dict]:
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+    hub.check_dtype(dtype)
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
     path = directory / "config.json"
     values = hub.read_json(path, "CLIP")
@@ -194,7 +193,7 @@ def _config(path: Path, values: dict, dtype: str, tower: Tower | None) -> CLIPCo
         raise ValueError(f"{path}: model_type = {values['model_type']!r} is one tower alone: load_text or load_image")
     hub.require(path, values, "model_type", ("clip", *([alone[tower]] if tower else [])))
     hub.require(path, values, "quantization_config", (None,))
-    top = _Group(path, "", values)
+    top = hub.Group(path, values)
     groups = {}
     for name in [tower] if tower else alone:
         groups[name] = top
@@ -209,68 +208,33 @@ def _config(path: Path, values: dict, dtype: str, tower: Tower | None) -> CLIPCo
     )
 
 
-def _text_config(group: "_Group") -> TextTowerConfig:
+def _text_config(group: hub.Group) -> TextTowerConfig:
     group.require("use_attention_mask", (None, False))  # diffusers' pipelines would hide what fills a caption up
     eos_id = group.size("eos_token_id", 49407, least=0)
-    return replace(group.tower(TextTowerConfig(), TEXT), eos_id=None if eos_id == LARGEST_ID else eos_id)
+    return replace(_tower_config(group, TextTowerConfig(), TEXT), eos_id=None if eos_id == LARGEST_ID else eos_id)
 
 
-def _image_config(group: "_Group") -> ImageTowerConfig:
+def _image_config(group: hub.Group) -> ImageTowerConfig:
     group.require("num_channels", (3,), 3)
-    return group.tower(ImageTowerConfig(), IMAGE)
+    return _tower_config(group, ImageTowerConfig(), IMAGE)
 
 
-MOST, DEEPEST = 2**20, 256
-"""No size and no number of layers is larger: more is a mistake, and would be found out much later."""
 _Config = TypeVar("_Config", TextTowerConfig, ImageTowerConfig)
 
 
-class _Group(NamedTuple):
-    """A group of settings in a config.json; what is wrong with one is a ValueError that gives the name it has there."""
-
-    path: Path
-    name: str
-    values: dict[str, Any]
-
-    def group(self, name: str) -> "_Group":
-        """A group in this one. What transformers calls its `_dict` is from older versions, and replaces all of it."""
-        values = self.values.get(f"{name}_dict")
-        name = name if values is None else f"{name}_dict"
-        values = self.values.get(name)
-        if not isinstance(values, dict | None):
-            raise ValueError(f"{self.path}: {name} is not a group of settings")
-        return _Group(self.path, f"{name}.", values or {})
-
-    def require(self, name: str, allowed: tuple, default: Any = None) -> None:
-        hub.require(self.path, {self.name + name: self.values.get(name, default)}, self.name + name, allowed)
-
-    def size(self, name: str, default: int, least: int = 1) -> int:
-        value, most = self.values.get(name, default), DEEPEST if name == TOWER["layers"] else MOST
-        if type(value) is not int or not least <= value <= most:
-            raise self.error(name, value, f"a whole number from {least} to {most}")
-        return value
-
-    def fraction(self, name: str, default: float) -> float:
-        value = self.values.get(name, default)
-        if type(value) is not float or not 0 < value < 1:
-            raise self.error(name, value, "a number between 0 and 1")
-        return value
-
-    def error(self, name: str, value: Any, wanted: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.name}{name} = {value!r} is not supported, only {wanted}")
-
-    def tower(self, defaults: _Config, names: dict[str, str]) -> _Config:
-        self.require("hidden_act", ("quick_gelu", "gelu"), defaults.activation)
-        given: dict[str, Any] = {}
-        for ours, theirs in names.items():
-            default = getattr(defaults, ours)
-            read = {int: self.size, float: self.fraction, str: self.values.get}[type(default)]
-            given[ours] = read(theirs, default)
-        for whole, part in (("width", "heads"), ("resolution", "patch")):
-            if part in given and given[whole] % given[part]:
-                wanted = f"one that divides {self.name}{names[whole]} = {given[whole]}"
-                raise self.error(names[part], given[part], wanted)
-        return replace(defaults, **given)
+def _tower_config(group: hub.Group, defaults: _Config, names: dict[str, str]) -> _Config:
+    group.require("hidden_act", ("quick_gelu", "gelu"), defaults.activation)
+    given: dict[str, Any] = {}
+    for ours, theirs in names.items():
+        default = getattr(defaults, ours)
+        size = partial(group.size, most=hub.DEEPEST if ours == "layers" else hub.MOST)
+        read = {int: size, float: group.fraction, str: group.values.get}[type(default)]
+        given[ours] = read(theirs, default)
+    for whole, part in (("width", "heads"), ("resolution", "patch")):
+        if part in given and given[whole] % given[part]:
+            wanted = f"one that divides {group.name}{names[whole]} = {given[whole]}"
+            raise group.error(names[part], given[part], wanted)
+    return replace(defaults, **given)
 
 
 def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def load(
     tensors = hub.open_tensors(directory, variant)
     if encoder_only or not any(key.startswith("decoder.") for key in tensors):
         config = replace(config, decoder_layers=0)
+    elif not config.decoder_layers:
+        raise ValueError(f"{directory}: num_decoder_layers = 0 in config.json, but there is a decoder")
     else:
         config = replace(config, tied=_is_tied(config, tensors))
     tensors = _accounted(config, tensors)
@@ -88,20 +90,28 @@ def read_config(path: Path) -> T5Config:
     lacking = [theirs for theirs in REQUIRED.values() if theirs not in values]
     if lacking:
         raise ValueError(f"{path} lacks the setting {lacking[0]!r}")
-    given = {name: values[theirs] for name, theirs in REQUIRED.items()}
-    given |= {name: values[theirs] for name, theirs in OPTIONAL.items() if values.get(theirs) is not None}
-    hub.require(path, values, "model_type", ("t5", "mt5", "umt5"))
-    hub.require(path, values, "feed_forward_proj", tuple(FEED_FORWARD), "relu")
-    gated = FEED_FORWARD[values.get("feed_forward_proj", "relu")]
-    hub.require(path, values, "dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
-    tied = values.get("tie_word_embeddings") is not False
+    told = hub.Group(path, {name: value for name, value in values.items() if value is not None or name in REQUIRED})
+    told.require("quantization_config", (None,))
+    told.require("model_type", ("t5", "mt5", "umt5"))
+    told.require("feed_forward_proj", tuple(FEED_FORWARD), "relu")
+    gated = FEED_FORWARD[told.values.get("feed_forward_proj", "relu")]
+    told.require("dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
+    most = {"layers": hub.DEEPEST}
+    sizes = {ours: told.size(theirs, most=most.get(ours, hub.MOST)) for ours, theirs in REQUIRED.items()}
+    ids = {ours: told.size(theirs, getattr(T5Config, ours), 0, sizes["vocab"] - 1) for ours, theirs in IDS.items()}
+    buckets = told.size(OPTIONAL["buckets"], T5Config.buckets, 4)
+    tied = told.flag("tie_word_embeddings", True)
     return T5Config(
-        decoder_layers=given.pop("decoder_layers", given["layers"]),
+        **sizes,
+        **ids,
+        decoder_layers=told.size(OPTIONAL["decoder_layers"], sizes["layers"], 0, hub.DEEPEST),
+        buckets=buckets,
+        max_distance=told.size(OPTIONAL["max_distance"], T5Config.max_distance, buckets // 2 + 1),
+        eps=told.fraction(OPTIONAL["eps"], T5Config.eps),
         gated=gated,
         tied=tied,
-        bias_per_layer=values["model_type"] == "umt5",
-        scale_logits=bool(values.get("scale_decoder_outputs", tied)),
-        **given,
+        bias_per_layer=told.values["model_type"] == "umt5",
+        scale_logits=told.flag("scale_decoder_outputs", tied),
     )
 
 
@@ -118,10 +128,8 @@ OPTIONAL = {
     "buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance",
     "eps": "layer_norm_epsilon",
-    "pad_id": "pad_token_id",
-    "eos_id": "eos_token_id",
-    "decoder_start_id": "decoder_start_token_id",
 }
+IDS = {"pad_id": "pad_token_id", "eos_id": "eos_token_id", "decoder_start_id": "decoder_start_token_id"}
 FEED_FORWARD = {"relu": False, "gated-gelu": True}
 """transformers' name of each feed-forward that T5 was published with, and whether it is the gated one."""
 
@@ -151,7 +159,7 @@ RULES = (
 def _hub_config(config: T5Config, dtype: str) -> dict[str, Any]:
     whole = config.decoder_layers > 0
     family = "UMT5" if config.bias_per_layer else "T5"
-    names = REQUIRED | OPTIONAL
+    names = REQUIRED | OPTIONAL | IDS
     values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     return values | {
         "num_decoder_layers": config.decoder_layers or config.layers,

@@ -29,7 +29,14 @@ def test_names():
 
 @pytest.mark.parametrize(
     ("path", "shape"),
-    [("a", ()), ("a/scale", (3,)), ("a/embedding", (3, 4)), ("a/kernel", (3, 4)), ("a/kernel", (2, 5, 3, 4))],
+    [
+        ("a", ()),
+        ("a/scale", (3,)),
+        ("a/embedding", (3, 4)),
+        ("a/kernel", (3, 4)),
+        ("a/kernel", (70, 65)),
+        ("a/kernel", (2, 5, 3, 4)),
+    ],
 )
 def test_layouts(path, shape):
     array = np.arange(np.prod(shape, dtype=int), dtype="f4").reshape(shape)
