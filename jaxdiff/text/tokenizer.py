@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
@@ -35,13 +36,43 @@ class Tokens(NamedTuple):
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer of T5 or CLIP from a directory, or from the hub by its id. ValueError where there is none."""
-    if Path(path_or_id).is_dir() and not (Path(path_or_id) / "tokenizer_config.json").is_file():
-        raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json)")
+    folder = Path(path_or_id)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "spiece.model")):
+        raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json, nor spiece.model)")
     try:
+        if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+            _check_pieces(folder / "spiece.model")
+            told = _settings(folder / "tokenizer_config.json")
+            if "tokenizer_class" not in told:
+                return _of_pieces(folder, told)
         return AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {reason}") from error
+
+
+def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
+    """T5's, of spiece.model: AutoTokenizer finds it by a name in the settings, which older repositories do not give.
+
+    A hundred sentinels come behind the pieces; mT5 and UMT5 have theirs among them.
+    """
+    multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
+    sentinels = {"extra_ids": 0} if multilingual and "extra_ids" not in told else {}
+    return T5Tokenizer.from_pretrained(str(folder), **sentinels)
+
+
+def _check_pieces(path: Path) -> None:
+    """transformers takes an empty file for a vocabulary, and asks for another library to read a damaged one."""
+    try:
+        count = len(SentencePieceProcessor(model_file=str(path)))
+    except Exception:  # OSError, RuntimeError, and protobuf's own
+        count = 0
+    if not count:
+        raise ValueError(f"{path.name} is damaged")
+
+
+def _settings(path: Path) -> dict:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

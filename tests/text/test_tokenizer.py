@@ -121,11 +121,11 @@ def test_a_word_cut_in_the_middle_is_lost(trained):
     assert message.endswith("lost: 'wörld again'")
 
 
-def test_sentencepiece_files_of_the_hub(tmp_path):
-    """A folder with spiece.model and no tokenizer.json, as Google's T5 v1.1 is published."""
+def write_pieces(directory):
+    """A small spiece.model of sentencepiece, and what it holds."""
     SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS),
-        model_prefix=str(tmp_path / "spiece"),
+        model_prefix=str(directory / "spiece"),
         vocab_size=60,
         hard_vocab_limit=False,
         pad_id=0,
@@ -134,13 +134,60 @@ def test_sentencepiece_files_of_the_hub(tmp_path):
         bos_id=-1,
         minloglevel=2,
     )
+    return SentencePieceProcessor(model_file=str(directory / "spiece.model"))
+
+
+def test_sentencepiece_files_of_the_hub(tmp_path):
+    """A folder with spiece.model and no tokenizer.json, as Google's T5 v1.1 is published."""
+    pieces = write_pieces(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
     tokenizer = load_tokenizer(tmp_path)
-    pieces = SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     text = "a small red zebra"
     tokens = tokenize(tokenizer, [text], 40)
     assert tokens.ids[0][tokens.mask[0]].tolist() == [*pieces.encode(text), 1]
     assert sentinel_ids(tokenizer) == list(range(len(pieces) + 99, len(pieces) - 1, -1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentinels"),
+    [
+        ({}, 100),
+        ({"config": {"model_type": "t5"}}, 100),
+        ({"config": {"model_type": "mt5"}}, 0),
+        ({"config": {"model_type": "umt5"}}, 0),
+        ({"config": {"model_type": "umt5"}, "tokenizer_config": {"extra_ids": 7}}, 7),
+        ({"tokenizer_config": {"eos_token": "</s>", "pad_token": "<pad>", "extra_ids": 3}}, 3),
+    ],
+)
+def test_sentencepiece_model_alone(settings, sentinels, tmp_path):
+    """No file names the tokenizer's class; the sentinels of mT5 and UMT5 are among their pieces."""
+    pieces = write_pieces(tmp_path)
+    for name, values in settings.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == len(pieces) + sentinels and len(sentinel_ids(tokenizer)) == sentinels
+    for text in ("a small  red circle", "left of 2 dots, ", ""):
+        assert tokenizer(text)["input_ids"] == [*pieces.encode(text), 1]
+
+
+@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "T5Tokenizer"}])
+@pytest.mark.parametrize("count", [0, 5, 400, -9])
+def test_a_damaged_sentencepiece_model(config, count, tmp_path):
+    write_pieces(tmp_path)
+    path = tmp_path / "spiece.model"
+    path.write_bytes(path.read_bytes()[:count])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}: spiece.model is damaged"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"extra_ids": "x"}'])
+def test_bad_settings_beside_a_sentencepiece_model(text, tmp_path):
+    write_pieces(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}: ") as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_no_tokenizer(tmp_path):
