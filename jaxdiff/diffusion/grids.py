@@ -131,8 +131,8 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> Gr
     return grid_at(schedule, spacing.times(schedule, steps))
 
 
-def grid_at(schedule: Schedule, t: Float[Array, " n"]) -> Grid:
-    """The schedule at these falling times."""
+def grid_at(schedule: Schedule, t: Float[Array, "..."]) -> Grid:
+    """The schedule at these times, which for a sampler fall."""
     return Grid(t, schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t))
 
 

@@ -110,7 +110,7 @@ def variance_loss(
     weight: float = 0.001,
 ) -> Float[Array, " b"]:
     """What a learned variance is trained by: the variational bound of one step of the table, in bits per value, times
-    `weight` and N/1000 (improved DDPM, arXiv 2102.09672, Eq. 16, with all N steps in expectation).
+    `weight` and N (improved DDPM, arXiv 2102.09672, Eq. 16, where the bound is the sum over all N steps).
 
     It is the divergence of the true step's distribution, given x₀, from the sampler's (`DDPM` with this γ). `predicted`
     is the network's x₀ without its gradient: the bound is to teach γ alone. At the first entry, whose true step has no
@@ -131,7 +131,7 @@ def variance_loss(
     divergence = 0.5 * (log_variance - low + jnp.expm1(low - log_variance) + difference**2 * jnp.exp(-log_variance))
     likelihood = -_log_density(x0, predicted, 0.5 * log_variance)
     bits = jnp.where(first, likelihood, divergence) / math.log(2.0)
-    return weight * schedule.steps / 1000.0 * jnp.mean(bits, axis=tuple(range(1, x.ndim)))
+    return weight * schedule.steps * jnp.mean(bits, axis=tuple(range(1, x.ndim)))
 
 
 def _log_density(x0: Float[Array, "b *s"], mean: Float[Array, "b *s"], log_deviation: Float[Array, "b *s"]) -> Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.grids import Karras, UniformLogSNR, UniformTime, grid, grid_of
+from jaxdiff.diffusion.grids import Karras, Leading, Respaced, UniformLogSNR, UniformTime, grid, grid_of
 from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, RectifiedFlow
 
 SPACINGS = [UniformTime(), UniformLogSNR(), Karras()]
@@ -57,3 +57,52 @@ def test_settings_out_of_range_are_named():
         UniformLogSNR(3.0, -3.0)
     with pytest.raises(ValueError, match="rho"):
         Karras(rho=0.0)
+
+
+# Through the entries of a table
+
+
+def entries(spacing, steps, table=1000):
+    """Those that a grid steps through, after which the clean end must come."""
+    schedule = Discrete.cosine(table)
+    points = grid(schedule, steps, spacing)
+    assert points.t.shape == (steps + 1,) and points.t[-1] == 0.0 and np.all(np.diff(points.t) < 0)
+    return [int(entry) for entry in schedule.position(points.t[:-1])]
+
+
+def test_leading_entries():
+    assert entries(Leading(), 4) == [750, 500, 250, 0]
+    assert entries(Leading(), 3) == [666, 333, 0]
+    assert entries(Leading(), 1) == [0]
+    assert entries(Leading(), 1000) == list(range(999, -1, -1))
+    assert entries(Leading(), 3, table=8) == [4, 2, 0]
+
+
+def test_respaced_entries():
+    """Each part from its first entry to its last, and one entry of a part is its first."""
+    assert entries(Respaced((4,)), 4) == [999, 666, 333, 0]
+    assert entries(Respaced((3, 2)), 5) == [999, 500, 499, 250, 0]  # 249.5 rounds to the even one
+    assert entries(Respaced((1, 1)), 2) == [500, 0]
+    assert entries(Respaced((2, 1, 1)), 4, table=8) == [6, 3, 2, 0]  # parts of 3, 3 and 2 entries
+    assert entries(Respaced((3, 2), offset=2), 5) == [997, 500, 499, 250, 0]
+    assert Respaced((3, 2)).steps == 5
+    assert entries(Respaced((1000,)), 1000) == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize("spacing", [Leading(), Respaced((2, 3))], ids=str)
+def test_a_table_is_needed(spacing):
+    with pytest.raises(ValueError, match="the table of a discrete schedule, not Cosine"):
+        grid(Cosine(), 5, spacing)
+    with pytest.raises(ValueError, match="5 steps, but the schedule has 4"):
+        grid(Discrete.cosine(4), 5, spacing)
+
+
+def test_steps_that_no_respacing_has():
+    for steps in (4, 6):
+        with pytest.raises(ValueError, match=f"this respacing has 5 steps, not {steps}"):
+            grid(Discrete.cosine(), steps, Respaced((2, 3)))
+    with pytest.raises(ValueError, match="cannot take 7 entries out of 5"):
+        grid(Discrete.cosine(10), 8, Respaced((1, 7)))
+    for counts, offset in (((), 0), ((2, 0), 0), ((2, -1), 0), ((2, 2), -1)):
+        with pytest.raises(ValueError, match="counts of at least 1 and an offset of at least 0"):
+            Respaced(counts, offset)

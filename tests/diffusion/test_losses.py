@@ -1,13 +1,15 @@
 """Loss weights: their closed forms, and that a weighting means the same whatever the network predicts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.losses import MinSNR, PowerSNR, Sigmoid, Simple, Weighting, diffusion_loss
+from jaxdiff.diffusion.losses import MinSNR, PowerSNR, Sigmoid, Simple, Weighting, diffusion_loss, variance_loss
 from jaxdiff.diffusion.parameterization import Prediction, from_x0, noised, target
-from jaxdiff.diffusion.schedules import Cosine, RectifiedFlow
+from jaxdiff.diffusion.schedules import Cosine, Discrete, RectifiedFlow
 
 LOGSNR = jnp.linspace(-20.0, 20.0, 41)
 SNR = np.exp(np.asarray(LOGSNR, np.float64))
@@ -99,3 +101,79 @@ def test_settings_out_of_range_are_named():
         PowerSNR(float("nan"))
     with pytest.raises(ValueError, match="log-SNR"):
         PowerSNR(lowest=3.0, highest=-3.0)
+
+
+# The variance
+
+
+TABLE = Discrete.cosine()
+
+
+def _variance_loss(entry, gamma, x0, predicted, schedule=TABLE):
+    """Of one sample; x itself is in both steps alike."""
+    x0, predicted, gamma = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (1, 4, 4, 3)) for a in (x0, predicted, gamma))
+    t = schedule.time(jnp.full(1, entry, jnp.float32))
+    return variance_loss(schedule, gamma, x0, predicted, jnp.zeros_like(x0), t)[0]
+
+
+def _steps(entry, schedule=TABLE):
+    """Of DDPM's Eq. 6 and 7, in float64: the true step's variance, β, and the factor of x₀ in the mean."""
+    after, before = schedule.alpha_bar[entry], schedule.alpha_bar[entry - 1] if entry else 1.0
+    beta = 1 - after / before
+    return beta * (1 - before) / (1 - after), beta, np.sqrt(before) * beta / (1 - after)
+
+
+@pytest.mark.parametrize("entry", [1, 2, 37, 500, 731, 998, 999])
+def test_variance_loss_is_the_divergence_of_two_steps(entry):
+    """KL(N(m, v) ‖ N(m', v')) in bits, averaged over values, times 0.001 and the number of steps that a picture has."""
+    rng = np.random.default_rng(entry)
+    gamma, x0, wrong = rng.uniform(size=(4, 4, 3)), rng.uniform(-1, 1, (4, 4, 3)), 0.3 * rng.normal(size=(4, 4, 3))
+    for schedule in (TABLE, Discrete.cosine(4000)):
+        small, beta, factor = _steps(entry, schedule)
+        variance = small ** (1 - gamma) * beta**gamma
+        bits = (np.log(variance / small) + (small + (factor * wrong) ** 2) / variance - 1) / (2 * np.log(2))
+        wanted = 0.001 * schedule.steps * bits.mean()
+        found = _variance_loss(entry, gamma, x0, x0 + wrong, schedule)
+        np.testing.assert_allclose(found, wanted, rtol=3e-3, atol=1e-6)
+
+
+def test_variance_loss_of_the_first_entry_is_a_likelihood():
+    """−log of the share of a normal distribution in the 256th of the range around x₀; the outermost ones are open."""
+    first, second = _steps(0), _steps(1)
+    deviation = np.exp(0.5 * (0.7 * np.log(second[0]) + 0.3 * np.log(first[1])))
+
+    def below(x):
+        return 0.5 * (1 + math.erf(x / deviation / math.sqrt(2)))
+
+    half = 1 / 255
+    for x0, lower, upper in ((0.2, 0.2 - half, 0.2 + half), (1.0, 1.0 - half, np.inf), (-1.0, -np.inf, half - 1.0)):
+        share = below(upper - x0 - 0.01) - below(lower - x0 - 0.01)
+        found = _variance_loss(0, 0.3, x0, x0 + 0.01)
+        np.testing.assert_allclose(found, -np.log2(share), rtol=2e-3)
+    for far in (0.0, 3.0):  # however wrong, no share is so small that its logarithm is infinite
+        assert np.isfinite(_variance_loss(0, 0.5, 0.0, far))
+    # A tighter distribution around what is right has the greater share.
+    assert _variance_loss(0, 0.0, 0.2, 0.2) < _variance_loss(0, 1.0, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("entry", [1, 30, 500])
+def test_the_variance_that_is_learned(entry):
+    """Where x₀ is exact the true step's own variance is best, which is γ = 0; a wrong x₀ asks for more."""
+    exact = [_variance_loss(entry, gamma, 0.3, 0.3) for gamma in (0.0, 0.1, 0.5, 1.0)]
+    assert abs(exact[0]) < 1e-6 and np.all(np.diff(exact) > 0)
+    # The best variance is β̃ + d², where d is the mean's error; in the middle of the bounds for this one.
+    small, beta, factor = _steps(entry)
+    error = np.sqrt(np.sqrt(small * beta) - small) / factor
+    slope = jax.grad(lambda gamma: _variance_loss(entry, gamma, 0.0, error))
+    curvature = slope(0.6) - slope(0.4)
+    assert slope(0.4) < 0 < slope(0.6) and abs(slope(0.5)) < 0.02 * curvature
+
+
+def test_the_bound_teaches_the_variance_alone():
+    """As `Stage.loss` calls it: what it says of x₀ is not moved by it."""
+
+    def loss(predicted, gamma):
+        return _variance_loss(300, gamma, 0.1, jax.lax.stop_gradient(predicted))
+
+    of_x0, of_gamma = jax.grad(loss, (0, 1))(0.4, 0.2)
+    assert of_x0 == 0.0 and of_gamma != 0.0

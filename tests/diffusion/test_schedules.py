@@ -96,6 +96,32 @@ def test_discrete_entries_and_timesteps(table):
     assert np.all(between < table.alpha(t)[:-1]) and np.all(between > table.alpha(t)[1:])
 
 
+@pytest.mark.parametrize("table", SCHEDULES[-3:], ids=["linear", "scaled", "cosine"])
+def test_networks_are_told_whole_entries(table):
+    """Bit-equal to the integers that they were trained with, from times as grids and training have them."""
+    timesteps = np.arange(1000.0)
+    np.testing.assert_array_equal(table.position(table.time(jnp.asarray(timesteps, jnp.float32))), timesteps)
+    np.testing.assert_array_equal(jax.jit(lambda i: table.position(table.time(i)))(timesteps), timesteps)
+    drawn = table.sample_time(jnp.asarray((timesteps + 0.5) / 1000, jnp.float32))
+    np.testing.assert_array_equal(table.position(drawn), timesteps)
+    np.testing.assert_allclose(table.position(table.time(jnp.asarray([0.5, 20.25]))), [0.5, 20.25], atol=1e-3)
+    assert table.position(jnp.zeros(())) == -1.0
+
+
+def test_levels_of_noise():
+    """A share of a table's entries; for a continuous schedule it is the time itself."""
+    table = Discrete.cosine()
+    found = table.position(table.level_time(jnp.asarray([0.0, 0.25, 0.2504, 0.999, 1.0])))
+    np.testing.assert_array_equal(found, [0, 250, 250, 999, 999])
+    small = Discrete.cosine(8)
+    np.testing.assert_array_equal(small.position(small.level_time(jnp.asarray([0.0, 0.5, 1.0]))), [0, 4, 7])
+    level = jnp.linspace(0.0, 1.0, 11)
+    for schedule in (Cosine(), Linear(), EDM(), RectifiedFlow(), Focused(Cosine(), -2.0, 2.0)):
+        np.testing.assert_array_equal(schedule.level_time(level), level)
+        np.testing.assert_allclose(schedule.position(level), 1000.0 * level)
+    np.testing.assert_array_equal(Focused(table, -2.0, 2.0).level_time(level), table.level_time(level))
+
+
 def test_published_ends_of_the_tables():
     """ᾱ_999: DDPM's 4.0358e-05, Stable Diffusion's 0.0047 (scaled linear)."""
     assert Discrete.linear().alpha_bar[-1] == pytest.approx(4.0358e-05, rel=1e-3)
