@@ -11,8 +11,9 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from experiments.imagen import presets
+from jaxdiff.diffusion.grids import Respaced
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.samplers import DDIM
+from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.thresholding import Dynamic
 from jaxdiff.systems.cascade import Cascade, Model
 from jaxdiff.systems.imagen import Sampling
@@ -31,6 +32,9 @@ class Drawing:
     """ddpm | ddim | dpmpp | heun | euler"""
     steps: str = ""
     """Steps of the sampler."""
+    respacing: str = ""
+    """Which of DeepFloyd IF's 1000 steps are drawn: fast27 | smart27 | smart50 | smart100 | smart185 | super27 |
+    super40 | super100 | even | leading (the last two take --steps)."""
     eta: float | None = None
     """Randomness of ddim, 0 (none) to 1."""
     guidance: str = ""
@@ -70,15 +74,18 @@ def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
 def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]:
     """How each stage draws: its own settings with those of the command line put in. ValueError naming a bad one."""
     chosen = {
-        "sampler": _each("sampler", drawing.sampler, len(models), presets.sampler),
-        "steps": _each("steps", drawing.steps, len(models), int),
-        "guidance": _each("guidance", drawing.guidance, len(models), float),
-        "thresholding": _each("thresholding", drawing.thresholding, len(models), presets.thresholding),
-        "aug_level": _each("aug-level", drawing.aug_level, len(models), float),
+        "sampler": each("sampler", drawing.sampler, len(models), presets.sampler),
+        "steps": each("steps", drawing.steps, len(models), int),
+        "spacing": each("respacing", drawing.respacing, len(models), presets.respacing),
+        "guidance": each("guidance", drawing.guidance, len(models), float),
+        "thresholding": each("thresholding", drawing.thresholding, len(models), presets.thresholding),
+        "aug_level": each("aug-level", drawing.aug_level, len(models), float),
     }
     made = []
     for number, model in enumerate(models):
         given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
+        given |= _spaced(model.sampling, given)
+        given |= _learned(model, given)
         given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), drawing)
         if drawing.tile is not None and model.stage.unet.low_res:
             given["tiles"] = Tiles(drawing.tile, drawing.tile_overlap)
@@ -90,8 +97,8 @@ def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]
     return tuple(made)
 
 
-def _each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> list[Any]:
-    """A value for each stage, None where it is left out."""
+def each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> list[Any]:
+    """A value for each stage, None where it is left out. ValueError naming the option."""
     values = [value.strip() for value in text.split(",")]
     if len(values) not in (1, stages):
         raise ValueError(f"--{name} {text}: {len(values)} values for {stages} stages; give one, or one for each")
@@ -105,6 +112,27 @@ def _each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> l
 def _guidance(guidance: Guidance, weight: float | None, drawing: Drawing) -> Guidance:
     given = {"weight": weight, "interval": drawing.guidance_interval, "rescale": drawing.guidance_rescale}
     return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
+
+
+def _spaced(sampling: Sampling, given: dict[str, Any]) -> dict[str, Any]:
+    """Steps and spacing that go together: a respacing has its own number of steps, or, where another is asked for,
+    takes so many evenly."""
+    spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
+    if not isinstance(spacing, Respaced) or steps == spacing.steps:
+        return {}
+    if "spacing" in given and spacing.counts != (1,):
+        if steps is not None:
+            raise ValueError(f"--respacing of {spacing.steps} steps and --steps {steps}: leave one of them out")
+        return {"steps": spacing.steps}
+    steps = sampling.steps if steps is None else steps
+    return {"steps": steps, "spacing": Respaced((steps,))}
+
+
+def _learned(model: Model, given: dict[str, Any]) -> dict[str, Any]:
+    """ddpm with the variance that the network has learned, where it has."""
+    if not isinstance(given.get("sampler"), DDPM) or not model.stage.unet.learned_variance:
+        return {}
+    return {"sampler": DDPM(None)}
 
 
 def _random(sampling: Sampling, drawing: Drawing) -> Sampling:

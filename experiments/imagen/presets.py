@@ -1,5 +1,6 @@
 """The names that command lines use, and the values they stand for."""
 
+from jaxdiff.diffusion.grids import Leading, Respaced, Spacing
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Thresholding, Unthresholded
 from jaxdiff.systems import imagen_presets as presets
@@ -22,6 +23,18 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp": DPMSolverPP2M(),
     "heun": Heun(),
     "euler": Euler(),
+}
+RESPACINGS: dict[str, Spacing] = {
+    "fast27": presets.FAST27,
+    "smart27": presets.SMART27,
+    "smart50": presets.SMART50,
+    "smart100": presets.SMART100,
+    "smart185": presets.SMART185,
+    "super27": presets.SUPER27,
+    "super40": presets.SUPER40,
+    "super100": presets.SUPER100,
+    "even": Respaced((1,)),  # as many steps as are asked for
+    "leading": Leading(),
 }
 THRESHOLDINGS: dict[str, Thresholding] = {"static": Static(), "dynamic": Dynamic(), "none": Unthresholded()}
 
@@ -46,6 +59,12 @@ def sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def respacing(name: str) -> Spacing:
+    if name not in RESPACINGS:
+        raise ValueError(f"unknown respacing {name!r}: choose from {', '.join(RESPACINGS)}")
+    return RESPACINGS[name]
 
 
 def thresholding(name: str) -> Thresholding:

@@ -6,6 +6,14 @@
 Writes one PNG for each picture, with its prompt, seed and all settings as PNG text, and grid.png. With the shipped
 cascade on 2 CPU cores a picture takes about a second to 256 pixels and under 20 to 1024, after some 30 of compilation
 the first time. `--size 96x64` draws other sizes than 64: multiples of the stride, every stage enlarging them fourfold.
+
+    python -m experiments.imagen.sample "a photo of a red panda" --weights DeepFloyd/IF-I-XL-v1.0 --dtype bfloat16
+    python -m experiments.imagen.sample "a watercolour" --weights runs/IF-I runs/IF-II --image photo.jpg --strength 0.6
+    python -m experiments.imagen.sample "a straw hat" --weights runs/IF-I runs/IF-II --image photo.jpg --mask hat.png
+    python -m experiments.imagen.sample --weights runs/IF-I runs/IF-II --enlarge small.png --tile 256
+
+DeepFloyd IF from a hub id or from folders that diffusers saves, one for each stage. The text encoder runs first and has
+left before the generators are loaded; with `--embeddings FILE` it runs once for all times.
 """
 
 import dataclasses
@@ -20,10 +28,13 @@ import tyro
 from experiments.cli import run
 from experiments.imagen import pictures
 from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of, usable, with_dtype
+from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.systems.cascade import Cascade, Picture
 from jaxdiff.systems.imagen import Sampling
-from jaxdiff.weights.imagen import SHIPPED, load
+from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
+from jaxdiff.weights import captions as captions_file
+from jaxdiff.weights.imagen import SHIPPED, load, load_text
 from jaxdiff.weights.settings import to_json
 
 
@@ -49,24 +60,35 @@ class Run:
     """Of the base's pictures: SIDE or HEIGHTxWIDTH in pixels, multiples of the stride."""
     batch: int = 16
     """Pictures drawn at once by the base; super-resolution takes a sixteenth of it, at least one."""
-    weights: Path = SHIPPED
-    """Folder of the cascade."""
+    weights: tuple[str, ...] = (str(SHIPPED),)
+    """Folder of the cascade; or DeepFloyd IF's pipelines, a folder or hub id (id@revision) for each stage. A published
+    stage I brings its stage II."""
+    variant: str | None = None
+    """Which files of a pipeline to read: fp16, for those with this in their name."""
+    clean: bool = True
+    """Clean captions for DeepFloyd IF as those that it was trained with."""
+    embeddings: Path | None = None
+    """A file for what the text encoder says of the prompts: written where it is missing, otherwise read, and then no
+    text encoder is loaded."""
+    own: OwnPictures = OwnPictures()
     drawing: Drawing = Drawing()
 
 
 def main(settings: Run) -> None:
     """Draw pictures from captions with a trained cascade."""
     prompts = prompts_of(settings)
-    model = with_dtype(load(settings.weights), settings.drawing.dtype)
-    chosen = samplings(model.models, settings.drawing)
     if settings.per_prompt < 1:
         raise ValueError(f"nothing to draw: {settings.per_prompt} of each prompt")
+    settings.own.check()
+    model = with_dtype(_loaded(settings, prompts), settings.drawing.dtype)
+    chosen = samplings(model.models, settings.drawing)
+    task = _Task(settings, model, chosen, settings.own.begin(model), enlarged(settings.own, model))
     prompts = [prompt for prompt in prompts for _ in range(settings.per_prompt)]
     pieces = parts(len(prompts))
     images, captions = [], []
     with Bars(len(pieces)) as bars:
         for piece in pieces:
-            resolution, drawn = _last(settings, model, chosen, prompts[piece.start : piece.stop], piece.start, bars)
+            resolution, drawn = task.last(prompts[piece.start : piece.stop], piece.start, bars)
             for number, picture in enumerate(drawn, piece.start):
                 prompt = prompts[number]
                 information = _information(settings, chosen, prompt, number, resolution)
@@ -87,29 +109,62 @@ def prompts_of(settings: Run) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{settings.prompts}: not UTF-8 ({error})") from error
         prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts and settings.own.enlarge is not None:
+        return [""]
     if not prompts:
         raise ValueError("nothing to draw: give prompts as arguments, or a file of them with --prompts")
     return prompts
 
 
-def _last(
-    settings: Run, model: Cascade, chosen: tuple[Sampling, ...], prompts: list[str], start: int, bars: Bars
-) -> tuple[int, np.ndarray]:
-    """The resolution and the pictures of the last stage that is asked for."""
-    drawn = cascade.stages(
-        model,
-        prompts,
-        seed=settings.seed,
-        first=start,
-        negative=settings.negative,
-        up_to=settings.up_to,
-        samplings=chosen,
-        size=size_of(settings.size),
-        batch=settings.batch,
-        progress=bars,
-    )
-    usable(settings.out)  # only now: bad settings leave no folder behind
-    return deque(drawn, maxlen=1).pop()
+def _loaded(settings: Run, prompts: list[str]) -> Cascade:
+    """The cascade, with its text encoder gone again: what it says of the prompts is in its place."""
+    options = {"dtype": settings.drawing.dtype, "variant": settings.variant, "clean": settings.clean}
+    return load(settings.weights, text=_embedded(settings, [*prompts, settings.negative], options), **options)
+
+
+def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCaptions:
+    if settings.embeddings is not None and settings.embeddings.exists():
+        found = captions_file.load(settings.embeddings)
+        lacking = [caption for caption in captions if caption not in found.captions]
+        if lacking:
+            raise ValueError(f"{settings.embeddings} has no embedding of {lacking[0]!r}: choose another file")
+        return found
+    embedded = embed_captions(load_text(settings.weights, **options), captions)
+    if settings.embeddings is not None:
+        captions_file.save(settings.embeddings, embedded)
+    return embedded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    """All that is the same for every prompt."""
+
+    settings: Run
+    model: Cascade
+    chosen: tuple[Sampling, ...]
+    picture: Picture | None
+    enlarged: Enlarged | None
+
+    def last(self, prompts: list[str], start: int, bars: Bars) -> tuple[int, np.ndarray]:
+        """The resolution and the pictures of the last stage that is asked for."""
+        settings = self.settings
+        drawn = cascade.stages(
+            self.model,
+            prompts,
+            seed=settings.seed,
+            first=start,
+            negative=settings.negative,
+            up_to=settings.up_to,
+            samplings=self.chosen,
+            size=size_of(settings.size) or settings.own.size(self.model),
+            after=None if self.enlarged is None else self.enlarged.after(len(prompts)),
+            picture=self.picture,
+            batch=settings.batch,
+            progress=bars,
+        )
+        usable(settings.out)  # only now: bad settings leave no folder behind
+        resolution, pictures = deque(drawn, maxlen=1).pop()
+        return resolution, pictures if self.enlarged is None else self.enlarged.cut(pictures, resolution)
 
 
 def _information(
@@ -123,7 +178,10 @@ def _information(
         "up_to": resolution,
         "size": settings.size or None,
         "dtype": settings.drawing.dtype,
-        "weights": str(settings.weights),
+        "weights": list(settings.weights),
+        "variant": settings.variant,
+        "clean": settings.clean,
+        **{name: str(value) for name, value in dataclasses.asdict(settings.own).items() if value},
         "stages": [to_json(sampling) for sampling in chosen],
     }
     return {"prompt": prompt, "seed": str(settings.seed), "settings": json.dumps(told)}

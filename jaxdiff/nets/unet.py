@@ -3,7 +3,8 @@
 The first is also DeepFloyd IF's, of both its stages, by its settings (`weights/deepfloyd.py` reads them).
 
 Both take a noised picture, a time, the text and, for super-resolution, the low-resolution picture with its noise
-level, and return one picture. Settings are frozen dataclasses; `settings.module()` is the network.
+level, and return one picture, or one and its variance. Settings are frozen dataclasses; `settings.module()` is the
+network.
 """
 
 import enum
@@ -237,7 +238,7 @@ class UNet(_Parts):
         text_mask: Bool[Array, "b n"],
         low_res: Float[Array, "b h w c"] | None = None,
         aug_level: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h w o"]:
         """Time in 0…1000, low_res already enlarged to h×w, aug_level in [0, 1]; h, w multiples of the stride."""
         config, noised = self.config, x
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)
@@ -280,7 +281,7 @@ class EfficientUNet(_Parts):
         text_mask: Bool[Array, "b n"],
         low_res: Float[Array, "b h w c"] | None = None,
         aug_level: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h w o"]:
         """Arguments as in `UNet`; h and w multiples of the stride."""
         config, noised = self.config, x
         embedding, tokens, mask = self.condition(time, text, text_mask, aug_level)

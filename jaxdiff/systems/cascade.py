@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdiff.diffusion import noise
 from jaxdiff.nets.unet import Reading
-from jaxdiff.systems.imagen import Given, NullText, Sampling, Stage, check, draw, null_text
+from jaxdiff.systems.imagen import Given, NullText, Sampling, Stage, check, draw, first_step, null_text
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
 
 
@@ -228,7 +228,7 @@ def _check_picture(cascade: Cascade, picture: Picture, samplings: Sequence[Sampl
         have, want = ("×".join(map(str, array.shape[:2])) for array in (picture.mask, picture.image))
         raise ValueError(f"a mask of {have} pixels for a picture of {want}")
     for number in range(begin, end):
-        Given(picture.image, picture.strengths[number]).first(samplings[number].steps)
+        first_step(picture.strengths[number], samplings[number].steps)
 
 
 def _warn_of_blanks(prompts: Sequence[str]) -> None:

@@ -213,12 +213,13 @@ class Given:
     strength: float = 1.0
     mask: Float[Array, "b h w 1"] | None = None
 
-    def first(self, steps: int) -> int:
-        """The first of the steps that are drawn. ValueError where it would be none."""
-        drawn = int(steps * self.strength) if 0.0 < self.strength <= 1.0 else 0
-        if drawn < 1:
-            raise ValueError(f"strength {self.strength} leaves no step of {steps} to draw, or lies above 1")
-        return steps - drawn
+
+def first_step(strength: float, steps: int) -> int:
+    """The first of the steps that are drawn at this strength. ValueError where it would be none of them."""
+    drawn = int(steps * strength) if 0.0 < strength <= 1.0 else 0
+    if drawn < 1:
+        raise ValueError(f"strength {strength} leaves no step of {steps} to draw, or lies above 1")
+    return steps - drawn
 
 
 def draw(
@@ -243,7 +244,7 @@ def draw(
     check(stage, sampling, size)
     if not stage.unet.reads_text:  # both branches of guidance would be the same
         sampling = replace(sampling, guidance=Guidance())
-    first = 0 if given is None else given.first(sampling.steps)
+    first = 0 if given is None else first_step(given.strength, sampling.steps)
     known = () if given is None or given.mask is None else (given.image, given.mask)
     condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known)
     x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
@@ -390,8 +391,11 @@ def null_text(stage: Stage, count: int) -> TextEmbedding:
 
 
 def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
-    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not at this level of noise."""
+    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings."""
     check_size(stage, *size)
+    jax.eval_shape(lambda: grid(stage.schedule, sampling.steps, sampling.spacing))
+    if sampling.sampler == DDPM(None) and not stage.unet.learned_variance:
+        raise ValueError(f"the {stage.resolution} stage has learned no variance, so its DDPM needs a gamma")
     if sampling.tiles is not None:
         if stage.unet.coordinates:
             raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")

@@ -187,7 +187,7 @@ IF_I_XL = if_stage(_if_unet(704, (1, 2, 3, 4)), 64)
 """372, 935 and 4305 M parameters."""
 IF_II_M = if_stage(_if_unet(192, **_IF_II), 256)
 IF_II_L = if_stage(_if_unet(320, **_IF_II), 256)
-"""466 and 1198 M parameters. Their widths are not printed anywhere: these are the ones of stage I's M and L, and come to
+"""466 and 1198 M parameters. Their widths are not printed anywhere: these are those of stage I's M and L, and come to
 the published 450 M and 1.2 B. What is loaded has the widths of its own config.json."""
 
 FAST27 = Respaced((10, 10, 3, 2, 2), offset=2)

@@ -1,0 +1,110 @@
+"""The user's own pictures: to begin with (image to image), to keep in part (inpainting), to enlarge."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.imagen.drawing import each
+from jaxdiff.data.pictures import Unreadable, decode, to_float
+from jaxdiff.systems.cascade import Cascade, Picture
+
+
+@dataclass(frozen=True)
+class OwnPictures:
+    """A picture of one's own: what is drawn begins with it, or it is what is enlarged."""
+
+    image: Path | None = None
+    """A picture to begin with: each stage noises it and draws the last of its steps, as many as --strength says."""
+    strength: str = ""
+    """The share of the steps that are drawn, above 0 and up to 1, for all stages or each; when left out, 0.7 for the
+    base (1 with a mask) and 0.8 for the others."""
+    mask: Path | None = None
+    """A picture of the same size: white is drawn anew, black is kept of --image."""
+    enlarge: Path | None = None
+    """A picture for super-resolution, in place of the base's; of any size."""
+    enlarge_from: int | None = None
+    """The resolution of the stage in whose place it stands; the base's when left out."""
+
+    def check(self) -> None:
+        """ValueError for settings that do not go together."""
+        for name in ("strength", "mask"):
+            if getattr(self, name) and self.image is None:
+                raise ValueError(f"--{name} is for a picture to begin with: give one with --image")
+        if self.enlarge is not None and self.image is not None:
+            raise ValueError("--enlarge and --image: one picture at a time")
+        if self.enlarge_from is not None and self.enlarge is None:
+            raise ValueError("--enlarge-from is for a picture to enlarge: give one with --enlarge")
+
+    def begin(self, model: Cascade) -> Picture | None:
+        """What the stages begin with. ValueError that names a picture or value that cannot be used."""
+        if self.image is None:
+            return None
+        strengths = each("strength", self.strength, len(model.models), float)
+        usual = [1.0 if self.mask else 0.7, *[0.8] * (len(model.models) - 1)]
+        chosen = tuple(own if given is None else given for given, own in zip(strengths, usual))
+        mask = None if self.mask is None else read(self.mask).mean(-1) >= 0.0
+        picture = read(self.image)
+        if mask is not None and mask.shape != picture.shape[:2]:
+            raise ValueError(f"--mask {self.mask}: {_size(mask)} pixels, but --image has {_size(picture)}")
+        return Picture(picture, chosen, mask)
+
+    def size(self, model: Cascade) -> tuple[int, int] | None:
+        """Of the base's pictures, in the shape of the given one: its shorter side is the base's resolution."""
+        if self.image is None:
+            return None
+        height, width = read(self.image).shape[:2]
+        side, stride = model.base.stage.resolution, model.base.stage.unet.stride
+        scale = side / min(height, width)
+        return tuple(max(stride, round(length * scale / stride) * stride) for length in (height, width))
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """A picture on its way through super-resolution, its edges repeated up to a size that all stages can draw."""
+
+    resolution: int
+    picture: np.ndarray
+    height: int
+    width: int
+
+    def after(self, count: int) -> tuple[int, np.ndarray]:
+        """For `cascade.stages`: the same picture for each of `count` prompts."""
+        return self.resolution, np.repeat(self.picture[None], count, axis=0)
+
+    def cut(self, drawn: np.ndarray, resolution: int) -> np.ndarray:
+        """What was drawn, without the edges."""
+        factor = resolution // self.resolution
+        return drawn[:, : self.height * factor, : self.width * factor]
+
+
+def enlarged(settings: OwnPictures, model: Cascade) -> Enlarged | None:
+    """The picture to enlarge. ValueError where there is no stage for it."""
+    if settings.enlarge is None:
+        return None
+    resolution = settings.enlarge_from or model.resolutions[0]
+    if resolution not in model.resolutions[:-1]:
+        sizes = ", ".join(map(str, model.resolutions[:-1])) or "nothing"
+        raise ValueError(f"--enlarge: no stage enlarges {resolution}; those of this cascade enlarge {sizes}")
+    units = [1]
+    for upper in model.models[model.resolutions.index(resolution) + 1 :]:
+        factor = upper.stage.resolution // resolution
+        units.append(upper.stage.unet.stride // math.gcd(upper.stage.unet.stride, factor))
+    unit = math.lcm(*units)
+    picture = read(settings.enlarge)
+    height, width = picture.shape[:2]
+    padded = np.pad(picture, ((0, -height % unit), (0, -width % unit), (0, 0)), mode="edge")
+    return Enlarged(resolution, padded, height, width)
+
+
+def read(path: Path) -> np.ndarray:
+    """A picture file as (h w 3) in [-1, 1]. ValueError, or OSError, naming it."""
+    try:
+        return to_float(decode(path.read_bytes()))
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _size(array: np.ndarray) -> str:
+    return "×".join(map(str, array.shape[:2]))
