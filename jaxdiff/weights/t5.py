@@ -58,15 +58,20 @@ def load_text_encoder(
     length: int,
     dtype: str = "float32",
     *,
+    tokenizer: str | Path | None = None,
+    variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> TextEncoder:
-    """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption."""
-    directory = hub.directory_of(path_or_id, "T5")
-    tokenizer = load_tokenizer(directory)
-    config, params = load(directory, dtype, encoder_only=True, place=place)
-    if len(tokenizer) > config.vocab:
-        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} ids, the embedding only {config.vocab}")
-    return TextEncoder(config, params, tokenizer, length)
+    """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption.
+
+    `tokenizer`: where it is, if not beside the weights.
+    """
+    directory = hub.directory_of(path_or_id, "T5", variant=variant)
+    words = load_tokenizer(directory if tokenizer is None else tokenizer)
+    config, params = load(directory, dtype, encoder_only=True, variant=variant, place=place)
+    if len(words) > config.vocab:
+        raise ValueError(f"{directory}: the tokenizer has {len(words)} ids, the embedding only {config.vocab}")
+    return TextEncoder(config, params, words, length)
 
 
 def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "float32") -> None:
@@ -111,7 +116,8 @@ def read_config(path: Path) -> T5Config:
         gated=gated,
         tied=tied,
         bias_per_layer=told.values["model_type"] == "umt5",
-        scale_logits=told.flag("scale_decoder_outputs", tied),
+        # mT5's never are, though transformers 5 writes "tied" for it too.
+        scale_logits=told.flag("scale_decoder_outputs", tied and told.values["model_type"] != "mt5"),
     )
 
 
