@@ -49,92 +49,91 @@ def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: 
 def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     """The network that a config.json of diffusers describes. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "U-Net")
-    hub.require(path, values, "_class_name", ("UNet2DConditionModel",))
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
     if unknown:
-        raise ValueError(f"{path}: unknown settings {', '.join(unknown[:10])}")
+        raise ValueError(f"{path}: settings that no UNet2DConditionModel has: {', '.join(unknown[:10])}")
+    told = hub.Group(path, {name: value for name, value in (READ | values).items() if value is not None})
+    told.require("_class_name", ("UNet2DConditionModel",))
     for name, (default, *allowed) in FIXED.items():
-        hub.require(path, values, name, tuple(allowed), default)
-
-    def integers(name: str, count: int | None = None) -> tuple[int, ...]:
-        """A positive number for each level, where one number stands for all of them."""
-        value = values.get(name, READ[name])
-        found = [value] * (count or 1) if isinstance(value, int) else value
-        good = isinstance(found, list) and found and all(type(n) is int and n > 0 for n in found)
-        if not good or len(found) != (count or len(found)):
-            raise ValueError(f"{path}: {name} = {value!r} is not supported, only a positive integer for each level")
-        return tuple(found)
-
-    def integer(name: str, default: int | None = None) -> int:
-        value = values.get(name, READ[name])
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name} = {value!r} is not supported, only a positive integer")
-        return value
-
-    widths = integers("block_out_channels")
-    levels = len(widths)
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"{path}: block_out_channels = {list(widths)} is not supported, only multiples of the first")
-    for name, attending, plain in (
-        ("down_block_types", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-        ("up_block_types", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    ):
-        kinds = values.get(name)
-        if not isinstance(kinds, list) or len(kinds) != levels or not {attending, plain} >= set(map(str, kinds)):
-            raise ValueError(
-                f"{path}: {name} = {kinds!r} is not supported, only {levels} of {attending!r} and {plain!r}"
-            )
-    attends = tuple(kind.startswith("Simple") for kind in values["down_block_types"])
-    if tuple(kind.startswith("Simple") for kind in reversed(values["up_block_types"])) != attends or not attends[-1]:
-        raise ValueError(f"{path}: up_block_types do not mirror down_block_types, or the lowest level has no attention")
-    cross = _one_of(path, values, "only_cross_attention", (False, True))
-    hub.require(path, values, "mid_block_only_cross_attention", (None, cross))
-    class_embed = _one_of(path, values, "class_embed_type", (None, "timestep"))
-    low_res = class_embed == "timestep"
-    hub.require(path, values, "in_channels", (6 if low_res else 3,))
-    out_channels = _one_of(path, values, "out_channels", (3, 6))
-    activation = Activation(_one_of(path, values, "act_fn", tuple(a.value for a in Activation)))
-    # Applied once, before all blocks, or in each of them: the same numbers.
-    once = _one_of(path, values, "resnet_skip_time_act", (False, True))
-    hub.require(path, values, "time_embedding_act_fn", (activation.value if once else None,))
-    scale = values.get("resnet_out_scale_factor", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ValueError(f"{path}: resnet_out_scale_factor = {scale!r} is not supported, only a positive number")
-    hub.require(path, values, "mid_block_scale_factor", (scale,), 1)
-    context_width = integer("cross_attention_dim")
-    for name, width in {"block_out_channels": widths[0], "cross_attention_dim": context_width}.items():
-        if width % NORM_GROUPS:
-            raise ValueError(f"{path}: {name} of {width} is not supported, only multiples of {NORM_GROUPS}")
-    head_channels = integer("attention_head_dim")
-    uneven = [width for width, level in zip(widths, attends) if level and width % head_channels]
-    if uneven:
-        raise ValueError(
-            f"{path}: attention_head_dim = {head_channels} does not divide the {uneven[0]} channels of a level"
-        )
-    text_width, pool_heads = integer("encoder_hid_dim"), integer("addition_embed_type_num_heads")
-    if text_width % pool_heads:
-        raise ValueError(f"{path}: addition_embed_type_num_heads = {pool_heads} does not divide {text_width}")
+        told.require(name, tuple(allowed), default)
+    widths = _levels(told, "block_out_channels")
+    if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
+        wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
+        raise told.error("block_out_channels", list(widths), wanted)
+    attends, cross = _attending(told, len(widths)), told.flag("only_cross_attention", False)
+    told.require("mid_block_only_cross_attention", (cross,), cross)
+    low_res = told.values.get("class_embed_type") is not None
+    told.require("class_embed_type", ("timestep",), "timestep")
+    told.require("in_channels", (6 if low_res else 3,))
+    told.require("out_channels", (3, 6))
+    told.require("act_fn", tuple(activation.value for activation in Activation))
+    # Applied to the conditioning vector once, before all blocks, or in each of them: the same numbers.
+    once = told.flag("resnet_skip_time_act", False)
+    told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
+    scale = told.values["resnet_out_scale_factor"]
+    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+        raise told.error("resnet_out_scale_factor", scale, "a number above 0")
+    told.require("mid_block_scale_factor", (scale,))
     return UNetConfig(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
-        blocks=integers("layers_per_block", levels),
-        self_attention=tuple(a and not cross for a in attends),
-        cross_attention=tuple(a and cross for a in attends),
-        head_channels=head_channels,
-        time_width=integer("time_embedding_dim", 4 * widths[0]),
-        text_width=text_width,
-        context_width=context_width,
+        blocks=_levels(told, "layers_per_block", len(widths)),
+        self_attention=tuple(attend and not cross for attend in attends),
+        cross_attention=tuple(attend and cross for attend in attends),
+        head_channels=_divisor(told, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
+        time_width=told.size("time_embedding_dim", 4 * widths[0]),
+        text_width=told.size("encoder_hid_dim"),
+        context_width=_of_groups(told, "cross_attention_dim"),
         low_res=low_res,
-        learned_variance=out_channels == 6,
+        learned_variance=told.values["out_channels"] == 6,
         reading=Reading.WHOLE,
-        pool_heads=pool_heads,
-        activation=activation,
+        pool_heads=_divisor(told, "addition_embed_type_num_heads", told.size("encoder_hid_dim")),
+        activation=Activation(told.values["act_fn"]),
         norm_groups=NORM_GROUPS,
         frequencies=widths[0],
         residual_scale=1.0 / scale,
         dtype=dtype,
     )
+
+
+def _levels(told: hub.Group, name: str, count: int | None = None) -> tuple[int, ...]:
+    """A positive number for each level; one alone stands for all of them."""
+    value = told.values[name]
+    found = [value] * (count or 0) if type(value) is int else value
+    good = isinstance(found, list) and found and all(type(n) is int and 0 < n <= hub.MOST for n in found)
+    if not good or len(found) != (count or len(found)):
+        raise told.error(name, value, f"whole numbers from 1 to {hub.MOST}, one for each level")
+    return tuple(found)
+
+
+def _attending(told: hub.Group, levels: int) -> tuple[bool, ...]:
+    """Which levels have attention, the same on the way down and on the way up."""
+    found = []
+    for name, step in (("down_block_types", 1), ("up_block_types", -1)):
+        way = "Down" if step == 1 else "Up"
+        kinds, value = (f"Resnet{way}sampleBlock2D", f"SimpleCrossAttn{way}Block2D"), told.values.get(name)
+        if not isinstance(value, list) or len(value) != levels or any(kind not in kinds for kind in value):
+            raise told.error(name, value, f"{levels} of {' and '.join(kinds)}")
+        found.append(tuple(kind == kinds[1] for kind in value)[::step])
+    if found[0] != found[1] or not found[0][-1]:
+        wanted = "those that mirror down_block_types, with attention at the lowest level"
+        raise told.error("up_block_types", told.values["up_block_types"], wanted)
+    return found[0]
+
+
+def _divisor(told: hub.Group, name: str, *widths: int) -> int:
+    size = told.size(name)
+    uneven = [width for width in widths if width % size]
+    if uneven:
+        raise told.error(name, size, f"a divisor of {uneven[0]}")
+    return size
+
+
+def _of_groups(told: hub.Group, name: str) -> int:
+    size = told.size(name)
+    if size % NORM_GROUPS:
+        raise told.error(name, size, f"a multiple of {NORM_GROUPS}")
+    return size
 
 
 NORM_GROUPS = 32
@@ -148,14 +147,14 @@ FIXED = {
     "norm_eps": (1e-5, 1e-5),
     "transformer_layers_per_block": (1, 1),
     "reverse_transformer_layers_per_block": (None, None),
-    "encoder_hid_dim_type": (None, None, "text_proj"),
+    "encoder_hid_dim_type": (None, "text_proj", None),
     "num_attention_heads": (None, None),
     "dual_cross_attention": (False, False),
     "use_linear_projection": (False, False),
     "addition_embed_type": (None, "text"),
     "addition_time_embed_dim": (None, None),
     "num_class_embeds": (None, None),
-    "upcast_attention": (False, False, None),
+    "upcast_attention": (False, False),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_type": ("positional", "positional"),
     "timestep_post_act": (None, None),
@@ -171,7 +170,7 @@ FIXED = {
 READ = {
     "in_channels": 4,
     "out_channels": 4,
-    "down_block_types": None,
+    "down_block_types": None,  # neither default of these two is IF's
     "up_block_types": None,
     "only_cross_attention": False,
     "mid_block_only_cross_attention": None,
@@ -192,11 +191,6 @@ READ = {
     "dropout": 0.0,  # in training alone
 }
 """The settings that differ between IF's stages and sizes, with diffusers' defaults."""
-
-
-def _one_of(path: Path, values: dict, name: str, allowed: tuple) -> Any:
-    hub.require(path, values, name, allowed, READ[name])
-    return values.get(name, READ[name])
 
 
 def _hub_config(config: UNetConfig) -> dict[str, Any]:
@@ -250,7 +244,7 @@ def _hub_config(config: UNetConfig) -> dict[str, Any]:
         "mid_block_scale_factor": scale,
         "time_embedding_dim": config.time_width,
     }
-    fixed = {name: allowed[-1] for name, (_, *allowed) in FIXED.items()} | {"upcast_attention": False}
+    fixed = {name: allowed[0] for name, (_, *allowed) in FIXED.items()}
     return {"_class_name": "UNet2DConditionModel"} | fixed | READ | given
 
 
