@@ -224,11 +224,17 @@ def stages(
 def _check_picture(cascade: Cascade, picture: Picture, samplings: Sequence[Sampling], begin: int, end: int) -> None:
     if len(picture.strengths) != len(cascade.models):
         raise ValueError(f"{len(picture.strengths)} strengths for {len(cascade.models)} stages: give one for each")
+    if picture.image.ndim != 3 or picture.image.shape[2] != 3:
+        raise ValueError(f"a picture to begin with is of h×w×3 values, not of {_times(picture.image.shape)}")
     if picture.mask is not None and picture.mask.shape != picture.image.shape[:2]:
-        have, want = ("×".join(map(str, array.shape[:2])) for array in (picture.mask, picture.image))
+        have, want = _times(picture.mask.shape), _times(picture.image.shape[:2])
         raise ValueError(f"a mask of {have} pixels for a picture of {want}")
     for number in range(begin, end):
         first_step(picture.strengths[number], samplings[number].steps)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _warn_of_blanks(prompts: Sequence[str]) -> None:
