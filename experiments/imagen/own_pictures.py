@@ -28,7 +28,7 @@ class OwnPictures:
     """The resolution of the stage in whose place it stands; the base's when left out."""
 
     def check(self) -> None:
-        """ValueError for settings that do not go together."""
+        """ValueError for settings that do not go together or pictures that cannot be read: before weights are loaded."""
         for name in ("strength", "mask"):
             if getattr(self, name) and self.image is None:
                 raise ValueError(f"--{name} is for a picture to begin with: give one with --image")
@@ -36,6 +36,9 @@ class OwnPictures:
             raise ValueError("--enlarge and --image: one picture at a time")
         if self.enlarge_from is not None and self.enlarge is None:
             raise ValueError("--enlarge-from is for a picture to enlarge: give one with --enlarge")
+        for path in (self.image, self.mask, self.enlarge):
+            if path is not None:
+                read(path)
 
     def begin(self, model: Cascade) -> Picture | None:
         """What the stages begin with. ValueError that names a picture or value that cannot be used."""

@@ -22,8 +22,11 @@ import re
 from collections import deque
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import pictures
@@ -119,7 +122,15 @@ def prompts_of(settings: Run) -> list[str]:
 def _loaded(settings: Run, prompts: list[str]) -> Cascade:
     """The cascade, with its text encoder gone again: what it says of the prompts is in its place."""
     options = {"dtype": settings.drawing.dtype, "variant": settings.variant, "clean": settings.clean}
-    return load(settings.weights, text=_embedded(settings, [*prompts, settings.negative], options), **options)
+    # Large weights take minutes to read; small ones are there before the bar is. Only for people who watch.
+    with tqdm(desc="load", unit="B", unit_scale=True, delay=2, disable=None) as bar:
+
+        def place(array: np.ndarray) -> jax.Array:
+            bar.update(array.nbytes)
+            return jnp.asarray(array)
+
+        text = _embedded(settings, [*prompts, settings.negative], options | {"place": place})
+        return load(settings.weights, text=text, place=place, **options)
 
 
 def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCaptions:
