@@ -28,7 +28,7 @@ class OwnPictures:
     """The resolution of the stage in whose place it stands; the base's when left out."""
 
     def check(self) -> None:
-        """ValueError for settings that do not go together or pictures that cannot be read: before weights are loaded."""
+        """ValueError for settings that do not go together, or pictures that cannot be read, before weights are."""
         for name in ("strength", "mask"):
             if getattr(self, name) and self.image is None:
                 raise ValueError(f"--{name} is for a picture to begin with: give one with --image")
