@@ -87,38 +87,55 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     """The schedule, and the settings of `Sampling` that a scheduler_config.json decides, of a network that has learned
     the variance or not. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "scheduler")
-    hub.require(path, values, "_class_name", ("DDPMScheduler", "DDIMScheduler"))
-    for name, allowed in {
-        "beta_schedule": ("squaredcos_cap_v2",),
-        "trained_betas": (None,),
-        "prediction_type": ("epsilon",),
-        "steps_offset": (0, None),
-        "rescale_betas_zero_snr": (False, None),
-        "set_alpha_to_one": (True, None),
-        "clip_sample_range": (1.0, None),
-    }.items():
-        hub.require(path, values, name, allowed, None if None in allowed else allowed[0])
-    count = values.get("num_train_timesteps", 1000)
-    if type(count) is not int or not 2 <= count <= 1_000_000:
-        raise ValueError(f"{path}: num_train_timesteps = {count!r} is not supported, only a number from 2")
-    given: dict[str, Any] = {"thresholding": _thresholding(path, values)}
+    told = hub.Group(path, {name: value for name, value in values.items() if value is not None})
+    told.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
+    unknown = sorted(name for name in values if not name.startswith("_") and name not in SCHEDULER)
+    if unknown:
+        raise ValueError(f"{path}: settings that no {values['_class_name']} has: {', '.join(unknown[:10])}")
+    for name, (default, *allowed) in SCHEDULER.items():
+        if allowed:
+            told.require(name, tuple(allowed), default)
+    schedule = Discrete.cosine(told.size("num_train_timesteps", 1000, 2))
+    given: dict[str, Any] = {"thresholding": _thresholding(told)}
     if values["_class_name"] == "DDIMScheduler":
-        return Discrete.cosine(count), given | {"sampler": DDIM(), "keep_eps": True}
+        return schedule, given | {"sampler": DDIM(), "keep_eps": True}
     variances = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
     variances |= {"learned_range": None} if learned else {}
-    hub.require(path, values, "variance_type", tuple(variances), "fixed_small")
-    return Discrete.cosine(count), given | {"sampler": DDPM(variances[values.get("variance_type", "fixed_small")])}
+    told.require("variance_type", tuple(variances), "fixed_small")
+    return schedule, given | {"sampler": DDPM(variances[told.values.get("variance_type", "fixed_small")])}
 
 
-def _thresholding(path: Path, values: dict) -> Dynamic | Static | Unthresholded:
-    if not values.get("thresholding", False):
-        return Static() if values.get("clip_sample", True) else Unthresholded()
-    ratio, cap = values.get("dynamic_thresholding_ratio", 0.995), values.get("sample_max_value", 1.0)
-    try:
-        return Dynamic(float(ratio), float(cap))
-    except (TypeError, ValueError) as error:
-        told = f"dynamic_thresholding_ratio = {ratio!r} with sample_max_value = {cap!r}"
-        raise ValueError(f"{path}: {told} is not supported: {error}") from error
+SCHEDULER: dict[str, tuple] = {
+    "beta_schedule": ("linear", "squaredcos_cap_v2"),
+    "trained_betas": (None, None),
+    "prediction_type": ("epsilon", "epsilon"),
+    "steps_offset": (0, 0),
+    "rescale_betas_zero_snr": (False, False),
+    "set_alpha_to_one": (True, True),
+    "clip_sample_range": (1.0, 1.0),
+    "num_train_timesteps": (1000,),
+    "variance_type": ("fixed_small",),
+    "clip_sample": (True,),
+    "thresholding": (False,),
+    "dynamic_thresholding_ratio": (0.995,),
+    "sample_max_value": (1.0,),
+    "beta_start": (0.0001,),  # of other schedules
+    "beta_end": (0.02,),
+    "timestep_spacing": ("leading",),  # what `Sampling.spacing` says
+}
+"""The schedulers' default of each setting and, where one is supported alone, that value."""
+
+
+def _thresholding(told: hub.Group) -> Dynamic | Static | Unthresholded:
+    if not told.flag("thresholding", False):
+        return Static() if told.flag("clip_sample", True) else Unthresholded()
+    found = []
+    for name, most in (("dynamic_thresholding_ratio", 1.0), ("sample_max_value", 1e9)):
+        value = told.values.get(name, *SCHEDULER[name])
+        if type(value) not in (int, float) or not 0.0 < value <= most:
+            raise told.error(name, value, f"a number above 0 and up to {most:g}")
+        found.append(float(value))
+    return Dynamic(*found)
 
 
 def export_stage(model: Model, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
