@@ -52,6 +52,23 @@ def mean(models: Sequence[Model]) -> Model:
     return replace(first, params=params, text=known[0] if known else None)
 
 
+def check_order(models: Sequence[Model]) -> None:
+    """ValueError unless the first of them draws from text, and each other one enlarges what the one before it draws."""
+    first = models[0].stage
+    if first.unet.low_res:
+        raise ValueError(
+            f"the first stage enlarges {first.low_resolution} pixels to {first.resolution}: "
+            "the one that draws them from text has to come before it"
+        )
+    for lower, upper in itertools.pairwise(models):
+        if upper.stage.low_resolution != lower.stage.resolution:
+            takes = f"{upper.stage.low_resolution} pixels" if upper.stage.unet.low_res else "nothing"
+            raise ValueError(
+                f"the {upper.stage.resolution} stage enlarges {takes}, "
+                f"but the stage before it draws {lower.stage.resolution}"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Cascade:
     """A frozen text encoder (or what it has said of the captions that will be drawn), a base model and any number of
@@ -62,15 +79,9 @@ class Cascade:
     super_resolution: tuple[Model, ...] = ()
 
     def __post_init__(self):
-        models = self.models
-        for lower, upper in itertools.pairwise(models):
-            if upper.stage.low_resolution != lower.stage.resolution:
-                raise ValueError(
-                    f"the {upper.stage.resolution} stage enlarges {upper.stage.low_resolution} pixels, "
-                    f"but the stage before it draws {lower.stage.resolution}"
-                )
+        check_order(self.models)
         have = self.text.width, self.text.length
-        for stage in (model.stage for model in models if model.stage.unet.reads_text):
+        for stage in (model.stage for model in self.models if model.stage.unet.reads_text):
             want = stage.unet.text_width, stage.text_length
             if have != want:
                 raise ValueError(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
@@ -22,7 +23,8 @@ def load(path: str | Path) -> EmbeddedCaptions:
     try:
         captions, whole = json.loads(told["captions"]), json.loads(told["whole"])
         text, mask = params["embeddings"], params["mask"]
-        fits = text.ndim == 3 and mask.shape == text.shape[:2] and len(captions) == len(text) and mask.dtype == bool
+        fits = text.ndim == 3 and mask.shape == text.shape[:2] and len(captions) == len(text)
+        fits = fits and jnp.issubdtype(text.dtype, jnp.floating) and mask.dtype == bool and isinstance(captions, list)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of embedded captions ({error!r})") from error
     if not fits or not isinstance(whole, bool) or not all(isinstance(caption, str) for caption in captions):

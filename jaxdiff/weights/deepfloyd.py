@@ -39,11 +39,17 @@ def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: 
     written; each file appears whole or not at all.
     """
     directory = Path(directory)
-    told = _hub_config(config)
-    tree.check_tree(params, _shapes(config), "the U-Net to export")
+    told = described(config, params)
     hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, hub_names(config, params), dtype)
     with tree.replacing(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def described(config: UNetConfig, params: dict) -> dict[str, Any]:
+    """The settings that `export_unet` writes. ValueError as there."""
+    told = _hub_config(config)
+    tree.check_tree(params, _shapes(config), "the U-Net to export")
+    return told
 
 
 def read_config(path: Path, dtype: str = "float32") -> UNetConfig:

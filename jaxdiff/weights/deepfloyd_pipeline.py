@@ -138,14 +138,9 @@ def _thresholding(told: hub.Group) -> Dynamic | Static | Unthresholded:
     return Dynamic(*found)
 
 
-def export_stage(model: Model, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
-    """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
-
-    ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
-    written.
-    """
+def described(model: Model) -> dict[str, dict[str, Any]]:
+    """The settings of each part that `export_stage` writes. ValueError where diffusers has no words for one of ours."""
     stage, sampling = model.stage, model.sampling
-    scheduler = _scheduler(stage.schedule, "schedule") | _drawing(sampling, stage.unet.learned_variance)
     for name, fits in {
         "prediction": stage.prediction is Prediction.EPSILON,
         "enlargement": stage.enlargement is Enlargement.BILINEAR or not stage.unet.low_res,
@@ -156,24 +151,35 @@ def export_stage(model: Model, directory: Path, text: TextEncoder | None = None,
     }.items():
         if not fits:
             raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {getattr(stage, name)}")
-    noising = _scheduler(stage.augmentation, "augmentation") if stage.unet.low_res else None
-    deepfloyd.export_unet(stage.unet, model.params, directory / "unet", dtype)
-    config = directory / "unet" / "config.json"
-    _write(config, json.loads(config.read_text()) | {"sample_size": stage.resolution})
-    _write(directory / "scheduler" / "scheduler_config.json", scheduler)
+    drawing = _drawing(sampling, stage.unet.learned_variance)
+    told = {"scheduler": _scheduler(stage.schedule, "schedule") | drawing}
+    if stage.unet.low_res:
+        told["image_noising_scheduler"] = _scheduler(stage.augmentation, "augmentation")
+    return told | {"unet": deepfloyd.described(stage.unet, model.params) | {"sample_size": stage.resolution}}
+
+
+def export_stage(model: Model, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+    """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
+
+    ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
+    written.
+    """
+    told = described(model)
+    unet = told.pop("unet")
+    deepfloyd.export_unet(model.stage.unet, model.params, directory / "unet", dtype)
+    _write(directory / "unet" / "config.json", unet)
     parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
     parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
-    parts |= {"scheduler": ("diffusers", scheduler["_class_name"])}
-    if noising:
-        _write(directory / "image_noising_scheduler" / "scheduler_config.json", noising)
-        parts |= {"image_noising_scheduler": ("diffusers", noising["_class_name"])}
+    for name, values in told.items():
+        _write(directory / name / "scheduler_config.json", values)
+        parts[name] = "diffusers", values["_class_name"]
     parts |= {"text_encoder": (None, None), "tokenizer": (None, None)}
     if text is not None:
         t5.export(text.config, text.params, directory / "text_encoder", dtype)
         text.tokenizer.save_pretrained(str(directory / "tokenizer"))
         parts |= {"text_encoder": ("transformers", "T5EncoderModel")}
         parts |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
-    name = "IFSuperResolutionPipeline" if stage.unet.low_res else "IFPipeline"
+    name = "IFSuperResolutionPipeline" if model.stage.unet.low_res else "IFPipeline"
     _write(directory / INDEX, {"_class_name": name} | parts)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.systems.cascade import Cascade, Model
+from jaxdiff.systems.cascade import Cascade, Model, check_order
 from jaxdiff.systems.imagen import Sampling, Stage
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, t5, tree
@@ -52,12 +52,14 @@ def load(
     options = {"dtype": dtype or "float32", "variant": variant, "place": place}
     if folder is not None:
         present = [name for name in STAGES if (folder / name).is_dir()]
-        if present[1:] != list(STAGES[1 : len(present)]):
-            raise ValueError(f"{folder}: holds {present[-1]} without the stage before it")
+        lonely = [name for name, wanted in zip(present, STAGES) if name != wanted]
+        if lonely:
+            raise ValueError(f"{folder}: holds {lonely[0]} without the stage before it")
         places = [folder / name for name in present or STAGES[:1]]
         models = [deepfloyd_pipeline.load_stage(p, **options) if is_pipeline(p) else load_model(p) for p in places]
     else:
         models = [deepfloyd_pipeline.load_stage(place, **options) for place in _pipelines(weights, variant)]
+    check_order(models)
     base, *others = models
     text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place) if text is None else text
     return Cascade(text, base, tuple(others))
@@ -152,8 +154,11 @@ def load_params(stage: Stage, path: Path) -> dict:
 def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> None:
     """Writes a cascade of IF's kind as pipelines in a folder of stages: diffusers opens each, `load` all of them.
 
-    ValueError where diffusers has no words for a setting of a stage, OSError where something cannot be written.
+    ValueError where diffusers has no words for a setting of a stage, before anything is written; OSError where
+    something cannot be written.
     """
+    for model in cascade.models:
+        deepfloyd_pipeline.described(model)
     for name, model in zip(STAGES, cascade.models):
         text = cascade.text if model is cascade.base and isinstance(cascade.text, TextEncoder) else None
         deepfloyd_pipeline.export_stage(model, Path(directory) / name, text, dtype)
