@@ -16,7 +16,7 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.thresholding import Dynamic
 from jaxdiff.systems.cascade import Cascade, Model
-from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
 
 PART = 32

@@ -29,7 +29,7 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.evaluation.attributes import Verdict, matches
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade
-from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.weights.imagen import SHIPPED, load
 from jaxdiff.weights.settings import to_json
 

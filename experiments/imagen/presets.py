@@ -4,7 +4,8 @@ from jaxdiff.diffusion.grids import Leading, Respaced, Spacing
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Thresholding, Unthresholded
 from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import Sampling, Stage
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_drawing import Sampling
 
 STAGES: dict[str, dict[str, Stage]] = {
     "base64": {

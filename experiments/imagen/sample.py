@@ -34,7 +34,7 @@ from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of,
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
-from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
 from jaxdiff.weights import captions as captions_file
 from jaxdiff.weights.imagen import SHIPPED, load, load_text

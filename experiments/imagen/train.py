@@ -29,7 +29,8 @@ from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Sampling, Stage, check_size, draw, null_text
+from jaxdiff.systems.imagen import Stage, check_size, null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.loop import Diverged, TrainConfig, train

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxdiff.diffusion import noise
 from jaxdiff.nets.unet import Reading
-from jaxdiff.systems.imagen import Given, NullText, Sampling, Stage, check, draw, first_step, null_text
+from jaxdiff.systems.imagen import NullText, Stage, null_text
+from jaxdiff.systems.imagen_drawing import Given, Sampling, check, draw, first_step
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
 
 

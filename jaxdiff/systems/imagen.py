@@ -1,14 +1,13 @@
 """Imagen (arXiv 2205.11487): one stage of the cascade, trained on its own.
 
 A stage is a diffusion model of pictures: the base draws 64×64 from text, a super-resolution stage enlarges fourfold,
-from the low-resolution picture and, where it has one, the text. Joining stages is `systems/cascade.py`; the paper's
-settings and the tiny ones are `systems/imagen_presets.py`.
+from the low-resolution picture and, where it has one, the text. How it draws is `systems/imagen_drawing.py`, joining
+stages `systems/cascade.py`; the paper's settings and the tiny ones are `systems/imagen_presets.py`.
 """
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
-from jaxdiff.diffusion.grids import Grid, Spacing, UniformTime, grid
-from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss, variance_loss
-from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, Prediction, denoised, from_x0, noised
-from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
+from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import Cosine, Discrete, Schedule
-from jaxdiff.diffusion.thresholding import Dynamic, Thresholding
 from jaxdiff.nets.unet import UNetConfig
-from jaxdiff.systems.tiles import Tiles, in_tiles
 from jaxdiff.text.t5 import TextEmbedding
 
 
@@ -175,176 +169,6 @@ class Stage:
         return low_res_input(self, batch["low_res"], level, noise.fold(keys, 3), shape[1:3])
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a stage draws. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution.
-
-    keep_eps: after thresholding x₀, ε stays the network's own, as in diffusers' DDIM, instead of that which x₀ implies.
-    clean_known: what a mask keeps is put back as it is after each step, as in DeepFloyd IF, instead of noised to the
-    step's level.
-    """
-
-    sampler: Sampler = DDPM()
-    steps: int = 256
-    spacing: Spacing = UniformTime()
-    guidance: Guidance = Guidance()
-    thresholding: Thresholding = Dynamic()
-    aug_level: float = 0.0
-    tiles: Tiles | None = None
-    keep_eps: bool = False
-    clean_known: bool = False
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if not 0 <= self.aug_level <= 1:
-            raise ValueError(f"aug_level must lie in [0, 1], not {self.aug_level}")
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A picture to begin with (image to image) and, with a mask, to keep in part (inpainting).
-
-    image: (b h w 3) in [-1, 1], of the size that is drawn. strength in (0, 1]: the share of the steps that are drawn,
-    from the picture noised to where they begin. mask: (b h w 1), 1 where is drawn and 0 where the picture is kept.
-    """
-
-    image: Float[Array, "b h w 3"]
-    strength: float = 1.0
-    mask: Float[Array, "b h w 1"] | None = None
-
-
-def first_step(strength: float, steps: int) -> int:
-    """The first of the steps that are drawn at this strength. ValueError where it would be none of them."""
-    drawn = int(steps * strength) if 0.0 < strength <= 1.0 else 0
-    if drawn < 1:
-        raise ValueError(f"strength {strength} leaves no step of {steps} to draw, or lies above 1")
-    return steps - drawn
-
-
-def draw(
-    stage: Stage,
-    params: dict,
-    sampling: Sampling,
-    text: TextEmbedding,
-    negative: TextEmbedding,
-    keys: Key[Array, " b"],
-    size: tuple[int, int],
-    low_res: Float[Array, "b lower_h lower_w c"] | None = None,
-    progress: Callable[[int], None] | None = None,
-    chunk: int = 4,
-    given: Given | None = None,
-) -> Float[Array, "b h w c"]:
-    """Pictures (b, *size, 3) in [-1, 1] from text, and from the low-resolution pictures of a super-resolution stage.
-
-    `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own;
-    picture i depends on nothing but its own key, text and input. `given`: a picture to begin with. With `progress`, the
-    host runs the compiled program `chunk` steps at a time and reports how many are done; the pictures are the same.
-    """
-    check(stage, sampling, size)
-    if not stage.unet.reads_text:  # both branches of guidance would be the same
-        sampling = replace(sampling, guidance=Guidance())
-    first = 0 if given is None else first_step(given.strength, sampling.steps)
-    known = () if given is None or given.mask is None else (given.image, given.mask)
-    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known)
-    x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
-    if given is not None:
-        x = _begin(stage, sampling, given.image, x, known, first)
-    carry = sampling.sampler.init(x)
-    if progress is None:
-        chunk = sampling.steps
-    for start in range(first, sampling.steps, chunk):
-        stop = min(start + chunk, sampling.steps)
-        carry = _advance(stage, sampling, params, carry, condition, keys, start, stop)
-        if progress is not None:
-            jax.block_until_ready(carry)
-            progress(stop)
-    return jnp.clip(sampling.sampler.image(carry), -1.0, 1.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Condition:
-    """What the network is given beside the noised picture."""
-
-    text: TextEmbedding
-    negative: TextEmbedding
-    low_res: tuple
-    known: tuple = ()
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _begin(stage, sampling, image, eps, known, first):
-    """The given picture, noised to the level where drawing begins."""
-    point = Grid(*(values[first] for values in grid(stage.schedule, sampling.steps, sampling.spacing)))
-    x = noised(image, eps, point.alpha, point.sigma)
-    return _kept(sampling, known, eps, x, point) if known else x
-
-
-def _kept(sampling, known, eps, x, point):
-    """x with the known part of the picture in it; its noise is the same at every step."""
-    image, mask = known
-    if not sampling.clean_known:
-        image = noised(image, eps, point.alpha, point.sigma)
-    return mask * x + (1.0 - mask) * image
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _advance(stage, sampling, params, carry, condition, keys, start, stop):
-    """Steps start…stop−1, one program whatever the two are."""
-    denoise = partial(_denoise, stage, sampling, params, condition)
-    points = grid(stage.schedule, sampling.steps, sampling.spacing)
-    keep = None
-    if condition.known:
-        eps = noise.normal_like(noise.fold(keys, 0), condition.known[0].shape[1:])
-        keep = partial(_kept, sampling, condition.known, eps)
-    return integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop, keep)
-
-
-def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array):
-    """The network with guidance and thresholding around it."""
-    guidance, logsnr = sampling.guidance, stage.schedule.logsnr(t)
-    predict = partial(_predict, stage, sampling.tiles, params)
-
-    def conditional():
-        return stage.parts(predict(condition.text, x, t, *condition.low_res))
-
-    def guided():
-        """Both branches in one doubled batch."""
-        inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, t, *condition.low_res))
-        text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition.text, condition.negative)
-        (cond, gamma), (uncond, _) = map(stage.parts, jnp.split(predict(text, *inputs), 2))
-        return guidance.apply(cond, uncond, logsnr), gamma
-
-    if not guidance.on:
-        output, gamma = conditional()
-    elif guidance.interval is None:
-        output, gamma = guided()
-    else:
-        output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
-    alpha, sigma = stage.schedule.alpha(t), stage.schedule.sigma(t)
-    found = denoised(stage.prediction, output, x, alpha, sigma)
-    x0 = sampling.thresholding.apply(found.x0)
-    eps = found.eps if sampling.keep_eps else from_x0(x0, x, alpha, sigma).eps
-    return Denoised(x0, eps) if gamma is None else DenoisedWithVariance(x0, eps, gamma)
-
-
-def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbedding, x, t, *low_res) -> Array:
-    """The stage's prediction, of the whole picture or tile by tile."""
-    pictures, levels = (x, *low_res[:1]), low_res[1:]
-
-    def network(x, *low_res):
-        return stage.predict(params, x, t, text, *low_res, *levels)
-
-    return network(*pictures) if tiles is None else in_tiles(network, pictures, tiles)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 4))
-def _noise_low_res(stage, sampling, low_res, keys, size):
-    level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
-    return low_res_input(stage, low_res, level, noise.fold(keys, 2), size)
-
-
 def low_res_input(
     stage: Stage,
     low_res: Float[Array, "b h w c"],
@@ -359,15 +183,6 @@ def low_res_input(
     else:
         seen = augment(enlarge_between_corners(low_res, size), level, keys, schedule)
     return seen, schedule.position(schedule.level_time(level)) / 1000.0
-
-
-def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
-    if not stage.unet.low_res:
-        return ()
-    if low_res is None or tuple(side * stage.factor for side in low_res.shape[1:3]) != tuple(size):
-        have = "none" if low_res is None else "×".join(map(str, low_res.shape[1:3]))
-        raise ValueError(f"drawing {size[0]}×{size[1]} needs a low-resolution input 1/{stage.factor} of it, not {have}")
-    return _noise_low_res(stage, sampling, low_res, keys, size)
 
 
 def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
@@ -388,24 +203,6 @@ def null_text(stage: Stage, count: int) -> TextEmbedding:
     """Zeros, all of it masked: NullText.ZEROS, and what a stage is given that reads no text."""
     shape = (count, stage.text_length)
     return TextEmbedding(jnp.zeros((*shape, stage.unet.text_width)), jnp.zeros(shape, bool))
-
-
-def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
-    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings."""
-    check_size(stage, *size)
-    jax.eval_shape(lambda: grid(stage.schedule, sampling.steps, sampling.spacing))
-    if sampling.sampler == DDPM(None) and not stage.unet.learned_variance:
-        raise ValueError(f"the {stage.resolution} stage has learned no variance, so its DDPM needs a gamma")
-    if sampling.tiles is not None:
-        if stage.unet.coordinates:
-            raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
-        check_size(stage, sampling.tiles.side, name="tile")
-        check_size(stage, sampling.tiles.overlap, name="tile overlap")
-    if stage.unet.low_res and sampling.aug_level > stage.max_aug_level:
-        raise ValueError(
-            f"aug_level {sampling.aug_level} is above {stage.max_aug_level}, the highest that the {stage.resolution} "
-            "stage was trained with"
-        )
 
 
 def check_size(stage: Stage, *sides: int, name: str = "side") -> None:

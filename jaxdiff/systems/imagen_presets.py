@@ -15,7 +15,8 @@ from jaxdiff.diffusion.schedules import Cosine, Discrete, Focused, Linear
 from jaxdiff.diffusion.thresholding import Dynamic, Static
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import EfficientUNetConfig, Reading, UNetConfig
-from jaxdiff.systems.imagen import Enlargement, NullText, Sampling, Stage
+from jaxdiff.systems.imagen import Enlargement, NullText, Stage
+from jaxdiff.systems.imagen_drawing import Sampling
 
 BASE_64_2B = Stage(unet=UNetConfig())
 """The base model (F.1): 2.26 B parameters with the text projected to 2048 inside the network."""

@@ -20,7 +20,8 @@ from jaxdiff.diffusion.schedules import Discrete
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Enlargement, NullText, Sampling
+from jaxdiff.systems.imagen import Enlargement, NullText
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.weights import deepfloyd, hub, t5, tree
@@ -89,7 +90,7 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     values = hub.read_json(path, "scheduler")
     told = hub.Group(path, {name: value for name, value in values.items() if value is not None})
     told.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
-    unknown = sorted(name for name in values if not name.startswith("_") and name not in SCHEDULER)
+    unknown = sorted(name for name in values if not name.startswith("_") and name not in {*SCHEDULER, *SOLVER})
     if unknown:
         raise ValueError(f"{path}: settings that no {values['_class_name']} has: {', '.join(unknown[:10])}")
     for name, (default, *allowed) in SCHEDULER.items():
@@ -124,6 +125,10 @@ SCHEDULER: dict[str, tuple] = {
     "timestep_spacing": ("leading",),  # what `Sampling.spacing` says
 }
 """The schedulers' default of each setting and, where one is supported alone, that value."""
+SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_order_final", "predict_x0"} | {
+    *("solver_order", "solver_p", "solver_type", "use_karras_sigmas"),
+}
+"""Settings of DPM-Solver and UniPC that the published files hold beside those of DDPM, which has no use for them."""
 
 
 def _thresholding(told: hub.Group) -> Dynamic | Static | Unthresholded:

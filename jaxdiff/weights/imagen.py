@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.systems.cascade import Cascade, Model, check_order
-from jaxdiff.systems.imagen import Sampling, Stage
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, t5, tree
 from jaxdiff.weights.settings import from_json, to_json

@@ -10,12 +10,12 @@ import typeguard
 
 from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
 from jaxdiff.nets import blocks, unet
-from jaxdiff.systems import imagen, tiles
+from jaxdiff.systems import imagen, imagen_drawing, tiles
 
 _CLASSES = {
     cls.__name__: cls
     for cls in (
-        *(imagen.Stage, imagen.Sampling, imagen.NullText, imagen.Enlargement, tiles.Tiles),
+        *(imagen.Stage, imagen_drawing.Sampling, imagen.NullText, imagen.Enlargement, tiles.Tiles),
         *(unet.UNetConfig, unet.EfficientUNetConfig, unet.Reading, blocks.Activation),
         *(schedules.Cosine, schedules.Linear, schedules.EDM, schedules.RectifiedFlow, schedules.Discrete),
         *(schedules.Focused, parameterization.Prediction, guidance.Guidance),

@@ -16,7 +16,7 @@ from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.tokenizer import train_tokenizer
 from jaxdiff.weights.imagen import save_model
 from jaxdiff.weights.t5 import export

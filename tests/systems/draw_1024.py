@@ -14,7 +14,8 @@ from small import random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import Sampling, draw, null_text
+from jaxdiff.systems.imagen import null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.systems.tiles import Tiles
 
 

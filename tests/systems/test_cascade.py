@@ -18,7 +18,8 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.thresholding import Unthresholded
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems.cascade import Cascade, Model, sample, stages
-from jaxdiff.systems.imagen import Sampling, Stage, enlarge
+from jaxdiff.systems.imagen import Stage, enlarge
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer

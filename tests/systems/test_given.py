@@ -16,7 +16,8 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
 from jaxdiff.diffusion.thresholding import Static, Unthresholded
 from jaxdiff.systems.cascade import Cascade, Model, Picture, stages
-from jaxdiff.systems.imagen import Given, Sampling, Stage, draw, first_step, null_text
+from jaxdiff.systems.imagen import Stage, null_text
+from jaxdiff.systems.imagen_drawing import Given, Sampling, draw, first_step
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8

@@ -16,7 +16,8 @@ from jaxdiff.diffusion.schedules import Cosine, Discrete
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import Reading, UNetConfig
 from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import Sampling, draw, enlarge_between_corners
+from jaxdiff.systems.imagen import enlarge_between_corners
+from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.systems.tiles import Tiles
 from jaxdiff.text.t5 import TextEmbedding
 

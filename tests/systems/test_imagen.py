@@ -21,7 +21,8 @@ from jaxdiff.diffusion.schedules import Cosine
 from jaxdiff.diffusion.thresholding import Static, Unthresholded
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen
-from jaxdiff.systems.imagen import Sampling, Stage, draw, enlarge, null_text
+from jaxdiff.systems.imagen import Stage, enlarge, null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.systems.tiles import Tiles
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices

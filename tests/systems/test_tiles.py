@@ -16,7 +16,8 @@ from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.thresholding import Static
-from jaxdiff.systems.imagen import Sampling, draw, null_text
+from jaxdiff.systems.imagen import null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.systems.tiles import Tiles, in_tiles, ramp, starts
 
 RNG = np.random.default_rng(0)

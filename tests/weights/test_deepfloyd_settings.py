@@ -211,13 +211,19 @@ def test_settings_of_schedulers(name, tmp_path):
         ({"dynamic_thresholding_ratio": 0}, True, "dynamic_thresholding_ratio = 0 is not supported"),
         ({"sample_max_value": True}, True, "sample_max_value = True is not supported"),
         ({"sample_max_value": float("nan")}, True, "sample_max_value = nan is not supported"),
-        ({"solver_order": 2}, True, "settings that no DDPMScheduler has: solver_order"),
+        ({"eta": 2}, True, "settings that no DDPMScheduler has: eta"),
     ],
 )
 def test_schedulers_that_are_not_supported(changes, learned, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         scheduler(tmp_path / "scheduler_config.json", learned, **changes)
     assert "\n" not in str(error.value) and "scheduler_config.json: " in str(error.value)
+
+
+def test_what_a_solver_left_in_the_published_files(tmp_path):
+    left = {"lambda_min_clipped": -5.1, "solver_order": 2, "algorithm_type": "dpmsolver++"}
+    path = tmp_path / "scheduler_config.json"
+    assert scheduler(path, True, **left) == scheduler(path, True)
 
 
 def test_every_setting_of_the_schedulers_is_known():

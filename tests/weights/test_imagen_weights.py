@@ -18,7 +18,7 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Sampling
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.checkpoints import Checkpoints

@@ -8,7 +8,8 @@ import pytest
 from jaxdiff.diffusion import grids, losses, parameterization, samplers, schedules, thresholding
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.systems import imagen_presets
-from jaxdiff.systems.imagen import Sampling, Stage
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
 from jaxdiff.weights.settings import from_json, to_json
 
