@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.nets.unet import Reading, UNetConfig
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.cascade import Cascade, Model
 from jaxdiff.systems.imagen import Stage
@@ -17,24 +15,19 @@ from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
 from jaxdiff.weights import tree
 
-BASE = UNetConfig(
-    channels=32,
-    multipliers=(1, 2),
-    blocks=(1, 1),
-    self_attention=(False, True),
-    cross_attention=(False, False),
-    head_channels=16,
-    time_width=64,
-    text_width=24,
-    context_width=32,
-    learned_variance=True,
-    reading=Reading.WHOLE,
-    pool_heads=4,
-    activation=Activation.GELU,
-    norm_groups=32,
-    frequencies=32,
-)
-SR = replace(BASE, self_attention=(False, False), cross_attention=(False, True), low_res=True, residual_scale=0.7071)
+_SMALL = {
+    "channels": 32,
+    "multipliers": (1, 2),
+    "blocks": (1, 1),
+    "head_channels": 16,
+    "time_width": 64,
+    "text_width": 24,
+    "context_width": 32,
+    "pool_heads": 4,
+    "frequencies": 32,
+}
+BASE = replace(presets.IF_I_M.unet, self_attention=(False, True), cross_attention=(False, False), **_SMALL)
+SR = replace(presets.IF_II_M.unet, self_attention=(False, False), cross_attention=(False, True), **_SMALL)
 STAGES = presets.if_stage(BASE, 16), presets.if_stage(SR, 64)
 CAPTIONS = ["a large red circle on a white background", "two blue stars left of a green heart", "A pink Cross!"]
 

@@ -206,11 +206,12 @@ def _drawing(sampling: Sampling, learned: bool) -> dict[str, Any]:
         told["thresholding"] = True
         cap = 1e6 if threshold.cap is None else threshold.cap
         told |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}
-    if isinstance(sampler, DDIM):
+    if sampler == DDIM() and sampling.keep_eps:
         return told | {"_class_name": "DDIMScheduler"}
     gammas = {0.0: "fixed_small", 1.0: "fixed_large"} | ({None: "learned_range"} if learned else {})
     if not isinstance(sampler, DDPM) or sampler.gamma not in gammas:
-        raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}")
+        kept = f" with keep_eps = {sampling.keep_eps}" if isinstance(sampler, DDIM) else ""
+        raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}{kept}")
     return told | {"variance_type": gammas[sampler.gamma]}
 
 

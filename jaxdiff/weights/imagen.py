@@ -158,6 +158,8 @@ def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> N
     ValueError where diffusers has no words for a setting of a stage, before anything is written; OSError where
     something cannot be written.
     """
+    if len(cascade.models) > len(STAGES):
+        raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(cascade.models)}")
     for model in cascade.models:
         deepfloyd_pipeline.described(model)
     for name, model in zip(STAGES, cascade.models):

@@ -111,8 +111,10 @@ def open_safetensors(path: Path):
 def refuse_pickle(path: Path) -> None:
     """Raises ValueError where `path` is a pickle, by its name or by its first bytes: reading one can run any code."""
     with open(path, "rb") as file:
-        head = file.read(2)
-    if path.suffix in PICKLES or head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        head = file.read(9)
+    # A safetensors file begins with the length of its header, any eight bytes, and the header, which is JSON.
+    starts = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[8:] != b"{"
+    if path.suffix in PICKLES or starts:
         raise ValueError(
             f"{path} is a pickle, which can run code when read; convert it once where you trust it: "
             'python -c "import torch, safetensors.torch as s; '

@@ -16,8 +16,7 @@ from small_clip import OPEN, OPENAI
 
 from jaxdiff.nets import clip as clip_nets
 from jaxdiff.nets import t5 as t5_nets
-from jaxdiff.nets.blocks import Activation
-from jaxdiff.nets.unet import Reading, UNetConfig
+from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.weights import clip, deepfloyd, hub, t5, tree
 
 ENCODER, UNET = 1e-4, 5e-4
@@ -42,41 +41,15 @@ T5 = {
     "UMT5": ("UMT5ForConditionalGeneration", {}),
     "UMT5, encoder alone": ("UMT5EncoderModel", {}),
 }
-IF_I = UNetConfig(
-    channels=192,
-    multipliers=(1, 2, 3, 4),
-    blocks=(3, 3, 3, 3),
-    time_width=768,
-    context_width=768,
-    learned_variance=True,
-    reading=Reading.WHOLE,
-    pool_heads=64,
-    activation=Activation.GELU,
-    norm_groups=32,
-    frequencies=192,
-    dtype="bfloat16",
-)
-IF_II = replace(
-    IF_I,
-    multipliers=(1, 1, 2, 3, 4),
-    blocks=(2, 2, 3, 5, 5),
-    self_attention=(False,) * 5,
-    cross_attention=(False, False, False, True, True),
-    low_res=True,
-    residual_scale=0.7071,
-)
 
 
-def sized(config, channels):
-    top = channels * config.multipliers[-1]
-    return replace(config, channels=channels, time_width=4 * channels, context_width=top, frequencies=channels)
+def narrow(config):
+    top = 32 * config.multipliers[-1]
+    small = {"head_channels": 16, "text_width": 48, "pool_heads": 4}
+    return replace(config, channels=32, time_width=128, context_width=top, frequencies=32, **small)
 
 
-SMALL_IF = {"head_channels": 16, "text_width": 48, "pool_heads": 4, "dtype": "float32"}
-UNETS = {
-    "DeepFloyd IF-I": replace(sized(IF_I, 32), **SMALL_IF),
-    "DeepFloyd IF-II": replace(sized(IF_II, 32), **SMALL_IF),
-}
+UNETS = {"DeepFloyd IF-I": narrow(presets.IF_I_M.unet), "DeepFloyd IF-II": narrow(presets.IF_II_M.unet)}
 
 FLAN_SIZES = {
     "small": (512, 1024, 8, 8, 6, 64),
@@ -119,11 +92,11 @@ FAMILIES = {
 """The settings that a family's sizes share, the sizes, and the millions of parameters that are published of each, in as
 many digits. Of UMT5 none are: its sizes are v1.1's with more words."""
 PUBLIC_UNETS = {
-    "DeepFloyd IF-I-M": (sized(IF_I, 192), "371.6"),
-    "DeepFloyd IF-I-L": (sized(IF_I, 320), "935.4"),
-    "DeepFloyd IF-I-XL": (sized(IF_I, 704), "4304.7"),
-    "DeepFloyd IF-II-M": (sized(IF_II, 192), "466"),
-    "DeepFloyd IF-II-L": (sized(IF_II, 320), "1198"),
+    "DeepFloyd IF-I-M": (presets.IF_I_M.unet, "371.6"),
+    "DeepFloyd IF-I-L": (presets.IF_I_L.unet, "935.4"),
+    "DeepFloyd IF-I-XL": (presets.IF_I_XL.unet, "4304.7"),
+    "DeepFloyd IF-II-M": (presets.IF_II_M.unet, "466"),
+    "DeepFloyd IF-II-L": (presets.IF_II_L.unet, "1198"),
 }
 """IF-II's widths are inferred from its published sizes, 450 M and 1.2 B, of which these come nearest."""
 
@@ -297,6 +270,7 @@ def unet_names(directory):
     for name, (config, published) in PUBLIC_UNETS.items():
         settings = deepfloyd._hub_config(config)
         path.write_text(json.dumps(settings))
+        config = replace(config, dtype="bfloat16")
         assert deepfloyd.read_config(path, "bfloat16") == config
         shapes = deepfloyd._shapes(config)
         with torch.device("meta"):

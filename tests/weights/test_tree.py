@@ -105,6 +105,16 @@ def test_the_advice_for_pickles_works(tmp_path):
     np.testing.assert_array_equal(loaded["shared.weight"], shared.numpy())
 
 
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x05", b"PK"])
+def test_a_file_whose_length_looks_like_a_pickle(tmp_path, start):
+    """safetensors begins with the length of its header: any two bytes, those of a pickle included."""
+    path, length = tmp_path / "model.safetensors", int.from_bytes(start, "little")
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + np.array([1, 2], "f4").tobytes())
+    assert path.read_bytes()[:2] == start
+    np.testing.assert_array_equal(tree.load_tree(path)[0]["a"], [1, 2])
+
+
 def test_a_zipped_pickle_is_refused(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         with zipfile.ZipFile(tmp_path / name, "w") as file:
