@@ -137,6 +137,8 @@ def changed(model, number=0, **changes):
         (1, {"augmentation": Cosine()}, "no augmentation = Cosine"),
         (0, {"sampler": Euler()}, r"no sampler = Euler\(\)"),
         (0, {"sampler": DDPM(0.5)}, r"no sampler = DDPM\(gamma=0.5\)"),
+        (0, {"sampler": DDIM(0.5), "keep_eps": True}, r"no sampler = DDIM\(eta=0.5\)"),
+        (0, {"sampler": DDIM()}, r"no sampler = DDIM\(eta=0.0\) with keep_eps = False"),
     ],
 )
 def test_what_diffusers_cannot_say(exported, tmp_path, number, changes, message):
