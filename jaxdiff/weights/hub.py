@@ -24,6 +24,9 @@ SETTINGS = ("*.json", "*spiece.model", "*merges.txt")
 STEMS = ("model", "diffusion_pytorch_model")
 """What transformers and diffusers call their files of weights."""
 
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The types of tensors that are read, by safetensors' names: no quantized checkpoints."""
+
 Place = Callable[[np.ndarray], Array]
 """Puts an array on its devices."""
 
@@ -147,10 +150,10 @@ class Stored(NamedTuple):
     def read(self) -> np.ndarray:
         # Opened for this tensor alone: a file that stays mapped would keep what was read of it in memory.
         with tree.open_safetensors(self.file) as file:
-            array = file.get_tensor(self.key)
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{self.key} holds {array.dtype}: quantized checkpoints are not read")
-        return array
+            dtype = file.get_slice(self.key).get_dtype()
+            if dtype not in FLOATS:
+                raise ValueError(f"{self.file}: {self.key} holds {dtype}, only {', '.join(FLOATS)} are read")
+            return file.get_tensor(self.key)
 
 
 def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Stored]:
