@@ -37,7 +37,7 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
     Raises FileNotFoundError, or ValueError for a pickle or a damaged file.
     """
     with open_safetensors(Path(path)) as file:
-        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        flat = {name: _read(file, name, path) for name in file.keys()}  # noqa: SIM118
         return unflatten(flat), dict(file.metadata() or {})
 
 
@@ -46,7 +46,7 @@ def load_expected(path: str | Path, expected_shapes: dict) -> dict:
     with open_safetensors(Path(path)) as file:
         have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_shapes(have, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
-        return unflatten({name: file.get_tensor(name) for name in have})
+        return unflatten({name: _read(file, name, path) for name in have})
 
 
 def check_tree(params: dict, expected_shapes: dict, where: str) -> None:
@@ -106,6 +106,13 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
+
+
+def _read(file, name: str, path: str | Path) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except AttributeError as error:  # of eight bits, say
+        raise ValueError(f"{path}: {name} holds {file.get_slice(name).get_dtype()}, which numpy has not") from error
 
 
 def refuse_pickle(path: Path) -> None:

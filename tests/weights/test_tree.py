@@ -82,6 +82,16 @@ def test_missing_file(tmp_path):
         tree.load_tree(tmp_path / "none.safetensors")
 
 
+def test_a_type_that_numpy_has_not(tmp_path):
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(ValueError, match="a holds F8_E4M3, which numpy has not"):
+        tree.load_tree(path)
+    with pytest.raises(ValueError, match="a holds F8_E4M3, which numpy has not"):
+        tree.load_expected(path, {"a": np.zeros(2)})
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_pickle_is_refused_whatever_its_name(tmp_path, protocol):
     path = tmp_path / "model.safetensors"
