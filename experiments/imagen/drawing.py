@@ -56,7 +56,8 @@ class Drawing:
     tile_overlap: int = 32
     """Pixels that neighbouring tiles share."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What the generators compute in; bfloat16 on accelerators."""
+    """What the generators compute in; bfloat16 on accelerators. DeepFloyd IF's parameters and its T5 are loaded in it,
+    too."""
 
 
 def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
@@ -118,7 +119,7 @@ def _spaced(sampling: Sampling, given: dict[str, Any]) -> dict[str, Any]:
     """Steps and spacing that go together: a respacing has its own number of steps, or, where another is asked for,
     takes so many evenly."""
     spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
-    if not isinstance(spacing, Respaced) or steps == spacing.steps:
+    if not isinstance(spacing, Respaced) or steps == spacing.steps or (steps is not None and steps < 1):
         return {}
     if "spacing" in given and spacing.counts != (1,):
         if steps is not None:
@@ -193,10 +194,13 @@ class Bars:
 
     def __call__(self, resolution: int, done: int, total: int) -> None:
         if resolution not in self._bars:
-            self._bars[resolution] = tqdm(total=total * self._pieces, desc=f"{resolution:5d} px", unit="step")
-        bar, before = self._bars[resolution], self._done.get(resolution, 0)
-        bar.update(done - before if done > before else done)
-        self._done[resolution] = done
+            # What was done before the bar was there must not count for its speed.
+            options = {"total": total * self._pieces, "desc": f"{resolution:5d} px", "unit": "step"}
+            self._bars[resolution] = tqdm(initial=done, **options)
+        else:
+            before = self._done[resolution]
+            self._bars[resolution].update(done - before if done > before else done)
+        bar, self._done[resolution] = self._bars[resolution], done
         if bar.n >= bar.total:
             bar.close()
 

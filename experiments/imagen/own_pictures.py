@@ -16,12 +16,14 @@ class OwnPictures:
     """A picture of one's own: what is drawn begins with it, or it is what is enlarged."""
 
     image: Path | None = None
-    """A picture to begin with: each stage noises it and draws the last of its steps, as many as --strength says."""
+    """A picture to begin with: each stage noises it and draws the last of its steps, as many as --strength says. Its
+    shape is that of what is drawn, to the nearest multiples of the stride, unless --size says another."""
     strength: str = ""
     """The share of the steps that are drawn, above 0 and up to 1, for all stages or each; when left out, 0.7 for the
     base (1 with a mask) and 0.8 for the others."""
     mask: Path | None = None
-    """A picture of the same size: white is drawn anew, black is kept of --image."""
+    """A picture of the same size, turned upright as --image is: white is drawn anew, black is kept. What is
+    transparent counts as white."""
     enlarge: Path | None = None
     """A picture for super-resolution, in place of the base's; of any size."""
     enlarge_from: int | None = None
@@ -86,7 +88,7 @@ def enlarged(settings: OwnPictures, model: Cascade) -> Enlarged | None:
     """The picture to enlarge. ValueError where there is no stage for it."""
     if settings.enlarge is None:
         return None
-    resolution = settings.enlarge_from or model.resolutions[0]
+    resolution = model.resolutions[0] if settings.enlarge_from is None else settings.enlarge_from
     if resolution not in model.resolutions[:-1]:
         sizes = ", ".join(map(str, model.resolutions[:-1])) or "nothing"
         raise ValueError(f"--enlarge: no stage enlarges {resolution}; those of this cascade enlarge {sizes}")

@@ -71,8 +71,8 @@ class Run:
     clean: bool = True
     """Clean captions for DeepFloyd IF as those that it was trained with."""
     embeddings: Path | None = None
-    """A file for what the text encoder says of the prompts: written where it is missing, otherwise read, and then no
-    text encoder is loaded."""
+    """A .safetensors file for what the text encoder says of the prompts and the negative one: written where it is
+    missing, otherwise read, and then no text encoder is loaded."""
     own: OwnPictures = OwnPictures()
     drawing: Drawing = Drawing()
 
@@ -83,6 +83,10 @@ def main(settings: Run) -> None:
     if settings.per_prompt < 1:
         raise ValueError(f"nothing to draw: {settings.per_prompt} of each prompt")
     settings.own.check()
+    if settings.own.enlarge is not None and settings.size:
+        raise ValueError("--size is for what is drawn from text or --image; --enlarge has the size of its picture")
+    if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
+        raise ValueError(f"--embeddings {settings.embeddings}: the file has to end in .safetensors")
     model = with_dtype(_loaded(settings, prompts), settings.drawing.dtype)
     chosen = samplings(model.models, settings.drawing)
     task = _Task(settings, model, chosen, settings.own.begin(model), enlarged(settings.own, model))
@@ -106,6 +110,11 @@ def main(settings: Run) -> None:
 def prompts_of(settings: Run) -> list[str]:
     """The prompts of the command line, then those of the file. ValueError where there is none."""
     prompts = list(settings.prompt)
+    for text in (*prompts, settings.negative):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {text!r} is not UTF-8") from error
     if settings.prompts is not None:
         try:
             lines = settings.prompts.read_text(encoding="utf-8").splitlines()
@@ -134,13 +143,18 @@ def _loaded(settings: Run, prompts: list[str]) -> Cascade:
 
 
 def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCaptions:
+    told = {"weights": settings.weights[:1], "clean": settings.clean, "dtype": settings.drawing.dtype}
+    made_by = json.dumps(told | {"variant": settings.variant})
     if settings.embeddings is not None and settings.embeddings.exists():
         found = captions_file.load(settings.embeddings)
         lacking = [caption for caption in captions if caption not in found.captions]
+        if found.made_by != made_by:
+            other = f"was made by {found.made_by}, not by {made_by}"
+            raise ValueError(f"{settings.embeddings} {other}: remove it, or choose another")
         if lacking:
-            raise ValueError(f"{settings.embeddings} has no embedding of {lacking[0]!r}: choose another file")
+            raise ValueError(f"{settings.embeddings} has no embedding of {lacking[0]!r}: remove it, or choose another")
         return found
-    embedded = embed_captions(load_text(settings.weights, **options), captions)
+    embedded = embed_captions(load_text(settings.weights, **options), captions, made_by)
     if settings.embeddings is not None:
         captions_file.save(settings.embeddings, embedded)
     return embedded
@@ -189,10 +203,11 @@ def _information(
         "up_to": resolution,
         "size": settings.size or None,
         "dtype": settings.drawing.dtype,
-        "weights": list(settings.weights),
+        "weights": ["shipped" if place == str(SHIPPED) else place for place in settings.weights],
         "variant": settings.variant,
         "clean": settings.clean,
-        **{name: str(value) for name, value in dataclasses.asdict(settings.own).items() if value},
+        "embeddings": settings.embeddings and settings.embeddings.name,
+        **{name: getattr(value, "name", value) for name, value in vars(settings.own).items() if value},
         "stages": [to_json(sampling) for sampling in chosen],
     }
     return {"prompt": prompt, "seed": str(settings.seed), "settings": json.dumps(told)}

@@ -1,5 +1,6 @@
 """Captions to frozen T5 embeddings: the text box of Imagen."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,11 +48,15 @@ class TextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedCaptions:
-    """Captions that an encoder has embedded before, in its place: it need not be in memory when pictures are drawn."""
+    """Captions that an encoder has embedded before, in its place: it need not be in memory when pictures are drawn.
+
+    made_by: what says which encoder it was.
+    """
 
     captions: tuple[str, ...]
     embedding: TextEmbedding
     whole: bool = False
+    made_by: str = ""
 
     @property
     def width(self) -> int:
@@ -62,11 +67,11 @@ class EmbeddedCaptions:
         return self.embedding.embeddings.shape[1]
 
 
-def embed_captions(encoder: TextEncoder, captions: Sequence[str]) -> EmbeddedCaptions:
+def embed_captions(encoder: TextEncoder, captions: Sequence[str], made_by: str = "") -> EmbeddedCaptions:
     """Each caption once, and the empty one."""
     each = tuple(dict.fromkeys(["", *captions]))
     # On the host, so that nothing of it stays on the encoder's devices.
-    return EmbeddedCaptions(each, TextEmbedding(*map(np.asarray, encode(encoder, each))), encoder.whole)
+    return EmbeddedCaptions(each, TextEmbedding(*map(np.asarray, encode(encoder, each))), encoder.whole, made_by)
 
 
 def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
@@ -79,7 +84,13 @@ def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> 
         raise ValueError("captions must be a list of strings, not one string")
     if isinstance(encoder, EmbeddedCaptions):
         return _found(encoder, captions)
-    tokens = tokenize(encoder.tokenizer, [encoder.prepare(caption) for caption in captions], encoder.length)
+    prepared = [encoder.prepare(caption) for caption in captions]
+    emptied = [before for before, after in zip(captions, prepared) if before.strip() and not after.strip()]
+    if emptied:
+        warnings.warn(
+            f"nothing is left of {emptied[0]!r} after cleaning: it is taken for an empty caption", stacklevel=2
+        )
+    tokens = tokenize(encoder.tokenizer, prepared, encoder.length)
     if encoder.whole:
         return TextEmbedding(_in_blocks(encoder, tokens), jnp.ones(tokens.mask.shape, bool))
     written = np.array([bool(caption.strip()) for caption in captions], bool)

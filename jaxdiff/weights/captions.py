@@ -12,7 +12,7 @@ from jaxdiff.weights import tree
 
 def save(path: str | Path, embedded: EmbeddedCaptions) -> None:
     """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
-    told = {"captions": json.dumps(embedded.captions), "whole": json.dumps(embedded.whole)}
+    told = {"captions": json.dumps(embedded.captions), "whole": json.dumps(embedded.whole), "made_by": embedded.made_by}
     text, mask = (np.asarray(array) for array in embedded.embedding)
     tree.save_tree(path, {"embeddings": text, "mask": mask}, {"format": "jaxdiff captions"} | told)
 
@@ -29,4 +29,6 @@ def load(path: str | Path) -> EmbeddedCaptions:
         raise ValueError(f"{path}: not a file of embedded captions ({error!r})") from error
     if not fits or not isinstance(whole, bool) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: not a file of embedded captions")
-    return EmbeddedCaptions(tuple(captions), TextEmbedding(text.astype(np.float32), mask), whole)
+    return EmbeddedCaptions(
+        tuple(captions), TextEmbedding(text.astype(np.float32), mask), whole, told.get("made_by", "")
+    )

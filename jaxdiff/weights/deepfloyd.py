@@ -76,7 +76,7 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     # Applied to the conditioning vector once, before all blocks, or in each of them: the same numbers.
     once = told.flag("resnet_skip_time_act", False)
     told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
-    scale = told.values["resnet_out_scale_factor"]
+    scale = told.values.get("resnet_out_scale_factor")
     if type(scale) not in (int, float) or not 0 < scale < float("inf"):
         raise told.error("resnet_out_scale_factor", scale, "a number above 0")
     told.require("mid_block_scale_factor", (scale,))
@@ -104,7 +104,7 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
 
 def _levels(told: hub.Group, name: str, count: int | None = None) -> tuple[int, ...]:
     """A positive number for each level; one alone stands for all of them."""
-    value = told.values[name]
+    value = told.values.get(name)
     found = [value] * (count or 0) if type(value) is int else value
     good = isinstance(found, list) and found and all(type(n) is int and 0 < n <= hub.MOST for n in found)
     if not good or len(found) != (count or len(found)):

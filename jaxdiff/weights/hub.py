@@ -51,7 +51,7 @@ def directory_of(
         try:
             found = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
         except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())  # what to do (accept a licence, log in) stands at its end
             raise ValueError(f"{text} is no directory, and no hub id that could be downloaded: {reason}") from error
         if all(any((Path(found) / folder).glob("*.safetensors")) for folder in folders):
             return Path(found)

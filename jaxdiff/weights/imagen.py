@@ -104,7 +104,8 @@ def _folder(weights: Weights) -> Path | None:
     if len(listed) > 1 or is_pipeline(folder):
         return None
     if not folder.is_dir():
-        if isinstance(listed[0], Path) or str(listed[0]).count("/") != 1 or str(listed[0]).startswith((".", "~")):
+        hub_id = str(listed[0]).partition("@")[0]
+        if isinstance(listed[0], Path) or hub_id.count("/") != 1 or hub_id.startswith((".", "~")):
             raise FileNotFoundError(f"{folder}: no such folder of weights")
         return None
     return folder

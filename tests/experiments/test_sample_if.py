@@ -73,6 +73,13 @@ def test_embeddings_are_made_once(exported, tmp_path, command):
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
     other = command(sample.main, "a blue star", *arguments, "--out", tmp_path / "c")
     assert other.code == 2 and "has no embedding of 'a blue star'" in other.err
+    other = command(sample.main, CAPTION, *arguments, "--no-clean", "--out", tmp_path / "c")
+    assert other.code == 2 and "was made by" in other.err and other.err.count("\n") == 1
+
+
+def test_a_prompt_that_cleaning_leaves_nothing_of(exported, tmp_path, command):
+    done = command(sample.main, "http://example.com", "--weights", exported, "--out", tmp_path, *FEW)
+    assert done.code == 0 and "nothing is left of 'http://example.com' after cleaning" in done.err
 
 
 def test_image_to_image(exported, photo, tmp_path, command):
@@ -84,7 +91,7 @@ def test_image_to_image(exported, photo, tmp_path, command):
         assert image.size == (64, 72)  # 38×45, in steps of the base's stride
         original = Image.open(photo).resize(image.size, Image.Resampling.BICUBIC)
         errors.append(np.abs(np.asarray(image, float) - np.asarray(original, float)).mean())
-        assert json.loads(image.text["settings"])["image"] == str(photo)
+        assert json.loads(image.text["settings"])["image"] == photo.name
     assert errors[0] < errors[1]
 
 
@@ -142,14 +149,19 @@ BAD = {
     "no such variant": (("--variant", "fp16"), "model.fp16.safetensors"),
     "a respacing that is not for this": (("--respacing", "quick"), "unknown respacing 'quick'"),
     "no such pipeline": (("--weights", "/nowhere"), "/nowhere"),
-    "embeddings that are none": (("--embeddings", "photo"), "not a whole safetensors file"),
+    "embeddings that are none": (("--embeddings", "none.safetensors"), "not a whole safetensors file"),
+    "embeddings of another kind": (("--embeddings", "e.bin"), "has to end in .safetensors"),
+    "a size for what is enlarged": (("--enlarge", "photo", "--size", "16"), "--enlarge has the size of its picture"),
+    "no steps": (("--steps", "0"), "steps must be at least 1"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, exported, photo, tmp_path, command):
     Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
-    files = {"photo": photo, "small": tmp_path / "small.png", "weights": exported / "base64/unet/config.json"}
+    (tmp_path / "none.safetensors").write_text("none")
+    files = {name: tmp_path / name for name in ("none.safetensors", "e.bin")}
+    files |= {"photo": photo, "small": tmp_path / "small.png", "weights": exported / "base64/unet/config.json"}
     arguments, culprit = BAD[case]
     arguments = [files.get(argument, argument) for argument in arguments]
     out = tmp_path / "out"

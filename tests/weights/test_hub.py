@@ -114,6 +114,19 @@ def test_only_what_is_wanted_is_downloaded(tmp_path, monkeypatch):
     assert asked[1] == ALWAYS | {name for name in REPOSITORY if "fp16" in name and name.endswith(".safetensors")}
 
 
+def test_what_the_hub_says_is_said_whole(monkeypatch):
+    """What to do about a licence stands behind its first line."""
+
+    def refuse(*args, **options):
+        raise OSError("401 Client Error.\n\nAccess to it is restricted: accept its licence and log in.")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(
+        ValueError, match=r"401 Client Error. Access to it is restricted: accept its licence and log in."
+    ):
+        hub.directory_of("some/cascade")
+
+
 def test_a_repository_of_one_variant(tmp_path, monkeypatch):
     asked = hub_of(["config.json", "model.fp16.safetensors", "model.bin"], tmp_path, monkeypatch)
     assert hub.directory_of("some/t5") == tmp_path
