@@ -140,6 +140,7 @@ def sample(
     up_to: int | None = None,
     samplings: Sequence[Sampling] | None = None,
     size: tuple[int, int] | None = None,
+    picture: Picture | None = None,
     batch: int = 16,
     progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
@@ -157,6 +158,7 @@ def sample(
             up_to=up_to,
             samplings=samplings,
             size=size,
+            picture=picture,
             batch=batch,
             progress=progress,
         )

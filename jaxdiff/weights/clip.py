@@ -4,7 +4,6 @@ Reads OpenAI's models and OpenCLIP's that were saved as transformers' CLIPModel,
 that were saved alone, with their projection or, as Stable Diffusion has its text tower, without.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -87,8 +86,7 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     directory = Path(directory)
     tree.check_tree(params, _shapes(config), "the CLIP to export")
     hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
-    with tree.replacing(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(_hub_config(config, dtype), indent=2) + "\n")
+    hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 
 def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:

@@ -4,7 +4,6 @@ Both stages, of every size: diffusers' UNet2DConditionModel with simple cross-at
 class is read, or it must have the one value that IF has.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: 
     directory = Path(directory)
     told = described(config, params)
     hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, hub_names(config, params), dtype)
-    with tree.replacing(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=2) + "\n")
+    hub.write_json(directory / "config.json", told)
 
 
 def described(config: UNetConfig, params: dict) -> dict[str, Any]:

@@ -7,7 +7,6 @@ What a scheduler's settings say is how the stage draws; what they do not say (gu
 input of stage II) is as in `systems/imagen_presets.py`.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jaxdiff.systems.imagen import Enlargement, NullText
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
-from jaxdiff.weights import deepfloyd, hub, t5, tree
+from jaxdiff.weights import deepfloyd, hub, t5
 
 INDEX = "model_index.json"
 LENGTH = 77
@@ -172,11 +171,11 @@ def export_stage(model: Model, directory: Path, text: TextEncoder | None = None,
     told = described(model)
     unet = told.pop("unet")
     deepfloyd.export_unet(model.stage.unet, model.params, directory / "unet", dtype)
-    _write(directory / "unet" / "config.json", unet)
+    hub.write_json(directory / "unet" / "config.json", unet)
     parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
     parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
     for name, values in told.items():
-        _write(directory / name / "scheduler_config.json", values)
+        hub.write_json(directory / name / "scheduler_config.json", values)
         parts[name] = "diffusers", values["_class_name"]
     parts |= {"text_encoder": (None, None), "tokenizer": (None, None)}
     if text is not None:
@@ -185,7 +184,7 @@ def export_stage(model: Model, directory: Path, text: TextEncoder | None = None,
         parts |= {"text_encoder": ("transformers", "T5EncoderModel")}
         parts |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
     name = "IFSuperResolutionPipeline" if model.stage.unet.low_res else "IFPipeline"
-    _write(directory / INDEX, {"_class_name": name} | parts)
+    hub.write_json(directory / INDEX, {"_class_name": name} | parts)
 
 
 def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
@@ -213,9 +212,3 @@ def _drawing(sampling: Sampling, learned: bool) -> dict[str, Any]:
         kept = f" with keep_eps = {sampling.keep_eps}" if isinstance(sampler, DDIM) else ""
         raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}{kept}")
     return told | {"variance_type": gammas[sampler.gamma]}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tree.replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")

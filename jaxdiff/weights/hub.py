@@ -88,6 +88,13 @@ def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
     return values
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """The inverse of `read_json`; the file appears whole or not at all (OSError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tree.replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any = None) -> None:
     """ValueError that names a setting whose value is not supported."""
     value = values.get(name, default)

@@ -4,7 +4,6 @@ Reads v1.0, v1.1, Flan-T5, ByT5, mT5 and UMT5, the whole model or its encoder al
 Every tensor is accounted for: it is read, or it is one of the named duplicates, or the checkpoint is refused.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +84,7 @@ def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "
         config = replace(config, decoder_layers=0)
     tree.check_tree(params, _shapes(config), "the T5 to export")
     hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
-    with tree.replacing(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(_hub_config(config, dtype), indent=2) + "\n")
+    hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 
 def read_config(path: Path) -> T5Config:

@@ -11,6 +11,7 @@ import small_if
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import Discrete
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
+from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.weights import deepfloyd
 from jaxdiff.weights.deepfloyd_pipeline import SCHEDULER, read_scheduler
 
@@ -220,6 +221,14 @@ def test_schedulers_that_are_not_supported(changes, learned, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         scheduler(tmp_path / "scheduler_config.json", learned, **changes)
     assert "\n" not in str(error.value) and "scheduler_config.json: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet_out_scale_factor", "block_out_channels", "layers_per_block", "in_channels"])
+def test_a_null_where_something_has_to_be(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(deepfloyd._hub_config(presets.IF_I_M.unet) | {name: None}))
+    with pytest.raises(ValueError, match=f"{name} = None is not supported, only "):
+        deepfloyd.read_config(path)
 
 
 def test_what_a_solver_left_in_the_published_files(tmp_path):
