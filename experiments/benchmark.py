@@ -26,6 +26,7 @@ from experiments.cli import run
 from experiments.imagen import presets
 from experiments.imagen.drawing import usable
 from jaxdiff.data.files import write_json
+from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -68,8 +69,8 @@ class Run:
     """Side of the training pictures of super-resolution; a quarter of the resolution when left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in."""
-    remat: bool = False
-    """Compute each block again in the backward pass; the FLOPs then count it twice."""
+    remat: Remat = "none"
+    """What the backward pass computes again: none | outputs | blocks (each of them whole; the FLOPs count it twice)."""
     fsdp: int = 1
     """Devices that share each parameter."""
     steps: int = 10
@@ -205,12 +206,8 @@ def _sampling(stage: Stage, parameters: Any, settings: Run) -> tuple[float, floa
 def made_up(stage: Stage, count: int, side: int) -> dict[str, np.ndarray]:
     """A batch of the right shapes."""
     rng = np.random.default_rng(0)
-    image = rng.uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
-    text = rng.normal(size=(count, stage.text_length, stage.unet.text_width)).astype(np.float16)
-    batch = {"image": image, "text": text, "text_mask": np.ones((count, stage.text_length), bool)}
-    if stage.low_resolution is not None:
-        batch["low_res"] = image[:, :: stage.factor, :: stage.factor]
-    return batch
+    batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch(count, side).items()}
+    return batch | {"text_mask": np.ones_like(batch["text_mask"])}
 
 
 def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float, float]:

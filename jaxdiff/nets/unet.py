@@ -8,11 +8,13 @@ network.
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -28,6 +30,7 @@ from jaxdiff.nets.blocks import (
     TextContext,
     WholeTextPool,
 )
+from jaxdiff.nets.placement import Axes
 
 
 class Reading(enum.Enum):
@@ -40,6 +43,12 @@ class Reading(enum.Enum):
 
     MASKED = "masked"
     WHOLE = "whole"
+
+
+Remat = Literal["none", "outputs", "blocks"]
+
+HOW = {"how": True}
+"""Marks settings of how something is computed: no part of what was learned, and not kept with it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,11 @@ class UNetConfig:
     reading: how the text is read. pool_heads: heads of the attention that pools it; 0: one for 64 channels.
     activation, norm_groups (0: up to 32 of at least four channels), frequencies (sines of an embedding; 0: as many as
     channels, at least 128), residual_scale (a factor on the sum of each residual block): where DeepFloyd IF differs.
-    dtype: compute type; parameters stay float32. remat: recompute each block in the backward pass.
+    dtype: compute type; parameters stay float32.
+    remat: what the backward pass computes again to save memory: `none`; `outputs`: all but what convolutions and
+    matrix products of parameters give; `blocks`: every block whole, from what comes into it.
+    scan: residual blocks of one shape in a row are one loop, which compiles in less time (Efficient U-Net).
+    axes: the mesh axes that activations are split over. These last three change nothing of what is computed.
     """
 
     channels: int = 512
@@ -97,7 +110,9 @@ class UNetConfig:
     frequencies: int = 0
     residual_scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: Remat = field(default="none", metadata=HOW)
+    scan: bool = field(default=False, metadata=HOW)
+    axes: Axes = field(default=Axes(), metadata=HOW)
 
     def __post_init__(self):
         levels = {len(self.multipliers), len(self.blocks), len(self.self_attention), len(self.cross_attention)}
@@ -117,6 +132,19 @@ class UNetConfig:
     @property
     def reads_text(self) -> bool:
         return self.pool_text or any(self.self_attention) or any(self.cross_attention)
+
+    def tensor_rules(self) -> tuple[tuple[str, int], ...]:
+        """For tensor parallelism: (end of a parameter's path, the axis that is split), as a pattern.
+
+        The first layer of each block writes a part of its channels (or heads) on each device and the last one reads
+        them, so that a block communicates once, where their sums meet (Megatron-LM, arXiv 1909.08053, 3).
+        """
+        rules = [(r"_\d+(_\d+)?/Conv_0/kernel", 3), (r"_\d+(_\d+)?/Conv_1/kernel", 2)]
+        attention = [("(q|text_k|text_v)", 1), ("out", 0)]
+        attention += [("(k|v)", 1)] * any(self.self_attention) + [("up", 1), ("down", 0)] * bool(self.feed_forward)
+        if any(self.self_attention) or any(self.cross_attention):
+            rules += [(f"_(self|cross)/{layer}/kernel", axis) for layer, axis in attention]
+        return tuple(rules)
 
     def width(self, level: int) -> int:
         return self.channels * self.multipliers[level]
@@ -185,7 +213,7 @@ class _Parts(nn.Module):
         x = blocks.space_to_depth(x.astype(config.dtype), config.patch)
         if config.coordinates:
             x = jnp.concatenate([x, blocks.coordinates(x)], axis=-1)
-        return nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x)
+        return config.axes.pictures(nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x))
 
     def head(self, x, embedding, noised):
         config, channels = self.config, noised.shape[-1] * (2 if self.config.learned_variance else 1)
@@ -201,15 +229,30 @@ class _Parts(nn.Module):
             x += blocks.keep_precision(factor)[:, None, None, :] * noised
         return x
 
-    def res(self, width, name, resample=Resample.NONE, project=False):
-        config = self.config
-        block = nn.remat(ResBlock) if config.remat else ResBlock
-        style = config.activation, config.norm_groups, config.residual_scale
-        return block(width, resample, project, config.dtype, *style, name=name)
+    def res(self, x, embedding, width, name, resample=Resample.NONE, project=False):
+        block = self._remat(nn.remat, ResBlock)(width, resample, project, *self._style(), name=name)
+        return self.config.axes.pictures(block(x, embedding))
+
+    def repeated(self, x, embedding, width, prefix, count):
+        """`count` residual blocks of one shape, one after the other."""
+        names = [f"{prefix}_{i}" for i in range(count)]
+        if not self.config.scan or count < 2 or self.is_initializing():
+            for name in names:
+                x = self.res(x, embedding, width, name, project=True)
+            return x
+        # Their parameters keep their names, so that a checkpoint knows nothing of loops; the loop stacks them.
+        params = [self.variables["params"][name] for name in names]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        block = ResBlock(width, Resample.NONE, True, *self._style(), parent=None)
+
+        def body(x, params):
+            return self.config.axes.pictures(block.apply({"params": params}, x, embedding)), None
+
+        return jax.lax.scan(self._remat(jax.checkpoint, body), x, stacked)[0]
 
     def attend(self, x, level, name, tokens, mask):
         config = self.config
-        block = nn.remat(AttentionBlock) if config.remat else AttentionBlock
+        block = self._remat(nn.remat, AttentionBlock)
         for wanted, itself, kind in (
             (config.self_attention[level], True, "self"),
             (config.cross_attention[level], False, "cross"),
@@ -218,8 +261,26 @@ class _Parts(nn.Module):
                 style = config.norm_groups, config.reading is Reading.WHOLE
                 heads = config.heads_at(level)
                 layer = block(heads, itself, config.feed_forward, config.dtype, *style, name=f"{name}_{kind}")
-                x = layer(x, tokens, mask)
+                x = config.axes.pictures(layer(x, tokens, mask))
         return x
+
+    def _style(self):
+        """What all residual blocks have in common."""
+        config = self.config
+        return config.dtype, config.activation, config.norm_groups, config.residual_scale
+
+    def _remat(self, transform: Callable, target: Any) -> Any:
+        """A block (class or function) that computes again in the backward pass what the settings say."""
+        if self.config.remat == "none":
+            return target
+        return transform(target, policy=_outputs if self.config.remat == "outputs" else None)
+
+
+def _outputs(primitive: Any, *inputs: Any, **settings: Any) -> bool:
+    """Of what `remat` keeps: convolutions, and matrix products but those of attention, which have batch axes."""
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **settings)
 
 
 class UNet(_Parts):
@@ -246,22 +307,22 @@ class UNet(_Parts):
         skips, last = [x], len(config.blocks) - 1
         for level, count in enumerate(config.blocks):
             for i in range(count):
-                x = self.res(config.width(level), f"down_{level}_{i}")(x, embedding)
+                x = self.res(x, embedding, config.width(level), f"down_{level}_{i}")
                 x = self.attend(x, level, f"down_{level}_{i}", tokens, mask)
                 skips.append(x)
             if level != last:
-                x = self.res(config.width(level), f"down_{level}", Resample.DOWN)(x, embedding)
+                x = self.res(x, embedding, config.width(level), f"down_{level}", Resample.DOWN)
                 skips.append(x)
-        x = self.res(config.width(last), "middle_0")(x, embedding)
+        x = self.res(x, embedding, config.width(last), "middle_0")
         x = self.attend(x, last, "middle", tokens, mask)
-        x = self.res(config.width(last), "middle_1")(x, embedding)
+        x = self.res(x, embedding, config.width(last), "middle_1")
         for level in reversed(range(last + 1)):
             for i in range(config.blocks[level] + 1):
                 x = jnp.concatenate([x, skips.pop() * config.skip_scale], axis=-1)
-                x = self.res(config.width(level), f"up_{level}_{i}")(x, embedding)
+                x = self.res(x, embedding, config.width(level), f"up_{level}_{i}")
                 x = self.attend(x, level, f"up_{level}_{i}", tokens, mask)
             if level:
-                x = self.res(config.width(level), f"up_{level}", Resample.UP)(x, embedding)
+                x = self.res(x, embedding, config.width(level), f"up_{level}", Resample.UP)
         return self.head(x, embedding, noised)
 
 
@@ -290,17 +351,15 @@ class EfficientUNet(_Parts):
         for level, count in enumerate(config.blocks):
             skips.append(x)
             x = nn.Conv(config.width(level), (3, 3), strides=2, dtype=config.dtype, name=f"down_{level}")(x)
-            for i in range(count):
-                x = self.res(config.width(level), f"down_{level}_{i}", project=True)(x, embedding)
+            x = self.repeated(x, embedding, config.width(level), f"down_{level}", count)
             x = self.attend(x, level, f"down_{level}", tokens, mask)
         for level in reversed(range(len(config.blocks))):
-            for i in range(config.blocks[level]):
-                x = self.res(config.width(level), f"up_{level}_{i}", project=True)(x, embedding)
+            x = self.repeated(x, embedding, config.width(level), f"up_{level}", config.blocks[level])
             x = self.attend(x, level, f"up_{level}", tokens, mask)
             skip = skips.pop()
             x = blocks.resize(x, Resample.UP)
             x = nn.Conv(skip.shape[-1], (3, 3), dtype=config.dtype, name=f"up_{level}")(x)
             x = x + skip * config.skip_scale
         for i in range(config.outer_blocks):
-            x = self.res(config.channels, f"outer_{i}")(x, embedding)
+            x = self.res(x, embedding, config.channels, f"outer_{i}")
         return self.head(x, embedding, noised)

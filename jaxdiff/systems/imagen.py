@@ -7,7 +7,7 @@ stages `systems/cascade.py`; the paper's settings and the tiny ones are `systems
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss, variance_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import Cosine, Discrete, Schedule
+from jaxdiff.nets.placement import Axes
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.text.t5 import TextEmbedding
 
@@ -96,7 +97,8 @@ class Stage:
         x, ones = jnp.zeros((1, side, side, 3)), jnp.ones(1)
         low_res = (x, ones) if self.unet.low_res else ()
         text = null_text(self, 1)
-        return self.unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
+        unet = replace(self.unet, axes=Axes())  # one picture cannot be split
+        return unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
 
     def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict]:
         """The weighted squared error, averaged over the batch.
@@ -122,6 +124,21 @@ class Stage:
             x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
             losses += variance_loss(self.schedule, gamma, image, x0, x, t)
         return losses.mean(), {}
+
+    def batch(self, count: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a training batch of pictures of that side, with captions."""
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {
+            "image": ((count, side, side, 3), jnp.float32),
+            "text": ((count, self.text_length, self.unet.text_width), jnp.float16),
+            "text_mask": ((count, self.text_length), jnp.bool_),
+        }
+        if self.low_resolution is not None:
+            shapes["low_res"] = ((count, side // self.factor, side // self.factor, 3), jnp.float32)
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+    def cast(self, params: dict) -> dict:
+        """The kernels in the type that the network computes in, which its layers would give them anyway."""
+        return jax.tree.map(lambda leaf: leaf.astype(self.unet.dtype) if leaf.ndim > 1 else leaf, params)
 
     def parts(self, output: Float[Array, "b h w o"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
         """Of a network's output: what `prediction` says and, where it is learned, γ of the variance (`DDPM`)."""

@@ -1,51 +1,102 @@
-"""Where arrays live: one mesh of three axes, parameters placed by their shapes, batches split by their first axis.
+"""The mesh: devices in three axes, and batches split over them.
 
-The same code runs on one CPU device and on a pod: an axis of size 1 costs nothing. The axes are
+The same code runs on one CPU device and on a pod of several slices: an axis of size 1 costs nothing. The axes are
 
 * `data`: copies of the parameters, each with its part of the batch;
 * `fsdp`: parameters, optimizer state and averages split, each device with its part of the batch;
-* `tensor`: for splitting single layers; nothing is placed on it by the rule of this file.
+* `tensor`: single layers split by their channels, or pictures by their rows.
 
-Axes are `Auto`: the compiler derives every intermediate placement from those of the arguments and results.
+Axes are `Auto`: the compiler derives every intermediate placement from those of the arguments and results. Where
+parameters go is `placement.py`.
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis. One may be -1: as many as the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self.sizes))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.data, self.fsdp, self.tensor
+
+    def over(self, devices: int) -> "MeshShape":
+        """The same without -1, for so many devices. ValueError where the sizes do not multiply to that number."""
+        sizes = list(self.sizes)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"mesh {self}: sizes are at least 1, and at most one of them is -1 (what the others leave)"
+            )
+        if -1 in sizes:
+            known = -math.prod(sizes)
+            sizes[sizes.index(-1)] = devices // known if devices % known == 0 else 0
+        if math.prod(sizes) != devices:
+            raise ValueError(f"mesh {self} does not fit {devices} devices: the sizes must multiply to that number")
+        return MeshShape(*sizes)
+
+
+def parse(text: str) -> MeshShape:
+    """`data=8,fsdp=32` → MeshShape. Axes that are left out are 1, but `data` is -1. ValueError for anything else."""
+    sizes = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(rf"({'|'.join(AXES)})=(-?\d+)", part)
+        if found is None or found[1] in sizes:
+            raise ValueError(f"mesh {text!r}: write sizes of {', '.join(AXES)}, each once, as in data=8,fsdp=32")
+        sizes[found[1]] = int(found[2])
+    if -1 in sizes.values():
+        sizes.setdefault("data", 1)
+    return MeshShape(**sizes)
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of (data, fsdp, tensor) devices; one size may be -1: as many as the devices (all, by default) leave.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Devices that are neighbours in the network become neighbours in the mesh. Of several slices, which only the slower
+    data-centre network joins, copies lie in different slices first, and only what copies leave is split over slices.
+    Raises ValueError where the sizes do not multiply to the number of devices, or the slices do not divide them.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor]
-    named = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh {named}: sizes are at least 1, and at most one of them is -1 (what the others leave)")
-    if -1 in sizes:
-        known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"mesh {named} does not fit {len(devices)} devices: the sizes must multiply to that number")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def shardings(tree: Any, mesh: Mesh, minimum: int = 2**16) -> Any:
-    """The placement of every array of `tree` (arrays or shapes), as a tree of NamedSharding.
-
-    The largest axis that `fsdp` divides is split over it (the last of equals); an array of fewer than `minimum`
-    elements, or with no such axis, is copied to every device. Optimizer state and averages have the shapes of their
-    parameters, and so land beside them.
-    """
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh.shape["fsdp"], minimum)), tree)
+    shape = MeshShape(data, fsdp, tensor).over(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    copies = math.gcd(shape.data, slices)
+    across = slices // copies
+    if shape.fsdp % across:
+        raise ValueError(f"mesh {shape} does not fit {slices} slices: data, or else fsdp, must be a multiple of them")
+    inside = (shape.data // copies, shape.fsdp // across, shape.tensor)
+    # The physical axes of a torus are kept whole where they can be.
+    for split in (False, True):
+        try:
+            if slices > 1:
+                grid = mesh_utils.create_hybrid_device_mesh(
+                    inside, (copies, across, 1), devices, allow_split_physical_axes=split
+                )
+            else:
+                grid = mesh_utils.create_device_mesh(shape.sizes, devices, allow_split_physical_axes=split)
+            break
+        except NotImplementedError:
+            if split:
+                raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes") from None
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -74,11 +125,3 @@ def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
         for name, array in arrays.items()
         if array.dtype.kind not in "OSU"
     }
-
-
-def _spec(shape: tuple[int, ...], parts: int, minimum: int) -> PartitionSpec:
-    candidates = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or int(np.prod(shape)) < minimum or not candidates:
-        return PartitionSpec()
-    axis = max(candidates)[1]
-    return PartitionSpec(*(None,) * axis, "fsdp")

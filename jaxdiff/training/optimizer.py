@@ -1,4 +1,4 @@
-"""The optimizer as a plain value: Adam(W), Adafactor or Muon, clipping, linear warm-up, cosine decay to 0 or none.
+"""The optimizer as a plain value: Adam(W), Adafactor, Muon or SGD, clipping, linear warm-up, cosine decay to 0 or none.
 
 Defaults are Imagen's (appendix F.1): learning rate 1e-4, 10,000 steps of warm-up, cosine decay over 2.5 M steps. The
 paper prints `end_value=2500000` for the schedule, which would raise the rate to 2.5 million; 0 is what it means.
@@ -86,6 +86,16 @@ class Muon:
         return jax.tree_util.tree_map_with_path(axes, params)
 
 
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent with momentum: what the others are compared with."""
+
+    momentum: float = 0.0
+
+    def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.sgd(learning_rate, momentum=self.momentum or None)
+
+
 class Decay(enum.Enum):
     """What the learning rate does after the warm-up."""
 
@@ -100,7 +110,7 @@ class OptimizerConfig:
     Raises ValueError for a setting that makes no sense.
     """
 
-    kind: AdamW | Adafactor | Muon = AdamW()
+    kind: AdamW | Adafactor | Muon | SGD = AdamW()
     learning_rate: float = 1e-4
     warmup: int = 10_000  # updates from 0 to `learning_rate`
     total: int = 2_500_000  # the update at which cosine decay reaches 0

@@ -1,4 +1,7 @@
-"""Settings as flat, JSON-able names and values, so that a checkpoint can say by name which of them differs."""
+"""Settings as flat, JSON-able names and values, so that a checkpoint can say by name which of them differs.
+
+Fields whose metadata say `how` (how something is computed, no part of what is learned) are left out: they may change.
+"""
 
 import dataclasses
 import enum
@@ -23,7 +26,8 @@ def flatten(settings: Any, name: str = "") -> dict[str, Any]:
         dtype = np.dtype(settings).name
         return {name: dtype if dtype != "object" else f"{settings.__module__}.{settings.__qualname__}"}
     if dataclasses.is_dataclass(settings):
-        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        learned = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("how")]
+        fields = {field: getattr(settings, field) for field in learned}
         return {name: type(settings).__name__} | _flatten_all(fields, name)
     if isinstance(settings, Mapping):
         return _flatten_all({str(key): value for key, value in settings.items()}, name)

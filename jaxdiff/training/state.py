@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from jaxdiff.training.mesh import shardings
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer
+from jaxdiff.training.placement import BY_SHAPE, Placement, following, shardings
 
 Params = Any  # nested dicts of arrays
 Metrics = dict[str, Any]  # scalars
@@ -25,6 +25,13 @@ class Stage(Protocol):
     def loss(self, params: Params, batch: Any, key: Any) -> tuple[Any, Metrics]:
         """The mean loss over the batch, and further scalars to log (means over the batch too)."""
         ...
+
+
+@runtime_checkable
+class Casting(Protocol):
+    """A stage that computes with parameters of another type than it keeps: they travel between devices in that type."""
+
+    def cast(self, params: Params) -> Params: ...
 
 
 @struct.dataclass
@@ -47,20 +54,28 @@ def create_state(params: Params, config: OptimizerConfig) -> TrainState:
     return TrainState(counter, params, ema, optimizer(config).init(params), counter, counter, counter)
 
 
-def abstract_state(stage: Stage, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+def abstract_state(stage: Stage, config: OptimizerConfig, mesh: Mesh, placement: Placement = BY_SHAPE) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
     shapes = jax.eval_shape(lambda: create_state(stage.init(jax.random.key(0)), config))
+    placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, shapes, shardings(shapes, mesh))
+    return jax.tree.map(place, shapes, placements)
 
 
-def init_state(stage: Stage, config: OptimizerConfig, key: Any, mesh: Mesh, params: Params | None = None) -> TrainState:
+def init_state(
+    stage: Stage,
+    config: OptimizerConfig,
+    key: Any,
+    mesh: Mesh,
+    params: Params | None = None,
+    placement: Placement = BY_SHAPE,
+) -> TrainState:
     """The state before the first step, each device computing its own part.
 
     `params` (host arrays or devices' own) start from other parameters than `stage.init(key)`. Raises ValueError where
     their names or shapes are not the stage's.
     """
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh))
+    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh, placement))
     with jax.set_mesh(mesh):
         if params is None:
             return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)

@@ -3,6 +3,11 @@
 The loss is a mean over the global batch, so under a sharded batch the compiler itself takes the gradient's mean over
 the devices; clipping comes after it. Every device draws from the same key, folded with the step: loss and gradient are
 the same on every mesh shape.
+
+Parameters that lie split over `fsdp` are made whole once a step, in the type that the stage computes with, and their
+gradients are summed straight into the parts. Left to itself the compiler may split the convolutions instead, and move
+pictures between devices where kernels are smaller; and its gradient of a strided convolution is wrong where both the
+kernel and the rows of the picture are split (XLA of jax 0.10 to 0.12).
 """
 
 from collections.abc import Callable
@@ -15,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer, schedule
-from jaxdiff.training.state import Metrics, Params, Stage, TrainState
+from jaxdiff.training.placement import without_fsdp
+from jaxdiff.training.state import Casting, Metrics, Params, Stage, TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
 
@@ -81,12 +87,15 @@ def _gradients(
     """Loss, metrics and gradient (placed like the parameters): means over the `accumulate` parts of the batch."""
 
     def part(rows: Any, key: Any) -> tuple[Any, Metrics, Any]:
-        (loss, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, rows, key)
-        return loss, metrics, jax.lax.with_sharding_constraint(grads, placements)
+        (loss, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(whole, rows, key)
+        grads = jax.lax.with_sharding_constraint(grads, placements)
+        return loss, metrics, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
 
+    mesh = jax.tree.leaves(placements)[0].mesh
+    cast = stage.cast(params) if isinstance(stage, Casting) else params
+    whole = jax.lax.with_sharding_constraint(cast, jax.tree.map(without_fsdp, placements))
     if accumulate == 1:
         return part(batch, key)
-    mesh = jax.tree.leaves(placements)[0].mesh
 
     def split(x: Any) -> Any:
         # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.

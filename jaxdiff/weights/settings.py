@@ -1,5 +1,6 @@
 """Settings dataclasses ⇄ JSON: every dataclass by its name with its fields, enums by theirs. A closed list of classes,
-so that a file can name nothing else."""
+so that a file can name nothing else. Fields that say only how something is computed (metadata `how`) are not written,
+and left as they are by default where a file has them."""
 
 import dataclasses
 import enum
@@ -35,8 +36,8 @@ def to_json(settings: Any) -> Any:
             raise ValueError(f"settings of class {name} cannot be written to a file")
         if isinstance(settings, enum.Enum):
             return {"class": name, "member": settings.name}
-        fields = {field.name: to_json(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-        return {"class": name, **fields}
+        learned = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("how")]
+        return {"class": name, **{field: to_json(getattr(settings, field)) for field in learned}}
     if isinstance(settings, tuple | list):
         return [to_json(item) for item in settings]
     return settings
@@ -53,6 +54,9 @@ def from_json(data: Any, where: str) -> Any:
     if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(f"{where}: unknown class of settings {name!r}")
     cls = _CLASSES[name]
+    if dataclasses.is_dataclass(cls):
+        how = {field.name for field in dataclasses.fields(cls) if field.metadata.get("how")}
+        fields = {field: value for field, value in fields.items() if field not in how}
     hints = typing.get_type_hints(cls)
     for field, value in fields.items():
         try:

@@ -12,7 +12,8 @@ from small import BASE, SR, random_params
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.imagen import Stage
-from jaxdiff.training.mesh import batch_sharding, make_mesh, shardings
+from jaxdiff.training.mesh import batch_sharding, make_mesh
+from jaxdiff.training.placement import Placement, shardings
 
 TWO_LEVELS = {"channels": 8, "multipliers": (1, 2), "blocks": (1, 1), "time_width": 16, "text_width": 6}
 NETWORKS = {
@@ -103,7 +104,7 @@ def test_parameter_counts_of_the_papers_sizes(name):
 
 def test_bf16_presets_keep_float32_parameters_and_output():
     for stage in (presets.BASE_64_2B, presets.SR_256, presets.SR_1024):
-        config = replace(stage.unet, dtype="bfloat16", remat=True)
+        config = replace(stage.unet, dtype="bfloat16", remat="blocks")
         params = jax.eval_shape(replace(stage, unet=config).init, jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         # Super-resolution trains on crops of 64 of the 256 or 1024 pixels.
@@ -207,9 +208,11 @@ def test_bfloat16_is_close():
     assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
-def test_remat_changes_nothing():
-    plain, remat = SR.unet, replace(SR.unet, remat=True)
-    params, inputs = random_params(SR), inputs_of(SR.unet)
+@pytest.mark.parametrize("how", [{"remat": "outputs"}, {"remat": "blocks"}, {"scan": True, "remat": "blocks"}], ids=str)
+def test_how_it_is_computed_changes_nothing(how):
+    stage = replace(SR, unet=replace(SR.unet, blocks=(2,)))
+    plain, remat = stage.unet, replace(stage.unet, **how)
+    params, inputs = random_params(stage), inputs_of(stage.unet)
 
     def results(config):
         def loss(params):
@@ -220,6 +223,7 @@ def test_remat_changes_nothing():
 
     (grad, jaxpr), (grad_remat, jaxpr_remat) = results(plain), results(remat)
     assert "remat" in str(jaxpr_remat) and "remat" not in str(jaxpr)
+    assert ("scan" in str(jaxpr_remat)) == how.get("scan", False)
     (grads, out), (grads_remat, out_remat) = grad(params), grad_remat(params)
     np.testing.assert_allclose(out, out_remat, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), grads, grads_remat)
@@ -242,12 +246,25 @@ def test_a_mesh_changes_nothing():
     compiled = jax.jit(BASE.unet.module().apply)
     wanted = compiled({"params": params}, **inputs)
     mesh = make_mesh(data=4, fsdp=2)
-    placed = jax.device_put(params, shardings(params, mesh, minimum=1))
+    placed = jax.device_put(params, shardings(params, mesh, Placement(minimum=1)))
     assert not placed["stem"]["kernel"].sharding.is_fully_replicated
     with jax.set_mesh(mesh):
         found = compiled({"params": placed}, **jax.device_put(inputs, batch_sharding(mesh)))
     assert len(found.sharding.device_set) == 8
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_what_outputs_keeps_lies_between_nothing_and_all():
+    """Bytes that the forward pass leaves for the backward pass."""
+    stage = replace(SR, unet=replace(SR.unet, blocks=(2,)))
+    params, inputs = random_params(stage), inputs_of(stage.unet)
+
+    def kept(remat):
+        module = replace(stage.unet, remat=remat).module()
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: module.apply({"params": p}, **inputs), p)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals) if hasattr(leaf, "size"))
+
+    assert kept("blocks") < 0.9 * kept("outputs") and kept("outputs") < 0.9 * kept("none")
 
 
 def test_levels_must_agree():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxdiff.training.mesh import batch_devices, make_mesh, shardings, to_devices
+from jaxdiff.training.mesh import MeshShape, batch_devices, make_mesh, parse, to_devices
+from jaxdiff.training.placement import Placement, shardings
 
 
 def test_one_size_is_what_the_others_leave():
@@ -15,6 +16,17 @@ def test_one_size_is_what_the_others_leave():
     assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert set(make_mesh().axis_types) == {AxisType.Auto}
+
+
+def test_meshes_as_the_command_line_writes_them():
+    assert parse("data=8,fsdp=32") == MeshShape(8, 32, 1)
+    assert parse("fsdp=4") == MeshShape(-1, 4, 1)
+    assert parse("fsdp=-1, tensor=2") == MeshShape(1, -1, 2)
+    assert parse("") == MeshShape()
+    assert str(parse("fsdp=-1").over(8)) == "data=1,fsdp=8,tensor=1"
+    for text in ("8", "data=8;fsdp=2", "data=2,data=4", "model=2", "data=", "data=1.5"):
+        with pytest.raises(ValueError, match=r"mesh '.*': write sizes of data, fsdp, tensor"):
+            parse(text)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 4}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"fsdp": 16}])
@@ -33,7 +45,7 @@ def test_the_largest_divisible_axis_is_split():
     assert specs["square"] == PartitionSpec(None, "fsdp")
     assert specs["none"] == PartitionSpec()
     assert specs["small"] == PartitionSpec()
-    assert shardings(tree, mesh, minimum=1)["small"].spec == PartitionSpec(None, "fsdp")
+    assert shardings(tree, mesh, Placement(minimum=1))["small"].spec == PartitionSpec(None, "fsdp")
 
 
 def test_without_fsdp_everything_is_copied():

@@ -1,0 +1,24 @@
+"""Which mesh axes activations are split over. A network is told names, never a mesh: it uses the ambient one."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Names of mesh axes (`jax.set_mesh`) over which a network splits what lies between its blocks.
+
+    batch: the samples. rows: the rows of pictures, for those that are too large for one device; the compiler exchanges
+    the borders that convolutions need. Where both are empty the compiler decides, and no mesh has to be there.
+    """
+
+    batch: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+
+    def pictures(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        if not self.batch and not self.rows:
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.rows or None))

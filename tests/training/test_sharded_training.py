@@ -1,0 +1,117 @@
+"""Training split over devices is training on one: losses, gradients and parameters of a real stage on every mesh."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from small import random_params
+
+from jaxdiff.nets.placement import Axes
+from jaxdiff.nets.unet import EfficientUNetConfig
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
+from jaxdiff.training.optimizer import SGD, Adafactor, AdamW, Decay, OptimizerConfig
+from jaxdiff.training.placement import Placement, Rule
+from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.step import make_step
+
+UNET = EfficientUNetConfig(
+    channels=16,
+    multipliers=(1, 2),
+    blocks=(1, 2),
+    self_attention=(False, True),
+    cross_attention=(False, True),
+    heads=2,
+    feed_forward=1,
+    time_width=16,
+    text_width=6,
+    context_width=8,
+)
+STAGE = Stage(unet=UNET, resolution=16, low_resolution=4, text_length=4)
+RATE = 0.05
+PLAIN = OptimizerConfig(kind=SGD(), learning_rate=RATE, warmup=0, decay=Decay.CONSTANT, clip=None)
+RULES = tuple(Rule(*rule) for rule in UNET.tensor_rules())
+ROWS = Axes(BATCH_AXES, ("tensor",))
+
+
+def batches(count, rows=32):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in STAGE.batch(rows, 16).items()}
+        yield batch | {"text_mask": np.arange(4) < rng.integers(0, 5, (rows, 1))}
+
+
+def trained(sizes, steps=10, axes=None, optimizer=PLAIN, accumulate=1, **how):
+    """Losses of so many steps, and the parameters before, after the first and after the last."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    axes = Axes(BATCH_AXES) if axes is None else axes
+    stage = replace(STAGE, unet=replace(UNET, axes=axes, **how))
+    placement = Placement(() if axes.rows else RULES, minimum=64)
+    state = init_state(stage, optimizer, jax.random.key(0), mesh, random_params(STAGE), placement)
+    abstract = abstract_state(stage, optimizer, mesh, placement)
+    step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract), accumulate=accumulate)
+    seen, losses = [jax.device_get(state.params)], []
+    with jax.set_mesh(mesh):
+        for batch in batches(steps):
+            state, metrics = step(state, to_devices(batch, mesh), jax.random.key(2))
+            losses.append(float(metrics["loss"]))
+            seen.append(jax.device_get(state.params))
+    assert jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract)
+    return losses, (seen[0], seen[1], seen[-1])
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    kept = {}
+
+    def of(**settings):
+        key = repr(settings)
+        if key not in kept:
+            kept[key] = trained((1, 1, 1), axes=Axes(), **settings)
+        return kept[key]
+
+    return of
+
+
+def largest(tree):
+    return max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
+
+
+def furthest(a, b):
+    return largest(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - y, a, b))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ((8, 1, 1), {}),
+        ((1, 8, 1), {}),
+        ((2, 2, 2), {}),
+        ((8, 1, 1), {"accumulate": 4}),
+        ((1, 8, 1), {"accumulate": 4}),
+        ((2, 2, 2), {"accumulate": 4}),
+        # Rows of pictures over `tensor`: the gradient of a strided convolution is where XLA goes wrong by itself.
+        ((2, 2, 2), {"axes": ROWS}),
+        ((1, 4, 2), {"axes": ROWS, "scan": True, "remat": "outputs"}),
+        ((1, 4, 2), {"scan": True, "remat": "blocks"}),
+    ],
+    ids=str,
+)
+def test_eight_devices_are_one(one_device, sizes, settings):
+    wanted, (before, first, last) = one_device(accumulate=settings.get("accumulate", 1))
+    losses, found = trained(sizes, **settings)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    gradient = jax.tree.map(lambda a, b: (np.asarray(a, np.float64) - b) / RATE, before, first)
+    assert largest(gradient) > 0.1
+    assert furthest(found[1], first) / RATE < 1e-5 * largest(gradient)
+    assert furthest(found[2], last) < 1e-5 * largest(jax.tree.map(lambda a, b: a - b, before, last))
+
+
+@pytest.mark.parametrize("kind", [AdamW(), Adafactor()])
+def test_optimizers_with_moments_lose_nothing_by_it(one_device, kind):
+    """Parameters may differ where a gradient is zero but for rounding; losses must not."""
+    optimizer = OptimizerConfig(kind=kind, learning_rate=1e-3, warmup=2, total=100)
+    losses, _ = trained((2, 2, 2), optimizer=optimizer)
+    np.testing.assert_allclose(losses, one_device(optimizer=optimizer)[0], rtol=1e-4)
+    assert losses[-1] < losses[0]
