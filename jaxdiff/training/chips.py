@@ -1,0 +1,113 @@
+"""Accelerators that a run can be planned for: their published rates, and how a TPU topology is described to XLA."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+GB, GIB = 1e9, 2.0**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Rates of one chip, from the vendor's data sheet (November 2026).
+
+    peak: dense bfloat16 FLOP/s. memory: bytes of HBM; bandwidth: of it, bytes/s. interconnect: what a chip can receive
+    from its neighbours, bytes/s: half of what is published as bidirectional.
+    devices: as how many devices JAX shows it. config: the name that libtpu wants for this kind beside the topology.
+    """
+
+    name: str
+    peak: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+    devices: int = 1
+    config: str | None = None
+
+
+V4 = Chip("v4", 275e12, 32 * GIB, 1228 * GB, 300 * GB, config="megacore")
+V5E = Chip("v5e", 197e12, 16 * GIB, 819 * GB, 200 * GB)
+V5P = Chip("v5p", 459e12, 95 * GIB, 2765 * GB, 600 * GB)
+V6E = Chip("v6e", 918e12, 32 * GIB, 1638 * GB, 400 * GB)
+TPU7X = Chip("tpu7x", 2307e12, 192 * GIB, 7380 * GB, 600 * GB, devices=2)
+A100 = Chip("a100", 312e12, 80 * GB, 2039 * GB, 300 * GB)
+H100 = Chip("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB)
+H200 = Chip("h200", 989e12, 141 * GB, 4800 * GB, 450 * GB)
+B200 = Chip("b200", 2250e12, 180 * GB, 7700 * GB, 900 * GB)
+
+TPUS = (V4, V5E, V5P, V6E, TPU7X)
+GPUS = (A100, H100, H200, B200)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips joined by their fast interconnect: `v5p:4x8x8` (a slice), `h100:8` (a host)."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip in TPUS
+
+
+def parse(text: str) -> Topology:
+    """`v5e:16x16`, `v5p:4x8x8`, `h100:8` → Topology. ValueError that lists what there is."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    chip = next((chip for chip in (*TPUS, *GPUS) if found and chip.name == found[1]), None)
+    shape = tuple(map(int, found[2].split("x"))) if found else ()
+    # v5e and v6e are flat tori, v4, v5p and tpu7x have three axes; GPUs are counted.
+    axes = 1 if chip in GPUS else 2 if chip in (V5E, V6E) else 3
+    if chip is None or len(shape) != axes or 0 in shape:
+        raise ValueError(
+            f"topology {text!r}: write the chip and its shape, as in v5e:16x16, v6e:16x16, v4:4x8x8, v5p:4x8x8, "
+            f"tpu7x:4x8x8 or h100:8 (GPUs: {', '.join(chip.name for chip in GPUS)})"
+        )
+    return Topology(chip, shape)
+
+
+# Without them libtpu asks a metadata server, wants to be the machine's only user, and prints what it does not find.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def described(topology: Topology, slices: int = 1) -> list[Any]:
+    """The devices of TPU slices that need not exist, to compile for. OSError where libtpu is missing or refuses.
+
+    Sets libtpu's environment variables where they are unset, for the rest of the process.
+    """
+    from jax.experimental import topologies
+
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    chip = topology.chip
+    settings = {} if chip.config is None else {"chip_config_name": chip.config}
+    settings |= {} if slices == 1 else {"num_slices": slices}
+    try:
+        devices = topologies.get_topology_desc(str(topology), "tpu", **settings).devices
+    except Exception as error:  # of libtpu, in several types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"cannot describe {topology}: {reason} (libtpu compiles for TPUs: pip install libtpu)") from error
+    if len(devices) != slices * topology.devices:
+        expected = slices * topology.devices
+        raise OSError(f"libtpu shows {topology} as {len(devices)} devices, not {expected}: another libtpu?")
+    return list(devices)

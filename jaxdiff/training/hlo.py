@@ -1,0 +1,231 @@
+"""What a compiled program does, read from its text: collectives with their bytes, loops, where the time goes.
+
+XLA's own cost analysis counts the body of a loop once and says nothing of communication. The text (`as_text()` of a
+compiled function, optimised HLO of one device) has both.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"^\s*([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|body|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: name, the text of its shape, opcode, and what follows the opening parenthesis."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+
+@dataclass
+class Collectives:
+    """Of one kind: how many in a run of the program, and the bytes that each device receives."""
+
+    count: int = 0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """Counts of one run of a program on one device; loops are counted as often as they run.
+
+    loop_factor: FLOPs of convolutions and matrix products with loops, divided by those with each body once: what a cost
+    analysis that knows no loops has to be multiplied by. unknown_loops: how many loops do not say how often they run.
+    cycles: the compiler's estimate by kind of operation (TPU alone).
+    """
+
+    collectives: dict[str, Collectives]
+    loop_factor: float
+    unknown_loops: int
+    cycles: Counter = field(default_factory=Counter)
+
+
+def read(text: str, devices: int) -> Program:
+    """The counts of an optimised HLO module for so many devices."""
+    computations, entry = _computations(text)
+    times, unknown = _multiplicities(computations, entry)
+    collectives: dict[str, Collectives] = defaultdict(Collectives)
+    once = looped = 0.0
+    cycles: Counter = Counter()
+    for name, instructions in computations.items():
+        if name not in times:
+            continue
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        for instruction in instructions:
+            kind = _kind(instruction, name)
+            if kind is not None:
+                collectives[kind].count += times[name]
+                collectives[kind].bytes += times[name] * _received(instruction, kind, devices)
+            flops = _flops(instruction, shapes)
+            once, looped = once + flops, looped + times[name] * flops
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+            if estimate and "fused" not in name:
+                cycles[_label(instruction)] += times[name] * int(estimate[1])
+    return Program(dict(collectives), looped / once if once else 1.0, unknown, cycles)
+
+
+def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Every computation's instructions by its name, and the name of the entry."""
+    found: dict[str, list[Instruction]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            current = head[2]
+            entry = current if head[1] else entry
+            found[current] = []
+        elif current and (parsed := _instruction(line)) is not None:
+            found[current].append(parsed)
+    if not entry:
+        raise ValueError("no HLO module: it has no ENTRY")
+    return found, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    parts = _LINE.match(line)
+    if parts is None:
+        return None
+    text = parts[2]
+    end = _closing(text) + 1 if text.startswith("(") else text.find(" ")
+    opcode = _OPCODE.match(text[end:])
+    return None if opcode is None else Instruction(parts[1], text[:end], opcode[1], opcode[2])
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place
+    return len(text) - 1
+
+
+def _multiplicities(computations: dict[str, list[Instruction]], entry: str) -> tuple[Counter, int]:
+    """How often each computation runs, and the number of loops whose length is not to be found."""
+    times: Counter = Counter({entry: 1})
+    unknown = 0
+
+    def visit(name: str, factor: int) -> None:
+        nonlocal unknown
+        for instruction in computations[name]:
+            runs = factor
+            if instruction.opcode == "while":
+                length = _length(instruction, computations)
+                unknown += length is None
+                runs *= length or 1
+            for called in _called(instruction):
+                if called in computations:
+                    times[called] += runs
+                    visit(called, runs)
+
+    visit(entry, 1)
+    return times, unknown
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+    for group in _CALLED.findall(instruction.rest):
+        yield from (name.strip().lstrip("%") for name in group.split(",") if name.strip())
+
+
+def _length(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop runs: as the compiler notes it, or as its condition compares a counter from 0."""
+    noted = re.search(r'known_trip_count[^0-9]{1,12}"?(\d+)', loop.rest)
+    if noted:
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    instructions = computations.get(condition[1], []) if condition else []
+    constants = {
+        line.name: int(value[1])
+        for line in instructions
+        if line.opcode == "constant" and (value := re.match(r"(\d+)\)", line.rest))
+    }
+    for line in instructions:
+        if line.opcode == "compare" and "direction=LT" in line.rest:
+            operands = re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])
+            return next((constants[name] for name in operands if name in constants), None)
+    return None
+
+
+def _kind(instruction: Instruction, computation: str) -> str | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode not in KINDS:
+        return None
+    # The TPU compiler writes a reduce-scatter as an all-reduce whose part is cut out where it is computed.
+    return "reduce-scatter" if opcode == "all-reduce" and "all-reduce-scatter" in computation else opcode
+
+
+def _received(instruction: Instruction, kind: str, devices: int) -> float:
+    """Bytes that a device receives, with the algorithms that move least."""
+    arrays = [_size(dtype, dims) for dtype, dims in _ARRAY.findall(instruction.shape)]
+    # An asynchronous start shows its operands beside the results; the larger half is what is whole.
+    size = max(arrays, default=0.0) if instruction.opcode.endswith("-start") else sum(arrays)
+    group = _group_size(instruction.rest, devices)
+    share = (group - 1) / group
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":
+        return size * (group - 1)
+    return size * share
+
+
+def _group_size(text: str, devices: int) -> int:
+    """Devices of a group, from any of the ways in which XLA writes groups."""
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+    if axes:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(part or sizes[name]) for name, part in parts) or 1
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    return len(listed[1].split(",")) if listed else devices
+
+
+def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
+    """Of a convolution (matrix products are such on a TPU) or a dot; borders count as if they were inside."""
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0.0
+    operands = [shapes.get(name, "") for name in re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])]
+    result, right = _dims(instruction.shape), _dims(operands[1] if len(operands) > 1 else "")
+    if instruction.opcode == "dot":
+        contracted = re.search(r"rhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+        return 2.0 * math.prod(result) * math.prod(right[axis] for axis in axes if axis < len(right))
+    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
+    window = re.search(r"window=\{size=([\dx]+)", instruction.rest)
+    inputs = right[labels[1].index("i")] if labels and len(right) == len(labels[1]) else 1
+    return 2.0 * math.prod(result) * inputs * math.prod(map(int, window[1].split("x")) if window else ())
+
+
+def _label(instruction: Instruction) -> str:
+    """What an operation belongs to: its opcode, and the last words of its place in the program."""
+    place = re.search(r'op_name="([^"]*)"', instruction.rest)
+    words = place[1].split("/") if place else []
+    direction = "backward " if place and "transpose" in place[1] else ""
+    return f"{instruction.opcode}: {direction}{words[-1] if words else 'moved by the compiler'}"
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    found = _ARRAY.search(shape)
+    return tuple(int(side) for side in found[2].split(",") if side) if found else ()
+
+
+def _size(dtype: str, dims: str) -> float:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # the first number of its name
+    return math.prod(int(side) for side in dims.split(",") if side) * bits / 8

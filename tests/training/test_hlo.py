@@ -1,0 +1,125 @@
+"""Counts read from compiled programs: loops, collectives and their bytes in every spelling."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff.training import hlo
+from jaxdiff.training.mesh import make_mesh
+
+MESH = make_mesh(data=2, fsdp=4)
+WHOLE = PartitionSpec()
+
+
+def compiled(function, *arguments):
+    with jax.set_mesh(MESH):
+        return jax.jit(function).lower(*arguments).compile()
+
+
+def shape(*sides, spec=WHOLE):
+    return jax.ShapeDtypeStruct(sides, jnp.float32, sharding=NamedSharding(MESH, spec))
+
+
+def test_bytes_of_collectives_that_the_compiler_wrote():
+    whole = NamedSharding(MESH, WHOLE)
+    gathered = compiled(
+        lambda x: jax.lax.with_sharding_constraint(x, whole) * 2, shape(64, 32, spec=PartitionSpec(None, "fsdp"))
+    )
+    found = hlo.read(gathered.as_text(), 8).collectives
+    assert set(found) == {"all-gather"}
+    assert (found["all-gather"].count, found["all-gather"].bytes) == (1, 64 * 32 * 4 * 3 / 4)
+    summed = compiled(lambda x: x.sum(0), shape(64, 32, spec=PartitionSpec(("data", "fsdp"))))
+    found = hlo.read(summed.as_text(), 8).collectives
+    assert (found["all-reduce"].count, found["all-reduce"].bytes) == (1, 2 * 32 * 4 * 7 / 8)
+
+
+def test_loops_count_as_often_as_they_run():
+    def chain(x, kernels):
+        def body(x, kernel):
+            kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+            return jnp.tanh(x @ kernel), None
+
+        return jax.lax.scan(body, x @ kernels[0], kernels)[0]
+
+    program = hlo.read(
+        compiled(chain, shape(8, 64), shape(5, 64, 64, spec=PartitionSpec(None, None, "fsdp"))).as_text(), 8
+    )
+    assert program.unknown_loops == 0
+    assert program.loop_factor == pytest.approx(6 / 2)
+    gathers = program.collectives["all-gather"]
+    assert gathers.count >= 5 and gathers.bytes >= 5 * 64 * 64 * 4 * 3 / 4
+
+
+def test_without_loops_the_compilers_count_stands():
+    text = compiled(lambda x, k: x @ k, shape(8, 64), shape(64, 64)).as_text()
+    program = hlo.read(text, 8)
+    assert (program.loop_factor, program.unknown_loops, program.collectives) == (1.0, 0, {})
+
+
+LOOP = """HloModule made_up
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[], bf16[4,8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%all-reduce-scatter.1 (x: bf16[16,8]) -> bf16[4,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %sum = bf16[16,8]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = bf16[4,8]{1,0} dynamic-slice(%sum, %o, %o), dynamic_slice_sizes={4,8}
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[], bf16[4,8]) parameter(0)
+  %x = bf16[4,8] get-tuple-element(%p), index=1
+  %start = (bf16[4,8], bf16[16,8]) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %whole = bf16[16,8] all-gather-done(%start)
+  %scattered = bf16[4,8] fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.1
+  %moved = bf16[4,8] collective-permute(%scattered), source_target_pairs={{0,1}}
+  ROOT %out = (s32[], bf16[4,8]) tuple(%i, %moved)
+}
+
+ENTRY %main (x: (s32[], bf16[4,8])) -> f32[8,128] {
+  %x = (s32[], bf16[4,8]) parameter(0)
+  %loop = (s32[], bf16[4,8]) while(%x), condition=%condition, body=%body
+  %k = bf16[3,3,16,32]{3,2,1,0} parameter(1)
+  %y = bf16[2,8,8,16]{3,2,1,0} parameter(2)
+  %conv = bf16[2,8,8,32]{3,2,1,0} convolution(%y, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, NOTES
+  ROOT %all = f32[8,128] all-to-all(%z), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+""".replace("NOTES", 'metadata={op_name="jit(f)/transpose(jvp())/conv"}, backend_config={"estimated_cycles":"1200"}')
+
+
+def test_every_spelling():
+    program = hlo.read(LOOP, 8)
+    counts = {kind: (found.count, found.bytes) for kind, found in program.collectives.items()}
+    assert counts == {
+        "all-gather": (7, 7 * 16 * 8 * 2 * 3 / 4),
+        "reduce-scatter": (7, 7 * 16 * 8 * 2 * 3 / 4),
+        "collective-permute": (7, 7 * 4 * 8 * 2),
+        "all-to-all": (1, 8 * 128 * 4 * 3 / 4),
+    }
+    assert program.loop_factor == 1.0  # the convolution is not in the loop
+    assert program.cycles == {"convolution: backward conv": 1200}
+
+
+def test_a_loop_without_a_length_is_said():
+    program = hlo.read(LOOP.replace("direction=LT", "direction=NE"), 8)
+    assert program.unknown_loops == 1 and program.collectives["all-gather"].count == 1
+
+
+def test_flops_of_a_convolution_are_its_own():
+    wanted = 2 * 2 * 8 * 8 * 32 * 9 * 16
+    instructions = hlo._computations(LOOP)[0]["main"]
+    found = map(partial(hlo._flops, shapes={line.name: line.shape for line in instructions}), instructions)
+    assert sum(found) == wanted
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="no HLO module"):
+        hlo.read("nothing", 8)
