@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.data import embed
+from experiments.text import embed
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import fingerprint, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
