@@ -1,9 +1,18 @@
 """The embeddings command with a real, tiny T5."""
 
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
+from experiments.cli import run
 from experiments.text import embed
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import fingerprint, open_embeddings
@@ -11,6 +20,26 @@ from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.weights.t5 import export, load_text_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys):
+    """`command(main, *arguments)`: what it would do when called with them from a shell."""
+
+    def call(main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(main, [str(argument) for argument in arguments])
+        return Result(stop.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture
@@ -43,3 +72,106 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, source,
         np.testing.assert_allclose(text, expected.embeddings[i], atol=2e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="use a new path"):
         embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=13)
+
+
+ROOT = Path(__file__).parents[2]
+COUNT = 150
+
+
+@pytest.fixture
+def photos(tmp_path, source):
+    """So many captioned pictures, a caption a part, so that a kill comes between two of them or in one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(COUNT):
+        (folder / f"{i:03d}.png").write_bytes(source.examples[0]["image"])
+        if i % 10:
+            (folder / f"{i:03d}.txt").write_text(f"{'o' * (i % 7)} {i}")
+    return folder
+
+
+def started(*arguments):
+    arguments = [sys.executable, "-m", "experiments.text.embed", *map(str, arguments)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def parts(folder):
+    return len(list(folder.glob("part-*.array_record")))
+
+
+def killed_when_begun(process, folder, least, rng):
+    """At a random moment, once so many parts are there."""
+    while parts(folder) < least and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.02))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+
+
+def test_a_kill_loses_and_doubles_nothing(tmp_path, photos, encoder_dir, command):
+    """One of two processes is killed, then goes on; the store is that of one that nobody disturbed."""
+    rng = random.Random(int(time.time()))
+    arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--part", 1
+    out = tmp_path / "killed"
+    victim, other = (started(*arguments, "--out", out, "--shard", f"{i}/2") for i in (0, 1))
+    killed_when_begun(victim, out, 20, rng)
+    said, errors = other.communicate(timeout=300)
+    assert other.returncode == 0, errors
+    assert "shard 1/2 is stored, others are not yet" in said
+    assert COUNT // 2 + 1 < parts(out) < COUNT
+    there = parts(out)
+    done = command(embed.main, *arguments, "--out", out, "--shard", "0/2")
+    assert done.code == 0, done.err
+    assert f"{COUNT - there} captions to encode" in done.out and f"{COUNT} embeddings of 12 × 16" in done.out
+    assert f"{COUNT // 2}/{COUNT // 2}" in done.err  # the bar, of this shard's captions
+    assert command(embed.main, *arguments, "--out", tmp_path / "whole").code == 0
+    assert files(out) == files(tmp_path / "whole") and len(files(out)) == COUNT + 1
+
+
+@pytest.mark.slow
+def test_many_kills(tmp_path, photos, encoder_dir, command):
+    rng = random.Random(int(time.time()))
+    arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--part", 1
+    out, kills = tmp_path / "killed", 0
+    while (there := parts(out) if out.exists() else 0) < COUNT - 15:
+        kills += 1
+        killed_when_begun(started(*arguments, "--out", out), out, there + rng.randint(1, 10), rng)
+        assert not list(out.glob("*.part")) or len(list(out.glob("*.part"))) == 1
+    assert kills >= 5
+    assert command(embed.main, *arguments, "--out", out).code == 0
+    assert command(embed.main, *arguments, "--out", tmp_path / "whole").code == 0
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_bad_arguments_are_one_line(tmp_path, photos, encoder_dir, command):
+    arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--out", tmp_path / "out"
+    for wrong, culprit in (
+        (("--shard", "2"), "--shard 2: two numbers"),
+        (("--shard", "4/4"), "shard 4/4"),
+        (("--part", 0), "part 0"),
+        (("--batch", 0), "batch 0"),
+        (("--lengths", 0), "lengths"),
+        (("--fsdp", 3), "fsdp=3"),
+        (("--text-encoder", "/absent"), "/absent"),
+        (("--data", "folder:/absent"), "/absent"),
+        (("--split", "test"), "'test'"),
+    ):
+        done = command(embed.main, *arguments, *wrong)
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        assert done.err.startswith("error: ") and culprit in done.err, done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_encoder_may_be_split(tmp_path, photos, encoder_dir, command):
+    arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--part", 64
+    for fsdp in (1, 8):
+        assert command(embed.main, *arguments, "--out", tmp_path / str(fsdp), "--fsdp", fsdp).code == 0
+    whole, split = (open_embeddings(tmp_path / str(fsdp)) for fsdp in (1, 8))
+    assert whole.encoder == split.encoder
+    for i in range(COUNT):
+        np.testing.assert_allclose(whole[i][0], split[i][0], atol=2e-3, rtol=1e-3)
+        np.testing.assert_array_equal(whole[i][1], split[i][1])
