@@ -34,6 +34,7 @@ from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, Shard, fingerprint, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
+from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh, shardings
 from jaxdiff.weights.t5 import load_text_encoder
 
@@ -86,7 +87,15 @@ def main(
     made_by = fingerprint(encoder)
     with _Progress(bulk, source, out) as progress:
         stored = store_rows(
-            source, progress.rows, out, encoder=made_by, part=part, shard=share, verify=verify, begun=progress.begun
+            source,
+            progress.encode,
+            out,
+            encoder=made_by,
+            prepare=bulk.prepare,
+            part=part,
+            shard=share,
+            verify=verify,
+            begun=progress.begun,
         )
     print(_told(stored, out, progress.tokens, share))
 
@@ -104,7 +113,7 @@ def _announce(bulk: BulkEncoder, source: Sequence[str | None], out: Path, todo: 
     """What is about to be written, judged by captions spread evenly over the set."""
     places = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
     with warnings.catch_warnings(action="ignore"):  # those that are too long are told of when they are encoded
-        tokens = float(bulk.count_tokens([(source[int(i)] or "").strip() for i in places]).mean())
+        tokens = float(bulk.prepare([(source[int(i)] or "").strip() for i in places]).mask.sum(1).mean())
     size = todo * tokens * 2 * bulk.encoder.width
     free = shutil.disk_usage(out).free
     tqdm.write(
@@ -152,8 +161,8 @@ class _Progress:
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
 
-    def rows(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
-        return self._bulk(texts, self._encoded)
+    def encode(self, prepared: Tokens) -> tuple[list[np.ndarray], int]:
+        return self._bulk.encode(prepared, self._encoded)
 
     def _encoded(self, captions: int, tokens: int) -> None:
         self.tokens += tokens

@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ _SETTINGS = {"encoder", "length", "width", "count", "part", "parts", "complete"}
 
 # Captions in; embeddings (b n d) and mask (b n) out, the mask true for the first tokens of each row.
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
-# Captions in; for each its embeddings without padding, (tokens, width), and how many tokens it could have at most.
-EncodeRows = Callable[[list[str]], tuple[list[np.ndarray], int]]
+# Captions, prepared, in; for each its embeddings without padding, (tokens, width), and how many tokens it could have.
+EncodeRows = Callable[[Any], tuple[list[np.ndarray], int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ def store_rows(
     path: Path | str,
     *,
     encoder: str,
+    prepare: Callable[[list[str]], Any] = list,
     part: int = 8192,
     window: int = 4096,
     shard: Shard = Shard(),
@@ -159,9 +160,10 @@ def store_rows(
     nothing is overwritten. Of parts that are there already the size and the last caption are checked; with `verify` all
     that they hold.
 
-    `rows` gets at most `window` captions and is called in a thread, one call ahead of the writing; the embeddings of
-    two windows are in memory at a time. `begun` is told how many captions of this shard are stored and how many it has
-    (without it `progress` is told the former), `progress` how many were done, as they are.
+    `rows` gets at most `window` captions, or what `prepare` makes of them. Reading and `prepare`, `rows`, and writing
+    go on at the same time, each a window ahead of the next; the embeddings of two windows are in memory. `begun` is
+    told how many captions of this shard are stored and how many it has (without it `progress` is told the former),
+    `progress` how many were done, as they are.
     """
     path = Path(path)
     if not len(captions):
@@ -179,7 +181,7 @@ def store_rows(
     else:
         begun(kept, whole)
     todo = [number for number in mine if _name(number) not in there]
-    _store_parts(path, settings, todo, captions, rows, window, progress)
+    _store_parts(path, settings, todo, _Steps(captions, prepare, rows, window), progress)
     return _finish(path, settings)
 
 
@@ -252,37 +254,46 @@ def _check_stored(
 
 
 def _store_parts(
-    path: Path,
-    settings: _Settings,
-    todo: list[int],
-    captions: Sequence[str | None],
-    rows: EncodeRows,
-    window: int,
-    progress: Callable[[int], None],
+    path: Path, settings: _Settings, todo: list[int], steps: "_Steps", progress: Callable[[int], None]
 ) -> None:
-    def windows(number: int) -> Iterator[range]:
-        first = number * settings.part
-        places = range(first, first + settings.size(number))
-        return (places[start : start + window] for start in range(0, len(places), window))
-
-    def encoded(places: range) -> tuple[list[str], list[np.ndarray], int]:
-        texts = [(captions[place] or "").strip() for place in places]
-        return texts, *rows(texts)
-
-    with ThreadPoolExecutor(1) as thread:
-        stream = _ahead(thread, encoded, itertools.chain.from_iterable(map(windows, todo)))
-        for number in todo:
+    windows = {number: steps.windows(number * settings.part, settings.size(number)) for number in todo}
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as encoding:
+        read = _ahead(reading, steps.read, itertools.chain.from_iterable(windows.values()))
+        stream = _ahead(encoding, steps.encode, read)
+        for number, own in windows.items():
             with new_records(path / _name(number), "uncompressed") as write:
-                for _ in windows(number):
-                    texts, embedded, length = next(stream)
-                    settings = _of_shape(path, settings, embedded, length)
-                    for text, row in zip(texts, embedded, strict=True):
+                for _ in own:
+                    texts, rows, length = next(stream)
+                    settings = _of_shape(path, settings, rows, length)
+                    for text, row in zip(texts, rows, strict=True):
                         write(digest(text) + _bytes_of(row if text else row[:0]))
                     progress(len(texts))
                 _settle(path, settings)
 
 
-def _ahead(thread: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterator[Any]) -> Iterator[Any]:
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """From the places of a window of captions to their embeddings, in two steps that can go on at the same time."""
+
+    captions: Sequence[str | None]
+    prepare: Callable[[list[str]], Any]
+    rows: EncodeRows
+    window: int
+
+    def windows(self, first: int, size: int) -> list[range]:
+        places = range(first, first + size)
+        return [places[start : start + self.window] for start in range(0, size, self.window)]
+
+    def read(self, places: range) -> tuple[list[str], Any]:
+        texts = [(self.captions[place] or "").strip() for place in places]
+        return texts, self.prepare(texts)
+
+    def encode(self, read: tuple[list[str], Any]) -> tuple[list[str], list[np.ndarray], int]:
+        texts, prepared = read
+        return texts, *self.rows(prepared)
+
+
+def _ahead(thread: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
     """`function` of each argument, in order; while one result is used the next is made."""
     pending = None
     for argument in arguments:

@@ -44,15 +44,21 @@ class BulkEncoder:
         if self.encoder.whole:
             raise ValueError("embeddings of which padding is a part cannot be stored without it")
 
-    def __call__(
-        self, captions: Sequence[str], progress: Callable[[int, int], None] = lambda captions, tokens: None
+    def __call__(self, captions: Sequence[str]) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
+        return self.encode(self.prepare(captions))
+
+    def prepare(self, captions: Sequence[str]) -> Tokens:
+        """What is done on the host first."""
+        return tokens_of(self.encoder, captions)
+
+    def encode(
+        self, tokens: Tokens, progress: Callable[[int, int], None] = lambda captions, tokens: None
     ) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
         """`progress` is told how many captions and tokens were encoded, batch by batch."""
-        tokens = tokens_of(self.encoder, captions)
         counts = tokens.mask.sum(1)
         order = np.argsort(counts, kind="stable")
         blank = int(np.searchsorted(counts[order], 1))
-        rows = [np.zeros((0, self.encoder.width), np.float16)] * len(captions)
+        rows = [np.zeros((0, self.encoder.width), np.float16)] * len(counts)
         progress(blank, 0)
         before = None
         for batch in batches(counts[order[blank:]], self._all_lengths, self.batch):
@@ -63,10 +69,6 @@ class BulkEncoder:
             before = following
         _put(rows, counts, before, progress)
         return rows, self.encoder.length
-
-    def count_tokens(self, captions: Sequence[str]) -> Int[np.ndarray, " b"]:
-        """The tokens of each caption that are encoded."""
-        return tokens_of(self.encoder, captions).mask.sum(1)
 
     @property
     def _all_lengths(self) -> tuple[int, ...]:

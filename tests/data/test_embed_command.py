@@ -15,7 +15,7 @@ import pytest
 from experiments.cli import run
 from experiments.text import embed
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import fingerprint, open_embeddings
+from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
@@ -164,6 +164,13 @@ def test_bad_arguments_are_one_line(tmp_path, photos, encoder_dir, command):
         assert done.code == 2 and done.err.count("\n") == 1, done.err
         assert done.err.startswith("error: ") and culprit in done.err, done.err
         assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_were_started_together_share_the_set(monkeypatch):
+    assert embed._shard(None) == Shard(0, 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(jax, "process_count", lambda: 8)
+    assert embed._shard(None) == Shard(3, 8) and embed._shard("1/2") == Shard(1, 2)
 
 
 def test_the_encoder_may_be_split(tmp_path, photos, encoder_dir, command):

@@ -44,7 +44,7 @@ def close(rows, expected):
 def test_the_padded_length_changes_nothing(encoder, expected, lengths):
     told = []
     program = BulkEncoder(encoder, 4, lengths)
-    rows, length = program(CAPTIONS, lambda *done: told.append(done))
+    rows, length = program.encode(program.prepare(CAPTIONS), lambda *done: told.append(done))
     assert length == 20
     close(rows, expected)
     assert not len(rows[1]) and not len(rows[4])
