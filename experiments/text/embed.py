@@ -116,9 +116,7 @@ def _announce(bulk: BulkEncoder, source: Sequence[str | None], out: Path, todo: 
         tokens = float(bulk.prepare([(source[int(i)] or "").strip() for i in places]).mask.sum(1).mean())
     size = todo * tokens * 2 * bulk.encoder.width
     free = shutil.disk_usage(out).free
-    tqdm.write(
-        f"{todo} captions to encode, of about {tokens:.3g} tokens: about {_bytes(size)}, {_bytes(free)} are free"
-    )
+    print(f"{todo} captions to encode, of about {tokens:.3g} tokens: about {_bytes(size)}, {_bytes(free)} are free")
     if size > free:
         warnings.warn(f"{out}: about {_bytes(size)} will be written and {_bytes(free)} are free there", stacklevel=2)
 

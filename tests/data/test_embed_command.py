@@ -2,11 +2,14 @@
 
 import dataclasses
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -171,6 +174,24 @@ def test_processes_that_were_started_together_share_the_set(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 3)
     monkeypatch.setattr(jax, "process_count", lambda: 8)
     assert embed._shard(None) == Shard(3, 8) and embed._shard("1/2") == Shard(1, 2)
+
+
+def test_a_disk_that_is_too_small_is_told_of_before(tmp_path, photos, encoder_dir, command, monkeypatch):
+    arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--out", tmp_path / "out"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    done = command(embed.main, *arguments)
+    assert done.code == 0
+    tokens = sum(len(row) for row, _, _ in (embedding_of(tmp_path / "out", i) for i in range(COUNT)))
+    told = re.search(r"150 captions to encode, of about ([\d.]+) tokens: about ([\d.]+)kB, 10.0kB are free", done.out)
+    assert float(told[1]) == pytest.approx(tokens / COUNT, abs=0.01)
+    assert float(told[2]) == pytest.approx(tokens * 32 / 1000, abs=0.1)
+    assert f"{tokens} tokens encoded now" in done.out
+    assert re.search(r"warning: .*out: about [\d.]+kB will be written and 10.0kB are free there", done.err)
+
+
+def embedding_of(path, index):
+    text, mask, digest = open_embeddings(path)[index]
+    return text[mask], mask, digest
 
 
 def test_the_encoder_may_be_split(tmp_path, photos, encoder_dir, command):
