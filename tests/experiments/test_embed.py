@@ -1,6 +1,5 @@
 """The embeddings command with a real, tiny T5."""
 
-import dataclasses
 import random
 import re
 import shutil
@@ -15,34 +14,17 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli import run
 from experiments.text import embed
-from jaxdiff.data import sources
+from jaxdiff.data import pictures, sources
 from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.weights.t5 import export, load_text_encoder
 
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capsys):
-    """`command(main, *arguments)`: what it would do when called with them from a shell."""
-
-    def call(main, *arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run(main, [str(argument) for argument in arguments])
-        return Result(stop.value.code, *capsys.readouterr())
-
-    return call
+ROOT = Path(__file__).parents[2]
+COUNT = 150
+PICTURE = pictures.encode_png(np.zeros((32, 32, 3), np.uint8))
 
 
 @pytest.fixture
@@ -56,11 +38,11 @@ def encoder_dir(tmp_path):
     return tmp_path / "t5"
 
 
-def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, source, capsys):
+def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i, example in enumerate(source.examples[:3]):
-        (photos / f"{i}.png").write_bytes(example["image"])
+    for i in range(3):
+        (photos / f"{i}.png").write_bytes(PICTURE)
     (photos / "0.txt").write_text("a cat")
     (photos / "2.txt").write_text("two dogs")
     embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=12, batch=2)
@@ -77,17 +59,13 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, source,
         embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=13)
 
 
-ROOT = Path(__file__).parents[2]
-COUNT = 150
-
-
 @pytest.fixture
-def photos(tmp_path, source):
+def photos(tmp_path):
     """So many captioned pictures, a caption a part, so that a kill comes between two of them or in one."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(COUNT):
-        (folder / f"{i:03d}.png").write_bytes(source.examples[0]["image"])
+        (folder / f"{i:03d}.png").write_bytes(PICTURE)
         if i % 10:
             (folder / f"{i:03d}.txt").write_text(f"{'o' * (i % 7)} {i}")
     return folder
