@@ -289,7 +289,7 @@ def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Em
     if (path / "embeddings.json").is_file():
         try:
             return open_embeddings(path, made_by)
-        except ValueError:  # begun and not finished: go on
+        except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
             pass
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
         return store_embeddings(

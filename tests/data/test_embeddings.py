@@ -404,14 +404,14 @@ def test_neither_memory_nor_the_settings_grow_with_the_set(tmp_path, monkeypatch
     monkeypatch.setattr(embeddings, "write_json", lambda *both: written.append(both[0].name) or real(*both))
 
     def encode(captions):
-        return [np.ones((3, WIDTH), np.float16)] * len(captions), LENGTH
+        return [np.ones((20, WIDTH), np.float16) for _ in captions], 20
 
-    for count in (500, 2500):
+    for count in (100, 500, 2500):
         tracemalloc.start()
         try:
             store_shard(tmp_path / str(count), 0, 1, Synthetic(count), encode, part=50, window=25)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    assert written == ["embeddings.json"] * 4  # before the first part and after the last
-    assert peaks[1] < peaks[0] + 2500 * 20  # a caption alone would take 60 bytes, its embedding 130
+    assert written == ["embeddings.json"] * 6  # before the first part and after the last
+    assert peaks[2] < peaks[1] + 2000 * 100  # embeddings that are kept would take 300 bytes each

@@ -120,7 +120,7 @@ def test_many_kills(tmp_path, photos, encoder_dir, command):
     out, kills = tmp_path / "killed", 0
     while (there := parts(out) if out.exists() else 0) < COUNT - 15:
         kills += 1
-        killed_when_begun(started(*arguments, "--out", out), out, there + rng.randint(1, 10), rng)
+        killed_when_begun(started(*arguments, "--out", out), out, there + rng.randint(5, 20), rng)
         assert not list(out.glob("*.part")) or len(list(out.glob("*.part"))) == 1
     assert kills >= 5
     assert command(embed.main, *arguments, "--out", out).code == 0
