@@ -62,7 +62,7 @@ class Run:
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the text encoder is kept and computed in; bfloat16 halves the memory of a large one."""
     embeddings: Path | None = None
-    """A folder that experiments.data.embed wrote: no text encoder is loaded. Without it the captions are embedded once
+    """A folder that experiments.text.embed wrote: no text encoder is loaded. Without it the captions are embedded once
     and stored below DATA_DIR."""
     init: Path | None = None
     """Begin with the averaged parameters of another run of the same network (its folder, finished or not, or the
@@ -289,7 +289,7 @@ def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Em
     if (path / "embeddings.json").is_file():
         try:
             return open_embeddings(path, made_by)
-        except ValueError:  # begun and not finished: go on
+        except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
             pass
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
         return store_embeddings(

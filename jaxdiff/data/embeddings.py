@@ -2,7 +2,11 @@
 
 A directory holds `part-00000.array_record`, … and `embeddings.json`, which says what made them. Entry i is the digest
 of caption i (16 bytes) and the embeddings of its tokens without padding: float16, (tokens, width), row by row. A
-missing or empty caption has no tokens.
+missing or empty caption has no tokens. (What T5 gives has gone through a norm: float16 holds it well.)
+
+Which parts are done is told by the files alone: each gets its name when it is whole. embeddings.json is written before
+the first and once more when all are there, so that any number of processes can fill a store, each its own parts, with
+no word between them, and any of them can be killed and run again.
 """
 
 import dataclasses
@@ -10,14 +14,18 @@ import functools
 import hashlib
 import itertools
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from array_record.python import array_record_data_source
 
-from jaxdiff.data.files import new_records, remove_leftovers, write_json
+from jaxdiff.data.files import new_records, remove_leftovers, remove_leftovers_of_the_dead, write_json
+from jaxdiff.data.parts import Parts, damage_is_a_value_error, damaged, open_part, part_size
 from jaxdiff.text.t5 import TextEncoder
 
 SIDECAR = "embeddings.json"
@@ -26,13 +34,27 @@ _SETTINGS = {"encoder", "length", "width", "count", "part", "parts", "complete"}
 
 # Captions in; embeddings (b n d) and mask (b n) out, the mask true for the first tokens of each row.
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+# Captions, prepared, in; for each its embeddings without padding, (tokens, width), and how many tokens it could have.
+EncodeRows = Callable[[Any], tuple[list[np.ndarray], int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Of `count` processes that fill a store together, the one that makes the parts index, index + count, …"""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard {self.index}/{self.count}: the first number must be one of 0…{self.count - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
     """A finished store, random access by the example's place: (text (n d) float16, mask (n,) bool, caption digest).
 
-    Rows behind the mask are zero. Opened by `open_embeddings`.
+    Rows behind the mask are zero. Threads may share it, and it pickles. Opened by `open_embeddings`.
     """
 
     path: Path
@@ -40,6 +62,7 @@ class Embeddings:
     length: int
     width: int
     count: int
+    part: int
     parts: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -53,8 +76,8 @@ class Embeddings:
         return text, np.arange(self.length) < len(rows), entry[:_DIGEST]
 
     @functools.cached_property
-    def _records(self) -> array_record_data_source.ArrayRecordDataSource:
-        return array_record_data_source.ArrayRecordDataSource([str(self.path / part) for part in self.parts])
+    def _records(self) -> Parts:
+        return Parts([self.path / part for part in self.parts], self.part, self.count)
 
 
 def digest(caption: str | None) -> bytes:
@@ -84,20 +107,24 @@ def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
     path = Path(path)
     settings = _read_sidecar(path)
     if settings is None:
-        raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.data.embed)")
-    missing = [name for name in settings["parts"] if not (path / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path / missing[0]}: missing ({len(missing)} of {len(settings['parts'])} parts)")
+        raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.text.embed)")
     if not settings["complete"]:
-        raise ValueError(f"{path}: only {settings['count']} embeddings, the rest is not stored yet; run the same again")
+        raise ValueError(f"{path}: only {len(_stored(path))} parts, the rest is not stored yet; run the same again")
+    there = _stored(path)
+    missing = [name for name in settings["parts"] if name not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"{path / missing[0]}: missing ({len(missing)} of {len(settings['parts'])} parts); run the command that "
+            "stored them again: it makes those alone"
+        )
     if encoder is not None and settings["encoder"] != encoder:
         raise ValueError(f"{path}: made by the text encoder {settings['encoder']}, but the model needs {encoder}")
-    fields = {name: settings[name] for name in ("encoder", "length", "width", "count")}
+    fields = {name: settings[name] for name in ("encoder", "length", "width", "count", "part")}
     return Embeddings(path, **fields, parts=tuple(settings["parts"]))
 
 
 def store_embeddings(
-    captions: Iterable[str | None],
+    captions: Sequence[str | None],
     encode: Encode,
     path: Path | str,
     *,
@@ -106,91 +133,240 @@ def store_embeddings(
     part: int = 8192,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Embeddings:
-    """Encodes every caption, in order, and stores the result under `path`. `encoder` is the encoder's fingerprint.
+    """`store_rows` with an encoder that pads: `batch` captions at a time, in one process."""
+    rows = functools.partial(_without_padding, encode, batch)
+    return store_rows(captions, rows, path, encoder=encoder, part=part, window=batch, progress=progress)
+
+
+def store_rows(
+    captions: Sequence[str | None],
+    rows: EncodeRows,
+    path: Path | str,
+    *,
+    encoder: str,
+    prepare: Callable[[list[str]], Any] = list,
+    part: int = 8192,
+    window: int = 4096,
+    shard: Shard = Shard(),
+    verify: bool = False,
+    begun: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Embeddings | None:
+    """Encodes every caption and stores the result under `path`. `encoder` is the encoder's fingerprint.
 
     Parts of `part` captions are written whole (temporary name, then renamed), so a killed run loses at most one and
-    the same call continues. A store made by another encoder, or from other captions, is a ValueError: nothing is
-    overwritten. `progress` is told how many captions were done, as they are.
+    the same call continues. Of several processes each gives its `shard`; the one that finds all parts there finishes
+    the store, for the others None comes back. A store made by another encoder or from other captions is a ValueError:
+    nothing is overwritten. Of parts that are there already the size and the last caption are checked; with `verify` all
+    that they hold.
+
+    `rows` gets at most `window` captions, or what `prepare` makes of them. Reading and `prepare`, `rows`, and writing
+    go on at the same time, each a window ahead of the next; the embeddings of two windows are in memory. `begun` is
+    told how many captions of this shard are stored and how many it has (without it `progress` is told the former),
+    `progress` how many were done, as they are.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    state = _read_sidecar(path) or {
-        "encoder": encoder,
-        "length": None,
-        "width": None,
-        "count": 0,
-        "part": part,
-        "parts": [],
-        "complete": False,
-    }
-    _check_same_encoder(path, state, encoder)
-    stream = iter(captions)
-    _skip_stored(path, state, stream, progress)
-    while chunk := list(itertools.islice(stream, state["part"])):
-        if state["complete"]:
-            raise ValueError(f"{path}: complete with {state['count']} captions, but there are more now; use a new path")
-        name = f"part-{len(state['parts']):05d}.array_record"
-        state |= _write_part(path / name, chunk, encode, state, batch, progress)
-        state |= {"parts": [*state["parts"], name], "count": state["count"] + len(chunk)}
-        write_json(path / SIDECAR, state)
-    if not state["count"]:
+    if not len(captions):
         raise ValueError(f"{path}: no captions to encode")
-    write_json(path / SIDECAR, {**state, "complete": True})
-    remove_leftovers(path)
-    return open_embeddings(path, encoder)
+    there = _stored(path)  # before the settings, which are written before any part
+    settings = _begin(path, there, encoder, part, len(captions))
+    mine = range(shard.index, settings.parts, shard.count)
+    done = [number for number in mine if _name(number) in there]
+    _check_stored(path, settings, done, captions, verify)
+    path.mkdir(parents=True, exist_ok=True)
+    remove_leftovers_of_the_dead(path)
+    kept, whole = (sum(map(settings.size, numbers)) for numbers in (done, mine))
+    if begun is None:
+        progress(kept)
+    else:
+        begun(kept, whole)
+    todo = [number for number in mine if _name(number) not in there]
+    _store_parts(path, settings, todo, _Steps(captions, prepare, rows, window), progress)
+    return _finish(path, settings)
 
 
-def _write_part(
-    file: Path, captions: list[str | None], encode: Encode, state: dict, batch: int, progress: Callable[[int], None]
-) -> dict:
-    """Writes one part and returns the length and width that the encoder gave."""
-    shape = (state["length"], state["width"])
-    with new_records(file) as write:
-        for start in range(0, len(captions), batch):
-            chunk = captions[start : start + batch]
-            text, mask = _encode(encode, chunk, batch)
-            if None not in shape and text.shape[1:] != shape:
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What all parts of a store share; length and width are the encoder's, known when it has said something."""
+
+    encoder: str
+    length: int | None
+    width: int | None
+    count: int
+    part: int
+
+    @property
+    def parts(self) -> int:
+        return -(-self.count // self.part)
+
+    def size(self, number: int) -> int:
+        return part_size(number, self.part, self.count)
+
+
+def _begin(path: Path, there: set[str], encoder: str, part: int, count: int) -> _Settings:
+    """The settings of a new store, or of the one that is there: ValueError if it is another one."""
+    found = _read_sidecar(path)
+    if found is None:
+        if there:
+            raise ValueError(f"{path}: holds parts, but no {SIDECAR} says what made them; use a new path")
+        return _Settings(encoder, None, None, count, part)
+    if found["encoder"] != encoder:
+        raise ValueError(f"{path}: made by the text encoder {found['encoder']}, not by {encoder}; use a new path")
+    if not _half_done_before_shards(found):
+        if count > found["count"]:
+            state = "complete with" if found["complete"] else "begun for"
+            raise ValueError(f"{path}: {state} {found['count']} captions, but there are more now; use a new path")
+        if count < found["count"]:
+            raise ValueError(
+                f"{path}: caption {found['count'] - 1} is not the one stored there, as there are only {count} now; "
+                "use a new path for new captions"
+            )
+    return _Settings(encoder, found["length"], found["width"], count, found["part"])
+
+
+def _half_done_before_shards(found: dict) -> bool:
+    """embeddings.json used to list the parts as they were stored; the count is of those then, not of all captions."""
+    return bool(found["parts"]) and not found["complete"]
+
+
+def _check_stored(
+    path: Path, settings: _Settings, numbers: list[int], captions: Sequence[str | None], verify: bool
+) -> None:
+    """ValueError for a part that is damaged, or made from other captions."""
+
+    def check(number: int) -> None:
+        file, size = path / _name(number), settings.size(number)
+        reader = open_part(file, size)
+        for place in range(size) if verify else (size - 1,):
+            with damage_is_a_value_error(file):
+                entry = reader.read([place])[0]
+            position = number * settings.part + place
+            if entry[:_DIGEST] != digest(captions[position]):
                 raise ValueError(
-                    f"{file.parent}: holds embeddings of shape {shape}, the encoder gives {text.shape[1:]}"
+                    f"{path}: caption {position} is not the one stored there; use a new path for new captions"
                 )
-            shape = text.shape[1:]
-            for caption, rows, kept in zip(chunk, text, mask):
-                write(digest(caption) + rows[: kept.sum()].tobytes())
-            progress(len(chunk))
-    return {"length": int(shape[0]), "width": int(shape[1])}
+            if (len(entry) - _DIGEST) % (2 * settings.width):
+                raise damaged(file, f"record {place} is not of width {settings.width}")
+
+    with ThreadPoolExecutor(16) as threads:
+        for _ in threads.map(check, numbers):
+            pass
 
 
-def _encode(encode: Encode, captions: Sequence[str | None], batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Padded to a full batch, so that a compiled encoder sees one shape; checked before anything is written."""
-    filled = [(caption or "").strip() for caption in captions]
-    text, mask = encode(filled + [""] * (batch - len(filled)))
-    text, mask = np.asarray(text, np.float16)[: len(filled)], np.asarray(mask, bool)[: len(filled)]
-    mask = mask & (np.array([bool(caption) for caption in filled])[:, None])
+def _store_parts(
+    path: Path, settings: _Settings, todo: list[int], steps: "_Steps", progress: Callable[[int], None]
+) -> None:
+    windows = {number: steps.windows(number * settings.part, settings.size(number)) for number in todo}
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as encoding:
+        read = _ahead(reading, steps.read, itertools.chain.from_iterable(windows.values()))
+        stream = _ahead(encoding, steps.encode, read)
+        for number, own in windows.items():
+            with new_records(path / _name(number), "uncompressed") as write:
+                for _ in own:
+                    texts, rows, length = next(stream)
+                    settings = _of_shape(path, settings, rows, length)
+                    for text, row in zip(texts, rows, strict=True):
+                        write(digest(text) + _bytes_of(row if text else row[:0]))
+                    progress(len(texts))
+                _settle(path, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """From the places of a window of captions to their embeddings, in two steps that can go on at the same time."""
+
+    captions: Sequence[str | None]
+    prepare: Callable[[list[str]], Any]
+    rows: EncodeRows
+    window: int
+
+    def windows(self, first: int, size: int) -> list[range]:
+        places = range(first, first + size)
+        return [places[start : start + self.window] for start in range(0, size, self.window)]
+
+    def read(self, places: range) -> tuple[list[str], Any]:
+        texts = [(self.captions[place] or "").strip() for place in places]
+        return texts, self.prepare(texts)
+
+    def encode(self, read: tuple[list[str], Any]) -> tuple[list[str], list[np.ndarray], int]:
+        texts, prepared = read
+        return texts, *self.rows(prepared)
+
+
+def _ahead(thread: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+    """`function` of each argument, in order; while one result is used the next is made."""
+    pending = None
+    for argument in arguments:
+        following = thread.submit(function, argument)
+        if pending is not None:
+            yield pending.result()
+        pending = following
+    if pending is not None:
+        yield pending.result()
+
+
+def _of_shape(path: Path, settings: _Settings, rows: list[np.ndarray], length: int) -> _Settings:
+    shape = (length, rows[0].shape[1])
+    if settings.length is not None and shape != (settings.length, settings.width):
+        held = (settings.length, settings.width)
+        raise ValueError(f"{path}: holds embeddings of shape {held}, the encoder gives {shape}; use a new path")
+    return dataclasses.replace(settings, length=shape[0], width=shape[1])
+
+
+def _bytes_of(row: np.ndarray) -> bytes:
+    with np.errstate(over="ignore"):
+        row = np.asarray(row, np.float16)
+    if not np.isfinite(row).all():
+        raise ValueError("the encoder gave values that float16 cannot hold (not finite)")
+    return row.tobytes()
+
+
+def _settle(path: Path, settings: _Settings) -> None:
+    """Before a part gets its name: the settings are written, and are those that other processes go by."""
+    ours = dataclasses.asdict(settings)
+    found = _read_sidecar(path)
+    if found is None or _half_done_before_shards(found):
+        write_json(path / SIDECAR, {**ours, "parts": [], "complete": False})
+        found = _read_sidecar(path)
+    other = [name for name in ours if found[name] != ours[name]]
+    if other:
+        raise ValueError(
+            f"{path}: another process stores embeddings there whose {other[0]} is {found[other[0]]}, not "
+            f"{ours[other[0]]}; use a new path"
+        )
+
+
+def _finish(path: Path, settings: _Settings) -> Embeddings | None:
+    names = [_name(number) for number in range(settings.parts)]
+    if not _stored(path).issuperset(names):
+        return None
+    found = _read_sidecar(path)
+    if found is not None and not found["complete"]:
+        write_json(path / SIDECAR, {**found, "count": settings.count, "parts": names, "complete": True})
+    remove_leftovers(path)
+    return open_embeddings(path, settings.encoder)
+
+
+def _name(number: int) -> str:
+    return f"part-{number:05d}.array_record"
+
+
+def _stored(path: Path) -> set[str]:
+    """The names of the parts that are there."""
+    return {name for name in os.listdir(path) if _PART.fullmatch(name)} if path.is_dir() else set()
+
+
+_PART = re.compile(r"part-\d{5,}\.array_record")
+
+
+def _without_padding(encode: Encode, batch: int, captions: list[str]) -> tuple[list[np.ndarray], int]:
+    """Padded to a full batch, so that a compiled encoder sees one shape."""
+    text, mask = encode(captions + [""] * (batch - len(captions)))
+    with np.errstate(over="ignore"):  # what is not finite is found later
+        text, mask = np.asarray(text, np.float16)[: len(captions)], np.asarray(mask, bool)[: len(captions)]
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("the encoder's mask has holes: only padding behind the tokens can be left out")
-    if not np.isfinite(text[mask]).all():
-        raise ValueError("the encoder gave values that float16 cannot hold (not finite)")
-    return text, mask
-
-
-def _skip_stored(path: Path, state: dict, stream: Iterator, progress: Callable[[int], None]) -> None:
-    """Moves past the captions that are stored already; the digest of each part's last one must still fit."""
-    for number, name in enumerate(state["parts"]):
-        chunk = list(itertools.islice(stream, state["part"]))
-        records = array_record_data_source.ArrayRecordDataSource([str(path / name)])
-        stored = len(records)
-        last = records[stored - 1][:_DIGEST]
-        if len(chunk) < stored or digest(chunk[stored - 1]) != last:
-            position = number * state["part"] + stored - 1
-            raise ValueError(f"{path}: caption {position} is not the one stored there; use a new path for new captions")
-        if len(chunk) > stored:  # only the last part of a complete store is short
-            raise ValueError(f"{path}: complete with {state['count']} captions, but there are more now; use a new path")
-        progress(len(chunk))
-
-
-def _check_same_encoder(path: Path, state: dict, encoder: str) -> None:
-    if state["encoder"] != encoder:
-        raise ValueError(f"{path}: made by the text encoder {state['encoder']}, not by {encoder}; use a new path")
+    return [row[:kept] for row, kept in zip(text, mask.sum(1))], text.shape[1]
 
 
 def _read_sidecar(path: Path) -> dict | None:

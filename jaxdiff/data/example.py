@@ -1,6 +1,7 @@
 """What every source of captioned pictures holds, and what a source is."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -23,10 +24,24 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def captions(source: Source) -> Iterator[str | None]:
+@dataclasses.dataclass(frozen=True)
+class Captions(Sequence):
     """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training."""
-    for index in range(len(source)):
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> str | None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"caption {index} of {len(self)}")
         try:
-            yield source[index]["caption"]
+            return self.source[index]["caption"]
         except OSError:
-            yield None
+            return None
+
+
+def captions(source: Source) -> Captions:
+    """The captions of a source, read when they are asked for."""
+    return Captions(source)

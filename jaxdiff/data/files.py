@@ -17,11 +17,14 @@ _SUFFIX = ".part"
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary path beside `file`, which takes its place when the block ends well and is removed when it does not.
 
-    The name is this process's own, so that two of them may write the same file: the last one's is kept, whole.
+    The name is this process's own, so that two of them may write the same file: the last one's is kept, whole. What
+    it holds is on the disk before it has its name: a machine that is taken away leaves no file that is cut off.
     """
     temporary = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}{_SUFFIX}")
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,14 +37,17 @@ def write_json(file: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_records(file: Path) -> Iterator[Callable[[bytes], None]]:
+def new_records(file: Path, compression: str = "zstd:3") -> Iterator[Callable[[bytes], None]]:
     """The function that adds a record to a new ArrayRecord file, which gets its name when the block ends well.
 
-    OSError when it cannot be written, a full disk included.
+    `compression`: ArrayRecord's option; "uncompressed" for what would not shrink. OSError when it cannot be written, a
+    full disk included.
     """
     with replacing(file) as temporary:
         with full_disk_is_an_os_error(file):
-            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # read one at a time
+            writer = array_record_module.ArrayRecordWriter(
+                str(temporary), f"group_size:1,{compression}"
+            )  # read one at a time
 
         def write(record: bytes) -> None:
             with full_disk_is_an_os_error(file):
@@ -70,3 +76,19 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what killed processes left half-written in `folder`. For the end, when nothing there is to be written."""
     for file in folder.glob(f"*{_SUFFIX}"):
         file.unlink(missing_ok=True)
+
+
+def remove_leftovers_of_the_dead(folder: Path) -> None:
+    """The same for processes of this machine that are no more, while others may still be writing."""
+    for file in folder.glob(f"*.{socket.gethostname()}-*{_SUFFIX}"):
+        process = file.name.removesuffix(_SUFFIX).rpartition("-")[2]
+        if process.isdigit() and not _alive(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's may not be signalled
+    return True

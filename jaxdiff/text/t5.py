@@ -84,17 +84,23 @@ def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> 
         raise ValueError("captions must be a list of strings, not one string")
     if isinstance(encoder, EmbeddedCaptions):
         return _found(encoder, captions)
+    tokens = tokens_of(encoder, captions)
+    if encoder.whole:
+        return TextEmbedding(_in_blocks(encoder, tokens), jnp.ones(tokens.mask.shape, bool))
+    return embed(encoder, tokens)
+
+
+def tokens_of(encoder: TextEncoder, captions: Sequence[str]) -> Tokens:
+    """What the encoder reads of `captions`; nothing of a blank one, unless its embeddings are `whole`."""
     prepared = [encoder.prepare(caption) for caption in captions]
     emptied = [before for before, after in zip(captions, prepared) if before.strip() and not after.strip()]
     if emptied:
         warnings.warn(
-            f"nothing is left of {emptied[0]!r} after cleaning: it is taken for an empty caption", stacklevel=2
+            f"nothing is left of {emptied[0]!r} after cleaning: it is taken for an empty caption", stacklevel=3
         )
     tokens = tokenize(encoder.tokenizer, prepared, encoder.length)
-    if encoder.whole:
-        return TextEmbedding(_in_blocks(encoder, tokens), jnp.ones(tokens.mask.shape, bool))
-    written = np.array([bool(caption.strip()) for caption in captions], bool)
-    return embed(encoder, Tokens(tokens.ids, tokens.mask & written[:, None]))
+    written = np.array([encoder.whole or bool(caption.strip()) for caption in captions], bool)
+    return Tokens(tokens.ids, tokens.mask & written[:, None])
 
 
 def _found(embedded: EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:

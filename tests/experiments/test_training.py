@@ -12,10 +12,10 @@ import pytest
 import small_cascade
 from PIL import Image
 
-from experiments.data import convert, embed
+from experiments.data import convert
 from experiments.imagen import assemble, presets, train
 from experiments.imagen import emoji as emoji_run
-from experiments.text import pretrain
+from experiments.text import embed, pretrain
 from jaxdiff.data import emoji
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.training import metrics

@@ -1,0 +1,130 @@
+"""T5 embeddings of very many captions, to be kept: every device busy, and little of what is computed is padding.
+
+Captions are sorted by their tokens and padded to one of a few lengths, for each of which the program is compiled once;
+a batch of short ones has more rows, so that every batch holds about as many tokens. What a caption becomes does not
+depend on the length that it is padded to, beyond rounding.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float16, Int
+
+from jaxdiff.nets.t5 import T5Config, T5Encoder
+from jaxdiff.text.t5 import TextEncoder, tokens_of
+from jaxdiff.text.tokenizer import Tokens
+
+LENGTHS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, eq=False)
+class BulkEncoder:
+    """Captions in; for each the embeddings of its tokens without padding, and how many tokens one has at most.
+
+    batch: captions at a time where they are as long as the encoder allows; of those padded to half the length, twice
+    as many. lengths: what they are padded to, beside the encoder's own. sharding: where the ids and the embeddings of
+    a batch lie, which it must divide evenly; the encoder's parameters lie where they were put.
+    """
+
+    encoder: TextEncoder
+    batch: int = 64
+    lengths: tuple[int, ...] = LENGTHS
+    sharding: jax.sharding.Sharding | None = None
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch}: at least one caption at a time")
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"lengths {self.lengths}: a caption is padded to at least 1 token")
+        if self.encoder.whole:
+            raise ValueError("embeddings of which padding is a part cannot be stored without it")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
+        return self.encode(self.prepare(captions))
+
+    def prepare(self, captions: Sequence[str]) -> Tokens:
+        """What is done on the host first."""
+        return tokens_of(self.encoder, captions)
+
+    def encode(
+        self, tokens: Tokens, progress: Callable[[int, int], None] = lambda captions, tokens: None
+    ) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
+        """`progress` is told how many captions and tokens were encoded, batch by batch."""
+        counts = tokens.mask.sum(1)
+        order = np.argsort(counts, kind="stable")
+        blank = int(np.searchsorted(counts[order], 1))
+        rows = [np.zeros((0, self.encoder.width), np.float16)] * len(counts)
+        progress(blank, 0)
+        before = None
+        for batch in batches(counts[order[blank:]], self._all_lengths, self.batch):
+            chosen = order[blank:][batch.start : batch.stop]
+            # Called before the last batch is fetched, so that the devices have something to do in the meantime.
+            following = chosen, self._embedded(tokens, chosen, batch)
+            _put(rows, counts, before, progress)
+            before = following
+        _put(rows, counts, before, progress)
+        return rows, self.encoder.length
+
+    @property
+    def _all_lengths(self) -> tuple[int, ...]:
+        longest = self.encoder.length
+        return (*sorted({length for length in self.lengths if length < longest}), longest)
+
+    def _embedded(self, tokens: Tokens, chosen: np.ndarray, batch: "Batch") -> Float16[Array, "b n d"]:
+        padding = ((0, batch.rows - len(chosen)), (0, 0))
+        ids, mask = (np.pad(array[chosen, : batch.length], padding) for array in tokens)
+        return self._program(self.encoder.params, *jax.device_put((ids, mask), self.sharding))
+
+    @functools.cached_property
+    def _program(self):
+        return jax.jit(functools.partial(_embed, self.encoder.config), out_shardings=self.sharding)
+
+
+class Batch(NamedTuple):
+    """The captions start … stop of those sorted, in `rows` rows of `length` tokens."""
+
+    start: int
+    stop: int
+    length: int
+    rows: int
+
+
+def batches(counts: Int[np.ndarray, " b"], lengths: Sequence[int], batch: int) -> Iterator[Batch]:
+    """The batches of captions that have so many tokens each, ascending; `lengths` ascend to the longest.
+
+    One that would be less than half full goes with longer captions.
+    """
+    start = 0
+    while start < len(counts):
+        for length in lengths[np.searchsorted(lengths, counts[start]) :]:
+            rows = batch * (lengths[-1] // length)
+            fitting = np.searchsorted(counts, length, side="right") - start
+            if 2 * fitting >= rows or start + fitting == len(counts):
+                break
+        stop = start + int(min(fitting, rows))
+        yield Batch(start, stop, int(length), rows)
+        start = stop
+
+
+def _put(
+    rows: list[np.ndarray],
+    counts: np.ndarray,
+    done: tuple[np.ndarray, Array] | None,
+    progress: Callable[[int, int], None],
+) -> None:
+    if done is None:
+        return
+    places, embeddings = done
+    for place, row in zip(places, np.asarray(embeddings)):
+        rows[place] = row[: counts[place]].copy()  # not to keep the padding in memory
+    progress(len(places), int(counts[places].sum()))
+
+
+def _embed(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float16[Array, "b n d"]:
+    embeddings: Float[Array, "b n d"] = T5Encoder(config).apply({"params": params}, ids, mask)
+    return embeddings.astype(jnp.float16)
