@@ -30,9 +30,9 @@ class Costs:
     peak_bytes: int
     flops: float
     bytes_accessed: float
-    collectives: dict[str, dict[str, float]]
+    collectives: dict[str, dict[str, float | int]]
     seconds: float | None = None
-    cycles: dict[str, float] = field(default_factory=dict)
+    cycles: dict[str, float | int] = field(default_factory=dict)
     unknown_loops: int = 0
 
 

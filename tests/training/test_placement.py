@@ -118,7 +118,7 @@ def test_the_papers_stages_are_split_evenly(name, sizes):
     held = bytes_on_a_device(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, placed))
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     # What rules do not name is copied along tensor: embeddings, strided convolutions, conditioning.
-    assert held < whole / (sizes[1] * sizes[2]) * (1.02 if sizes[2] == 1 else 1.25 if sizes[2] == 2 else 2.5)
+    assert held < whole / (sizes[1] * sizes[2]) * (1.02 if sizes[2] == 1 else 1.4 if sizes[2] == 2 else 3.3)
 
 
 def test_rules_of_networks_without_attention():
