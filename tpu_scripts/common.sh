@@ -87,10 +87,11 @@ read_settings() {
 
 # A word as the shell reads it back, in quotes only where it needs them.
 quoted() {
+  local quote="'\\''"
   if [[ $1 =~ ^[[:alnum:]_./:=@%+,-]+$ ]]; then
     printf '%s' "$1"
   else
-    printf "'%s'" "$(printf '%s.' "$1" | sed "s/'/'\\\\''/g" | sed '$s/\.$//')"
+    printf "'%s'" "${1//\'/$quote}"
   fi
 }
 
@@ -118,14 +119,18 @@ run_it() {
   fi
 }
 
-# A command for every slice at the same time, @NODE@ and @SLICE@ in its words replaced. Fails if one of them fails.
+# Stand for a slice's name and number in the words of on_nodes; no command of a user has them.
+NODE=$'\1'
+SLICE=$'\2'
+
+# A command for every slice at the same time. Fails if it fails for one of them.
 on_nodes() {
   local index word pids=() words pid code=0
   for ((index = 0; index < TPU_SLICES; index++)); do
     words=()
     for word; do
-      word=${word//@NODE@/${NODES[index]}}
-      words+=("${word//@SLICE@/$index}")
+      word=${word//$NODE/${NODES[index]}}
+      words+=("${word//$SLICE/$index}")
     done
     show "${words[@]}"
     set -m # a process group each, so that ending this script ends ssh too
@@ -142,13 +147,13 @@ on_nodes() {
 
 # Run a line of shell on every worker at the same time. A connection that has died is noticed within 90 seconds.
 on_workers() {
-  on_nodes gcloud compute tpus tpu-vm ssh @NODE@ "${PLACE[@]}" --worker=all "--ssh-flag=-o ServerAliveInterval=30" \
-    "--command=export SLICE=@SLICE@ && $1"
+  on_nodes gcloud compute tpus tpu-vm ssh "$NODE" "${PLACE[@]}" --worker=all "--ssh-flag=-o ServerAliveInterval=30" \
+    "--command=export SLICE=$SLICE && $1"
 }
 
 # Copy a file to every worker.
 to_workers() {
-  on_nodes gcloud compute tpus tpu-vm scp "$1" "@NODE@:$2" "${PLACE[@]}" --worker=all
+  on_nodes gcloud compute tpus tpu-vm scp "$1" "$NODE:$2" "${PLACE[@]}" --worker=all
 }
 
 # The machines of the pod that exist: a line with name and state each.

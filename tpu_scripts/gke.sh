@@ -13,6 +13,7 @@
 # The cluster starts it again when it saved (75) or its nodes were taken away, TPU_MAX_RESTARTS times at most. Node pools,
 # JobSet and the image must be there before: see README.md.
 
+# shellcheck disable=SC2034  # the manifest's values are read by name
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 REQUIRED="TPU_NAME"

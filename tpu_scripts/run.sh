@@ -58,17 +58,16 @@ start() {
   fi
 }
 
-# follow [LINES]: until it has ended on every worker that can be reached.
+# follow [LINES]: until it has ended on every worker that can be reached. (Not through awk: some of them read ahead.)
 follow() {
-  local logs=$LOGS_AT/${ID:-last}
+  local logs=$LOGS_AT/${ID:-last} line
   if [[ $DRY_RUN == false ]]; then mkdir -p "$logs"; fi
-  on_worker "follow ${ID:-last}${1:+ $1}" | awk -v logs="$logs" '
-    { print; fflush() }
-    match($0, /^\[[0-9]+\/[^] ]+\] /) {
-      name = substr($0, 2, RLENGTH - 3)
-      sub("/", "-", name)
-      print substr($0, RLENGTH + 1) >> (logs "/" name ".log")
-    }'
+  on_worker "follow ${ID:-last}${1:+ $1}" | while IFS= read -r line; do
+    printf '%s\n' "$line"
+    if [[ $line =~ ^\[([0-9]+)/([^]/\ ]+)\]\ (.*)$ ]]; then
+      printf '%s\n' "${BASH_REMATCH[3]}" >>"$logs/${BASH_REMATCH[1]}-${BASH_REMATCH[2]}.log"
+    fi
+  done
 }
 
 # What each worker says of the run, "SLICE/WORKER ID CODE" a line; fails if one is not to be reached.

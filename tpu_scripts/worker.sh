@@ -73,7 +73,7 @@ follow() {
   fi
   {
     if busy && [[ $(id_of last) == "$id" ]]; then
-      tail -n "$from" -f -s 0.5 "--pid=$(cat "$runs/$id.holder")" "$runs/$id.log"
+      tail -n "$from" -f -s 0.2 "--pid=$(cat "$runs/$id.holder")" "$runs/$id.log"
     else
       tail -n "$from" "$runs/$id.log"
     fi

@@ -1,0 +1,205 @@
+"""A cloud of folders: stand-ins for gcloud, git and sleep, and workers that really run what they are told.
+
+The stand-in for gcloud keeps its state in a folder. Each queued resource lives through the states that the test wrote
+into `lives` (one line a creation, one word a look; the last one stays), until a file `taken` says that its machines are
+gone. A worker is a folder, home of the shell that runs the command of `ssh`; scp copies into it.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
+ENV = dict(TPU_NAME="pod", TPU_ZONE="us-east1-a", TPU_TYPE="v5litepod-8", TPU_VERSION="v2", TPU_POLL_SECONDS="0.05")
+
+GCLOUD = r'''#!PYTHON -SE
+import fcntl, os, shutil, subprocess, sys
+from pathlib import Path
+
+words, cloud = sys.argv[1:], Path(os.environ["CLOUD"])
+with open(cloud / "calls", "a") as calls:
+    calls.write("\0".join(words) + "\0\n")
+fails = cloud / "fails"  # "verb code": fails once
+if fails.exists() and fails.read_text().split()[0] in words:
+    code = int(fails.read_text().split()[1])
+    fails.unlink()
+    sys.exit(code)
+request, taken = cloud / "request", cloud / "taken"
+
+
+def state():
+    if not request.exists():
+        return ""
+    if taken.exists():
+        return taken.read_text().strip()
+    left = request.read_text().split()
+    if len(left) > 1:
+        request.write_text(" ".join(left[1:]))
+    return left[0]
+
+
+def value(flag):
+    return next((word.split("=", 1)[1] for word in words if word.startswith(flag + "=")), None)
+
+
+def homes(node):
+    count = int((cloud / "workers").read_text())
+    homes = [cloud / "machines" / node / str(index) for index in range(count)]
+    for home in homes:
+        if not home.exists():
+            (home / ".local/bin").mkdir(parents=True)
+            shutil.copy(cloud / "uv", home / ".local/bin/uv")
+    return homes
+
+
+def run(node):
+    started = []
+    for index, home in enumerate(homes(node)):
+        if (cloud / "unreachable").exists() and (cloud / "unreachable").read_text() == f"{node}/{index}":
+            started.append(subprocess.Popen(["bash", "-c", "echo ssh: no route to host >&2; exit 255"]))
+            continue
+        environment = os.environ | {"HOME": str(home), "HOSTNAME": f"t1v-n-12ab-w-{index}", "WORKER": str(index)}
+        for name in ("TPU_ENV", "HF_TOKEN", "SLICE"):
+            environment.pop(name, None)
+        started.append(subprocess.Popen(["bash", "-c", value("--command")], cwd=home, env=environment))
+    return next((code for code in [process.wait() for process in started] if code), 0)
+
+
+kind, verb = words[2:4] if words[0] == "compute" else ("", "")
+if kind == "queued-resources" and verb == "list":
+    print(state())
+elif kind == "queued-resources" and verb == "create":
+    if request.exists():
+        sys.exit("ERROR: ALREADY_EXISTS")
+    lives = (cloud / "lives").read_text().splitlines()
+    (cloud / "lives").write_text("\n".join(lives[1:] or lives))
+    request.write_text(lives[0])
+    nodes = [f"{words[4]}-{i}" for i in range(int(value("--node-count") or 0))] or [words[4]]
+    (cloud / "nodes").write_text(" ".join(nodes))
+elif kind == "queued-resources" and verb == "describe":
+    print("state:\n  failedData:\n    error:\n      message: no capacity left")
+elif kind == "queued-resources" and verb == "delete":
+    if not request.exists():
+        sys.exit("ERROR: NOT_FOUND")
+    request.unlink()
+    taken.unlink(missing_ok=True)
+    shutil.rmtree(cloud / "machines", ignore_errors=True)
+elif kind == "tpu-vm" and verb == "list":
+    for node in (cloud / "nodes").read_text().split() if request.exists() else []:
+        print(node, (cloud / "node_state").read_text() if (cloud / "node_state").exists() else "READY", sep="\t")
+elif kind == "tpu-vm" and verb == "ssh":
+    sys.exit("ERROR: TPU is in state PREEMPTED" if taken.exists() else run(words[4]))
+elif kind == "tpu-vm" and verb == "scp":
+    node, name = words[5].split(":")
+    for home in homes(node):
+        shutil.copy(words[4], home / name)
+'''
+
+# Does for `git archive` what matters here: the scripts as they are now.
+GIT = """#!/usr/bin/env bash
+case $3 in
+  archive) tar -czf "${5#--output=}" -C "$2" tpu_scripts && echo "git $*" >> "$CLOUD/others" ;;
+esac
+"""
+SLEEP = """#!/usr/bin/env bash
+echo "$1" >> "$CLOUD/slept"
+exec SLEEP 0.05
+"""
+UV = """#!/usr/bin/env bash
+echo "uv $*" >> "$CLOUD/others"
+if [[ $1 == venv ]]; then
+  mkdir -p .venv/bin
+  printf '%s\\n' '#!/usr/bin/env bash' 'echo "$*"' 'code=$(cat "$CLOUD/smoke.$SLICE.$WORKER" 2>/dev/null)' \
+    'echo "smoke says ${code:-0}" >&2' 'exit ${code:-0}' > .venv/bin/python
+  chmod +x .venv/bin/python
+fi
+"""
+
+
+class Cloud:
+    def __init__(self, folder):
+        self.folder, self.bin, self.env = folder / "cloud", folder / "bin", folder / "tpu.env"
+        self.folder.mkdir()
+        self.bin.mkdir()
+        self.logs = folder / "logs"
+        stand_ins = {"gcloud": GCLOUD, "git": GIT, "sleep": SLEEP, "python3": "#!/bin/sh\n", "../cloud/uv": UV}
+        for name, text in stand_ins.items():
+            self.program(name, text.replace("PYTHON", sys.executable).replace("exec SLEEP", f"exec {shutil.which('sleep')}"))
+        self.put("workers", "2")
+        self.put("lives", "ACTIVE")
+        self.settings()
+
+    def program(self, name, text):
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def put(self, name, text):
+        (self.folder / name).write_text(text)
+
+    def text(self, name):
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def settings(self, **settings):
+        values = ENV | {"TPU_LOGS": str(self.logs)} | settings
+        self.env.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()))
+
+    def environment(self, **more):
+        path = f"{self.bin}:{os.environ['PATH']}"
+        return {"PATH": path, "CLOUD": str(self.folder), "TPU_ENV": str(self.env), "HOME": str(self.folder)} | more
+
+    def calls(self):
+        """gcloud's arguments, call by call, since the last time that this was asked."""
+        calls = [call.split("\0") for call in self.text("calls").split("\0\n")[:-1]]
+        self.put("calls", "")
+        return calls
+
+    def verbs(self):
+        """What gcloud was told to do, without looking: create, scp, ssh, delete."""
+        return [call[3] for call in self.calls() if call[3] not in ("list", "describe")]
+
+    def command(self, script, arguments):
+        return [str(SCRIPTS / script) if "." in script else str(SCRIPTS / f"{script}.sh"), *arguments]
+
+    def start(self, script, *arguments, **environment):
+        return subprocess.Popen(
+            self.command(script, arguments),
+            env=self.environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, script, *arguments, typed="", **environment):
+        return subprocess.run(
+            self.command(script, arguments),
+            input=typed,
+            env=self.environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def ready(self):
+        """A pod of one slice that is there and set up."""
+        self.put("request", "ACTIVE")
+        self.put("nodes", "pod")
+        for index in range(int(self.text("workers"))):
+            scripts = self.folder / f"machines/pod/{index}/jaxdiff/tpu_scripts"
+            scripts.mkdir(parents=True)
+            shutil.copy(SCRIPTS / "worker.sh", scripts)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    if shutil.which("flock") is None:
+        pytest.skip("the workers' script is for Linux")
+    return Cloud(tmp_path)
