@@ -18,86 +18,95 @@ SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 ENV = dict(TPU_NAME="pod", TPU_ZONE="us-east1-a", TPU_TYPE="v5litepod-8", TPU_VERSION="v2", TPU_POLL_SECONDS="0.05")
 
 GCLOUD = r'''#!PYTHON -SE
-import fcntl, os, shutil, subprocess, sys
-from pathlib import Path
+# It is started hundreds of times: no imports that take time.
+import os, sys
 
-words, cloud = sys.argv[1:], Path(os.environ["CLOUD"])
-with open(cloud / "calls", "a") as calls:
-    calls.write("\0".join(words) + "\0\n")
-fails = cloud / "fails"  # "verb code": fails once
-if fails.exists() and fails.read_text().split()[0] in words:
-    code = int(fails.read_text().split()[1])
-    fails.unlink()
-    sys.exit(code)
-request, taken = cloud / "request", cloud / "taken"
+words, cloud = sys.argv[1:], os.environ["CLOUD"]
+exists = lambda name: os.path.exists(f"{cloud}/{name}")
 
 
-def state():
-    if not request.exists():
-        return ""
-    if taken.exists():
-        return taken.read_text().strip()
-    left = request.read_text().split()
-    if len(left) > 1:
-        request.write_text(" ".join(left[1:]))
-    return left[0]
+def text(name):
+    with open(f"{cloud}/{name}") as file:
+        return file.read()
+
+
+def put(name, text, mode="w"):
+    with open(f"{cloud}/{name}", mode) as file:
+        file.write(text)
+
+
+def copy(source, target):
+    with open(source, "rb") as read, open(target, "wb", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+        file.write(read.read())
 
 
 def value(flag):
     return next((word.split("=", 1)[1] for word in words if word.startswith(flag + "=")), None)
 
 
+def state():
+    if not exists("request"):
+        return ""
+    if exists("taken"):
+        return text("taken").strip()
+    first, *left = text("request").split()
+    put("request", " ".join(left or [first]))
+    return first
+
+
 def homes(node):
-    count = int((cloud / "workers").read_text())
-    homes = [cloud / "machines" / node / str(index) for index in range(count)]
+    homes = [f"{cloud}/machines/{node}/{index}" for index in range(int(text("workers")))]
     for home in homes:
-        if not home.exists():
-            (home / ".local/bin").mkdir(parents=True)
-            shutil.copy(cloud / "uv", home / ".local/bin/uv")
+        if not os.path.exists(f"{home}/.local/bin/uv"):
+            os.makedirs(f"{home}/.local/bin", exist_ok=True)
+            copy(f"{cloud}/uv", f"{home}/.local/bin/uv")
     return homes
 
 
-def run(node):
+def ssh(node):
     started = []
     for index, home in enumerate(homes(node)):
-        if (cloud / "unreachable").exists() and (cloud / "unreachable").read_text() == f"{node}/{index}":
-            started.append(subprocess.Popen(["bash", "-c", "echo ssh: no route to host >&2; exit 255"]))
-            continue
-        environment = os.environ | {"HOME": str(home), "HOSTNAME": f"t1v-n-12ab-w-{index}", "WORKER": str(index)}
-        for name in ("TPU_ENV", "HF_TOKEN", "SLICE"):
-            environment.pop(name, None)
-        started.append(subprocess.Popen(["bash", "-c", value("--command")], cwd=home, env=environment))
-    return next((code for code in [process.wait() for process in started] if code), 0)
+        environment = {name: os.environ[name] for name in ("PATH", "CLOUD")}
+        environment |= {"HOME": home, "HOSTNAME": f"t1v-n-12ab-w-{index}", "WORKER": str(index)}
+        gone = exists("unreachable") and text("unreachable") == f"{node}/{index}"
+        command = "echo ssh: no route to host >&2; exit 255" if gone else value("--command")
+        os.chdir(home)
+        started.append(os.posix_spawn("/bin/bash", ["bash", "-c", command], environment))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+    return next((code for code in codes if code), 0)
 
 
+put("calls", "\0".join(words) + "\0\n", "a")
+if exists("fails") and text("fails").split()[0] in words:  # "verb code": fails once
+    code = int(text("fails").split()[1])
+    os.unlink(f"{cloud}/fails")
+    sys.exit(code)
 kind, verb = words[2:4] if words[0] == "compute" else ("", "")
 if kind == "queued-resources" and verb == "list":
     print(state())
 elif kind == "queued-resources" and verb == "create":
-    if request.exists():
+    if exists("request"):
         sys.exit("ERROR: ALREADY_EXISTS")
-    lives = (cloud / "lives").read_text().splitlines()
-    (cloud / "lives").write_text("\n".join(lives[1:] or lives))
-    request.write_text(lives[0])
+    first, *lives = text("lives").split("\n")
+    put("lives", "\n".join(lives or [first]))
+    put("request", first)
     nodes = [f"{words[4]}-{i}" for i in range(int(value("--node-count") or 0))] or [words[4]]
-    (cloud / "nodes").write_text(" ".join(nodes))
+    put("nodes", " ".join(nodes))
 elif kind == "queued-resources" and verb == "describe":
     print("state:\n  failedData:\n    error:\n      message: no capacity left")
 elif kind == "queued-resources" and verb == "delete":
-    if not request.exists():
+    if not exists("request"):
         sys.exit("ERROR: NOT_FOUND")
-    request.unlink()
-    taken.unlink(missing_ok=True)
-    shutil.rmtree(cloud / "machines", ignore_errors=True)
+    os.system(f"cd '{cloud}' && rm -rf request taken machines")
 elif kind == "tpu-vm" and verb == "list":
-    for node in (cloud / "nodes").read_text().split() if request.exists() else []:
-        print(node, (cloud / "node_state").read_text() if (cloud / "node_state").exists() else "READY", sep="\t")
+    for node in text("nodes").split() if exists("request") else []:
+        print(node, text("node_state") if exists("node_state") else "READY", sep="\t")
 elif kind == "tpu-vm" and verb == "ssh":
-    sys.exit("ERROR: TPU is in state PREEMPTED" if taken.exists() else run(words[4]))
+    sys.exit("ERROR: TPU is in state PREEMPTED" if exists("taken") else ssh(words[4]))
 elif kind == "tpu-vm" and verb == "scp":
     node, name = words[5].split(":")
     for home in homes(node):
-        shutil.copy(words[4], home / name)
+        copy(words[4], f"{home}/{name}")
 '''
 
 # Does for `git archive` what matters here: the scripts as they are now.
