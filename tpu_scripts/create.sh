@@ -76,7 +76,11 @@ if [[ $DRY_RUN == true ]]; then
 fi
 state=$(pod_state shown)
 if [[ $state == ABSENT ]]; then
-  request
+  request || { # a creation that went through although gcloud failed, or another one at the same time
+    code=$?
+    state=$(pod_state)
+    [[ $state != ABSENT ]] || exit "$code"
+  }
 else
   printf '%s is there already: %s\n' "$TPU_NAME" "$state"
 fi

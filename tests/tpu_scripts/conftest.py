@@ -15,9 +15,15 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
-ENV = dict(TPU_NAME="pod", TPU_ZONE="us-east1-a", TPU_TYPE="v5litepod-8", TPU_VERSION="v2", TPU_POLL_SECONDS="0.05")
+ENV = {
+    "TPU_NAME": "pod",
+    "TPU_ZONE": "us-east1-a",
+    "TPU_TYPE": "v5litepod-8",
+    "TPU_VERSION": "v2",
+    "TPU_POLL_SECONDS": "0.05",
+}
 
-GCLOUD = r'''#!PYTHON -SE
+GCLOUD = r"""#!PYTHON -SE
 # It is started hundreds of times: no imports that take time.
 import os, sys
 
@@ -107,7 +113,7 @@ elif kind == "tpu-vm" and verb == "scp":
     node, name = words[5].split(":")
     for home in homes(node):
         copy(words[4], f"{home}/{name}")
-'''
+"""
 
 # Does for `git archive` what matters here: the scripts as they are now.
 GIT = """#!/usr/bin/env bash
@@ -138,7 +144,9 @@ class Cloud:
         self.logs = folder / "logs"
         stand_ins = {"gcloud": GCLOUD, "git": GIT, "sleep": SLEEP, "python3": "#!/bin/sh\n", "../cloud/uv": UV}
         for name, text in stand_ins.items():
-            self.program(name, text.replace("PYTHON", sys.executable).replace("exec SLEEP", f"exec {shutil.which('sleep')}"))
+            self.program(
+                name, text.replace("PYTHON", sys.executable).replace("exec SLEEP", f"exec {shutil.which('sleep')}")
+            )
         self.put("workers", "2")
         self.put("lives", "ACTIVE")
         self.settings()

@@ -39,7 +39,11 @@ def test_create_twice_creates_once(cloud):
 
 def test_create_asks_for_what_the_settings_say(cloud):
     cloud.settings(
-        TPU_SPOT="true", TPU_SLICES="2", TPU_PROJECT="mine", TPU_VALID_UNTIL="6h", TPU_CREATE_FLAGS="--network=n --tags=a"
+        TPU_SPOT="true",
+        TPU_SLICES="2",
+        TPU_PROJECT="mine",
+        TPU_VALID_UNTIL="6h",
+        TPU_CREATE_FLAGS="--network=n --tags=a",
     )
     assert cloud("create", "--no-wait").returncode == 0
     flags = set(cloud.calls()[-1])
@@ -122,7 +126,22 @@ def test_setup_is_refused_under_a_run(cloud):
 def test_words_of_a_command_arrive_as_they_were(cloud):
     """The worker's shell reads the line back into the same words."""
     cloud.ready()
-    words = ["a  b", "$HOME", "it's", 'say "hi"', "*", "", "a;b", "--yes", "-x", "\\n", "`ls`", "é", "two\nlines", "end\n"]
+    words = [
+        "a  b",
+        "$HOME",
+        "it's",
+        'say "hi"',
+        "*",
+        "",
+        "a;b",
+        "--yes",
+        "-x",
+        "\\n",
+        "`ls`",
+        "é",
+        "two\nlines",
+        "end\n",
+    ]
     done = cloud("run", "--id", "words", "--", "printf", "%s\\0", *words)
     assert done.returncode == 0, done.stderr
     for index in range(2):
@@ -133,7 +152,15 @@ def test_words_of_a_command_arrive_as_they_were(cloud):
 def test_run_has_one_exit_code(cloud):
     cloud.ready()
     for codes, common in [((0, 0), 0), ((0, 3), 3), ((4, 3), 4), ((75, 75), 75), ((1, 75), 75), ((0, 75), 75)]:
-        done = cloud("run", "--id", f"{codes[0]}-{codes[1]}", "--", "sh", "-c", f"exit $(echo {codes[0]} {codes[1]} | cut -d' ' -f$((WORKER+1)))")
+        done = cloud(
+            "run",
+            "--id",
+            f"{codes[0]}-{codes[1]}",
+            "--",
+            "sh",
+            "-c",
+            f"exit $(echo {codes[0]} {codes[1]} | cut -d' ' -f$((WORKER+1)))",
+        )
         assert done.returncode == common, (codes, done.stdout, done.stderr)
     assert "0/0: exit code 0" in done.stderr and "0/1: exit code 75" in done.stderr
     cloud.put("unreachable", "pod/1")

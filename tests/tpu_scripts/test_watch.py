@@ -28,7 +28,17 @@ def watched(cloud):
 
 COMMAND = ["bash", "-c", 'echo x >> "$CLOUD/attempts"; eval "$(sed -n "$(wc -l < "$CLOUD/attempts")p" "$CLOUD/plan")"']
 PREEMPTED = 'echo SUSPENDED > "$CLOUD/taken"; exit 75'
-ROUND = ["create", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "ssh", "ssh"]  # install; smoke and run: start, follow, code
+ROUND = [
+    "create",
+    "scp",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+]  # install; smoke and run: start, follow, code
 
 
 def waits(cloud):
