@@ -20,10 +20,11 @@ if [[ $YES == false && $DRY_RUN == false ]]; then
 fi
 state=$(pod_state shown)
 if [[ $state == ABSENT && $DRY_RUN == false ]]; then
-  [[ -n $(node_states) ]] || { printf 'there is no %s in %s\n' "$TPU_NAME" "$TPU_ZONE" && exit; }
-  for node in "${NODES[@]}"; do # made without a queued resource
-    call gcloud compute tpus tpu-vm delete "$node" "${PLACE[@]}" --quiet
-  done
+  if ((TPU_SLICES == 1)) && [[ -n $(node_states) ]]; then # made without a queued resource
+    call gcloud compute tpus tpu-vm delete "$TPU_NAME" "${PLACE[@]}" --quiet
+  else
+    printf 'there is no %s in %s\n' "$TPU_NAME" "$TPU_ZONE"
+  fi
 elif [[ $state == DELETING ]]; then
   printf '%s is being deleted\n' "$TPU_NAME"
   while [[ $state == DELETING ]]; do

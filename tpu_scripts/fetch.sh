@@ -21,6 +21,7 @@ if [[ $run == /mnt/bucket/* ]]; then
   [[ -n $TPU_BUCKET ]] || fail "$run is in a bucket, and $ENV_FILE does not set TPU_BUCKET"
   run=gs://$TPU_BUCKET/${run#/mnt/bucket/}
 fi
+[[ $run != gs://* || $run == gs://*/* ]] || fail "$run is a whole bucket; name a folder in it"
 within=${run#gs://*/}
 [[ $run != /* ]] || within=$(basename -- "$run")
 into=${INTO:-$ROOT/$within}

@@ -2,13 +2,14 @@
 # Run a command on every worker of every slice at once, in the repository, with its Python first on PATH.
 #
 #   tpu_scripts/run.sh [--dry-run] [--detach] [--id ID] [--env FILE] -- COMMAND [ARGUMENT...]
-#   tpu_scripts/run.sh --attach | --stop [--id ID] [--env FILE]
+#   tpu_scripts/run.sh --attach | --stop [--no-wait] [--id ID] [--env FILE]
 #   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out /mnt/bucket/runs/base64
 #
 #   --dry-run   print the exact commands and run none
 #   --detach    start it and return
 #   --attach    follow the run that is in progress, or say how the last one ended
 #   --stop      SIGTERM to the command on every worker (training saves), then wait for its end
+#   --no-wait   with --stop: do not wait for its end
 #   --id ID     the run's name, by default the time; a run of this name is never started twice
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
@@ -20,7 +21,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-parse "--detach --attach --stop --id=" "$@"
+parse "--detach --attach --stop --no-wait --id=" "$@"
 [[ $ID =~ ^[-A-Za-z0-9_.]*$ ]] || fail "--id '$ID': letters, digits, dots and dashes only"
 if [[ $ATTACH == true || $STOP == true ]]; then
   ((${#REST[@]} == 0)) || fail "a command and --attach or --stop: one of them"
@@ -113,7 +114,8 @@ finish() {
 
 code=0
 if [[ $STOP == true ]]; then
-  on_worker "stop ${ID:-last}"
+  on_worker "stop ${ID:-last}" || true # finish says which cannot be reached
+  [[ $NO_WAIT == false ]] || exit 0
   finish 10 || code=$?
   ((code != 255)) || exit 255
   exit 0

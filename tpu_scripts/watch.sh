@@ -32,7 +32,7 @@ if [[ $DRY_RUN == true ]]; then
   exit
 fi
 
-for name in TPU_MAX_RESTARTS TPU_BACKOFF_SECONDS TPU_BACKOFF_MOST; do
+for name in TPU_MAX_RESTARTS TPU_BACKOFF_SECONDS TPU_BACKOFF_MOST TPU_STOP_SECONDS; do
   [[ ${!name:-} =~ ^[0-9]*$ ]] || fail "$name '${!name}': a whole number"
 done
 for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do
@@ -128,10 +128,11 @@ pause() {
   wait $! || true
 }
 
-# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`.
+# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`. A command that is
+# told to save has TPU_STOP_SECONDS for it.
 over=false
 guarded() {
-  local script=$HERE/$1.sh
+  local script=$HERE/$1.sh told=0
   shift
   code=0
   set -m
@@ -140,8 +141,11 @@ guarded() {
   set +m
   while kill -0 "$follower" 2>/dev/null; do
     if [[ $over == false ]] && no_time_left; then
-      over=true
-      "$HERE/run.sh" --stop "${flags[@]}" || true
+      over=true told=$SECONDS
+      "$HERE/run.sh" --stop --no-wait "${flags[@]}" || true
+    elif [[ $over == true ]] && ((SECONDS - told > ${TPU_STOP_SECONDS:-900})); then
+      printf 'it has not ended %s s after SIGTERM\n' "${TPU_STOP_SECONDS:-900}" >&2
+      kill -TERM -- "-$follower" 2>/dev/null || true
     fi
     pause "$TPU_POLL_SECONDS"
   done

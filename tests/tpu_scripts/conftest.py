@@ -103,9 +103,11 @@ elif kind == "queued-resources" and verb == "describe":
 elif kind == "queued-resources" and verb == "delete":
     if not exists("request"):
         sys.exit("ERROR: NOT_FOUND")
-    os.system(f"cd '{cloud}' && rm -rf request taken machines")
+    os.system(f"cd '{cloud}' && rm -rf request taken machines nodes")
+elif kind == "tpu-vm" and verb == "delete":
+    os.unlink(f"{cloud}/nodes")
 elif kind == "tpu-vm" and verb == "list":
-    for node in text("nodes").split() if exists("request") else []:
+    for node in text("nodes").split() if exists("nodes") else []:
         print(node, text("node_state") if exists("node_state") else "READY", sep="\t")
 elif kind == "tpu-vm" and verb == "ssh":
     sys.exit("ERROR: TPU is in state PREEMPTED" if exists("taken") else ssh(words[4]))
@@ -125,6 +127,14 @@ SLEEP = """#!/usr/bin/env bash
 echo "$1" >> "$CLOUD/slept"
 exec SLEEP 0.05
 """
+# As late as the test says.
+DATE = """#!/usr/bin/env bash
+if [[ $1 == +%s ]]; then
+  echo $(($(REAL +%s) + $(cat "$CLOUD/later" 2>/dev/null || echo 0)))
+else
+  exec REAL "$@"
+fi
+"""
 UV = """#!/usr/bin/env bash
 echo "uv $*" >> "$CLOUD/others"
 if [[ $1 == venv ]]; then
@@ -142,7 +152,14 @@ class Cloud:
         self.folder.mkdir()
         self.bin.mkdir()
         self.logs = folder / "logs"
-        stand_ins = {"gcloud": GCLOUD, "git": GIT, "sleep": SLEEP, "python3": "#!/bin/sh\n", "../cloud/uv": UV}
+        stand_ins = {
+            "gcloud": GCLOUD,
+            "git": GIT,
+            "sleep": SLEEP,
+            "date": DATE.replace("REAL", shutil.which("date")),
+            "python3": "#!/bin/sh\n",
+            "../cloud/uv": UV,
+        }
         for name, text in stand_ins.items():
             self.program(
                 name, text.replace("PYTHON", sys.executable).replace("exec SLEEP", f"exec {shutil.which('sleep')}")
@@ -164,7 +181,7 @@ class Cloud:
         return path.read_text() if path.exists() else ""
 
     def settings(self, **settings):
-        values = ENV | {"TPU_LOGS": str(self.logs)} | settings
+        values = ENV | {"TPU_LOGS": str(self.logs), "TPU_POLL_SECONDS": "0.05"} | settings
         self.env.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()))
 
     def environment(self, **more):

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-yaml = pytest.importorskip("yaml")
+import yaml
 
 SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 SETTINGS = {

@@ -117,7 +117,7 @@ def test_setup_mounts_the_bucket(cloud):
 
 def test_setup_is_refused_under_a_run(cloud):
     cloud.ready()
-    assert cloud("run", "--detach", "--", "sh", "-c", "while :; do sleep 0.1; done").returncode == 0
+    assert cloud("run", "--detach", "--", "sh", "-c", "while [ -e $CLOUD/request ]; do sleep 0.1; done").returncode == 0
     done = cloud("setup")
     cloud("run", "--stop")
     assert done.returncode == 3 and "is in progress" in done.stderr
@@ -178,7 +178,7 @@ def test_output_is_shown_and_kept_by_worker(cloud):
 def test_a_run_lives_on_and_is_followed_again(cloud):
     cloud.ready()
     assert "no run" in cloud("run", "--attach").stdout
-    wait = ["sh", "-c", 'trap "echo saving; exit 75" TERM; echo here; while :; do sleep 0.1; done']
+    wait = ["sh", "-c", 'trap "echo saving; exit 75" TERM; echo here; while [ -e $CLOUD/request ]; do sleep 0.1; done']
     assert cloud("run", "--detach", "--id", "long", "--", *wait).returncode == 0
     second = cloud("run", "--", "true")
     assert second.returncode == 3 and "run long is in progress" in second.stderr
@@ -199,7 +199,12 @@ def test_a_run_lives_on_and_is_followed_again(cloud):
 
 def test_a_command_that_vanished_is_no_success(cloud):
     cloud.ready()
-    assert cloud("run", "--detach", "--id", "x", "--", "sh", "-c", "while :; do sleep 0.1; done").returncode == 0
+    assert (
+        cloud(
+            "run", "--detach", "--id", "x", "--", "sh", "-c", "while [ -e $CLOUD/request ]; do sleep 0.1; done"
+        ).returncode
+        == 0
+    )
     runs = cloud.folder / "machines/pod/0/jaxdiff/runs/tpu"
     while not all((runs / f"x.{part}").exists() and (runs / f"x.{part}").read_text() for part in ("holder", "pid")):
         time.sleep(0.05)
@@ -269,6 +274,37 @@ def test_delete_asks_for_the_name(cloud):
     assert call[2:] == ["queued-resources", "delete", "pod", "--zone=us-east1-a", "--force", "--quiet"]
     done = cloud("delete", "--yes")
     assert done.returncode == 0 and "there is no pod in us-east1-a" in done.stdout
+    cloud.calls()
+    cloud.put("nodes", "pod")  # a machine without a queued resource
+    assert cloud("delete", "--yes").returncode == 0
+    assert next(call for call in cloud.calls() if call[3] == "delete")[2:5] == ["tpu-vm", "delete", "pod"]
+
+
+def test_smoke_refuses_other_counts(monkeypatch, capsys):
+    """The conftest's eight devices, without joining."""
+    import importlib.util
+
+    import jax
+
+    spec = importlib.util.spec_from_file_location("smoke", SCRIPTS / "smoke.py")
+    smoke = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smoke)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: None)
+    number = jax.device_count()
+    assert smoke.total(jax.devices()) == number * (number + 1) / 2
+    for wanted, code, message in [
+        (number, 0, ""),
+        (number + 1, 1, f"should have {number + 1} devices, this worker sees {number}"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["smoke.py", "--devices", str(wanted)])
+        assert smoke.main() == code and message in capsys.readouterr().err
+    monkeypatch.setattr(jax, "local_device_count", lambda: number + 1)
+    assert smoke.main() == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: None)
+    monkeypatch.setattr(sys, "argv", ["smoke.py"])
+    monkeypatch.setattr(smoke, "total", lambda devices: 1.5)
+    assert smoke.main() == 1 and "the sum over all devices is 1.5" in capsys.readouterr().err
 
 
 def test_smoke_counts_and_sums(tmp_path):

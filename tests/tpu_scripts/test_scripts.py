@@ -15,7 +15,7 @@ NAMES = ["create", "setup", "run", "watch", "fetch", "delete", "gke"]
 NASTY = ["python", "-c", "print('a  b', \"$HOME\")"]
 REST = {"run": ["--", *NASTY], "watch": ["--", *NASTY], "gke": ["--", *NASTY], "fetch": ["gs://b/runs/a b"]}
 GKE = {
-    "GKE_IMAGE": "docker.pkg.dev/p/i:1",
+    "GKE_IMAGE": "docker.pkg.dev/p/i",
     "GKE_ACCELERATOR": "tpu-v6e-slice",
     "GKE_TOPOLOGY": "4x4",
     "TPU_BUCKET": "b",
@@ -95,6 +95,7 @@ def test_dry_run_prints_what_a_run_calls(cloud, name, tmp_path):
         ("watch", [], {}, "no command"),
         ("fetch", [], {}, "one RUN to fetch"),
         ("fetch", ["a", "b"], {}, "one RUN to fetch"),
+        ("fetch", ["gs://b/"], {}, "whole bucket"),
         ("fetch", ["/mnt/bucket/a"], {}, "does not set TPU_BUCKET"),
         ("gke", ["--", "ls"], GKE | {"GKE_TOPOLOGY": "4"}, "GKE_TOPOLOGY '4'"),
         ("gke", ["--", "ls"], GKE | {"GKE_IMAGE": ""}, "GKE_IMAGE"),

@@ -137,15 +137,27 @@ def test_the_most_restarts(cloud, watched):
     assert cloud.verbs().count("create") == 2 and not (cloud.folder / "request").exists()
 
 
-def test_money_saves_and_deletes(cloud, watched):
-    """Two seconds of TPU time: the command is told to save, and the pod goes."""
-    limit = {"TPU_MAX_HOURS": "9", "TPU_MAX_DOLLARS": "0.06", "TPU_DOLLARS_PER_HOUR": "100"}
-    plan = 'trap "echo saved >> $CLOUD/kept; exit 75" TERM; while :; do sleep 0.1; done'
+# The command lets nine hours and more go by.
+LATE = "echo 40000 > $CLOUD/later; "
+
+
+@pytest.mark.parametrize(
+    "limit", [{"TPU_MAX_HOURS": "11"}, {"TPU_MAX_HOURS": "20", "TPU_MAX_DOLLARS": "900", "TPU_DOLLARS_PER_HOUR": "100"}]
+)
+def test_money_saves_and_deletes(cloud, watched, limit):
+    """When the budget is used up, the command is told to save, and the pod goes."""
+    plan = LATE + 'trap "echo saved >> $CLOUD/kept; exit 75" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
     done = watched(plan, plan, **limit)
     assert done.returncode == 75 and "of TPU time is used up" in done.err
-    assert cloud.text("attempts").count("x") <= 1
-    assert cloud.text("kept").count("saved") == cloud.text("attempts").count("x")
+    assert cloud.text("attempts") == "x\n" and cloud.text("kept") == "saved\n"
     assert cloud.verbs()[-1] == "delete" and not (cloud.folder / "request").exists()
+
+
+def test_a_command_that_does_not_save_is_not_waited_for_forever(cloud, watched):
+    plan = LATE + 'trap "" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
+    done = watched(plan, TPU_MAX_HOURS="9", TPU_STOP_SECONDS="1")
+    assert done.returncode not in (0, 2) and "not ended 1 s after SIGTERM" in done.err
+    assert not (cloud.folder / "request").exists()
 
 
 def test_killed_and_started_again_creates_nothing_twice(cloud, watched):
