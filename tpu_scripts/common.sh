@@ -115,7 +115,7 @@ call() {
 run_it() {
   if [[ $DRY_RUN == false ]]; then
     command -v "$1" >/dev/null || fail "$1 is not installed (or not on PATH)"
-    "$@"
+    "$@" 3>&-
   fi
 }
 
@@ -163,11 +163,12 @@ node_states() {
   for node in "${NODES[@]}"; do printf '%s\n' "$all" | awk -v node="$node" '$1 == node'; done
 }
 
-# pod_state [shown]: ABSENT, the queued resource's state, or, where that is ACTIVE, STARTING or PREEMPTED by the states of
-# its nodes. Lists, because a list that is empty is no error, so that an error is always one.
+# pod_state [shown]: ABSENT, the queued resource's state, or, where that is ACTIVE, STARTING or PREEMPTED by the states
+# of its nodes. Lists, because a list that is empty is no error, so that an error is always one.
 pod_state() {
   local state nodes ready all filter="/queuedResources/$TPU_NAME\$"
-  local request=(gcloud compute tpus queued-resources list "${PLACE[@]}" "--filter=name~\"$filter\"" "--format=value(state.state)")
+  local request=(gcloud compute tpus queued-resources list "${PLACE[@]}" "--filter=name~\"$filter\"")
+  request+=("--format=value(state.state)")
   if [[ ${1:-} == shown ]]; then show "${request[@]}"; fi
   state=$(run_it "${request[@]}") || return
   if [[ $state == ACTIVE ]]; then
@@ -176,8 +177,8 @@ pod_state() {
     ready=$(printf '%s\n' "$nodes" | grep -c '^READY$' || true)
     if ((ready < TPU_SLICES)); then
       state=PREEMPTED
-      if printf '%s\n' "$nodes" | grep -qE '^(CREATING|STARTING|RESTARTING|REPAIRING|REIMAGING)$'; then state=STARTING; fi
-      if printf '%s\n' "$nodes" | grep -qE '^(PREEMPTED|TERMINATED|STOPPED|DELETING)$'; then state=PREEMPTED; fi
+      if grep -qE '^(CREATING|STARTING|RESTARTING|REPAIRING|REIMAGING)$' <<<"$nodes"; then state=STARTING; fi
+      if grep -qE '^(PREEMPTED|TERMINATED|STOPPED|DELETING)$' <<<"$nodes"; then state=PREEMPTED; fi
     fi
   fi
   printf '%s' "${state:-ABSENT}"

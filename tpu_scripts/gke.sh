@@ -42,7 +42,8 @@ manifest() {
   [[ ${GKE_TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "GKE_TOPOLOGY '${GKE_TOPOLOGY:-}' $bad: 4x4 or 2x2x4"
   [[ -n $TPU_BUCKET ]] || fail "TPU_BUCKET is not set: pods keep nothing on their own disks"
   TPU_MAX_RESTARTS=${TPU_MAX_RESTARTS:-100}
-  GKE_CHIPS=${GKE_CHIPS:-4} GKE_GRACE_SECONDS=${GKE_GRACE_SECONDS:-300} GKE_SERVICE_ACCOUNT=${GKE_SERVICE_ACCOUNT:-default}
+  GKE_CHIPS=${GKE_CHIPS:-4} GKE_GRACE_SECONDS=${GKE_GRACE_SECONDS:-300}
+  GKE_SERVICE_ACCOUNT=${GKE_SERVICE_ACCOUNT:-default}
   for name in GKE_CHIPS GKE_GRACE_SECONDS TPU_MAX_RESTARTS; do
     [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name '${!name}': a whole number"
   done
@@ -65,7 +66,8 @@ secret() {
   local name
   [[ -n ${TPU_PASS:-} ]] || return 0
   for name in $TPU_PASS; do
-    [[ -n ${!name:-} && ${!name} != *$'\n'* ]] || fail "TPU_PASS names $name, which has no value here (or one of several lines)"
+    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+    [[ ${!name} != *$'\n'* ]] || fail "TPU_PASS names $name, which has several lines"
     printf '# variables: %s=***\n' "$name"
     (umask 077 && printf '%s=%s\n' "$name" "${!name}" >>"$folder/variables")
   done

@@ -24,14 +24,15 @@ archive=$folder/jaxdiff.tar.gz
 call git -C "$ROOT" archive --format=tar.gz "--output=$archive" HEAD
 to_workers "$archive" jaxdiff.tar.gz
 # Not under a run in progress. Old sources go, so that what a commit deleted is not imported.
-install="{ [ ! -x jaxdiff/tpu_scripts/worker.sh ] || jaxdiff/tpu_scripts/worker.sh idle; } && mkdir -p jaxdiff && cd jaxdiff"
-install+=" && rm -rf jaxdiff experiments tests tpu_scripts && tar -xzf ../jaxdiff.tar.gz"
+install="{ [ ! -x jaxdiff/tpu_scripts/worker.sh ] || jaxdiff/tpu_scripts/worker.sh idle; }"
+install+=" && mkdir -p jaxdiff && cd jaxdiff && rm -rf jaxdiff experiments tests tpu_scripts && tar -xzf ../jaxdiff.tar.gz"
 if [[ -n ${TPU_SETUP:-} ]]; then install+=" && { $TPU_SETUP; }"; fi
 if [[ -n $TPU_BUCKET ]]; then install+=" && tpu_scripts/worker.sh mount $TPU_BUCKET"; fi
 # The newer images refuse pip outside of an environment; older pips ignore the variable.
 install+=" && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv"
 install+=" && ~/.local/bin/uv venv --quiet --allow-existing --python $(quoted "${TPU_PYTHON:-3.12}") .venv"
-install+=" && ~/.local/bin/uv pip install --quiet --python .venv/bin/python -c tpu_scripts/constraints.txt -e '.[tpu,bucket]'"
+install+=" && ~/.local/bin/uv pip install --quiet --python .venv/bin/python"
+install+=" -c tpu_scripts/constraints.txt -e '.[tpu,bucket]'"
 on_workers "$install"
 number=$(devices)
 flags=()

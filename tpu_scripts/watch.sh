@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Create the TPU, set it up, run a command there, and do all of it again whenever the TPU is taken away, until the command
-# has ended or the budget is used up.
+# Create the TPU, set it up, run a command there, and do all of it again whenever the TPU is taken away, until the
+# command has ended or the budget is used up.
 #
 #   tpu_scripts/watch.sh [--dry-run] [--delete] [--env FILE] -- COMMAND [ARGUMENT...]
 #
@@ -13,8 +13,8 @@
 # killed command where the TPU turns out to be gone; any other code is the end, too, and returned. Between rounds it
 # waits, twice as long each time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When
 # it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
-# Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing is
-# created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
+# Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing
+# is created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -38,7 +38,8 @@ done
 for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do
   [[ ${!name:-} =~ ^([0-9]+(\.[0-9]*)?)?$ ]] || fail "$name '${!name}': a number"
 done
-[[ -z ${TPU_MAX_DOLLARS:-} || ${TPU_DOLLARS_PER_HOUR:-0} =~ [1-9] ]] || fail "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"
+[[ -z ${TPU_MAX_DOLLARS:-} || ${TPU_DOLLARS_PER_HOUR:-0} =~ [1-9] ]] ||
+  fail "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"
 [[ -n $TPU_BUCKET ]] ||
   printf 'warning: no TPU_BUCKET; what is on the disks of a TPU that is taken away is lost\n' >&2
 
@@ -81,7 +82,8 @@ used() {
 # Whether TPU time is used up; says so.
 no_time_left() {
   local most
-  most=$(awk -v hours="${TPU_MAX_HOURS:-}" -v dollars="${TPU_MAX_DOLLARS:-}" -v price="${TPU_DOLLARS_PER_HOUR:-}" 'BEGIN {
+  most=$(awk -v hours="${TPU_MAX_HOURS:-}" -v dollars="${TPU_MAX_DOLLARS:-}" \
+    -v price="${TPU_DOLLARS_PER_HOUR:-}" 'BEGIN {
     most = -1
     if (hours != "") most = hours * 3600
     if (dollars != "" && (most < 0 || dollars / price * 3600 < most)) most = dollars / price * 3600
@@ -94,7 +96,10 @@ no_time_left() {
 remove() {
   local tries=0 # a request that is being suspended cannot always be deleted yet
   until "$HERE/delete.sh" --yes "${flags[@]}"; do
-    ((++tries < 5)) || { rm -f -- "$state_file.pid" && fail "$TPU_NAME could not be deleted: it may go on costing money" 1; }
+    if ((++tries == 5)); then
+      rm -f -- "$state_file.pid"
+      fail "$TPU_NAME could not be deleted: it may go on costing money" 1
+    fi
     pause "$TPU_POLL_SECONDS"
   done
   seconds=$(used)
@@ -128,8 +133,8 @@ pause() {
   wait $! || true
 }
 
-# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`. A command that is
-# told to save has TPU_STOP_SECONDS for it.
+# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`. A command that
+# is told to save has TPU_STOP_SECONDS for it.
 over=false
 guarded() {
   local script=$HERE/$1.sh told=0
@@ -157,7 +162,10 @@ guarded() {
 look() {
   local tries=0
   until state=$(pod_state); do
-    ((++tries < 5)) || { rm -f -- "$state_file.pid" && fail "gcloud does not say how $TPU_NAME is" 1; }
+    if ((++tries == 5)); then
+      rm -f -- "$state_file.pid"
+      fail "gcloud does not say how $TPU_NAME is; started again, this goes on" 1
+    fi
     pause "$TPU_POLL_SECONDS"
   done
   case $state in ABSENT | SUSPENDING | SUSPENDED | DELETING | PREEMPTED) gone=true ;; *) gone=false ;; esac

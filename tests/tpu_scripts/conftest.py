@@ -125,7 +125,7 @@ esac
 """
 SLEEP = """#!/usr/bin/env bash
 echo "$1" >> "$CLOUD/slept"
-exec SLEEP 0.05
+exec REAL 0.05
 """
 # As late as the test says.
 DATE = """#!/usr/bin/env bash
@@ -153,17 +153,15 @@ class Cloud:
         self.bin.mkdir()
         self.logs = folder / "logs"
         stand_ins = {
-            "gcloud": GCLOUD,
+            "gcloud": GCLOUD.replace("PYTHON", sys.executable),
             "git": GIT,
-            "sleep": SLEEP,
+            "sleep": SLEEP.replace("REAL", shutil.which("sleep")),
             "date": DATE.replace("REAL", shutil.which("date")),
             "python3": "#!/bin/sh\n",
             "../cloud/uv": UV,
         }
         for name, text in stand_ins.items():
-            self.program(
-                name, text.replace("PYTHON", sys.executable).replace("exec SLEEP", f"exec {shutil.which('sleep')}")
-            )
+            self.program(name, text)
         self.put("workers", "2")
         self.put("lives", "ACTIVE")
         self.settings()
