@@ -25,7 +25,8 @@ call git -C "$ROOT" archive --format=tar.gz "--output=$archive" HEAD
 to_workers "$archive" jaxdiff.tar.gz
 # Not under a run in progress. Old sources go, so that what a commit deleted is not imported.
 install="{ [ ! -x jaxdiff/tpu_scripts/worker.sh ] || jaxdiff/tpu_scripts/worker.sh idle; }"
-install+=" && mkdir -p jaxdiff && cd jaxdiff && rm -rf jaxdiff experiments tests tpu_scripts && tar -xzf ../jaxdiff.tar.gz"
+install+=" && mkdir -p jaxdiff && cd jaxdiff && rm -rf jaxdiff experiments tests tpu_scripts"
+install+=" && tar -xzf ../jaxdiff.tar.gz"
 if [[ -n ${TPU_SETUP:-} ]]; then install+=" && { $TPU_SETUP; }"; fi
 if [[ -n $TPU_BUCKET ]]; then install+=" && tpu_scripts/worker.sh mount $TPU_BUCKET"; fi
 # The newer images refuse pip outside of an environment; older pips ignore the variable.

@@ -141,7 +141,7 @@ SLURM_PROCID=1 "$@" & b=$!
 trap 'kill -TERM $a $b $(pgrep -P $a,$b)' TERM # all processes, as Slurm does
 largest=0
 for task in $a $b; do
-  while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
+  until wait $task; code=$?; ! kill -0 $task 2>/dev/null; do :; done
   ((code > largest)) && largest=$code
 done
 exit $largest
