@@ -47,6 +47,8 @@ def test_dry_run_prints_what_a_run_calls(cloud, name, tmp_path):
     rest = REST.get(name, [])
     if name == "run":
         rest = ["--id", "one", *rest]
+    if name == "fetch":
+        rest = ["--into", str(tmp_path / "in to"), *rest]
     dry = cloud(name, "--dry-run", *rest)
     assert dry.returncode == 0, dry.stderr
     assert printed(dry) and not cloud.calls() and not cloud.logs.exists()
