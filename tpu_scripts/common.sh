@@ -1,16 +1,27 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share: settings, options, and one way to run a command. Sourced, not run.
+# What the scripts of this folder share: settings, options, one way to run a command, the pod's state. Sourced, not run.
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd -- "$HERE/.." && pwd)
+REQUIRED="TPU_NAME TPU_ZONE TPU_TYPE TPU_VERSION"
 ENV_FILE=${TPU_ENV:-$HERE/tpu.env}
 DRY_RUN=false
 YES=false
 DETACH=false
+ATTACH=false
+STOP=false
+NO_WAIT=false
+CHECKPOINTS=false
+DELETE=false
+LOGS=false
+ID=
+INTO=
 REST=()
+exec 3>&1 # where commands are shown, also while the output of a command is read
 
 fail() {
   printf 'error: %s\n' "$1" >&2
-  exit 2
+  exit "${2:-2}"
 }
 
 # The comment at the top of the script.
@@ -18,72 +29,168 @@ help() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# parse "options that this script has" "$@": sets the variables above; what follows a bare -- goes to REST.
+# parse "--options --with-value= that this script has" "$@": --no-wait sets NO_WAIT, --into X sets INTO. What follows a
+# bare -- goes to REST; with WORDS among the options, so do arguments that are no options.
 parse() {
-  local known=" --help --dry-run --env $1 "
+  local known=" --help --dry-run --env= $1 " name
   shift
   while (($#)); do
-    [[ $1 == -- || $known == *" $1 "* ]] || fail "unknown argument '$1'; --help lists them"
-    case $1 in
-      --help)
-        help
-        exit 0
-        ;;
-      --dry-run) DRY_RUN=true ;;
-      --yes) YES=true ;;
-      --detach) DETACH=true ;;
-      --env)
-        (($# > 1)) || fail "--env needs a file"
-        ENV_FILE=$2
-        shift
-        ;;
-      --)
-        shift
-        REST=("$@")
-        break
-        ;;
-    esac
+    name=$(printf '%s' "${1#--}" | tr 'a-z-' 'A-Z_')
+    if [[ $1 == -- ]]; then
+      shift
+      REST+=("$@")
+      break
+    elif [[ $1 == --help ]]; then
+      help
+      exit 0
+    elif [[ $1 =~ ^--[a-z-]+$ && $known == *" $1 "* ]]; then
+      printf -v "$name" true
+    elif [[ $1 =~ ^--[a-z-]+$ && $known == *" $1= "* ]]; then
+      (($# > 1)) || fail "$1 needs a value"
+      [[ $name != ENV ]] || name=ENV_FILE
+      printf -v "$name" '%s' "$2"
+      shift
+    elif [[ $known == *" WORDS "* && $1 != -* ]]; then
+      REST+=("$1")
+    else
+      fail "unknown argument '$1'; --help lists them"
+    fi
     shift
   done
   read_settings
 }
 
-# The env file into TPU_* variables, and PLACE: the flags that every gcloud command needs.
+# The env file into variables; PLACE: the flags that every gcloud command needs; NODES: the names of the slices.
 read_settings() {
   [[ -f $ENV_FILE ]] || fail "no settings at $ENV_FILE: copy tpu.env.example there and fill it in"
   # shellcheck source=tpu.env.example
   source "$ENV_FILE"
-  local name
-  for name in TPU_NAME TPU_ZONE TPU_TYPE TPU_VERSION; do
+  local name slice
+  for name in $REQUIRED; do
     [[ -n ${!name:-} ]] || fail "$ENV_FILE does not set $name"
   done
   [[ $TPU_NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
     fail "TPU_NAME '$TPU_NAME': lower-case letters, digits and dashes only"
-  PLACE=("--zone=$TPU_ZONE")
+  TPU_SLICES=${TPU_SLICES:-1} TPU_BUCKET=${TPU_BUCKET:-} TPU_POLL_SECONDS=${TPU_POLL_SECONDS:-15}
+  [[ $TPU_SLICES =~ ^[1-9][0-9]*$ ]] || fail "TPU_SLICES '$TPU_SLICES': a whole number, 1 or more"
+  [[ $TPU_BUCKET =~ ^[-a-z0-9_.]*$ ]] || fail "TPU_BUCKET '$TPU_BUCKET': the bucket's name alone, without gs://"
+  for name in ${TPU_PASS:-}; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "TPU_PASS: '$name' is not the name of a variable"
+  done
+  PLACE=("--zone=${TPU_ZONE:-}")
   if [[ -n ${TPU_PROJECT:-} ]]; then PLACE+=("--project=$TPU_PROJECT"); fi
+  NODES=()
+  if ((TPU_SLICES == 1)); then NODES=("$TPU_NAME"); fi
+  for ((slice = 0; slice < TPU_SLICES && TPU_SLICES > 1; slice++)); do NODES+=("$TPU_NAME-$slice"); done
+  LOGS_AT=${TPU_LOGS:-$ROOT/runs/tpu}/$TPU_NAME
 }
 
 # A word as the shell reads it back, in quotes only where it needs them.
 quoted() {
+  local quote="'\\''"
   if [[ $1 =~ ^[[:alnum:]_./:=@%+,-]+$ ]]; then
     printf '%s' "$1"
   else
-    printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"
+    printf "'%s'" "${1//\'/$quote}"
   fi
+}
+
+# All words in one line.
+line_of() {
+  local word line=
+  for word; do line+=" $(quoted "$word")"; done
+  printf '%s' "${line# }"
+}
+
+show() {
+  printf '+ %s\n' "$(line_of "$@")" >&3
 }
 
 # Print a command as it could be typed; unless this is a dry run, run it too.
 call() {
-  local word line='+'
-  for word; do line+=" $(quoted "$word")"; done
-  printf '%s\n' "$line"
+  show "$@"
+  run_it "$@"
+}
+
+run_it() {
   if [[ $DRY_RUN == false ]]; then
     command -v "$1" >/dev/null || fail "$1 is not installed (or not on PATH)"
-    "$@"
+    "$@" 3>&-
   fi
 }
 
-# Run a line of shell on every worker of the TPU at the same time.
+# Stand for a slice's name and number in the words of on_nodes; no command of a user has them.
+NODE=$'\1'
+SLICE=$'\2'
+
+# A command for every slice at the same time. Fails if it fails for one of them.
+on_nodes() {
+  local index word pids=() words pid code=0
+  for ((index = 0; index < TPU_SLICES; index++)); do
+    words=()
+    for word; do
+      word=${word//$NODE/${NODES[index]}}
+      words+=("${word//$SLICE/$index}")
+    done
+    show "${words[@]}"
+    set -m # a process group each, so that ending this script ends ssh too
+    run_it "${words[@]}" </dev/null &
+    set +m
+    pids+=("-$!")
+    # shellcheck disable=SC2064  # the pids of now
+    trap "kill -- ${pids[*]} 2>/dev/null; exit 143" INT TERM
+  done
+  for pid in "${pids[@]}"; do wait "${pid#-}" || code=$?; done
+  trap - INT TERM
+  return "$code"
+}
+
+# Run a line of shell on every worker at the same time. A connection that has died is noticed within 90 seconds.
 on_workers() {
-  call gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${PLACE[@]}" --worker=all "--command=$1"
+  on_nodes gcloud compute tpus tpu-vm ssh "$NODE" "${PLACE[@]}" --worker=all "--ssh-flag=-o ServerAliveInterval=30" \
+    "--command=export SLICE=$SLICE && $1"
+}
+
+# Copy a file to every worker.
+to_workers() {
+  on_nodes gcloud compute tpus tpu-vm scp "$1" "$NODE:$2" "${PLACE[@]}" --worker=all
+}
+
+# The machines of the pod that exist: a line with name and state each.
+node_states() {
+  local all node
+  all=$(run_it gcloud compute tpus tpu-vm list "${PLACE[@]}" "--format=value(name.basename(),state)") || return
+  for node in "${NODES[@]}"; do printf '%s\n' "$all" | awk -v node="$node" '$1 == node'; done
+}
+
+# pod_state [shown]: ABSENT, the queued resource's state, or, where that is ACTIVE, STARTING or PREEMPTED by the states
+# of its nodes. Lists, because a list that is empty is no error, so that an error is always one.
+pod_state() {
+  local state nodes ready all filter="/queuedResources/$TPU_NAME\$"
+  local request=(gcloud compute tpus queued-resources list "${PLACE[@]}" "--filter=name~\"$filter\"")
+  request+=("--format=value(state.state)")
+  if [[ ${1:-} == shown ]]; then show "${request[@]}"; fi
+  state=$(run_it "${request[@]}") || return
+  if [[ $state == ACTIVE ]]; then
+    all=$(node_states) || return
+    nodes=$(printf '%s\n' "$all" | awk '{print $2}')
+    ready=$(printf '%s\n' "$nodes" | grep -c '^READY$' || true)
+    if ((ready < TPU_SLICES)); then
+      state=PREEMPTED
+      if grep -qE '^(CREATING|STARTING|RESTARTING|REPAIRING|REIMAGING)$' <<<"$nodes"; then state=STARTING; fi
+      if grep -qE '^(PREEMPTED|TERMINATED|STOPPED|DELETING)$' <<<"$nodes"; then state=PREEMPTED; fi
+    fi
+  fi
+  printf '%s' "${state:-ABSENT}"
+}
+
+# How many devices JAX should see in the whole pod; nothing for a kind that is not known here.
+devices() {
+  local number=${TPU_TYPE##*-}
+  case $TPU_TYPE in
+    v4-* | v5p-*) number=$((number / 2)) ;; # the name counts cores, JAX sees chips
+    v2-* | v3-* | v5litepod-* | v6e-*) ;;
+    *) return 0 ;;
+  esac
+  printf '%s' $((number * TPU_SLICES))
 }

@@ -1,18 +1,88 @@
 #!/usr/bin/env bash
-# Create the TPU that the env file describes.
+# Ask for the TPU that the env file describes, as a queued resource, and wait until it is there.
 #
-#   tpu_scripts/create.sh [--dry-run] [--env FILE]
+#   tpu_scripts/create.sh [--dry-run] [--no-wait] [--env FILE]
 #
 #   --dry-run   print the exact commands and run none
+#   --no-wait   return when the request is in the queue
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# It costs money from now until delete.sh.
+# Run again, it creates nothing twice: it says what is there and goes on waiting. Exit code 1 with the reason if the
+# request failed, was suspended or its machines were taken away: delete.sh removes what is left.
+# It costs money from the moment it is ACTIVE until delete.sh.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-parse "" "$@"
-spot=()
-if [[ ${TPU_SPOT:-false} == true ]]; then spot=(--spot); fi
-call gcloud compute tpus tpu-vm create "$TPU_NAME" "${PLACE[@]}" \
-  "--accelerator-type=$TPU_TYPE" "--version=$TPU_VERSION" ${spot[@]+"${spot[@]}"}
+parse "--no-wait" "$@"
+if [[ $TPU_TYPE == tpu7x* ]]; then
+  fail "TPU_TYPE $TPU_TYPE: Google gives out TPU7x through Kubernetes alone; gke.sh runs there"
+fi
+
+request() {
+  local flags=("--accelerator-type=$TPU_TYPE" "--runtime-version=$TPU_VERSION") flag
+  if ((TPU_SLICES > 1)); then
+    flags+=("--node-count=$TPU_SLICES" "--node-prefix=$TPU_NAME")
+  else
+    flags+=("--node-id=$TPU_NAME")
+  fi
+  if [[ ${TPU_SPOT:-} == true ]]; then flags+=(--spot); fi
+  if [[ ${TPU_RESERVED:-} == true ]]; then flags+=(--reserved); fi
+  # gcloud drops an end of the interval that comes without a beginning.
+  if [[ -n ${TPU_VALID_UNTIL:-} ]]; then
+    flags+=(--valid-after-duration=1m "--valid-until-duration=$TPU_VALID_UNTIL")
+  fi
+  for flag in ${TPU_CREATE_FLAGS:-}; do flags+=("$flag"); done
+  call gcloud compute tpus queued-resources create "$TPU_NAME" "${PLACE[@]}" "${flags[@]}"
+}
+
+# What the service says of a request that came to nothing.
+came_to_nothing() {
+  printf '%s: %s\n' "$TPU_NAME" "$1" >&2
+  call gcloud compute tpus queued-resources describe "$TPU_NAME" "${PLACE[@]}" "--format=yaml(state)" >&2 || true
+  fail "$TPU_NAME is $1 (the reason is above); delete.sh removes it, then create.sh asks again" 1
+}
+
+wait_until_active() {
+  local state last='' began=$SECONDS broken=0 first=shown
+  while true; do
+    if state=$(pod_state $first); then
+      broken=0
+    else
+      ((++broken < 5)) || fail "gcloud failed five times in a row; the request may still be in the queue" 1
+      state=${last:-unknown}
+    fi
+    first=
+    if [[ $state != "$last" ]]; then
+      printf '%s: %s (after %s s)\n' "$TPU_NAME" "$state" $((SECONDS - began))
+    elif [[ -t 1 ]]; then
+      printf '%s: %s (after %s s)\r' "$TPU_NAME" "$state" $((SECONDS - began))
+    fi
+    last=$state
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | ABSENT) came_to_nothing "$state" ;;
+    esac
+    sleep "$TPU_POLL_SECONDS"
+  done
+}
+
+[[ ${TPU_SPOT:-} != true || ${TPU_RESERVED:-} != true ]] || fail "TPU_SPOT and TPU_RESERVED are both true: one of them"
+if [[ $DRY_RUN == true ]]; then
+  pod_state shown >/dev/null
+  request
+  if [[ $NO_WAIT == false ]]; then pod_state shown >/dev/null; fi
+  exit
+fi
+state=$(pod_state shown)
+if [[ $state == ABSENT ]]; then
+  request || { # a creation that went through although gcloud failed, or another one at the same time
+    code=$?
+    state=$(pod_state)
+    [[ $state != ABSENT ]] || exit "$code"
+  }
+else
+  printf '%s is there already: %s\n' "$TPU_NAME" "$state"
+fi
+case $state in FAILED | SUSPEND* | DELETING | PREEMPTED) came_to_nothing "$state" ;; esac
+if [[ $NO_WAIT == false && $state != ACTIVE ]]; then wait_until_active; fi

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Delete the TPU with all that is on its disks, after you have typed its name.
+# Delete the queued resource with its machines and all that is on their disks, after you have typed its name.
 #
 #   tpu_scripts/delete.sh [--dry-run] [--yes] [--env FILE]
 #
 #   --dry-run   print the exact commands and run none
 #   --yes       do not ask
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
+#
+# What is in the bucket of TPU_BUCKET stays.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -16,4 +18,19 @@ if [[ $YES == false && $DRY_RUN == false ]]; then
   read -r answer || true
   [[ ${answer:-} == "$TPU_NAME" ]] || fail "not deleted"
 fi
-call gcloud compute tpus tpu-vm delete "$TPU_NAME" "${PLACE[@]}" --quiet
+state=$(pod_state shown)
+if [[ $state == ABSENT && $DRY_RUN == false ]]; then
+  if ((TPU_SLICES == 1)) && [[ -n $(node_states) ]]; then # made without a queued resource
+    call gcloud compute tpus tpu-vm delete "$TPU_NAME" "${PLACE[@]}" --quiet
+  else
+    printf 'there is no %s in %s\n' "$TPU_NAME" "$TPU_ZONE"
+  fi
+elif [[ $state == DELETING ]]; then
+  printf '%s is being deleted\n' "$TPU_NAME"
+  while [[ $state == DELETING ]]; do
+    sleep "$TPU_POLL_SECONDS"
+    state=$(pod_state)
+  done
+else
+  call gcloud compute tpus queued-resources delete "$TPU_NAME" "${PLACE[@]}" --force --quiet
+fi

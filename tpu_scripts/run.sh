@@ -1,26 +1,131 @@
 #!/usr/bin/env bash
-# Run a command on every worker of the TPU, in the repository, with its Python first on PATH.
+# Run a command on every worker of every slice at once, in the repository, with its Python first on PATH.
 #
-#   tpu_scripts/run.sh [--dry-run] [--detach] [--env FILE] -- COMMAND [ARGUMENT...]
-#   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out runs/base64
+#   tpu_scripts/run.sh [--dry-run] [--detach] [--id ID] [--env FILE] -- COMMAND [ARGUMENT...]
+#   tpu_scripts/run.sh --attach | --stop [--no-wait] [--id ID] [--env FILE]
+#   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out /mnt/bucket/runs/base64
 #
 #   --dry-run   print the exact commands and run none
-#   --detach    leave it running and return; its output goes to runs/tpu.log on each worker
+#   --detach    start it and return
+#   --attach    follow the run that is in progress, or say how the last one ended
+#   --stop      SIGTERM to the command on every worker (training saves), then wait for its end
+#   --no-wait   with --stop: do not wait for its end
+#   --id ID     the run's name, by default the time; a run of this name is never started twice
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# Training that was interrupted goes on when the same command is run again.
+# The command lives on when the connection ends; one run at a time. Its output is shown with [SLICE/WORKER] before each
+# line, and kept in runs/tpu/NAME/ID/SLICE-WORKER.log here and in runs/tpu/ID.log on each worker.
+# Exit code: 0 if all workers ended with 0; 75 if one says 75 (saved, to be started again); 255 if a worker is not to be
+# reached or its command vanished; otherwise the first failure's.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-parse "--detach" "$@"
-((${#REST[@]})) || fail "no command: put it behind --"
-command=
-for word in "${REST[@]}"; do command+=" $(quoted "$word")"; done
-# shellcheck disable=SC2016  # $PWD and $PATH are the worker's
-path='PATH=$PWD/.venv/bin:$PATH'
-if [[ $DETACH == true ]]; then
-  on_workers "cd jaxdiff && mkdir -p runs && { $path nohup setsid$command > runs/tpu.log 2>&1 < /dev/null & }"
+parse "--detach --attach --stop --no-wait --id=" "$@"
+[[ $ID =~ ^[-A-Za-z0-9_.]*$ ]] || fail "--id '$ID': letters, digits, dots and dashes only"
+if [[ $ATTACH == true || $STOP == true ]]; then
+  ((${#REST[@]} == 0)) || fail "a command and --attach or --stop: one of them"
 else
-  on_workers "cd jaxdiff && $path$command"
+  ((${#REST[@]})) || fail "no command: put it behind --"
+  ID=${ID:-$(date -u +%Y%m%d-%H%M%S)}
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf -- "$scratch"' EXIT
+
+on_worker() {
+  on_workers "cd jaxdiff && tpu_scripts/worker.sh $1"
+}
+
+# The variables that TPU_PASS names go as a file that only its owner reads, never in a command line.
+send_variables() {
+  local name
+  [[ -n ${TPU_PASS:-} ]] || return 0
+  for name in $TPU_PASS; do
+    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+    printf '# jaxdiff.env: %s=***\n' "$name"
+    (umask 077 && printf 'export %s=%s\n' "$name" "$(quoted "${!name}")" >>"$scratch/jaxdiff.env")
+  done
+  to_workers "$scratch/jaxdiff.env" jaxdiff.env
+}
+
+# On all workers or on none. A second run is refused by the workers.
+start() {
+  local code=0
+  send_variables
+  on_worker "start $ID $(line_of "${REST[@]}")" || code=$?
+  if ((code)); then
+    on_worker "stop $ID" || true
+    fail "not started on every worker, so stopped on those where it was" "$code"
+  fi
+}
+
+# follow [LINES]: until it has ended on every worker that can be reached. (Not through awk: some of them read ahead.)
+follow() {
+  local logs=$LOGS_AT/${ID:-last} line
+  if [[ $DRY_RUN == false ]]; then mkdir -p "$logs"; fi
+  on_worker "follow ${ID:-last}${1:+ $1}" | while IFS= read -r line; do
+    printf '%s\n' "$line"
+    if [[ $line =~ ^\[([0-9]+)/([^]/\ ]+)\]\ (.*)$ ]]; then
+      printf '%s\n' "${BASH_REMATCH[3]}" >>"$logs/${BASH_REMATCH[1]}-${BASH_REMATCH[2]}.log"
+    fi
+  done
+}
+
+# What each worker says of the run, "SLICE/WORKER ID CODE" a line; fails if one is not to be reached.
+codes() {
+  local code=0
+  on_worker "code ${ID:-last}" >"$scratch/codes" || code=$?
+  sed -n 's/^@ //p' "$scratch/codes" | sort -t/ -k1,1n -k2,2n
+  return "$code"
+}
+
+# The one exit code of lines of codes. $2: whether all workers were reached.
+common_code() {
+  printf '%s\n' "$1" | awk -v reached="$2" '
+    $3 == 75 { saved = 1 }
+    $3 ~ /^[0-9]+$/ && $3 != 0 && $3 != 75 && !failed { failed = $3 }
+    $3 !~ /^[0-9]+$/ { reached = "false" }
+    END { print saved ? 75 : reached == "false" ? 255 : failed ? failed : 0 }'
+}
+
+# Follow to the end and return the one exit code. A connection that broke while the run goes on is made anew.
+finish() {
+  local said reached code broken=0 lines=${1:-}
+  while true; do
+    follow "$lines" || true
+    reached=true
+    said=$(codes) || reached=false
+    [[ $DRY_RUN == false ]] || return 0
+    if [[ $said != *" running"* || $reached == false ]] || ((++broken > 100)); then break; fi
+    lines=10
+    sleep "$TPU_POLL_SECONDS"
+  done
+  if ! printf '%s\n' "$said" | grep -qv ' none$'; then
+    printf 'no run on %s\n' "$TPU_NAME"
+    return 0
+  fi
+  code=$(common_code "$said" "$reached")
+  if ((code)); then
+    printf '%s\n' "$said" | awk '{ print $1 ": exit code " $3 }' >&2
+    [[ $reached == true ]] || printf 'not all workers could be reached\n' >&2
+  fi
+  return "$code"
+}
+
+code=0
+if [[ $STOP == true ]]; then
+  on_worker "stop ${ID:-last}" || true # finish says which cannot be reached
+  [[ $NO_WAIT == false ]] || exit 0
+  finish 10 || code=$?
+  ((code != 255)) || exit 255
+  exit 0
+elif [[ $ATTACH == true ]]; then
+  finish 100 || exit $?
+else
+  start
+  if [[ $DETACH == true ]]; then
+    printf 'run %s is in progress; run.sh --attach follows it\n' "$ID"
+  else
+    finish || exit $?
+  fi
 fi

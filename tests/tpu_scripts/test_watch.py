@@ -1,0 +1,211 @@
+"""watch.sh through preemptions, with a training command that a test scripts attempt by attempt."""
+
+import os
+import signal
+import time
+
+import pytest
+
+
+@pytest.fixture
+def watched(cloud):
+    """watch(plan, settings) → the finished watch.sh; a plan has a line of shell for each attempt."""
+    cloud.put("workers", "1")
+
+    def start(*plan, arguments=(), **settings):
+        cloud.settings(TPU_BUCKET="", **settings)
+        cloud.put("plan", "\n".join(plan) + "\n")
+        return cloud.start("watch", *arguments, "--", *COMMAND)
+
+    def watch(*plan, **settings):
+        process = start(*plan, **settings)
+        process.out, process.err = process.communicate(timeout=60)
+        return process
+
+    watch.start = start
+    return watch
+
+
+COMMAND = ["bash", "-c", 'echo x >> "$CLOUD/attempts"; eval "$(sed -n "$(wc -l < "$CLOUD/attempts")p" "$CLOUD/plan")"']
+PREEMPTED = 'echo SUSPENDED > "$CLOUD/taken"; exit 75'
+ROUND = [
+    "create",
+    "scp",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+    "ssh",
+]  # install; smoke and run: start, follow, code
+
+
+def waits(cloud):
+    return [int(line) for line in cloud.text("slept").split() if line.isdigit()]
+
+
+def test_a_preempted_run_is_resumed_on_a_new_pod(cloud, watched):
+    done = watched(PREEMPTED, "exit 0", TPU_BACKOFF_SECONDS="7")
+    assert done.returncode == 0, done.out + done.err
+    assert cloud.verbs() == [*ROUND, "delete", *ROUND]
+    assert waits(cloud) == [7]
+    assert "ended with exit code 0 after 1 restarts" in done.out
+    assert "costs money until delete.sh" in done.err
+    assert not list((cloud.logs / "pod").glob("watch*"))
+
+
+def test_waits_grow_up_to_the_cap(cloud, watched):
+    done = watched(*[PREEMPTED] * 4, "exit 0", TPU_BACKOFF_SECONDS="20", TPU_BACKOFF_MOST="50")
+    assert done.returncode == 0, done.err
+    assert waits(cloud) == [20, 40, 50, 50]
+
+
+def test_a_pod_that_is_still_there_after_a_save_is_used_again(cloud, watched):
+    done = watched("exit 75", "exit 0", arguments=["--delete"])
+    assert done.returncode == 0
+    assert cloud.verbs() == [*ROUND, *ROUND[1:], "delete"]
+    assert waits(cloud) == [30]
+
+
+@pytest.mark.parametrize("code", [1, 137])
+def test_a_failure_is_returned_and_not_tried_again(cloud, watched, code):
+    done = watched(f"exit {code}", "exit 0")
+    assert done.returncode == code
+    assert cloud.text("attempts").count("x") == 1 and waits(cloud) == []
+
+
+def test_a_worker_killed_by_preemption_is_tried_again(cloud, watched):
+    """ssh fails and the node says PREEMPTED, before the queued resource does."""
+    lost = 'printf PREEMPTED > "$CLOUD/node_state"; echo ACTIVE > "$CLOUD/taken"; kill -KILL $$'
+    again = 'rm "$CLOUD/node_state"; exit 0'
+    done = watched.start(lost, again)
+    while "restart 1 in" not in (line := done.stdout.readline()):
+        assert line, done.stderr.read()
+    (cloud.folder / "node_state").unlink()
+    (cloud.folder / "plan").write_text("\nexit 0\n")
+    assert done.wait(60) == 0, done.stderr.read()
+    verbs = cloud.verbs()
+    assert verbs.count("create") == 2 and verbs.count("delete") == 1
+
+
+def test_a_code_that_cannot_be_asked_for_any_more(cloud, watched):
+    done = watched('echo SUSPENDED > "$CLOUD/taken"; exit 2', "exit 0")
+    assert done.returncode == 0 and cloud.text("attempts").count("x") == 2
+
+
+def test_preempted_while_it_was_set_up(cloud, watched):
+    cloud.put("smoke.0.0", "1")
+    cloud.put("lives", "ACTIVE SUSPENDED\nACTIVE")
+    process = watched.start("exit 0")
+    while "restart 1 in" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    (cloud.folder / "smoke.0.0").unlink()
+    assert process.wait(60) == 0, process.stderr.read()
+    assert cloud.verbs().count("create") == 2
+
+
+def test_a_setup_that_fails_on_a_healthy_pod_is_the_end(cloud, watched):
+    cloud.put("smoke.0.0", "9")
+    done = watched("exit 0")
+    assert done.returncode == 9 and "attempts" not in os.listdir(cloud.folder)
+
+
+def test_a_request_that_failed_is_the_end(cloud, watched):
+    cloud.put("lives", "WAITING_FOR_RESOURCES FAILED")
+    done = watched("exit 0")
+    assert done.returncode == 1 and "no capacity left" in done.err
+    assert cloud.verbs() == ["create"]
+
+
+def test_a_request_suspended_in_the_queue_is_made_again(cloud, watched):
+    cloud.put("lives", "WAITING_FOR_RESOURCES SUSPENDED\nACTIVE")
+    done = watched("exit 0")
+    assert done.returncode == 0, done.err
+    assert cloud.verbs() == ["create", "delete", *ROUND]
+
+
+def test_gcloud_that_fails_to_create(cloud, watched):
+    cloud.put("fails", "create 6")
+    assert watched("exit 0").returncode == 6
+    assert cloud.verbs() == ["create"]
+
+
+def test_the_most_restarts(cloud, watched):
+    done = watched(*[PREEMPTED] * 9, TPU_MAX_RESTARTS="1", TPU_BACKOFF_SECONDS="1")
+    assert done.returncode == 75 and "the budget is used up after 1 restarts" in done.err
+    assert cloud.verbs().count("create") == 2 and not (cloud.folder / "request").exists()
+
+
+# The command lets nine hours and more go by.
+LATE = "echo 40000 > $CLOUD/later; "
+
+
+@pytest.mark.parametrize(
+    "limit", [{"TPU_MAX_HOURS": "11"}, {"TPU_MAX_HOURS": "20", "TPU_MAX_DOLLARS": "900", "TPU_DOLLARS_PER_HOUR": "100"}]
+)
+def test_money_saves_and_deletes(cloud, watched, limit):
+    """When the budget is used up, the command is told to save, and the pod goes."""
+    plan = LATE + 'trap "echo saved >> $CLOUD/kept; exit 75" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
+    done = watched(plan, plan, **limit)
+    assert done.returncode == 75 and "of TPU time is used up" in done.err
+    assert cloud.text("attempts") == "x\n" and cloud.text("kept") == "saved\n"
+    assert cloud.verbs()[-1] == "delete" and not (cloud.folder / "request").exists()
+
+
+def test_a_command_that_does_not_save_is_not_waited_for_forever(cloud, watched):
+    plan = LATE + 'trap "" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
+    done = watched(plan, TPU_MAX_HOURS="9", TPU_STOP_SECONDS="1")
+    assert done.returncode not in (0, 2) and "not ended 1 s after SIGTERM" in done.err
+    assert not (cloud.folder / "request").exists()
+
+
+def test_killed_and_started_again_creates_nothing_twice(cloud, watched):
+    plan = 'while [ ! -e "$CLOUD/go" ]; do sleep 0.05; done; exit 0'
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        process = watched.start(plan)
+        pid_file = cloud.logs / "pod/watch.pid"
+        while not (cloud.text("attempts") and pid_file.exists() and pid_file.read_text() == str(process.pid)):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        second = cloud("watch", "--", *COMMAND)
+        assert second.returncode == 2 and "watches pod already" in second.stderr
+        time.sleep(0.5)
+        os.kill(process.pid, how)
+        process.wait(20)
+        if how == signal.SIGTERM:
+            assert process.returncode == 130
+    other = cloud("watch", "--", "true")
+    assert other.returncode == 2 and "is watched for another command" in other.stderr
+    process = watched.start(plan)
+    time.sleep(0.5)
+    cloud.put("go", "")
+    assert process.wait(60) == 0, process.stderr.read()
+    assert "going on: 0 restarts" in process.stdout.read()
+    verbs = cloud.verbs()
+    assert verbs.count("create") == 1 and verbs.count("scp") == 1 and cloud.text("attempts").count("x") == 1
+
+
+def test_the_budget_is_counted_on(cloud, watched):
+    process = watched.start(*[PREEMPTED] * 5, TPU_BACKOFF_SECONDS="1", TPU_MAX_RESTARTS="2")
+    while "restart 1 in" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    time.sleep(1)
+    done = watched(*[PREEMPTED] * 9, TPU_BACKOFF_SECONDS="1", TPU_MAX_RESTARTS="2")
+    assert "going on: 1 restarts" in done.out and "after 2 restarts" in done.out
+    assert done.returncode == 75 and cloud.text("attempts").count("x") == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"TPU_MAX_DOLLARS": "9"}, "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"),
+        ({"TPU_MAX_HOURS": "two"}, "TPU_MAX_HOURS 'two': a number"),
+        ({"TPU_MAX_RESTARTS": "-1"}, "TPU_MAX_RESTARTS '-1': a whole number"),
+    ],
+)
+def test_bad_limits(watched, settings, message):
+    done = watched("exit 0", **settings)
+    assert done.returncode == 2 and message in done.err

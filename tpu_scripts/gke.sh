@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Run a command on TPU slices of a Google Kubernetes Engine cluster, as the JobSet of gke_jobset.yaml.
+#
+#   tpu_scripts/gke.sh [--dry-run] [--env FILE] -- COMMAND [ARGUMENT...]
+#   tpu_scripts/gke.sh --logs | --delete [--yes] [--dry-run] [--env FILE]
+#
+#   --dry-run   print the manifest and the exact commands and run none
+#   --logs      follow the output of each slice's first machine
+#   --delete    end the run: SIGTERM, time to save, and the JobSet is gone; asks for its name first
+#   --yes       do not ask
+#   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
+#
+# The cluster starts it again when it saved (75) or its nodes were taken away, TPU_MAX_RESTARTS times at most. Node pools,
+# JobSet and the image must be there before: see README.md.
+
+# shellcheck disable=SC2034  # the manifest's values are read by name
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+REQUIRED="TPU_NAME"
+
+parse "--logs --delete --yes" "$@"
+kubectl=(kubectl "--namespace=${GKE_NAMESPACE:-default}")
+
+# The words as a list of JSON, which YAML reads; Kubernetes would replace $(NAME), so a $ is doubled before a bracket.
+json() {
+  local word list=
+  for word; do
+    word=${word//\\/\\\\}
+    word=${word//\"/\\\"}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
+    word=${word//\$(/\$\$(}
+    list+=", \"$word\""
+  done
+  printf '[%s]' "${list#, }"
+}
+
+manifest() {
+  local text name chips=1 size MACHINES COMMAND SPOT_SELECTOR='' bad="is not set, or not of its form"
+  [[ ${GKE_IMAGE:-} =~ ^[-a-zA-Z0-9_./:@]+$ ]] || fail "GKE_IMAGE '${GKE_IMAGE:-}' $bad: an image's name"
+  [[ ${GKE_ACCELERATOR:-} =~ ^[-a-z0-9]+$ ]] || fail "GKE_ACCELERATOR '${GKE_ACCELERATOR:-}' $bad: tpu-v6e-slice"
+  [[ ${GKE_TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "GKE_TOPOLOGY '${GKE_TOPOLOGY:-}' $bad: 4x4 or 2x2x4"
+  [[ -n $TPU_BUCKET ]] || fail "TPU_BUCKET is not set: pods keep nothing on their own disks"
+  TPU_MAX_RESTARTS=${TPU_MAX_RESTARTS:-100}
+  GKE_CHIPS=${GKE_CHIPS:-4} GKE_GRACE_SECONDS=${GKE_GRACE_SECONDS:-300}
+  GKE_SERVICE_ACCOUNT=${GKE_SERVICE_ACCOUNT:-default}
+  for name in GKE_CHIPS GKE_GRACE_SECONDS TPU_MAX_RESTARTS; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name '${!name}': a whole number"
+  done
+  [[ $GKE_SERVICE_ACCOUNT =~ ^[-a-z0-9.]+$ ]] || fail "GKE_SERVICE_ACCOUNT '$GKE_SERVICE_ACCOUNT': a Kubernetes name"
+  for size in ${GKE_TOPOLOGY//x/ }; do chips=$((chips * size)); done
+  ((GKE_CHIPS > 0 && chips % GKE_CHIPS == 0)) || fail "GKE_CHIPS: $chips chips are not whole machines of $GKE_CHIPS"
+  MACHINES=$((chips / GKE_CHIPS))
+  COMMAND=$(json "${REST[@]}")
+  if [[ ${TPU_SPOT:-} == true ]]; then SPOT_SELECTOR='cloud.google.com/gke-spot: "true"'; fi
+  text=$(cat "$HERE/gke_jobset.yaml")
+  for name in TPU_NAME TPU_SLICES TPU_BUCKET TPU_MAX_RESTARTS GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS \
+    GKE_GRACE_SECONDS GKE_SERVICE_ACCOUNT MACHINES SPOT_SELECTOR COMMAND; do
+    text=${text//"\${$name}"/"${!name}"}
+  done
+  printf '%s\n' "$text"
+}
+
+# The variables that TPU_PASS names become a secret of the cluster; values go through a file that only its owner reads.
+secret() {
+  local name
+  [[ -n ${TPU_PASS:-} ]] || return 0
+  for name in $TPU_PASS; do
+    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+    [[ ${!name} != *$'\n'* ]] || fail "TPU_PASS names $name, which has several lines"
+    printf '# variables: %s=***\n' "$name"
+    (umask 077 && printf '%s=%s\n' "$name" "${!name}" >>"$folder/variables")
+  done
+  call "${kubectl[@]}" delete secret "$TPU_NAME-env" --ignore-not-found
+  call "${kubectl[@]}" create secret generic "$TPU_NAME-env" "--from-env-file=$folder/variables"
+}
+
+if [[ $LOGS == true ]]; then
+  [[ $DELETE == false && ${#REST[@]} == 0 ]] || fail "--logs, --delete or a command: one of them"
+  selector="jobset.sigs.k8s.io/jobset-name=$TPU_NAME,batch.kubernetes.io/job-completion-index=0"
+  call "${kubectl[@]}" logs "--selector=$selector" --prefix --tail=100 --follow
+elif [[ $DELETE == true ]]; then
+  ((${#REST[@]} == 0)) || fail "--logs, --delete or a command: one of them"
+  if [[ $YES == false && $DRY_RUN == false ]]; then
+    printf 'End %s? Type its name: ' "$TPU_NAME" >&2
+    read -r answer || true
+    [[ ${answer:-} == "$TPU_NAME" ]] || fail "not deleted"
+  fi
+  call "${kubectl[@]}" delete jobset "$TPU_NAME" --ignore-not-found
+  if [[ -n ${TPU_PASS:-} ]]; then call "${kubectl[@]}" delete secret "$TPU_NAME-env" --ignore-not-found; fi
+else
+  ((${#REST[@]})) || fail "no command: put it behind --"
+  text=$(manifest)
+  folder=$(mktemp -d)
+  trap 'rm -rf -- "$folder"' EXIT
+  if [[ $DRY_RUN == true ]]; then printf '%s\n' "$text"; fi
+  secret
+  printf '%s\n' "$text" | call "${kubectl[@]}" apply --filename=-
+fi

@@ -1,0 +1,241 @@
+#!/usr/bin/env bash
+# Create the TPU, set it up, run a command there, and do all of it again whenever the TPU is taken away, until the
+# command has ended or the budget is used up.
+#
+#   tpu_scripts/watch.sh [--dry-run] [--delete] [--env FILE] -- COMMAND [ARGUMENT...]
+#
+#   --dry-run   print the exact commands of one round and run none
+#   --delete    delete the TPU at the end, however the command ended
+#   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
+#
+# The command must continue from storage that outlives the TPU, such as --out /mnt/bucket/runs/base64.
+# A round ends with the command's exit code: 0 is the end; 75 (saved) is tried again, as is a failed connection or a
+# killed command where the TPU turns out to be gone; any other code is the end, too, and returned. Between rounds it
+# waits, twice as long each time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When
+# it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
+# Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing
+# is created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
+
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+parse "--delete" "$@"
+((${#REST[@]})) || fail "no command: put it behind --"
+command=$(line_of "${REST[@]}")
+flags=(--env "$ENV_FILE")
+
+if [[ $DRY_RUN == true ]]; then
+  "$HERE/create.sh" --dry-run "${flags[@]}"
+  "$HERE/setup.sh" --dry-run "${flags[@]}"
+  "$HERE/run.sh" --dry-run "${flags[@]}" -- "${REST[@]}"
+  "$HERE/delete.sh" --dry-run "${flags[@]}"
+  exit
+fi
+
+for name in TPU_MAX_RESTARTS TPU_BACKOFF_SECONDS TPU_BACKOFF_MOST TPU_STOP_SECONDS; do
+  [[ ${!name:-} =~ ^[0-9]*$ ]] || fail "$name '${!name}': a whole number"
+done
+for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do
+  [[ ${!name:-} =~ ^([0-9]+(\.[0-9]*)?)?$ ]] || fail "$name '${!name}': a number"
+done
+[[ -z ${TPU_MAX_DOLLARS:-} || ${TPU_DOLLARS_PER_HOUR:-0} =~ [1-9] ]] ||
+  fail "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"
+[[ -n $TPU_BUCKET ]] ||
+  printf 'warning: no TPU_BUCKET; what is on the disks of a TPU that is taken away is lost\n' >&2
+
+# State: what must be known after a kill. `since` is when the TPU that is there now was seen ACTIVE, 0 if there is none;
+# `seconds` what the earlier ones lived. `id` is the run on this TPU, set before it is started.
+state_file=$LOGS_AT/watch
+restarts=0 seconds=0 since=0 short=0 set_up=false id=''
+
+save_state() {
+  {
+    printf 'restarts=%s seconds=%s since=%s short=%s set_up=%s id=%s\n' \
+      "$restarts" "$seconds" "$since" "$short" "$set_up" "$id"
+    printf 'saved_command=%s\n' "$(quoted "$command")"
+  } >"$state_file.part"
+  mv -- "$state_file.part" "$state_file"
+}
+
+load_state() {
+  local other saved_command
+  mkdir -p "$LOGS_AT"
+  other=$(cat "$state_file.pid" 2>/dev/null || true)
+  if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then fail "process $other watches $TPU_NAME already"; fi
+  if [[ -f $state_file ]]; then
+    # shellcheck source=/dev/null
+    source "$state_file"
+    [[ $saved_command == "$command" ]] ||
+      fail "$TPU_NAME is watched for another command: $saved_command (delete $state_file to give that up)"
+    printf 'going on: %s restarts and %s s of TPU time so far\n' "$restarts" "$(used)"
+  fi
+  printf '%s' "$$" >"$state_file.pid"
+}
+
+# Seconds of TPU time so far.
+used() {
+  local now
+  now=$(date +%s)
+  printf '%s' $((seconds + (since > 0 ? now - since : 0)))
+}
+
+# Whether TPU time is used up; says so.
+no_time_left() {
+  local most
+  most=$(awk -v hours="${TPU_MAX_HOURS:-}" -v dollars="${TPU_MAX_DOLLARS:-}" \
+    -v price="${TPU_DOLLARS_PER_HOUR:-}" 'BEGIN {
+    most = -1
+    if (hours != "") most = hours * 3600
+    if (dollars != "" && (most < 0 || dollars / price * 3600 < most)) most = dollars / price * 3600
+    printf "%d", most
+  }')
+  ((most >= 0 && $(used) >= most)) || return 1
+  printf 'the budget of %s s of TPU time is used up\n' "$most" >&2
+}
+
+remove() {
+  local tries=0 # a request that is being suspended cannot always be deleted yet
+  until "$HERE/delete.sh" --yes "${flags[@]}"; do
+    if ((++tries == 5)); then
+      rm -f -- "$state_file.pid"
+      fail "$TPU_NAME could not be deleted: it may go on costing money" 1
+    fi
+    pause "$TPU_POLL_SECONDS"
+  done
+  seconds=$(used)
+  since=0 set_up=false id=''
+  save_state
+}
+
+# end CODE: the command has ended, or the budget.
+end() {
+  local code=$1
+  if [[ $DELETE == true || $over == true ]]; then
+    remove
+  else
+    printf 'the TPU %s is still there and costs money until delete.sh\n' "$TPU_NAME" >&2
+  fi
+  printf 'ended with exit code %s after %s restarts and %s s of TPU time\n' "$code" "$restarts" "$(used)"
+  rm -f -- "$state_file" "$state_file.pid"
+  exit "$code"
+}
+
+follower=
+leave() {
+  if [[ -n $follower ]]; then kill -TERM -- "-$follower" 2>/dev/null || true; fi
+  rm -f -- "$state_file.pid"
+  printf '\nno longer watched; %s and what runs there go on. The same command watches again\n' "$TPU_NAME" >&2
+  exit 130
+}
+
+pause() {
+  sleep "$1" &
+  wait $! || true
+}
+
+# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`. A command that
+# is told to save has TPU_STOP_SECONDS for it.
+over=false
+guarded() {
+  local script=$HERE/$1.sh told=0
+  shift
+  code=0
+  set -m
+  "$script" "${flags[@]}" "$@" &
+  follower=$!
+  set +m
+  while kill -0 "$follower" 2>/dev/null; do
+    if [[ $over == false ]] && no_time_left; then
+      over=true told=$SECONDS
+      "$HERE/run.sh" --stop --no-wait "${flags[@]}" || true
+    elif [[ $over == true ]] && ((SECONDS - told > ${TPU_STOP_SECONDS:-900})); then
+      printf 'it has not ended %s s after SIGTERM\n' "${TPU_STOP_SECONDS:-900}" >&2
+      kill -TERM -- "-$follower" 2>/dev/null || true
+    fi
+    pause "$TPU_POLL_SECONDS"
+  done
+  wait "$follower" || code=$?
+  follower=
+}
+
+# The pod's state in `state`; a gcloud that fails is asked again.
+look() {
+  local tries=0
+  until state=$(pod_state); do
+    if ((++tries == 5)); then
+      rm -f -- "$state_file.pid"
+      fail "gcloud does not say how $TPU_NAME is; started again, this goes on" 1
+    fi
+    pause "$TPU_POLL_SECONDS"
+  done
+  case $state in ABSENT | SUSPENDING | SUSPENDED | DELETING | PREEMPTED) gone=true ;; *) gone=false ;; esac
+}
+
+# One round, up to the command's end: sets `code`, and `phase` to the script that it comes from.
+round() {
+  phase=create
+  if [[ $state != ACTIVE ]]; then guarded create; else code=0; fi
+  if ((code)); then return; fi
+  if ((since == 0)); then since=$(date +%s); fi
+  began=$(date +%s)
+  save_state
+  if [[ $set_up == false ]]; then
+    phase=setup
+    guarded setup
+    if ((code)); then return; fi
+    set_up=true id=$(date -u +%Y%m%d-%H%M%S)-$restarts
+    save_state
+  fi
+  phase=run
+  guarded run --id "$id" -- "${REST[@]}"
+  # Not to be reached, but there: the command may well be running.
+  local tries=0
+  while ((code == 255 && ++tries <= 3)); do
+    look
+    if [[ $gone == true ]]; then break; fi
+    pause "$TPU_POLL_SECONDS"
+    guarded run --attach --id "$id"
+  done
+}
+
+# Whether the round ended because the TPU was taken away, by `code`, `phase` and `gone`.
+taken_away() {
+  if [[ $phase == run && $code == 75 ]]; then return 0; fi
+  [[ $gone == true ]] || return 1
+  case $phase in
+    create) [[ $state != ABSENT ]] ;;
+    setup) true ;;
+    run) ((code >= 128)) ;;
+  esac
+}
+
+load_state
+trap leave INT TERM
+began=$(date +%s)
+while true; do
+  look
+  if [[ $gone == true ]]; then
+    # The machines of a request that is left over from before, or went while nobody watched.
+    if [[ $state != ABSENT ]]; then remove; fi
+    seconds=$(used) since=0 set_up=false id='' state=ABSENT
+  fi
+  round
+  if ((code == 0)); then end 0; fi
+  look
+  if [[ $over == true ]] || ! taken_away; then end "$code"; fi
+  if [[ $gone == true ]]; then remove; fi
+  if no_time_left || { [[ -n ${TPU_MAX_RESTARTS:-} ]] && ((restarts >= TPU_MAX_RESTARTS)); }; then
+    printf 'the budget is used up after %s restarts\n' "$restarts" >&2
+    over=true
+    end 75
+  fi
+  most=${TPU_BACKOFF_MOST:-1800}
+  if (($(date +%s) - began > most)); then short=0; fi
+  wait_for=$((${TPU_BACKOFF_SECONDS:-30} << (short < 20 ? short : 20)))
+  restarts=$((restarts + 1)) short=$((short + 1)) set_up=false id=''
+  save_state
+  wait_for=$((wait_for < most ? wait_for : most))
+  printf 'the TPU was taken away or is to be started again (exit code %s): restart %s in %s s\n' \
+    "$code" "$restarts" "$wait_for"
+  pause "$wait_for"
+done
