@@ -119,13 +119,17 @@ class Processes:
         return Path(self._folder.name) / f"{index}.{name}"
 
 
-def join(heartbeat: int = 10) -> None:
-    """Called by a script before it uses a device: join the processes that `Processes` started with it, if it did."""
-    import jax
+def join(heartbeat: int = 10) -> int:
+    """Called by a script before it uses a device: join the processes that `Processes` started with it, if it did.
 
-    if _VARIABLE in os.environ:
-        address, count, index = os.environ[_VARIABLE].split()
-        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=heartbeat)
+    Returns how many they are.
+    """
+    from jaxdiff.training.distributed import Cluster, start
+
+    if _VARIABLE not in os.environ:
+        return 1
+    address, count, index = os.environ[_VARIABLE].split()
+    return start(Cluster("auto", address, int(count), int(index), heartbeat=heartbeat))
 
 
 def free_port() -> int:
