@@ -125,7 +125,9 @@ def fail(error: BaseException) -> None:
 
 
 def end_soon(error: BaseException) -> None:
-    """The same in some seconds, unless the process ends before: leaving may itself wait for those that are gone."""
+    """The same, at the latest in some seconds: leaving may itself wait for others, and for ever where they are gone."""
+    if isinstance(error, Lost):
+        fail(error)
     if count() > 1:
         timer = threading.Timer(_PATIENCE, fail, (error,))
         timer.daemon = True

@@ -1,20 +1,25 @@
 """The toy stage, trained by the processes that join, each with its rows of the same batches; and what can go wrong.
 
-    python joined_toy.py OUT STEPS [FAULT AT WHO]     # process WHO meets FAULT when it is asked for batch AT
+    python joined_toy.py --out OUT --steps 30 [--fault kill --at 12 --who 1]
+
+Process WHO meets FAULT when it is asked for batch AT.
 
 Faults: kill, raise, SIGTERM, SIGINT, hang, end (the data ends), short (a row less), nan, seed (other settings).
 """
 
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import processes
 from training_toy import Stream, Toy, config
+
+from experiments.cli import run
+from jaxdiff.training.loop import Diverged, train
 
 ROWS = 16
 
@@ -54,18 +59,23 @@ class Share(Stream):
             raise StopIteration
 
 
-def main(out: Path, steps: int, fault: str = "", at: str = "-1", who: str = "0", stall_exit: str = "0") -> None:
-    count = processes.join()
-    import jax
-
-    from jaxdiff.training.loop import train
-
-    mine = jax.process_index() == int(who)
-    stream = Share(process=jax.process_index(), count=count, fault=fault if mine else "", at=int(at))
+def main(
+    out: Path,
+    steps: int = 30,
+    fault: str = "",
+    at: int = -1,
+    who: int = 0,
+    stall: float = 0,
+    stall_exit: float = 0,
+    heartbeat: int = 10,
+) -> None:
+    count = processes.join(heartbeat)
+    mine = jax.process_index() == who
+    stream = Share(process=jax.process_index(), count=count, fault=fault if mine else "", at=at)
     changes = {"seed": 1} if mine and fault == "seed" else {}
-    settings = config(steps=steps, stall_exit=float(stall_exit), stall=float(stall_exit) / 2, **changes)
+    settings = config(steps=steps, stall_exit=stall_exit, stall=stall, **changes)
     train(Toy(), stream, settings, out, progress=False)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    run(main, stopped_by=(Diverged,))
