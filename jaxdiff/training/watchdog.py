@@ -48,7 +48,10 @@ class Watchdog:
         with self._changed:
             if self._reported:
                 tell(f"{peers.name()} goes on after {time.monotonic() - self._since:.0f} s {self._what}")
-            self._what, self._patience = what, COMPILES if compiles else 1
+            patience = COMPILES if compiles else 1
+            if patience < self._patience:
+                self._changed.notify()  # the thread waits for longer than it now should
+            self._what, self._patience = what, patience
             self._since, self._reported = time.monotonic(), 0.0
 
     def _watch(self) -> None:
