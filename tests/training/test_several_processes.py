@@ -32,7 +32,7 @@ def losses(out):
 
 
 def saved(out):
-    return max(int(path.name) for path in (out / "checkpoints").iterdir())
+    return max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_by_bit(two, tm
         codes = processes.wait(60)
         assert codes[1] == -9 and codes[0] not in (0, 1, 2, 75), processes.words()
         assert time.monotonic() - begun < 40
-    assert saved(tmp_path) == 10
+    assert saved(tmp_path) in (5, 10)  # that of 10 may have been on its way
     codes, said = ended(tmp_path)
     assert codes == [0, 0], said
     assert losses(tmp_path) == losses(two)
