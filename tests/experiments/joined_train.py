@@ -5,12 +5,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from small_cascade import STAGES  # noqa: E402
+from small_cascade import STAGES
 
-from experiments.cli import run  # noqa: E402
-from experiments.imagen import presets, train  # noqa: E402
-from jaxdiff.systems.imagen_drawing import Sampling  # noqa: E402
-from jaxdiff.training.loop import Diverged  # noqa: E402
+from experiments.cli import run
+from experiments.imagen import presets, train
+from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.training.loop import Diverged
 
 if __name__ == "__main__":
     presets.STAGES = {name: {"tiny": stage} for name, stage in STAGES.items()}

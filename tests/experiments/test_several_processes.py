@@ -13,7 +13,7 @@ from jaxdiff.weights.imagen import load_model
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
-from processes import Processes  # noqa: E402
+from processes import Processes
 
 
 def started(standin, out, count, *arguments):
