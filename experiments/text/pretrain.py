@@ -23,6 +23,7 @@ from jaxdiff.data import example, sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from jaxdiff.training import peers
 from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
 from jaxdiff.training.feed import OwnRows
 from jaxdiff.training.loop import Diverged, TrainConfig, train
@@ -112,7 +113,9 @@ def pretrain(
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     """Every caption of a set's training split; examples without one are left out, with one warning of how many."""
     source = sources.open(data, 64, "train", data_dir)
-    read = tqdm(example.captions(source), total=len(source), desc="read captions", unit="caption")
+    read = tqdm(
+        example.captions(source), total=len(source), desc="read captions", unit="caption", disable=peers.index() > 0
+    )
     found = [caption for text in read if (caption := (text or "").strip())]
     if len(found) < len(source):
         warnings.warn(f"{len(source) - len(found)} of {len(source)} examples have no caption: left out", stacklevel=2)

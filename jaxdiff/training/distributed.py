@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import jax
 from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state
+from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.training import peers
@@ -85,6 +86,10 @@ def start(cluster: Cluster) -> int:
         return 1
     if cluster.processes == 1:
         return 1
+    if backends_are_initialized():
+        if cluster.coordinator is None and jax.process_count() == 1:
+            return 1
+        raise RuntimeError("a device was used before start(cluster): join the other processes first")
     if cluster.process == 0:
         _check_free(cluster.coordinator)
     given = {}
@@ -101,8 +106,6 @@ def start(cluster: Cluster) -> int:
                 shutdown_timeout_seconds=60,
             )
         except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
-            if "before any JAX calls" in str(error):
-                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise peers.Lost(
                 f"the other processes were not found: {reason}; say where they are with --coordinator HOST:PORT "
@@ -138,7 +141,7 @@ def once(folder: Path, prepare: Callable[[], T]) -> T:
         return prepare()
     leads = _lowest_in(folder) == peers.index()
     result = prepare() if leads else None
-    peers.barrier(f"prepared {folder}", _DAY)
+    peers.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
     return result if leads else prepare()
 
 

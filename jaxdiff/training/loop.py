@@ -117,7 +117,7 @@ def train(
     ):
         with _stopped_early(interruption):
             latest = checkpoints.latest()
-            agree(f"checkpoints in {folder}", {"the newest": latest})
+            agree("checkpoints", {"the newest": latest})
             if latest is None:
                 state = init_state(stage, config.optimizer, init_key, mesh, initial)
             else:

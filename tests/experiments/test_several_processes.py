@@ -36,7 +36,8 @@ def test_two_processes_train_as_one_does(standin, tmp_path):
         said = [[line for line in two.out(i).splitlines() if line and "Gloo" not in line] for i in range(2)]
         out = tmp_path / "two"
         assert said[0] == [f"samples: {out}/samples/0000003.png", f"{out}/model: the averaged parameters of step 3"]
-        assert said[1] == [] and two.err(1) == ""
+        assert said[1] == []
+        assert not [line for line in two.err(1).splitlines() if not line.startswith("WARNING:absl")]  # Orbax's
         assert "embed captions" in two.err(0)
     for name in ("loss", "grad_norm"):
         found, wanted = ([line[name] for line in read(tmp_path / run / "metrics.jsonl")] for run in ("two", "one"))

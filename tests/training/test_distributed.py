@@ -38,6 +38,7 @@ def initialized(monkeypatch):
     """What jax.distributed.initialize was called with; it is not."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
     for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_ADDRESS"):
@@ -81,6 +82,15 @@ def test_jax_is_asked_for_others_where_the_machine_says_so(initialized, monkeypa
     assert len(initialized) == joins
     if joins:
         assert initialized[0]["heartbeat_timeout_seconds"] == 7 and "coordinator_address" not in initialized[0]
+
+
+def test_once_a_device_was_used_it_is_too_late(initialized, monkeypatch):
+    monkeypatch.setattr(distributed, "backends_are_initialized", lambda: True)
+    monkeypatch.setattr(distributed.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    assert start(Cluster()) == 1 and not initialized  # a single TPU host, whose devices all are here
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(RuntimeError, match="join the other processes first"):
+        start(Cluster())
 
 
 def test_what_is_given_is_not_searched_for(initialized):

@@ -129,6 +129,39 @@ def test_one_that_hangs_is_reported_and_ends_the_run_where_asked(tmp_path):
     assert "in step" in (tmp_path / "stall-0.txt").read_text()
 
 
+FOLDERS = """
+import sys
+from pathlib import Path
+import processes
+from jaxdiff.training import distributed, peers
+processes.join()
+root = Path(sys.argv[1])
+own = root / f"own-{peers.index()}"
+
+def prepare(made):
+    if made.exists():
+        return "found"
+    made.touch()
+    return "made"
+
+print("shared", distributed.once(root / "shared", lambda: prepare(root / "shared" / "made")))
+print("own", distributed.once(own, lambda: prepare(own / "made")))
+print("zero", distributed.on_process_0(lambda: "here"), flush=True)
+distributed.check_shared(root / "shared")
+distributed.check_shared(own)
+"""
+
+
+def test_what_processes_share_is_prepared_by_one_of_them(tmp_path):
+    with Processes([sys.executable, "-c", FOLDERS, tmp_path], 2) as processes:
+        assert processes.wait(100) == [2, 2], processes.words()
+        assert processes.out(0).splitlines() == ["shared made", "own made", "zero here"]
+        assert processes.out(1).splitlines() == ["shared found", "own made", "zero None"]
+        assert "is not the folder that process 0 writes to" in processes.err(1)
+        assert "stopped, because process 1" in processes.err(0)
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["made"]
+
+
 JOIN = """
 import sys
 from jaxdiff.training.distributed import Cluster, start
