@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from jaxdiff.training import peers
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
 COMPILED = Path("~/.cache/jaxdiff/compiled")
@@ -24,19 +25,29 @@ def run(
     """Call `main` with the arguments of the command line, which tyro derives from its signature, and exit.
 
     Exit codes: what `main` returns (None is 0); 2 for a bad argument or value, a file that cannot be read or written
-    (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 130 for
-    Ctrl-C. Anything else is a bug of ours and keeps its traceback. Warnings are one line each.
+    (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 75 for a run
+    that was told to stop and has saved; 130 for Ctrl-C; 70 for other processes that are gone (one line), and for a bug
+    of ours, which keeps its traceback. Warnings are one line each.
+
+    Of several processes that one fails ends all of them, with the same code. What is in `stopped_by` is raised by all
+    of them, and said by process 0.
     """
     enable_compilation_cache(COMPILED)
     with warnings.catch_warnings():
         warnings.showwarning = _Warnings().show
         try:
             code = _parsed(main, args)()
-        except (ValueError, OSError, *stopped_by) as error:
-            print(f"error: {_line(str(error)) or type(error).__name__}", file=sys.stderr)
-            code = 1 if isinstance(error, stopped_by) else 2
+        except stopped_by as error:
+            if peers.index() == 0:
+                print(f"error: {_line(str(error))}", file=sys.stderr)
+            code = 1
+        except Exception as error:
+            peers.fail(error)  # of several processes, none returns from here
+            code, text = peers.outcome(error)
+            print(text, file=sys.stderr)
         except KeyboardInterrupt:
             code = 130
+            peers.end(code, "interrupted")
     sys.exit(code or 0)
 
 

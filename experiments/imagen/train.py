@@ -16,6 +16,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.cli import run
@@ -32,10 +34,13 @@ from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import Stage, check_size, null_text
 from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
+from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
+from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import check_batch, make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
+from jaxdiff.training.state import abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 from jaxdiff.weights.tree import check_tree
@@ -126,23 +131,25 @@ class Run:
     """Processes that decode pictures; 0: threads alone."""
     data_dir: Path = Path("runs/data")
     """Where prepared data sets live."""
+    cluster: Cluster = Cluster()
 
 
 def main(settings: Run) -> None:
     """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
-    use_cores(settings.batch // max(1, settings.accumulate))
+    processes = start(settings.cluster)  # before anything touches a device
+    use_cores(settings.batch // max(1, settings.accumulate * processes))
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
     mesh = make_mesh(fsdp=settings.fsdp)
     check_batch(settings.batch, mesh, settings.accumulate)
-    initial = initial_of(settings, stage)
+    initial = initial_of(settings, stage, mesh)
     encoder, embeddings = text_of(settings, stage)
-    source = open_source(settings, stage)
+    source = once(settings.data_dir, lambda: open_source(settings, stage))
     if encoder is not None:
-        embeddings = stored_embeddings(settings, source, encoder)
+        embeddings = once(settings.data_dir, lambda: stored_embeddings(settings, source, encoder))
     del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
     stream = batches(settings, stage, source, embeddings)
-    train(
+    state = train(
         stage,
         stream,
         config,
@@ -156,10 +163,15 @@ def main(settings: Run) -> None:
     # How it was computed in training is no part of what was learned.
     stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32", remat=False))
     made_by = None if embeddings is None else embeddings.encoder
-    save_model(Model(stage, load_ema(settings.out / "checkpoints"), sampling, made_by), settings.out / "model")
-    if stream.skipped.count:
-        print(f"skipped {stream.skipped} of {len(source)} examples")
-    print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
+    params = gathered(state.ema)
+
+    def finish() -> None:
+        save_model(Model(stage, params, sampling, made_by), settings.out / "model")
+        if stream.skipped.count:
+            print(f"skipped {stream.skipped} of {len(source)} examples")
+        print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
+
+    on_process_0(finish)
 
 
 def stage_of(settings: Run) -> Stage:
@@ -185,6 +197,8 @@ def stage_of(settings: Run) -> Stage:
 def config_of(settings: Run) -> TrainConfig:
     if settings.steps < 1 or settings.batch < 1:
         raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
+    if settings.batch % peers.count():
+        raise ValueError(f"--batch {settings.batch}: does not divide over {peers.count()} processes")
     for name in ("limit", "workers"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} {getattr(settings, name)}: must be 0 or more")
@@ -204,6 +218,8 @@ def config_of(settings: Run) -> TrainConfig:
         save_every=settings.save_every,
         keep=settings.keep,
         seed=settings.seed,
+        stall=settings.cluster.stall,
+        stall_exit=settings.cluster.stall_exit,
     )
 
 
@@ -215,11 +231,14 @@ def data_of(settings: Run, stage: Stage, source: Source, embeddings: Embeddings 
     return made_of | {"text": None if embeddings is None else embeddings.encoder}
 
 
-def initial_of(settings: Run, stage: Stage) -> dict | None:
+def initial_of(settings: Run, stage: Stage, mesh: Mesh | None = None) -> dict | None:
     """The parameters to begin with, on the host, where INIT gives them; a run that goes on has its own."""
     if settings.init is None or any(path.name.isdigit() for path in (settings.out / "checkpoints").glob("*")):
         return None
     checkpoints = settings.init / "checkpoints"
+    if checkpoints.is_dir() and peers.count() > 1:  # all of them read it together
+        parts = load_ema(checkpoints, abstract_state(stage, config_of(settings).optimizer, mesh).ema)
+        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), parts)
     if checkpoints.is_dir():
         params = load_ema(checkpoints)
         check_tree(params, jax.eval_shape(stage.init, jax.random.key(0)), str(checkpoints))
@@ -366,7 +385,13 @@ class _Samples:
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
         null = null_text(stage, self.COUNT)
-        drawn = np.asarray(draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res))
+        # In pieces, so that a signal need not wait for all of it.
+        pause = lambda done: None  # noqa: E731
+        drawn = gathered(
+            draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res, pause)
+        )
+        if drawn is None:
+            return
         shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT
         if self._low_res is not None:
             shown, captions = [*np.asarray(self._low_res), *drawn], ["input"] * self.COUNT + list(captions)

@@ -23,12 +23,17 @@ from jaxdiff.data import example, sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from jaxdiff.training import peers
+from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
+from jaxdiff.training.feed import OwnRows
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.weights import t5 as t5_weights
 
 PRESETS = {"tiny": t5.TINY, "small": t5.SMALL, "base": t5.BASE, "large": t5.LARGE, "xl": t5.XL, "xxl": t5.XXL}
+ALONE = Cluster()
+"""Unless this machine or the command line says otherwise."""
 
 
 def pretrain(
@@ -47,6 +52,7 @@ def pretrain(
     examples: int = 20_000,
     held_out: int = 1_000,
     data_dir: Path = Path("runs/data"),
+    cluster: Cluster = ALONE,
 ) -> None:
     """Pre-train a T5 on the captions of a data set and write its encoder.
 
@@ -66,33 +72,50 @@ def pretrain(
         examples: how many pictures of shapes to draw; the same as for the base model draws them only once
         held_out: how many held-out ones beside them
         data_dir: where prepared data sets live
+        cluster: the other processes of the run
     """
     if steps < 1 or batch < 1:
         raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
-    use_cores(batch)
+    use_cores(batch // start(cluster))
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=steps // 10, total=steps)
     settings = TrainConfig(
         optimizer=optimizer, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed
     )
+    settings = replace(settings, stall=cluster.stall, stall_exit=cluster.stall_exit)
     spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
-    captions = captions_of(sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec, data_dir)
-    begun = any((out / "checkpoints").glob("[0-9]*"))
-    words = load_tokenizer(out / "encoder") if begun else _tokenizer(tokenizer, captions, vocab)
-    config = replace(PRESETS[preset], vocab=len(words))
-    stream = batches(words, captions, batch, length, seed)
-    if not begun:
+    spec = sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec
+    captions = once(data_dir, lambda: captions_of(spec, data_dir))
+
+    def read_with(words: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, OwnRows]:
+        return words, OwnRows(batches(words, captions, batch, length, seed))
+
+    def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
+        if any((out / "checkpoints").glob("[0-9]*")):
+            return read_with(load_tokenizer(out / "encoder"))
+        words, stream = read_with(_tokenizer(tokenizer, captions, vocab))
         _save(words, out / "encoder")
+        return words, stream
+
+    words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
+    config = replace(PRESETS[preset], vocab=len(words))
     made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
     made_of |= {"tokenizer": tokenizer, "vocab": vocab}
     state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
-    t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(state.ema), out / "encoder")
-    print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption")
+    params = gathered(state.ema)
+
+    def finish() -> None:
+        t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), out / "encoder")
+        print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption")
+
+    on_process_0(finish)
 
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     """Every caption of a set's training split; examples without one are left out, with one warning of how many."""
     source = sources.open(data, 64, "train", data_dir)
-    read = tqdm(example.captions(source), total=len(source), desc="read captions", unit="caption")
+    read = tqdm(
+        example.captions(source), total=len(source), desc="read captions", unit="caption", disable=peers.index() > 0
+    )
     found = [caption for text in read if (caption := (text or "").strip())]
     if len(found) < len(source):
         warnings.warn(f"{len(source) - len(found)} of {len(source)} examples have no caption: left out", stacklevel=2)

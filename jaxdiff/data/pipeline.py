@@ -67,7 +67,8 @@ def images(
     Pictures that are not square lose the ends of their long side. A picture that cannot be read, or (where `captions`
     or `embeddings` ask for it, unless `caption_optional`) one without a caption, is skipped: counted in `.skipped` and
     warned of in one line; under `strict` it is a ValueError. `repeat` goes on for ever, in a new order every epoch;
-    otherwise the last batch may be short. Of `process_count` processes each gets a disjoint share.
+    otherwise the last batch may be short. Of `process_count` processes each gets a disjoint share; while it repeats,
+    their batches one after the other are the batch that one process would get (until something is skipped).
     """
     _check(source, resolution, batch, low_resolution, crop, process_index, process_count)
     if embeddings is not None and embeddings.count != len(source):
@@ -81,7 +82,11 @@ def images(
     if repeat:
         examples = examples.repeat()
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
-    examples = examples.random_map(prepare)[process_index::process_count]
+    examples = examples.random_map(prepare)
+    if process_count > 1 and repeat:
+        examples = _Share(examples, batch, process_index, process_count)
+    elif process_count > 1:
+        examples = examples[process_index::process_count]
     report = Skipped(len(source), strict)
     stream = examples.to_iter_dataset(grain.ReadOptions(reading.threads, reading.ahead if reading.threads else 0))
     if reading.workers:
@@ -181,6 +186,23 @@ class _ShuffleSmall(grain.MapDataset):
             return self.slice(index)
         epoch, place = divmod(index, len(self))
         return self._examples[epoch * len(self) + _permutation(self._seed, epoch, len(self))[place]]
+
+
+class _Share(grain.MapDataset):
+    """Of every `batch` × `count` examples those of one process, so many in a row."""
+
+    def __init__(self, parent: grain.MapDataset, batch: int, process: int, count: int):
+        super().__init__(parent)
+        self._examples, self._batch, self._process, self._count = parent, batch, process, count
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        round, place = divmod(index, self._batch)
+        return self._examples[(round * self._count + self._process) * self._batch + place]
 
 
 @functools.lru_cache(maxsize=4)

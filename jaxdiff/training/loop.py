@@ -4,55 +4,30 @@ The host only hands over batches. It keeps at most two steps in flight, reads a 
 step already runs, and learns of losses that are not finite from counters that live on the devices.
 """
 
-import signal
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import Checkpoints
-from jaxdiff.training.mesh import check_batch, make_mesh, to_devices
-from jaxdiff.training.metrics import PLOT, MetricsLog, plot
+from jaxdiff.training.distributed import agree, check_shared
+from jaxdiff.training.feed import Batches, Feed
+from jaxdiff.training.interruption import Interruption, Preempted, Told
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.reporter import Diverged, Reporter
 from jaxdiff.training.settings import flatten
 from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
-from jaxdiff.training.step import make_step
-
-TOO_MANY = 10  # steps in a row without a finite loss
-
-
-class Diverged(RuntimeError):
-    """Ten steps in a row had a loss, gradient or update that was not finite; the last good checkpoint is as it was."""
-
-
-class Preempted(SystemExit):
-    """The run was told to stop (SIGTERM, SIGINT) and has saved; a script that lets it pass exits with 75."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(75)
-        self.message = message
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """A resumable stream of dicts of numpy arrays (this process's rows), such as Grain's DatasetIterator."""
-
-    def __next__(self) -> Any: ...
-
-    def get_state(self) -> Any: ...
-
-    def set_state(self, state: Any) -> None: ...
+from jaxdiff.training.step import Step, make_step
+from jaxdiff.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -69,11 +44,16 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3  # checkpoints
     seed: int = 0
+    stall: float = 0.0  # seconds without progress after which that is reported with stacks; 0: never
+    stall_exit: float = 0.0  # and after which the process ends, and with it the others of the run; 0: never
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("stall", "stall_exit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be 0 (never) or more")
         if self.sample_every < 0:
             raise ValueError(f"sample_every {self.sample_every}: must be 0 (never) or more")
         if not 0 <= self.seed < 2**32:
@@ -102,9 +82,12 @@ def train(
     along `data` by default.
     `sample_hook(step, averaged parameters)` is called every `sample_every` steps and after the last; it must not keep
     the parameters. `initial`: parameters to start from in place of the stage's own.
+    Of several processes (`distributed.start`) all call this alike, with a folder that they share; the hook is called on
+    all of them, since the parameters are spread over them.
 
     Raises Diverged; Preempted, after saving; ValueError for a checkpoint of other settings or that cannot be read, a
-    batch that does not divide over the devices, data that ends; OSError where saving fails.
+    batch that does not divide over the devices, data that ends, processes that differ; OSError where saving fails;
+    peers.Lost where another process is gone. Where one process raises, the others end too.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -118,6 +101,8 @@ def train(
         "seed": config.seed,
         "data": dict(data or {}),
     }
+    agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
+    check_shared(out)
     abstract = abstract_state(stage, config.optimizer, mesh)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     folder = out / "checkpoints"
@@ -125,180 +110,120 @@ def train(
     with (
         _announced(),
         jax.set_mesh(mesh),
-        _Interruption() as interruption,
+        Interruption() as interruption,
+        Watchdog(out, config.stall, config.stall_exit) as watchdog,
         Checkpoints(folder, flatten(fixed), config.keep) as checkpoints,
+        _ended_together(),
     ):
-        if checkpoints.latest() is None:
-            state = init_state(stage, config.optimizer, init_key, mesh, initial)
-        else:
-            state, place = checkpoints.restore(abstract)
-            batches.set_state(place)
-        step = make_step(
-            stage,
-            config.optimizer,
-            jax.tree.map(lambda leaf: leaf.sharding, abstract),
-            accumulate=config.accumulate,
-            ema_decay=config.ema_decay,
-            ema_warmup=config.ema_warmup,
-        )
-        first = int(state.step)
-        reporter = _Reporter(out, config, first, progress, description)
+        with _stopped_early(interruption):
+            latest = checkpoints.latest()
+            agree("checkpoints", {"the newest": latest})
+            if latest is None:
+                state = init_state(stage, config.optimizer, init_key, mesh, initial)
+            else:
+                state, place = checkpoints.restore(abstract)
+                batches.set_state(place)
+            step = make_step(
+                stage,
+                config.optimizer,
+                jax.tree.map(lambda leaf: leaf.sharding, abstract),
+                accumulate=config.accumulate,
+                ema_decay=config.ema_decay,
+                ema_warmup=config.ema_warmup,
+            )
+            first = int(state.step)
+            feed = Feed(batches, mesh, config.accumulate, config.steps - first)
+        reporter = Reporter(out, config.log_every, config.steps, first, progress, description)
         try:
-            state = _run(state, step, key, batches, config, mesh, checkpoints, reporter, interruption, sample_hook)
+            loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog)
+            state = loop.run(sample_hook if config.sample_every else None)
         finally:
             reporter.close()
-    if jax.process_index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
+    if peers.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
         plot(out)
     return state
 
 
-def _run(
-    state: TrainState,
-    step: Any,
-    key: Any,
-    batches: Batches,
-    config: TrainConfig,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    reporter: "_Reporter",
-    interruption: "_Interruption",
-    sample_hook: Callable[[int, Params], None] | None,
-) -> TrainState:
+@dataclass
+class _Loop:
     """The loop itself, from the state's step to the last."""
-    first = int(state.step)
-    in_flight: deque[Any] = deque()
-    save_due = False
-    for number, (batch, rows, place) in enumerate(_prefetch(batches, config, mesh, config.steps - first), first + 1):
-        state, metrics = step(state, batch, key)
-        reporter.add(number, rows, metrics)
-        in_flight.append(metrics["loss"])
-        if len(in_flight) > 2:
-            jax.block_until_ready(in_flight.popleft())
-        last = number == config.steps
-        stop = interruption.reached(number)
-        save_due |= number % config.save_every == 0
-        # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint must
-        # not be of those. It is saved after the first good step, or where the run ends.
-        if last or stop or (save_due and int(metrics["in_a_row"]) == 0):
-            reporter.flush()  # raises Diverged before anything is saved
-            checkpoints.save(number, state, place)
-            reporter.restart_clock()
-            save_due = False
-        if stop and not last:
-            message = f"stopped by {stop} after step {number}, saved in {checkpoints.directory}; run again to go on"
-            raise Preempted(message)
-        if sample_hook is not None and config.sample_every and (last or number % config.sample_every == 0):
-            reporter.flush()
-            sample_hook(number, state.ema)
-            reporter.restart_clock()
-    return state
 
+    state: TrainState
+    number: int  # of the state's step
+    step: Step
+    key: Any
+    feed: Feed
+    config: TrainConfig
+    checkpoints: Checkpoints
+    reporter: Reporter
+    interruption: Interruption
+    watchdog: Watchdog
 
-def _prefetch(batches: Batches, config: TrainConfig, mesh: Mesh, count: int) -> Iterator[tuple[Any, int, Any]]:
-    """`count` batches on the devices, their number of rows over all processes, and the iterator's state after each.
+    def run(self, sample_hook: Callable[[int, Params], None] | None) -> TrainState:
+        config = self.config
+        self.first = self.saved = self.number
+        self.in_flight: deque[Any] = deque()
+        save_due = False
+        while self.number < config.steps:
+            self.watchdog.doing(f"waiting for the data of step {self.number + 1}")
+            try:
+                with self.interruption.at_once():
+                    batch, rows, place = next(self.feed)
+            except Told:
+                self.stop(self.interruption.name)
+            metrics = self.advance(batch, rows)
+            self.place = place
+            last = self.number == config.steps
+            stop = self.interruption.reached(self.number)
+            save_due |= self.number % config.save_every == 0
+            # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
+            # must not be of those. It is saved after the first good step, or where the run ends.
+            if last or stop or (save_due and int(metrics["in_a_row"]) == 0):
+                self.save()
+                save_due = False
+            if stop and not last:
+                self.stop(stop)
+            if sample_hook is not None and (last or self.number % config.sample_every == 0):
+                self.sample(sample_hook)
+        return self.state
 
-    One batch more than is asked for is on its way to the devices.
-    """
-    ready: deque[tuple[Any, int, Any]] = deque()
-    for index in range(count):
-        try:
-            batch = next(batches)
-        except StopIteration:
-            raise ValueError(f"the data ended after {index} batches of the {count} still to come: repeat it") from None
-        rows = {np.shape(value)[0] for value in batch.values()}
-        if len(rows) != 1:
-            raise ValueError(f"arrays of a batch differ in their number of rows: {sorted(rows)}")
-        total = rows.pop() * jax.process_count()
-        check_batch(total, mesh, config.accumulate)
-        ready.append((to_devices(batch, mesh), total, batches.get_state()))
-        if len(ready) == 2:
-            yield ready.popleft()
-    yield from ready
+    def advance(self, batch: Any, rows: int) -> Any:
+        """One step, begun; its metrics."""
+        self.watchdog.doing(f"in step {self.number + 1}", compiles=self.number == self.first)
+        self.state, metrics = self.step(self.state, batch, self.key)
+        self.number += 1
+        self.reporter.add(self.number, rows, metrics)
+        self.in_flight.append(metrics["loss"])
+        if len(self.in_flight) > 2:
+            jax.block_until_ready(self.in_flight.popleft())
+        return metrics
 
-
-class _Reporter:
-    """Gathers metrics on the devices, and writes one line an interval, read while the next step runs."""
-
-    def __init__(self, out: Path, config: TrainConfig, first: int, progress: bool, description: str) -> None:
-        chief = jax.process_index() == 0
-        self._log = MetricsLog(out, first) if chief else None
-        self._every = config.log_every
-        self._gathered: list[Any] = []  # metrics of the steps since the last line, on the devices
-        self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet read
-        self._rows = 0
-        self._clock: float | None = None  # None: the next step's time is not counted (it may compile)
-        self._bar = tqdm(
-            total=config.steps,
-            initial=first,
-            desc=description or None,
-            unit="step",
-            disable=not (progress and chief),
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
-
-    def add(self, step: int, rows: int, metrics: Any) -> None:
-        self._read()
-        self._gathered.append(metrics)
-        if self._clock is None:
-            jax.block_until_ready(metrics["loss"])
-            self._clock = time.perf_counter()
-        else:
-            self._rows += rows
-        if step % self._every == 0:
-            self._due = (step, self._gathered, self._rows)
-            self._gathered, self._rows = [], 0
-        self._step = step
-        self._bar.update()
-
-    def flush(self) -> None:
-        """Write everything up to now. Raises Diverged."""
-        self._read()
-        if self._gathered:
-            self._due = (self._step, self._gathered, self._rows)
-            self._gathered, self._rows = [], 0
-            self._read()
-
-    def restart_clock(self) -> None:
-        """Leave the time since the last step out of the speed."""
-        self._clock = time.perf_counter()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._log is not None:
-            self._log.close()
-
-    def _read(self) -> None:
-        if self._due is None:
+    def save(self) -> None:
+        """The state, unless it is on disk already. Raises Diverged, and nothing is saved."""
+        if self.number == self.saved:
             return
-        step, gathered, rows = self._due
-        self._due = None
-        values = jax.device_get(gathered)
-        now = time.perf_counter()
-        speed = rows / (now - self._clock) if rows else None
-        self._clock = now
-        latest = values[-1]
-        counters = ("skipped", "in_a_row", "worst_run")
-        line: dict[str, Any] = {"step": step}
-        for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", "learning_rate", *counters})):
-            line[name] = _mean([float(value[name]) for value in values])
-        line |= {"learning_rate": float(latest["learning_rate"]), "images_per_second": speed}
-        line["skipped"] = int(latest["skipped"])
-        if self._log is not None:
-            self._log.write(line)
-        loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
-        self._bar.set_postfix_str(f"loss {loss}, {speed or 0:.3g} images/s", refresh=False)
-        if int(latest["worst_run"]) >= TOO_MANY:
-            raise Diverged(
-                f"{int(latest['worst_run'])} steps in a row by step {step} had a loss, gradient or update that was not "
-                "finite: stopped, the last checkpoint is as it was; begin a new run from it with a lower learning rate "
-                "or look at the data"
-            )
+        self.watchdog.doing(f"saving step {self.number}")
+        self.reporter.flush()
+        self.checkpoints.save(self.number, self.state, self.place)
+        self.reporter.restart_clock()
+        self.saved = self.number
 
+    def sample(self, hook: Callable[[int, Params], None]) -> None:
+        self.watchdog.doing(f"drawing samples after step {self.number}", compiles=True)
+        self.reporter.flush()
+        try:
+            with self.interruption.at_once():
+                hook(self.number, self.state.ema)
+        except Told:
+            self.stop(self.interruption.name)
+        self.reporter.restart_clock()
 
-def _mean(values: list[float]) -> float | None:
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
+    def stop(self, by: str) -> None:
+        """Save and raise Preempted."""
+        self.save()
+        self.watchdog.doing(f"finishing the checkpoint of step {self.number}", compiles=True)
+        done = f"saved in {self.checkpoints.directory}" if self.number else "before anything was to be saved"
+        raise Preempted(f"stopped by {by} after step {self.number}, {done}; run again to go on")
 
 
 @contextmanager
@@ -307,34 +232,32 @@ def _announced() -> Iterator[None]:
     try:
         yield
     except Preempted as stop:
-        print(stop.message, file=sys.stderr)
+        if peers.index() == 0:
+            print(stop.message, file=sys.stderr)
         raise
 
 
-class _Interruption:
-    """Inside, SIGTERM and SIGINT are noted in place of acted on; a second SIGINT interrupts as usual.
+@contextmanager
+def _stopped_early(interruption: Interruption) -> Iterator[None]:
+    """Before the first step there is nothing to save, and a signal stops at once."""
+    try:
+        with interruption.at_once():
+            yield
+    except Told:
+        raise Preempted(f"stopped by {interruption.name} before a step was taken; run again to go on") from None
 
-    With several processes, jax's own agreement decides, so that all of them stop after the same step.
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """A failure of this process alone: the others, which may wait for it in a collective, are made to end.
+
+    Diverged is none: it is raised by all, after the same step.
     """
-
-    def __enter__(self) -> "_Interruption":
-        self._name = ""
-        mine = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if mine else ()
-        self._before = {number: signal.signal(number, self._note) for number in signals}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def reached(self, step: int) -> str:
-        """The signal's name where the run is to stop after this step, otherwise nothing."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return "the scheduler"
-        return self._name
-
-    def _note(self, number: int, _: Any) -> None:
-        self._name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with peers.together():
+            yield
+    except Diverged:
+        raise
+    except Exception as error:
+        peers.end_soon(error)
+        raise

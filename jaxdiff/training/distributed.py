@@ -1,0 +1,255 @@
+"""Several processes as one run: how they find each other, agree, wait for one another, and prepare what they share.
+
+    count = start(Cluster())       # before the first use of a device; 1: alone, and nothing was done
+    source = once(folder, open_it) # by one of those that share the folder, then by the others, who find it there
+
+Who the others are is found by jax itself on TPU VMs, in GKE, under Slurm, Open MPI and in Kubernetes' indexed jobs, or
+said by `coordinator`, `processes` and `process`.
+"""
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+from jax._src import cloud_tpu_init
+from jax._src.distributed import global_state
+from jax._src.xla_bridge import backends_are_initialized
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff.training import peers
+
+T = TypeVar("T")
+_DAY = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How this process joins the others of its run, and when one that hangs is noticed. ValueError for nonsense."""
+
+    join: Literal["auto", "none"] = "auto"
+    """Other processes: found where this machine says that it is one of several (TPU VM, GKE, Slurm, Open MPI, indexed
+    Kubernetes job), or given by the next three; `none`: alone, whatever the machine says."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, as every process can reach it; then with `processes` and `process`."""
+    processes: int | None = None
+    """How many processes the run has."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+    join_timeout: int = 300
+    """Seconds to wait for the others at the start."""
+    heartbeat: int = 30
+    """Seconds after which a process that is silent counts as dead, and all others end."""
+    stall: float = 600.0
+    """Seconds without progress after which a process says what it waits for, with the stacks of its threads, on
+    standard error and in OUT/stall-PROCESS.txt; what compiles may take six times as long. 0: never."""
+    stall_exit: float = 0.0
+    """Seconds without progress after which it ends, and all others with it, for a supervisor to start them again: a
+    collective that hangs never ends by itself. 0: never; 1800 is a good value on a pod."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process go together")
+        if not missing:
+            _check_address(self.coordinator)
+            if self.processes < 1 or not 0 <= self.process < self.processes:
+                raise ValueError(
+                    f"--process {self.process} of --processes {self.processes}: must lie in 0…{self.processes - 1}"
+                )
+            if self.join == "none":
+                raise ValueError("--join none and --coordinator: give one of them")
+        for name, least in (("join_timeout", 1), ("heartbeat", 1), ("stall", 0), ("stall_exit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+
+
+def start(cluster: Cluster) -> int:
+    """Join the run's other processes and return how many there are; 1, and nothing is called, for one alone.
+
+    To be called before the first use of a device. From here on the failure of one process ends them all (`peers`).
+    Raises ValueError for what cannot be right, `peers.Lost` where the cluster around cannot be read. Where the others
+    do not come in time, this process ends with one line and `peers.CRASHED`: jaxlib would abort it with a stack trace.
+    """
+    if jax.distributed.is_initialized():
+        return peers.count()
+    if cluster.coordinator is None and (cluster.join == "none" or not _one_of_several(os.environ)):
+        return 1
+    if cluster.processes == 1:
+        return 1
+    if backends_are_initialized():
+        if cluster.coordinator is None and jax.process_count() == 1:
+            return 1
+        raise RuntimeError("a device was used before start(cluster): join the other processes first")
+    if cluster.process == 0:
+        _check_free(cluster.coordinator)
+    given = {}
+    if cluster.coordinator is not None:
+        given = {"coordinator_address": cluster.coordinator, "num_processes": cluster.processes}
+        given |= {"process_id": cluster.process, "cluster_detection_method": "deactivate"}
+    with _patience(cluster):
+        try:
+            jax.distributed.initialize(
+                **given,
+                local_device_ids=[] if _alone_on_host(os.environ) else None,
+                initialization_timeout=cluster.join_timeout + 60,  # ours ends before, in one line
+                heartbeat_timeout_seconds=cluster.heartbeat,
+                shutdown_timeout_seconds=60,
+            )
+        except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise peers.Lost(
+                f"the other processes were not found: {reason}; say where they are with --coordinator HOST:PORT "
+                "--processes N --process I, or --join none to run on this machine alone"
+            ) from error
+    if peers.count() > 1:
+        peers.watch()
+    return peers.count()
+
+
+def agree(name: str, values: Mapping[str, Any], seconds: float = 3600.0) -> None:
+    """ValueError, on every process, where these (flat, JSON-able) are not the same on all; `name` says of what."""
+    if peers.count() == 1:
+        return
+    everyone = {int(key): json.loads(text) for key, text in peers.exchange(name, json.dumps(values), seconds).items()}
+    first = everyone[0]
+    for process, theirs in sorted(everyone.items()):
+        if theirs != first:
+            key = next(key for key in first | theirs if first.get(key) != theirs.get(key))
+            raise ValueError(
+                f"{name}: {key} is {first.get(key)!r} on process 0 and {theirs.get(key)!r} on process {process}: "
+                "all processes must be started alike and see the same files"
+            )
+
+
+def once(folder: Path, prepare: Callable[[], T]) -> T:
+    """`prepare()`, on one process of those that share `folder` first; the others call it when that is done.
+
+    `prepare` finds what is there already, as it does in a run that is started again. Folders of hosts that share none
+    are prepared once a host.
+    """
+    if peers.count() == 1:
+        return prepare()
+    leads = _lowest_in(folder) == peers.index()
+    result = prepare() if leads else None
+    peers.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
+    return result if leads else prepare()
+
+
+def on_process_0(act: Callable[[], T]) -> T | None:
+    """`act()` on process 0, while the others wait for it and get None."""
+    result = act() if peers.index() == 0 else None
+    peers.barrier("process 0 is done", _DAY)
+    return result
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays that are spread over all processes as numpy arrays on process 0, and None on the others.
+
+    To be called by all of them. Array by array, so that no device holds more than one of them whole.
+    """
+    if peers.count() == 1:
+        return jax.device_get(tree)
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf.sharding, NamedSharding) or leaf.is_fully_replicated:
+            copy = leaf
+        else:
+            copy = jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        return jax.device_get(copy.addressable_data(0)) if peers.index() == 0 else None
+
+    return jax.tree.map(whole, tree)
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+def check_shared(folder: Path) -> None:
+    """ValueError on a process that does not see what process 0 writes into the folder."""
+    if peers.count() > 1 and _lowest_in(folder) != 0:
+        raise ValueError(
+            f"{folder.absolute()} on {peers.name()} is not the folder that process 0 writes to: give one that all "
+            "processes share, such as a network file system"
+        )
+
+
+def _lowest_in(folder: Path) -> int:
+    """The lowest process that shares this folder: each leaves a file there, and looks for those of the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    token = f".process-{peers.index()}-{secrets.token_hex(8)}"
+    (folder / token).touch()
+    try:
+        tokens = peers.exchange("tokens", token, _DAY)
+        lowest = next(number for number in range(peers.count()) if (folder / tokens[str(number)]).exists())
+        peers.barrier("tokens seen", _DAY)
+    finally:
+        (folder / token).unlink(missing_ok=True)
+    return lowest
+
+
+def _one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether the machine says that there may be other processes; jax then finds out who they are."""
+    several = (int(environment.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    in_step = "SLURM_STEP_NODELIST" in environment or "OMPI_COMM_WORLD_SIZE" in environment
+    indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    told = "JAX_COORDINATOR_ADDRESS" in environment
+    return cloud_tpu_init.running_in_cloud_tpu_vm or (in_step and any(several)) or indexed or told
+
+
+def _alone_on_host(environment: Mapping[str, str]) -> bool:
+    """Under Slurm with one process a host, that process has all of its devices; jax would give it the first alone."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # "1(x4)", "2,1"
+    return bool(tasks) and all(part.split("(")[0] == "1" for part in tasks.split(","))
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator {address}: must be HOST:PORT, such as 10.0.0.1:8476")
+
+
+def _check_free(address: str) -> None:
+    """Process 0 listens there; jaxlib crashes where it cannot."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"--coordinator {address}: port {port} of this host cannot be used: {error.strerror}"
+            ) from error
+
+
+@contextmanager
+def _patience(cluster: Cluster) -> Iterator[None]:
+    """What is inside has `join_timeout` seconds; then the process ends with one line."""
+
+    def give_up() -> None:
+        address = global_state.coordinator_address or "an address still to be found"
+        who = "all others" if global_state.process_id == 0 else "process 0 and all others"
+        print(
+            f"error: waited {cluster.join_timeout} s for {who} to join at {address}: does every process run, with the "
+            "same coordinator and number of processes, and can it reach that address?",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(peers.CRASHED)
+
+    timer = threading.Timer(cluster.join_timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,95 @@
+"""From a stream of numpy batches to arrays on the devices, one batch ahead, with what is wrong with a batch said."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff.training import peers
+from jaxdiff.training.distributed import agree
+from jaxdiff.training.mesh import check_batch, to_devices
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A resumable stream of dicts of numpy arrays (this process's rows), such as Grain's DatasetIterator."""
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class OwnRows:
+    """This process's rows of a stream that every process draws whole, each the same: for data that cost little."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __next__(self) -> dict[str, Any]:
+        def own(value: Any) -> Any:
+            if len(value) % peers.count():
+                raise ValueError(f"a batch of {len(value)} does not divide over {peers.count()} processes")
+            rows = len(value) // peers.count()
+            return value[peers.index() * rows : (peers.index() + 1) * rows]
+
+        return {name: own(value) for name, value in next(self._batches).items()}
+
+    def get_state(self) -> Any:
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._batches.set_state(state)
+
+
+class Feed:
+    """`next` gives a batch on the devices, its number of rows over all processes, and the stream's state after it.
+
+    `count` batches in all; one more than is asked for is on its way to the devices. With several processes each must
+    have as many rows as the others, and as in its first batch: what differs would hang them all.
+    """
+
+    def __init__(self, batches: Batches, mesh: Mesh, accumulate: int, count: int) -> None:
+        self._batches, self._mesh, self._accumulate, self._count = batches, mesh, accumulate, count
+        self._ready: deque[tuple[Any, int, Any]] = deque()
+        self._asked = 0
+        self._form: dict[str, str] | None = None  # of the first batch, on several processes
+
+    def __next__(self) -> tuple[Any, int, Any]:
+        while len(self._ready) < 2 and self._asked < self._count:
+            self._ready.append(self._fetch())
+        return self._ready.popleft()
+
+    def _fetch(self) -> tuple[Any, int, Any]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            at = f" on {peers.name()}" if peers.count() > 1 else ""
+            raise ValueError(
+                f"the data ended{at} after {self._asked} batches of the {self._count} still to come: repeat it"
+            ) from None
+        self._asked += 1
+        rows = {np.shape(value)[0] for value in batch.values()}
+        if len(rows) != 1:
+            raise ValueError(f"arrays of a batch differ in their number of rows: {sorted(rows)}")
+        if peers.count() > 1:
+            self._check_form(batch)
+        total = rows.pop() * peers.count()
+        check_batch(total, self._mesh, self._accumulate)
+        return to_devices(batch, self._mesh), total, self._batches.get_state()
+
+    def _check_form(self, batch: Mapping[str, Any]) -> None:
+        arrays = {name: np.asarray(value) for name, value in sorted(batch.items())}
+        form = {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items() if a.dtype.kind not in "OSU"}
+        if self._form is None:
+            agree("the first batch", form)
+            self._form = form
+        if form != self._form:
+            name = next(name for name in form | self._form if form.get(name) != self._form.get(name))
+            raise ValueError(
+                f"batch {self._asked} on {peers.name()}: {name} is {form.get(name)}, was {self._form.get(name)} in the "
+                "first: with several processes all batches must be alike"
+            )

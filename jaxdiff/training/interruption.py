@@ -1,0 +1,83 @@
+"""Being told to stop: SIGTERM (which is also how platforms announce a preemption) and SIGINT.
+
+One process notes the signal and stops after the step that runs, or at once where it only waits: for data, for a
+checkpoint to be read, between the pieces of a sample. Several agree by jax's preemption protocol on the step after
+which all of them stop, whichever was told; one that only waits goes on, since the others may be in a step that needs
+it.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from jaxdiff.training import peers
+
+
+class Preempted(SystemExit):
+    """The run was told to stop (SIGTERM, SIGINT) and has saved; a script that lets it pass exits with 75."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(75)
+        self.message = message
+
+
+class Told(BaseException):
+    """Raised by a signal where `Interruption.at_once` allows it; no `except Exception` on its way stops it."""
+
+
+class Interruption:
+    """Inside, SIGTERM and SIGINT are noted in place of acted on; a second SIGINT interrupts as usual."""
+
+    def __enter__(self) -> "Interruption":
+        self.name = ""  # of the signal, once there was one
+        self._at_once = False
+        self._several = peers.count() > 1
+        mine = threading.current_thread() is threading.main_thread()
+        # With several processes SIGTERM is jax's: it begins the agreement.
+        handlers = {signal.SIGINT: self._forward} if self._several else {}
+        if not self._several:
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        self._before = {number: signal.signal(number, handlers[number]) for number in handlers} if mine else {}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> str:
+        """The signal's name where the run is to stop after this step, otherwise nothing. To be asked after each."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            return self.name or "a signal to one of the processes"
+        return "" if self._several else self.name
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Told in place of being noted only, in a run of one process."""
+        self._at_once = not self._several
+        try:
+            if self._at_once and self.name:
+                raise Told
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, _: Any) -> None:
+        self.name = signal.Signals(number).name
+        self._once_only(number)
+        if self._at_once:
+            self._at_once = False
+            raise Told
+
+    def _forward(self, number: int, _: Any) -> None:
+        self.name = signal.Signals(number).name
+        self._once_only(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _once_only(self, number: int) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

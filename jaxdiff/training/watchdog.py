@@ -1,0 +1,97 @@
+"""A run that makes no progress says so: which process, what it waits for, and where each of its threads is."""
+
+import faulthandler
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.training import peers
+
+COMPILES = 6
+"""How many times as long something may take that compiles."""
+
+
+class Watchdog:
+    """A thread that is fed by `doing`, with what begins now; a context manager.
+
+    after: seconds in one and the same thing after which a line is written to standard error, and below it, and into
+    `folder`/stall-PROCESS.txt, the stacks of all threads; again after twice as long, and so on. 0: never.
+    exit_after: seconds after which the process ends, and the others of the run with it. 0: never.
+    """
+
+    def __init__(self, folder: Path, after: float, exit_after: float = 0.0) -> None:
+        self._path = folder / f"stall-{peers.index()}.txt"
+        self._after, self._exit_after = after, exit_after
+        self._changed = threading.Condition()
+        self._what, self._patience, self._since = "starting", COMPILES, time.monotonic()
+        self._reported = 0.0  # seconds at the last report of this stall
+        self._open = after > 0 or exit_after > 0
+
+    def __enter__(self) -> "Watchdog":
+        if self._open:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._open:
+            with self._changed:
+                self._open = False
+                self._changed.notify()
+            self._thread.join()
+
+    def doing(self, what: str, compiles: bool = False) -> None:
+        """What begins now, as it should stand in `process 0 stalled for 600 s while …`."""
+        with self._changed:
+            if self._reported:
+                tell(f"{peers.name()} goes on after {time.monotonic() - self._since:.0f} s {self._what}")
+            patience = COMPILES if compiles else 1
+            if patience < self._patience:
+                self._changed.notify()  # the thread waits for longer than it now should
+            self._what, self._patience = what, patience
+            self._since, self._reported = time.monotonic(), 0.0
+
+    def _watch(self) -> None:
+        while self._open:
+            with self._changed:  # not held while reporting: a folder that hangs must not stop the run itself
+                now, due, end = time.monotonic() - self._since, self._due(), self._exit_after * self._patience
+                over, what = bool(end) and now >= end, self._what
+                if not over and not (due and now >= due):
+                    self._changed.wait(max(0.01, min(moment for moment in (due, end) if moment) - now))
+                    continue
+                self._reported = due
+            if over:
+                self._end(f"{peers.name()} ends, having stalled for {now:.0f} s {what}")
+            self._report(f"{peers.name()} stalled for {now:.0f} s {what}")
+
+    def _due(self) -> float:
+        """Seconds after which this is to be reported next; 0: never."""
+        return 2 * self._reported if self._reported else self._after * self._patience
+
+    def _report(self, line: str) -> None:
+        stacks = _stacks()
+        tell(f"{line}; the stacks of its threads, also in {self._path}:\n{stacks}")
+        try:
+            with self._path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{stacks}\n")
+        except OSError as error:
+            tell(f"{self._path} cannot be written: {error.strerror}")
+
+    def _end(self, line: str) -> None:
+        self._report(line)
+        peers.end(peers.CRASHED, f"error: {line}")
+        peers.leave(peers.CRASHED, f"error: {line}")
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,40 @@
+"""Exit codes of scripts, and what they say."""
+
+import pytest
+
+from experiments.cli import run
+
+
+class Stopped(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("a\n  b"), 2, "error: a b\n"),
+        (FileNotFoundError("no such file"), 2, "error: no such file\n"),
+        (Stopped("it diverged"), 1, "error: it diverged\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(75), 75, ""),
+    ],
+)
+def test_a_failure_is_one_line_and_a_code(capsys, error, code, said):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, [], stopped_by=(Stopped,))
+    assert stop.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback_and_has_a_code_of_its_own(capsys):
+    def main() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, [])
+    assert stop.value.code == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("RuntimeError: a bug\n") and "in main" in said
