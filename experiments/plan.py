@@ -84,6 +84,8 @@ class Run:
     """A step of drawing whole pictures, both branches of guidance, instead of a training step."""
     json: Path | None = None
     """Where the plan is kept, and read from when the same is asked again."""
+    hlo: Path | None = None
+    """A file for the text of the compiled program."""
     arrays: bool = False
     """List every array of the train state with its placement and bytes."""
 
@@ -105,7 +107,9 @@ def main(settings: Run) -> None:
 
 def asked(settings: Run, topology: chips.Topology) -> dict[str, Any]:
     """The question that a kept plan must have answered: the settings, and the compiler's version."""
-    ours = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "arrays")}
+    ours = {
+        name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "hlo", "arrays")
+    }
     return ours | {"compiler": compiler(topology)}
 
 
@@ -201,7 +205,9 @@ def _training(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
     )
     batch = stage.batch(settings.batch, side_of(settings, stage))
     with jax.set_mesh(mesh):
-        costs = _compiled(step, state, placed(batch, mesh, BATCH_AXES), key_shape(mesh), name=name_of(settings))
+        costs = _compiled(
+            step, state, placed(batch, mesh, BATCH_AXES), key_shape(mesh), name=name_of(settings), hlo=settings.hlo
+        )
     return _sizes(settings, state) | {"costs": costs}
 
 
@@ -221,7 +227,7 @@ def _drawing(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         arguments = [placed(value, mesh, BATCH_AXES) for value in given]
-        costs = _compiled(jax.jit(step), params, *arguments, name=f"drawing {name_of(settings)}")
+        costs = _compiled(jax.jit(step), params, *arguments, name=f"drawing {name_of(settings)}", hlo=settings.hlo)
     return {"parameters": count_of(shapes), "costs": costs}
 
 
@@ -236,7 +242,9 @@ def _text(settings: Run, mesh: Mesh) -> dict[str, Any]:
     params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, shardings(params, mesh))
     encode = jax.jit(lambda params, tokens, mask: encoder.apply(params, tokens, mask))
     with jax.set_mesh(mesh):
-        costs = _compiled(encode, params, *placed((tokens, mask), mesh, BATCH_AXES), name="T5-XXL encoder")
+        costs = _compiled(
+            encode, params, *placed((tokens, mask), mesh, BATCH_AXES), name="T5-XXL encoder", hlo=settings.hlo
+        )
     return {"parameters": count_of(shapes), "costs": costs}
 
 
@@ -287,12 +295,14 @@ def name_of(settings: Run) -> str:
     return f"{settings.stage} {settings.preset} for {settings.topology}"
 
 
-def _compiled(function: Any, *arguments: Any, name: str) -> Costs:
+def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Costs:
     devices = jax.tree.leaves(arguments)[0].sharding.mesh.size
     with _clock(f"tracing {name}"):
         lowered = function.lower(*arguments)
     with _clock(f"compiling {name}"):
         compiled = lowered.compile()
+    if hlo is not None:
+        hlo.write_text(compiled.as_text())
     return compiled_costs(compiled, devices)
 
 
