@@ -163,7 +163,7 @@ def test_a_write_that_fails_is_an_error_and_older_checkpoints_stay(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writes fail as on a full disk
         with (
-            pytest.raises(OSError, match="checkpoint not saved, the older ones are intact") as caught,
+            pytest.raises(OSError, match="checkpoint of step 2 not saved, the older ones are intact") as caught,
             Checkpoints(tmp_path, {}, keep=1) as checkpoints,
         ):
             checkpoints.save(2, state, {})
