@@ -177,11 +177,13 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
 
 
 class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that is written under another name and gets its own once its manifest is in it.
+    """A folder that is written under another name and gets its own once its manifest is in it; then the oldest go.
 
     Runs in the background, in process 0, after all processes have written. Orbax itself adds to the folder to the last,
     and then renames it; so it is let to rename it to a name that still says unfinished.
     """
+
+    keep: int | None = None  # all
 
     async def finalize(self) -> None:
         final = self._final_path
@@ -195,13 +197,16 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
             manifest.sync(Path(final.parent))
         finally:
             self._final_path = final
+        for step in _steps(Path(final.parent))[: -self.keep] if self.keep else ():
+            # Under another name first: one that is deleted in part must not look like one that is damaged.
+            old = final.parent / str(step)
+            shutil.rmtree(old.rename(final.parent / f"{step}-deleted{UNFINISHED}"), ignore_errors=True)
 
 
 def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointManager:
-    policy = None if keep is None else ocp.checkpoint_managers.LatestN(keep)
     # Rests of an interrupted save go when a run starts again, but a reader must not touch what a run is writing.
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, create=create, cleanup_tmp_directories=create, temporary_path_class=_Sealed
+        create=create, cleanup_tmp_directories=create, temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep})
     )
     tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
     handlers = {"state": tree(), "ema": tree(), "data": json(), "settings": json()}
