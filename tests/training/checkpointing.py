@@ -1,0 +1,66 @@
+"""Run as several processes by tests: save a state over all their devices, or restore it, and print what there was.
+
+python checkpointing.py save|restore FOLDER
+"""
+
+import hashlib
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from processes import join
+from training_toy import Toy
+
+from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.state import abstract_state, init_state
+
+STAGE = Toy(width=8192)  # wide enough that its parameters are split
+OPTIMIZER = OptimizerConfig()
+
+
+def digests(state: Any) -> dict[str, str]:
+    """Of every array, wherever its parts are."""
+    whole = multihost_utils.process_allgather(state, tiled=True)
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(whole)[0]
+    }
+
+
+def place(step: int, process: int) -> dict[str, Any]:
+    """Places differ from process to process, in length too."""
+    return {"step": step, "process": process, "read": list(range(50 * process))}
+
+
+def main() -> None:
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    join()
+    mesh = make_mesh(fsdp=jax.device_count())
+    with jax.set_mesh(mesh), Checkpoints(folder, {"a": 1}) as checkpoints:
+        if what == "save":
+            for step in (5, 10):
+                state = init_state(STAGE, OPTIMIZER, jax.random.key(step), mesh)
+                checkpoints.save(step, state, place(step, jax.process_index()))
+            said = {"latest": None}
+        elif what == "fail":
+            state = init_state(STAGE, OPTIMIZER, jax.random.key(15), mesh)
+            if jax.process_index() == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            checkpoints.save(15, state, None)
+            said = {}
+        else:
+            said = {"latest": checkpoints.latest()}
+            state, said["place"] = checkpoints.restore(abstract_state(STAGE, OPTIMIZER, mesh))
+        said |= {"split": not state.params["first"]["kernel"].is_fully_addressable, "state": digests(state)}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Checkpoints of several processes: each writes its part and keeps its place in the data; damage stops all of them."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import checkpointing
+import jax
+import pytest
+from processes import Processes
+
+from jaxdiff.training import manifest
+from jaxdiff.training.checkpoints import Checkpoints, load_ema
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.state import abstract_state
+
+SCRIPT = Path(checkpointing.__file__)
+
+
+def run(what, folder):
+    """Two processes of two devices each; their exit codes, and the last line each has printed or complained with."""
+    with Processes([sys.executable, SCRIPT, what, folder], 2, devices=2) as processes:
+        codes = processes.wait(120)
+        words = [(processes.out(index) or processes.err(index)).strip().splitlines() for index in range(2)]
+        return codes, [lines[-1] if lines else "" for lines in words], [processes.err(index) for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two checkpoints of two processes, and what each of these says of the newest."""
+    folder = tmp_path_factory.mktemp("shared") / "checkpoints"
+    codes, words, errors = run("save", folder)
+    assert codes == [0, 0], errors
+    return folder, [json.loads(text) for text in words]
+
+
+def test_two_processes_get_back_what_each_saved(saved):
+    folder, said = saved
+    codes, words, errors = run("restore", folder)
+    assert codes == [0, 0], errors
+    for index, text in enumerate(words):
+        restored = json.loads(text)
+        assert restored["latest"] == 10 and restored["split"]
+        assert restored["state"] == said[index]["state"] == said[0]["state"]
+        assert restored["place"] == checkpointing.place(10, index)
+
+
+def test_one_process_gets_the_same_state_and_is_told_of_the_data(saved):
+    folder, said = saved
+    manifest.verify(folder / "10")
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    abstract = abstract_state(checkpointing.STAGE, checkpointing.OPTIMIZER, mesh)
+    with Checkpoints(folder, {"a": 1}) as checkpoints:
+        state = checkpoints.restore_state(abstract)
+        assert checkpointing.digests(state) == said[0]["state"]
+        with pytest.raises(ValueError, match="step 10 was saved by 2 processes and is read by 1: .*start as many"):
+            checkpoints.restore(abstract)
+    assert checkpointing.digests(load_ema(folder)) == checkpointing.digests(state.ema)
+
+
+def test_all_processes_report_the_same_damage(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    # The smallest file of all: whichever process it falls to, the other knows nothing of it.
+    victim = min((path for path in (folder / "10").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(b"?" * victim.stat().st_size)
+    codes, words, errors = run("restore", folder)
+    assert 0 not in codes
+    for error in errors:
+        (line,) = [line for line in error.splitlines() if line.startswith("ValueError: ")]
+        assert f"checkpoint of step 10 cannot be restored: {victim} is damaged" in line
+        assert line.endswith(f"delete {folder / '10'} to go on from step 5, which is intact")
