@@ -44,17 +44,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = kill(Path(folder), arguments.moments, arguments.seed, say=print)
+        report = kill(Path(folder), arguments.moments, arguments.seed, arguments.stages, print)
     if arguments.report:
         arguments.report.write_text(json.dumps(report, indent=1))
     print({name: value for name, value in report.items() if name != "deaths"})
-    return 0 if report["survived"] == arguments.moments else 1
+    return 0 if report["survived"] == arguments.moments and report["last_equal"] else 1
 
 
-def kill(folder: Path, moments: int, seed: int = 0, stages: Any = tuple(STAGES), say: Any = None) -> dict[str, Any]:
+def kill(folder: Path, moments: int, seed: int, stages: list[str], say: Any) -> dict[str, Any]:
     """Kill a run in `folder` at `moments` moments, the stages in turn, and compare it with one that was left alone."""
     draw = random.Random(seed)
     context = multiprocessing.get_context("forkserver")  # every child has jax already imported
@@ -82,8 +83,7 @@ def kill(folder: Path, moments: int, seed: int = 0, stages: Any = tuple(STAGES),
             "damage": problem,
         }
         deaths.append(death)
-        if say:
-            say(death)
+        say(death)
     last = newest(out) + 10
     _start(context, out, places, last, "none", 0, None)
     seen.append(losses(out))

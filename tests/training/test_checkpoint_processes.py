@@ -54,7 +54,7 @@ def test_one_process_gets_the_same_state_and_is_told_of_the_data(saved):
     with Checkpoints(folder, {"a": 1}) as checkpoints:
         state = checkpoints.restore_state(abstract)
         assert checkpointing.digests(state) == said[0]["state"]
-        with pytest.raises(ValueError, match="step 10 was saved by 2 processes and is read by 1: .*start as many"):
+        with pytest.raises(ValueError, match=r"step 10 was saved by 2 processes and is read by 1: .*start as many"):
             checkpoints.restore(abstract)
     assert checkpointing.digests(load_ema(folder)) == checkpointing.digests(state.ema)
 
@@ -64,7 +64,7 @@ def test_all_processes_report_the_same_damage(saved, tmp_path):
     # The smallest file of all: whichever process it falls to, the other knows nothing of it.
     victim = min((path for path in (folder / "10").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     victim.write_bytes(b"?" * victim.stat().st_size)
-    codes, words, errors = run("restore", folder)
+    codes, _, errors = run("restore", folder)
     assert 0 not in codes
     for error in errors:
         (line,) = [line for line in error.splitlines() if line.startswith("ValueError: ")]
