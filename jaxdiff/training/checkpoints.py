@@ -5,7 +5,6 @@ cut off leaves the older ones as they were. What is read is first compared with 
 """
 
 import base64
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxdiff.training import manifest
+from jaxdiff.training.agreement import barrier, gather
 from jaxdiff.training.settings import difference
 from jaxdiff.training.state import Params, TrainState
 
@@ -44,9 +42,9 @@ class Checkpoints:
         step = problem = None
         try:
             step = _latest(self._manager, self.directory, manifest.damage)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
-        step, problem = _gather([step, problem])[0]  # a shared directory may look older from another host
+        step, problem = gather([step, problem])[0]  # a shared directory may look older from another host
         if problem:
             raise ValueError(problem)
         return step
@@ -60,7 +58,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         place = {"bytes": base64.b64encode(data).decode()} if isinstance(data, bytes) else {"json": data}
-        told = _gather([place, shutil.disk_usage(self.directory).free])
+        told = gather([place, shutil.disk_usage(self.directory).free])
         free = min(free for _, free in told)
         if size > free:
             raise OSError(
@@ -206,7 +204,10 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointManager:
     # Rests of an interrupted save go when a run starts again, but a reader must not touch what a run is writing.
     options = ocp.CheckpointManagerOptions(
-        create=create, cleanup_tmp_directories=create, temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep})
+        create=create,
+        cleanup_tmp_directories=create,
+        temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep}),
+        async_options=ocp.AsyncOptions(barrier_sync_fn=barrier(f"failed/{directory}")),
     )
     tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
     handlers = {"state": tree(), "ema": tree(), "data": json(), "settings": json()}
@@ -246,19 +247,8 @@ def _way_on(directory: Path, step: int, damage: Callable[[Path], str | None]) ->
 
 def _shared_damage(folder: Path) -> str | None:
     """`manifest.damage`, the work shared by all processes, and the answer the same in all."""
-    problems = _gather(manifest.damage(folder, part=jax.process_index(), parts=jax.process_count()))
+    problems = gather(manifest.damage(folder, part=jax.process_index(), parts=jax.process_count()))
     return next((problem for problem in problems if problem), None)
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every process's value (what JSON can hold), in the order of the processes."""
-    if jax.process_count() == 1:
-        return [value]
-    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(mine.size)).ravel()
-    padded = np.pad(mine, (0, sizes.max() - mine.size))
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _no_tracebacks(record: logging.LogRecord) -> bool:

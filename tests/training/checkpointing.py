@@ -1,6 +1,6 @@
 """Run as several processes by tests: save a state over all their devices, or restore it, and print what there was.
 
-python checkpointing.py save|restore FOLDER
+python checkpointing.py save|fail|restore FOLDER     # fail: process 1 cannot write
 """
 
 import hashlib
@@ -44,20 +44,15 @@ def main() -> None:
     join()
     mesh = make_mesh(fsdp=jax.device_count())
     with jax.set_mesh(mesh), Checkpoints(folder, {"a": 1}) as checkpoints:
-        if what == "save":
-            for step in (5, 10):
+        said = {"latest": checkpoints.latest()}
+        if what == "restore":
+            state, said["place"] = checkpoints.restore(abstract_state(STAGE, OPTIMIZER, mesh))
+        else:
+            for step in (15,) if what == "fail" else (5, 10):
+                if what == "fail" and jax.process_index() == 1:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
                 state = init_state(STAGE, OPTIMIZER, jax.random.key(step), mesh)
                 checkpoints.save(step, state, place(step, jax.process_index()))
-            said = {"latest": None}
-        elif what == "fail":
-            state = init_state(STAGE, OPTIMIZER, jax.random.key(15), mesh)
-            if jax.process_index() == 1:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-            checkpoints.save(15, state, None)
-            said = {}
-        else:
-            said = {"latest": checkpoints.latest()}
-            state, said["place"] = checkpoints.restore(abstract_state(STAGE, OPTIMIZER, mesh))
         said |= {"split": not state.params["first"]["kernel"].is_fully_addressable, "state": digests(state)}
     print(json.dumps(said))
 

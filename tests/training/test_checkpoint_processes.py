@@ -70,3 +70,14 @@ def test_all_processes_report_the_same_damage(saved, tmp_path):
         (line,) = [line for line in error.splitlines() if line.startswith("ValueError: ")]
         assert f"checkpoint of step 10 cannot be restored: {victim} is damaged" in line
         assert line.endswith(f"delete {folder / '10'} to go on from step 5, which is intact")
+
+
+def test_all_processes_stop_where_one_cannot_write(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    codes, _, errors = run("fail", folder)
+    assert 0 not in codes
+    for error in errors:
+        assert f"OSError: {folder}: checkpoint of step 15 not saved, the older ones are intact: " in error
+        assert "File too large" in error
+    assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"5", "10"}
+    manifest.verify(folder / "10")
