@@ -112,8 +112,9 @@ class Checkpoints:
         places = saved.get("places", [saved])  # there was one place, that of process 0, before each had its own
         if len(places) != jax.process_count():
             raise ValueError(
-                f"{self.directory}: checkpoint of step {step} was saved by {len(places)} processes and is read by "
-                f"{jax.process_count()}: the data goes on only with as many, so start as many processes"
+                f"{self.directory}: the number of processes was {len(places)} and is {jax.process_count()} here: each "
+                "reads its share of the data, and goes on only in that; start as many, or begin a new run from the "
+                "averaged parameters"
             )
         place = places[jax.process_index()]
         return base64.b64decode(place["bytes"]) if "bytes" in place else place["json"]
@@ -223,7 +224,8 @@ def _latest(manager: ocp.CheckpointManager, directory: Path, damage: Callable[[P
         if others:
             raise ValueError(f"{directory}: no checkpoint here, but {others[0]}: a checkpoint is named as its step")
         return None
-    if manager.latest_step() != steps[-1]:
+    manager.reload()  # a run that goes on may have added some
+    if (manager.latest_step() or -1) < steps[-1]:
         way = _way_on(directory, steps[-1], damage)
         raise ValueError(f"{directory / str(steps[-1])} is not a complete checkpoint; {way}")
     return steps[-1]

@@ -54,7 +54,7 @@ def test_one_process_gets_the_same_state_and_is_told_of_the_data(saved):
     with Checkpoints(folder, {"a": 1}) as checkpoints:
         state = checkpoints.restore_state(abstract)
         assert checkpointing.digests(state) == said[0]["state"]
-        with pytest.raises(ValueError, match=r"step 10 was saved by 2 processes and is read by 1: .*start as many"):
+        with pytest.raises(ValueError, match="the number of processes was 2 and is 1 here"):
             checkpoints.restore(abstract)
     assert checkpointing.digests(load_ema(folder)) == checkpointing.digests(state.ema)
 

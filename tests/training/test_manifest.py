@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 
 import jax
 import pytest
@@ -150,6 +151,28 @@ def test_things_that_are_no_checkpoints_are_no_fresh_start(folder, tmp_path):
     os.rename(folder / "20", folder / "20.kept")
     with pytest.raises(ValueError, match=r"no checkpoint here, but 20\.kept"):
         resume(folder.parent)
+
+
+def test_rests_of_a_first_save_alone_are_a_fresh_start(folder):
+    for step in (10, 15):
+        shutil.rmtree(folder / str(step))
+    os.rename(folder / "20", folder / f"20{checkpoints.UNFINISHED}")
+    assert int(resume(folder.parent).step) == 20
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "15", "20"]
+
+
+def test_training_goes_on_while_a_manifest_is_made(tmp_path, monkeypatch):
+    gone_on = threading.Event()
+    write = manifest.write
+
+    def patient(folder):
+        assert gone_on.wait(60), "no step was made meanwhile"
+        write(folder)
+
+    monkeypatch.setattr(manifest, "write", patient)
+    stream = Stream(before=lambda index: gone_on.set() if index == 8 else None)
+    train(Toy(), stream, config(steps=9, save_every=5), tmp_path, mesh=ONE, progress=False)
+    manifest.verify(tmp_path / "checkpoints" / "5")
 
 
 def test_an_unfinished_checkpoint_is_no_damage(folder):
