@@ -1,5 +1,7 @@
 """Run as several processes by tests: save a state over all their devices, or restore it, and print what there was.
 
+Bad input is printed, too, and ends in exit code 2.
+
 python checkpointing.py save|fail|restore FOLDER     # fail: process 1 cannot write
 """
 
@@ -58,4 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": str(error)}))
+        sys.exit(2)

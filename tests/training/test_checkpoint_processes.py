@@ -19,28 +19,28 @@ SCRIPT = Path(checkpointing.__file__)
 
 
 def run(what, folder):
-    """Two processes of two devices each; their exit codes, and the last line each has printed or complained with."""
+    """Two processes of two devices each: their exit codes, and the last line that each has printed."""
     with Processes([sys.executable, SCRIPT, what, folder], 2, devices=2) as processes:
         codes = processes.wait(120)
-        words = [(processes.out(index) or processes.err(index)).strip().splitlines() for index in range(2)]
-        return codes, [lines[-1] if lines else "" for lines in words], [processes.err(index) for index in range(2)]
+        lines = [processes.out(index).strip().splitlines() for index in range(2)]
+        assert all(lines), processes.words()
+        return codes, [json.loads(printed[-1]) for printed in lines]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Two checkpoints of two processes, and what each of these says of the newest."""
     folder = tmp_path_factory.mktemp("shared") / "checkpoints"
-    codes, words, errors = run("save", folder)
-    assert codes == [0, 0], errors
-    return folder, [json.loads(text) for text in words]
+    codes, said = run("save", folder)
+    assert codes == [0, 0], said
+    return folder, said
 
 
 def test_two_processes_get_back_what_each_saved(saved):
     folder, said = saved
-    codes, words, errors = run("restore", folder)
-    assert codes == [0, 0], errors
-    for index, text in enumerate(words):
-        restored = json.loads(text)
+    codes, found = run("restore", folder)
+    assert codes == [0, 0], found
+    for index, restored in enumerate(found):
         assert restored["latest"] == 10 and restored["split"]
         assert restored["state"] == said[index]["state"] == said[0]["state"]
         assert restored["place"] == checkpointing.place(10, index)
@@ -64,20 +64,20 @@ def test_all_processes_report_the_same_damage(saved, tmp_path):
     # The smallest file of all: whichever process it falls to, the other knows nothing of it.
     victim = min((path for path in (folder / "10").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     victim.write_bytes(b"?" * victim.stat().st_size)
-    codes, _, errors = run("restore", folder)
-    assert 0 not in codes
-    for error in errors:
-        (line,) = [line for line in error.splitlines() if line.startswith("ValueError: ")]
-        assert f"checkpoint of step 10 cannot be restored: {victim} is damaged" in line
-        assert line.endswith(f"delete {folder / '10'} to go on from step 5, which is intact")
+    codes, found = run("restore", folder)
+    assert codes == [2, 2]
+    assert found[0] == found[1]
+    line = found[0]["error"]
+    assert f"checkpoint of step 10 cannot be restored: {victim} is damaged" in line
+    assert line.endswith(f"delete {folder / '10'} to go on from step 5, which is intact")
 
 
 def test_all_processes_stop_where_one_cannot_write(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
-    codes, _, errors = run("fail", folder)
-    assert 0 not in codes
-    for error in errors:
-        assert f"OSError: {folder}: checkpoint of step 15 not saved, the older ones are intact: " in error
-        assert "File too large" in error
+    codes, found = run("fail", folder)
+    assert codes == [2, 2]
+    for printed in found:
+        assert f"{folder}: checkpoint of step 15 not saved, the older ones are intact: " in printed["error"]
+        assert "File too large" in printed["error"]
     assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"5", "10"}
     manifest.verify(folder / "10")
