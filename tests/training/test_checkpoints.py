@@ -22,7 +22,22 @@ from jaxdiff.training.state import abstract_state, init_state
 
 ONE = make_mesh(devices=jax.devices()[:1])
 OPTIMIZER = OptimizerConfig()
-WIDE = Toy(width=16_384)  # its kernels are large enough to be split
+WIDE = Toy(width=16_384)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """Has a matrix large enough to be split over devices, and for Adafactor to keep a row and a column of it."""
+
+    width: int = 256
+
+    def init(self, key):
+        return Toy(self.width).init(key) | {"middle": {"kernel": jax.random.normal(key, (self.width, self.width)) / 16}}
+
+    def loss(self, params, batch, key):
+        hidden = jax.numpy.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"])
+        hidden = jax.numpy.tanh(hidden @ params["middle"]["kernel"])
+        return ((hidden @ params["second"]["kernel"] - batch["noise"]) ** 2).mean(), {}
 
 
 def equal(a, b):
@@ -73,8 +88,10 @@ def on_eight(request, tmp_path_factory):
     mesh = make_mesh(data=2, fsdp=4)
     optimizer = OptimizerConfig(request.param, 1e-2, 5, 200)
     settings = config(steps=3, save_every=3, optimizer=optimizer)
-    state = train(WIDE, Stream(), settings, folder, mesh=mesh, progress=False)
-    assert "fsdp" in str([leaf.sharding.spec for leaf in jax.tree.leaves(state)])
+    state = train(Deep(), Stream(), settings, folder, mesh=mesh, progress=False)
+    assert "fsdp" in state.params["middle"]["kernel"].sharding.spec
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+    assert isinstance(request.param, Adafactor) == ((256, 256) not in shapes)  # factored moments, or whole ones
     return folder, optimizer, jax.device_get(state)
 
 
@@ -83,7 +100,7 @@ def test_another_mesh_gets_every_bit(on_eight, sizes):
     folder, optimizer, state = on_eight
     count = int(np.prod(sizes))
     mesh = make_mesh(*sizes, devices=jax.devices()[:count])
-    abstract = abstract_state(WIDE, optimizer, mesh)
+    abstract = abstract_state(Deep(), optimizer, mesh)
     settings = json.loads((folder / "checkpoints" / "3" / "settings" / "metadata").read_text())
     with Checkpoints(folder / "checkpoints", settings) as checkpoints:
         restored, place = checkpoints.restore(abstract)
