@@ -52,8 +52,8 @@ def barrier(name: str) -> Callable[..., None] | None:
 
         holding = threading.Thread(target=hold, daemon=True)
         holding.start()
-        while not ended:
-            holding.join(0.2)
+        while holding.is_alive():
+            holding.join(1)
             failed = store.key_value_dir_get(name)
             if failed:
                 process, text = failed[0][0].rsplit("/", 1)[-1], failed[0][1]

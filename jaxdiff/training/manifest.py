@@ -11,8 +11,9 @@ from typing import Any
 MANIFEST = "manifest.json"
 
 
-def write(folder: Path) -> None:
+def write(folder: str | Path) -> None:
     """List all that is in `folder`, and have it on disk before the list is."""
+    folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     # Training goes on meanwhile, so most of the host's cores are left alone.
     files = _each(lambda path: (path.stat().st_size, _digest(path, sync=True)), paths, (os.cpu_count() or 1) // 4)

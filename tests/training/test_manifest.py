@@ -127,7 +127,7 @@ def test_a_missing_manifest_is_damage_that_can_be_made_good(folder):
     (folder / "20" / manifest.MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"manifest\.json is missing .*jaxdiff\.training\.manifest\.write makes one"):
         resume(folder.parent)
-    manifest.write(folder / "20")
+    manifest.write(str(folder / "20"))
     assert int(resume(folder.parent).step) == 20
 
 
