@@ -41,7 +41,7 @@ class Checkpoints:
         """The newest step saved, None where there is none."""
         step = problem = None
         try:
-            step = _latest(self._manager, self.directory, manifest.damage)
+            step = _latest(self._manager, self.directory)
         except (ValueError, OSError) as error:
             problem = str(error)
         step, problem = gather([step, problem])[0]  # a shared directory may look older from another host
@@ -89,12 +89,15 @@ class Checkpoints:
         """The state alone, which any number of processes can go on from."""
         return self._state(self._sound(), abstract)
 
-    def _sound(self) -> int | None:
+    def _sound(self) -> int:
         """The newest step, found to be as it was saved and of these settings."""
         step = self.latest()
+        if step is None:
+            raise ValueError(f"{self.directory}: no checkpoint here")
         problem = _shared_damage(self.directory / str(step))
         if problem:
-            way = _way_on(self.directory, step, _shared_damage)
+            steps = gather(_steps(self.directory))[0]  # all processes must look at the same
+            way = _way_on(self.directory, steps, _shared_damage)
             raise ValueError(f"{self.directory}: checkpoint of step {step} cannot be restored: {problem}; {way}")
         saved = self._restore(step, settings=ocp.args.JsonRestore())["settings"]
         differs = difference(saved, self.settings)
@@ -102,12 +105,12 @@ class Checkpoints:
             raise ValueError(f"{self.directory} was saved with other settings: {differs}")
         return step
 
-    def _state(self, step: int | None, abstract: TrainState) -> TrainState:
+    def _state(self, step: int, abstract: TrainState) -> TrainState:
         trees = {"state": abstract.replace(ema={}), "ema": abstract.ema}
         items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
         return items["state"].replace(ema=items["ema"])
 
-    def _data(self, step: int | None) -> Any:
+    def _data(self, step: int) -> Any:
         saved = self._restore(step, data=ocp.args.JsonRestore())["data"]
         places = saved.get("places", [saved])  # there was one place, that of process 0, before each had its own
         if len(places) != jax.process_count():
@@ -119,7 +122,7 @@ class Checkpoints:
         place = places[jax.process_index()]
         return base64.b64decode(place["bytes"]) if "bytes" in place else place["json"]
 
-    def _restore(self, step: int | None, **items: Any) -> Any:
+    def _restore(self, step: int, **items: Any) -> Any:
         with _explained(ValueError, f"{self.directory}: checkpoint of step {step} cannot be restored"):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
@@ -160,13 +163,13 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
     """
     directory = Path(directory).absolute()
     manager = _manager(directory, None, create=False) if directory.is_dir() else None
-    step = _latest(manager, directory, manifest.damage) if manager else None
+    step = _latest(manager, directory) if manager else None
     if step is None:
         raise FileNotFoundError(f"{directory}: no checkpoint here")
     what = f"{directory}: averaged parameters of step {step} cannot be restored"
     problem = manifest.damage(directory / str(step), only=("ema",))
     if problem:
-        raise ValueError(f"{what}: {problem}; {_way_on(directory, step, manifest.damage)}")
+        raise ValueError(f"{what}: {problem}; {_way_on(directory, _steps(directory), manifest.damage)}")
     with _explained(ValueError, what):
         if abstract is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -215,7 +218,7 @@ def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointM
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
-def _latest(manager: ocp.CheckpointManager, directory: Path, damage: Callable[[Path], str | None]) -> int | None:
+def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
     """The newest step. A damaged directory that would look empty raises: never a silent fresh start."""
     steps = _steps(directory)
     if not steps:
@@ -226,7 +229,7 @@ def _latest(manager: ocp.CheckpointManager, directory: Path, damage: Callable[[P
         return None
     manager.reload()  # a run that goes on may have added some
     if (manager.latest_step() or -1) < steps[-1]:
-        way = _way_on(directory, steps[-1], damage)
+        way = _way_on(directory, steps, manifest.damage)
         raise ValueError(f"{directory / str(steps[-1])} is not a complete checkpoint; {way}")
     return steps[-1]
 
@@ -237,10 +240,10 @@ def _steps(directory: Path) -> list[int]:
     return sorted(number for number in numbers if (directory / str(number)).exists())
 
 
-def _way_on(directory: Path, step: int, damage: Callable[[Path], str | None]) -> str:
-    """What to do about the damaged newest step: the newest that is intact, by name."""
-    bad = [directory / str(step)]
-    for older in reversed([other for other in _steps(directory) if other < step]):
+def _way_on(directory: Path, steps: list[int], damage: Callable[[Path], str | None]) -> str:
+    """What to do about the newest of `steps`, which is damaged: the newest that is intact, by name."""
+    bad = [directory / str(steps[-1])]
+    for older in reversed(steps[:-1]):
         if damage(directory / str(older)) is None:
             return f"delete {' and '.join(map(str, bad))} to go on from step {older}, which is intact"
         bad.append(directory / str(older))

@@ -135,6 +135,8 @@ def test_no_checkpoint_is_said_so(tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint here"):
             load_ema(folder)
     assert not list(tmp_path.iterdir())  # looking creates nothing
+    with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(ValueError, match="no checkpoint here"):
+        checkpoints.restore(abstract_state(Toy(), OPTIMIZER, ONE))
 
 
 @pytest.mark.parametrize(
