@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, other settings are named, damage and full disks are errors."""
 
 import enum
+import json
 import resource
 import shutil
 from dataclasses import dataclass, replace
@@ -11,15 +12,32 @@ import pytest
 from training_toy import Stream, Toy, config
 
 from jaxdiff.training import checkpoints as checkpoints_module
+from jaxdiff.training import manifest
 from jaxdiff.training.checkpoints import Checkpoints, load_ema
 from jaxdiff.training.loop import train
 from jaxdiff.training.mesh import make_mesh
-from jaxdiff.training.optimizer import AdamW, OptimizerConfig
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.settings import difference, flatten
 from jaxdiff.training.state import abstract_state, init_state
 
 ONE = make_mesh(devices=jax.devices()[:1])
 OPTIMIZER = OptimizerConfig()
+WIDE = Toy(width=16_384)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """Has a matrix large enough to be split over devices, and for Adafactor to keep a row and a column of it."""
+
+    width: int = 256
+
+    def init(self, key):
+        return Toy(self.width).init(key) | {"middle": {"kernel": jax.random.normal(key, (self.width, self.width)) / 16}}
+
+    def loss(self, params, batch, key):
+        hidden = jax.numpy.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"])
+        hidden = jax.numpy.tanh(hidden @ params["middle"]["kernel"])
+        return ((hidden @ params["second"]["kernel"] - batch["noise"]) ** 2).mean(), {}
 
 
 def equal(a, b):
@@ -63,6 +81,37 @@ def test_a_checkpoint_moves_to_another_mesh(finished, copied):
     assert state.params["first"]["kernel"].sharding.mesh == mesh
 
 
+@pytest.fixture(scope="module", params=[AdamW(), Adafactor(), Muon()], ids=lambda kind: type(kind).__name__)
+def on_eight(request, tmp_path_factory):
+    """A run of every optimizer on eight devices, parameters split over four: the folder, optimizer and last state."""
+    folder = tmp_path_factory.mktemp("eight")
+    mesh = make_mesh(data=2, fsdp=4)
+    optimizer = OptimizerConfig(request.param, 1e-2, 5, 200)
+    settings = config(steps=3, save_every=3, optimizer=optimizer)
+    state = train(Deep(), Stream(), settings, folder, mesh=mesh, progress=False)
+    assert "fsdp" in state.params["middle"]["kernel"].sharding.spec
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+    assert isinstance(request.param, Adafactor) == ((256, 256) not in shapes)  # factored moments, or whole ones
+    return folder, optimizer, jax.device_get(state)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1), (4, 1, 1), (1, 2, 2), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_another_mesh_gets_every_bit(on_eight, sizes):
+    folder, optimizer, state = on_eight
+    count = int(np.prod(sizes))
+    mesh = make_mesh(*sizes, devices=jax.devices()[:count])
+    abstract = abstract_state(Deep(), optimizer, mesh)
+    settings = json.loads((folder / "checkpoints" / "3" / "settings" / "metadata").read_text())
+    with Checkpoints(folder / "checkpoints", settings) as checkpoints:
+        restored, place = checkpoints.restore(abstract)
+    assert place == {"index": 3}
+    assert equal(restored, state) and jax.tree.structure(restored) == jax.tree.structure(abstract)
+    for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
+    moments = [leaf for leaf in jax.tree.leaves(restored.opt_state) if leaf.size > 1]
+    assert moments and all(np.any(leaf) for leaf in moments if leaf.ndim)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     train(Toy(), Stream(), config(save_every=2, keep=2), tmp_path, mesh=ONE, progress=False)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [18, 20]
@@ -86,6 +135,8 @@ def test_no_checkpoint_is_said_so(tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint here"):
             load_ema(folder)
     assert not list(tmp_path.iterdir())  # looking creates nothing
+    with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(ValueError, match="no checkpoint here"):
+        checkpoints.restore(abstract_state(Toy(), OPTIMIZER, ONE))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +214,7 @@ def test_a_write_that_fails_is_an_error_and_older_checkpoints_stay(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writes fail as on a full disk
         with (
-            pytest.raises(OSError, match="checkpoint not saved, the older ones are intact") as caught,
+            pytest.raises(OSError, match="checkpoint of step 2 not saved, the older ones are intact") as caught,
             Checkpoints(tmp_path, {}, keep=1) as checkpoints,
         ):
             checkpoints.save(2, state, {})
@@ -173,6 +224,31 @@ def test_a_write_that_fails_is_an_error_and_older_checkpoints_stay(tmp_path):
     with Checkpoints(tmp_path, {}) as checkpoints:
         assert checkpoints.latest() == 1
         assert equal(checkpoints.restore(abstract_state(Toy(width=20_000), OPTIMIZER, ONE))[0], state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_whose_disk_was_full_goes_on_from_the_older_checkpoint(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(steps, before=None):
+        return train(WIDE, Stream(before=before), config(steps=steps), tmp_path, mesh=ONE, progress=False)
+
+    def fill(index):
+        if index == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    run(5)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint of step 10 not saved, the older ones are intact: .*too large"):
+            run(10, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    manifest.verify(tmp_path / "checkpoints" / "5")
+    assert not (tmp_path / "checkpoints" / "10").exists()
+    seen = []
+    assert int(run(10, seen.append).step) == 10
+    assert seen == [5, 6, 7, 8, 9]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
 
 
 def test_a_run_told_to_stop_does_not_claim_to_have_saved(tmp_path, monkeypatch):
