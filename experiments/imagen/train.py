@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,24 +21,26 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.cores import use_cores
-from experiments.imagen import pictures, presets
+from experiments.imagen import presets
+from experiments.imagen.samples import Samples, Spread
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
-from jaxdiff.data.example import Example, Source, captions
+from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import Reading, images
-from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
+from jaxdiff.nets.placement import Axes
+from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Stage, check_size, null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.text.t5 import TextEmbedding, TextEncoder, encode
+from jaxdiff.systems.imagen import Stage, check_size
+from jaxdiff.text.t5 import TextEncoder, encode
 from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
 from jaxdiff.training.loop import Diverged, TrainConfig, train
-from jaxdiff.training.mesh import check_batch, make_mesh
+from jaxdiff.training.mesh import BATCH_AXES, check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
+from jaxdiff.training.placement import Placement, Rule
 from jaxdiff.training.state import abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -123,10 +124,16 @@ class Run:
     """A picture that cannot be read or lacks its caption is an error, not a warning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters and optimizer stay float32. bfloat16 on accelerators."""
-    remat: bool = False
-    """Compute each block again in the backward pass, to save memory."""
-    fsdp: int = 1
-    """Devices that share each parameter."""
+    remat: Remat = "none"
+    """What the backward pass computes again to save memory: none | outputs (norms, activations, attention) | blocks
+    (all of them)."""
+    scan: bool = False
+    """Equal blocks in a row as one loop, which compiles faster (sr256 and sr1024)."""
+    mesh: str = "data=-1"
+    """Devices along each axis: copies, fsdp (parameters split), tensor (layers split), such as data=8,fsdp=32; -1: as
+    many as the others leave."""
+    rows: bool = False
+    """The tensor axis splits the rows of pictures instead of layers: for whole pictures of 1024 pixels."""
     workers: int = 0
     """Processes that decode pictures; 0: threads alone."""
     data_dir: Path = Path("runs/data")
@@ -140,7 +147,7 @@ def main(settings: Run) -> None:
     use_cores(settings.batch // max(1, settings.accumulate * processes))
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
-    mesh = make_mesh(fsdp=settings.fsdp)
+    mesh = make_mesh(*parse(settings.mesh).sizes)
     check_batch(settings.batch, mesh, settings.accumulate)
     initial = initial_of(settings, stage, mesh)
     encoder, embeddings = text_of(settings, stage)
@@ -150,18 +157,19 @@ def main(settings: Run) -> None:
     del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
     stream = batches(settings, stage, source, embeddings)
     state = train(
-        stage,
+        split(stage, settings),
         stream,
         config,
         settings.out,
         data=data_of(settings, stage, source, embeddings),
         mesh=mesh,
+        placement=placement_of(settings, stage),
         initial=initial,
-        sample_hook=_Samples(stage, sampling, source, embeddings, settings.out / "samples"),
+        sample_hook=Samples(stage, sampling, source, embeddings, settings.out / "samples"),
         description=settings.stage,
     )
     # How it was computed in training is no part of what was learned.
-    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32", remat=False))
+    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32"))
     made_by = None if embeddings is None else embeddings.encoder
     params = gathered(state.ema)
 
@@ -177,7 +185,7 @@ def main(settings: Run) -> None:
 def stage_of(settings: Run) -> Stage:
     """The preset with what the command line changes of it."""
     stage = presets.stage(settings.stage, settings.preset)
-    changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)}
+    changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype)}
     if settings.logsnr is not None:
         changes["schedule"] = focused(stage.schedule, *settings.logsnr, settings.logsnr_share)
     if settings.snr_power is not None:
@@ -192,6 +200,18 @@ def stage_of(settings: Run) -> Stage:
         if crop > stage.resolution:
             raise ValueError(f"--crop {crop}: larger than the pictures, {stage.resolution}")
     return stage
+
+
+def split(stage: Stage, settings: Run) -> Stage:
+    """The same stage, to be trained as the settings say: none of it is kept with the model."""
+    axes = Axes(BATCH_AXES, ("tensor",) if settings.rows else ())
+    unet = dataclasses.replace(stage.unet, remat=settings.remat, scan=settings.scan, axes=axes)
+    return dataclasses.replace(stage, unet=unet)
+
+
+def placement_of(settings: Run, stage: Stage) -> Placement:
+    """Layers are split over the tensor axis, unless it has the rows of pictures."""
+    return Placement() if settings.rows else Placement(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))
 
 
 def config_of(settings: Run) -> TrainConfig:
@@ -226,7 +246,7 @@ def config_of(settings: Run) -> TrainConfig:
 def data_of(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
     """What a run's batches are made of: run again with something else, it would not be the same run."""
     made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers")}
-    whole = source.source if isinstance(source, _Spread) else source
+    whole = source.source if isinstance(source, Spread) else source
     made_of |= {"crop": crop_of(settings, stage), "examples": len(source), "of": len(whole)}
     return made_of | {"text": None if embeddings is None else embeddings.encoder}
 
@@ -262,7 +282,7 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     if isinstance(spec, sources.Shapes):
         spec = sources.Shapes(settings.examples, settings.held_out)
     source = sources.open(spec, stage.resolution, split, settings.data_dir)
-    return _Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
+    return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
 def text_of(settings: Run, stage: Stage) -> tuple[TextEncoder | None, Embeddings | None]:
@@ -303,7 +323,7 @@ def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Em
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
     made_by = fingerprint(encoder)
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
-    limited = f"-of-{len(source.source)}" if isinstance(source, _Spread) else ""
+    limited = f"-of-{len(source.source)}" if isinstance(source, Spread) else ""
     path = settings.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
     if (path / "embeddings.json").is_file():
         try:
@@ -338,66 +358,6 @@ def crop_of(settings: Run, stage: Stage) -> int | None:
     if stage.low_resolution is None:
         return None
     return stage.resolution // 4 if settings.crop is None else settings.crop or None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spread:
-    """So many examples of a source, evenly spread over it."""
-
-    source: Source
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[self.place(index)]
-
-    def place(self, index: int) -> int:
-        """Where an example of these lies in the source."""
-        return index * len(self.source) // self.count
-
-
-class _Samples:
-    """Called by the loop now and then: a grid of the same few captions, or of the same low-resolution pictures."""
-
-    COUNT = 8
-
-    def __init__(
-        self, stage: Stage, sampling: Sampling, source: Source, embeddings: Embeddings | None, folder: Path
-    ) -> None:
-        self._stage, self._sampling, self._folder = stage, sampling, folder
-        self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
-        shown, found = _Spread(source, self.COUNT), range(self.COUNT)
-        if stage.low_resolution is not None:
-            crop = min(stage.resolution, 256)
-            options = {"low_resolution": stage.low_resolution, "crop": crop, "shuffle": False}
-            batch = next(images(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options))
-            self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
-        if embeddings is not None:
-            texts = list(captions(shown))
-            self._captions = [texts[i] or "" for i in found]
-            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
-            self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
-
-    def __call__(self, step: int, params: dict) -> None:
-        stage = self._stage
-        keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
-        side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
-        null = null_text(stage, self.COUNT)
-        # In pieces, so that a signal need not wait for all of it.
-        pause = lambda done: None  # noqa: E731
-        drawn = gathered(
-            draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res, pause)
-        )
-        if drawn is None:
-            return
-        shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT
-        if self._low_res is not None:
-            shown, captions = [*np.asarray(self._low_res), *drawn], ["input"] * self.COUNT + list(captions)
-        sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
-        pictures.write(self._folder / f"{step:07d}.png", sheet)
-        tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")
 
 
 if __name__ == "__main__":

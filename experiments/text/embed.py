@@ -35,7 +35,9 @@ from jaxdiff.data.embeddings import Embeddings, Shard, fingerprint, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
-from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh, shardings
+from jaxdiff.training.distributed import Cluster, start
+from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh
+from jaxdiff.training.placement import shardings
 from jaxdiff.weights.t5 import load_text_encoder
 
 SAMPLE = 1024
@@ -76,6 +78,8 @@ def main(
         verify: read again all that is stored already, not only the end of each part
         data_dir: where prepared data sets live
     """
+    if shard is None:
+        start(Cluster())  # of processes that were started together each takes its share
     share = _shard(shard)
     if part < 1:
         raise ValueError(f"part {part}: at least one caption a file")

@@ -20,9 +20,10 @@ from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.distributed import agree, check_shared
 from jaxdiff.training.feed import Batches, Feed
 from jaxdiff.training.interruption import Interruption, Preempted, Told
-from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.placement import BY_SHAPE, Placement
 from jaxdiff.training.reporter import Diverged, Reporter
 from jaxdiff.training.settings import flatten
 from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
@@ -70,6 +71,7 @@ def train(
     *,
     data: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
+    placement: Placement = BY_SHAPE,
     sample_hook: Callable[[int, Params], None] | None = None,
     initial: Params | None = None,
     progress: bool = True,
@@ -79,7 +81,7 @@ def train(
 
     Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` says what the batches are made of
     (the set, its size, the batch): to go on with other data than the run began with is refused. `mesh`: all devices
-    along `data` by default.
+    along `data` by default. `placement`: of the parameters on it. Both may change from one start to the next.
     `sample_hook(step, averaged parameters)` is called every `sample_every` steps and after the last; it must not keep
     the parameters. `initial`: parameters to start from in place of the stage's own.
     Of several processes (`distributed.start`) all call this alike, with a folder that they share; the hook is called on
@@ -92,6 +94,7 @@ def train(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh() if mesh is None else mesh
+    check_processes(mesh)
     fixed = {
         "stage": stage,
         "optimizer": config.optimizer,
@@ -103,7 +106,7 @@ def train(
     }
     agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
     check_shared(out)
-    abstract = abstract_state(stage, config.optimizer, mesh)
+    abstract = abstract_state(stage, config.optimizer, mesh, placement)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     folder = out / "checkpoints"
     # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
@@ -119,7 +122,7 @@ def train(
             latest = checkpoints.latest()
             agree("checkpoints", {"the newest": latest})
             if latest is None:
-                state = init_state(stage, config.optimizer, init_key, mesh, initial)
+                state = init_state(stage, config.optimizer, init_key, mesh, initial, placement)
             else:
                 state, place = checkpoints.restore(abstract)
                 batches.set_state(place)

@@ -116,6 +116,13 @@ def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise ValueError(f"a batch of {rows} does not divide over {devices} devices × {accumulate} parts")
 
 
+def check_processes(mesh: Mesh) -> None:
+    """ValueError where a process would hold parts of rows that it has not read: `tensor` must lie inside of each."""
+    own = len(mesh.local_devices)
+    if own % mesh.shape["tensor"]:
+        raise ValueError(f"tensor={mesh.shape['tensor']} does not divide the {own} devices of a process: it must")
+
+
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's numpy batch as global arrays, sharded by their first axis; strings (captions) stay on the host."""
     sharding = batch_sharding(mesh)

@@ -15,6 +15,7 @@ from PIL import Image
 from experiments.data import convert
 from experiments.imagen import assemble, presets, train
 from experiments.imagen import emoji as emoji_run
+from experiments.imagen.samples import Samples
 from experiments.text import embed, pretrain
 from jaxdiff.data import emoji
 from jaxdiff.data.embeddings import fingerprint
@@ -92,7 +93,7 @@ def test_parameters_to_begin_with(standin, photos, tmp_path, command):
     arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
     assert command(train.main, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
     model = load_model(tmp_path / "first" / "model")
-    assert (model.stage.unet.dtype, model.stage.unet.remat) == ("float32", False)
+    assert (model.stage.unet.dtype, model.stage.unet.remat) == ("float32", "none")
     found = []
     for init in (tmp_path / "first", tmp_path / "first" / "model"):
         settings = train.Run("sr256", tmp_path / "second", init=init)
@@ -121,7 +122,7 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     source = train.open_source(train.Run("sr256", tmp_path, data=f"folder:{photos}"), reading)
     rows = {i: (np.full((16, small_cascade.WIDTH), i, np.float16), np.arange(16) < 3, b"") for i in range(9)}
     with pytest.warns(UserWarning, match=r"3\.png"):
-        samples = train._Samples(reading, presets.sampling("sr256", "tiny"), source, rows, tmp_path)
+        samples = Samples(reading, presets.sampling("sr256", "tiny"), source, rows, tmp_path)
     shades = np.round((np.asarray(samples._low_res)[:, 0, 0, 0] + 1) * 127.5 / 25).astype(int)
     assert 3 not in shades
     assert samples._captions == [f"a dark red square number {i}" if i else "" for i in shades]

@@ -1,0 +1,79 @@
+"""What a training run shows of itself now and then: a grid of the same few captions, or low-resolution pictures."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.imagen import pictures
+from jaxdiff.data.embeddings import Embeddings
+from jaxdiff.data.example import Example, Source, captions
+from jaxdiff.data.pipeline import images
+from jaxdiff.diffusion import noise
+from jaxdiff.systems.imagen import Stage, null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
+from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.training.distributed import gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """So many examples of a source, evenly spread over it."""
+
+    source: Source
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Where an example of these lies in the source."""
+        return index * len(self.source) // self.count
+
+
+class Samples:
+    """Called by the loop now and then: a grid of the same few captions, or of the same low-resolution pictures."""
+
+    COUNT = 8
+
+    def __init__(
+        self, stage: Stage, sampling: Sampling, source: Source, embeddings: Embeddings | None, folder: Path
+    ) -> None:
+        self._stage, self._sampling, self._folder = stage, sampling, folder
+        self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
+        shown, found = Spread(source, self.COUNT), range(self.COUNT)
+        if stage.low_resolution is not None:
+            crop = min(stage.resolution, 256)
+            options = {"low_resolution": stage.low_resolution, "crop": crop, "shuffle": False}
+            batch = next(images(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options))
+            self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
+        if embeddings is not None:
+            texts = list(captions(shown))
+            self._captions = [texts[i] or "" for i in found]
+            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
+            self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
+
+    def __call__(self, step: int, params: dict) -> None:
+        stage = self._stage
+        keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
+        side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
+        null = null_text(stage, self.COUNT)
+        # In pieces, so that a signal need not wait for all of it.
+        pause = lambda done: None  # noqa: E731
+        drawn = gathered(
+            draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res, pause)
+        )
+        if drawn is None:
+            return
+        shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT
+        if self._low_res is not None:
+            shown, captions = [*np.asarray(self._low_res), *drawn], ["input"] * self.COUNT + list(captions)
+        sheet = pictures.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
+        pictures.write(self._folder / f"{step:07d}.png", sheet)
+        tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")
