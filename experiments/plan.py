@@ -105,12 +105,12 @@ def main(settings: Run) -> None:
     print(report(plan))
 
 
-def asked(settings: Run, topology: chips.Topology) -> dict[str, Any]:
-    """The question that a kept plan must have answered: the settings, and the compiler's version."""
+def asked(settings: Run, topology: chips.Topology | None) -> dict[str, Any]:
+    """The question that a kept plan must have answered: the settings and, with a topology, the compiler's version."""
     ours = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "hlo", "arrays")
     }
-    return ours | {"compiler": compiler(topology)}
+    return ours if topology is None else ours | {"compiler": compiler(topology)}
 
 
 def compiler(topology: chips.Topology) -> str:
