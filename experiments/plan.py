@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.cli import run
@@ -41,7 +41,7 @@ from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.systems.imagen_drawing import draw
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training import chips
-from jaxdiff.training.mesh import BATCH_AXES, batch_devices, check_batch, make_mesh, parse
+from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
 from jaxdiff.training.placement import Placement, Rule, bytes_on_a_device, shardings, table
 from jaxdiff.training.plan import Costs, Roofline, compiled_costs, estimated_costs, roofline
@@ -165,12 +165,11 @@ def planned(settings: Run, topology: chips.Topology) -> dict[str, Any]:
     }
 
 
-def mesh_of(settings: Run, topology: chips.Topology) -> Mesh:
+def mesh_of(settings: Run, topology: chips.Topology) -> AnyMesh:
     shape = parse(settings.mesh).over(topology.devices)
     if topology.is_tpu:
         return make_mesh(*shape.sizes, devices=chips.described(topology))
-    # Nothing is compiled: one device that stands for all will do.
-    return jax.sharding.AbstractMesh(shape.sizes, ("data", "fsdp", "tensor"))
+    return AbstractMesh(shape.sizes, AXES)
 
 
 def stage_of(settings: Run) -> Stage:

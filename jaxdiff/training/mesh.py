@@ -19,10 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+AnyMesh = Mesh | AbstractMesh
+"""Of devices, or of what is only planned."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: AnyMesh) -> int:
     """How many parts a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(rows: int, mesh: AnyMesh, accumulate: int = 1) -> None:
     """ValueError for a global batch that does not divide over the devices and the parts it is taken in."""
     devices = batch_devices(mesh)
     if rows % (devices * accumulate):

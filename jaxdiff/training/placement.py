@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdiff.training.mesh import AnyMesh
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def name_of(path: Sequence[Any]) -> str:
     return "/".join(_words(path))
 
 
-def shardings(params: Any, mesh: Mesh, placement: Placement = BY_SHAPE) -> Any:
+def shardings(params: Any, mesh: AnyMesh, placement: Placement = BY_SHAPE) -> Any:
     """The placement of every parameter (arrays or shapes), as a tree of NamedSharding.
 
     Raises ValueError for a rule that matches nothing, and for one whose axis the mesh does not divide.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from jaxdiff.training.mesh import AnyMesh
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer
 from jaxdiff.training.placement import BY_SHAPE, Placement, following, shardings
 
@@ -54,7 +55,7 @@ def create_state(params: Params, config: OptimizerConfig) -> TrainState:
     return TrainState(counter, params, ema, optimizer(config).init(params), counter, counter, counter)
 
 
-def abstract_state(stage: Stage, config: OptimizerConfig, mesh: Mesh, placement: Placement = BY_SHAPE) -> TrainState:
+def abstract_state(stage: Stage, config: OptimizerConfig, mesh: AnyMesh, placement: Placement = BY_SHAPE) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
     shapes = jax.eval_shape(lambda: create_state(stage.init(jax.random.key(0)), config))
     placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))

@@ -19,13 +19,14 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import Cosine
 from jaxdiff.diffusion.thresholding import Static, Unthresholded
+from jaxdiff.nets.placement import Axes
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen
 from jaxdiff.systems.imagen import Stage, enlarge, null_text
 from jaxdiff.systems.imagen_drawing import Sampling, draw
 from jaxdiff.systems.tiles import Tiles
 from jaxdiff.text.t5 import TextEmbedding
-from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
+from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
@@ -447,3 +448,17 @@ def test_four_flat_colours_are_learned_and_redrawn():
     distance = np.abs(found.mean((1, 2))[:, None] - COLOURS[None]).max(-1)
     assert (distance.argmin(1) == np.arange(4)).all()
     assert distance.diagonal().max() < 0.3
+
+
+def test_rows_of_large_pictures_are_drawn_by_several_devices():
+    """A picture too large for one: its rows over `tensor`, the pictures of the batch over `data`."""
+    params, mesh = random_params(SR), make_mesh(data=2, tensor=4)
+    low_res = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
+    sampling = Sampling(sampler=DDIM(), steps=3, guidance=Guidance(2.0))
+    alone = drawn(SR, sampling, size=(32, 32), params=params, low_res=low_res)
+    split = replace(SR, unet=replace(SR.unet, axes=Axes(BATCH_AXES, ("tensor",))))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((params, low_res), jax.NamedSharding(mesh, jax.P()))
+        together = drawn(split, sampling, size=(32, 32), params=placed[0], low_res=placed[1])
+    np.testing.assert_allclose(together, alone, atol=2e-3)
+    assert np.std(alone) > 0.1
