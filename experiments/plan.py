@@ -236,7 +236,7 @@ def _text(settings: Run, mesh: Mesh) -> dict[str, Any]:
     encoder = t5.T5Encoder(config)
     tokens = jax.ShapeDtypeStruct((settings.batch, 128), jnp.int32)
     mask = jax.ShapeDtypeStruct((settings.batch, 128), jnp.bool_)
-    shapes = jax.eval_shape(lambda key: encoder.init(key, tokens, mask), jax.random.key(0))
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), tokens, mask)
     params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(settings.dtype)), shapes)
     params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, shardings(params, mesh))
     encode = jax.jit(lambda params, tokens, mask: encoder.apply(params, tokens, mask))

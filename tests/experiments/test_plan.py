@@ -9,6 +9,7 @@ import tyro
 
 from experiments import plan, plan_tables
 from jaxdiff.training import chips
+from jaxdiff.training.plan import Costs
 
 SMALL = "--topology", "v5e:2x2", "--stage", "sr256", "--preset", "tiny", "--batch", 8, "--mesh", "data=2,fsdp=2"
 
@@ -34,6 +35,32 @@ def test_a_small_slice_is_planned_and_the_answer_kept(tmp_path, command, monkeyp
     assert again.code == 0 and again.out in done.out
     with pytest.raises(pytest.fail.Exception):  # another question is another plan
         command(plan.main, *SMALL, "--json", file, "--remat", "blocks")
+
+
+@pytest.mark.usefixtures("small_presets")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        plan.Run("v5e:2x2", "text", batch=8),
+        plan.Run("v5e:2x2", "base64", "tiny", 8, "data=2,fsdp=2", sample=True),
+        plan.Run("v5e:2x2", "sr1024", "tiny", 8, "data=2,tensor=2", rows=True, scan=True, remat="outputs"),
+        plan.Run("v5e:2x2", "sr1024", "tiny", 8, "data=2,tensor=2", rows=True, sample=True),
+        plan.Run("v5e:2x2", "base64", "tiny", 8, "data=2,tensor=2", accumulate=2),
+    ],
+    ids=lambda run: f"{run.stage}{' drawn' * run.sample}{' rows' * run.rows}",
+)
+def test_every_kind_of_step_can_be_asked_for(asked, monkeypatch):
+    """Traced and lowered for the slice; compiling them all would take minutes."""
+    lowered = []
+
+    def stop(function, *arguments, name, hlo):
+        lowered.append(function.lower(*arguments).as_text())
+        return Costs(1, 1, 2, 1.0, 1.0, {})
+
+    monkeypatch.setattr(plan, "_compiled", stop)
+    made = plan.planned(asked, chips.parse(asked.topology))
+    assert "sharding" in lowered[0] and made["parameters"] > 1000
+    assert plan.report(made).count("\n") > 10
 
 
 def test_gpus_are_estimated_and_it_is_said(tmp_path, command):
