@@ -21,7 +21,7 @@ def started(standin, out, count, *arguments):
     data = "--examples", 16, "--held-out", 2, "--data-dir", f"{out}-data", "--text", standin / "text"
     short = "--batch", 8, "--ema-decay", 0.9, "--log-every", 1, "--steps", 3, "--sample-every", 3, "--save-every", 2
     command = [sys.executable, joined_train.__file__, "--stage", "base64", "--out", out, *data, *short, *arguments]
-    return Processes([*command, "--fsdp", count], count, flags=count > 1)
+    return Processes([*command, "--mesh", f"fsdp={count}"], count, flags=count > 1)
 
 
 def ended(processes):
