@@ -161,6 +161,7 @@ def planned(settings: Run, topology: chips.Topology) -> dict[str, Any]:
         **work,
         "costs": dataclasses.asdict(costs),
         "roofline": dataclasses.asdict(roofline(costs, topology.chip)),
+        "date": time.strftime("%Y-%m-%d"),
         "seconds_to_plan": round(time.monotonic() - begun, 1),
     }
 

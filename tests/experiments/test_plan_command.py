@@ -116,7 +116,8 @@ def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
     costs |= {"bytes_accessed": 1e9, "collectives": {}, "seconds": 0.2}
     share = {"compute": 0.1, "memory": 0.01, "interconnect": 0.0, "overlapped": 0.1, "serial": 0.11}
     share |= {"share_overlapped": 1.0, "share_serial": 0.9, "share_compiler": 0.5}
-    made = {"asked": plan.asked(case, None), "mesh": {"data": 2, "fsdp": 32}, "chips": 64}
+    asked = plan.asked(case, None) | {"compiler": "libtpu 1"}
+    made = {"date": "2026-01-02", "asked": asked, "mesh": {"data": 2, "fsdp": 32}, "chips": 64}
     made |= {"costs": costs, "roofline": share}
     (tmp_path / "base64-v5p-64.json").write_text(json.dumps(made))
     old = made | {"asked": plan.asked(dataclasses.replace(case, remat="blocks"), None)}
@@ -127,6 +128,7 @@ def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
     row = next(line for line in page.splitlines() if line.startswith("| base64-v5p-64"))
     for cell in ("64 v5p", "data 2 fsdp 32", "40.0 of 95 GiB", "58%", "45.9", "200 ms, 50%", "2,560", "5.8"):
         assert f" {cell} |" in row, cell
+    assert "Compilers and dates: libtpu 1, 2026-01-02." in page
     assert "--topology v5p:4x4x4 --batch 512 --mesh data=2,fsdp=32" in page
     assert command(plan_tables.main, "--only", "v9", "--out", tmp_path).code == 2
 
