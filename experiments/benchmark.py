@@ -28,29 +28,11 @@ from experiments.imagen.drawing import usable
 from jaxdiff.data.files import write_json
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_size
+from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
 from jaxdiff.training.step import make_step
-
-PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "RTX 4090": 165,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-}
-"""Dense bfloat16 peaks from the vendors' data sheets, by a part of JAX's name of the device; the first that fits."""
 
 
 @dataclasses.dataclass(frozen=True)

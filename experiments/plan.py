@@ -43,7 +43,7 @@ from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training import chips
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
-from jaxdiff.training.placement import Placement, Rule, bytes_on_a_device, shardings, table
+from jaxdiff.training.placement import bytes_on_a_device, shardings, table
 from jaxdiff.training.plan import Costs, Roofline, compiled_costs, estimated_costs, roofline
 from jaxdiff.training.state import TrainState, abstract_state
 from jaxdiff.training.step import make_step
@@ -175,13 +175,8 @@ def mesh_of(settings: Run, topology: chips.Topology) -> AnyMesh:
 
 def stage_of(settings: Run) -> Stage:
     stage = presets.stage(settings.stage, settings.preset)
-    axes = Axes(BATCH_AXES, ("tensor",) if settings.rows else ())
-    how = {"dtype": settings.dtype, "remat": settings.remat, "scan": settings.scan, "axes": axes}
-    return dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, **how))
-
-
-def placement_of(settings: Run, stage: Stage) -> Placement:
-    return Placement() if settings.rows else Placement(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))
+    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype=settings.dtype))
+    return presets.split(stage, settings.remat, settings.scan, settings.rows)
 
 
 def optimizer_of(settings: Run) -> OptimizerConfig:
@@ -196,7 +191,7 @@ def side_of(settings: Run, stage: Stage) -> int:
 
 
 def _training(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
-    state = abstract_state(stage, optimizer_of(settings), mesh, placement_of(settings, stage))
+    state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
     step = make_step(
         stage,
         optimizer_of(settings),
@@ -251,7 +246,7 @@ def _text(settings: Run, mesh: Mesh) -> dict[str, Any]:
 def _estimate(settings: Run, stage: Stage, mesh: Any) -> dict[str, Any]:
     if settings.sample:
         raise ValueError("--sample: for TPU topologies, which are compiled for")
-    state = abstract_state(stage, optimizer_of(settings), mesh, placement_of(settings, stage))
+    state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
     local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=Axes()))
     rows = settings.batch // batch_devices(mesh)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))

@@ -1,11 +1,17 @@
 """The names that command lines use, and the values they stand for."""
 
+from dataclasses import replace
+
 from jaxdiff.diffusion.grids import Leading, Respaced, Spacing
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Thresholding, Unthresholded
+from jaxdiff.nets.placement import Axes
+from jaxdiff.nets.unet import Remat
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.training.mesh import BATCH_AXES
+from jaxdiff.training.placement import Placement, Rule
 
 STAGES: dict[str, dict[str, Stage]] = {
     "base64": {
@@ -72,3 +78,14 @@ def thresholding(name: str) -> Thresholding:
     if name not in THRESHOLDINGS:
         raise ValueError(f"unknown thresholding {name!r}: choose from {', '.join(THRESHOLDINGS)}")
     return THRESHOLDINGS[name]
+
+
+def split(stage: Stage, remat: Remat, scan: bool, rows: bool) -> Stage:
+    """The same stage, computed over a mesh; `rows`: of pictures, over its tensor axis."""
+    axes = Axes(BATCH_AXES, ("tensor",) if rows else ())
+    return replace(stage, unet=replace(stage.unet, remat=remat, scan=scan, axes=axes))
+
+
+def placement(stage: Stage, rows: bool) -> Placement:
+    """Layers are split over the tensor axis, unless it has the rows of pictures."""
+    return Placement() if rows else Placement(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))

@@ -29,7 +29,6 @@ from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
-from jaxdiff.nets.placement import Axes
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import Stage, check_size
@@ -38,9 +37,8 @@ from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
 from jaxdiff.training.loop import Diverged, TrainConfig, train
-from jaxdiff.training.mesh import BATCH_AXES, check_batch, make_mesh, parse
+from jaxdiff.training.mesh import check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
-from jaxdiff.training.placement import Placement, Rule
 from jaxdiff.training.state import abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -157,13 +155,13 @@ def main(settings: Run) -> None:
     del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
     stream = batches(settings, stage, source, embeddings)
     state = train(
-        split(stage, settings),
+        presets.split(stage, settings.remat, settings.scan, settings.rows),
         stream,
         config,
         settings.out,
         data=data_of(settings, stage, source, embeddings),
         mesh=mesh,
-        placement=placement_of(settings, stage),
+        placement=presets.placement(stage, settings.rows),
         initial=initial,
         sample_hook=Samples(stage, sampling, source, embeddings, settings.out / "samples"),
         description=settings.stage,
@@ -200,18 +198,6 @@ def stage_of(settings: Run) -> Stage:
         if crop > stage.resolution:
             raise ValueError(f"--crop {crop}: larger than the pictures, {stage.resolution}")
     return stage
-
-
-def split(stage: Stage, settings: Run) -> Stage:
-    """The same stage, to be trained as the settings say: none of it is kept with the model."""
-    axes = Axes(BATCH_AXES, ("tensor",) if settings.rows else ())
-    unet = dataclasses.replace(stage.unet, remat=settings.remat, scan=settings.scan, axes=axes)
-    return dataclasses.replace(stage, unet=unet)
-
-
-def placement_of(settings: Run, stage: Stage) -> Placement:
-    """Layers are split over the tensor axis, unless it has the rows of pictures."""
-    return Placement() if settings.rows else Placement(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))
 
 
 def config_of(settings: Run) -> TrainConfig:

@@ -6,7 +6,27 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-GB, GIB = 1e9, 2.0**30
+GB, GIB, TERA = 1e9, 2.0**30, 1e12
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+    "TPU7x": 2307 / 2,
+}
+"""Dense bfloat16 peaks of a device, from data sheets, by a part of JAX's name of it; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +47,15 @@ class Chip:
     config: str | None = None
 
 
-V4 = Chip("v4", 275e12, 32 * GIB, 1228 * GB, 300 * GB, config="megacore")
-V5E = Chip("v5e", 197e12, 16 * GIB, 819 * GB, 200 * GB)
-V5P = Chip("v5p", 459e12, 95 * GIB, 2765 * GB, 600 * GB)
-V6E = Chip("v6e", 918e12, 32 * GIB, 1638 * GB, 400 * GB)
-TPU7X = Chip("tpu7x", 2307e12, 192 * GIB, 7380 * GB, 600 * GB, devices=2)
-A100 = Chip("a100", 312e12, 80 * GB, 2039 * GB, 300 * GB)
-H100 = Chip("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB)
-H200 = Chip("h200", 989e12, 141 * GB, 4800 * GB, 450 * GB)
-B200 = Chip("b200", 2250e12, 180 * GB, 7700 * GB, 900 * GB)
+V4 = Chip("v4", PEAK_TFLOPS["TPU v4"] * TERA, 32 * GIB, 1228 * GB, 300 * GB, config="megacore")
+V5E = Chip("v5e", PEAK_TFLOPS["TPU v5 lite"] * TERA, 16 * GIB, 819 * GB, 200 * GB)
+V5P = Chip("v5p", PEAK_TFLOPS["TPU v5"] * TERA, 95 * GIB, 2765 * GB, 600 * GB)
+V6E = Chip("v6e", PEAK_TFLOPS["TPU v6 lite"] * TERA, 32 * GIB, 1638 * GB, 400 * GB)
+TPU7X = Chip("tpu7x", 2 * PEAK_TFLOPS["TPU7x"] * TERA, 192 * GIB, 7380 * GB, 600 * GB, devices=2)
+A100 = Chip("a100", PEAK_TFLOPS["A100"] * TERA, 80 * GB, 2039 * GB, 300 * GB)
+H100 = Chip("h100", PEAK_TFLOPS["H100"] * TERA, 80 * GB, 3350 * GB, 450 * GB)
+H200 = Chip("h200", PEAK_TFLOPS["H200"] * TERA, 141 * GB, 4800 * GB, 450 * GB)
+B200 = Chip("b200", PEAK_TFLOPS["B200"] * TERA, 180 * GB, 7700 * GB, 900 * GB)
 
 TPUS = (V4, V5E, V5P, V6E, TPU7X)
 GPUS = (A100, H100, H200, B200)

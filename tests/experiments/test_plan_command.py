@@ -137,6 +137,7 @@ KEPT = plan_tables._kept(plan_tables.FOLDER)
 
 
 def test_the_published_plans_leave_memory_free():
+    assert KEPT
     for name, made in KEPT.items():
         assert plan_tables.free(made) >= plan_tables.LEAST_FREE, name
         assert made["costs"]["unknown_loops"] == 0, name
