@@ -38,6 +38,7 @@ STAGES = {
     "outside": "any time",
 }
 AHEAD = 60  # steps that a start would train if it were let
+FOR_EVER = 1_000_000  # steps that are not done when death comes from outside, however fast the machine is
 
 
 def main() -> int:
@@ -67,7 +68,8 @@ def kill(folder: Path, moments: int, seed: int, stages: list[str], say: Any) -> 
         # What a stage's `count`-th event is: of `saving` one a save, of `items` and `hashing` several.
         count = draw.randint(1, {"step": 20, "items": 20, "hashing": 60, "cleaning": 8}.get(stage, 5))
         before = newest(out)
-        code = _start(context, out, places, before + AHEAD, stage, count, draw.uniform(0, 4))
+        ahead = FOR_EVER if stage == "outside" else AHEAD
+        code = _start(context, out, places, before + ahead, stage, count, draw.uniform(0, 4))
         resumed = int(places.read_text() or -1) if before else 0  # -1: died before it had restored anything
         after, problem = newest(out), damaged(out)
         seen.append(losses(out))
