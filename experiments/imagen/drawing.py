@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.imagen import presets
@@ -18,6 +21,7 @@ from jaxdiff.diffusion.thresholding import Dynamic
 from jaxdiff.systems.cascade import Cascade, Model
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
+from jaxdiff.training.mesh import make_mesh, parse
 
 PART = 32
 """Pictures that go through the stages together: at 1024 pixels they take 400 MB."""
@@ -58,6 +62,9 @@ class Drawing:
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the generators compute in; bfloat16 on accelerators. DeepFloyd IF's parameters and its T5 are loaded in it,
     too."""
+    mesh: str = ""
+    """Draw on all devices of this machine: data=-1, each its own pictures; data=2,tensor=4, each picture of
+    super-resolution on four of them, by its rows. Parameters lie on every device. Left out: one device."""
 
 
 def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
@@ -70,6 +77,29 @@ def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
 
     base, *others = map(cast, cascade.models)
     return dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
+
+
+@contextmanager
+def spread(cascade: Cascade, mesh: str) -> Iterator[Cascade]:
+    """The cascade on the devices of a mesh, within which it has to be used. ValueError for one that cannot be."""
+    if not mesh:
+        yield cascade
+        return
+    shape = parse(mesh).over(jax.device_count())
+    if shape.fsdp != 1:
+        raise ValueError(
+            f"--mesh {mesh}: each device has all parameters when drawing, so that only data and tensor remain"
+        )
+    devices = make_mesh(*shape.sizes)
+
+    def place(model: Model) -> Model:
+        stage = presets.split(model.stage, "none", False, rows=model.stage.unet.low_res)
+        params = jax.device_put(model.params, NamedSharding(devices, PartitionSpec()))
+        return dataclasses.replace(model, stage=stage, params=params)
+
+    base, *others = map(place, cascade.models)
+    with jax.set_mesh(devices):
+        yield dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
 
 
 def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]:

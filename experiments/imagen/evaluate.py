@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, parts, samplings, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, parts, samplings, spread, usable, with_dtype
 from jaxdiff.data import pictures
 from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
@@ -65,6 +65,16 @@ def main(settings: Run) -> None:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")
     if settings.json is not None:
         usable(settings.json.parent)
+    with spread(model, settings.drawing.mesh) as model:
+        scores = _scores(settings, model, chosen)
+    for name, value in scores.items():
+        if not name.startswith("wrong"):
+            print(f"{name:28} {_readable(value)}")
+    if settings.json is not None:
+        write_json(settings.json, {**scores, "made_by": _made_by(settings, chosen)})
+
+
+def _scores(settings: Run, model: Cascade, chosen: Sequence[Sampling]) -> dict:
     scores = {}
     if settings.n:
         captions = held_out_captions(settings.n)
@@ -72,11 +82,7 @@ def main(settings: Run) -> None:
     for resolution, count in ((256, settings.psnr_256), (1024, settings.psnr_1024)):
         if count and resolution in model.resolutions[1:]:
             scores |= psnr_scores(model, resolution, count, chosen, settings.seed, settings.batch)
-    for name, value in scores.items():
-        if not name.startswith("wrong"):
-            print(f"{name:28} {_readable(value)}")
-    if settings.json is not None:
-        write_json(settings.json, {**scores, "made_by": _made_by(settings, chosen)})
+    return scores
 
 
 def upto(model: Cascade, resolution: int | None) -> Cascade:

@@ -14,6 +14,9 @@ the first time. `--size 96x64` draws other sizes than 64: multiples of the strid
 
 DeepFloyd IF from a hub id or from folders that diffusers saves, one for each stage. The text encoder runs first and has
 left before the generators are loaded; with `--embeddings FILE` it runs once for all times.
+
+On a host of several devices `--mesh data=-1` gives each its own pictures, and `--mesh tensor=-1` each large picture to
+all of them, by its rows.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of, spread, usable, with_dtype
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
@@ -88,6 +91,11 @@ def main(settings: Run) -> None:
     if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
         raise ValueError(f"--embeddings {settings.embeddings}: the file has to end in .safetensors")
     model = with_dtype(_loaded(settings, prompts), settings.drawing.dtype)
+    with spread(model, settings.drawing.mesh) as model:
+        _draw(settings, model, prompts)
+
+
+def _draw(settings: Run, model: Cascade, prompts: list[str]) -> None:
     chosen = samplings(model.models, settings.drawing)
     task = _Task(settings, model, chosen, settings.own.begin(model), enlarged(settings.own, model))
     prompts = [prompt for prompt in prompts for _ in range(settings.per_prompt)]

@@ -1,5 +1,6 @@
 """Which mesh axes activations are split over. A network is told names, never a mesh: it uses the ambient one."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -22,3 +23,9 @@ class Axes:
         if not self.batch and not self.rows:
             return x
         return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.rows or None))
+
+    def sizes(self) -> tuple[int, int]:
+        """Into how many parts the ambient mesh splits a batch, and the rows of a picture."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        batch, rows = (math.prod(sizes.get(name, 1) for name in names) for names in (self.batch, self.rows))
+        return batch, rows

@@ -189,7 +189,7 @@ def stages(
     enlarges; its resolution by default. `after`: (resolution, pictures) to go on from, as if that stage had drawn them.
     `picture`: what every stage begins with, or keeps in part.
     `batch`: pictures in one program at the base; a larger picture takes the place of as many as it has of their pixels,
-    up to the one that is left.
+    up to the one that is left. Stages with `axes` draw on the ambient mesh, at least one picture on each of its parts.
 
     ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, a size, tiles or strength that a
     stage cannot draw, a seed below 0 or from 2³² on; and for a stage that draws values that are not finite. An empty
@@ -227,7 +227,9 @@ def stages(
         for number in range(begin, end):
             model, sampling, folded = cascade.models[number], samplings[number], noise.fold(keys, number)
             rows = max(1, batch * cascade.base.stage.resolution**2 // model.stage.resolution**2)
-            draws = _Task(model, sampling, text, away, folded, pictures, size, min(rows, count))
+            parts, _ = model.stage.unet.axes.sizes()
+            rows = -(-min(rows, count) // parts) * parts
+            draws = _Task(model, sampling, text, away, folded, pictures, size, rows)
             task = draws if picture is None else replace(draws, begin=partial(picture.given, number))
             pictures = task.run(progress)
             yield model.stage.resolution, pictures

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def draw(
     x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
     if given is not None:
         x = _begin(stage, sampling, given.image, x, known, first)
-    carry = sampling.sampler.init(x)
+    carry = _split(stage, sampling.sampler.init(x))
     if progress is None:
         chunk = sampling.steps
     for start in range(first, sampling.steps, chunk):
@@ -142,7 +143,12 @@ def _advance(stage, sampling, params, carry, condition, keys, start, stop):
     if condition.known:
         eps = noise.normal_like(noise.fold(keys, 0), condition.known[0].shape[1:])
         keep = partial(_kept, sampling, condition.known, eps)
-    return integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop, keep)
+    return _split(stage, integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop, keep))
+
+
+def _split(stage: Stage, carry: Any) -> Any:
+    """The sampler's state over the mesh, before and after a program alike, which else would be compiled for both."""
+    return jax.tree.map(lambda leaf: stage.unet.axes.pictures(leaf) if leaf.ndim == 4 else leaf, carry)
 
 
 def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array):
@@ -186,7 +192,8 @@ def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbeddin
 @partial(jax.jit, static_argnums=(0, 1, 4))
 def _noise_low_res(stage, sampling, low_res, keys, size):
     level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
-    return low_res_input(stage, low_res, level, noise.fold(keys, 2), size)
+    seen, level = low_res_input(stage, low_res, level, noise.fold(keys, 2), size)
+    return stage.unet.axes.pictures(seen), level
 
 
 def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
@@ -199,8 +206,16 @@ def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
 
 
 def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
-    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings."""
+    """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings, or
+    where its smallest maps have not so many rows as devices are to share."""
     check_size(stage, *size)
+    height = size[0] if sampling.tiles is None else sampling.tiles.side
+    rows, (_, devices) = height // stage.unet.stride, stage.unet.axes.sizes()
+    if rows % devices:
+        raise ValueError(
+            f"{height} pixels are {rows} rows in the smallest maps of the {stage.resolution} stage: {devices} devices "
+            "cannot share them"
+        )
     jax.eval_shape(lambda: grid(stage.schedule, sampling.steps, sampling.spacing))
     if sampling.sampler == DDPM(None) and not stage.unet.learned_variance:
         raise ValueError(f"the {stage.resolution} stage has learned no variance, so its DDPM needs a gamma")

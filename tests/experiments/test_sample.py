@@ -1,13 +1,15 @@
 """Prompts to pictures on disk: what is written, what it says of itself, and that settings do what they say."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.imagen import sample
-from experiments.imagen.drawing import Drawing, parts, samplings
+from experiments.imagen.drawing import Drawing, parts, samplings, spread
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
 from jaxdiff.systems import cascade
@@ -63,6 +65,49 @@ def test_large_lists_are_drawn_in_parts(standin, tmp_path, command, monkeypatch)
     expected = cascade.sample(load(standin), ["a red circle", "a blue star", "a green heart"], up_to=64)[64]
     for image, picture in zip(found.values(), expected):
         assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
+
+
+@pytest.mark.parametrize("mesh", ["data=-1", "data=2,tensor=4"])
+def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
+    """Three pictures, which fill no mesh evenly; `tensor` splits the rows of what is enlarged."""
+    arguments = "a red circle", "a blue star", "a yellow cross", "--up-to", 256, "--seed", 3, "--weights", standin
+    found = {}
+    for name, given in {"one": (), "all": ("--mesh", mesh)}.items():
+        done = command(sample.main, *arguments, "--out", tmp_path / name, *given)
+        assert done.code == 0, done.err
+        found[name] = pictures_in(tmp_path / name)
+    assert list(found["all"]) == list(found["one"]) and len(found["one"]) == 3
+    for name, expected in found["one"].items():
+        assert np.ptp(expected) > 60
+        assert np.abs(np.asarray(found["all"][name]).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_mesh_compiles_each_stage_once(standin, caplog):
+    """The sampler's state lies before the first steps as it does after them."""
+    with spread(load(standin), "data=2,tensor=4") as model, jax.log_compiles():
+        chosen = [dataclasses.replace(each.sampling, steps=9) for each in model.models]
+        drawn = cascade.sample(
+            model, ["a red circle"], up_to=256, samplings=chosen, seed=5, progress=lambda resolution, done, total: None
+        )
+    assert drawn[256].shape == (1, 256, 256, 3)
+    compiled = [line for line in caplog.messages if line.startswith("Compiling jit(_advance)")]
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    "mesh, told",
+    [
+        ("fsdp=8", "only data and tensor remain"),
+        ("data=3", "does not fit 8 devices"),
+        ("rows=8", "write sizes of data, fsdp, tensor"),
+        ("tensor=8", "8 devices cannot share them"),
+    ],
+)
+def test_a_mesh_that_cannot_draw(mesh, told, standin, tmp_path, command):
+    arguments = "a red circle", "--size", "16x16", "--weights", standin, "--out", tmp_path / "out", "--mesh", mesh
+    done = command(sample.main, *arguments)
+    assert done.code == 2 and told in done.err and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_sizes_in_tiles(standin, tmp_path, command):
