@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Child processes inherit the cache, so that a script started by a test reuses what another one compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# With a limit of its size (bytes) the cache takes a lock, without which two processes may read what is half written.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**34))
 # Most of the suite's time is compilation, which takes half as long with fewer optimizations.
 for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 1)):
     if _flag not in os.environ.get("XLA_FLAGS", ""):
@@ -22,6 +24,14 @@ for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend
 from jaxtyping import install_import_hook  # noqa: E402
 
 _HOOK = install_import_hook("jaxdiff", "beartype.beartype")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tables that tests recorded, whichever process ran them."""
+    for report in (*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())):
+        for name, table in report.user_properties:
+            if name == "table" and report.when == "call":
+                terminalreporter.write_line(f"\n{table}\n")
 
 
 def pytest_sessionfinish(session, exitstatus):

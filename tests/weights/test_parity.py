@@ -1,4 +1,4 @@
-"""The parity table: every public model that is read, beside PyTorch's own (`pytest -s tests/weights/test_parity.py`).
+"""The parity table: every public model that is read, beside PyTorch's own (`pytest tests/weights/test_parity.py`).
 
 First the numbers: models of few parameters and the public topology, filled at random and saved by transformers or
 diffusers, loaded by us. Then the names: the public sizes, whose every tensor must have its name and its shape.
@@ -101,7 +101,7 @@ PUBLIC_UNETS = {
 """IF-II's widths are inferred from its published sizes, 450 M and 1.2 B, of which these come nearest."""
 
 
-def test_parity(tmp_path, capsys):
+def test_parity(tmp_path, record_property):
     pytest.importorskip("torch", reason="the models that it compares with are PyTorch's")
     pytest.importorskip("diffusers", reason="DeepFloyd IF's U-Net is diffusers'")
     numbers = []
@@ -112,13 +112,12 @@ def test_parity(tmp_path, capsys):
     for name, config in UNETS.items():
         numbers += [(name, *row, UNET) for row in compare_unet(config, tmp_path / name)]
     public = [*t5_names(tmp_path), *unet_names(tmp_path)]
-    with capsys.disabled():
-        print("\n\n| model at random | output | largest error | tensors |\n|---|---|---|---|")
-        for name, output, error, count, _ in numbers:
-            print(f"| {name} | {output} | {error:.1e} | {count} |")
-        print("\n| public model | parameters | tensors of the same names and shapes |\n|---|---|---|")
-        for name, millions, _, ours, theirs in public:
-            print(f"| {name} | {millions:,.2f} M | {len(ours.items() & theirs.items())} of {len(theirs)} |")
+    lines = ["| model at random | output | largest error | tensors |", "|---|---|---|---|"]
+    lines += [f"| {name} | {output} | {error:.1e} | {count} |" for name, output, error, count, _ in numbers]
+    lines += ["", "| public model | parameters | tensors of the same names and shapes |", "|---|---|---|"]
+    for name, millions, _, ours, theirs in public:
+        lines.append(f"| {name} | {millions:,.2f} M | {len(ours.items() & theirs.items())} of {len(theirs)} |")
+    record_property("table", "\n".join(lines))
     assert not [row for row in numbers if not row[2] <= row[4]]
     for name, millions, published, ours, theirs in public:
         assert ours == theirs, name
