@@ -48,8 +48,7 @@ def cases() -> dict[str, plan.Run]:
             mesh = "data=16,fsdp=32" if chip == "tpu7x" else "data=8,fsdp=32"
             found[f"{stage}-{chip}"] = plan.Run(f"{chip}:{shape}", stage, preset, 2048, mesh, remat=remat)
     for shape, count in SCALED.items():
-        name = f"base64-v5p-{count}"
-        if count != 256:
+        if (name := scaled()[count]) not in found:
             found[name] = plan.Run(f"v5p:{shape}", "base64", "2b", 8 * count, f"data={count // 32},fsdp=32")
     for chip, shape in HOSTS.items():
         found[f"text-{chip}"] = plan.Run(f"{chip}:{shape}", "text", "2b", 256, "fsdp=-1")
@@ -116,6 +115,7 @@ def _write_page(out: Path) -> None:
         "",
         *_table(training),
         "",
+        *_scaling(kept),
         "T5-XXL's encoder, frozen, bfloat16, captions of 128 tokens:",
         "",
         *_table(encoding),
@@ -126,6 +126,26 @@ def _write_page(out: Path) -> None:
     ]
     with replacing(out / "README.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _scaling(kept: dict[str, dict[str, Any]]) -> list[str]:
+    """What becomes of the base model's speed on v5p when chips are added, each with as many pictures as before."""
+    speeds = {chips: speed(kept[name]) for chips, name in scaled().items() if name in kept}
+    if len(speeds) < 2:
+        return []
+    first, *others = sorted(speeds)
+    told = ", ".join(f"{speeds[count] / speeds[first]:.1%} on {count}" for count in others)
+    return [f"Pictures a second and chip of base64 on v5p, against those on {first} chips: {told}.", ""]
+
+
+def scaled() -> dict[int, str]:
+    """The plans of the base model on more and more v5p chips, by their number."""
+    return {count: "base64-v5p" if count == 256 else f"base64-v5p-{count}" for count in SCALED.values()}
+
+
+def speed(made: dict[str, Any]) -> float:
+    """Pictures a second and chip by the compiler's estimate; where it gives none, if nothing overlaps."""
+    return made["asked"]["batch"] / (made["costs"]["seconds"] or made["roofline"]["serial"]) / made["chips"]
 
 
 def command(made: dict[str, Any]) -> str:

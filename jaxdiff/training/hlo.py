@@ -59,13 +59,14 @@ def read(text: str, devices: int) -> Program:
     collectives: dict[str, Collectives] = defaultdict(Collectives)
     once = looped = 0.0
     cycles: Counter = Counter()
+    channels: set[str] = set()
     for name, instructions in computations.items():
         if name not in times:
             continue
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
             kind = _kind(instruction, name)
-            if kind is not None:
+            if kind is not None and _begins(instruction, channels):
                 collectives[kind].count += times[name]
                 collectives[kind].bytes += times[name] * _received(instruction, kind, devices)
             flops = _flops(instruction, shapes)
@@ -165,6 +166,16 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
         return None
     # The TPU compiler writes a reduce-scatter as an all-reduce whose part is cut out where it is computed.
     return "reduce-scatter" if opcode == "all-reduce" and "all-reduce-scatter" in computation else opcode
+
+
+def _begins(instruction: Instruction, channels: set[str]) -> bool:
+    """Whether a collective is seen for the first time. Where it goes on while fusions compute, the TPU compiler writes
+    it in each of them again, with the same channel; `channels` are those seen."""
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    if channel is None or channel[1] not in channels:
+        channels |= {channel[1]} if channel else set()
+        return True
+    return False
 
 
 def _received(instruction: Instruction, kind: str, devices: int) -> float:

@@ -108,6 +108,32 @@ def test_every_spelling():
     assert program.cycles == {"convolution: backward conv": 1200}
 
 
+FUSED = """HloModule made_up
+
+%first (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8] parameter(0)
+  ROOT %whole = bf16[16,8] all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%second (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8] parameter(0)
+  ROOT %whole = bf16[16,8] all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8] parameter(0)
+  %begun = bf16[16,8] fusion(%x), kind=kCustom, calls=%first
+  %another = bf16[16,8] all-gather(%x), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %ended = bf16[16,8] fusion(%x), kind=kCustom, calls=%second
+}
+"""
+
+
+def test_a_collective_that_goes_on_in_several_fusions_is_one():
+    (gathers,) = hlo.read(FUSED, 8).collectives.values()
+    assert (gathers.count, gathers.bytes) == (2, 2 * 16 * 8 * 2 * 3 / 4)
+
+
 def test_a_loop_without_a_length_is_said():
     program = hlo.read(LOOP.replace("direction=LT", "direction=NE"), 8)
     assert program.unknown_loops == 1 and program.collectives["all-gather"].count == 1
