@@ -59,14 +59,14 @@ def read(text: str, devices: int) -> Program:
     collectives: dict[str, Collectives] = defaultdict(Collectives)
     once = looped = 0.0
     cycles: Counter = Counter()
-    channels: set[str] = set()
+    chains: set[str] = set()
     for name, instructions in computations.items():
         if name not in times:
             continue
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
             kind = _kind(instruction, name)
-            if kind is not None and _begins(instruction, channels):
+            if kind is not None and _begins(instruction, chains):
                 collectives[kind].count += times[name]
                 collectives[kind].bytes += times[name] * _received(instruction, kind, devices)
             flops = _flops(instruction, shapes)
@@ -168,14 +168,15 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
     return "reduce-scatter" if opcode == "all-reduce" and "all-reduce-scatter" in computation else opcode
 
 
-def _begins(instruction: Instruction, channels: set[str]) -> bool:
+def _begins(instruction: Instruction, chains: set[str]) -> bool:
     """Whether a collective is seen for the first time. Where it goes on while fusions compute, the TPU compiler writes
-    it in each of them again, with the same channel; `channels` are those seen."""
-    channel = re.search(r"channel_id=(\d+)", instruction.rest)
-    if channel is None or channel[1] not in channels:
-        channels |= {channel[1]} if channel else set()
+    it in each of them again, as parts of a chain; `chains` are those seen."""
+    chain = re.search(r'chain_id="(\d+)"', instruction.rest)
+    if chain is None:
         return True
-    return False
+    new = chain[1] not in chains
+    chains.add(chain[1])
+    return new
 
 
 def _received(instruction: Instruction, kind: str, devices: int) -> float:

@@ -112,18 +112,18 @@ FUSED = """HloModule made_up
 
 %first (x: bf16[4,8]) -> bf16[16,8] {
   %x = bf16[4,8] parameter(0)
-  ROOT %whole = bf16[16,8] all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %whole = bf16[16,8] all-gather(%x), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
 }
 
 %second (x: bf16[4,8]) -> bf16[16,8] {
   %x = bf16[4,8] parameter(0)
-  ROOT %whole = bf16[16,8] all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %whole = bf16[16,8] all-gather(%x), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
 }
 
 ENTRY %main (x: bf16[4,8]) -> bf16[16,8] {
   %x = bf16[4,8] parameter(0)
   %begun = bf16[16,8] fusion(%x), kind=kCustom, calls=%first
-  %another = bf16[16,8] all-gather(%x), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
+  %another = bf16[16,8] all-gather(%x), replica_groups=[2,4]<=[8]
   ROOT %ended = bf16[16,8] fusion(%x), kind=kCustom, calls=%second
 }
 """
