@@ -11,11 +11,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Child processes inherit the cache, so that a script started by a test reuses what another one compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache"))
+# Child processes inherit the cache, so that a script started by a test reuses what another one compiled. Of tests that
+# run in several processes (pytest -n) each has its own: jax writes without a lock, and reads what is half written.
+_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# With a limit of its size (bytes) the cache takes a lock, without which two processes may read what is half written.
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**34))
 # Most of the suite's time is compilation, which takes half as long with fewer optimizations.
 for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 1)):
     if _flag not in os.environ.get("XLA_FLAGS", ""):

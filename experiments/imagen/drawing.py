@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.imagen import presets
@@ -79,26 +79,32 @@ def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
     return dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
 
 
-@contextmanager
-def spread(cascade: Cascade, mesh: str) -> Iterator[Cascade]:
-    """The cascade on the devices of a mesh, within which it has to be used. ValueError for one that cannot be."""
-    if not mesh:
-        yield cascade
-        return
-    shape = parse(mesh).over(jax.device_count())
+def mesh_of(text: str) -> Mesh | None:
+    """The mesh that --mesh asks for. ValueError, before weights are read, for one that cannot be."""
+    if not text:
+        return None
+    shape = parse(text).over(jax.device_count())
     if shape.fsdp != 1:
         raise ValueError(
-            f"--mesh {mesh}: each device has all parameters when drawing, so that only data and tensor remain"
+            f"--mesh {text}: each device has all parameters when drawing, so that only data and tensor remain"
         )
-    devices = make_mesh(*shape.sizes)
+    return make_mesh(*shape.sizes)
+
+
+@contextmanager
+def spread(cascade: Cascade, mesh: Mesh | None) -> Iterator[Cascade]:
+    """The cascade on the devices of a mesh, within which it has to be used; as it is, where there is none."""
+    if mesh is None:
+        yield cascade
+        return
 
     def place(model: Model) -> Model:
         stage = presets.split(model.stage, "none", False, rows=model.stage.unet.low_res)
-        params = jax.device_put(model.params, NamedSharding(devices, PartitionSpec()))
+        params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
         return dataclasses.replace(model, stage=stage, params=params)
 
     base, *others = map(place, cascade.models)
-    with jax.set_mesh(devices):
+    with jax.set_mesh(mesh):
         yield dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
 
 

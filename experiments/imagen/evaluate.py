@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, parts, samplings, spread, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, usable, with_dtype
 from jaxdiff.data import pictures
 from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
@@ -59,13 +59,14 @@ class Run:
 
 def main(settings: Run) -> None:
     """Score a cascade on held-out captions and pictures of `shapes`."""
+    mesh = mesh_of(settings.drawing.mesh)
     model = upto(with_dtype(load(settings.weights), settings.drawing.dtype), settings.up_to)
     chosen = samplings(model.models, settings.drawing)
     if min(settings.n, settings.psnr_256, settings.psnr_1024) < 0:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")
     if settings.json is not None:
         usable(settings.json.parent)
-    with spread(model, settings.drawing.mesh) as model:
+    with spread(model, mesh) as model:
         scores = _scores(settings, model, chosen)
     for name, value in scores.items():
         if not name.startswith("wrong"):

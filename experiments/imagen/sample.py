@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, Drawing, parts, samplings, size_of, spread, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, size_of, spread, usable, with_dtype
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
@@ -90,8 +90,8 @@ def main(settings: Run) -> None:
         raise ValueError("--size is for what is drawn from text or --image; --enlarge has the size of its picture")
     if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
         raise ValueError(f"--embeddings {settings.embeddings}: the file has to end in .safetensors")
-    model = with_dtype(_loaded(settings, prompts), settings.drawing.dtype)
-    with spread(model, settings.drawing.mesh) as model:
+    mesh = mesh_of(settings.drawing.mesh)
+    with spread(with_dtype(_loaded(settings, prompts), settings.drawing.dtype), mesh) as model:
         _draw(settings, model, prompts)
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from experiments.imagen import sample
-from experiments.imagen.drawing import Drawing, parts, samplings, spread
+from experiments.imagen.drawing import Drawing, mesh_of, parts, samplings, spread
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
 from jaxdiff.systems import cascade
@@ -84,7 +84,7 @@ def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
 
 def test_a_mesh_compiles_each_stage_once(standin, caplog):
     """The sampler's state lies before the first steps as it does after them."""
-    with spread(load(standin), "data=2,tensor=4") as model, jax.log_compiles():
+    with spread(load(standin), mesh_of("data=2,tensor=4")) as model, jax.log_compiles():
         chosen = [dataclasses.replace(each.sampling, steps=9) for each in model.models]
         drawn = cascade.sample(
             model, ["a red circle"], up_to=256, samplings=chosen, seed=5, progress=lambda resolution, done, total: None
