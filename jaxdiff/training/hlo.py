@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+_UNKNOWN = 2**62
+"""Estimates of cycles from here on are none: overflows, and the largest number there is."""
+
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -72,7 +75,7 @@ def read(text: str, devices: int) -> Program:
             flops = _flops(instruction, shapes)
             once, looped = once + flops, looped + times[name] * flops
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-            if estimate and "fused" not in name:
+            if estimate and int(estimate[1]) < _UNKNOWN and "fused" not in name:
                 cycles[_label(instruction)] += times[name] * int(estimate[1])
     return Program(dict(collectives), looped / once if once else 1.0, unknown, cycles)
 

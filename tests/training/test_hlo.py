@@ -93,6 +93,7 @@ ENTRY %main (x: (s32[], bf16[4,8])) -> f32[8,128] {
   ROOT %all = f32[8,128] all-to-all(%z), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
 }
 """.replace("NOTES", 'metadata={op_name="jit(f)/transpose(jvp())/conv"}, backend_config={"estimated_cycles":"1200"}')
+MAXIMUM = 9223372036854775807
 
 
 def test_every_spelling():
@@ -106,6 +107,7 @@ def test_every_spelling():
     }
     assert program.loop_factor == 1.0  # the convolution is not in the loop
     assert program.cycles == {"convolution: backward conv": 1200}
+    assert not hlo.read(LOOP.replace('"1200"', f'"{MAXIMUM}"'), 8).cycles  # how tpu7x's compiler says that it has none
 
 
 FUSED = """HloModule made_up
