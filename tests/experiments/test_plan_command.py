@@ -152,6 +152,14 @@ def test_the_base_model_can_be_fast_on_v5p(kept):
     assert roof["share_overlapped"] >= 0.6 and roof["share_serial"] >= 0.4 and roof["share_compiler"] >= 0.4
 
 
+def test_more_chips_are_as_fast_each(kept):
+    plans = {chips: kept[name] for chips, name in plan_tables.scaled().items()}
+    assert {made["asked"]["batch"] // chips for chips, made in plans.items()} == {8}
+    assert plan_tables.speed(plans[512]) >= 0.95 * plan_tables.speed(plans[64])
+    serial = {chips: made["roofline"]["serial"] for chips, made in plans.items()}
+    assert serial[64] >= 0.95 * serial[512]
+
+
 def test_the_page_is_of_these_plans(tmp_path, command):
     for path in plan_tables.FOLDER.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
