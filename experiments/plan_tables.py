@@ -130,12 +130,15 @@ def _write_page(out: Path) -> None:
 
 def _scaling(kept: dict[str, dict[str, Any]]) -> list[str]:
     """What becomes of the base model's speed on v5p when chips are added, each with as many pictures as before."""
-    speeds = {chips: speed(kept[name]) for chips, name in scaled().items() if name in kept}
-    if len(speeds) < 2:
+    plans = {chips: kept[name] for chips, name in scaled().items() if name in kept}
+    if len(plans) < 2:
         return []
-    first, *others = sorted(speeds)
-    told = ", ".join(f"{speeds[count] / speeds[first]:.1%} on {count}" for count in others)
-    return [f"Pictures a second and chip of base64 on v5p, against those on {first} chips: {told}.", ""]
+    first, *others = sorted(plans)
+    told = []
+    for count in others:
+        shares = [measure(plans[count]) / measure(plans[first]) for measure in (speed, serial_speed)]
+        told.append("on {} {:.1%} by the compiler's estimate, {:.1%} if nothing overlaps".format(count, *shares))
+    return [f"Pictures a second and chip of base64 on v5p, of those on {first} chips: {'; '.join(told)}.", ""]
 
 
 def scaled() -> dict[int, str]:
@@ -145,7 +148,13 @@ def scaled() -> dict[int, str]:
 
 def speed(made: dict[str, Any]) -> float:
     """Pictures a second and chip by the compiler's estimate; where it gives none, if nothing overlaps."""
-    return made["asked"]["batch"] / (made["costs"]["seconds"] or made["roofline"]["serial"]) / made["chips"]
+    seconds = made["costs"]["seconds"]
+    return made["asked"]["batch"] / seconds / made["chips"] if seconds else serial_speed(made)
+
+
+def serial_speed(made: dict[str, Any]) -> float:
+    """Pictures a second and chip if arithmetic, memory and interconnect come one after another."""
+    return made["asked"]["batch"] / made["roofline"]["serial"] / made["chips"]
 
 
 def command(made: dict[str, Any]) -> str:
