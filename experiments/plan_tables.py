@@ -1,6 +1,6 @@
 """The published plans: every paper-size stage and T5-XXL's encoder on every kind of TPU, and how they scale.
 
-    python -m experiments.plan_tables                # whatever is not planned yet: 4 hours of one core, 20 GB
+    python -m experiments.plan_tables                # whatever is not planned yet: 5 hours of one core, 20 GB
     python -m experiments.plan_tables --only v5e     # those whose name has this in it
     python -m experiments.plan_tables --only none    # the page alone, from the plans that are there
 
