@@ -207,7 +207,7 @@ def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
 
 def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
     """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings, or
-    where its smallest maps have not so many rows as devices are to share."""
+    where the rows of its smallest maps do not divide over the devices that share a picture."""
     check_size(stage, *size)
     height = size[0] if sampling.tiles is None else sampling.tiles.side
     rows, (_, devices) = height // stage.unet.stride, stage.unet.axes.sizes()
