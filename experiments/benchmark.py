@@ -29,6 +29,7 @@ from jaxdiff.data.files import write_json
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.training.chips import PEAK_TFLOPS
+from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -91,12 +92,8 @@ def main(settings: Run) -> None:
     stages = {name: configured(presets.stage(name, settings.preset), settings) for name in names}
     if settings.json is not None:
         usable(settings.json.parent)
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # with it there would be no compilation to time
-    try:
+    with without_compilation_cache():
         rows = [measure(name, stage, settings) for name, stage in stages.items()]
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     kind = jax.devices()[0].device_kind
     print(f"{jax.device_count()} × {kind}, jax {jax.__version__}\n\n" + table(rows))
     if settings.json is not None:

@@ -41,6 +41,7 @@ from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.systems.imagen_drawing import draw
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training import chips
+from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
 from jaxdiff.training.placement import bytes_on_a_device, shardings, table
@@ -294,7 +295,7 @@ def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Co
     devices = jax.tree.leaves(arguments)[0].sharding.mesh.size
     with _clock(f"tracing {name}"):
         lowered = function.lower(*arguments)
-    with _clock(f"compiling {name}"):
+    with _clock(f"compiling {name}"), without_compilation_cache():
         compiled = lowered.compile()
     if hlo is not None:
         hlo.write_text(compiled.as_text())

@@ -1,9 +1,12 @@
 """Compiled programs kept on disk, so that the second run of a script starts in seconds. Scripts call it, the library
 never does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 def enable_compilation_cache(directory: str | Path) -> None:
@@ -14,3 +17,17 @@ def enable_compilation_cache(directory: str | Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile anew, and keep nothing: to time a compilation, or for chips that are not there, whose programs cannot be
+    read back."""
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # jax asks once, at the first compilation, whether to use one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        reset_cache()

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from training_toy import Stream, Toy, config
 
 from jaxdiff.training.checkpoints import Checkpoints, load_ema
-from jaxdiff.training.compilation_cache import enable_compilation_cache
+from jaxdiff.training.compilation_cache import enable_compilation_cache, without_compilation_cache
 from jaxdiff.training.loop import Diverged, Preempted, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
@@ -247,3 +247,21 @@ def test_compiled_programs_are_kept_where_told(tmp_path, monkeypatch):
         assert set_values["jax_compilation_cache_dir"] == str(tmp_path)
     else:  # the user's own choice, here that of the tests, stays
         assert not set_values
+
+
+def test_what_is_compiled_anew_is_neither_read_nor_kept(tmp_path):
+    ours = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+    kept = {name: getattr(jax.config, name) for name in ours}
+    try:
+        for name, value in ours.items():
+            jax.config.update(name, value)
+        with without_compilation_cache():
+            jax.jit(lambda x: x + 41).lower(1.0).compile()
+        assert not any(tmp_path.iterdir())
+        jax.jit(lambda x: x + 41).lower(1.0).compile()
+        assert any(tmp_path.iterdir())
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        with without_compilation_cache():  # forgets the folder
+            pass
