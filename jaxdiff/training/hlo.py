@@ -184,9 +184,12 @@ def _begins(instruction: Instruction, chains: set[str]) -> bool:
 
 def _received(instruction: Instruction, kind: str, devices: int) -> float:
     """Bytes that a device receives, with the algorithms that move least."""
-    arrays = [_size(dtype, dims) for dtype, dims in _ARRAY.findall(instruction.shape)]
-    # An asynchronous start shows its operands beside the results; the larger half is what is whole.
-    size = max(arrays, default=0.0) if instruction.opcode.endswith("-start") else sum(arrays)
+    arrays = _ARRAY.findall(instruction.shape)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # Operands, results, and for a permutation two scalars of its own.
+        arrays = [(dtype, dims) for dtype, dims in arrays if dims]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(_size(dtype, dims) for dtype, dims in arrays)
     group = _group_size(instruction.rest, devices)
     share = (group - 1) / group
     if kind == "all-reduce":

@@ -136,6 +136,21 @@ def test_a_collective_that_goes_on_in_several_fusions_is_one():
     assert (gathers.count, gathers.bytes) == (2, 2 * 16 * 8 * 2 * 3 / 4)
 
 
+@pytest.mark.parametrize(
+    ("begun", "received"),
+    [
+        ("((f32[5], f32[30]), (f32[20], f32[120])) all-gather-start(%x, %y)", 4 * 140 * 3 / 4),
+        ("(f32[20], f32[30], /*index=2*/f32[40]) all-reduce-start(%x, %y, %z)", 2 * 4 * 90 * 3 / 4),
+        ("f32[20] all-reduce-start(%x)", 2 * 4 * 20 * 3 / 4),
+        ("(f32[20], f32[20], u32[], u32[]) collective-permute-start(%x)", 4 * 20),
+    ],
+)
+def test_what_an_asynchronous_collective_receives(begun, received):
+    line = f"  ROOT %begun = {begun}, replica_groups=[2,4]<=[8]"
+    (found,) = hlo.read(f"ENTRY %main (x: f32[5]) -> f32[20] {{\n{line}\n}}", 8).collectives.values()
+    assert (found.count, found.bytes) == (1, received)
+
+
 def test_a_loop_without_a_length_is_said():
     program = hlo.read(LOOP.replace("direction=LT", "direction=NE"), 8)
     assert program.unknown_loops == 1 and program.collectives["all-gather"].count == 1
