@@ -13,6 +13,7 @@ parameters go is `placement.py`.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,20 +87,48 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if shape.fsdp % across:
         raise ValueError(f"mesh {shape} does not fit {slices} slices: data, or else fsdp, must be a multiple of them")
     inside = (shape.data // copies, shape.fsdp // across, shape.tensor)
-    # The physical axes of a torus are kept whole where they can be.
-    for split in (False, True):
-        try:
-            if slices > 1:
-                grid = mesh_utils.create_hybrid_device_mesh(
-                    inside, (copies, across, 1), devices, allow_split_physical_axes=split
-                )
-            else:
-                grid = mesh_utils.create_device_mesh(shape.sizes, devices, allow_split_physical_axes=split)
-            break
-        except NotImplementedError:
-            if split:
-                raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes") from None
+    grids = [_neighbours(inside, part) for part in _parts(devices, "slice_index")]
+    if any(grid is None for grid in grids):
+        raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes")
+    # copies × across slices, each a grid of data × fsdp × tensor.
+    grid = np.stack(grids).reshape(copies, across, *inside).transpose(0, 2, 1, 3, 4).reshape(shape.sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray | None:
+    """The devices of a slice as a grid; None where its network has no such one.
+
+    Physical axes of the network stay whole where they can, but rather than that, devices along `tensor` belong to one
+    process: they compute on the same pictures, which that process alone has read.
+    """
+    hosts = _parts(devices, "process_index")
+    fsdp = math.gcd(sizes[1], len(hosts[0]) // sizes[2])
+    host = (len(hosts[0]) // sizes[2] // fsdp, fsdp, sizes[2])  # what of the grid is one process's
+    found = None
+    for split in (False, True):
+        with suppress(NotImplementedError):
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+            if _within_processes(grid):
+                return grid
+            found = grid if found is None else found
+    if math.prod(host) == len(hosts[0]) and sizes[0] % host[0] == 0:
+        with suppress(NotImplementedError):
+            outside = (sizes[0] // host[0], sizes[1] // fsdp, 1)
+            return mesh_utils.create_hybrid_device_mesh(
+                host, outside, devices, process_is_granule=True, allow_split_physical_axes=True
+            )
+    return found
+
+
+def _parts(devices: Sequence[Any], attribute: str) -> list[list[Any]]:
+    """The devices by their slice or process, in its order."""
+    number = lambda device: getattr(device, attribute, 0)  # noqa: E731
+    return [[device for device in devices if number(device) == part] for part in sorted(set(map(number, devices)))]
+
+
+def _within_processes(grid: np.ndarray) -> bool:
+    """Whether all devices along `tensor`, the last axis, belong to one process."""
+    return all(len({device.process_index for device in group}) == 1 for group in grid.reshape(-1, grid.shape[-1]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -121,17 +150,17 @@ def check_batch(rows: int, mesh: AnyMesh, accumulate: int = 1) -> None:
 
 def check_processes(mesh: Mesh) -> None:
     """ValueError where a process would hold parts of rows that it has not read: `tensor` must lie inside of each."""
-    own = len(mesh.local_devices)
-    if own % mesh.shape["tensor"]:
-        raise ValueError(f"tensor={mesh.shape['tensor']} does not divide the {own} devices of a process: it must")
+    if not _within_processes(mesh.devices):
+        own, tensor = len(mesh.local_devices), mesh.shape["tensor"]
+        raise ValueError(f"tensor={tensor} does not divide the {own} devices of a process: choose one that does")
 
 
 def to_devices(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's numpy batch as global arrays, sharded by their first axis; strings (captions) stay on the host."""
-    sharding = batch_sharding(mesh)
+    sharding, processes = batch_sharding(mesh), len({device.process_index for device in mesh.devices.flat})
     arrays = {name: np.asarray(value) for name, value in batch.items()}
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_process_local_data(sharding, array, (len(array) * processes, *array.shape[1:]))
         for name, array in arrays.items()
         if array.dtype.kind not in "OSU"
     }

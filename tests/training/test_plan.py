@@ -10,7 +10,7 @@ from small import SR
 
 from jaxdiff.nets.placement import Axes
 from jaxdiff.training import chips, plan
-from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.plan import Costs, estimated_costs, roofline
 from jaxdiff.training.state import abstract_state
@@ -101,6 +101,26 @@ def test_slices_are_described_without_a_tpu(text, slices):
         assert len({device.slice_index for device in make_mesh(data=1, fsdp=16, devices=devices).devices.flat}) == 2
         with pytest.raises(ValueError, match="does not fit 2 slices"):
             make_mesh(data=1, fsdp=1, tensor=16, devices=devices)
+
+
+@LIBTPU
+@pytest.mark.parametrize(
+    ("text", "slices", "sizes"),
+    [("v5e:4x4", 1, (4, 1, 4)), ("v5p:4x4x4", 1, (4, 4, 4)), ("tpu7x:2x2x2", 1, (2, 1, 8)), ("v5e:4x4", 2, (2, 4, 4))],
+)
+def test_what_one_process_reads_is_computed_by_it(text, slices, sizes):
+    """A host has four chips; `tensor` along an axis of the torus would leave it."""
+    mesh = make_mesh(*sizes, devices=chips.described(chips.parse(text), slices))
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+    groups = mesh.devices.reshape(-1, sizes[-1])
+    assert {len({device.process_index for device in group}) for group in groups} == {1}
+    check_processes(mesh)
+
+
+@LIBTPU
+def test_layers_split_over_processes_are_refused():
+    with pytest.raises(ValueError, match=r"tensor=16 does not divide the \d+ devices of a process"):
+        check_processes(make_mesh(tensor=16, devices=chips.described(chips.parse("v5e:4x4"))))
 
 
 @LIBTPU
