@@ -16,7 +16,7 @@
 # The command lives on when the connection ends; one run at a time. Its output is shown with [SLICE/WORKER] before each
 # line, and kept in runs/tpu/NAME/ID/SLICE-WORKER.log here and in runs/tpu/ID.log on each worker.
 # Exit code: 0 if all workers ended with 0; 75 if one says 75 (saved, to be started again); 255 if a worker is not to be
-# reached or its command vanished; otherwise the first failure's.
+# reached or its command vanished; otherwise the first failure's; 71 if they only say that others of them were gone.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -82,10 +82,11 @@ codes() {
 # The one exit code of lines of codes. $2: whether all workers were reached.
 common_code() {
   printf '%s\n' "$1" | awk -v reached="$2" '
-    $3 == 75 { saved = 1 }
-    $3 ~ /^[0-9]+$/ && $3 != 0 && $3 != 75 && !failed { failed = $3 }
+    $3 == 75 { saved = 1; next }
+    $3 == 71 || $3 == 134 { broken_off = 1; next } # 134: jax aborts a process whose coordinator has lost another
+    $3 ~ /^[0-9]+$/ && $3 != 0 && !failed { failed = $3 }
     $3 !~ /^[0-9]+$/ { reached = "false" }
-    END { print saved ? 75 : reached == "false" ? 255 : failed ? failed : 0 }'
+    END { print saved ? 75 : reached == "false" ? 255 : failed ? failed : broken_off ? 71 : 0 }'
 }
 
 # Follow to the end and return the one exit code. A connection that broke while the run goes on is made anew.

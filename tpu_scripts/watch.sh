@@ -10,8 +10,9 @@
 #
 # The command must continue from storage that outlives the TPU, such as --out /mnt/bucket/runs/base64.
 # A round ends with the command's exit code: 0 is the end; 75 (saved) is tried again, as is a failed connection or a
-# killed command where the TPU turns out to be gone; any other code is the end, too, and returned. Between rounds it
-# waits, twice as long each time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When
+# killed command where the TPU turns out to be gone, and 71 (workers lost each other, or nothing moved) unless three
+# rounds before were short, too; any other code is the end, and returned. Between rounds it waits, twice as long each
+# time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When
 # it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
 # Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing
 # is created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
@@ -198,9 +199,9 @@ round() {
   done
 }
 
-# Whether the round ended because the TPU was taken away, by `code`, `phase` and `gone`.
+# Whether the round ended because the TPU was taken away or hung, by `code`, `phase` and `gone`.
 taken_away() {
-  if [[ $phase == run && $code == 75 ]]; then return 0; fi
+  if [[ $phase == run && $code == 75 ]] || { [[ $phase == run && $code == 71 ]] && ((short < 3)); }; then return 0; fi
   [[ $gone == true ]] || return 1
   case $phase in
     create) [[ $state != ABSENT ]] ;;
@@ -221,6 +222,8 @@ while true; do
   fi
   round
   if ((code == 0)); then end 0; fi
+  most=${TPU_BACKOFF_MOST:-1800}
+  if (($(date +%s) - began > most)); then short=0; fi
   look
   if [[ $over == true ]] || ! taken_away; then end "$code"; fi
   if [[ $gone == true ]]; then remove; fi
@@ -229,8 +232,6 @@ while true; do
     over=true
     end 75
   fi
-  most=${TPU_BACKOFF_MOST:-1800}
-  if (($(date +%s) - began > most)); then short=0; fi
   wait_for=$((${TPU_BACKOFF_SECONDS:-30} << (short < 20 ? short : 20)))
   restarts=$((restarts + 1)) short=$((short + 1)) set_up=false id=''
   save_state

@@ -78,7 +78,7 @@ def start(cluster: Cluster) -> int:
 
     To be called before the first use of a device. From here on the failure of one process ends them all (`peers`).
     Raises ValueError for what cannot be right, `peers.Lost` where the cluster around cannot be read. Where the others
-    do not come in time, this process ends with one line and `peers.CRASHED`: jaxlib would abort it with a stack trace.
+    do not come in time, this process ends with one line and `peers.BROKEN_OFF`: jaxlib would abort it with a stack trace.
     """
     if jax.distributed.is_initialized():
         return peers.count()
@@ -244,7 +244,7 @@ def _patience(cluster: Cluster) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(peers.CRASHED)
+        os._exit(peers.BROKEN_OFF)
 
     timer = threading.Timer(cluster.join_timeout, give_up)
     timer.daemon = True

@@ -22,7 +22,9 @@ from typing import Any, NoReturn
 from jax._src import distributed
 
 CRASHED = 70
-"""Exit code of a process that ended by no fault of its input: worth starting again."""
+"""Exit code of a process that a bug of ours ended."""
+BROKEN_OFF = 71
+"""Exit code where other processes are gone or nothing moves any more: worth starting again."""
 
 _FAILED = "jaxdiff/failed"
 _EVERY = 1.0  # seconds between looks
@@ -93,12 +95,12 @@ def watch() -> None:
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, otherwise CRASHED
-    with a line where others are gone, and with the traceback of a bug of ours."""
+    """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF
+    and a line where others are gone, otherwise CRASHED and the traceback of a bug of ours."""
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {_flat(error)}"
     if isinstance(error, Lost):
-        return CRASHED, f"error: {_flat(error)}"
+        return BROKEN_OFF, f"error: {_flat(error)}"
     return CRASHED, "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -12,6 +12,8 @@ from jaxdiff.training import peers
 
 COMPILES = 6
 """How many times as long something may take that compiles."""
+WRITES = 5.0
+"""Seconds that writing a report may take."""
 
 
 class Watchdog:
@@ -74,16 +76,25 @@ class Watchdog:
     def _report(self, line: str) -> None:
         stacks = _stacks()
         tell(f"{line}; the stacks of its threads, also in {self._path}:\n{stacks}")
+        # What hangs may be the file system of that folder, and then so does this.
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{stacks}\n"
+        writing = threading.Thread(target=self._write, args=(text,), daemon=True)
+        writing.start()
+        writing.join(WRITES)
+        if writing.is_alive():
+            tell(f"{self._path} is still not written after {WRITES:.0f} s")
+
+    def _write(self, text: str) -> None:
         try:
             with self._path.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{stacks}\n")
+                file.write(text)
         except OSError as error:
             tell(f"{self._path} cannot be written: {error.strerror}")
 
     def _end(self, line: str) -> None:
         self._report(line)
-        peers.end(peers.CRASHED, f"error: {line}")
-        peers.leave(peers.CRASHED, f"error: {line}")
+        peers.end(peers.BROKEN_OFF, f"error: {line}")
+        peers.leave(peers.BROKEN_OFF, f"error: {line}")
 
 
 def tell(line: str) -> None:

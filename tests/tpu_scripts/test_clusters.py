@@ -92,7 +92,7 @@ def test_manifest(cloud, kubectl):
         {"type": "DisruptionTarget", "status": "True"}
     ]
     assert failed["action"] == "FailJob" and failed["onExitCodes"]["operator"] == "NotIn"
-    assert 75 in failed["onExitCodes"]["values"]
+    assert failed["onExitCodes"]["values"] == [71, 75, 134, 143]
     pod = job["template"]["spec"]
     known("pod.spec", pod)
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 300
@@ -164,7 +164,15 @@ def slurm(cloud, tmp_path):
 
 @pytest.mark.parametrize(
     ("codes", "code", "requeued"),
-    [("0 0", 0, ""), ("75 75", 75, "requeue 12\n"), ("75 137", 75, "requeue 12\n"), ("1 2", 2, "")],
+    [
+        ("0 0", 0, ""),
+        ("75 75", 75, "requeue 12\n"),
+        ("75 137", 75, "requeue 12\n"),
+        ("1 2", 2, ""),
+        ("71 71", 71, "requeue 12\n"),
+        ("134 137", 71, "requeue 12\n"),
+        ("137 137", 137, ""),
+    ],
 )
 def test_slurm_starts_again_what_was_saved(cloud, slurm, codes, code, requeued):
     done = slurm("--", "sh", "-c", f"set -- {codes}; [ $SLURM_PROCID = 0 ] && exit $1; exit $2")
@@ -183,7 +191,9 @@ def test_slurm_hands_on_the_signal(cloud, slurm):
 
 def test_slurm_has_a_most_of_restarts(cloud, slurm):
     done = slurm("--", "sh", "-c", "exit 75", JAXDIFF_RESTARTS="2", SLURM_RESTART_COUNT="2")
-    assert done.wait(20) == 75 and not cloud.text("requeued") and "JAXDIFF_RESTARTS" in done.stderr.read()
+    assert done.wait(20) == 75 and not cloud.text("requeued") and "JAXDIFF_RESTARTS 2" in done.stderr.read()
+    lost = slurm("--", "sh", "-c", "exit 71", SLURM_RESTART_COUNT="3")  # soon, and again and again
+    assert lost.wait(20) == 71 and not cloud.text("requeued")
 
 
 def test_slurm_dry_run_and_bad_input(cloud):

@@ -151,7 +151,16 @@ def test_words_of_a_command_arrive_as_they_were(cloud):
 
 def test_run_has_one_exit_code(cloud):
     cloud.ready()
-    for codes, common in [((0, 0), 0), ((0, 3), 3), ((4, 3), 4), ((75, 75), 75), ((1, 75), 75), ((0, 75), 75)]:
+    for codes, common in [
+        ((0, 0), 0),
+        ((0, 3), 3),
+        ((4, 3), 4),
+        ((75, 75), 75),
+        ((1, 75), 75),
+        ((71, 134), 71),
+        ((71, 70), 70),
+        ((0, 75), 75),
+    ]:
         done = cloud(
             "run",
             "--id",

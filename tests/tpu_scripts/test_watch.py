@@ -68,7 +68,15 @@ def test_a_pod_that_is_still_there_after_a_save_is_used_again(cloud, watched):
     assert waits(cloud) == [30]
 
 
-@pytest.mark.parametrize("code", [1, 137])
+def test_workers_that_lost_each_other_are_started_again_but_not_for_ever(cloud, watched):
+    done = watched("exit 71", "exit 0")
+    assert done.returncode == 0 and cloud.verbs().count("create") == 1
+    (cloud.folder / "attempts").unlink()
+    done = watched(*["exit 134"] * 9, TPU_BACKOFF_SECONDS="1")
+    assert done.returncode == 71 and cloud.text("attempts").count("x") == 4
+
+
+@pytest.mark.parametrize("code", [1, 70, 137])
 def test_a_failure_is_returned_and_not_tried_again(cloud, watched, code):
     done = watched(f"exit {code}", "exit 0")
     assert done.returncode == code

@@ -134,6 +134,6 @@ def test_a_port_that_is_taken_is_named(initialized):
 def test_what_an_error_means_for_the_exit_code():
     assert peers.outcome(ValueError("a\n b")) == (2, "error: a b")
     assert peers.outcome(FileNotFoundError("gone")) == (2, "error: gone")
-    assert peers.outcome(peers.Lost("lost")) == (70, "error: lost")
+    assert peers.outcome(peers.Lost("lost")) == (71, "error: lost")
     code, text = peers.outcome(RuntimeError("a bug"))
     assert code == 70 and text.endswith("RuntimeError: a bug")

@@ -123,7 +123,7 @@ def test_losses_not_finite_on_one_process_are_so_for_all(tmp_path):
 
 def test_one_that_hangs_is_reported_and_ends_the_run_where_asked(tmp_path):
     codes, said = ended(tmp_path, "--fault", "hang", "--at", 12, "--who", 1, "--stall", 3, "--stall-exit", 8)
-    assert codes == [70, 70], said
+    assert codes == [71, 71], said
     assert "process 1" in said[1] and "s waiting for the data of step" in said[1]
     assert "in meet" in (tmp_path / "stall-1.txt").read_text()  # where it hangs
     assert "in step" in (tmp_path / "stall-0.txt").read_text()
@@ -173,7 +173,7 @@ start(Cluster("auto", sys.argv[1], 2, int(sys.argv[2]), join_timeout=3))
 def test_others_that_do_not_come_are_waited_for_so_long_and_no_longer(process):
     address = f"127.0.0.1:{free_port()}"
     done = subprocess.run([sys.executable, "-c", JOIN, address, str(process)], capture_output=True, text=True)
-    assert done.returncode == 70
+    assert done.returncode == 71
     assert (
         done.stderr.count("\n") == 1
         and f"waited 3 s for {'all others' if process == 0 else 'process 0'}" in done.stderr

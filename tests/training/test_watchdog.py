@@ -1,5 +1,6 @@
 """A stall is reported with stacks, again and more rarely, and its end too; what compiles may take longer."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def test_a_folder_that_cannot_be_written_does_not_keep_it_from_speaking(tmp_path
 ENDS = """
 import sys, time
 from pathlib import Path
+from jaxdiff.training import watchdog
 from jaxdiff.training.watchdog import Watchdog
+watchdog.WRITES = 0.1
 with Watchdog(Path(sys.argv[1]), 0.0, 0.3) as watchdog:
     watchdog.doing("in step 1")
     time.sleep(100)
@@ -69,6 +72,13 @@ with Watchdog(Path(sys.argv[1]), 0.0, 0.3) as watchdog:
 
 def test_a_stall_ends_the_process_where_asked(tmp_path):
     done = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 70
+    assert done.returncode == 71
     assert re.search(r"^error: process 0 \(\S+\) ends, having stalled for [01] s in step 1$", done.stderr, re.MULTILINE)
     assert "File" in (tmp_path / "stall-0.txt").read_text()
+
+
+def test_a_folder_that_hangs_too_does_not_keep_the_process(tmp_path):
+    os.mkfifo(tmp_path / "stall-0.txt")  # opening it waits for a reader
+    done = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 71 and "is still not written after" in done.stderr
+    assert re.search(r"^error: process 0 \(\S+\) ends", done.stderr, re.MULTILINE)
