@@ -24,8 +24,7 @@ import numpy as np
 
 from experiments.cli import run
 from experiments.imagen import presets
-from experiments.imagen.drawing import usable
-from jaxdiff.data.files import write_json
+from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.training.chips import PEAK_TFLOPS
@@ -91,7 +90,7 @@ def main(settings: Run) -> None:
     names = ["base64", "sr256", "sr1024"] if settings.stage == "all" else [settings.stage]
     stages = {name: configured(presets.stage(name, settings.preset), settings) for name in names}
     if settings.json is not None:
-        usable(settings.json.parent)
+        usable_file(settings.json)
     with without_compilation_cache():
         rows = [measure(name, stage, settings) for name, stage in stages.items()]
     kind = jax.devices()[0].device_kind

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import presets
-from experiments.imagen.drawing import usable
-from jaxdiff.data.files import write_json
+from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.diffusion import noise
 from jaxdiff.nets import t5
 from jaxdiff.nets.placement import Axes
@@ -95,7 +94,7 @@ def main(settings: Run) -> None:
     """Print what a step needs and what it could reach."""
     topology = chips.parse(settings.topology)
     if settings.json is not None:
-        usable(settings.json.parent)
+        usable_file(settings.json)
         kept = read(settings.json)
         if kept is not None and kept["asked"] == asked(settings, topology):
             print(report(kept))

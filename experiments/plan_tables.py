@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from experiments import plan
 from experiments.cli import run
-from experiments.imagen.drawing import usable
-from jaxdiff.data.files import replacing
+from jaxdiff.data.files import replacing, usable
 from jaxdiff.training import chips
 from jaxdiff.training.plan import Costs, Roofline
 

@@ -27,10 +27,10 @@ from PIL import Image
 
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, usable
+from experiments.imagen.drawing import Bars
 from experiments.imagen.evaluate import Tally, psnr_scores
 from experiments.quickstart_train import Training, train_cascade
-from jaxdiff.data.files import write_json
+from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade

@@ -2,11 +2,9 @@
 
 import dataclasses
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -198,13 +196,6 @@ def size_of(text: str) -> tuple[int, int] | None:
     except ValueError as error:
         raise ValueError(f"--size {text}: not of the form SIDE or HEIGHTxWIDTH") from error
     return height, width
-
-
-def usable(folder: Path) -> Path:
-    """The folder, made where it is missing. OSError, before minutes of drawing, where nothing can be written to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
 
 
 def parts(count: int) -> list[range]:

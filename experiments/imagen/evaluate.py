@@ -12,16 +12,16 @@ filter for comparison. The shipped cascade takes about 10 minutes on 2 CPU cores
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
 from jaxdiff.data import pictures
-from jaxdiff.data.files import write_json
+from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
@@ -65,7 +65,7 @@ def main(settings: Run) -> None:
     if min(settings.n, settings.psnr_256, settings.psnr_1024) < 0:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")
     if settings.json is not None:
-        usable(settings.json.parent)
+        usable_file(settings.json)
     with spread(model, mesh) as model:
         scores = _scores(settings, model, chosen)
     for name, value in scores.items():
@@ -163,23 +163,24 @@ def psnr_scores(
     lower = model.models[model.resolutions.index(resolution) - 1].stage.resolution
     plain = [dataclasses.replace(sampling, aug_level=0.0, guidance=Guidance()) for sampling in chosen]
     ours, bicubic = [], []
-    with Bars(count) as bars:
-        for number, (text, true, small) in enumerate(true_pictures(resolution, lower, count)):
-            low_res = pictures.to_float(small)[None]
-            options = {"samplings": plain, "seed": seed, "first": number, "batch": batch, "progress": bars}
-            drawn = cascade.stages(model, [text], after=(lower, low_res), up_to=resolution, **options)
+    pieces = parts(count)
+    with Bars(len(pieces)) as bars:
+        for piece in pieces:
+            texts, true, small = zip(*(true_picture(resolution, lower, index) for index in piece))
+            low_res = pictures.to_float(np.stack(small))
+            options = {"samplings": plain, "seed": seed, "first": piece.start, "batch": batch, "progress": bars}
+            drawn = cascade.stages(model, list(texts), after=(lower, low_res), up_to=resolution, **options)
             ((_, found),) = drawn
-            ours.append(psnr(true, pictures.to_uint8(found[0])))
-            bicubic.append(psnr(true, pictures.resize(small, resolution)))
+            ours += [psnr(large, pictures.to_uint8(picture)) for large, picture in zip(true, found, strict=True)]
+            bicubic += [psnr(large, pictures.resize(picture, resolution)) for large, picture in zip(true, small)]
     return {f"psnr_{resolution}": statistics.mean(ours), f"psnr_{resolution}_bicubic": statistics.mean(bicubic)}
 
 
-def true_pictures(resolution: int, lower: int, count: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Held-out captions with their true pictures, large and made small by Pillow's antialiased BICUBIC (uint8)."""
-    for index in range(count):
-        true = scene("held_out", index)
-        large = draw(true, resolution)
-        yield caption(true, "held_out", index).text, large, pictures.resize(large, lower)
+def true_picture(resolution: int, lower: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """A held-out caption with its true picture, large and made small by Pillow's antialiased BICUBIC (uint8)."""
+    true = scene("held_out", index)
+    large = draw(true, resolution)
+    return caption(true, "held_out", index).text, large, pictures.resize(large, lower)
 
 
 def psnr(true: np.ndarray, other: np.ndarray) -> float:

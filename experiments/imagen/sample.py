@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, size_of, spread, usable, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, size_of, spread, with_dtype
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
+from jaxdiff.data.files import usable
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
 from jaxdiff.systems.imagen_drawing import Sampling

@@ -26,6 +26,7 @@ from experiments.imagen.samples import Samples, Spread
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
+from jaxdiff.data.files import usable
 from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
@@ -35,9 +36,9 @@ from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.text.t5 import TextEncoder, encode
 from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
-from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
+from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
 from jaxdiff.training.loop import Diverged, TrainConfig, train
-from jaxdiff.training.mesh import check_batch, make_mesh, parse
+from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.state import abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
@@ -83,7 +84,8 @@ class Run:
     max_aug_level: float | None = None
     """Highest level of the noise put on super-resolution's input; left out: the preset's."""
     steps: int = 5000
-    """Updates."""
+    """Updates, over which the learning rate falls to 0: a finished run is not made longer, but another begins with
+    `--init`."""
     batch: int = 32
     """Pictures per update, of all devices together."""
     accumulate: int = 1
@@ -142,13 +144,16 @@ class Run:
 def main(settings: Run) -> None:
     """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
     processes = start(settings.cluster)  # before anything touches a device
+    alike(vars(settings))
     use_cores(settings.batch // max(1, settings.accumulate * processes))
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)
     mesh = make_mesh(*parse(settings.mesh).sizes)
     check_batch(settings.batch, mesh, settings.accumulate)
+    check_processes(mesh)
     initial = initial_of(settings, stage, mesh)
     encoder, embeddings = text_of(settings, stage)
+    check_shared(usable(settings.out))
     source = once(settings.data_dir, lambda: open_source(settings, stage))
     if encoder is not None:
         embeddings = once(settings.data_dir, lambda: stored_embeddings(settings, source, encoder))
@@ -174,7 +179,8 @@ def main(settings: Run) -> None:
     def finish() -> None:
         save_model(Model(stage, params, sampling, made_by), settings.out / "model")
         if stream.skipped.count:
-            print(f"skipped {stream.skipped} of {len(source)} examples")
+            share = f" (in the share of process 0 of {processes})" if processes > 1 else ""
+            print(f"skipped {stream.skipped} of {len(source)} examples{share}")
         print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
 
     on_process_0(finish)

@@ -24,7 +24,7 @@ from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from jaxdiff.training import peers
-from jaxdiff.training.distributed import Cluster, gathered, on_process_0, once, start
+from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.feed import OwnRows
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
@@ -74,9 +74,11 @@ def pretrain(
         data_dir: where prepared data sets live
         cluster: the other processes of the run
     """
+    given = dict(locals())
     if steps < 1 or batch < 1:
         raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
     use_cores(batch // start(cluster))
+    alike(given)
     optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=steps // 10, total=steps)
     settings = TrainConfig(
         optimizer=optimizer, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,20 @@ def _alive(process: int) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)  # another user's may not be signalled
     return True
+
+
+def usable(folder: Path) -> Path:
+    """The folder, made where it is missing. OSError, before minutes of work, where nothing can be written to it."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder}: a file, name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
+
+
+def usable_file(path: Path) -> Path:
+    """The same for a file in its folder; what is there already is overwritten later."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, name a file")
+    usable(path.parent)
+    return path

@@ -112,7 +112,7 @@ class Checkpoints:
 
     def _data(self, step: int) -> Any:
         saved = self._restore(step, data=ocp.args.JsonRestore())["data"]
-        places = saved.get("places", [saved])  # there was one place, that of process 0, before each had its own
+        places = saved["places"]
         if len(places) != jax.process_count():
             raise ValueError(
                 f"{self.directory}: the number of processes was {len(places)} and is {jax.process_count()} here: each "

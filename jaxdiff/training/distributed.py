@@ -26,6 +26,7 @@ from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.training import peers
+from jaxdiff.training.interruption import unheard
 
 T = TypeVar("T")
 _DAY = 24 * 3600.0
@@ -78,7 +79,7 @@ def start(cluster: Cluster) -> int:
 
     To be called before the first use of a device. From here on the failure of one process ends them all (`peers`).
     Raises ValueError for what cannot be right, `peers.Lost` where the cluster around cannot be read. Where the others
-    do not come in time, this process ends with one line and `peers.BROKEN_OFF`: jaxlib would abort it with a stack trace.
+    do not come in time, this process ends with one line and `peers.BROKEN_OFF`: jaxlib would abort it with a stack.
     """
     if jax.distributed.is_initialized():
         return peers.count()
@@ -113,6 +114,7 @@ def start(cluster: Cluster) -> int:
             ) from error
     if peers.count() > 1:
         peers.watch()
+        unheard()
     return peers.count()
 
 
@@ -129,6 +131,11 @@ def agree(name: str, values: Mapping[str, Any], seconds: float = 3600.0) -> None
                 f"{name}: {key} is {first.get(key)!r} on process 0 and {theirs.get(key)!r} on process {process}: "
                 "all processes must be started alike and see the same files"
             )
+
+
+def alike(given: Mapping[str, Any]) -> None:
+    """ValueError, on every process, where they were started with other settings; those of `Cluster` are their own."""
+    agree("command line", {name: str(value) for name, value in given.items() if not isinstance(value, Cluster)})
 
 
 def once(folder: Path, prepare: Callable[[], T]) -> T:

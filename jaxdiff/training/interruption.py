@@ -6,6 +6,7 @@ which all of them stop, whichever was told; one that only waits goes on, since t
 it.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -16,6 +17,20 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from jaxdiff.training import peers
+
+_c_signal = ctypes.CDLL(None).signal
+_c_signal.restype, _c_signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+_noted: int | None = None  # jax's own handler of SIGTERM, once several processes have joined
+
+
+def unheard() -> None:
+    """To be called when processes have joined: until a loop asks for it, SIGTERM ends a process as it does elsewhere.
+
+    jax, which would only note it, is not asked while captions are embedded or data is drawn, and its handler is none of
+    Python's, so that only C can put it aside and back.
+    """
+    global _noted
+    _noted = _c_signal(signal.SIGTERM, None)
 
 
 class Preempted(SystemExit):
@@ -42,12 +57,16 @@ class Interruption:
         handlers = {signal.SIGINT: self._forward} if self._several else {}
         if not self._several:
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        if self._several:
+            _c_signal(signal.SIGTERM, _noted)
         self._before = {number: signal.signal(number, handlers[number]) for number in handlers} if mine else {}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._several:
+            _c_signal(signal.SIGTERM, None)
 
     def reached(self, step: int) -> str:
         """The signal's name where the run is to stop after this step, otherwise nothing. To be asked after each."""

@@ -120,7 +120,6 @@ def train(
     ):
         with _stopped_early(interruption):
             latest = checkpoints.latest()
-            agree("checkpoints", {"the newest": latest})
             if latest is None:
                 state = init_state(stage, config.optimizer, init_key, mesh, initial, placement)
             else:
@@ -140,6 +139,10 @@ def train(
         try:
             loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog)
             state = loop.run(sample_hook if config.sample_every else None)
+        except Diverged:
+            if peers.index() == 0:
+                plot(out)
+            raise
         finally:
             reporter.close()
     if peers.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):

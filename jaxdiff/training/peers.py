@@ -30,11 +30,20 @@ _FAILED = "jaxdiff/failed"
 _EVERY = 1.0  # seconds between looks
 _PATIENCE = 5.0  # seconds that a process which ends waits for the others to have seen why
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS)\b")
+_OURS_PERHAPS = re.compile(r"UNKNOWN|INTERNAL")  # what breaks in XLA or a driver has these too
+_CONNECTION = re.compile(r"connection|socket|peer|heartbeat|coordination|gloo|timed? ?out", re.IGNORECASE)
 _ENDING = threading.Lock()  # of the threads that want to end this process, one does
 
 
 class Lost(RuntimeError):
-    """Other processes of the run are gone or cannot be found: no bad input, and worth starting again."""
+    """Other processes of the run are gone or cannot be found: no bad input, and worth starting again.
+
+    unsure: what it came of may as well be an error of this process, and is shown.
+    """
+
+    def __init__(self, message: str, unsure: bool = False) -> None:
+        super().__init__(message)
+        self.unsure = unsure
 
 
 def count() -> int:
@@ -78,6 +87,8 @@ def together() -> Iterator[None]:
         status = next((line for line in map(_first_line, _chain(error)) if _STATUS.match(line)), None)
         if count() == 1 or status is None or isinstance(error, Lost):
             raise
+        if _OURS_PERHAPS.match(status) and not _CONNECTION.search(status):
+            raise Lost(f"another process is gone, or it is this: {status}", unsure=True) from error
         raise Lost(f"another process is gone: {status}") from error
 
 
@@ -100,8 +111,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {_flat(error)}"
     if isinstance(error, Lost):
-        return BROKEN_OFF, f"error: {_flat(error)}"
-    return CRASHED, "".join(traceback.format_exception(error)).rstrip()
+        return BROKEN_OFF, (_traceback(error.__cause__) + "\n") * error.unsure + f"error: {_flat(error)}"
+    return CRASHED, _traceback(error)
 
 
 def end(code: int, text: str, patience: float = 0.0) -> None:
@@ -191,6 +202,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _traceback(error: BaseException | None) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _flat(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from jaxdiff.training.mesh import AnyMesh
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer
@@ -81,8 +81,16 @@ def init_state(
         if params is None:
             return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)
         _check(params, jax.eval_shape(stage.init, key))
-        placed = jax.device_put(params, placements.params)
+        placed = jax.tree.map(_placed, params, placements.params)
         return jax.jit(lambda params: create_state(params, config), out_shardings=placements)(placed)
+
+
+def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
+    """Every device takes its part. With several processes `device_put` of a host's array would gather the copies of all
+    of them on each device, to see that they are equal."""
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def _check(params: Params, expected: Params) -> None:

@@ -1,8 +1,10 @@
 """gke.sh's manifest against the fields that JobSet and Kubernetes have; slurm_gpu.sbatch with a stand-in for srun."""
 
+import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -132,13 +134,15 @@ def test_logs_and_delete(cloud, kubectl):
     assert delete[1:4] == ["delete", "jobset", "pod"]
 
 
-# Starts two tasks as srun does, hands TERM on, and ends with the largest code.
+# Starts two tasks as srun does, each in a group of its own, and ends with the largest code; TERM kills them all.
 SRUN = """#!/bin/bash
 printf '%s\\0' "$@" > "$CLOUD/srun"
 while [[ $1 == --* ]]; do shift; done
+set -m
 SLURM_PROCID=0 "$@" & a=$!
 SLURM_PROCID=1 "$@" & b=$!
-trap 'kill -TERM $a $b $(pgrep -P $a,$b)' TERM # all processes, as Slurm does
+printf '%s %s' $a $b > "$CLOUD/tasks"
+trap 'kill -KILL -$a -$b' TERM
 largest=0
 for task in $a $b; do
   until wait $task; code=$?; ! kill -0 $task 2>/dev/null; do :; done
@@ -154,6 +158,7 @@ def slurm(cloud, tmp_path):
     cloud.program("scontrol", '#!/bin/bash\necho "$*" >> "$CLOUD/requeued"\n')
 
     def start(*arguments, **environment):
+        environment = {"JAXDIFF_VENV": sys.prefix} | environment
         command = ["bash", str(SCRIPTS / "slurm_gpu.sbatch"), *arguments]
         environment = cloud.environment(SLURM_JOB_ID="12", **environment)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -166,11 +171,11 @@ def slurm(cloud, tmp_path):
     ("codes", "code", "requeued"),
     [
         ("0 0", 0, ""),
-        ("75 75", 75, "requeue 12\n"),
-        ("75 137", 75, "requeue 12\n"),
+        ("75 75", 75, "requeue Incomplete 12\n"),
+        ("75 137", 75, "requeue Incomplete 12\n"),
         ("1 2", 2, ""),
-        ("71 71", 71, "requeue 12\n"),
-        ("134 137", 71, "requeue 12\n"),
+        ("71 71", 71, "requeue Incomplete 12\n"),
+        ("134 137", 71, "requeue Incomplete 12\n"),
         ("137 137", 137, ""),
     ],
 )
@@ -181,19 +186,35 @@ def test_slurm_starts_again_what_was_saved(cloud, slurm, codes, code, requeued):
     assert "--output=runs/slurm/%j-%t.log" in words and "--kill-on-bad-exit=0" in words
 
 
-def test_slurm_hands_on_the_signal(cloud, slurm):
+def test_slurm_signals_the_tasks(cloud, slurm):
+    """What it does before the time limit: srun and the script hear nothing, the tasks save."""
+    assert "#SBATCH --signal=TERM@300" in (SCRIPTS / "slurm_gpu.sbatch").read_text().splitlines()
     job = slurm("--", "bash", "-c", 'trap "exit 75" TERM; : > $CLOUD/up.$SLURM_PROCID; while :; do sleep 0.1; done')
     while not ((cloud.folder / "up.0").exists() and (cloud.folder / "up.1").exists()):
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 75 and cloud.text("requeued") == "requeue 12\n"
+    for task in cloud.text("tasks").split():
+        os.killpg(int(task), signal.SIGTERM)
+    assert job.wait(20) == 75 and cloud.text("requeued") == "requeue Incomplete 12\n"
 
 
 def test_slurm_has_a_most_of_restarts(cloud, slurm):
     done = slurm("--", "sh", "-c", "exit 75", JAXDIFF_RESTARTS="2", SLURM_RESTART_COUNT="2")
-    assert done.wait(20) == 75 and not cloud.text("requeued") and "JAXDIFF_RESTARTS 2" in done.stderr.read()
-    lost = slurm("--", "sh", "-c", "exit 71", SLURM_RESTART_COUNT="3")  # soon, and again and again
-    assert lost.wait(20) == 71 and not cloud.text("requeued")
+    assert done.wait(20) == 75 and not cloud.text("requeued") and "JAXDIFF_RESTARTS" in done.stderr.read()
+
+
+def test_slurm_processes_that_lose_each_other_soon_every_time(cloud, slurm):
+    for count in range(5):
+        lost = slurm("--", "sh", "-c", "exit 71", SLURM_RESTART_COUNT="30")
+        assert lost.wait(20) == 71 and cloud.text("requeued").count("requeue") == min(count + 1, 3)
+    assert "lost each other 5 times" in lost.stderr.read()
+    assert slurm("--", "sh", "-c", "exit 75").wait(20) == 75  # something went well: the count begins anew
+    assert slurm("--", "sh", "-c", "exit 71").wait(20) == 71
+    assert cloud.text("requeued").count("requeue") == 5
+
+
+def test_slurm_needs_its_python(cloud, slurm):
+    done = slurm("--", "true", JAXDIFF_VENV="/absent")
+    assert done.wait(20) == 2 and done.stderr.read() == "error: JAXDIFF_VENV: no /absent/bin/python\n"
 
 
 def test_slurm_dry_run_and_bad_input(cloud):
@@ -201,7 +222,7 @@ def test_slurm_dry_run_and_bad_input(cloud):
     dry = cloud("slurm_gpu.sbatch", "--dry-run", "--", *words)
     first, second = dry.stdout.splitlines()
     read = shlex.split(first[2:])
-    assert read[0] == "srun" and read[-3:] == words and second == "+ scontrol requeue JOB"
+    assert read[0] == "srun" and read[-3:] == words and second == "+ scontrol requeue Incomplete JOB"
     for arguments, message in [
         ([], "no command"),
         (["--x"], "unknown argument '--x'"),
