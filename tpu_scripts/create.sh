@@ -8,7 +8,8 @@
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
 # Run again, it creates nothing twice: it says what is there and goes on waiting. Exit code 1 with the reason if the
-# request failed, was suspended or its machines were taken away: delete.sh removes what is left.
+# request failed, was suspended or its machines were taken away: delete.sh removes what is left. 69 if gcloud cannot be
+# asked any more: the request is where it was.
 # It costs money from the moment it is ACTIVE until delete.sh.
 
 set -euo pipefail
@@ -49,7 +50,7 @@ wait_until_active() {
     if state=$(pod_state $first); then
       broken=0
     else
-      ((++broken < 5)) || fail "gcloud failed five times in a row; the request may still be in the queue" 1
+      ((++broken < 5)) || fail "gcloud failed five times in a row; the request may still be in the queue" 69
       state=${last:-unknown}
     fi
     first=
@@ -74,7 +75,10 @@ if [[ $DRY_RUN == true ]]; then
   if [[ $NO_WAIT == false ]]; then pod_state shown >/dev/null; fi
   exit
 fi
-state=$(pod_state shown)
+state=$(pod_state shown) || {
+  if (($? == 2)); then exit 2; fi # there is no gcloud
+  fail "gcloud does not say whether $TPU_NAME is there" 69
+}
 if [[ $state == ABSENT ]]; then
   request || { # a creation that went through although gcloud failed, or another one at the same time
     code=$?

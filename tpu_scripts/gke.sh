@@ -78,7 +78,8 @@ secret() {
 if [[ $LOGS == true ]]; then
   [[ $DELETE == false && ${#REST[@]} == 0 ]] || fail "--logs, --delete or a command: one of them"
   selector="jobset.sigs.k8s.io/jobset-name=$TPU_NAME,batch.kubernetes.io/job-completion-index=0"
-  call "${kubectl[@]}" logs "--selector=$selector" --prefix --tail=100 --follow
+  call "${kubectl[@]}" logs "--selector=$selector" --prefix --tail=100 --follow \
+    "--max-log-requests=$TPU_SLICES"
 elif [[ $DELETE == true ]]; then
   ((${#REST[@]} == 0)) || fail "--logs, --delete or a command: one of them"
   if [[ $YES == false && $DRY_RUN == false ]]; then
@@ -94,6 +95,8 @@ else
   folder=$(mktemp -d)
   trap 'rm -rf -- "$folder"' EXIT
   if [[ $DRY_RUN == true ]]; then printf '%s\n' "$text"; fi
+  there=$(call "${kubectl[@]}" get jobset "$TPU_NAME" --ignore-not-found --output=name)
+  [[ -z $there ]] || fail "$TPU_NAME is there already: gke.sh --logs shows it, gke.sh --delete ends it"
   secret
-  printf '%s\n' "$text" | call "${kubectl[@]}" apply --filename=-
+  printf '%s\n' "$text" | call "${kubectl[@]}" create --filename=-
 fi

@@ -16,7 +16,8 @@
 # The command lives on when the connection ends; one run at a time. Its output is shown with [SLICE/WORKER] before each
 # line, and kept in runs/tpu/NAME/ID/SLICE-WORKER.log here and in runs/tpu/ID.log on each worker.
 # Exit code: 0 if all workers ended with 0; 75 if one says 75 (saved, to be started again); 255 if a worker is not to be
-# reached or its command vanished; otherwise the first failure's; 71 if they only say that others of them were gone.
+# reached; otherwise the first failure's; 71 if they only say that others were gone, or the command vanished with a
+# worker's restart.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -51,8 +52,11 @@ send_variables() {
 # On all workers or on none. A second run is refused by the workers.
 start() {
   local code=0
+  local mount=
   send_variables
-  on_worker "start $ID $(line_of "${REST[@]}")" || code=$?
+  # A worker that was restarted has lost it, and would write to the folder below.
+  if [[ -n $TPU_BUCKET ]]; then mount="mount $TPU_BUCKET && tpu_scripts/worker.sh "; fi
+  on_worker "${mount}start $ID $(line_of "${REST[@]}")" || code=$?
   if ((code)); then
     on_worker "stop $ID" || true
     fail "not started on every worker, so stopped on those where it was" "$code"
@@ -83,10 +87,11 @@ codes() {
 common_code() {
   printf '%s\n' "$1" | awk -v reached="$2" '
     $3 == 75 { saved = 1; next }
-    $3 == 71 || $3 == 134 { broken_off = 1; next } # 134: jax aborts a process whose coordinator has lost another
+    # 134: jax aborts a process whose coordinator has lost another. lost, none: the worker began anew.
+    $3 == 71 || $3 == 134 || $3 == "lost" || $3 == "none" { broken_off = 1; next }
     $3 ~ /^[0-9]+$/ && $3 != 0 && !failed { failed = $3 }
     $3 !~ /^[0-9]+$/ { reached = "false" }
-    END { print saved ? 75 : reached == "false" ? 255 : failed ? failed : broken_off ? 71 : 0 }'
+    END { print saved ? 75 : reached == "false" ? 255 : failed && failed < 128 ? failed : broken_off ? 71 : failed + 0 }'
 }
 
 # Follow to the end and return the one exit code. A connection that broke while the run goes on is made anew.
@@ -102,8 +107,8 @@ finish() {
     sleep "$TPU_POLL_SECONDS"
   done
   if ! printf '%s\n' "$said" | grep -qv ' none$'; then
-    printf 'no run on %s\n' "$TPU_NAME"
-    return 0
+    printf 'no run %s on %s\n' "${ID:-at all}" "$TPU_NAME"
+    return $((${#ID} ? 71 : 0))
   fi
   code=$(common_code "$said" "$reached")
   if ((code)); then
@@ -118,8 +123,7 @@ if [[ $STOP == true ]]; then
   on_worker "stop ${ID:-last}" || true # finish says which cannot be reached
   [[ $NO_WAIT == false ]] || exit 0
   finish 10 || code=$?
-  ((code != 255)) || exit 255
-  exit 0
+  if ((code == 255 || code == 71)); then exit "$code"; fi
 elif [[ $ATTACH == true ]]; then
   finish 100 || exit $?
 else

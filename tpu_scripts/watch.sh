@@ -97,11 +97,11 @@ no_time_left() {
 remove() {
   local tries=0 # a request that is being suspended cannot always be deleted yet
   until "$HERE/delete.sh" --yes "${flags[@]}"; do
-    if ((++tries == 5)); then
+    if ((++tries == 10)); then
       rm -f -- "$state_file.pid"
       fail "$TPU_NAME could not be deleted: it may go on costing money" 1
     fi
-    pause "$TPU_POLL_SECONDS"
+    patiently "$tries"
   done
   seconds=$(used)
   since=0 set_up=false id=''
@@ -159,42 +159,65 @@ guarded() {
   follower=
 }
 
-# The pod's state in `state`; a gcloud that fails is asked again.
+# Wait, after the first tries longer and longer up to TPU_BACKOFF_MOST. $1: the tries before.
+patiently() {
+  local seconds=$TPU_POLL_SECONDS most=${TPU_BACKOFF_MOST:-1800}
+  if (($1 > 3)); then
+    seconds=$((${TPU_BACKOFF_SECONDS:-30} << ($1 < 14 ? $1 - 4 : 10)))
+    seconds=$((seconds < most ? seconds : most))
+  fi
+  pause "$seconds"
+}
+
+# The pod's state in `state`; a gcloud that fails is asked again, once it has created something for as long as it takes.
 look() {
   local tries=0
   until state=$(pod_state); do
-    if ((++tries == 5)); then
+    printf 'gcloud does not say how %s is\n' "$TPU_NAME" >&2
+    if [[ ! -f $state_file ]] && ((tries == 4)); then
       rm -f -- "$state_file.pid"
-      fail "gcloud does not say how $TPU_NAME is; started again, this goes on" 1
+      fail "nothing was done" 1
     fi
-    pause "$TPU_POLL_SECONDS"
+    patiently $((tries++))
   done
   case $state in ABSENT | SUSPENDING | SUSPENDED | DELETING | PREEMPTED) gone=true ;; *) gone=false ;; esac
 }
 
 # One round, up to the command's end: sets `code`, and `phase` to the script that it comes from.
 round() {
-  phase=create
-  if [[ $state != ACTIVE ]]; then guarded create; else code=0; fi
-  if ((code)); then return; fi
+  local tries=0
+  phase=create code=0
+  save_state
+  if [[ $state != ACTIVE ]]; then guarded create; fi
+  while ((code == 69)) && [[ $over == false ]]; do
+    patiently $((tries++))
+    guarded create
+  done
+  if ((code)) || [[ $over == true ]]; then return; fi
   if ((since == 0)); then since=$(date +%s); fi
   began=$(date +%s)
   save_state
   if [[ $set_up == false ]]; then
     phase=setup
     guarded setup
-    if ((code)); then return; fi
+    if ((code)) && [[ $over == false ]]; then # a machine that was not quite ready is tried once more
+      look
+      if [[ $gone == true ]]; then return; fi
+      pause "$TPU_POLL_SECONDS"
+      guarded setup
+    fi
+    if ((code)) || [[ $over == true ]]; then return; fi
     set_up=true id=$(date -u +%Y%m%d-%H%M%S)-$restarts
     save_state
   fi
   phase=run
   guarded run --id "$id" -- "${REST[@]}"
   # Not to be reached, but there: the command may well be running.
-  local tries=0
-  while ((code == 255 && ++tries <= 3)); do
+  tries=0
+  while ((code == 255)) && [[ $over == false ]]; do
     look
     if [[ $gone == true ]]; then break; fi
-    pause "$TPU_POLL_SECONDS"
+    patiently $((tries++))
     guarded run --attach --id "$id"
   done
 }
@@ -206,7 +229,7 @@ taken_away() {
   case $phase in
     create) [[ $state != ABSENT ]] ;;
     setup) true ;;
-    run) ((code >= 128)) ;;
+    run) ((code >= 128 || code == 71)) ;;
   esac
 }
 
@@ -220,7 +243,9 @@ while true; do
     if [[ $state != ABSENT ]]; then remove; fi
     seconds=$(used) since=0 set_up=false id='' state=ABSENT
   fi
-  round
+  phase=create code=75
+  if no_time_left; then over=true; else round; fi
+  if [[ $over == true && $phase != run ]]; then end 75; fi
   if ((code == 0)); then end 0; fi
   most=${TPU_BACKOFF_MOST:-1800}
   if (($(date +%s) - began > most)); then short=0; fi

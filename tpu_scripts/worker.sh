@@ -113,14 +113,18 @@ idle() {
 
 # No caching of names: what one worker writes, the others must see at once. Orbax renames folders.
 mount() {
-  local at=/mnt/bucket list=/etc/apt/sources.list.d/gcsfuse.list key=/usr/share/keyrings/cloud.google.asc
+  local tries=0 at=/mnt/bucket list=/etc/apt/sources.list.d/gcsfuse.list key=/usr/share/keyrings/cloud.google.asc
   if mountpoint -q "$at"; then return; fi
   if ! command -v gcsfuse >/dev/null; then
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
     printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
       sudo tee "$list" >/dev/null
-    sudo apt-get -qq update
-    sudo apt-get -qq -y install gcsfuse
+    # A machine that has just started may be updating itself.
+    until sudo apt-get -qq update; do
+      ((++tries < 20)) || return 1
+      sleep 15
+    done
+    sudo apt-get -qq -y -o DPkg::Lock::Timeout=600 install gcsfuse
   fi
   sudo mkdir -p "$at"
   sudo chown "$(id -u):$(id -g)" "$at"

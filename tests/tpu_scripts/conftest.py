@@ -83,10 +83,13 @@ def ssh(node):
 
 
 put("calls", "\0".join(words) + "\0\n", "a")
-if exists("fails") and text("fails").split()[0] in words:  # "verb code": fails once
-    code = int(text("fails").split()[1])
-    os.unlink(f"{cloud}/fails")
-    sys.exit(code)
+if exists("fails"):  # "verb code times file": fails so often, once the file is there
+    failing, code, times, there = text("fails").split()
+    if failing in words and exists(there):
+        put("fails", f"{failing} {code} {int(times) - 1} {there}")
+        if int(times) == 1:
+            os.unlink(f"{cloud}/fails")
+        sys.exit(int(code))
 kind, verb = words[2:4] if words[0] == "compute" else ("", "")
 if kind == "queued-resources" and verb == "list":
     print(state())

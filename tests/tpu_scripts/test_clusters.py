@@ -65,10 +65,11 @@ def test_manifest(cloud, kubectl):
     ]
     done = cloud("gke", "--", *words)
     assert done.returncode == 0, done.stderr
-    assert kubectl() == [["--namespace=default", "apply", "--filename=-"]]
+    get, create = kubectl()
+    assert get[1:4] == ["get", "jobset", "pod"] and create == ["--namespace=default", "create", "--filename=-"]
     text = cloud.text("stdin")
     dry = cloud("gke", "--dry-run", "--", *words)
-    assert text in dry.stdout and dry.stdout.endswith("+ kubectl --namespace=default apply --filename=-\n")
+    assert text in dry.stdout and dry.stdout.endswith("+ kubectl --namespace=default create --filename=-\n")
     jobset = yaml.safe_load(text)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     known("", jobset)
@@ -117,12 +118,20 @@ def test_spot_and_secrets(cloud, kubectl):
     done = cloud("gke", "--", "true", HF_TOKEN="hf_secret")
     assert done.returncode == 0 and "hf_secret" not in done.stdout and "HF_TOKEN=***" in done.stdout
     assert "hf_secret" not in cloud.text("k")
-    delete, create, apply = kubectl()
+    _, delete, create, start = kubectl()
     assert delete[1:4] == ["delete", "secret", "pod-env"] and create[1:5] == ["create", "secret", "generic", "pod-env"]
-    assert apply[1] == "apply"
+    assert start[1] == "create"
     pod = yaml.safe_load(cloud.text("stdin"))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "pod-env", "optional": True}}]
+
+
+def test_a_run_that_is_there_is_not_started_over(cloud, kubectl):
+    cloud.program("kubectl", '#!/bin/bash\nprintf "%s\\0" "$@" >> "$CLOUD/k"; echo >> "$CLOUD/k"\necho jobset/pod\n')
+    cloud.settings(**SETTINGS, TPU_PASS="HF_TOKEN")
+    done = cloud("gke", "--", "true", HF_TOKEN="hf_secret")
+    assert done.returncode == 2 and "pod is there already: gke.sh --logs shows it" in done.stderr
+    assert len(kubectl()) == 1  # its secret is as it was
 
 
 def test_logs_and_delete(cloud, kubectl):

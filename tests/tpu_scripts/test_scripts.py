@@ -115,7 +115,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cloud, script, arguments, setting
 
 
 def test_failure_of_gcloud_stops_the_script(cloud):
-    cloud.put("fails", "scp 7")
+    cloud.put("fails", "scp 7 1 calls")
     done = cloud("setup")
     assert done.returncode == 7 and cloud.verbs() == ["scp"]
 

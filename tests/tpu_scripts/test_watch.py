@@ -134,9 +134,34 @@ def test_a_request_suspended_in_the_queue_is_made_again(cloud, watched):
 
 
 def test_gcloud_that_fails_to_create(cloud, watched):
-    cloud.put("fails", "create 6")
+    cloud.put("fails", "create 6 1 calls")
     assert watched("exit 0").returncode == 6
     assert cloud.verbs() == ["create"]
+
+
+def test_gcloud_that_cannot_be_asked_for_long(cloud, watched):
+    """The request stays in the queue meanwhile, and would cost money unwatched."""
+    cloud.put("lives", "WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES ACTIVE")
+    cloud.put("fails", "list 1 13 request")
+    done = watched("exit 0", TPU_BACKOFF_SECONDS="7", TPU_BACKOFF_MOST="9")
+    assert done.returncode == 0, done.err
+    assert cloud.verbs() == ["create", *ROUND[1:]] and "gcloud does not say whether pod is there" in done.err
+
+
+def test_workers_that_cannot_be_reached_for_long_are_not_given_up(cloud, watched):
+    process = watched.start('printf pod/0 > "$CLOUD/unreachable"; exit 0', arguments=["--delete"])
+    while cloud.text("calls").count("worker.sh follow") < 9:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    (cloud.folder / "unreachable").unlink()
+    assert process.wait(60) == 0, process.stderr.read()
+    assert cloud.text("attempts") == "x\n" and cloud.verbs().count("create") == 1
+
+
+def test_a_budget_used_up_before_the_command_begins(cloud, watched):
+    done = watched("exit 0", TPU_MAX_HOURS="9", TPU_SETUP='echo 40000 > "$CLOUD/later"')
+    assert done.returncode == 75 and "of TPU time is used up" in done.err
+    assert not cloud.text("attempts") and not (cloud.folder / "request").exists()
 
 
 def test_the_most_restarts(cloud, watched):
