@@ -19,7 +19,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from jaxdiff.systems.imagen_drawing import draw
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training import chips
 from jaxdiff.training.compilation_cache import without_compilation_cache
+from jaxdiff.training.hlo import COUNTING
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
 from jaxdiff.training.placement import bytes_on_a_device, shardings, table
@@ -95,7 +96,7 @@ def main(settings: Run) -> None:
     topology = chips.parse(settings.topology)
     if settings.json is not None:
         usable_file(settings.json)
-        kept = read(settings.json)
+        kept = None if settings.arrays or settings.hlo else read(settings.json)
         if kept is not None and kept["asked"] == asked(settings, topology):
             print(report(kept))
             return
@@ -106,10 +107,12 @@ def main(settings: Run) -> None:
 
 
 def asked(settings: Run, topology: chips.Topology | None) -> dict[str, Any]:
-    """The question that a kept plan must have answered: the settings and, with a topology, the compiler's version."""
+    """The question that a kept plan must have answered: the settings, how programs are counted here and, with a
+    topology, the compiler's version."""
     ours = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "hlo", "arrays")
     }
+    ours |= {"counting": COUNTING}
     return ours if topology is None else ours | {"compiler": compiler(topology)}
 
 
@@ -160,10 +163,14 @@ def planned(settings: Run, topology: chips.Topology) -> dict[str, Any]:
         "chips": topology.chips,
         **work,
         "costs": dataclasses.asdict(costs),
-        "roofline": dataclasses.asdict(roofline(costs, topology.chip)),
         "date": time.strftime("%Y-%m-%d"),
         "seconds_to_plan": round(time.monotonic() - begun, 1),
     }
+
+
+def rooflined(plan: Mapping[str, Any]) -> Roofline:
+    """The roofline of a plan, by the rates as they are known now."""
+    return roofline(Costs(**plan["costs"]), chips.parse(plan["asked"]["topology"]))
 
 
 def mesh_of(settings: Run, topology: chips.Topology) -> AnyMesh:
@@ -247,8 +254,10 @@ def _estimate(settings: Run, stage: Stage, mesh: Any) -> dict[str, Any]:
     if settings.sample:
         raise ValueError("--sample: for TPU topologies, which are compiled for")
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
+    if mesh.shape["tensor"] > 1:
+        raise ValueError("--mesh tensor: for TPU topologies, which are compiled for; estimates know data and fsdp")
     local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=Axes()))
-    rows = settings.batch // batch_devices(mesh)
+    rows = settings.batch // batch_devices(mesh) // settings.accumulate
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     costs = estimated_costs(
         local.loss,
@@ -258,6 +267,7 @@ def _estimate(settings: Run, stage: Stage, mesh: Any) -> dict[str, Any]:
         jax.eval_shape(lambda: jax.random.key(0)),
         mesh.shape["fsdp"],
         mesh.shape["data"],
+        settings.accumulate,
     )
     return _sizes(settings, state) | {"costs": costs}
 
@@ -303,7 +313,7 @@ def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Co
 
 def report(plan: dict[str, Any]) -> str:
     """One screen."""
-    asked, costs, roof = plan["asked"], Costs(**plan["costs"]), Roofline(**plan["roofline"])
+    asked, costs, roof = plan["asked"], Costs(**plan["costs"]), rooflined(plan)
     topology = chips.parse(asked["topology"])
     chip, devices = topology.chip, topology.devices
     peak = costs.peak_bytes * chip.devices

@@ -22,7 +22,7 @@ from experiments import plan
 from experiments.cli import run
 from jaxdiff.data.files import replacing, usable
 from jaxdiff.training import chips
-from jaxdiff.training.plan import Costs, Roofline
+from jaxdiff.training.plan import Costs
 
 FOLDER = Path("tpu_scripts/plans")
 LEAST_FREE = 0.15
@@ -153,7 +153,7 @@ def speed(made: dict[str, Any]) -> float:
 
 def serial_speed(made: dict[str, Any]) -> float:
     """Pictures a second and chip if arithmetic, memory and interconnect come one after another."""
-    return made["asked"]["batch"] / made["roofline"]["serial"] / made["chips"]
+    return made["asked"]["batch"] / plan.rooflined(made).serial / made["chips"]
 
 
 def command(made: dict[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _table(plans: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _row(name: str, made: dict[str, Any]) -> tuple[str, ...]:
-    asked, costs, roof = made["asked"], Costs(**made["costs"]), Roofline(**made["roofline"])
+    asked, costs, roof = made["asked"], Costs(**made["costs"]), plan.rooflined(made)
     chip = chips.parse(asked["topology"]).chip
     received = sum(kind["bytes"] for kind in costs.collectives.values())
     estimate = costs.seconds or roof.serial

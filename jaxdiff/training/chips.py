@@ -34,7 +34,7 @@ class Chip:
     """Rates of one chip, from the vendor's data sheet (November 2026).
 
     peak: dense bfloat16 FLOP/s. memory: bytes of HBM; bandwidth: of it, bytes/s. interconnect: what a chip can receive
-    from its neighbours, bytes/s: half of what is published as bidirectional.
+    from its neighbours by all of its links, bytes/s: half of what is published as bidirectional.
     devices: as how many devices JAX shows it. config: the name that libtpu wants for this kind beside the topology.
     """
 
@@ -59,6 +59,7 @@ B200 = Chip("b200", PEAK_TFLOPS["B200"] * TERA, 180 * GB, 7700 * GB, 900 * GB)
 
 TPUS = (V4, V5E, V5P, V6E, TPU7X)
 GPUS = (A100, H100, H200, B200)
+GPUS_OF_A_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,17 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def interconnect(self) -> float:
+        """What a chip of this shape can receive, bytes/s: an axis that is closed to a ring gives its two links, an open
+        one, at whose end a chip hears from one side, one of them, and an axis of one chip none."""
+        if not self.is_tpu:
+            return self.chip.interconnect
+        # Rings are closed by whole cubes of 4x4x4 on chips of three axes, by sides of 16 on those of two.
+        cubes = len(self.shape) == 3 and all(side % 4 == 0 for side in self.shape)
+        links = [0 if side == 1 else 2 if cubes or side == 16 else 1 for side in self.shape]
+        return self.chip.interconnect * sum(links) / (2 * len(self.shape))
+
+    @property
     def is_tpu(self) -> bool:
         return self.chip in TPUS
 
@@ -96,6 +108,8 @@ def parse(text: str) -> Topology:
             f"topology {text!r}: write the chip and its shape, as in v5e:16x16, v6e:16x16, v4:4x8x8, v5p:4x8x8, "
             f"tpu7x:4x8x8 or h100:8 (GPUs: {', '.join(chip.name for chip in GPUS)})"
         )
+    if chip in GPUS and shape[0] > GPUS_OF_A_HOST:
+        raise ValueError(f"topology {text!r}: estimates are of one host, whose {GPUS_OF_A_HOST} GPUs NVLink joins")
     return Topology(chip, shape)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxdiff.training import hlo
-from jaxdiff.training.chips import Chip
+from jaxdiff.training.chips import Topology
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class Roofline:
     share_compiler: float | None
 
 
-def roofline(costs: Costs, chip: Chip) -> Roofline:
-    """The roofline of a device, which is the chip or its equal part."""
-    peak, bandwidth, interconnect = (rate / chip.devices for rate in (chip.peak, chip.bandwidth, chip.interconnect))
+def roofline(costs: Costs, topology: Topology) -> Roofline:
+    """The roofline of a device, which is a chip of this slice or its equal part."""
+    chip = topology.chip
+    peak, bandwidth, interconnect = (rate / chip.devices for rate in (chip.peak, chip.bandwidth, topology.interconnect))
     received = sum(kind["bytes"] for kind in costs.collectives.values())
     parts = (costs.flops / peak, costs.bytes_accessed / bandwidth, received / interconnect)
     overlapped, serial = max(parts), sum(parts)
@@ -87,9 +88,10 @@ def compiled_costs(compiled: Any, devices: int) -> Costs:
 
 
 def estimated_costs(
-    loss: Callable[..., Any], state: Any, whole: Any, batch: Any, key: Any, parts: int, copies: int
+    loss: Callable[..., Any], state: Any, whole: Any, batch: Any, key: Any, parts: int, copies: int, accumulate: int = 1
 ) -> Costs:
-    """Of a training step by shapes alone. `loss(params, batch, key)`, with aux; `batch`: one device's.
+    """Of a training step by shapes alone. `loss(params, batch, key)`, with aux; `batch`: what one device takes at a
+    time, `accumulate` times a step.
 
     `state`: the train state, shapes with shardings; `whole`: the parameters as the loss takes them. Parameters are
     split over `parts` devices, of which there are `copies`. Counted are: the FLOPs of convolutions and matrix products;
@@ -107,12 +109,14 @@ def estimated_costs(
     collectives = {}
     if parts > 1:
         share = (parts - 1) / parts
-        collectives = {kind: {"count": 1, "bytes": size * share} for kind in ("all-gather", "reduce-scatter")}
+        each = {"count": accumulate, "bytes": accumulate * size * share}
+        collectives = {kind: dict(each) for kind in ("all-gather", "reduce-scatter")}
     if copies > 1:
         collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / parts * (copies - 1) / copies}
     temporary = kept + size  # and the gradients
     # The update reads and writes the state once.
-    return Costs(arguments, temporary, arguments + temporary, flops, moved + 2 * arguments, collectives)
+    moved = accumulate * moved + 2 * arguments
+    return Costs(arguments, temporary, arguments + temporary, accumulate * flops, moved, collectives)
 
 
 def _leaves(tree: Any) -> list[Any]:

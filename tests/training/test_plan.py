@@ -21,15 +21,33 @@ LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="
 def test_a_roofline_is_three_divisions():
     moved = {"all-gather": {"count": 2, "bytes": 3e9}, "all-reduce": {"count": 1, "bytes": 3e9}}
     costs = Costs(0, 0, 0, flops=4.59e12, bytes_accessed=2.765e9, collectives=moved, seconds=0.02)
-    found = roofline(costs, chips.V5P)
+    slice_of = lambda chip, *shape: chips.Topology(chip, shape)  # noqa: E731
+    found = roofline(costs, slice_of(chips.V5P, 4, 8, 8))
     assert (found.compute, found.memory, found.interconnect) == pytest.approx((0.01, 0.001, 0.01))
     assert (found.overlapped, found.serial) == pytest.approx((0.01, 0.021))
     assert (found.share_overlapped, found.share_serial) == pytest.approx((1.0, 10 / 21))
     assert found.share_compiler == pytest.approx(0.5)
     # A device of tpu7x is half a chip.
-    whole = roofline(costs, replace(chips.TPU7X, devices=1))
-    assert roofline(costs, chips.TPU7X).overlapped == pytest.approx(2 * whole.overlapped)
-    assert roofline(replace(costs, seconds=None), chips.V5P).share_compiler is None
+    half, whole = (roofline(costs, slice_of(chip, 4, 4, 4)) for chip in (chips.TPU7X, replace(chips.TPU7X, devices=1)))
+    assert half.overlapped == pytest.approx(2 * whole.overlapped)
+    assert roofline(replace(costs, seconds=None), slice_of(chips.V5P, 4, 4, 4)).share_compiler is None
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("v4:4x8x8", 1),
+        ("v4:2x2x1", 2 / 6),
+        ("v4:2x2x4", 3 / 6),
+        ("v5e:16x16", 1),
+        ("v5e:8x16", 3 / 4),
+        ("v5e:2x2", 2 / 4),
+    ],
+)
+def test_a_chip_hears_from_the_links_that_its_slice_has(text, share):
+    topology = chips.parse(text)
+    assert topology.interconnect == pytest.approx(share * topology.chip.interconnect)
+    assert chips.parse("h100:8").interconnect == chips.H100.interconnect
 
 
 @pytest.mark.parametrize("text", ["v5e:16x16", "v4:4x8x8", "tpu7x:4x4x4", "h100:8"])
@@ -74,9 +92,9 @@ def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     params, key = jax.eval_shape(SR.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 
-    def of(rows, remat="none"):
+    def of(rows, remat="none", **options):
         stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=Axes()))
-        return estimated_costs(stage.loss, state, params, stage.batch(rows, 16), key, parts=4, copies=2)
+        return estimated_costs(stage.loss, state, params, stage.batch(rows, 16), key, parts=4, copies=2, **options)
 
     small, large = of(2), of(8)
     assert large.flops == pytest.approx(4 * small.flops, rel=0.05)
@@ -85,6 +103,9 @@ def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     assert of(8, "blocks").flops > large.flops
     assert large.collectives["all-gather"]["bytes"] == pytest.approx(size * 3 / 4)
     assert large.collectives["all-reduce"]["bytes"] == pytest.approx(size / 4)
+    parts = of(2, accumulate=4)
+    assert parts.flops == pytest.approx(large.flops, rel=0.05) and parts.temporary_bytes == small.temporary_bytes
+    assert parts.collectives["all-gather"]["bytes"] == pytest.approx(4 * size * 3 / 4)
     assert large.peak_bytes == large.argument_bytes + large.temporary_bytes
 
 
