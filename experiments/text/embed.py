@@ -10,7 +10,8 @@ The encoder runs on all devices of the process; `--fsdp N` splits its parameters
 bfloat16) needs where a device has 16 GB. Several processes, on one machine or many that see the same folder, share a
 set by `--shard I/N`: each makes every N-th part, and the one that finds all parts there finishes the store. They say
 nothing to one another: the encoder fits the devices of one host, so there is nothing to compute together, and one that
-is killed or slow holds up none of the others. JAX processes that were started together take their shares unasked.
+is killed or slow holds up none of the others. JAX processes that were started together take their shares unasked, and
+end together: each waits for the others at its end, and where one dies all go on when they are started again.
 
 Cost: one pass of the encoder over the captions; a caption takes 2 bytes × its tokens × the encoder's width on disk
 (8 kB a token for T5-XXL), which is estimated before it begins. Result: the embeddings in ArrayRecord, and
@@ -35,7 +36,7 @@ from jaxdiff.data.embeddings import Embeddings, Shard, fingerprint, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
-from jaxdiff.training.distributed import Cluster, start
+from jaxdiff.training.distributed import Cluster, all_done, start
 from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh
 from jaxdiff.training.placement import shardings
 from jaxdiff.weights.t5 import load_text_encoder
@@ -102,6 +103,7 @@ def main(
             begun=progress.begun,
         )
     print(_told(stored, out, progress.tokens, share))
+    all_done()
 
 
 def _shard(text: str | None) -> Shard:

@@ -159,6 +159,11 @@ def on_process_0(act: Callable[[], T]) -> T | None:
     return result
 
 
+def all_done() -> None:
+    """Wait for the others at the end: one that leaves a minute before them would be taken for lost, and end them."""
+    peers.barrier("all are done", _DAY)
+
+
 def gathered(tree: Any) -> Any:
     """Arrays that are spread over all processes as numpy arrays on process 0, and None on the others.
 

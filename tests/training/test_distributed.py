@@ -137,3 +137,21 @@ def test_what_an_error_means_for_the_exit_code():
     assert peers.outcome(peers.Lost("lost")) == (71, "error: lost")
     code, text = peers.outcome(RuntimeError("a bug"))
     assert code == 70 and text.endswith("RuntimeError: a bug")
+
+
+@pytest.mark.parametrize(
+    ("message", "ours"),
+    [
+        ("INTERNAL: Mosaic failed to compile a kernel", True),
+        ("UNKNOWN: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer", False),
+        ("DEADLINE_EXCEEDED: Barrier timed out", False),
+    ],
+)
+def test_what_may_be_an_error_of_this_process_is_shown(message, ours, monkeypatch):
+    monkeypatch.setattr(peers, "count", lambda: 2)
+    with pytest.raises(peers.Lost) as caught, peers.together():
+        raise RuntimeError(message)
+    code, text = peers.outcome(caught.value)
+    assert code == 71 and text.splitlines()[-1].startswith("error: another process is gone") and message in text
+    assert ("Traceback" in text, "or it is this" in text) == (ours, ours)

@@ -1,5 +1,6 @@
 """Runs of several real processes on this machine: the same losses as one, and what becomes of all when one fails."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ def test_one_that_hangs_is_reported_and_ends_the_run_where_asked(tmp_path):
 
 FOLDERS = """
 import sys
+import time
 from pathlib import Path
 import processes
 from jaxdiff.training import distributed, peers
@@ -146,7 +148,16 @@ def prepare(made):
 
 print("shared", distributed.once(root / "shared", lambda: prepare(root / "shared" / "made")))
 print("own", distributed.once(own, lambda: prepare(own / "made")))
-print("zero", distributed.on_process_0(lambda: "here"), flush=True)
+print("zero", distributed.on_process_0(lambda: "here"))
+distributed.alike({"steps": 5, "cluster": distributed.Cluster("auto", "a:1", 2, peers.index())})
+try:
+    distributed.alike({"steps": peers.index()})
+except ValueError as error:
+    print(error)
+begun = time.monotonic()
+time.sleep(2 * peers.index())
+distributed.all_done()
+print("together", time.monotonic() - begun > 1.5, flush=True)
 distributed.check_shared(root / "shared")
 distributed.check_shared(own)
 """
@@ -155,11 +166,31 @@ distributed.check_shared(own)
 def test_what_processes_share_is_prepared_by_one_of_them(tmp_path):
     with Processes([sys.executable, "-c", FOLDERS, tmp_path], 2) as processes:
         assert processes.wait(100) == [2, 2], processes.words()
-        assert processes.out(0).splitlines() == ["shared made", "own made", "zero here"]
-        assert processes.out(1).splitlines() == ["shared found", "own made", "zero None"]
+        differ = "command line: steps is '0' on process 0 and '1' on process 1: all processes must be started alike"
+        for index, words in ((0, "shared made, own made, zero here"), (1, "shared found, own made, zero None")):
+            *lines, alike, together = processes.out(index).splitlines()
+            assert ", ".join(lines) == words and alike.startswith(differ) and together == "together True"
         assert "is not the folder that process 0 writes to" in processes.err(1)
         assert "stopped, because process 1" in processes.err(0)
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["made"]
+
+
+PREPARES = """
+import time
+import processes
+from jaxdiff.training import peers
+processes.join()
+print("ready", flush=True)
+peers.barrier("prepared", 100) if peers.index() == 0 else time.sleep(100)
+"""
+
+
+def test_before_the_loop_a_signal_ends_a_process_whatever_it_waits_for():
+    with Processes([sys.executable, "-c", PREPARES], 2) as processes:
+        processes.until(lambda: all("ready" in processes.out(index) for index in range(2)))
+        time.sleep(0.5)
+        processes.kill(signal.SIGTERM)
+        assert processes.wait(5) == [-signal.SIGTERM] * 2
 
 
 JOIN = """
