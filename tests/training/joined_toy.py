@@ -42,6 +42,8 @@ class Share(Stream):
         batch = {name: value[self.process * rows : (self.process + 1) * rows] for name, value in batch.items()}
         if now and self.fault == "short":
             batch = {name: value[1:] for name, value in batch.items()}
+        if self.fault.startswith("SIG") and self.index > self.at:
+            time.sleep(0.3)  # jax looks once a second whether there was a signal
         if self.fault == "nan" and self.index > self.at:
             batch["x"][0, 0] = float("nan")
         return batch
