@@ -178,6 +178,13 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
         return manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never. Orbax asks jax in the background too, when a step has been written, and by then an older one: jax takes
+        that for the step that this process is at, and has the processes stop after different ones. The loop asks."""
+        return False
+
+
 class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A folder that is written under another name and gets its own once its manifest is in it; then the oldest go.
 
@@ -215,7 +222,7 @@ def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointM
     )
     tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
     handlers = {"state": tree(), "ema": tree(), "data": json(), "settings": json()}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    return _Manager(directory, options=options, item_handlers=handlers)
 
 
 def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:

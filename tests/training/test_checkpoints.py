@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from training_toy import Stream, Toy, config
 
 from jaxdiff.training import checkpoints as checkpoints_module
@@ -55,6 +56,14 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def test_saving_does_not_tell_jax_at_which_step_the_run_is(tmp_path, monkeypatch):
+    """Orbax would, of a step gone by, while processes agree on the one to stop after."""
+    told = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", told.append)
+    train(Toy(), Stream(), config(steps=10), tmp_path, mesh=ONE, progress=False)
+    assert (tmp_path / "checkpoints" / "10").is_dir() and not told
 
 
 @pytest.mark.parametrize("data", [{"index": 7, "workers": [1, 2]}, b"\x00\xffbytes"])

@@ -105,7 +105,7 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted):
 def test_ten_in_a_row_stop_with_the_last_good_checkpoint(uninterrupted, tmp_path):
     with pytest.raises(Diverged, match=r"^10 steps in a row by step 22 had a loss, .* not finite") as caught:
         run(tmp_path, Stream(bad=frozenset(range(12, 22))), steps=30, save_every=11)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and (tmp_path / "loss.png").is_file()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["11"]
     assert [line["loss"] is None for line in read(tmp_path / "metrics.jsonl")] == [False] * 12 + [True] * 10
     assert same_bits(run(tmp_path, steps=30, save_every=11), uninterrupted[1])  # with good data it goes on
