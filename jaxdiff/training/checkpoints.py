@@ -180,8 +180,8 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never. Orbax asks jax in the background too, when a step has been written, and by then an older one: jax takes
-        that for the step that this process is at, and has the processes stop after different ones. The loop asks."""
+        """Never: the loop asks. Orbax asks jax in the background too, once a step is written that then is an old one;
+        jax takes it for the step that this process is at, and has the processes stop after different ones."""
         return False
 
 
