@@ -153,7 +153,8 @@ def main(settings: Run) -> None:
     check_processes(mesh)
     initial = initial_of(settings, stage, mesh)
     encoder, embeddings = text_of(settings, stage)
-    check_shared(usable(settings.out))
+    if processes > 1 or settings.out.is_file():
+        check_shared(usable(settings.out))
     source = once(settings.data_dir, lambda: open_source(settings, stage))
     if encoder is not None:
         embeddings = once(settings.data_dir, lambda: stored_embeddings(settings, source, encoder))
