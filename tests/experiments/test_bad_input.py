@@ -217,6 +217,10 @@ def test_training_arguments(standin, tmp_path, command):
     one_line(command(pretrain, *out, "--data-dir", tmp_path / "data", "--steps", 0), "steps 0")
     one_line(command(benchmark.main, "--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").touch()
+    done = command(train.main, "--stage", "sr256", *out, "--data-dir", tmp_path / "data", "--examples", 8)
+    one_line(done, "run: a file, name a folder")
+    assert not (tmp_path / "data").exists()
 
 
 def test_as_a_process(standin, tmp_path):
