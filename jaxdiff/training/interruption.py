@@ -57,7 +57,7 @@ class Interruption:
         handlers = {signal.SIGINT: self._forward} if self._several else {}
         if not self._several:
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
-        if self._several:
+        if self._several and _noted is not None:
             _c_signal(signal.SIGTERM, _noted)
         self._before = {number: signal.signal(number, handlers[number]) for number in handlers} if mine else {}
         return self
@@ -65,7 +65,7 @@ class Interruption:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._several:
+        if self._several and _noted is not None:
             _c_signal(signal.SIGTERM, None)
 
     def reached(self, step: int) -> str:

@@ -9,6 +9,7 @@ import jax
 import pytest
 from training_toy import Stream, Toy, config
 
+from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.interruption import Interruption, Preempted, Told
 from jaxdiff.training.loop import train
@@ -99,3 +100,17 @@ def test_a_second_interrupt_from_the_keyboard_is_one(tmp_path):
         tell()  # noted only, outside
         with pytest.raises(Told), interruption.at_once():
             pytest.fail("went on")
+
+
+def test_processes_that_joined_without_us_keep_their_handler(monkeypatch):
+    """Of `jax.distributed.initialize` alone: SIGTERM is still jax's."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    monkeypatch.setattr(peers, "count", lambda: 2)
+    try:
+        with Interruption():
+            tell()
+        tell()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] * 2
