@@ -1,0 +1,162 @@
+"""Inception-v3 as FID defines it: the network of the TensorFlow graph of December 2015 (arXiv 1512.00567, figures 5-7).
+
+It differs from the Inception-v3 that libraries train: its average pools do not count the padding, and the last block
+pools by the maximum. FID reads the 2048 features before the classifier, the Inception score its 1008 logits without
+their bias.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+SIDE = 299
+WIDTH = 2048
+CLASSES = 1008
+
+
+class Seen(NamedTuple):
+    """features: what FID compares. logits: of the classifier, without its bias."""
+
+    features: Float[Array, "b 2048"]
+    logits: Float[Array, "b 1008"]
+
+
+class Inception(nn.Module):
+    """Pictures of 299 × 299 in [-1, 1] to features; parameters are read from public weights, and never trained here."""
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b 299 299 3"]) -> Seen:
+        x = _Conv(32, 3, stride=2, name="conv_1a")(image)
+        x = _Conv(32, 3, name="conv_2a")(x)
+        x = _Conv(64, 3, padding=1, name="conv_2b")(x)
+        x = _max_pool(x, stride=2)
+        x = _Conv(80, 1, name="conv_3b")(x)
+        x = _Conv(192, 3, name="conv_4a")(x)
+        x = _max_pool(x, stride=2)
+        for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
+            x = _Narrow(pooled, name=f"mixed_{name}")(x)
+        x = _ToMiddle(name="mixed_6a")(x)
+        for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            x = _Middle(width, name=f"mixed_{name}")(x)
+        x = _ToWide(name="mixed_7a")(x)
+        x = _Wide(maximum=False, name="mixed_7b")(x)
+        x = _Wide(maximum=True, name="mixed_7c")(x)
+        features = x.mean((1, 2))
+        return Seen(features, nn.Dense(CLASSES, use_bias=False, name="classes")(features))
+
+
+class _Conv(nn.Module):
+    """Convolution, batch normalisation by stored statistics, ReLU."""
+
+    width: int
+    size: int | tuple[int, int]
+    stride: int = 1
+    padding: int | tuple[int, int] = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        pair = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731
+        padding = [(side, side) for side in pair(self.padding)]
+        x = nn.Conv(self.width, pair(self.size), self.stride, padding, use_bias=False, name="conv")(x)
+        return jax.nn.relu(_Norm(name="norm")(x))
+
+
+class _Norm(nn.Module):
+    """Batch normalisation by statistics that are parameters like the others."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        mean, var = (self.param(name, init, x.shape[-1:]) for name, init in (("mean", zeros), ("var", ones)))
+        scale, bias = (self.param(name, init, x.shape[-1:]) for name, init in (("scale", ones), ("bias", zeros)))
+        return (x - mean) * (jax.lax.rsqrt(var + 1e-3) * scale) + bias
+
+
+class _Narrow(nn.Module):
+    """35 × 35 (figure 5)."""
+
+    pooled: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        one = _Conv(64, 1, name="one")(x)
+        five = _Conv(64, 5, padding=2, name="five_2")(_Conv(48, 1, name="five_1")(x))
+        three = _Conv(96, 3, padding=1, name="three_2")(_Conv(64, 1, name="three_1")(x))
+        three = _Conv(96, 3, padding=1, name="three_3")(three)
+        pool = _Conv(self.pooled, 1, name="pool")(_average_pool(x))
+        return jnp.concatenate([one, five, three, pool], -1)
+
+
+class _ToMiddle(nn.Module):
+    """35 × 35 to 17 × 17."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        three = _Conv(384, 3, stride=2, name="three")(x)
+        twice = _Conv(96, 3, padding=1, name="twice_2")(_Conv(64, 1, name="twice_1")(x))
+        twice = _Conv(96, 3, stride=2, name="twice_3")(twice)
+        return jnp.concatenate([three, twice, _max_pool(x, stride=2)], -1)
+
+
+class _Middle(nn.Module):
+    """17 × 17, with kernels of 1 × 7 and 7 × 1 (figure 6)."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        row, column = {"size": (1, 7), "padding": (0, 3)}, {"size": (7, 1), "padding": (3, 0)}
+        one = _Conv(192, 1, name="one")(x)
+        seven = _Conv(self.width, 1, name="seven_1")(x)
+        seven = _Conv(self.width, **row, name="seven_2")(seven)
+        seven = _Conv(192, **column, name="seven_3")(seven)
+        twice = _Conv(self.width, 1, name="twice_1")(x)
+        for number, shape in ((2, column), (3, row), (4, column)):
+            twice = _Conv(self.width, **shape, name=f"twice_{number}")(twice)
+        twice = _Conv(192, **row, name="twice_5")(twice)
+        pool = _Conv(192, 1, name="pool")(_average_pool(x))
+        return jnp.concatenate([one, seven, twice, pool], -1)
+
+
+class _ToWide(nn.Module):
+    """17 × 17 to 8 × 8."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        three = _Conv(320, 3, stride=2, name="three_2")(_Conv(192, 1, name="three_1")(x))
+        seven = _Conv(192, 1, name="seven_1")(x)
+        seven = _Conv(192, (1, 7), padding=(0, 3), name="seven_2")(seven)
+        seven = _Conv(192, (7, 1), padding=(3, 0), name="seven_3")(seven)
+        seven = _Conv(192, 3, stride=2, name="seven_4")(seven)
+        return jnp.concatenate([three, seven, _max_pool(x, stride=2)], -1)
+
+
+class _Wide(nn.Module):
+    """8 × 8 (figure 7). The last of the two pools by the maximum."""
+
+    maximum: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2048"]:
+        def split(x: Array, name: str) -> list[Array]:
+            row = _Conv(384, (1, 3), padding=(0, 1), name=f"{name}a")(x)
+            return [row, _Conv(384, (3, 1), padding=(1, 0), name=f"{name}b")(x)]
+
+        one = _Conv(320, 1, name="one")(x)
+        three = split(_Conv(384, 1, name="three_1")(x), "three_2")
+        twice = _Conv(384, 3, padding=1, name="twice_2")(_Conv(448, 1, name="twice_1")(x))
+        twice = split(twice, "twice_3")
+        pooled = _max_pool(x, stride=1, padding=1) if self.maximum else _average_pool(x)
+        return jnp.concatenate([one, *three, *twice, _Conv(192, 1, name="pool")(pooled)], -1)
+
+
+def _max_pool(x: Array, stride: int, padding: int = 0) -> Array:
+    return nn.max_pool(x, (3, 3), (stride, stride), [(padding, padding)] * 2)
+
+
+def _average_pool(x: Array) -> Array:
+    """Of what is there: the border counts for nothing."""
+    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
