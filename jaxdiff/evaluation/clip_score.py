@@ -1,0 +1,29 @@
+"""CLIP score (arXiv 2104.08718, equation 1): how well pictures fit their captions, by cosines of CLIP's embeddings."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+WEIGHT = 2.5
+
+
+class CLIPScore(NamedTuple):
+    """Means over pairs: `score` = 2.5 · max(cosine, 0), and the cosine as it is, which Imagen's and Stable Diffusion's
+    curves have."""
+
+    score: float
+    cosine: float
+
+
+def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "n d"]) -> CLIPScore:
+    """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs."""
+    if not len(text):
+        raise ValueError("a CLIP score of no pairs")
+    cosines = (_unit(text) * _unit(image)).sum(1)
+    return CLIPScore(float(WEIGHT * np.maximum(cosines, 0).mean()), float(cosines.mean()))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
