@@ -6,7 +6,7 @@
     python -m experiments.plan --topology h100:8 --stage base64 --preset 500m --batch 512     # an estimate from shapes
 
 The real step is compiled by the TPU's own compiler (libtpu, `pip install -e '.[tpu]'`), which needs no TPU. That takes
-from one minute (tiny presets) to forty (2b) on one core, and up to 20 GB of memory. With `--json` the result is
+from one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. With `--json` the result is
 kept, and the same question is answered from the file. `--sample` plans the drawing of pictures instead of training.
 
 Sizes, counts and rates are of the compiled program and the vendors' data sheets; how near a real run comes to them is

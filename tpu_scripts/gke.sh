@@ -10,8 +10,8 @@
 #   --yes       do not ask
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# The cluster starts it again when it saved (75) or its nodes were taken away, TPU_MAX_RESTARTS times at most. Node pools,
-# JobSet and the image must be there before: see README.md.
+# The cluster starts it again when it saved (75), its nodes were taken away or its pods have lost each other (71), at most
+# TPU_MAX_RESTARTS times. Node pools, JobSet and the image must be there before: see README.md.
 
 # shellcheck disable=SC2034  # the manifest's values are read by name
 set -euo pipefail

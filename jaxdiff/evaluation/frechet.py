@@ -1,6 +1,6 @@
-"""The Fréchet distance of two Gaussians, and FID∞, its limit for any number of pictures (arXiv 1911.07023).
+"""The Fréchet distance of two Gaussians (arXiv 1706.08500, equation 6):
 
-d² = ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½        (arXiv 1706.08500, equation 6)
+d² = ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½
 """
 
 import numpy as np

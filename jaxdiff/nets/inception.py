@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 SIDE = 299
 WIDTH = 2048
 CLASSES = 1008
+ROW, COLUMN = (1, 7), (7, 1)
 
 
 class Seen(NamedTuple):
@@ -30,11 +31,11 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "b 299 299 3"]) -> Seen:
         x = _Conv(32, 3, stride=2, name="conv_1a")(image)
-        x = _Conv(32, 3, name="conv_2a")(x)
-        x = _Conv(64, 3, padding=1, name="conv_2b")(x)
+        x = _Conv(32, 3, padding="VALID", name="conv_2a")(x)
+        x = _Conv(64, 3, name="conv_2b")(x)
         x = _max_pool(x, stride=2)
         x = _Conv(80, 1, name="conv_3b")(x)
-        x = _Conv(192, 3, name="conv_4a")(x)
+        x = _Conv(192, 3, padding="VALID", name="conv_4a")(x)
         x = _max_pool(x, stride=2)
         for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
             x = _Narrow(pooled, name=f"mixed_{name}")(x)
@@ -49,18 +50,18 @@ class Inception(nn.Module):
 
 
 class _Conv(nn.Module):
-    """Convolution, batch normalisation by stored statistics, ReLU."""
+    """Convolution, batch normalisation by stored statistics, ReLU. Without a stride or VALID padding the size stays."""
 
     width: int
     size: int | tuple[int, int]
     stride: int = 1
-    padding: int | tuple[int, int] = 0
+    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        pair = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731
-        padding = [(side, side) for side in pair(self.padding)]
-        x = nn.Conv(self.width, pair(self.size), self.stride, padding, use_bias=False, name="conv")(x)
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        padding = self.padding if self.stride == 1 else "VALID"
+        x = nn.Conv(self.width, size, self.stride, padding, use_bias=False, name="conv")(x)
         return jax.nn.relu(_Norm(name="norm")(x))
 
 
@@ -83,9 +84,8 @@ class _Narrow(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         one = _Conv(64, 1, name="one")(x)
-        five = _Conv(64, 5, padding=2, name="five_2")(_Conv(48, 1, name="five_1")(x))
-        three = _Conv(96, 3, padding=1, name="three_2")(_Conv(64, 1, name="three_1")(x))
-        three = _Conv(96, 3, padding=1, name="three_3")(three)
+        five = _branch(x, "five", (48, 1), (64, 5))
+        three = _branch(x, "three", (64, 1), (96, 3), (96, 3))
         pool = _Conv(self.pooled, 1, name="pool")(_average_pool(x))
         return jnp.concatenate([one, five, three, pool], -1)
 
@@ -96,8 +96,7 @@ class _ToMiddle(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         three = _Conv(384, 3, stride=2, name="three")(x)
-        twice = _Conv(96, 3, padding=1, name="twice_2")(_Conv(64, 1, name="twice_1")(x))
-        twice = _Conv(96, 3, stride=2, name="twice_3")(twice)
+        twice = _branch(x, "twice", (64, 1), (96, 3), (96, 3), stride=2)
         return jnp.concatenate([three, twice, _max_pool(x, stride=2)], -1)
 
 
@@ -108,15 +107,10 @@ class _Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        row, column = {"size": (1, 7), "padding": (0, 3)}, {"size": (7, 1), "padding": (3, 0)}
+        width = self.width
         one = _Conv(192, 1, name="one")(x)
-        seven = _Conv(self.width, 1, name="seven_1")(x)
-        seven = _Conv(self.width, **row, name="seven_2")(seven)
-        seven = _Conv(192, **column, name="seven_3")(seven)
-        twice = _Conv(self.width, 1, name="twice_1")(x)
-        for number, shape in ((2, column), (3, row), (4, column)):
-            twice = _Conv(self.width, **shape, name=f"twice_{number}")(twice)
-        twice = _Conv(192, **row, name="twice_5")(twice)
+        seven = _branch(x, "seven", (width, 1), (width, ROW), (192, COLUMN))
+        twice = _branch(x, "twice", (width, 1), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW))
         pool = _Conv(192, 1, name="pool")(_average_pool(x))
         return jnp.concatenate([one, seven, twice, pool], -1)
 
@@ -126,11 +120,8 @@ class _ToWide(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        three = _Conv(320, 3, stride=2, name="three_2")(_Conv(192, 1, name="three_1")(x))
-        seven = _Conv(192, 1, name="seven_1")(x)
-        seven = _Conv(192, (1, 7), padding=(0, 3), name="seven_2")(seven)
-        seven = _Conv(192, (7, 1), padding=(3, 0), name="seven_3")(seven)
-        seven = _Conv(192, 3, stride=2, name="seven_4")(seven)
+        three = _branch(x, "three", (192, 1), (320, 3), stride=2)
+        seven = _branch(x, "seven", (192, 1), (192, ROW), (192, COLUMN), (192, 3), stride=2)
         return jnp.concatenate([three, seven, _max_pool(x, stride=2)], -1)
 
 
@@ -142,15 +133,20 @@ class _Wide(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2048"]:
         def split(x: Array, name: str) -> list[Array]:
-            row = _Conv(384, (1, 3), padding=(0, 1), name=f"{name}a")(x)
-            return [row, _Conv(384, (3, 1), padding=(1, 0), name=f"{name}b")(x)]
+            return [_Conv(384, (1, 3), name=f"{name}a")(x), _Conv(384, (3, 1), name=f"{name}b")(x)]
 
         one = _Conv(320, 1, name="one")(x)
-        three = split(_Conv(384, 1, name="three_1")(x), "three_2")
-        twice = _Conv(384, 3, padding=1, name="twice_2")(_Conv(448, 1, name="twice_1")(x))
-        twice = split(twice, "twice_3")
+        three = split(_branch(x, "three", (384, 1)), "three_2")
+        twice = split(_branch(x, "twice", (448, 1), (384, 3)), "twice_3")
         pooled = _max_pool(x, stride=1, padding=1) if self.maximum else _average_pool(x)
         return jnp.concatenate([one, *three, *twice, _Conv(192, 1, name="pool")(pooled)], -1)
+
+
+def _branch(x: Array, name: str, *layers: tuple[int, int | tuple[int, int]], stride: int = 1) -> Array:
+    """Convolutions of a (width, size) each, one after another; the last has the stride."""
+    for number, (width, size) in enumerate(layers, 1):
+        x = _Conv(width, size, stride if number == len(layers) else 1, name=f"{name}_{number}")(x)
+    return x
 
 
 def _max_pool(x: Array, stride: int, padding: int = 0) -> Array:
