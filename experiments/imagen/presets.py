@@ -14,6 +14,7 @@ from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.placement import Placement, Rule
 
 STAGES: dict[str, dict[str, Stage]] = {
+    "base32": {"small": presets.BASE_32_SMALL, "medium": presets.BASE_32_MEDIUM, "tiny": presets.BASE_32_TINY},
     "base64": {
         "tiny": presets.BASE_64_TINY,
         "quick": presets.BASE_64_QUICK,
@@ -55,6 +56,8 @@ def stage(name: str, preset: str) -> Stage:
 
 def sampling(name: str, preset: str) -> Sampling:
     """How a stage draws unless told otherwise."""
+    if name == "base32":
+        return presets.SAMPLING_BASE_32
     if preset == "quick":
         return presets.SAMPLING_BASE_QUICK
     if preset == "tiny":

@@ -52,14 +52,15 @@ OPTIMIZERS = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
 class Run:
     """The settings of one training run."""
 
-    stage: Literal["base64", "sr256", "sr1024"]
+    stage: Literal["base32", "base64", "sr256", "sr1024"]
     """Which stage."""
     out: Path
     """Folder of the run."""
     preset: str = "tiny"
-    """Its size: quick | tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
+    """Its size: quick | tiny | 300m | 500m | 2b for base64, small | medium | tiny for base32, tiny | paper for the
+    others."""
     data: str = "shapes"
-    """shapes | emoji | folder:PATH | tfds:NAME | records:PATH"""
+    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
     text: str | None = None
     """The frozen text encoder: a directory or hub id in the transformers layout; left out: the shipped tiny one, or
     whichever made EMBEDDINGS. The presets for GPUs and TPUs read a T5 of width 4096 (google/flan-t5-xxl). `none`:

@@ -64,7 +64,7 @@ def main(
     """Store the text embeddings of a data set.
 
     Args:
-        data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH
+        data: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH
         text_encoder: directory or hub id (id@revision) of a T5 in the transformers layout
         out: the folder to write
         length: tokens per caption; longer ones are cut

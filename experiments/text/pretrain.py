@@ -57,7 +57,7 @@ def pretrain(
     """Pre-train a T5 on the captions of a data set and write its encoder.
 
     Args:
-        data: shapes | emoji | folder:PATH | tfds:NAME | records:PATH
+        data: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH
         out: folder of the run
         preset: size of the network
         tokenizer: `trained` (a new unigram one, from these captions), `bytes` (ByT5's), or a directory or hub id

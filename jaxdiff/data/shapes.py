@@ -24,7 +24,7 @@ from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import Split, scene
 from jaxdiff.data.tfds_sets import quiet
 
-RESOLUTIONS = range(64, 1025)
+RESOLUTIONS = range(32, 1025)
 
 
 def prepare(
@@ -47,7 +47,7 @@ def prepare(
 
 @dataclasses.dataclass(kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """`resolution`: pixels a side, 64 to 1024; `train`, `held_out`: the number of examples in each split."""
+    """`resolution`: pixels a side, 32 to 1024; `train`, `held_out`: the number of examples in each split."""
 
     name: str = ""  # from the other fields
     resolution: int = 64
@@ -56,7 +56,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
     def __post_init__(self):
         if self.resolution not in RESOLUTIONS:
-            raise ValueError(f"shapes: resolution {self.resolution} is outside 64 to 1024")
+            raise ValueError(f"shapes: resolution {self.resolution} is outside 32 to 1024")
         for split in ("train", "held_out"):
             if getattr(self, split) < 1:
                 raise ValueError(f"shapes: {split} needs at least 1 example, not {getattr(self, split)}")

@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: five sources, each a plain value, all opened into the same kind of sequence.
+"""Where captioned pictures come from: six sources, each a plain value, all opened into the same kind of sequence.
 
 spec = parse("folder:photos")                      # once, at the command line
 source = open(spec, 64, "train", "runs/data")      # what pipeline.images reads
@@ -7,7 +7,7 @@ source = open(spec, 64, "train", "runs/data")      # what pipeline.images reads
 import dataclasses
 from pathlib import Path
 
-from jaxdiff.data import emoji, folder, records, shapes, tfds_sets
+from jaxdiff.data import emoji, folder, rainbow, records, shapes, tfds_sets
 from jaxdiff.data.example import Source
 
 
@@ -22,6 +22,11 @@ class Shapes:
 @dataclasses.dataclass(frozen=True)
 class Emoji:
     """Noto's artwork with its names, prepared beforehand by experiments.data.emoji at 64, 256 and 1024 pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rainbow:
+    """The composition benchmark, 32 pixels a side, drawn on first use. Splits: train, test."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +50,15 @@ class Records:
     path: Path
 
 
-DataSpec = Shapes | Emoji | Folder | Tfds | Records
+DataSpec = Shapes | Emoji | Rainbow | Folder | Tfds | Records
 
-CHOICES = "shapes | emoji | folder:PATH | tfds:NAME | records:PATH"
+CHOICES = "shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"
 
 
 def parse(text: str) -> DataSpec:
-    """`shapes`, `emoji`, `folder:PATH`, `tfds:NAME` or `records:PATH` → its dataclass; ValueError for anything else."""
+    """One of CHOICES → its dataclass; ValueError for anything else."""
     kind, colon, rest = text.partition(":")
-    plain = {"shapes": Shapes, "emoji": Emoji}
+    plain = {"shapes": Shapes, "emoji": Emoji, "rainbow": Rainbow}
     if kind in plain and not colon:
         return plain[kind]()
     with_path = {"folder": lambda path: Folder(Path(path)), "tfds": Tfds, "records": lambda path: Records(Path(path))}
@@ -66,13 +71,15 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
     """The examples of one split. `resolution` picks the stored size of sets that are drawn (shapes, emoji); `data_dir`
     is where prepared sets live. An unknown split or a set that is not there is an error that says what to do.
     """
-    if not isinstance(spec, Shapes | Tfds) and split != "train":
+    if not isinstance(spec, Shapes | Rainbow | Tfds) and split != "train":
         raise ValueError(f"{describe(spec)} has only the split 'train', not {split!r}")
     match spec:
         case Shapes(train, held_out):
             return tfds_sets.Captioned(shapes.prepare(resolution, data_dir, train=train, held_out=held_out), split)
         case Emoji():
             return tfds_sets.Captioned(emoji.prepared(resolution, data_dir), split)
+        case Rainbow():
+            return tfds_sets.Captioned(rainbow.prepare(data_dir), split)
         case Folder(path):
             return folder.read(path)
         case Tfds(name):
@@ -91,4 +98,4 @@ def describe(spec: DataSpec) -> str:
     return _KIND[type(spec)]
 
 
-_KIND = {Shapes: "shapes", Emoji: "emoji", Folder: "folder", Tfds: "tfds", Records: "records"}
+_KIND = {Shapes: "shapes", Emoji: "emoji", Rainbow: "rainbow", Folder: "folder", Tfds: "tfds", Records: "records"}

@@ -19,6 +19,7 @@ from jaxdiff.data.pipeline import images
     [
         ("shapes", sources.Shapes()),
         ("emoji", sources.Emoji()),
+        ("rainbow", sources.Rainbow()),
         ("folder:/a:b", sources.Folder(Path("/a:b"))),
         ("tfds:coco_captions/2017:1.1.0", sources.Tfds("coco_captions/2017:1.1.0")),
         ("records:runs/x", sources.Records(Path("runs/x"))),
