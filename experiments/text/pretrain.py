@@ -95,7 +95,7 @@ def pretrain(
         if any((out / "checkpoints").glob("[0-9]*")):
             return read_with(load_tokenizer(out / "encoder"))
         words, stream = read_with(_tokenizer(tokenizer, captions, vocab))
-        _save(words, out / "encoder")
+        save_tokenizer(words, out / "encoder")
         return words, stream
 
     words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
@@ -130,7 +130,7 @@ def _tokenizer(wanted: str, captions: list[str], vocab: int) -> PreTrainedTokeni
     return byte_tokenizer() if wanted == "bytes" else load_tokenizer(wanted)
 
 
-def _save(words: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(words: PreTrainedTokenizerBase, folder: Path) -> None:
     """Before the first step, so that a run that goes on has the same token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -73,6 +73,37 @@ def held_out_examples(n: int, objects: int = 1) -> list[tuple[Scene, Caption]]:
     return list(examples.values())
 
 
+def describes(stated: Stated, scene: Scene) -> bool:
+    """Whether everything that a caption states is true of a scene; which of two objects it names first is free."""
+    if len(stated.objects) != len(scene.objects) or stated.background not in (None, scene.background):
+        return False
+
+    def agree(said: StatedObject, there: Object) -> bool:
+        names = (field.name for field in dataclasses.fields(said))
+        return all(getattr(said, name) in (None, getattr(there, name)) for name in names)
+
+    if len(scene.objects) == 1:
+        return agree(stated.objects[0], scene.objects[0])
+    orders = {stated.objects: stated.relation, stated.objects[::-1]: OPPOSITE[stated.relation]}
+    return any(
+        relation == scene.relation and all(map(agree, objects, scene.objects)) for objects, relation in orders.items()
+    )
+
+
+def distinct_examples(n: int) -> list[tuple[Scene, Caption]]:
+    """The first n held-out examples of which no caption describes the picture of another: what retrieval needs, since
+    "a red star" is true of many pictures."""
+    chosen: list[tuple[Scene, Caption]] = []
+    index = 0
+    while len(chosen) < n:
+        s = scene("held_out", index)
+        c = caption(s, "held_out", index)
+        if not any(describes(c.stated, other) or describes(said.stated, s) for other, said in chosen):
+            chosen.append((s, c))
+        index += 1
+    return chosen
+
+
 def held_out_captions(n: int, objects: int = 1) -> list[Caption]:
     """The captions of `held_out_examples`."""
     return [c for _, c in held_out_examples(n, objects)]
@@ -83,6 +114,8 @@ def _stated(rng: np.random.Generator, o: Object, chance: float, position: bool) 
     fill = o.fill if rng.random() < chance else None
     return StatedObject(o.kind, o.colour, size, fill, o.position if position else None)
 
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Words. A tuple lists the wordings of one attribute value.
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.retrieval import unit
+
 WEIGHT = 2.5
 
 
@@ -20,10 +22,5 @@ def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "n d"]) 
     """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs."""
     if not len(text):
         raise ValueError("a CLIP score of no pairs")
-    cosines = (_unit(text) * _unit(image)).sum(1)
+    cosines = (unit(text) * unit(image)).sum(1)
     return CLIPScore(float(WEIGHT * np.maximum(cosines, 0).mean()), float(cosines.mean()))
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)

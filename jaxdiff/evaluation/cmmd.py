@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.retrieval import unit
+
 SIGMA = 10.0
 SCALE = 1000.0
 
@@ -12,7 +14,7 @@ def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], chunk: int = 
 
     It is the one with a small bias, pairs of a picture with itself included, as published figures are.
     """
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a.astype(np.float64), b.astype(np.float64)))
+    a, b = unit(a), unit(b)
     return float(SCALE * (_mean(a, a, chunk) + _mean(b, b, chunk) - 2 * _mean(a, b, chunk)))
 
 

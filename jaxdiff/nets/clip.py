@@ -89,6 +89,12 @@ OPEN_VIT_BIG_G_14 = CLIPConfig(
     ImageTowerConfig(width=1664, layers=48, heads=16, feed_forward=8192, activation="gelu", patch=14),
     width=1280,
 )
+TINY = CLIPConfig(
+    TextTowerConfig(width=128, layers=4, heads=4, feed_forward=512, vocab=512, length=32, eos_id=1),
+    ImageTowerConfig(width=128, layers=4, heads=4, feed_forward=512, resolution=64, patch=8),
+    width=128,
+)
+"""One that trains in minutes on a CPU; its vocabulary and its end are those of whatever tokenizer it is given."""
 
 
 class Embedded(NamedTuple):
@@ -125,7 +131,7 @@ class CLIP(nn.Module):
         return self.text(ids)
 
     def embed_image(self, image: Float[Array, "b h w 3"]) -> Embedded:
-        """Of pictures at the tower's resolution, normalised as it was trained (`weights.clip.normalised`)."""
+        """Of pictures at the tower's resolution, normalised as it was trained (`systems.clip.normalised`)."""
         return self.image(image)
 
 

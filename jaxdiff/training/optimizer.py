@@ -15,15 +15,22 @@ import optax.contrib
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay (of every parameter); without decay, plain Adam as in Imagen's F.2 and F.3."""
+    """Adam with decoupled weight decay; without decay, plain Adam as in Imagen's F.2 and F.3.
+
+    decay_all: False leaves gains, biases and the like, all that has fewer than two axes, without decay, as in CLIP.
+    """
 
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay_all: bool = True
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.adamw(learning_rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+        decayed = None if self.decay_all else lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        return optax.adamw(
+            learning_rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay, mask=decayed
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.text.clip import CLIPTextEncoder
@@ -21,10 +20,6 @@ from jaxdiff.weights import hub, tree
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 """0, 1, 2, …: in files of older versions of transformers."""
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the channels in [0, 1], of the pictures that every published model was trained with."""
 
 Tower = Literal["text", "image"]
 
@@ -87,11 +82,6 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     tree.check_tree(params, _shapes(config), "the CLIP to export")
     hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
-
-
-def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """A picture in [-1, 1] as the image tower takes it."""
-    return ((image + 1) / 2 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 def hub_names(params: dict) -> dict[str, str]:

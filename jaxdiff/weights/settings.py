@@ -10,7 +10,7 @@ from typing import Any
 import typeguard
 
 from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
-from jaxdiff.nets import blocks, unet
+from jaxdiff.nets import blocks, classifier, unet
 from jaxdiff.systems import imagen, imagen_drawing, tiles
 
 _CLASSES = {
@@ -18,6 +18,7 @@ _CLASSES = {
     for cls in (
         *(imagen.Stage, imagen_drawing.Sampling, imagen.NullText, imagen.Enlargement, tiles.Tiles),
         *(unet.UNetConfig, unet.EfficientUNetConfig, unet.Reading, blocks.Activation),
+        classifier.ClassifierConfig,
         *(schedules.Cosine, schedules.Linear, schedules.EDM, schedules.RectifiedFlow, schedules.Discrete),
         *(schedules.Focused, parameterization.Prediction, guidance.Guidance),
         *(losses.Simple, losses.MinSNR, losses.PowerSNR, losses.Sigmoid),

@@ -1,0 +1,1 @@
+"""CLIP: training one, and judging one by retrieval and classification."""

@@ -1,0 +1,221 @@
+"""What scripts that judge pictures share: the networks, one pass of all of them over a set, sets of pictures."""
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from jaxdiff.data import folder, pictures
+from jaxdiff.data.example import Source
+from jaxdiff.data.files import replacing
+from jaxdiff.evaluation import features
+from jaxdiff.evaluation.features import Extractor, extract
+from jaxdiff.evaluation.judges import Observed, observed
+from jaxdiff.evaluation.resize import Resize
+from jaxdiff.evaluation.statistics import Origin
+from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.weights import classifier, clip, inception
+from jaxdiff.weights.imagen import SHIPPED
+
+PART = 256
+"""Pictures between two savings of what the networks saw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The networks that judge."""
+
+    inception: Path | None = None
+    """FID's Inception, of experiments.inception: without it there is no FID, KID and IS of that name."""
+    clip: Path | None = SHIPPED / "clip"
+    """A CLIP: OUT/model of experiments.clip.train, or a directory in the transformers layout. Left out: the shipped one
+    of `shapes`."""
+    classifier: Path | None = SHIPPED / "classifier"
+    """A classifier of experiments.classifier, for FD-<its name>. Left out: the shipped one of `shapes`."""
+    resize: Literal["clean", "legacy"] = "clean"
+    """How pictures come to Inception's size: antialiased bicubic, or TensorFlow 1's bilinear, as published figures."""
+
+
+class Bench(NamedTuple):
+    """Judges, loaded; `text` embeds captions for the CLIP among them."""
+
+    extractors: tuple[Extractor, ...]
+    text: CLIPTextEncoder | None
+
+
+def loaded(judges: Judges) -> Bench:
+    """FileNotFoundError, or ValueError, for weights that are not there or none."""
+    extractors, text = [], None
+    if judges.inception is not None:
+        extractors.append(features.inception(inception.load(judges.inception), Resize(judges.resize)))
+    if judges.classifier is not None:
+        extractors.append(features.classifier(*classifier.load(judges.classifier)))
+    if judges.clip is not None:
+        text = clip.load_text_encoder(judges.clip)
+        extractors.append(features.clip_image(*clip.load_image(judges.clip)))
+    if not extractors:
+        raise ValueError("no judges: name --inception, --clip or --classifier")
+    return Bench(tuple(extractors), text)
+
+
+class PictureSet(Protocol):
+    """Pictures (uint8, all of one size) with captions, None where there are none."""
+
+    name: str
+    format: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    def caption(self, index: int) -> str | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSource:
+    """The first pictures of a captioned set, shrunk or enlarged to `side` as in training where one is given."""
+
+    name: str
+    source: Source
+    count: int
+    side: int | None = None
+    format: str = "png"
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source)) if self.count else len(self.source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        picture = pictures.decode(self.source[index]["image"])
+        return picture if self.side is None else pictures.resize(picture, self.side)
+
+    def caption(self, index: int) -> str | None:
+        return self.source[index]["caption"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFolder:
+    """Picture files; what cannot be read was left out when it was opened."""
+
+    name: str
+    files: tuple[Path, ...]
+    captions: tuple[str | None, ...]
+    format: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return pictures.decode(self.files[index].read_bytes())
+
+    def caption(self, index: int) -> str | None:
+        return self.captions[index]
+
+
+def open_folder(path: Path, convert: bool = False) -> OfFolder:
+    """The pictures of a folder. Their captions are looked for as in training data (`.txt`, metadata.jsonl), and in what
+    a PNG of `experiments.imagen.sample` says of itself; the sheet `grid.png` of such a folder is none of them.
+
+    Warns of unreadable files, counted and named. FileNotFoundError for a folder without pictures; ValueError for
+    pictures of several sizes, and for grayscale or transparent ones unless `convert`.
+    """
+    found = folder.read(path)
+    sizes: dict[tuple[int, int], Path] = {}
+    files, captions, unreadable = [], [], []
+    for number, (name, _) in enumerate(tqdm(found.entries, desc="look at files", unit="file")):
+        file = path / name
+        if name == "grid.png":
+            continue
+        try:
+            with Image.open(file) as image:
+                image.load()
+                size, mode, told = image.size, image.mode, image.info
+                transparent = image.has_transparency_data
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            unreadable.append(f"{name} ({(str(error).splitlines() or [type(error).__name__])[0]})")
+            continue
+        if (mode != "RGB" or transparent) and not convert:
+            what = "transparent" if transparent else f"not RGB but {mode}"
+            raise ValueError(f"{file}: {what}; --convert turns such pictures into RGB, on white")
+        sizes.setdefault(size, file)
+        files.append(file)
+        captions.append(found[number]["caption"] or told.get("prompt"))
+    if unreadable:
+        more = ", …" if len(unreadable) > 5 else ""
+        named = ", ".join(unreadable[:5]) + more
+        warnings.warn(f"{path}: {len(unreadable)} unreadable, left out: {named}", stacklevel=2)
+    if not files:
+        raise FileNotFoundError(f"{path}: no pictures that can be read")
+    if len(sizes) > 1:
+        (a, first), (b, second), *_ = sizes.items()
+        such = f"{a[0]}x{a[1]} ({first.name}) and {b[0]}x{b[1]} ({second.name})"
+        raise ValueError(f"{path}: pictures of {len(sizes)} sizes, such as {such}")
+    suffixes = sorted({file.suffix.lower().lstrip(".") for file in files})
+    return OfFolder(str(path), tuple(files), tuple(captions), "+".join(suffixes))
+
+
+def observe(
+    shown: PictureSet,
+    bench: Sequence[Extractor],
+    cache: Path,
+    batch: int = 64,
+    mesh: Mesh | None = None,
+    seed: int | None = None,
+) -> dict[str, Observed]:
+    """What each network sees in a set, in one pass, by the network's name.
+
+    What it saw is kept below `cache` a part of the pictures at a time, by the digest of their pixels: run again, a part
+    that is there already is not looked at again.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    whole, seen = hashlib.sha256(), {str(extractor): [] for extractor in bench}
+    with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="picture") as bar:
+        for start in range(0, len(shown), PART):
+            part = [shown[i] for i in range(start, min(start + PART, len(shown)))]
+            digest = _digest(part)
+            whole.update(digest.encode())
+            for extractor in bench:
+                seen[str(extractor)].append(_seen(extractor, part, digest, cache, batch, mesh))
+            bar.update(len(part))
+    results = {}
+    for extractor in bench:
+        parts = seen[str(extractor)]
+        joined = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+        resize = extractor.resize.value
+        origin = Origin(shown.name, whole.hexdigest()[:12], str(extractor), resize, shown.format, seed)
+        results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
+    return results
+
+
+def _seen(
+    extractor: Extractor, part: list[np.ndarray], digest: str, cache: Path, batch: int, mesh: Mesh | None
+) -> dict[str, np.ndarray]:
+    file = cache / f"{extractor.name}-{extractor.digest}-{extractor.resize.value}-{digest}.npz"
+    if file.is_file():
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                return dict(kept)
+        except Exception:  # a damaged file, in zipfile's and numpy's many errors: look again
+            file.unlink()
+    parts = list(extract(extractor, part, batch, mesh))
+    seen = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+    with replacing(file) as temporary, temporary.open("wb") as opened:
+        np.savez(opened, **seen)
+    return seen
+
+
+def _digest(part: list[np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for picture in part:
+        total.update(str(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
+    return total.hexdigest()[:16]
+
+
+def captions_of(shown: PictureSet) -> Iterator[str | None]:
+    return (shown.caption(i) for i in range(len(shown)))

@@ -1,0 +1,138 @@
+"""Pictures to features: any frozen network, some pictures at a time, on one device or spread over a mesh."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from jaxdiff.evaluation.resize import Resize, resized
+from jaxdiff.nets.classifier import Classifier, ClassifierConfig
+from jaxdiff.nets.clip import CLIP, CLIPConfig
+from jaxdiff.nets.inception import Inception
+from jaxdiff.systems.clip import normalised
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A frozen network. `name` tells it, with the digest of its weights, from all others.
+
+    see: (params, pictures (b s s 3) in [-1, 1]) → a dict of arrays (b …), compiled once; `features` is among them.
+    """
+
+    name: str
+    params: Any
+    side: int
+    see: Callable[[Any, Float[Array, "b s s 3"]], dict[str, Array]]
+    resize: Resize = Resize.CLEAN
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the weights' SHA-256, whatever device or order they are kept in."""
+        total = hashlib.sha256()
+        for path, leaf in sorted(
+            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
+        ):
+            array = np.asarray(leaf)
+            total.update(f"{path} {array.dtype} {array.shape}".encode())
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()[:12]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.digest}"
+
+
+def inception(params: dict, resize: Resize = Resize.CLEAN) -> Extractor:
+    """FID's network: 2048 features and the logits of 1008 classes."""
+    return Extractor("inception-2015-12-05", params, 299, _see_inception, resize)
+
+
+def clip_image(config: CLIPConfig, params: dict, name: str = "clip") -> Extractor:
+    """CLIP's image tower: its embeddings, not of length 1."""
+    alone = replace(config, text=None)
+    return Extractor(name, {"image": params["image"]}, config.image.resolution, _SeeCLIP(alone))
+
+
+def classifier(name: str, config: ClassifierConfig, params: dict) -> Extractor:
+    """A classifier that was trained here: its features, and the logits of its first two attributes' joint classes."""
+    return Extractor(f"classifier-{name}", params, config.side, _SeeClassifier(config))
+
+
+def extract(
+    extractor: Extractor,
+    pictures: Iterable[UInt8[np.ndarray, "h w 3"]],
+    batch: int = 64,
+    mesh: Mesh | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the network sees in the pictures, a batch at a time, in their order.
+
+    Every batch has the same size inside (the last one is filled up), which is a multiple of the mesh's devices: what
+    is seen in a picture depends on nothing beside it.
+    """
+    devices = 1 if mesh is None else mesh.size
+    batch = -(-batch // devices) * devices
+    params, place = extractor.params, jnp.asarray
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    for part in _parts(pictures, batch):
+        shrunk = np.stack([resized(picture, extractor.side, extractor.resize) for picture in part]) / 127.5 - 1
+        filled = np.pad(shrunk.astype(np.float32), ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
+        seen = _see(extractor.see, params, place(filled))
+        yield {name: np.asarray(value)[: len(part)] for name, value in seen.items()}
+
+
+def all_features(
+    extractor: Extractor, pictures: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
+) -> Float[np.ndarray, "n d"]:
+    """The features alone, of all pictures."""
+    parts = [seen["features"] for seen in extract(extractor, pictures, batch, mesh)]
+    if not parts:
+        raise ValueError("no pictures")
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _see(see: Callable, params: Any, pictures: Array) -> dict[str, Array]:
+    return see(params, pictures)
+
+
+def _see_inception(params: dict, pictures: Array) -> dict[str, Array]:
+    seen = Inception().apply({"params": params}, pictures)
+    return {"features": seen.features, "logits": seen.logits}
+
+
+@dataclass(frozen=True)
+class _SeeCLIP:
+    config: CLIPConfig
+
+    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
+        seen = CLIP(self.config).apply({"params": params}, normalised(pictures), method="embed_image")
+        return {"features": seen.embedding}
+
+
+@dataclass(frozen=True)
+class _SeeClassifier:
+    config: ClassifierConfig
+
+    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
+        features, logits = Classifier(self.config).apply({"params": params}, pictures)
+        first, second, *_ = (jax.nn.log_softmax(logits[name]) for name in self.config.names)
+        return {"features": features, "logits": (first[:, :, None] + second[:, None]).reshape(len(features), -1)}
+
+
+def _parts(pictures: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
+    part: list[np.ndarray] = []
+    for picture in pictures:
+        part.append(picture)
+        if len(part) == count:
+            yield part
+            part = []
+    if part:
+        yield part

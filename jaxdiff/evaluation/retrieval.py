@@ -1,0 +1,49 @@
+"""What CLIP is judged by: finding pictures by their captions and captions by their pictures, and naming classes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class Recall(NamedTuple):
+    """R@k, the share of queries whose own answer is among the k nearest, for each k: of pictures found by captions, and
+    of captions found by pictures."""
+
+    image: dict[int, float]
+    text: dict[int, float]
+
+
+def retrieval(
+    text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "n d"], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+) -> Recall:
+    """Of embeddings of any length, the caption and the picture of a pair in the same row. An answer as near as the
+    right one counts as nearer. ValueError without pairs, or for a k below 1."""
+    if not len(text) or len(text) != len(image) or min(ks, default=0) < 1:
+        raise ValueError(f"retrieval of {len(text)} captions and {len(image)} pictures at {tuple(ks)}")
+    text, image = unit(text), unit(image)
+    share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
+    return Recall(share(_ranks(text, image, chunk)), share(_ranks(image, text, chunk)))
+
+
+def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t d"]) -> Int[np.ndarray, " n"]:
+    """The class of each picture: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4)."""
+    means = unit(unit(classes).mean(1))
+    return (unit(image) @ means.T).argmax(1)
+
+
+def unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+    """The same directions with length 1, in float64."""
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _ranks(queries: np.ndarray, answers: np.ndarray, chunk: int) -> np.ndarray:
+    """How many answers are as near as the right one, or nearer, beside it."""
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        cosines = queries[start : start + chunk] @ answers.T
+        own = np.take_along_axis(cosines, np.arange(start, start + len(cosines))[:, None], 1)
+        ranks.append((cosines >= own).sum(1) - 1)
+    return np.concatenate(ranks)

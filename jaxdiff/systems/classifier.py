@@ -1,0 +1,44 @@
+"""Training a classifier of attributes, whose features stand in for Inception's on sets that it does not know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from jaxdiff.nets.classifier import Classifier, ClassifierConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """The stage: each attribute's cross-entropy, the same weight for all.
+
+    noise: the standard deviation of the noise on the pictures, up to which (at random) they are spoilt: features that
+    hang on single grey levels would judge those.
+    """
+
+    config: ClassifierConfig
+    noise: float = 0.1
+
+    def init(self, key: Key[Array, ""]) -> dict:
+        side = self.config.side
+        return Classifier(self.config).init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
+        """`batch`: image (b s s 3) in [-1, 1] and labels (b a), a class of each attribute or -1 for none, which costs
+        nothing. Metrics: the accuracy of each attribute among the labelled."""
+        image, labels = batch["image"], batch["labels"]
+        level, noise = jax.random.split(key)
+        image += self.noise * jax.random.uniform(level, (len(image), 1, 1, 1)) * jax.random.normal(noise, image.shape)
+        _, logits = Classifier(self.config).apply({"params": params}, image)
+        losses, metrics = [], {}
+        for number, name in enumerate(self.config.names):
+            wanted = labels[:, number]
+            known = (wanted >= 0).astype(jnp.float32)
+            count = jnp.maximum(known.sum(), 1.0)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits[name], jnp.maximum(wanted, 0))
+            losses.append((each * known).sum() / count)
+            metrics[name] = ((logits[name].argmax(-1) == wanted) * known).sum() / count
+        return sum(losses) / len(losses), metrics

@@ -1,0 +1,193 @@
+"""CLIP from scratch (arXiv 2103.00020): captions and pictures embedded so that what belongs together lies together.
+
+The loss compares every caption of the global batch with every picture of it. Each device keeps its own rows and gathers
+the embeddings of all others, which are small; their logits are made and summed up in chunks of columns, and made again
+in the backward pass, so that no device ever holds a matrix of the batch by the batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.nets.clip import CLIP, CLIPConfig
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the channels in [0, 1], of the pictures that every published model was trained with."""
+
+Columns = Float[Array, "c e"]
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """CLIP's loss (Figure 3): the cross-entropy of finding each caption's picture in the batch, and the other way
+    round. `scale`: the inverse temperature in the beginning."""
+
+    scale: float = 1 / 0.07
+
+    def __call__(self, text: Array, image: Array, scale: Array, bias: Array | None, columns: "_Columns") -> "_Compared":
+        ours = scale * (text * image).sum(-1)
+        of_text, most = columns.logsumexp(scale * text, image)
+        of_image, _ = columns.logsumexp(scale * image, text)
+        return _Compared((of_text + of_image - 2 * ours).mean() / 2, ours >= most)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """SigLIP's loss (arXiv 2303.15343, 3.2): of each pair alone, whether it belongs together; its sum over pairs is
+    divided by the batch. `scale` and `bias`: of the logits in the beginning, when nearly all pairs do not."""
+
+    scale: float = 10.0
+    bias: float = -10.0
+
+    def __call__(self, text: Array, image: Array, scale: Array, bias: Array, columns: "_Columns") -> "_Compared":
+        ours = scale * (text * image).sum(-1) + bias
+        apart, most = columns.softplus(scale * text, image, bias)
+        return _Compared((apart - ours).mean(), ours >= most + bias)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The stage: both towers, the temperature and, for the sigmoid loss, its bias.
+
+    chunk: columns of logits that are made at a time. max_scale: what the inverse temperature is clipped at (2.5).
+    axes: the mesh axes that the batch is split over.
+    """
+
+    config: CLIPConfig = CLIPConfig()
+    compare: Contrastive | Sigmoid = Contrastive()
+    chunk: int = 1024
+    max_scale: float = 100.0
+    axes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if None in (self.config.text, self.config.image):
+            raise ValueError("a CLIP to train has two towers")
+        if self.chunk < 1 or self.max_scale <= 0:
+            raise ValueError(f"chunk {self.chunk}, max_scale {self.max_scale}: both must be positive")
+
+    def init(self, key: Key[Array, ""]) -> dict:
+        """Fresh parameters: those of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`."""
+        side = self.config.image.resolution
+        params = CLIP(self.config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
+        params["logit_scale"] = jnp.full((), np.log(self.compare.scale), jnp.float32)
+        if isinstance(self.compare, Sigmoid):
+            params["logit_bias"] = jnp.full((), self.compare.bias, jnp.float32)
+        return params
+
+    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
+        """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its picture.
+
+        Metrics: `accuracy`, the share of captions whose picture is the nearest of the batch; `scale`. `key` is not
+        used.
+        """
+        del key
+        network, whole = CLIP(self.config), {"params": clip_params(params)}
+        text = unit(network.apply(whole, batch["ids"], method="embed_text").embedding)
+        seen = normalised(batch["image"].astype(jnp.float32))
+        image = unit(network.apply(whole, seen, method="embed_image").embedding)
+        scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))
+        loss, first = self.compare(text, image, scale, params.get("logit_bias"), _Columns(self.chunk, self.axes))
+        return loss, {"loss": loss, "accuracy": first.astype(jnp.float32).mean(), "scale": scale}
+
+
+class _Compared(NamedTuple):
+    """The loss, and for each caption whether its own picture is the nearest."""
+
+    loss: Float[Array, ""]
+    first: Array
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Sums over the columns of logits of which every device has its rows, `chunk` columns at a time."""
+
+    chunk: int
+    axes: tuple[str, ...]
+
+    def logsumexp(self, rows: Float[Array, "b e"], others: Columns) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """log Σ exp of each row's logits, and the greatest of them."""
+
+        def add(carry, logits):
+            most, total = carry
+            new = jax.lax.stop_gradient(jnp.maximum(most, logits.max(1)))
+            return new, total * jnp.exp(most - new) + jnp.exp(logits - new[:, None]).sum(1)
+
+        most, total = self._scan(add, (jnp.full(len(rows), -jnp.inf), jnp.zeros(len(rows))), rows, others)
+        return most + jnp.log(total), most
+
+    def softplus(
+        self, rows: Float[Array, "b e"], others: Columns, bias: Array
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """Σ log(1 + exp(logit + bias)) of each row, and its greatest logit."""
+
+        def add(carry, logits):
+            most, total = carry
+            most = jax.lax.stop_gradient(jnp.maximum(most, logits.max(1)))
+            return most, total + jax.nn.softplus(logits + bias).sum(1)
+
+        most, total = self._scan(add, (jnp.full(len(rows), -jnp.inf), jnp.zeros(len(rows))), rows, others)
+        return total, most
+
+    def _scan(self, add: Callable, carry: Any, rows: Array, others: Columns) -> Any:
+        everywhere = _placed(others, PartitionSpec(), self.axes)
+        chunk = min(self.chunk, len(others))
+        parts = jnp.pad(everywhere, ((0, -len(others) % chunk), (0, 0))).reshape(-1, chunk, others.shape[1])
+        valid = (jnp.arange(parts.shape[0] * chunk) < len(others)).reshape(-1, chunk)
+
+        @jax.checkpoint
+        def body(carry, part):
+            columns, valid = part
+            return add(carry, jnp.where(valid, rows @ columns.T, -jnp.inf)), None
+
+        carry = jax.tree.map(lambda leaf: _placed(leaf, PartitionSpec(self.axes or None), self.axes), carry)
+        return jax.lax.scan(body, carry, (parts, valid))[0]
+
+
+def _placed(x: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+    return jax.lax.with_sharding_constraint(x, spec) if axes else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def clipped(log_scale: Float[Array, ""], most: float) -> Float[Array, ""]:
+    """At most `most`. Beyond it only a gradient that leads back is passed on; a plain minimum would have none, and what
+    an update has carried there would stay."""
+    return jnp.minimum(log_scale, most)
+
+
+def _clipped_forward(log_scale, most):
+    return clipped(log_scale, most), log_scale
+
+
+def _clipped_backward(most, log_scale, gradient):
+    return (jnp.where((log_scale >= most) & (gradient < 0), 0.0, gradient),)
+
+
+clipped.defvjp(_clipped_forward, _clipped_backward)
+
+
+def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """A picture in [-1, 1] as the image tower takes it."""
+    return ((image + 1) / 2 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def clip_params(params: dict) -> dict:
+    """What of a stage's parameters is CLIP's: without the bias of the sigmoid loss."""
+    return {name: value for name, value in params.items() if name != "logit_bias"}
+
+
+def finished(stage: Training, params: dict) -> dict:
+    """What is kept of a stage's parameters, on the host: CLIP's, its temperature clipped."""
+    kept = clip_params(params)
+    return kept | {"logit_scale": np.minimum(np.asarray(kept["logit_scale"]), np.float32(np.log(stage.max_scale)))}

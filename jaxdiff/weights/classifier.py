@@ -1,0 +1,39 @@
+"""A classifier on disk: DIR/classifier.json (its name and settings) and DIR/model.safetensors."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.nets.classifier import ClassifierConfig
+from jaxdiff.systems.classifier import Training
+from jaxdiff.weights import tree
+from jaxdiff.weights.settings import from_json, to_json
+
+SETTINGS = "classifier.json"
+
+
+def save(directory: Path, name: str, config: ClassifierConfig, params: dict, dtype: str = "float32") -> None:
+    """Writes both files, each whole or not at all; `name` says what it was trained on, and names what it measures."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tree.replacing(directory / SETTINGS) as temporary:
+        temporary.write_text(json.dumps({"name": name, "config": to_json(config)}, indent=1) + "\n")
+        tree.save_tree(directory / "model.safetensors", params, {"format": "jaxdiff"}, dtype)
+
+
+def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
+    """Its name, settings and parameters (float32). FileNotFoundError, or ValueError for other files."""
+    path = Path(directory) / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no classifier here (it has no {SETTINGS})")
+    try:
+        data = json.loads(path.read_text())
+        name, config = data["name"], from_json(data["config"], str(path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the settings of a classifier ({error})") from error
+    if not isinstance(name, str) or not isinstance(config, ClassifierConfig):
+        raise ValueError(f"{path}: not the settings of a classifier")
+    expected = jax.eval_shape(Training(config).init, jax.random.key(0))
+    params = tree.load_expected(Path(directory) / "model.safetensors", expected)
+    return name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
