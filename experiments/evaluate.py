@@ -3,7 +3,7 @@
     python -m experiments.evaluate                                            # the shipped cascade on held-out `shapes`
     python -m experiments.evaluate --weights runs/cascade --up-to 256 --n 1000 --out runs/judged
     python -m experiments.evaluate --pictures runs/sample --data folder:photos --inception runs/inception.safetensors
-    python -m experiments.evaluate --data shapes --keep-reference runs/reference   # then --reference runs/reference/*.npz
+    python -m experiments.evaluate --keep-reference runs/reference            # then --reference runs/reference/*.npz
 
 Draws the first n captions of the data split (or takes a folder of pictures), looks at them and at the split's pictures
 in one pass with all networks, and prints a table; OUT/scores.json has every number with the line that says how it came
@@ -157,7 +157,7 @@ def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
         for piece in pieces:
             texts = captions[piece.start : piece.stop]
             options = {"seed": settings.seed, "first": piece.start, "samplings": chosen, "progress": bars}
-            found = cascade.sample(model, texts, batch=32, **options)[resolution]
+            found = dict(cascade.stages(model, texts, batch=32, **options))[resolution]
             for number, picture, text in zip(piece, found, texts):
                 files.save_png(paths[number], picture, {"prompt": text})
     return OfFolder(f"{settings.weights.name} at {resolution}", tuple(paths), tuple(captions), "png")

@@ -31,7 +31,17 @@ from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.weights import t5 as t5_weights
 
-PRESETS = {"tiny": t5.TINY, "small": t5.SMALL, "base": t5.BASE, "large": t5.LARGE, "xl": t5.XL, "xxl": t5.XXL}
+PRESETS = {
+    "micro": t5.MICRO,
+    "tiny": t5.TINY,
+    "mini": t5.MINI,
+    "midi": t5.MIDI,
+    "small": t5.SMALL,
+    "base": t5.BASE,
+    "large": t5.LARGE,
+    "xl": t5.XL,
+    "xxl": t5.XXL,
+}
 ALONE = Cluster()
 """Unless this machine or the command line says otherwise."""
 
@@ -39,7 +49,8 @@ ALONE = Cluster()
 def pretrain(
     data: str = "shapes",
     out: Path = Path("runs/t5"),
-    preset: Literal["tiny", "small", "base", "large", "xl", "xxl"] = "tiny",
+    preset: Literal["micro", "tiny", "mini", "midi", "small", "base", "large", "xl", "xxl"] = "tiny",
+    texts: Path | None = None,
     tokenizer: str = "trained",
     vocab: int = 512,
     length: int = 24,
@@ -60,6 +71,8 @@ def pretrain(
         data: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH
         out: folder of the run
         preset: size of the network
+        texts: a file of further texts, one a line (experiments.data.glosses writes one): as many of them as there are
+            captions, spread over the file, are learned beside these
         tokenizer: `trained` (a new unigram one, from these captions), `bytes` (ByT5's), or a directory or hub id
         vocab: number of ids of a newly trained tokenizer
         length: tokens per caption, the end token included
@@ -87,6 +100,7 @@ def pretrain(
     spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
     spec = sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec
     captions = once(data_dir, lambda: captions_of(spec, data_dir))
+    captions += [] if texts is None else lines_of(texts, len(captions))
 
     def read_with(words: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, OwnRows]:
         return words, OwnRows(batches(words, captions, batch, length, seed))
@@ -101,7 +115,7 @@ def pretrain(
     words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
     config = replace(PRESETS[preset], vocab=len(words))
     made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
-    made_of |= {"tokenizer": tokenizer, "vocab": vocab}
+    made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
     state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
     params = gathered(state.ema)
 
@@ -122,6 +136,18 @@ def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     if len(found) < len(source):
         warnings.warn(f"{len(source) - len(found)} of {len(source)} examples have no caption: left out", stacklevel=2)
     return found
+
+
+def lines_of(texts: Path, most: int) -> list[str]:
+    """The lines of a file that are not blank, or `most` of them, spread over it. ValueError for a file without any."""
+    try:
+        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{texts}: not text in UTF-8 ({error})") from error
+    if not lines:
+        raise ValueError(f"{texts}: no lines of text")
+    count = min(most, len(lines))
+    return [lines[i * len(lines) // count] for i in range(count)]
 
 
 def _tokenizer(wanted: str, captions: list[str], vocab: int) -> PreTrainedTokenizerBase:

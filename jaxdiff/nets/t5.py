@@ -65,6 +65,10 @@ SMALL_V1_0 = T5Config(d_ff=2048, layers=6, decoder_layers=6, heads=8, gated=Fals
 BYT5_SMALL = T5Config(vocab=384, d_model=1472, d_ff=3584, layers=12, decoder_layers=4, heads=6)
 TINY = T5Config(vocab=1024, d_model=128, d_kv=32, d_ff=256, layers=4, decoder_layers=2, heads=4)
 """The one shipped with the package; its vocabulary is whatever the tokenizer's length is."""
+MICRO = T5Config(vocab=2048, d_model=64, d_kv=16, d_ff=128, layers=2, decoder_layers=1, heads=4)
+MINI = T5Config(vocab=2048, d_model=256, d_kv=32, d_ff=512, layers=4, decoder_layers=1, heads=8)
+MIDI = T5Config(vocab=2048, d_model=512, d_kv=64, d_ff=1024, layers=4, decoder_layers=1, heads=8)
+"""Encoders of 0.2, 3.1 and 11.5 M parameters, between which TINY is: to see what the size of a frozen one does."""
 
 
 class T5Encoder(nn.Module):
