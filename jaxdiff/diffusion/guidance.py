@@ -51,10 +51,14 @@ class Guidance:
         return self.weight != 1.0
 
     def apply(
-        self, cond: Float[Array, "b *s"], uncond: Float[Array, "b *s"], logsnr: Float[Array, "..."]
+        self,
+        cond: Float[Array, "b *s"],
+        uncond: Float[Array, "b *s"],
+        logsnr: Float[Array, "..."],
+        weights: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b *s"]:
-        """The guided prediction at this log-SNR, a scalar or (b,)."""
-        guided = guide(cond, uncond, jnp.where(self.inside(logsnr), self.weight, 1.0))
+        """The guided prediction at this log-SNR, a scalar or (b,); `weights`: the samples' own, in place of the one."""
+        guided = guide(cond, uncond, jnp.where(self.inside(logsnr), self.weight if weights is None else weights, 1.0))
         if self.rescale == 0.0:
             return guided
         axes = tuple(range(1, cond.ndim))

@@ -34,18 +34,21 @@ class Extractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of the weights' SHA-256, whatever device or order they are kept in."""
-        total = hashlib.sha256()
-        for path, leaf in sorted(
-            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)
-        ):
-            array = np.asarray(leaf)
-            total.update(f"{path} {array.dtype} {array.shape}".encode())
-            total.update(np.ascontiguousarray(array).tobytes())
-        return total.hexdigest()[:12]
+        return digest_of(self.params)
 
     def __str__(self) -> str:
         return f"{self.name} {self.digest}"
+
+
+def digest_of(params: Any) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of parameters, whatever device or order they are kept in."""
+    total = hashlib.sha256()
+    leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+    for path, leaf in sorted(leaves, key=lambda named: named[0]):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{path} {array.dtype} {array.shape}".encode())
+        total.update(array.reshape(-1).view(np.uint8))
+    return total.hexdigest()[:12]
 
 
 def inception(params: dict, resize: Resize = Resize.CLEAN) -> Extractor:

@@ -79,19 +79,21 @@ def draw(
     progress: Callable[[int], None] | None = None,
     chunk: int = 4,
     given: Given | None = None,
+    weights: Float[Array, " b"] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Pictures (b, *size, 3) in [-1, 1] from text, and from the low-resolution pictures of a super-resolution stage.
 
     `negative` is what guidance leads away from: the null text, or a negative prompt. `keys` are the samples' own;
     picture i depends on nothing but its own key, text and input. `given`: a picture to begin with. With `progress`, the
     host runs the compiled program `chunk` steps at a time and reports how many are done; the pictures are the same.
+    `weights`: guidance weights of the samples, in place of the one of `sampling`: one program draws with all of them.
     """
     check(stage, sampling, size)
     if not stage.unet.reads_text:  # both branches of guidance would be the same
-        sampling = replace(sampling, guidance=Guidance())
+        sampling, weights = replace(sampling, guidance=Guidance()), None
     first = 0 if given is None else first_step(given.strength, sampling.steps)
     known = () if given is None or given.mask is None else (given.image, given.mask)
-    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known)
+    condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known, weights)
     x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
     if given is not None:
         x = _begin(stage, sampling, given.image, x, known, first)
@@ -116,6 +118,7 @@ class _Condition:
     negative: TextEmbedding
     low_res: tuple
     known: tuple = ()
+    weights: Array | None = None
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -164,9 +167,9 @@ def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Conditi
         inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, t, *condition.low_res))
         text = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition.text, condition.negative)
         (cond, gamma), (uncond, _) = map(stage.parts, jnp.split(predict(text, *inputs), 2))
-        return guidance.apply(cond, uncond, logsnr), gamma
+        return guidance.apply(cond, uncond, logsnr, condition.weights), gamma
 
-    if not guidance.on:
+    if not guidance.on and condition.weights is None:
         output, gamma = conditional()
     elif guidance.interval is None:
         output, gamma = guided()

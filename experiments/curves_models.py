@@ -1,0 +1,186 @@
+"""What the curves compare: text encoders of several sizes and base models that read them, trained where missing."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.imagen import presets
+from experiments.text import pretrain
+from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
+from jaxdiff.data.example import Source, captions
+from jaxdiff.data.pipeline import images
+from jaxdiff.diffusion.samplers import DPMSolverPP2M
+from jaxdiff.evaluation.features import digest_of
+from jaxdiff.nets.t5 import T5Encoder
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.text import clip, t5
+from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.t5 import TextEmbedding, TextEncoder
+from jaxdiff.training.loop import TrainConfig, train
+from jaxdiff.training.mesh import make_mesh
+from jaxdiff.training.optimizer import Muon, OptimizerConfig
+from jaxdiff.weights.clip import load_text_encoder as load_clip
+from jaxdiff.weights.imagen import load_model, save_model
+from jaxdiff.weights.t5 import load_text_encoder
+
+SIZES = ("micro", "tiny", "mini", "midi")
+"""T5s that are pre-trained here; the largest one with random parameters is `untrained`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How each model is trained: all with the same number of updates, batches and settings."""
+
+    resolution: int = 32
+    """Side of the pictures; 64 takes the presets of base64."""
+    steps: int = 1500
+    """Updates of each base model."""
+    batch: int = 32
+    """Pictures per update."""
+    learning_rate: float = 2e-3
+    """At its peak (Muon)."""
+    t5_steps: int = 1200
+    """Updates of each T5."""
+    t5_batch: int = 32
+    """Captions and other texts per update of T5."""
+    vocab: int = 2048
+    """Ids of the tokenizer that all T5s share."""
+    examples: int = 20_000
+    """Pictures of shapes to train on."""
+    held_out: int = 1_000
+    """And held-out ones beside them."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+
+
+class CLIPText:
+    """CLIP's text tower in the place of a T5: its states, those of padding masked."""
+
+    def __init__(self, encoder: CLIPTextEncoder, length: int):
+        self._encoder, self._length = encoder, length
+        self.width = encoder.config.text.width
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        encoded = clip.encode(self._encoder, texts).states[:, : self._length]
+        tokens = self._encoder.tokenizer(list(texts))["input_ids"]
+        mask = np.arange(self._length) < np.array([len(ids) for ids in tokens])[:, None]
+        return TextEmbedding(jnp.where(mask[..., None], encoded, 0.0), jnp.asarray(mask))
+
+    @property
+    def fingerprint(self) -> str:
+        return f"clip-{digest_of(self._encoder.params)}"
+
+
+class T5Text:
+    """A frozen T5."""
+
+    def __init__(self, encoder: TextEncoder):
+        self._encoder = encoder
+        self.width = encoder.width
+
+    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
+        return t5.encode(self._encoder, texts)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self._encoder)
+
+
+Text = CLIPText | T5Text
+
+
+def text_of(
+    name: str, out: Path, settings: Training, clip_weights: Path, length: int, texts: Path | None, data_dir: Path
+) -> Text:
+    """The encoder of that name: a size of SIZES, pre-trained now if need be, `untrained`, `clip`, or else a directory
+    or hub id of a T5."""
+    if name == "clip":
+        return CLIPText(load_clip(clip_weights), length)
+    if name == "untrained":
+        return T5Text(_untrained(text_encoder(SIZES[-1], out, settings, length, texts, data_dir)))
+    if name in SIZES:
+        return T5Text(text_encoder(name, out, settings, length, texts, data_dir))
+    return T5Text(load_text_encoder(name, length))
+
+
+def text_encoder(
+    name: str, out: Path, settings: Training, length: int, texts: Path | None, data_dir: Path
+) -> TextEncoder:
+    """A T5 of our own; the smallest trains the tokenizer that all of them share."""
+    folder = out / "t5" / name
+    if not (folder / "encoder" / "model.safetensors").is_file():
+        words = "trained"
+        if name != SIZES[0]:
+            text_encoder(SIZES[0], out, settings, length, texts, data_dir)
+            words = str(out / "t5" / SIZES[0] / "encoder")
+        pretrain.pretrain(
+            "shapes",
+            folder,
+            preset=name,
+            texts=texts,
+            tokenizer=words,
+            vocab=settings.vocab,
+            length=32,
+            steps=settings.t5_steps,
+            batch=settings.t5_batch,
+            learning_rate=1e-3,
+            save_every=200,
+            examples=settings.examples,
+            held_out=settings.held_out,
+            data_dir=data_dir,
+        )
+    return load_text_encoder(folder / "encoder", length)
+
+
+def _untrained(encoder: TextEncoder) -> TextEncoder:
+    ids = jnp.zeros((1, 2), jnp.int32)
+    params = T5Encoder(encoder.config).init(jax.random.key(0), ids, ids > 0)["params"]
+    return dataclasses.replace(encoder, params=params)
+
+
+def stage_of(unet: str, width: int, settings: Training) -> Stage:
+    """The preset of that size, reading embeddings of this width."""
+    stage = presets.stage(f"base{settings.resolution}", unet)
+    return dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, text_width=width))
+
+
+def model_of(
+    unet: str, text: Text, seed: int, folder: Path, settings: Training, source: Source, data_dir: Path
+) -> Model:
+    """The base model of that size that reads this encoder, trained now if need be."""
+    if not (folder / "model" / "stage.json").is_file():
+        stage = stage_of(unet, text.width, settings)
+        embeddings = _embedded(text, source, data_dir)
+        config = TrainConfig(
+            optimizer=OptimizerConfig(
+                kind=Muon(),
+                learning_rate=settings.learning_rate,
+                warmup=min(50, settings.steps - 1),
+                total=settings.steps,
+            ),
+            steps=settings.steps,
+            ema_decay=0.995,
+            log_every=100,
+            save_every=settings.save_every,
+            seed=seed,
+        )
+        stream = images(source, settings.resolution, settings.batch, seed=seed, embeddings=embeddings)
+        made_of = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
+        state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
+        params = jax.tree.map(np.asarray, state.ema)
+        save_model(Model(stage, params, Sampling(DPMSolverPP2M()), embeddings.encoder), folder / "model")
+    return load_model(folder / "model")
+
+
+def _embedded(text: Text, source: Source, data_dir: Path) -> Embeddings:
+    made_by = text.fingerprint
+    path = data_dir / "embeddings" / f"curves-{len(source)}-{made_by[:24]}"
+    with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
+        return store_embeddings(captions(source), text, path, encoder=made_by, progress=bar.update)
