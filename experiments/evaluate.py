@@ -27,14 +27,14 @@ from jaxdiff.data import sources
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
-from jaxdiff.evaluation import judges
 from jaxdiff.evaluation.attributes import matches
-from jaxdiff.evaluation.judges import Observed, Score, judge, judge_captions
+from jaxdiff.evaluation.judges import Observed, Score, judge, judge_captions, keep, kept
+from jaxdiff.evaluation.judges import Settings as Scoring
 from jaxdiff.systems import cascade
 from jaxdiff.text.clip import encode
 from jaxdiff.weights.imagen import SHIPPED, load
 
-JUDGES, DRAWING, SETTINGS = Judges(), Drawing(), judges.Settings()
+JUDGES, DRAWING, SETTINGS = Judges(), Drawing(), Scoring()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Run:
     batch: int = 64
     """Pictures looked at at once."""
     judges: Judges = JUDGES
-    score: judges.Settings = SETTINGS
+    score: Scoring = SETTINGS
     drawing: Drawing = DRAWING
     data_dir: Path = Path("runs/data")
     """Where prepared data sets live."""
@@ -87,7 +87,7 @@ def main(settings: Run) -> None:
         spec = sources.Shapes(settings.examples, settings.held_out)
     split = settings.split or {sources.Shapes: "held_out", sources.Rainbow: "test"}.get(type(spec), "train")
     bench = loaded(settings.judges)
-    references = [judges.kept(path) for path in settings.reference]
+    references = [kept(path) for path in settings.reference]
     _check(references, bench)
     usable(settings.out)
     shown = open_folder(settings.pictures, settings.convert) if settings.pictures else _drawn(settings, spec, split)
@@ -101,9 +101,13 @@ def main(settings: Run) -> None:
         true = observe(OfSource(f"{settings.data}/{split}", source, settings.true_n, side), bench.extractors, **look)
     if settings.keep_reference is not None:
         for name, each in true.items():
-            judges.keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
-    how = dataclasses.replace(settings.score, seed=settings.seed)
-    scores = [score for name, each in true.items() if name in seen for score in judge(seen[name], each, how)]
+            keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
+    scores = [
+        score
+        for name, each in true.items()
+        if name in seen
+        for score in judge(seen[name], each, settings.score, settings.seed)
+    ]
     scores += _of_captions(shown, bench, seen)
     if isinstance(spec, sources.Shapes) and settings.pictures is None:
         scores += _attributes(shown, split)

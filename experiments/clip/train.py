@@ -29,10 +29,15 @@ from jaxdiff.text.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import BATCH_AXES, check_batch, check_processes, make_mesh, parse
-from jaxdiff.training.optimizer import AdamW, OptimizerConfig
+from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
 from jaxdiff.weights import clip as weights
 
 PRESETS = {"tiny": nets.TINY, "b32": nets.VIT_B_32, "l14": nets.VIT_L_14, "h14": nets.OPEN_VIT_H_14}
+NO_MATRICES = ("embedding", "positions", "first", "patches", "projection")
+OPTIMIZERS = {
+    "adam": lambda decay: AdamW(b2=0.98, eps=1e-6, weight_decay=decay, decay_all=False),
+    "muon": lambda decay: Muon(weight_decay=decay, adam_for=NO_MATRICES, decay_all=False),
+}
 LOSSES = {"contrastive": Contrastive(), "sigmoid": Sigmoid()}
 
 
@@ -62,6 +67,8 @@ class Run:
     """Updates."""
     batch: int = 128
     """Pairs per update, of all devices together, each compared with all others."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Adam is the paper's; Muon learns more from each picture where pictures are dear."""
     learning_rate: float = 1e-3
     """At its peak."""
     warmup: int = 100
@@ -152,7 +159,7 @@ def config_of(settings: Run) -> TrainConfig:
         raise ValueError(f"steps {settings.steps}, batch {settings.batch}: at least 1 and 2, as pairs are compared")
     return TrainConfig(
         optimizer=OptimizerConfig(
-            kind=AdamW(b2=0.98, eps=1e-6, weight_decay=settings.weight_decay, decay_all=False),
+            kind=OPTIMIZERS[settings.optimizer](settings.weight_decay),
             learning_rate=settings.learning_rate,
             warmup=min(settings.warmup, settings.steps - 1),
             total=settings.steps,

@@ -50,7 +50,7 @@ class Score:
 @dataclass(frozen=True)
 class Settings:
     """force: Fréchet distances of fewer pictures than features, which then say so. kid_subsets, kid_size (at most; of
-    what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score. seed: of subsets.
+    what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
     """
 
     force: bool = False
@@ -58,7 +58,6 @@ class Settings:
     kid_size: int = 1000
     neighbours: int = 3
     splits: int = 10
-    seed: int = 0
 
 
 def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = None) -> Observed:
@@ -86,9 +85,11 @@ def kept(path: Path) -> Observed:
     return Observed(origin, statistics, features)
 
 
-def judge(drawn: Observed, true: Observed, settings: Settings = Settings()) -> list[Score]:
-    """Every number that this network gives. ValueError where the two sets were seen by different networks, or came to
-    their size in different ways."""
+def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed: int = 0) -> list[Score]:
+    """Every number that this network gives; `seed` is that of subsets and splits.
+
+    ValueError where the two sets were seen by different networks, or came to their size in different ways.
+    """
     for name in ("extractor", "resize"):
         ours, theirs = getattr(drawn.origin, name), getattr(true.origin, name)
         if ours != theirs:
@@ -100,15 +101,17 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings()) -> l
     ]
     if drawn.features is not None:
         scores.append(
-            write("FID∞" if name == INCEPTION else f"FD-{name}, limit", lambda: _limit(drawn, true, settings))
+            write("FID∞" if name == INCEPTION else f"FD-{name}, limit", lambda: _limit(drawn, true, settings, seed))
         )
     suffix = "" if name == INCEPTION else f"-{name}"
     if name.startswith("clip"):
         return [*scores, write(f"CMMD{suffix}", lambda: (cmmd(*_both(drawn, true)), None))]
     subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
-    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings), subsets))
+    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
     if drawn.logits is not None:
-        scores.append(write(f"IS{suffix}", lambda: _inception_score(drawn, settings), f"{settings.splits} splits"))
+        scores.append(
+            write(f"IS{suffix}", lambda: _inception_score(drawn, settings, seed), f"{settings.splits} splits")
+        )
     near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
     scores.append(write(f"precision{suffix}", lambda: (near().precision, None), f"k {settings.neighbours}"))
     return [*scores, write(f"recall{suffix}", lambda: (near().recall, None), f"k {settings.neighbours}")]
@@ -158,19 +161,19 @@ def _distance(drawn: Observed, true: Observed, settings: Settings) -> float:
     return fid.distance(drawn.statistics, true.statistics, settings.force)
 
 
-def _limit(drawn: Observed, true: Observed, settings: Settings) -> tuple[float, None]:
-    return fid.limit(drawn.features, true.statistics, seed=settings.seed, force=settings.force).value, None
+def _limit(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, None]:
+    return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value, None
 
 
 def _size(drawn: Observed, true: Observed, settings: Settings) -> int:
     return min(settings.kid_size, drawn.statistics.count // 2, true.statistics.count // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: Settings) -> tuple[float, float]:
-    found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), settings.seed)
+def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, float]:
+    found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
     return 1000 * found.value, 1000 * found.error
 
 
-def _inception_score(drawn: Observed, settings: Settings) -> tuple[float, float]:
-    found = inception_score(drawn.logits, settings.splits, settings.seed)
+def _inception_score(drawn: Observed, settings: Settings, seed: int) -> tuple[float, float]:
+    found = inception_score(drawn.logits, settings.splits, seed)
     return found.value, found.deviation

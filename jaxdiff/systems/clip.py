@@ -22,6 +22,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels in [0, 1], of the pictures that every published model was trained with."""
 
+NEAR = 1e-4
+"""Cosines that differ by less are equal: a matrix product rounds them otherwise than a sum."""
+
 Columns = Float[Array, "c e"]
 
 
@@ -36,7 +39,7 @@ class Contrastive:
         ours = scale * (text * image).sum(-1)
         of_text, most = columns.logsumexp(scale * text, image)
         of_image, _ = columns.logsumexp(scale * image, text)
-        return _Compared((of_text + of_image - 2 * ours).mean() / 2, ours >= most)
+        return _Compared((of_text + of_image - 2 * ours).mean() / 2, ours > most - NEAR * scale)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Sigmoid:
     def __call__(self, text: Array, image: Array, scale: Array, bias: Array, columns: "_Columns") -> "_Compared":
         ours = scale * (text * image).sum(-1) + bias
         apart, most = columns.softplus(scale * text, image, bias)
-        return _Compared((apart - ours).mean(), ours >= most + bias)
+        return _Compared((apart - ours).mean(), ours > most + bias - NEAR * scale)
 
 
 @dataclass(frozen=True)

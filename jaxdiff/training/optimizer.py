@@ -60,7 +60,8 @@ class Muon:
 
     Convolution kernels count as matrices from everything that they read to what they write. `rms` is the size of an
     update, near Adam's, so that both parts share one learning rate. `adam_for`: parts of the names of parameters that
-    Adam updates all the same; customarily the first and the last layer, and tables of embeddings.
+    Adam updates all the same; customarily the first and the last layer, and tables of embeddings. decay_all: False
+    leaves all that Adam updates without decay, gains and biases among it.
     """
 
     momentum: float = 0.95
@@ -69,6 +70,7 @@ class Muon:
     b2: float = 0.99
     weight_decay: float = 0.0
     adam_for: tuple[str, ...] = ("embedding", "stem", "head")
+    decay_all: bool = True
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.contrib.muon(
@@ -77,7 +79,7 @@ class Muon:
             weight_decay=self.weight_decay,
             adam_b1=self.b1,
             adam_b2=self.b2,
-            adam_weight_decay=self.weight_decay,
+            adam_weight_decay=self.weight_decay if self.decay_all else 0.0,
             adam_learning_rate=learning_rate,
             consistent_rms=self.rms,
             muon_weight_dimension_numbers=self._matrices,

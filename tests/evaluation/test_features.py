@@ -1,0 +1,84 @@
+"""Features of a set: on eight devices as on one, whatever the batch; what tells networks apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.evaluation import features
+from jaxdiff.evaluation.features import all_features, digest_of, extract
+from jaxdiff.evaluation.statistics import add, empty, merge
+from jaxdiff.nets.classifier import Classifier, ClassifierConfig
+from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.training.mesh import make_mesh
+
+CONFIG = ClassifierConfig(side=16, channels=(4, 8), features=6, names=("kind", "colour", "size"), classes=(3, 4, 2))
+
+
+@pytest.fixture(scope="module")
+def network():
+    params = Classifier(CONFIG).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    return features.classifier("things", CONFIG, params)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return np.random.default_rng(0).integers(0, 256, (29, 20, 20, 3)).astype(np.uint8)
+
+
+def test_eight_devices_give_the_statistics_of_one(network, shown):
+    one = add(empty(6), all_features(network, shown, batch=8))
+    mesh = make_mesh(data=4, fsdp=2)
+    parts = [add(empty(6), seen["features"]) for seen in extract(network, shown, batch=10, mesh=mesh)]
+    assert [part.count for part in parts] == [16, 13]  # a batch that the devices divide
+    eight = merge(*parts[::-1])
+    assert one.count == eight.count == 29
+    np.testing.assert_allclose(one.mean, eight.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one.covariance, eight.covariance, rtol=1e-4, atol=1e-6)
+
+
+def test_a_picture_is_seen_alike_whatever_is_beside_it(network, shown):
+    whole = all_features(network, shown, batch=64)
+    for batch in (1, 7):
+        np.testing.assert_allclose(all_features(network, shown, batch=batch), whole, rtol=1e-5, atol=1e-6)
+    assert whole.shape == (29, 6) and (whole >= 0).all()
+
+
+def test_logits_are_those_of_two_attributes_together(network, shown):
+    (seen,) = extract(network, shown)
+    classes = np.exp(seen["logits"])
+    assert classes.shape == (29, 12)
+    np.testing.assert_allclose(classes.sum(1), 1, rtol=1e-5)
+
+
+def test_clips_image_tower():
+    config = CLIPConfig(
+        TextTowerConfig(width=8, layers=1, heads=2, feed_forward=8, vocab=9, length=4),
+        ImageTowerConfig(width=8, layers=1, heads=2, feed_forward=8, resolution=8, patch=4),
+        width=5,
+    )
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    params = CLIP(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 8, 8, 3)))
+    params = params["params"]
+    found = all_features(features.clip_image(config, params), picture)
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    wanted = CLIP(config).apply(
+        {"params": params}, jnp.asarray((picture / 255 - mean) / std, jnp.float32), method="embed_image"
+    )
+    np.testing.assert_allclose(found, wanted.embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_digests_tell_weights_apart(network):
+    params = {"b": np.ones((2, 3), np.float32), "a": np.zeros(2, np.float32)}
+    turned = {"a": params["a"], "b": jnp.asarray(params["b"])}
+    assert digest_of(params) == digest_of(turned) and len(digest_of(params)) == 12
+    for other in (params | {"a": np.ones(2, np.float32)}, {"b": params["b"], "c": params["a"]}):
+        assert digest_of(other) != digest_of(params)
+    assert digest_of({"b": np.ones((3, 2), np.float32)}) != digest_of({"b": np.ones((2, 3), np.float32)})
+    assert str(network) == f"classifier-things {network.digest}"
+
+
+def test_no_pictures(network):
+    with pytest.raises(ValueError, match="no pictures"):
+        all_features(network, [])

@@ -1,0 +1,120 @@
+"""Every number with its line: values against the functions they come from, reasons where there is none, kept sets."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxdiff.evaluation import fid
+from jaxdiff.evaluation.clip_score import clip_score
+from jaxdiff.evaluation.inception_score import inception_score
+from jaxdiff.evaluation.judges import INCEPTION, Settings, judge, judge_captions, keep, kept, observed
+from jaxdiff.evaluation.kid import kid
+from jaxdiff.evaluation.precision_recall import precision_recall
+from jaxdiff.evaluation.statistics import Origin
+
+ORIGIN = Origin("drawn", "0123", "classifier-shapes abc", "clean", "png", 7)
+HOW = Settings(kid_subsets=5, splits=2)
+
+
+def seen(count=40, shift=0.0, origin=ORIGIN, logits=False, seed=0):
+    rng = np.random.default_rng(seed)
+    features = (rng.normal(size=(count, 6)) + shift).astype(np.float32)
+    return observed(origin, features, rng.normal(size=(count, 4)).astype(np.float32) if logits else None)
+
+
+def true(**changes):
+    origin = dataclasses.replace(ORIGIN, pictures="true", digest="9876", seed=None)
+    return seen(60, 0.5, dataclasses.replace(origin, **changes), seed=1)
+
+
+def by_name(scores):
+    assert len({score.name for score in scores}) == len(scores)
+    return {score.name: score for score in scores}
+
+
+def test_every_number_of_a_classifier():
+    drawn, reference = seen(logits=True), true()
+    found = by_name(judge(drawn, reference, HOW, 3))
+    assert set(found) == {
+        "FD-shapes",
+        "FD-shapes, limit",
+        "KID-shapes × 1000",
+        "IS-shapes",
+        "precision-shapes",
+        "recall-shapes",
+    }
+    assert found["FD-shapes"].value == fid.distance(drawn.statistics, reference.statistics)
+    assert found["FD-shapes, limit"].value == fid.limit(drawn.features, reference.statistics, seed=3).value
+    value, error = kid(drawn.features, reference.features, 5, 20, 3)
+    assert (found["KID-shapes × 1000"].value, found["KID-shapes × 1000"].error) == (1000 * value, 1000 * error)
+    assert found["IS-shapes"].value == inception_score(drawn.logits, 2, 3).value
+    real = precision_recall(reference.features, drawn.features)
+    assert (found["precision-shapes"].value, found["recall-shapes"].value) == tuple(real)
+
+
+def test_the_line_says_how_a_number_came_about():
+    score = by_name(judge(seen(), true(), HOW, 3))["KID-shapes × 1000"]
+    for part in ("n 40 against 60", "5 subsets of 20", "drawn 0123", "png, seed 7", "classifier-shapes abc"):
+        assert part in score.protocol
+    assert "resize clean" in score.protocol and "reference true 9876" in score.protocol
+    assert "\n" not in score.protocol
+
+
+def test_only_inceptions_is_called_fid():
+    inception = f"{INCEPTION} abc"
+    drawn, reference = seen(origin=dataclasses.replace(ORIGIN, extractor=inception)), true(extractor=inception)
+    found = by_name(judge(drawn, reference, HOW, 3))
+    assert set(found) == {"FID", "FID∞", "KID × 1000", "precision", "recall"}
+    clip = dataclasses.replace(ORIGIN, extractor="clip abc")
+    assert set(by_name(judge(seen(origin=clip), true(extractor="clip abc"), HOW, 3))) == {
+        "FD-clip",
+        "FD-clip, limit",
+        "CMMD-clip",
+    }
+
+
+def test_few_pictures_are_refused_unless_forced_and_then_it_says_so():
+    few = seen(5)
+    score = by_name(judge(few, true(), HOW, 3))["FD-shapes"]
+    assert score.value is None and "5 pictures for 6 features" in score.missing
+    forced = by_name(judge(few, true(), dataclasses.replace(HOW, force=True)))["FD-shapes"]
+    assert forced.value > 0 and "FORCED: fewer than the 6 features" in forced.protocol
+    assert "FORCED" not in by_name(judge(seen(), true(), dataclasses.replace(HOW, force=True)))["FD-shapes"].protocol
+
+
+@pytest.mark.parametrize("name, other", [("extractor", "classifier-shapes other"), ("resize", "legacy")])
+def test_sets_that_were_seen_otherwise_are_not_compared(name, other):
+    with pytest.raises(ValueError, match=f"{name} is {other}"):
+        judge(seen(), true(**{name: other}))
+
+
+def test_kept_sets_give_the_same_numbers(tmp_path):
+    reference = true()
+    keep(tmp_path / "true.npz", reference)
+    again = kept(tmp_path / "true.npz")
+    assert again.origin == reference.origin
+    assert judge(seen(), again, HOW, 3) == judge(seen(), reference, HOW, 3)
+
+
+def test_sums_alone_give_the_distance_and_reasons(tmp_path):
+    keep(tmp_path / "true.npz", dataclasses.replace(true(), features=None))
+    found = by_name(judge(seen(), kept(tmp_path / "true.npz"), HOW, 3))
+    assert found["FD-shapes"].value == by_name(judge(seen(), true(), HOW, 3))["FD-shapes"].value
+    assert found["recall-shapes"].missing == "the reference keeps sums alone, no features"
+
+
+def test_features_of_other_pictures_are_refused(tmp_path):
+    keep(tmp_path / "true.npz", true())
+    np.save(tmp_path / "true.features.npy", np.zeros((3, 6), np.float32))
+    with pytest.raises(ValueError, match="features of other pictures"):
+        kept(tmp_path / "true.npz")
+
+
+def test_clip_scores_have_their_names_and_lines():
+    drawn = seen(origin=dataclasses.replace(ORIGIN, extractor="clip abc"))
+    text = np.random.default_rng(5).normal(size=(40, 6))
+    score, cosine = judge_captions(text, drawn)
+    assert (score.value, cosine.value) == tuple(clip_score(text, drawn.features))
+    assert (score.name, cosine.name) == ("score-clip, w 2.5", "cosine-clip")
+    assert "n 40, drawn 0123 (png, seed 7), clip abc" in score.protocol

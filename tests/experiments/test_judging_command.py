@@ -1,0 +1,190 @@
+"""experiments.evaluate: a cascade and folders judged, resumed, against kept statistics; what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_judges import write_judges
+
+from experiments import evaluate, judging
+from experiments.judging import OfFolder, loaded, observe, open_folder
+from jaxdiff.data.shapes_caption import caption
+from jaxdiff.data.shapes_draw import draw
+from jaxdiff.data.shapes_scene import scene
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    return write_judges(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def judged(command, judges, data_dir, tmp_path):
+    """`judged(*more)`: the command with the small judges and 20 true pictures; its result and its scores by name."""
+
+    def call(*more):
+        named = ["--clip", judges["clip"], "--classifier", judges["classifier"], "--data-dir", data_dir]
+        done = command(
+            evaluate.main, "--out", tmp_path / "out", *named, "--examples", 8, "--held-out", 20, "--kid-subsets", 3,
+            "--splits", 2, *more
+        )  # fmt: skip
+        path = tmp_path / "out" / "scores.json"
+        scores = json.loads(path.read_text())["scores"] if path.is_file() else []
+        return done, {score["name"]: score for score in scores}
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve held-out pictures as files with their captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(12):
+        s = scene("held_out", i)
+        Image.fromarray(draw(s, 64)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(caption(s, "held_out", i).text)
+    return folder
+
+
+def test_a_cascade_by_every_judge(judged, standin, tmp_path):
+    done, scores = judged("--weights", standin, "--n", 12)
+    assert done.code == 0, done.err
+    assert {"FD-shapes", "KID-shapes × 1000", "IS-shapes", "precision-shapes", "recall-shapes"} <= set(scores)
+    assert {"FD-clip", "CMMD-clip", "score-clip, w 2.5", "cosine-clip", "attributes right"} <= set(scores)
+    assert all(score["value"] is not None for score in scores.values())
+    assert all(line.split()[0] in done.out for line in scores)
+    assert "FID" in done.out and "experiments.inception" in done.out
+    assert "n 12 against 20" in scores["FD-shapes"]["protocol"] and len(done.out.splitlines()) < 25
+    drawn = sorted((tmp_path / "out" / "drawn").glob("*.png"))
+    assert len(drawn) == 12
+
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.np*")}
+    drawn[3].unlink()  # as a run that was stopped would have left it
+    again, same = judged("--weights", standin, "--n", 12)
+    assert again.code == 0 and same == scores
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.np*")} == stamps
+    other, _ = judged("--weights", standin, "--n", 12, "--seed", 5)
+    assert other.code == 2 and "drawn with other settings" in other.err
+
+
+def test_true_pictures_are_near_themselves(judged, photos):
+    done, scores = judged("--pictures", photos, "--true-n", 12)
+    assert done.code == 0, done.err
+    assert scores["FD-shapes"]["value"] == pytest.approx(0, abs=1e-6)
+    assert scores["precision-shapes"]["value"] == scores["recall-shapes"]["value"] == 1
+    assert scores["cosine-clip"]["value"] is not None
+
+
+def test_kept_statistics_stand_in_for_the_pictures(judged, photos, tmp_path):
+    _, scores = judged("--pictures", photos, "--keep-reference", tmp_path / "kept")
+    files = sorted((tmp_path / "kept").glob("*.npz"))
+    assert len(files) == 2
+    done, same = judged("--pictures", photos, "--reference", *files)
+    assert done.code == 0 and same == scores
+
+
+def test_kept_statistics_of_another_network_are_refused(judged, photos, tmp_path, command):
+    judged("--pictures", photos, "--keep-reference", tmp_path / "kept")
+    others = write_judges(tmp_path / "others")
+    shutil.copy(others["classifier"] / "model.safetensors", tmp_path / "x")
+    path = others["classifier"] / "model.safetensors"
+    from safetensors.numpy import load_file, save_file
+
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+    file = next((tmp_path / "kept").glob("classifier*.npz"))
+    done = command(
+        evaluate.main, "--pictures", photos, "--reference", file, "--classifier", others["classifier"],
+        "--clip", others["clip"], "--out", tmp_path / "out2",
+    )  # fmt: skip
+    one_line(done, "seen by classifier-shapes")
+
+
+def one_line(done, *culprits):
+    assert done.code == 2, done
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("error: "), done.err
+    for culprit in culprits:
+        assert culprit in last, done.err
+
+
+def test_an_empty_folder(judged, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done, _ = judged("--pictures", tmp_path / "empty")
+    one_line(done, str(tmp_path / "empty"), "no pictures")
+    done, _ = judged("--pictures", tmp_path / "nowhere")
+    one_line(done, "no such folder")
+
+
+def test_mixed_sizes(judged, photos):
+    Image.new("RGB", (48, 64)).save(photos / "99.png")
+    done, _ = judged("--pictures", photos)
+    one_line(done, "2 sizes", "64x64 (00.png)", "48x64 (99.png)")
+
+
+@pytest.mark.parametrize("mode, what", [("L", "not RGB but L"), ("RGBA", "transparent"), ("P", "not RGB but P")])
+def test_pictures_that_are_not_rgb(judged, photos, mode, what):
+    Image.open(photos / "03.png").convert(mode).save(photos / "03.png")
+    done, _ = judged("--pictures", photos)
+    one_line(done, "03.png", what, "--convert")
+    done, _ = judged("--pictures", photos, "--convert")
+    assert done.code == 0
+
+
+def test_unreadable_files_are_counted_and_named(judged, photos):
+    (photos / "04.png").write_bytes((photos / "04.png").read_bytes()[:60])
+    (photos / "07.png").write_bytes(b"no picture")
+    done, scores = judged("--pictures", photos)
+    assert done.code == 0, done.err
+    (line,) = (line for line in done.err.splitlines() if line.startswith("warning"))
+    assert "2 unreadable" in line and "04.png" in line and "07.png" in line
+    assert "n 10 against" in scores["FD-shapes"]["protocol"]
+
+
+def test_missing_weights_of_inception(judged, photos, tmp_path):
+    done, _ = judged("--pictures", photos, "--inception", tmp_path / "inception.safetensors")
+    one_line(done, "inception.safetensors", "pt_inception-2015-12-05", "experiments.inception")
+
+
+def test_too_few_pictures_say_so(judged, photos):
+    for file in sorted(photos.glob("*"))[10:]:
+        file.unlink()
+    done, scores = judged("--pictures", photos)
+    assert done.code == 0
+    assert scores["FD-shapes"]["value"] is None and "5 pictures for 6 features" in done.out
+    _, forced = judged("--pictures", photos, "--force")
+    assert forced["FD-shapes"]["value"] > 0 and "FORCED" in forced["FD-shapes"]["protocol"]
+
+
+def test_a_damaged_part_is_looked_at_again(judges, tmp_path):
+    bench = loaded(judging.Judges(clip=None, classifier=judges["classifier"]))
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "a.png")
+    shown = OfFolder("one", (tmp_path / "a.png",) * 3, (None,) * 3, "png")
+    first = observe(shown, bench.extractors, tmp_path / "seen")
+    (file,) = (tmp_path / "seen").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:50])
+    again = observe(shown, bench.extractors, tmp_path / "seen")
+    for name, each in first.items():
+        np.testing.assert_array_equal(each.features, again[name].features)
+        assert each.origin == again[name].origin
+
+
+def test_captions_are_found_where_pictures_of_ours_have_them(photos):
+    from PIL import PngImagePlugin
+
+    told = PngImagePlugin.PngInfo()
+    told.add_itxt("prompt", "a red star")
+    Image.open(photos / "00.png").save(photos / "grid.png")
+    (photos / "01.txt").unlink()
+    Image.open(photos / "01.png").save(photos / "01.png", pnginfo=told)
+    (photos / "02.txt").unlink()
+    found = open_folder(photos)
+    assert len(found) == 12
+    assert found.caption(1) == "a red star" and found.caption(2) is None
