@@ -90,7 +90,7 @@ OPEN_VIT_BIG_G_14 = CLIPConfig(
     width=1280,
 )
 TINY = CLIPConfig(
-    TextTowerConfig(width=128, layers=4, heads=4, feed_forward=512, vocab=512, length=24, eos_id=1),
+    TextTowerConfig(width=128, layers=3, heads=4, feed_forward=512, vocab=512, length=24, eos_id=1),
     ImageTowerConfig(width=128, layers=4, heads=4, feed_forward=512, resolution=64, patch=8),
     width=128,
 )

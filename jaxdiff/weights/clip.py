@@ -232,6 +232,8 @@ def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
         eos_id = LARGEST_ID if config.text.eos_id is None else config.text.eos_id
         values = {theirs: getattr(config.text, ours) for ours, theirs in TEXT.items()}
         groups["text"] = {"model_type": "clip_text_model"} | values | projection | {"eos_token_id": eos_id}
+        if config.text.vocab < TextTowerConfig().vocab:  # transformers would take OpenAI's start, an id beyond it
+            groups["text"] |= {"bos_token_id": None}
     if config.image is not None:
         values = {theirs: getattr(config.image, ours) for ours, theirs in IMAGE.items()}
         groups["vision"] = {"model_type": "clip_vision_model"} | values | projection

@@ -1,0 +1,107 @@
+"""The curves on very small networks: what is trained, drawn and kept, what is not made again, the figures."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from small_cascade import BASE, T5
+from small_judges import write_judges
+
+from experiments import curves, curves_models
+from experiments.curves_models import CLIPText, Training, text_of
+from experiments.imagen import presets
+from experiments.text import pretrain
+from jaxdiff.weights import clip
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    return write_judges(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    stage = dataclasses.replace(BASE, resolution=32, text_length=24)
+    monkeypatch.setitem(presets.STAGES, "base32", {"small": stage, "medium": stage, "tiny": stage})
+    monkeypatch.setitem(pretrain.PRESETS, "micro", T5)
+    monkeypatch.setitem(pretrain.PRESETS, "mini", T5)
+    monkeypatch.setattr(curves_models, "SIZES", ("micro", "mini"))
+
+
+@pytest.fixture
+def drawn(command, judges, data_dir, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"a definition of the thing number {i}\n" for i in range(60)))
+
+    def call(*more):
+        return command(
+            curves.main, "--out", tmp_path / "out", "--data-dir", data_dir, "--clip", judges["clip"],
+            "--classifier", judges["classifier"], "--texts", texts, "--encoder", "mini", "--unets", "small", "medium",
+            "--guidance", 1, 4, "--n", 10, "--draw-batch", 8, "--sampling-steps", 2, "--steps", 2, "--batch", 8,
+            "--t5-steps", 2, "--t5-batch", 8, "--vocab", 400, "--examples", 40, "--held-out", 20, *more,
+        )  # fmt: skip
+
+    return call
+
+
+def test_a_grid(drawn, tmp_path):
+    done = drawn("--figures", "encoders", "unets", "thresholding", "--encoders", "untrained", "micro", "mini", "clip")
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    for figure in ("encoders", "unets", "thresholding"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    # weights × seeds × (four encoders, two U-Nets, three thresholdings)
+    assert len(rows) == 2 * 2 * (4 + 2 + 3)
+    assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {
+        "T5 untrained",
+        "T5 micro",
+        "T5 mini",
+        "CLIP text",
+    }
+    assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
+    models = sorted(path.name for path in (out / "models").iterdir())
+    assert len(models) == 2 * (4 + 1)  # the U-Net figure shares one with that of the encoders
+    cell = json.loads((out / "cells" / "mini-small-s1-dynamic-w4.json").read_text())
+    assert cell["made_by"]["n"] == 10 and cell["made_by"]["training"]["steps"] == 2
+
+    stamps = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
+    (out / "cells" / "mini-small-s1-dynamic-w4.json").unlink()
+    assert drawn("--figures", "unets").code == 0
+    assert json.loads((out / "cells" / "mini-small-s1-dynamic-w4.json").read_text()) == cell
+    del stamps[out / "cells" / "mini-small-s1-dynamic-w4.json"]
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
+
+
+@pytest.mark.parametrize(
+    "more, culprit",
+    [
+        (("--n", 1), "n 1"),
+        (("--texts", "/nowhere"), "experiments.data.glosses"),
+        (("--encoders", "/nowhere/t5"), "/nowhere/t5"),
+        (("--clip", "None"), "both judges"),
+        (("--figures", "weather"), "weather"),
+    ],
+)
+def test_bad_settings(drawn, more, culprit):
+    done = drawn(*more)
+    assert done.code == 2 and culprit in done.err, done.err
+
+
+def test_clips_text_tower_stands_in_for_a_t5(judges, tmp_path, data_dir):
+    text = text_of("clip", tmp_path, Training(), judges["clip"], 24, None, data_dir)
+    assert isinstance(text, CLIPText) and text.width == 8
+    found = text(["a red star", "a large red star on a black background"])
+    assert found.embeddings.shape == (2, 24, 8)
+    counts = np.asarray(found.mask).sum(1)
+    assert 0 < counts[0] < counts[1] < 24
+    assert not np.asarray(found.embeddings)[~np.asarray(found.mask)].any()
+    encoder = clip.load_text_encoder(judges["clip"])
+    assert text.fingerprint == CLIPText(encoder, 24).fingerprint

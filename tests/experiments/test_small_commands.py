@@ -1,0 +1,126 @@
+"""experiments.classifier, experiments.imagen.rainbow and experiments.data.glosses on little data."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import classifier as training
+from experiments.data import glosses
+from experiments.imagen import rainbow
+from experiments.imagen.rainbow import scores_of
+from experiments.text.pretrain import lines_of
+from jaxdiff.data.rainbow import EVERY, draw, split
+from jaxdiff.data.shapes_scene import scene
+from jaxdiff.evaluation.rainbow import read
+from jaxdiff.training import metrics
+from jaxdiff.weights import classifier
+
+SYNSETS = """\
+  1 This is the licence.
+  2 It is left out.
+00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | that which is perceived; "it is an entity"  
+00001930 03 n 01 physical_entity 0 001 @ 00001740 n 0000 | an entity that has physical existence  
+"""
+
+
+def test_labels_are_those_of_the_scene():
+    for index in range(40):
+        true = scene("train", index)
+        said = dict(zip(training.ATTRIBUTES, training.labels(true)))
+        assert training.OF_ALL["objects"][said["objects"]] == str(len(true.objects))
+        assert training.OF_ALL["background"][said["background"]] == true.background
+        if len(true.objects) == 2:
+            assert {said[name] for name in training.OF_ONE} == {-1}
+        else:
+            for name, classes in training.OF_ONE.items():
+                assert classes[said[name]] == getattr(true.objects[0], name)
+
+
+def test_a_classifier_is_trained_and_read_back(command, tmp_path):
+    done = command(
+        training.main, "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--examples", 64, "--held-out", 4,
+        "--steps", 3, "--batch", 16, "--features", 6, "--side", 32,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    name, config, params = classifier.load(tmp_path / "run" / "model")
+    assert name == "shapes" and config.features == 6 and config.names == tuple(training.ATTRIBUTES)
+    assert params["features"]["kernel"].shape[1] == 6
+    assert "kind" in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    (tmp_path / "run" / "model" / "classifier.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the settings of a classifier"):
+        classifier.load(tmp_path / "run" / "model")
+    with pytest.raises(FileNotFoundError, match="no classifier here"):
+        classifier.load(tmp_path)
+
+
+def test_scores_of_the_rainbow():
+    asked = [EVERY[place] for place in split("test")[:40]]
+    pictures = np.stack([draw(attributes) for attributes in asked])
+    assert scores_of(asked, read(pictures))["right"] == 1
+    shown = pictures.copy()
+    shown[0] = 255
+    other = next(
+        a
+        for a in EVERY
+        if a.colour != asked[1].colour and a.caption.replace(a.colour, asked[1].colour) == asked[1].caption
+    )
+    shown[1] = draw(other)
+    scores = scores_of(asked, read(shown))
+    assert scores["right"] == 38 / 40 and scores["attributes"]["colour"] == 38 / 40
+    assert scores["attributes"]["shape"] == 39 / 40
+    assert scores["wrong"] == {"no picture of the set": 1, "colour": 1}
+
+
+def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_path):
+    import dataclasses
+
+    from small_cascade import BASE
+
+    from experiments.imagen import presets
+
+    stage = dataclasses.replace(BASE, resolution=32, text_length=24)
+    monkeypatch.setitem(presets.STAGES, "base32", {"tiny": stage})
+    arguments = (
+        "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--text-steps", 2, "--steps", 2, "--batch", 8,
+        "--n", 9,
+    )  # fmt: skip
+    done = command(rainbow.main, *arguments)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["count"] == 9 and 0 <= report["right"] <= 1 and report["made_by"]["pictures_seen"] == 16
+    assert (tmp_path / "run" / "grid.png").is_file() and "held-out captions" in done.out
+    assert command(rainbow.main, "--n", -1).code == 2
+
+
+def test_definitions_without_licence_and_examples(command, tmp_path):
+    source = tmp_path / "wordnet"
+    source.mkdir()
+    for part in glosses.PARTS:
+        (source / part).write_text(SYNSETS, encoding="latin-1")
+    done = command(glosses.main, "--data-dir", tmp_path, "--source", source)
+    assert done.code == 0 and "8 definitions" in done.out
+    lines = (tmp_path / "glosses.txt").read_text().splitlines()
+    assert lines[:2] == ["that which is perceived", "an entity that has physical existence"]
+    (source / "data.adv").write_text("no line of theirs\n")
+    done = command(glosses.main, "--data-dir", tmp_path, "--source", source)
+    assert done.code == 2 and "data.adv:1" in done.err
+    done = command(glosses.main, "--data-dir", tmp_path, "--source", tmp_path)
+    assert done.code == 2 and "not WordNet's files" in done.err
+
+
+def test_a_package_that_cannot_be_fetched(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(glosses, "INSTALLED", tmp_path / "none")
+    monkeypatch.setattr(glosses.shutil, "which", lambda name: None)
+    done = command(glosses.main, "--data-dir", tmp_path)
+    assert done.code == 2 and "apt-get is not installed" in done.err and "--source" in done.err
+
+
+def test_texts_are_spread_over_their_file(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"line {i}\n\n" for i in range(100)))
+    assert lines_of(file, 4) == ["line 0", "line 25", "line 50", "line 75"]
+    assert len(lines_of(file, 1000)) == 100
+    file.write_text(" \n")
+    with pytest.raises(ValueError, match="no lines of text"):
+        lines_of(file, 4)
