@@ -132,7 +132,7 @@ def _labelled(settings: Run, spec: sources.DataSpec, side: int) -> tuple[list[st
 
 
 def _shown(shown: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    return tqdm(shown, total=count, desc="embed pictures", unit="picture")
+    yield from tqdm(shown, total=count, desc="embed pictures", unit="picture")
 
 
 if __name__ == "__main__":

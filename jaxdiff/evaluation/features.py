@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from jaxdiff.evaluation.resize import Resize, resized
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
@@ -69,11 +69,11 @@ def classifier(name: str, config: ClassifierConfig, params: dict) -> Extractor:
 
 def extract(
     extractor: Extractor,
-    pictures: Iterable[UInt8[np.ndarray, "h w 3"]],
+    pictures: Iterable[np.ndarray],
     batch: int = 64,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What the network sees in the pictures, a batch at a time, in their order.
+    """What the network sees in the pictures (uint8, h w 3), a batch at a time, in their order.
 
     Every batch has the same size inside (the last one is filled up), which is a multiple of the mesh's devices: what
     is seen in a picture depends on nothing beside it.
