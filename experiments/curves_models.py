@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from experiments.imagen import presets
 from experiments.text import pretrain
+from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.pipeline import images
+from jaxdiff.data.pipeline import Batches, images
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.evaluation.features import digest_of
 from jaxdiff.nets.t5 import T5Encoder
+from jaxdiff.systems import imagen_presets
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
@@ -32,6 +34,10 @@ from jaxdiff.weights.t5 import load_text_encoder
 
 SIZES = ("micro", "tiny", "mini", "midi")
 """T5s that are pre-trained here; the largest one with random parameters is `untrained`."""
+LENGTH = 24
+"""Tokens of a caption, as the presets of the base models read them."""
+ENLARGING = {32: imagen_presets.SR_64_TINY, 64: imagen_presets.SR_256_TINY}
+"""Super-resolution behind each resolution of a base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Training:
     """Pictures of shapes to train on."""
     held_out: int = 1_000
     """And held-out ones beside them."""
+    sr_steps: int = 600
+    """Updates of super-resolution, for the figure of its augmentation."""
     save_every: int = 250
     """Steps between checkpoints."""
 
@@ -96,29 +104,25 @@ class T5Text:
 Text = CLIPText | T5Text
 
 
-def text_of(
-    name: str, out: Path, settings: Training, clip_weights: Path, length: int, texts: Path | None, data_dir: Path
-) -> Text:
+def text_of(name: str, out: Path, settings: Training, clip_weights: Path, texts: Path | None, data_dir: Path) -> Text:
     """The encoder of that name: a size of SIZES, pre-trained now if need be, `untrained`, `clip`, or else a directory
     or hub id of a T5."""
     if name == "clip":
-        return CLIPText(load_clip(clip_weights), length)
+        return CLIPText(load_clip(clip_weights), LENGTH)
     if name == "untrained":
-        return T5Text(_untrained(text_encoder(SIZES[-1], out, settings, length, texts, data_dir)))
+        return T5Text(_untrained(_own(SIZES[-1], out, settings, texts, data_dir)))
     if name in SIZES:
-        return T5Text(text_encoder(name, out, settings, length, texts, data_dir))
-    return T5Text(load_text_encoder(name, length))
+        return T5Text(_own(name, out, settings, texts, data_dir))
+    return T5Text(load_text_encoder(name, LENGTH))
 
 
-def text_encoder(
-    name: str, out: Path, settings: Training, length: int, texts: Path | None, data_dir: Path
-) -> TextEncoder:
+def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir: Path) -> TextEncoder:
     """A T5 of our own; the smallest trains the tokenizer that all of them share."""
     folder = out / "t5" / name
     if not (folder / "encoder" / "model.safetensors").is_file():
         words = "trained"
         if name != SIZES[0]:
-            text_encoder(SIZES[0], out, settings, length, texts, data_dir)
+            _own(SIZES[0], out, settings, texts, data_dir)
             words = str(out / "t5" / SIZES[0] / "encoder")
         pretrain.pretrain(
             "shapes",
@@ -136,7 +140,7 @@ def text_encoder(
             held_out=settings.held_out,
             data_dir=data_dir,
         )
-    return load_text_encoder(folder / "encoder", length)
+    return load_text_encoder(folder / "encoder", LENGTH)
 
 
 def _untrained(encoder: TextEncoder) -> TextEncoder:
@@ -158,25 +162,41 @@ def model_of(
     if not (folder / "model" / "stage.json").is_file():
         stage = stage_of(unet, text.width, settings)
         embeddings = _embedded(text, source, data_dir)
-        config = TrainConfig(
-            optimizer=OptimizerConfig(
-                kind=Muon(),
-                learning_rate=settings.learning_rate,
-                warmup=min(50, settings.steps - 1),
-                total=settings.steps,
-            ),
-            steps=settings.steps,
-            ema_decay=0.995,
-            log_every=100,
-            save_every=settings.save_every,
-            seed=seed,
-        )
         stream = images(source, settings.resolution, settings.batch, seed=seed, embeddings=embeddings)
         made_of = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
-        state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
-        params = jax.tree.map(np.asarray, state.ema)
-        save_model(Model(stage, params, Sampling(DPMSolverPP2M()), embeddings.encoder), folder / "model")
+        _train(stage, stream, folder, settings, settings.steps, seed, made_of, Sampling(DPMSolverPP2M()))
     return load_model(folder / "model")
+
+
+def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: Path) -> Model:
+    """Super-resolution that knows all levels of noise on its input, trained on pictures alone, now if need be."""
+    stage = dataclasses.replace(ENLARGING[settings.resolution], max_aug_level=1.0)
+    folder = models / f"sr{stage.resolution}"
+    if not (folder / "model" / "stage.json").is_file():
+        source = sources.open(spec, stage.resolution, "train", data_dir)
+        crop = min(stage.resolution, 64)
+        stream = images(source, stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop)
+        made_of = {"examples": len(source), "crop": crop}
+        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen_presets.SAMPLING_SR_TINY)
+    return load_model(folder / "model")
+
+
+def _train(
+    stage: Stage,
+    stream: Batches,
+    folder: Path,
+    settings: Training,
+    steps: int,
+    seed: int,
+    made_of: dict,
+    sampling: Sampling,
+) -> None:
+    rate = OptimizerConfig(kind=Muon(), learning_rate=settings.learning_rate, warmup=min(50, steps - 1), total=steps)
+    config = TrainConfig(
+        optimizer=rate, steps=steps, ema_decay=0.995, log_every=100, save_every=settings.save_every, seed=seed
+    )
+    state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
+    save_model(Model(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 
 def _embedded(text: Text, source: Source, data_dir: Path) -> Embeddings:

@@ -4,8 +4,8 @@
 
 pre-trains T5 on the training captions, trains the 32×32 base model on their 2,765 pictures and draws the held-out
 captions, about 4,700 (`--n` draws fewer). Right is a picture in which all six attributes are read back as its caption
-says (`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/README.md. Writes OUT/grid.png (each held-out
-picture beside what was drawn, wrong ones first) and OUT/report.json; run again, it goes on where it was.
+says (`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/README.md. Writes OUT/grid.png (above each
+other: the held-out picture and what was drawn, wrong ones first) and OUT/report.json; run again, it goes on where it was.
 """
 
 import statistics
@@ -32,7 +32,7 @@ from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder
 
-COLUMNS, ROWS = 8, 6
+COLUMNS, ROWS = 12, 4
 TEXT_BATCH = 64
 
 
@@ -110,11 +110,16 @@ def report(out: Path, asked: list[Attributes], drawn: np.ndarray, made_by: dict)
     scores = scores_of(asked, found)
     write_json(out / "report.json", {**scores, "made_by": made_by})
     order = sorted(range(len(asked)), key=lambda i: found[i].right(asked[i]))[: COLUMNS * ROWS]
-    shown = [np.concatenate([to_float(draw(asked[i])), drawn[i]], 1) for i in order]
-    captions = [("" if found[i].right(asked[i]) else "wrong: ") + asked[i].caption for i in order]
-    pictures.write(out / "grid.png", pictures.grid(shown, captions, 192, COLUMNS, font_size=10))
-    print(f"{out / 'grid.png'}: {scores['right']:.1%} of {len(asked)} held-out captions drawn right in every attribute")
-    print(", ".join(f"{name} {share:.1%}" for name, share in scores["attributes"].items()))
+    shown, captions = [], []
+    for first in range(0, len(order), COLUMNS):  # a row of true pictures, then the same row as it was drawn
+        row = order[first : first + COLUMNS]
+        blank = [np.ones_like(drawn[0])] * (COLUMNS - len(row))
+        shown += [*(to_float(draw(asked[i])) for i in row), *blank, *(drawn[i] for i in row), *blank]
+        said = [("" if found[i].right(asked[i]) else "WRONG: ") + asked[i].caption for i in row]
+        captions += [*[""] * COLUMNS, *said, *[""] * len(blank)]
+    pictures.write(out / "grid.png", pictures.grid(shown, captions, 96, COLUMNS, font_size=9))
+    print(f"{out / 'grid.png'}: {scores['right']:.2%} of {len(asked)} held-out captions drawn right in every attribute")
+    print(", ".join(f"{name} {share:.2%}" for name, share in scores["attributes"].items()))
 
 
 def scores_of(asked: list[Attributes], found: list[Read]) -> dict:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from small_cascade import BASE, T5
+from small_cascade import BASE, SR_256, T5
 from small_judges import write_judges
 
 from experiments import curves, curves_models
@@ -69,15 +69,28 @@ def test_a_grid(drawn, tmp_path):
     assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
     models = sorted(path.name for path in (out / "models").iterdir())
     assert len(models) == 2 * (4 + 1)  # the U-Net figure shares one with that of the encoders
-    cell = json.loads((out / "cells" / "mini-small-s1-dynamic-w4.json").read_text())
-    assert cell["made_by"]["n"] == 10 and cell["made_by"]["training"]["steps"] == 2
+    cell = json.loads((out / "cells" / "mini-small-dynamic-s1-w4.json").read_text())
+    assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
 
     stamps = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
-    (out / "cells" / "mini-small-s1-dynamic-w4.json").unlink()
+    (out / "cells" / "mini-small-dynamic-s1-w4.json").unlink()
     assert drawn("--figures", "unets").code == 0
-    assert json.loads((out / "cells" / "mini-small-s1-dynamic-w4.json").read_text()) == cell
-    del stamps[out / "cells" / "mini-small-s1-dynamic-w4.json"]
+    assert json.loads((out / "cells" / "mini-small-dynamic-s1-w4.json").read_text()) == cell
+    del stamps[out / "cells" / "mini-small-dynamic-s1-w4.json"]
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
+    other = drawn("--figures", "unets", "--n", 9)
+    assert other.code == 2 and "made with n 10, not 9" in other.err
+
+
+def test_augmentation(drawn, tmp_path, monkeypatch):
+    stage = dataclasses.replace(SR_256, resolution=64, low_resolution=32)
+    monkeypatch.setitem(curves_models.ENLARGING, 32, stage)
+    done = drawn("--figures", "augmentation", "--aug-levels", 0, 0.5, "--seeds", 0, "--sr-steps", 2, "--guidance", 2)
+    assert done.code == 0, done.err
+    rows = list(csv.DictReader((tmp_path / "out" / "curves.csv").open()))
+    assert [row["curve"] for row in rows] == ["level 0", "level 0.5"]
+    assert rows[0]["fd"] != rows[1]["fd"]
+    assert (tmp_path / "out" / "models" / "sr64" / "model" / "stage.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +101,7 @@ def test_a_grid(drawn, tmp_path):
         (("--encoders", "/nowhere/t5"), "/nowhere/t5"),
         (("--clip", "None"), "both judges"),
         (("--figures", "weather"), "weather"),
+        (("--aug-levels", 2), "--aug-levels"),
     ],
 )
 def test_bad_settings(drawn, more, culprit):
@@ -96,7 +110,7 @@ def test_bad_settings(drawn, more, culprit):
 
 
 def test_clips_text_tower_stands_in_for_a_t5(judges, tmp_path, data_dir):
-    text = text_of("clip", tmp_path, Training(), judges["clip"], 24, None, data_dir)
+    text = text_of("clip", tmp_path, Training(), judges["clip"], None, data_dir)
     assert isinstance(text, CLIPText) and text.width == 8
     found = text(["a red star", "a large red star on a black background"])
     assert found.embeddings.shape == (2, 24, 8)

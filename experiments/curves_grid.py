@@ -1,0 +1,218 @@
+"""The grid behind the curves: each cell is a setting, a seed and a guidance weight, drawn and judged once, and kept."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.curves_models import Text, Training, enlarger, model_of, text_of
+from experiments.curves_plot import Point
+from experiments.imagen.presets import thresholding
+from experiments.judging import Bench, OfSource, PictureSet, observe
+from jaxdiff.data import sources
+from jaxdiff.data.files import usable, write_json
+from jaxdiff.data.pictures import to_uint8
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.samplers import DPMSolverPP2M
+from jaxdiff.evaluation import fid
+from jaxdiff.evaluation.clip_score import clip_score
+from jaxdiff.evaluation.judges import Observed
+from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.imagen import null_text
+from jaxdiff.systems.imagen_drawing import Sampling, draw
+from jaxdiff.text.clip import encode
+from jaxdiff.text.t5 import TextEmbedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How each cell is drawn."""
+
+    guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    """Guidance weights, a point each."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each setting is trained and drawn once with each; what is shown is their mean and spread."""
+    n: int = 512
+    """Held-out captions that are drawn."""
+    sampling_steps: int = 12
+    """Steps of the sampler (DPM-Solver++ 2M)."""
+    draw_batch: int = 64
+    """Pictures drawn at once."""
+
+    def __post_init__(self):
+        for name in ("guidance", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} names none")
+        for name, least in (("n", 2), ("sampling_steps", 1), ("draw_batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+
+
+class Setting(NamedTuple):
+    """What a curve holds fixed. `aug`: the level of the noise on super-resolution's input; None: the base alone."""
+
+    encoder: str
+    unet: str
+    thresholding: str = "dynamic"
+    aug: float | None = None
+
+    def __str__(self) -> str:
+        enlarged = "" if self.aug is None else f"-a{self.aug:g}"
+        return f"{self.encoder.replace('/', '--')}-{self.unet}-{self.thresholding}{enlarged}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where things are: the folder of the grid, prepared data, T5's further texts, the CLIP that can be an encoder."""
+
+    out: Path
+    data_dir: Path
+    texts: Path | None
+    clip: Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json. ValueError for one that was made with other settings."""
+
+    drawn: Drawn
+    training: Training
+    places: Places
+    bench: Bench
+
+    def fill(self, setting: Setting) -> None:
+        """The cells of a setting that are not there yet; its models are trained where they are missing."""
+        for seed in self.drawn.seeds:
+            missing = [weight for weight in self.drawn.guidance if self._kept(setting, seed, weight) is None]
+            if not missing:
+                continue
+            text, model = self._model(setting, seed)
+            condition = text(self._captions)
+            for weight in tqdm(missing, desc=f"draw {setting} s{seed}", unit="weight"):
+                pictures = self._pictures(model, condition, setting, seed, weight)
+                distance, cosine = self._judged(f"{setting}-s{seed}-w{weight:g}", pictures)
+                cell = {"weight": weight, "seed": seed, "fd": distance, "cosine": cosine}
+                write_json(self._file(setting, seed, weight), {**cell, "made_by": self._made_by(setting)})
+                tqdm.write(f"{setting} s{seed} w{weight:g}: FD {distance:.3f}, cosine {cosine:.4f}")
+
+    def points(self, setting: Setting, weight: float) -> list[Point]:
+        """One for each seed."""
+        cells = [self._kept(setting, seed, weight) for seed in self.drawn.seeds]
+        return [Point(cell["weight"], cell["seed"], cell["cosine"], cell["fd"]) for cell in cells if cell is not None]
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """The judges of the two axes: a classifier's distance, CLIP's cosine."""
+        classifier, clip = self.bench.extractors[-2:]
+        return str(classifier), str(clip)
+
+    def _file(self, setting: Setting, seed: int, weight: float) -> Path:
+        return usable(self.places.out / "cells") / f"{setting}-s{seed}-w{weight:g}.json"
+
+    def _kept(self, setting: Setting, seed: int, weight: float) -> dict | None:
+        file = self._file(setting, seed, weight)
+        if not file.is_file():
+            return None
+        cell, wanted = json.loads(file.read_text()), self._made_by(setting)
+        other = [name for name, value in wanted.items() if cell["made_by"].get(name) != value]
+        if other:
+            have = cell["made_by"].get(other[0])
+            raise ValueError(
+                f"{file}: made with {other[0]} {have}, not {wanted[other[0]]}; name another --out, or delete it"
+            )
+        return cell
+
+    def _made_by(self, setting: Setting) -> dict:
+        """What a cell depends on beside its seed and weight, in JSON's types."""
+        told = {"n": self.drawn.n, "sampling_steps": self.drawn.sampling_steps, "judges": ", ".join(self.axes)}
+        return {**setting._asdict(), **told, **dataclasses.asdict(self.training)}
+
+    @functools.cached_property
+    def _spec(self) -> sources.Shapes:
+        return sources.Shapes(self.training.examples, self.training.held_out)
+
+    def _held_out(self, side: int) -> OfSource:
+        return OfSource("shapes/held_out", sources.open(self._spec, side, "held_out", self.places.data_dir), 0)
+
+    @functools.cached_property
+    def _captions(self) -> list[str]:
+        true = self._held_out(self.training.resolution)
+        return [true.caption(i) for i in range(min(self.drawn.n, len(true)))]
+
+    @functools.cached_property
+    def _texts(self) -> np.ndarray:
+        return np.asarray(encode(self.bench.text, self._captions).embedding)
+
+    @functools.cached_property
+    def _true(self) -> dict[int, Observed]:
+        """What the classifier saw in the true pictures, by their side; filled as sides are asked for."""
+        return {}
+
+    def _model(self, setting: Setting, seed: int) -> tuple[Text, Model]:
+        places = self.places
+        text = text_of(setting.encoder, places.out, self.training, places.clip, places.texts, places.data_dir)
+        folder = places.out / "models" / f"{setting.encoder.replace('/', '--')}-{setting.unet}-s{seed}"
+        source = sources.open(self._spec, self.training.resolution, "train", places.data_dir)
+        return text, model_of(setting.unet, text, seed, folder, self.training, source, places.data_dir)
+
+    def _pictures(self, model: Model, text: TextEmbedding, setting: Setting, seed: int, weight: float) -> np.ndarray:
+        """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
+        count, rows, side = len(self._captions), self.drawn.draw_batch, model.stage.resolution
+        threshold = thresholding(setting.thresholding)
+        sampling = Sampling(DPMSolverPP2M(), self.drawn.sampling_steps, thresholding=threshold)
+        weights, null = jnp.full(rows, weight, jnp.float32), null_text(model.stage, rows)
+        larger = None
+        if setting.aug is not None:
+            larger = enlarger(self.places.out / "models", self.training, self._spec, self.places.data_dir)
+        drawn = []
+        for first in range(0, count, rows):
+            part = np.minimum(np.arange(first, first + rows), count - 1)
+            keys = noise.sample_keys(jax.random.key(seed), jnp.asarray(part))
+            said = TextEmbedding(text.embeddings[part], text.mask[part])
+            found = draw(model.stage, model.params, sampling, said, null, keys, (side, side), weights=weights)
+            if larger is not None:
+                found = _enlarged(larger, found, keys, setting.aug)
+            drawn.append(to_uint8(np.asarray(found)[: count - first]))
+        return np.concatenate(drawn)
+
+    def _judged(self, name: str, pictures: np.ndarray) -> tuple[float, float]:
+        """FD of the classifier, and CLIP's mean cosine."""
+        side = pictures.shape[1]
+        if side not in self._true:
+            self._true[side] = self._look(self._held_out(side))[self.axes[0]]
+        seen = self._look(_InMemory(name, pictures))
+        distance = fid.distance(seen[self.axes[0]].statistics, self._true[side].statistics)
+        return distance, clip_score(self._texts, seen[self.axes[1]].features).cosine
+
+    def _look(self, shown: PictureSet) -> dict[str, Observed]:
+        return observe(shown, self.bench.extractors[-2:], self.places.out / "seen")
+
+
+def _enlarged(model: Model, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:
+    sampling = dataclasses.replace(model.sampling, aug_level=level)
+    null, side = null_text(model.stage, len(low_res)), model.stage.resolution
+    return draw(model.stage, model.params, sampling, null, null, noise.fold(keys, 9), (side, side), low_res)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _InMemory:
+    """Pictures in memory, as a set to be judged."""
+
+    name: str
+    pictures: np.ndarray
+    format: str = "none"
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.pictures[index]
+
+    def caption(self, index: int) -> None:
+        return None
