@@ -5,7 +5,8 @@
 pre-trains T5 on the training captions, trains the 32×32 base model on their 2,765 pictures and draws the held-out
 captions, about 4,700 (`--n` draws fewer). Right is a picture in which all six attributes are read back as its caption
 says (`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/README.md. Writes OUT/grid.png (above each
-other: the held-out picture and what was drawn, wrong ones first) and OUT/report.json; run again, it goes on where it was.
+other: the held-out picture and what was drawn, wrong ones first) and OUT/report.json. Run again, it goes on where it
+was.
 """
 
 import statistics
