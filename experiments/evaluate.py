@@ -91,23 +91,19 @@ def main(settings: Run) -> None:
     _check(references, bench)
     usable(settings.out)
     shown = open_folder(settings.pictures, settings.convert) if settings.pictures else _drawn(settings, spec, split)
-    side = len(shown[0])
     look = {"cache": settings.out / "seen", "batch": settings.batch, "mesh": mesh}
     seen = observe(shown, bench.extractors, seed=settings.seed, **look)
     true = {each.origin.extractor: each for each in references}
     if not references:
-        drawn_set = isinstance(spec, sources.Shapes)  # drawn at any size; others are brought to it as in training
-        source = sources.open(spec, side if drawn_set else 64, split, settings.data_dir)
+        side = len(shown[0])
+        source = sources.open(spec, side, split, settings.data_dir)
         true = observe(OfSource(f"{settings.data}/{split}", source, settings.true_n, side), bench.extractors, **look)
     if settings.keep_reference is not None:
         for name, each in true.items():
             keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
-    scores = [
-        score
-        for name, each in true.items()
-        if name in seen
-        for score in judge(seen[name], each, settings.score, settings.seed)
-    ]
+    scores = []
+    for name, each in true.items():
+        scores += judge(seen[name], each, settings.score, settings.seed)
     scores += _of_captions(shown, bench, seen)
     if isinstance(spec, sources.Shapes) and settings.pictures is None:
         scores += _attributes(shown, split)
@@ -148,7 +144,7 @@ def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
     model = upto(model, settings.up_to or model.resolutions[0])
     chosen = samplings(model.models, settings.drawing)
     resolution = model.resolutions[-1]
-    source = sources.open(spec, 64, split, settings.data_dir)
+    source = sources.open(spec, resolution, split, settings.data_dir)
     captions = list(captions_of(OfSource(split, source, settings.n)))
     if None in captions:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to draw")

@@ -55,6 +55,8 @@ class Run:
     """Side of the pictures that it sees; left out: the preset's."""
     patch: int | None = None
     """Side of the image tower's patches in pixels; left out: the preset's."""
+    init: Path | None = None
+    """Begin with the parameters of a finished run of the same size (its folder), and its tokenizer."""
     tokenizer: str = "trained"
     """`trained` (a new one, from these captions), or a directory or hub id."""
     vocab: int = 512
@@ -114,6 +116,7 @@ def main(settings: Run) -> None:
     spec, side = sources.parse(settings.data), config.image.resolution
     if isinstance(spec, sources.Shapes):
         spec = sources.Shapes(settings.examples, settings.held_out)
+    initial = initial_of(settings)
     source = once(settings.data_dir, lambda: sources.open(spec, side, "train", settings.data_dir))
     words = words_of(settings, spec)
     config = dataclasses.replace(
@@ -133,7 +136,9 @@ def main(settings: Run) -> None:
     made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers", "tokenizer")}
     made_of |= {"examples": len(source)}
     pairs = Pairs(stream, words, config.text.length)
-    state = train(stage, pairs, optimizing, settings.out, data=made_of, mesh=mesh, description="clip")
+    if initial is not None and isinstance(stage.compare, Sigmoid):
+        initial["logit_bias"] = np.float32(stage.compare.bias)
+    state = train(stage, pairs, optimizing, settings.out, data=made_of, mesh=mesh, initial=initial, description="clip")
     params = gathered(state.ema)
 
     def finish() -> None:
@@ -152,6 +157,13 @@ def preset_of(settings: Run) -> CLIPConfig:
     given = {name: value for name in ("resolution", "patch") if (value := getattr(settings, name)) is not None}
     image = dataclasses.replace(config.image, **given)
     return dataclasses.replace(config, image=image, dtype=settings.dtype, remat=settings.remat)
+
+
+def initial_of(settings: Run) -> dict | None:
+    """The parameters to begin with, on the host, where INIT gives them; a run that goes on has its own."""
+    if settings.init is None or any(path.name.isdigit() for path in (settings.out / "checkpoints").glob("*")):
+        return None
+    return weights.load(settings.init / "model", place=np.asarray)[1]
 
 
 def config_of(settings: Run) -> TrainConfig:
@@ -181,7 +193,9 @@ def words_of(settings: Run, spec: sources.DataSpec) -> PreTrainedTokenizerBase:
     def begin() -> PreTrainedTokenizerBase:
         if (kept / "tokenizer_config.json").is_file():
             return load_tokenizer(kept)
-        if settings.tokenizer == "trained":
+        if settings.init is not None:
+            words = load_tokenizer(settings.init / "model")
+        elif settings.tokenizer == "trained":
             words = train_tokenizer(captions_of(spec, settings.data_dir), settings.vocab)
         else:
             words = load_tokenizer(settings.tokenizer)

@@ -1,11 +1,11 @@
 """experiments.evaluate: a cascade and folders judged, resumed, against kept statistics; what it refuses."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import load_file, save_file
 from small_judges import write_judges
 
 from experiments import evaluate, judging
@@ -94,10 +94,7 @@ def test_kept_statistics_stand_in_for_the_pictures(judged, photos, tmp_path):
 def test_kept_statistics_of_another_network_are_refused(judged, photos, tmp_path, command):
     judged("--pictures", photos, "--keep-reference", tmp_path / "kept")
     others = write_judges(tmp_path / "others")
-    shutil.copy(others["classifier"] / "model.safetensors", tmp_path / "x")
     path = others["classifier"] / "model.safetensors"
-    from safetensors.numpy import load_file, save_file
-
     save_file({name: value + 1 for name, value in load_file(path).items()}, path)
     file = next((tmp_path / "kept").glob("classifier*.npz"))
     done = command(
@@ -177,8 +174,6 @@ def test_a_damaged_part_is_looked_at_again(judges, tmp_path):
 
 
 def test_captions_are_found_where_pictures_of_ours_have_them(photos):
-    from PIL import PngImagePlugin
-
     told = PngImagePlugin.PngInfo()
     told.add_itxt("prompt", "a red star")
     Image.open(photos / "00.png").save(photos / "grid.png")

@@ -1,13 +1,15 @@
 """experiments.classifier, experiments.imagen.rainbow and experiments.data.glosses on little data."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from small_cascade import BASE
 
 from experiments import classifier as training
 from experiments.data import glosses
-from experiments.imagen import rainbow
+from experiments.imagen import presets, rainbow
 from experiments.imagen.rainbow import scores_of
 from experiments.text.pretrain import lines_of
 from jaxdiff.data.rainbow import EVERY, draw, split
@@ -73,12 +75,6 @@ def test_scores_of_the_rainbow():
 
 
 def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_path):
-    import dataclasses
-
-    from small_cascade import BASE
-
-    from experiments.imagen import presets
-
     stage = dataclasses.replace(BASE, resolution=32, text_length=24)
     monkeypatch.setitem(presets.STAGES, "base32", {"tiny": stage})
     arguments = (
