@@ -74,7 +74,7 @@ class Places:
     out: Path
     data_dir: Path
     texts: Path | None
-    clip: Path
+    clip: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

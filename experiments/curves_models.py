@@ -104,7 +104,7 @@ class T5Text:
 Text = CLIPText | T5Text
 
 
-def text_of(name: str, out: Path, settings: Training, clip_weights: Path, texts: Path | None, data_dir: Path) -> Text:
+def text_of(name: str, out: Path, settings: Training, clip_weights: str, texts: Path | None, data_dir: Path) -> Text:
     """The encoder of that name: a size of SIZES, pre-trained now if need be, `untrained`, `clip`, or else a directory
     or hub id of a T5."""
     if name == "clip":

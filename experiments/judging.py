@@ -34,9 +34,9 @@ class Judges:
 
     inception: Path | None = None
     """FID's Inception, of experiments.inception: without it there is no FID, KID and IS of that name."""
-    clip: Path | None = SHIPPED / "clip"
-    """A CLIP: OUT/model of experiments.clip.train, or a directory in the transformers layout. Left out: the shipped one
-    of `shapes`."""
+    clip: str | None = str(SHIPPED / "clip")
+    """A CLIP: OUT/model of experiments.clip.train, or a directory or hub id in the transformers layout. Left out: the
+    shipped one of `shapes`."""
     classifier: Path | None = SHIPPED / "classifier"
     """A classifier of experiments.classifier, for FD-<its name>. Left out: the shipped one of `shapes`."""
     resize: Literal["clean", "legacy"] = "clean"
@@ -146,10 +146,7 @@ def open_folder(path: Path, convert: bool = False) -> OfFolder:
         sizes.setdefault(size, file)
         files.append(file)
         captions.append(found[number]["caption"] or told.get("prompt"))
-    if unreadable:
-        more = ", …" if len(unreadable) > 5 else ""
-        named = ", ".join(unreadable[:5]) + more
-        warnings.warn(f"{path}: {len(unreadable)} unreadable, left out: {named}", stacklevel=2)
+    _warn_of(str(path), unreadable)
     if not files:
         raise FileNotFoundError(f"{path}: no pictures that can be read")
     if len(sizes) > 1:
@@ -171,18 +168,23 @@ def observe(
     """What each network sees in a set, in one pass, by the network's name.
 
     What it saw is kept below `cache` a part of the pictures at a time, by the digest of their pixels: run again, a part
-    that is there already is not looked at again.
+    that is there already is not looked at again. Warns of pictures that cannot be read, counted and named; ValueError
+    where none is left.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, seen = hashlib.sha256(), {str(extractor): [] for extractor in bench}
+    whole, seen, unreadable = hashlib.sha256(), {str(extractor): [] for extractor in bench}, []
     with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="picture") as bar:
         for start in range(0, len(shown), PART):
-            part = [shown[i] for i in range(start, min(start + PART, len(shown)))]
+            places = range(start, min(start + PART, len(shown)))
+            part = list(_readable(shown, places, unreadable))
             digest = _digest(part)
             whole.update(digest.encode())
-            for extractor in bench:
+            for extractor in bench if part else ():
                 seen[str(extractor)].append(_seen(extractor, part, digest, cache, batch, mesh))
-            bar.update(len(part))
+            bar.update(len(places))
+    if len(unreadable) == len(shown):
+        raise ValueError(f"{shown.name}: not one of {len(shown)} pictures can be read; the first: {unreadable[0]}")
+    _warn_of(shown.name, unreadable)
     results = {}
     for extractor in bench:
         parts = seen[str(extractor)]
@@ -191,6 +193,24 @@ def observe(
         origin = Origin(shown.name, whole.hexdigest()[:12], str(extractor), resize, shown.format, seed)
         results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
     return results
+
+
+def _readable(shown: PictureSet, places: range, unreadable: list[str]) -> Iterator[np.ndarray]:
+    """The pictures of these places; those that cannot be read are named in `unreadable` instead."""
+    for place in places:
+        try:
+            picture = shown[place]
+        except (pictures.Unreadable, OSError) as error:
+            unreadable.append(f"picture {place} ({error})")
+        else:
+            yield picture
+
+
+def _warn_of(name: str, unreadable: list[str]) -> None:
+    if unreadable:
+        more = ", …" if len(unreadable) > 5 else ""
+        named = ", ".join(unreadable[:5]) + more
+        warnings.warn(f"{name}: {len(unreadable)} unreadable, left out: {named}", stacklevel=3)
 
 
 def _seen(

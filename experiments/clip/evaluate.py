@@ -37,7 +37,7 @@ OF_SHAPES = {"kind": KINDS, "colour": COLOURS, "background": BACKGROUNDS, "fill"
 class Run:
     """What to judge, and on what."""
 
-    weights: Path | str
+    weights: str
     """The CLIP: OUT/model of a training run, or a directory or hub id in the transformers layout."""
     data: str = "shapes"
     """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""

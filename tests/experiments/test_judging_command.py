@@ -145,6 +145,16 @@ def test_unreadable_files_are_counted_and_named(judged, photos):
     assert "n 10 against" in scores["FD-shapes"]["protocol"]
 
 
+def test_unreadable_true_pictures_too(judged, photos):
+    for i in (2, 5):
+        (photos / f"{i:02d}.png").write_bytes(b"no picture")
+    done, scores = judged("--pictures", photos, "--data", f"folder:{photos}")
+    assert done.code == 0, done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("warning")]
+    assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "picture 2" in lines[1]
+    assert "n 10 against 10" in scores["FD-shapes"]["protocol"]
+
+
 def test_missing_weights_of_inception(judged, photos, tmp_path):
     done, _ = judged("--pictures", photos, "--inception", tmp_path / "inception.safetensors")
     one_line(done, "inception.safetensors", "pt_inception-2015-12-05", "experiments.inception")
