@@ -11,6 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import run
@@ -19,7 +21,7 @@ from jaxdiff.data import sources
 from jaxdiff.data.pipeline import Batches, images
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITIONS, SIZES, Scene, scene
 from jaxdiff.nets.classifier import ClassifierConfig
-from jaxdiff.systems.classifier import Training
+from jaxdiff.systems.classifier import Training, of_size_one
 from jaxdiff.training.distributed import on_process_0, once
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
@@ -97,7 +99,12 @@ def main(settings: Run) -> None:
         data=made_of,
         description="classifier",
     )
-    finish = lambda: classifier.save(settings.out / "model", "shapes", config, state.ema, settings.dtype)  # noqa: E731
+    some = next(images(source, settings.side, min(512, len(source)), shuffle=False, repeat=False))["image"]
+
+    def finish() -> None:
+        params = of_size_one(config, jax.device_get(state.ema), jnp.asarray(some))
+        classifier.save(settings.out / "model", "shapes", config, params, settings.dtype)
+
     on_process_0(finish)
     print(f"{settings.out / 'model'}: a classifier of {', '.join(ATTRIBUTES)} with {settings.features} features")
 

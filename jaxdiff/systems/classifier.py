@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 
@@ -42,3 +42,13 @@ class Training:
             losses.append((each * known).sum() / count)
             metrics[name] = ((logits[name].argmax(-1) == wanted) * known).sum() / count
         return sum(losses) / len(losses), metrics
+
+
+def of_size_one(config: ClassifierConfig, params: dict, image: Float[Array, "b s s 3"]) -> dict:
+    """The same classifier with features whose mean square over these pictures is 1: distances of features depend on
+    their size, which training leaves to chance. What it says of pictures stays as it is, because features pass a ReLU
+    alone on their way to the logits."""
+    features, _ = Classifier(config).apply({"params": params}, image)
+    size = jnp.sqrt((features**2).mean())
+    heads = {name: {**params[name], "kernel": params[name]["kernel"] * size} for name in params if "head_" in name}
+    return {**params, **heads, "features": jax.tree.map(lambda leaf: leaf / size, params["features"])}

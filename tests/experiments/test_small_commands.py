@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_cascade import BASE
@@ -12,9 +14,13 @@ from experiments.data import glosses
 from experiments.imagen import presets, rainbow
 from experiments.imagen.rainbow import scores_of
 from experiments.text.pretrain import lines_of
+from jaxdiff.data import shapes_draw
+from jaxdiff.data.pictures import to_float
 from jaxdiff.data.rainbow import EVERY, draw, split
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.rainbow import read
+from jaxdiff.nets.classifier import Classifier, ClassifierConfig
+from jaxdiff.systems.classifier import of_size_one
 from jaxdiff.training import metrics
 from jaxdiff.weights import classifier
 
@@ -48,12 +54,27 @@ def test_a_classifier_is_trained_and_read_back(command, tmp_path):
     name, config, params = classifier.load(tmp_path / "run" / "model")
     assert name == "shapes" and config.features == 6 and config.names == tuple(training.ATTRIBUTES)
     assert params["features"]["kernel"].shape[1] == 6
+    shown = np.stack([to_float(shapes_draw.draw(scene("train", i), 32)) for i in range(64)])
+    features, _ = Classifier(config).apply({"params": params}, jnp.asarray(shown))
+    assert float((features**2).mean()) == pytest.approx(1, rel=1e-3)
     assert "kind" in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
     (tmp_path / "run" / "model" / "classifier.json").write_text("{}")
     with pytest.raises(ValueError, match="not the settings of a classifier"):
         classifier.load(tmp_path / "run" / "model")
     with pytest.raises(FileNotFoundError, match="no classifier here"):
         classifier.load(tmp_path)
+
+
+def test_features_of_another_size_say_the_same():
+    config = ClassifierConfig(side=16, channels=(4,), features=6, names=("kind", "colour"), classes=(3, 4))
+    params = Classifier(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    shown = jax.random.normal(jax.random.key(1), (5, 16, 16, 3))
+    features, logits = Classifier(config).apply({"params": params}, shown)
+    scaled, same = Classifier(config).apply({"params": of_size_one(config, params, shown)}, shown)
+    size = float(jnp.sqrt((features**2).mean()))
+    np.testing.assert_allclose(scaled * size, features, rtol=1e-4, atol=1e-6)
+    for name, values in logits.items():
+        np.testing.assert_allclose(same[name], values, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_of_the_rainbow():
