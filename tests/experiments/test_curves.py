@@ -52,32 +52,28 @@ def drawn(command, judges, data_dir, tmp_path):
 
 
 def test_a_grid(drawn, tmp_path):
-    done = drawn("--figures", "encoders", "unets", "thresholding", "--encoders", "untrained", "micro", "mini", "clip")
+    done = drawn("--figures", "encoders", "unets", "thresholding", "--encoders", "untrained", "clip", "--seeds", 0)
     assert done.code == 0, done.err
     out = tmp_path / "out"
     for figure in ("encoders", "unets", "thresholding"):
         assert (out / f"{figure}.png").stat().st_size > 10_000
     rows = list(csv.DictReader((out / "curves.csv").open()))
-    # weights × seeds × (four encoders, two U-Nets, three thresholdings)
-    assert len(rows) == 2 * 2 * (4 + 2 + 3)
-    assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {
-        "T5 untrained",
-        "T5 micro",
-        "T5 mini",
-        "CLIP text",
-    }
+    assert len(rows) == 2 * (2 + 2 + 3)  # weights × (encoders, U-Nets, thresholdings)
+    assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {"T5 untrained", "CLIP text"}
     assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
     models = sorted(path.name for path in (out / "models").iterdir())
-    assert len(models) == 2 * (4 + 1)  # the U-Net figure shares one with that of the encoders
-    cell = json.loads((out / "cells" / "mini-small-dynamic-s1-w4.json").read_text())
+    assert models == ["clip-medium-s0", "mini-medium-s0", "mini-small-s0", "untrained-medium-s0"]
+    file = out / "cells" / "mini-small-dynamic-s0-w4.json"
+    cell = json.loads(file.read_text())
     assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
 
-    stamps = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
-    (out / "cells" / "mini-small-dynamic-s1-w4.json").unlink()
-    assert drawn("--figures", "unets").code == 0
-    assert json.loads((out / "cells" / "mini-small-dynamic-s1-w4.json").read_text()) == cell
-    del stamps[out / "cells" / "mini-small-dynamic-s1-w4.json"]
-    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir() if path != file}
+    file.unlink()
+    assert drawn("--figures", "unets", "--unets", "small", "--seeds", 0, 1).code == 0  # a seed more, a cell again
+    assert json.loads(file.read_text()) == cell
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    assert [(row["weight"], row["seed"]) for row in rows] == [("1.0", "0"), ("1.0", "1"), ("4.0", "0"), ("4.0", "1")]
     other = drawn("--figures", "unets", "--n", 9)
     assert other.code == 2 and "made with n 10, not 9" in other.err
 
