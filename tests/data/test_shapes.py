@@ -80,8 +80,8 @@ def test_the_default_size_is_drawn_like_any_other(tmp_path, monkeypatch, capsys)
 
 
 def test_bad_settings_name_the_culprit(tmp_path):
-    with pytest.raises(ValueError, match="resolution 32"):
-        shapes.prepare(32, tmp_path)
+    with pytest.raises(ValueError, match="resolution 16"):
+        shapes.prepare(16, tmp_path)
     with pytest.raises(ValueError, match="held_out"):
         shapes.prepare(64, tmp_path, held_out=0)
     assert not list(tmp_path.iterdir())
