@@ -2,7 +2,7 @@
 
     python -m experiments.classifier --out runs/classifier
 
-Takes about four minutes on 2 CPU cores. It says of one object its kind, colour, fill, size and place, and of every
+Takes about ten minutes on one CPU core. It says of one object its kind, colour, fill, size and place, and of every
 picture its background and how many objects there are. OUT/model is what `--classifier` of other scripts reads; the
 package ships one (jaxdiff/weights/tiny/README.md).
 """

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from jaxdiff.data import shapes_scene
 from jaxdiff.data.files import full_disk_is_an_os_error
 from jaxdiff.data.shapes_draw import OUTLINES, Grid
 from jaxdiff.data.tfds_sets import quiet
@@ -30,20 +31,7 @@ SCALES = {"tiny": 5.5, "small": 8.0, "medium": 10.5, "large": 13.0}
 """Radii in pixels; an outline may leave its centre by 1.2 of them."""
 FILLS = ("filled", "outlined")
 SHADINGS = ("plain", "striped", "dotted")
-COLOURS = {
-    "red": (215, 35, 40),
-    "orange": (250, 125, 10),
-    "yellow": (250, 225, 50),
-    "green": (40, 160, 60),
-    "cyan": (50, 210, 220),
-    "blue": (30, 60, 220),
-    "purple": (130, 40, 170),
-    "pink": (255, 115, 185),
-    "brown": (120, 70, 20),
-    "grey": (140, 140, 140),
-    "black": (0, 0, 0),
-    "rainbow": None,
-}
+COLOURS = {**shapes_scene.COLOURS, "brown": (120, 70, 20), "grey": (140, 140, 140), "black": (0, 0, 0), "rainbow": None}
 """The last one's rows take the first seven in turn."""
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "bar", "arrow")
 ROTATIONS = (0, 90, 180, 270)

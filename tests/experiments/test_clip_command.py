@@ -1,6 +1,5 @@
 """experiments.clip: a few steps of both losses, resumption, what transformers opens, retrieval and classes."""
 
-import dataclasses
 import json
 import shutil
 
@@ -147,9 +146,3 @@ def test_pairs_of_ones_own(trained, command, tmp_path):
     (photos / "3.txt").unlink()
     lacking = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
     assert lacking.code == 2 and "3.png" in lacking.err
-
-
-def test_the_presets_are_whole():
-    for preset in train.PRESETS.values():
-        assert None not in (preset.text, preset.image)
-    assert dataclasses.is_dataclass(train.Run)
