@@ -109,8 +109,7 @@ class Grid:
     @property
     def axes(self) -> tuple[str, str]:
         """The judges of the two axes: a classifier's distance, CLIP's cosine."""
-        classifier, clip = self.bench.extractors[-2:]
-        return str(classifier), str(clip)
+        return str(self.bench.classifier), str(self.bench.clip)
 
     def _file(self, setting: Setting, seed: int, weight: float) -> Path:
         return usable(self.places.out / "cells") / f"{setting}-s{seed}-w{weight:g}.json"
@@ -175,7 +174,8 @@ class Grid:
             part = np.minimum(np.arange(first, first + rows), count - 1)
             keys = noise.sample_keys(jax.random.key(seed), jnp.asarray(part))
             said = TextEmbedding(text.embeddings[part], text.mask[part])
-            found = draw(model.stage, model.params, sampling, said, null, keys, (side, side), weights=weights)
+            base = noise.fold(keys, 0)  # and super-resolution's 1, as in a cascade
+            found = draw(model.stage, model.params, sampling, said, null, base, (side, side), weights=weights)
             if larger is not None:
                 found = _enlarged(larger, found, keys, setting.aug)
             drawn.append(to_uint8(np.asarray(found)[: count - first]))
@@ -191,13 +191,13 @@ class Grid:
         return distance, clip_score(self._texts, seen[self.axes[1]].features).cosine
 
     def _look(self, shown: PictureSet) -> dict[str, Observed]:
-        return observe(shown, self.bench.extractors[-2:], self.places.out / "seen")
+        return observe(shown, (self.bench.classifier, self.bench.clip), self.places.out / "seen")
 
 
 def _enlarged(model: Model, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:
     sampling = dataclasses.replace(model.sampling, aug_level=level)
     null, side = null_text(model.stage, len(low_res)), model.stage.resolution
-    return draw(model.stage, model.params, sampling, null, null, noise.fold(keys, 9), (side, side), low_res)
+    return draw(model.stage, model.params, sampling, null, null, noise.fold(keys, 1), (side, side), low_res)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@
 Draws the first n captions of the data split (or takes a folder of pictures), looks at them and at the split's pictures
 in one pass with all networks, and prints a table; OUT/scores.json has every number with the line that says how it came
 about. Run again with the same folder, it goes on where it was. The shipped cascade takes about six minutes at 64
-pixels on 2 busy CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance of a
-classifier of `shapes` that the package ships; only Inception's is called FID.
+pixels on 2 busy CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance
+of a classifier of `shapes` that the package ships; only Inception's is called FID.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.attributes import matches
+from jaxdiff.evaluation.features import digest_of
 from jaxdiff.evaluation.judges import Observed, Score, judge, judge_captions, keep, kept
 from jaxdiff.evaluation.judges import Settings as Scoring
 from jaxdiff.systems import cascade
 from jaxdiff.text.clip import encode
 from jaxdiff.weights.imagen import SHIPPED, load
+from jaxdiff.weights.settings import to_json
 
 JUDGES, DRAWING, SETTINGS = Judges(), Drawing(), Scoring()
 
@@ -148,7 +151,9 @@ def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
     captions = list(captions_of(OfSource(split, source, settings.n)))
     if None in captions:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to draw")
-    made_of = repr((str(settings.weights), resolution, settings.seed, settings.drawing, settings.data, split))
+    # By what the weights are, not where: a folder may have got others since.
+    made_of = {"weights": ", ".join(digest_of(each.params) for each in model.models), "resolution": resolution}
+    made_of |= {"seed": settings.seed, "data": settings.data, "split": split, "samplings": list(map(to_json, chosen))}
     folder = settings.out / "drawn"
     _same_run(folder, made_of)
     paths = [folder / f"{number:06d}.png" for number in range(len(captions))]
@@ -163,26 +168,24 @@ def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
     return OfFolder(f"{settings.weights.name} at {resolution}", tuple(paths), tuple(captions), "png")
 
 
-def _same_run(folder: Path, made_of: str) -> None:
+def _same_run(folder: Path, made_of: dict) -> None:
     """ValueError where the folder has the pictures of other settings."""
-    note = folder / "made_of.json"
-    if note.is_file() and note.read_text().strip() != f'"{made_of}"':
-        raise ValueError(f"{folder}: has pictures drawn with other settings; name another --out, or delete it")
+    note = usable(folder) / "made_of.json"
     if not note.is_file():
-        usable(folder)
-        note.write_text(f'"{made_of}"\n')
+        write_json(note, made_of)
+    elif json.loads(note.read_text()) != json.loads(json.dumps(made_of)):
+        raise ValueError(f"{folder}: has pictures drawn with other settings; name another --out, or delete it")
 
 
 def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed]) -> list[Score]:
     """CLIP scores of the pictures that have captions."""
-    captions = list(captions_of(shown))
-    if bench.text is None:
+    if bench.clip is None:
         return []
-    image = seen[str(bench.extractors[-1])]
+    captions = list(captions_of(shown))
     if None in captions:
-        name = bench.extractors[-1].name
-        return [Score(f"score-{name}", None, "", missing=f"picture {captions.index(None)} has no caption")]
-    return judge_captions(np.asarray(encode(bench.text, captions).embedding), image)
+        missing = f"picture {captions.index(None)} has no caption"
+        return [Score(f"score-{bench.clip.name}", None, "", missing=missing)]
+    return judge_captions(np.asarray(encode(bench.text, captions).embedding), seen[str(bench.clip)])
 
 
 def _attributes(shown: PictureSet, split: str) -> list[Score]:

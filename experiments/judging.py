@@ -44,25 +44,32 @@ class Judges:
 
 
 class Bench(NamedTuple):
-    """Judges, loaded; `text` embeds captions for the CLIP among them."""
+    """Judges, loaded; `text` embeds captions for `clip`."""
 
-    extractors: tuple[Extractor, ...]
+    inception: Extractor | None
+    classifier: Extractor | None
+    clip: Extractor | None
     text: CLIPTextEncoder | None
+
+    @property
+    def extractors(self) -> tuple[Extractor, ...]:
+        return tuple(each for each in (self.inception, self.classifier, self.clip) if each is not None)
 
 
 def loaded(judges: Judges) -> Bench:
     """FileNotFoundError, or ValueError, for weights that are not there or none."""
-    extractors, text = [], None
+    seeing, classifying, image, text = None, None, None, None
     if judges.inception is not None:
-        extractors.append(features.inception(inception.load(judges.inception), Resize(judges.resize)))
+        seeing = features.inception(inception.load(judges.inception), Resize(judges.resize))
     if judges.classifier is not None:
-        extractors.append(features.classifier(*classifier.load(judges.classifier)))
+        classifying = features.classifier(*classifier.load(judges.classifier))
     if judges.clip is not None:
         text = clip.load_text_encoder(judges.clip)
-        extractors.append(features.clip_image(*clip.load_image(judges.clip)))
-    if not extractors:
+        image = features.clip_image(*clip.load_image(judges.clip))
+    bench = Bench(seeing, classifying, image, text)
+    if not bench.extractors:
         raise ValueError("no judges: name --inception, --clip or --classifier")
-    return Bench(tuple(extractors), text)
+    return bench
 
 
 class PictureSet(Protocol):

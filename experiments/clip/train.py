@@ -1,13 +1,14 @@
 """Train a CLIP from scratch on captioned pictures.
 
-    python -m experiments.clip.train --out runs/clip --optimizer muon --learning-rate 4e-3 --weight-decay 0.05 --steps 1400
-    python -m experiments.clip.train --out runs/clip-sigmoid --loss sigmoid
+    python -m experiments.clip.train --optimizer muon --learning-rate 4e-3 --weight-decay 0.05 --warmup 50 --steps 1400
+    python -m experiments.clip.train --loss sigmoid --out runs/clip-sigmoid
     python -m experiments.clip.evaluate --weights runs/clip/model
 
-The first takes half an hour on 2 CPU cores and finds 70 of 100 held-out pictures by their captions, 81 captions by their
-pictures; how the shipped one went on from there is in jaxdiff/weights/tiny/README.md. Run again with the same folder, it goes on
-from its last checkpoint. OUT/model holds config.json, model.safetensors and the tokenizer as transformers' CLIPModel
-opens them, and is what `--clip` of other scripts reads; OUT/tokenizer the words, from before the first step on.
+The first takes half an hour on 2 CPU cores and finds 70 of 100 held-out pictures by their captions, 81 captions by
+their pictures; how the shipped one went on from there is in jaxdiff/weights/tiny/README.md. Run again with the same
+folder, it goes on from its last checkpoint. OUT/model holds config.json, model.safetensors and the tokenizer as
+transformers' CLIPModel opens them, and is what `--clip` of other scripts reads; OUT/tokenizer the words, from before
+the first step on.
 """
 
 import dataclasses

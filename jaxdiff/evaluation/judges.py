@@ -27,7 +27,8 @@ INCEPTION = "inception-2015-12-05"
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one network saw in a set. `features` and `logits` are None where only the sums were kept."""
+    """What one network saw in a set. `features` is None where only the sums were kept, `logits` where the network only
+    embeds, as CLIP does."""
 
     origin: Origin
     statistics: Statistics
@@ -104,7 +105,7 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
             write("FID∞" if name == INCEPTION else f"FD-{name}, limit", lambda: _limit(drawn, true, settings, seed))
         )
     suffix = "" if name == INCEPTION else f"-{name}"
-    if name.startswith("clip"):
+    if drawn.logits is None:
         return [*scores, write(f"CMMD{suffix}", lambda: (cmmd(*_both(drawn, true)), None))]
     subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
     scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))

@@ -17,7 +17,7 @@ ORIGIN = Origin("drawn", "0123", "classifier-shapes abc", "clean", "png", 7)
 HOW = Settings(kid_subsets=5, splits=2)
 
 
-def seen(count=40, shift=0.0, origin=ORIGIN, logits=False, seed=0):
+def seen(count=40, shift=0.0, origin=ORIGIN, logits=True, seed=0):
     rng = np.random.default_rng(seed)
     features = (rng.normal(size=(count, 6)) + shift).astype(np.float32)
     return observed(origin, features, rng.normal(size=(count, 4)).astype(np.float32) if logits else None)
@@ -34,7 +34,7 @@ def by_name(scores):
 
 
 def test_every_number_of_a_classifier():
-    drawn, reference = seen(logits=True), true()
+    drawn, reference = seen(), true()
     found = by_name(judge(drawn, reference, HOW, 3))
     assert set(found) == {
         "FD-shapes",
@@ -65,9 +65,9 @@ def test_only_inceptions_is_called_fid():
     inception = f"{INCEPTION} abc"
     drawn, reference = seen(origin=dataclasses.replace(ORIGIN, extractor=inception)), true(extractor=inception)
     found = by_name(judge(drawn, reference, HOW, 3))
-    assert set(found) == {"FID", "FID∞", "KID × 1000", "precision", "recall"}
+    assert set(found) == {"FID", "FID∞", "KID × 1000", "IS", "precision", "recall"}
     clip = dataclasses.replace(ORIGIN, extractor="clip abc")
-    assert set(by_name(judge(seen(origin=clip), true(extractor="clip abc"), HOW, 3))) == {
+    assert set(by_name(judge(seen(origin=clip, logits=False), true(extractor="clip abc"), HOW, 3))) == {
         "FD-clip",
         "FD-clip, limit",
         "CMMD-clip",
