@@ -109,10 +109,8 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
         return [*scores, write(f"CMMD{suffix}", lambda: (cmmd(*_both(drawn, true)), None))]
     subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
     scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
-    if drawn.logits is not None:
-        scores.append(
-            write(f"IS{suffix}", lambda: _inception_score(drawn, settings, seed), f"{settings.splits} splits")
-        )
+    splits = f"{settings.splits} splits"
+    scores.append(write(f"IS{suffix}", lambda: _inception_score(drawn, settings, seed), splits))
     near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
     scores.append(write(f"precision{suffix}", lambda: (near().precision, None), f"k {settings.neighbours}"))
     return [*scores, write(f"recall{suffix}", lambda: (near().recall, None), f"k {settings.neighbours}")]
