@@ -14,8 +14,9 @@ One GPU (not measured yet):
 
 Trains what is missing, all models with the same budget, draws n held-out captions with each setting and weight, and
 judges: the Fréchet distance of the classifier of `shapes` (FD-shapes, no FID) against the mean cosine of a CLIP that
-was trained on `shapes`. Each model, and each cell of the grid, is kept and not made again. Writes OUT/<figure>.png and
-OUT/curves.csv. The pictures, with hardware and time, are in experiments/README.md.
+was trained on `shapes`. Each model, and each cell of the grid, is kept and not made again. Writes OUT/<figure>.png,
+OUT/<figure>-pictures.png (what was drawn for the first four captions) and OUT/curves.csv. The pictures, with hardware
+and time, are in experiments/README.md.
 """
 
 import csv
@@ -24,11 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.curves_grid import Drawn, Grid, Places, Setting
 from experiments.curves_models import Training
 from experiments.curves_plot import Point, plot
+from experiments.imagen import pictures
 from experiments.judging import Judges, loaded
 from jaxdiff.data.files import replacing, usable
 from jaxdiff.training.loop import Diverged
@@ -75,10 +79,12 @@ def main(settings: Run) -> None:
     grid = Grid(settings.drawn, settings.training, places, bench)
     rows = []
     for figure in settings.figures:
-        curves = {}
+        curves, shown = {}, {}
         for label, setting in _settings(settings, figure):
             grid.fill(setting)
             curves[label] = [grid.points(setting, weight) for weight in settings.drawn.guidance]
+            shown |= {f"{label}, w {weight:g}": grid.shown(setting, weight) for weight in settings.drawn.guidance}
+        _write_sheet(settings.out / f"{figure}-pictures.png", shown, len(settings.drawn.guidance))
         plot(settings.out / f"{figure}.png", curves, figure, grid.axes)
         print(f"{settings.out / figure}.png: {len(curves)} curves of {len(settings.drawn.guidance)} weights")
         rows += [(figure, label, *point) for label, line in curves.items() for points in line for point in points]
@@ -112,6 +118,11 @@ def _check(settings: Run) -> None:
         raise ValueError("the axes are a classifier's distance and a CLIP's cosine: name both judges")
     if settings.texts is not None and not settings.texts.is_file():
         raise FileNotFoundError(f"{settings.texts}: not there; run python -m experiments.data.glosses, or --texts None")
+
+
+def _write_sheet(path: Path, shown: dict[str, Image.Image], columns: int) -> None:
+    twice = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST) for image in shown.values()]
+    pictures.write(path, pictures.sheet(twice, list(shown), twice[0].width, columns, font_size=10))
 
 
 def _write(path: Path, rows: list[tuple]) -> None:

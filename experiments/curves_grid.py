@@ -9,10 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from experiments.curves_models import Text, Training, enlarger, model_of, text_of
 from experiments.curves_plot import Point
+from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
 from experiments.judging import Bench, OfSource, PictureSet, observe
 from jaxdiff.data import sources
@@ -79,12 +81,20 @@ class Places:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
-    """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json. ValueError for one that was made with other settings."""
+    """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json, the first of their pictures beside them as PNG.
+
+    ValueError for a cell that was made with other settings, or an OUT whose models were."""
 
     drawn: Drawn
     training: Training
     places: Places
     bench: Bench
+
+    def __post_init__(self):
+        file, wanted = self.places.out / "training.json", dataclasses.asdict(self.training)
+        if file.is_file():
+            _same(file, json.loads(file.read_text()), wanted)
+        write_json(file, wanted)
 
     def fill(self, setting: Setting) -> None:
         """The cells of a setting that are not there yet; its models are trained where they are missing."""
@@ -98,6 +108,7 @@ class Grid:
                 pictures = self._pictures(model, condition, setting, seed, weight)
                 distance, cosine = self._judged(f"{setting}-s{seed}-w{weight:g}", pictures)
                 cell = {"weight": weight, "seed": seed, "fd": distance, "cosine": cosine}
+                png.write(self._file(setting, seed, weight).with_suffix(".png"), _square(pictures))
                 write_json(self._file(setting, seed, weight), {**cell, "made_by": self._made_by(setting)})
                 tqdm.write(f"{setting} s{seed} w{weight:g}: FD {distance:.3f}, cosine {cosine:.4f}")
 
@@ -105,6 +116,11 @@ class Grid:
         """One for each seed."""
         cells = [self._kept(setting, seed, weight) for seed in self.drawn.seeds]
         return [Point(cell["weight"], cell["seed"], cell["cosine"], cell["fd"]) for cell in cells if cell is not None]
+
+    def shown(self, setting: Setting, weight: float) -> Image.Image:
+        """The first pictures of a cell, drawn with the first seed, as one."""
+        with Image.open(self._file(setting, self.drawn.seeds[0], weight).with_suffix(".png")) as image:
+            return image.convert("RGB")
 
     @property
     def axes(self) -> tuple[str, str]:
@@ -118,13 +134,8 @@ class Grid:
         file = self._file(setting, seed, weight)
         if not file.is_file():
             return None
-        cell, wanted = json.loads(file.read_text()), self._made_by(setting)
-        other = [name for name, value in wanted.items() if cell["made_by"].get(name) != value]
-        if other:
-            have = cell["made_by"].get(other[0])
-            raise ValueError(
-                f"{file}: made with {other[0]} {have}, not {wanted[other[0]]}; name another --out, or delete it"
-            )
+        cell = json.loads(file.read_text())
+        _same(file, cell["made_by"], self._made_by(setting))
         return cell
 
     def _made_by(self, setting: Setting) -> dict:
@@ -192,6 +203,20 @@ class Grid:
 
     def _look(self, shown: PictureSet) -> dict[str, Observed]:
         return observe(shown, (self.bench.classifier, self.bench.clip), self.places.out / "seen")
+
+
+def _same(file: Path, have: dict, wanted: dict) -> None:
+    for name, value in wanted.items():
+        if have.get(name) != value:
+            raise ValueError(
+                f"{file}: made with {name} {have.get(name)}, not {value}; name another --out, or delete it"
+            )
+
+
+def _square(pictures: np.ndarray) -> Image.Image:
+    """The first four (n h w 3, uint8) as one, two by two; fewer are repeated."""
+    four = np.resize(pictures[:4], (4, *pictures.shape[1:]))
+    return Image.fromarray(np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)]))
 
 
 def _enlarged(model: Model, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:

@@ -46,13 +46,13 @@ class Training:
 
     resolution: int = 32
     """Side of the pictures; 64 takes the presets of base64."""
-    steps: int = 1500
+    steps: int = 1200
     """Updates of each base model."""
     batch: int = 32
     """Pictures per update."""
     learning_rate: float = 2e-3
-    """At its peak (Muon)."""
-    t5_steps: int = 1200
+    """At its peak (Muon), of base models and T5s."""
+    t5_steps: int = 500
     """Updates of each T5."""
     t5_batch: int = 32
     """Captions and other texts per update of T5."""
@@ -134,7 +134,8 @@ def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir:
             length=32,
             steps=settings.t5_steps,
             batch=settings.t5_batch,
-            learning_rate=1e-3,
+            optimizer="muon",
+            learning_rate=settings.learning_rate,
             save_every=200,
             examples=settings.examples,
             held_out=settings.held_out,

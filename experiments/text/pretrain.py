@@ -28,7 +28,7 @@ from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0,
 from jaxdiff.training.feed import OwnRows
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
-from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
 from jaxdiff.weights import t5 as t5_weights
 
 PRESETS = {
@@ -42,6 +42,7 @@ PRESETS = {
     "xl": t5.XL,
     "xxl": t5.XXL,
 }
+OPTIMIZERS = {"adam": AdamW(), "muon": Muon()}
 ALONE = Cluster()
 """Unless this machine or the command line says otherwise."""
 
@@ -56,6 +57,7 @@ def pretrain(
     length: int = 24,
     steps: int = 2000,
     batch: int = 64,
+    optimizer: Literal["adam", "muon"] = "adam",
     learning_rate: float = 2e-3,
     save_every: int = 500,
     seed: int = 0,
@@ -78,6 +80,7 @@ def pretrain(
         length: tokens per caption, the end token included
         steps: updates
         batch: captions per update
+        optimizer: adam | muon; in a short run of a wide T5, Muon gets as far in a quarter of the updates
         learning_rate: at its peak, after a warm-up of a tenth of the steps; it falls to 0 at the end
         save_every: steps between checkpoints
         seed: of the initial parameters and the order of the data
@@ -92,10 +95,8 @@ def pretrain(
         raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
     use_cores(batch // start(cluster))
     alike(given)
-    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup=steps // 10, total=steps)
-    settings = TrainConfig(
-        optimizer=optimizer, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed
-    )
+    rates = OptimizerConfig(kind=OPTIMIZERS[optimizer], learning_rate=learning_rate, warmup=steps // 10, total=steps)
+    settings = TrainConfig(optimizer=rates, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed)
     settings = replace(settings, stall=cluster.stall, stall_exit=cluster.stall_exit)
     spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
     spec = sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec

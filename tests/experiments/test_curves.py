@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_cascade import BASE, SR_256, T5
 from small_judges import write_judges
 
@@ -57,6 +58,8 @@ def test_a_grid(drawn, tmp_path):
     out = tmp_path / "out"
     for figure in ("encoders", "unets", "thresholding"):
         assert (out / f"{figure}.png").stat().st_size > 10_000
+    with Image.open(out / "unets-pictures.png") as sheet:
+        assert sheet.width == pytest.approx(2 * 128, abs=40)  # a column for each weight, four pictures in a tile
     rows = list(csv.DictReader((out / "curves.csv").open()))
     assert len(rows) == 2 * (2 + 2 + 3)  # weights × (encoders, U-Nets, thresholdings)
     assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {"T5 untrained", "CLIP text"}
@@ -67,7 +70,7 @@ def test_a_grid(drawn, tmp_path):
     cell = json.loads(file.read_text())
     assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
 
-    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir() if path != file}
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir() if path.stem != file.stem}
     file.unlink()
     assert drawn("--figures", "unets", "--unets", "small", "--seeds", 0, 1).code == 0  # a seed more, a cell again
     assert json.loads(file.read_text()) == cell
@@ -76,6 +79,8 @@ def test_a_grid(drawn, tmp_path):
     assert [(row["weight"], row["seed"]) for row in rows] == [("1.0", "0"), ("1.0", "1"), ("4.0", "0"), ("4.0", "1")]
     other = drawn("--figures", "unets", "--n", 9)
     assert other.code == 2 and "made with n 10, not 9" in other.err
+    other = drawn("--figures", "unets", "--guidance", 3, "--steps", 3)  # no cell yet, but the models are there
+    assert other.code == 2 and "training.json: made with steps 2, not 3" in other.err
 
 
 def test_augmentation(drawn, tmp_path, monkeypatch):
