@@ -55,9 +55,9 @@ class Run:
     tower, or directories or hub ids of public T5s."""
     encoder: str = "midi"
     """The one of the other figures."""
-    unets: tuple[str, ...] = ("small", "medium", "tiny")
+    unets: tuple[str, ...] = ("micro", "small", "medium")
     """U-Nets of the second figure, by the names of their presets."""
-    unet: str = "medium"
+    unet: str = "small"
     """The one of the other figures."""
     aug_levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)
     """Noise on super-resolution's input, a curve each."""

@@ -46,7 +46,7 @@ class Training:
 
     resolution: int = 32
     """Side of the pictures; 64 takes the presets of base64."""
-    steps: int = 1200
+    steps: int = 3600
     """Updates of each base model."""
     batch: int = 32
     """Pictures per update."""

@@ -14,7 +14,12 @@ from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.placement import Placement, Rule
 
 STAGES: dict[str, dict[str, Stage]] = {
-    "base32": {"small": presets.BASE_32_SMALL, "medium": presets.BASE_32_MEDIUM, "tiny": presets.BASE_32_TINY},
+    "base32": {
+        "micro": presets.BASE_32_MICRO,
+        "small": presets.BASE_32_SMALL,
+        "medium": presets.BASE_32_MEDIUM,
+        "tiny": presets.BASE_32_TINY,
+    },
     "base64": {
         "tiny": presets.BASE_64_TINY,
         "quick": presets.BASE_64_QUICK,

@@ -44,7 +44,7 @@ class Settings:
     out: Path = Path("runs/rainbow")
     """Folder of the run."""
     preset: str = "tiny"
-    """Size of the base model: small | medium | tiny."""
+    """Size of the base model: micro | small | medium | tiny."""
     text_steps: int = 600
     """Updates of T5 on the training captions."""
     steps: int = 4000

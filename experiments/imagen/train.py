@@ -57,8 +57,8 @@ class Run:
     out: Path
     """Folder of the run."""
     preset: str = "tiny"
-    """Its size: quick | tiny | 300m | 500m | 2b for base64, small | medium | tiny for base32, tiny | paper for the
-    others."""
+    """Its size: quick | tiny | 300m | 500m | 2b for base64, micro | small | medium | tiny for base32, tiny | paper for
+    the others."""
     data: str = "shapes"
     """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
     text: str | None = None

@@ -90,14 +90,14 @@ def describes(stated: Stated, scene: Scene) -> bool:
     )
 
 
-def distinct_examples(n: int) -> list[tuple[Scene, Caption]]:
-    """The first n held-out examples of which no caption describes the picture of another: what retrieval needs, since
-    "a red star" is true of many pictures."""
+def distinct_examples(n: int, split: Split = "held_out", start: int = 0) -> list[tuple[Scene, Caption]]:
+    """The first n examples from `start` on of which no caption describes the picture of another: what retrieval needs,
+    since "a red star" is true of many pictures."""
     chosen: list[tuple[Scene, Caption]] = []
-    index = 0
+    index = start
     while len(chosen) < n:
-        s = scene("held_out", index)
-        c = caption(s, "held_out", index)
+        s = scene(split, index)
+        c = caption(s, split, index)
         if not any(describes(c.stated, other) or describes(said.stated, s) for other, said in chosen):
             chosen.append((s, c))
         index += 1

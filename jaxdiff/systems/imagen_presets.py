@@ -110,9 +110,10 @@ BASE_32_TINY = replace(
 
 A quarter of the pixels say as much through noise that is 1.4 less in log-SNR: the schedule is shifted by that."""
 
+BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=8))
 BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=16))
 BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=24))
-"""Half and three quarters of its width."""
+"""A quarter, half and three quarters of its width."""
 
 SR_256_TINY = Stage(
     unet=EfficientUNetConfig(

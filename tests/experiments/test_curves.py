@@ -65,7 +65,7 @@ def test_a_grid(drawn, tmp_path):
     assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {"T5 untrained", "CLIP text"}
     assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
     models = sorted(path.name for path in (out / "models").iterdir())
-    assert models == ["clip-medium-s0", "mini-medium-s0", "mini-small-s0", "untrained-medium-s0"]
+    assert models == ["clip-small-s0", "mini-medium-s0", "mini-small-s0", "untrained-small-s0"]
     file = out / "cells" / "mini-small-dynamic-s0-w4.json"
     cell = json.loads(file.read_text())
     assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
