@@ -21,6 +21,7 @@ from jaxdiff.data import sources
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.pictures import to_uint8
 from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.evaluation import fid
 from jaxdiff.evaluation.clip_score import clip_score
@@ -38,6 +39,8 @@ class Drawn:
 
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     """Guidance weights, a point each."""
+    interval: tuple[float, float] = (-20.0, -1.0)
+    """Log-SNRs where guidance acts; in less noise, that of small models does nothing but harm to edges and colours."""
     seeds: tuple[int, ...] = (0, 1)
     """Each setting is trained and drawn once with each; what is shown is their mean and spread."""
     n: int = 512
@@ -140,7 +143,8 @@ class Grid:
 
     def _made_by(self, setting: Setting) -> dict:
         """What a cell depends on beside its seed and weight, in JSON's types."""
-        told = {"n": self.drawn.n, "sampling_steps": self.drawn.sampling_steps, "judges": ", ".join(self.axes)}
+        told = {name: getattr(self.drawn, name) for name in ("n", "sampling_steps")}
+        told |= {"interval": list(self.drawn.interval), "judges": ", ".join(self.axes)}
         return {**setting._asdict(), **told, **dataclasses.asdict(self.training)}
 
     @functools.cached_property
@@ -175,7 +179,8 @@ class Grid:
         """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
         count, rows, side = len(self._captions), self.drawn.draw_batch, model.stage.resolution
         threshold = thresholding(setting.thresholding)
-        sampling = Sampling(DPMSolverPP2M(), self.drawn.sampling_steps, thresholding=threshold)
+        guidance = Guidance(interval=self.drawn.interval)
+        sampling = Sampling(DPMSolverPP2M(), self.drawn.sampling_steps, guidance=guidance, thresholding=threshold)
         weights, null = jnp.full(rows, weight, jnp.float32), null_text(model.stage, rows)
         larger = None
         if setting.aug is not None:
