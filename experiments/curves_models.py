@@ -67,6 +67,13 @@ class Training:
     save_every: int = 250
     """Steps between checkpoints."""
 
+    def __post_init__(self):
+        if self.resolution not in ENLARGING:
+            raise ValueError(f"resolution {self.resolution}: must be one of {', '.join(map(str, ENLARGING))}")
+        for name, value in dataclasses.asdict(self).items():
+            if value <= 0:
+                raise ValueError(f"{name} {value}: must be positive")
+
 
 class CLIPText:
     """CLIP's text tower in the place of a T5: its states, those of padding masked."""

@@ -98,6 +98,8 @@ def test_augmentation(drawn, tmp_path, monkeypatch):
     "more, culprit",
     [
         (("--n", 1), "n 1"),
+        (("--steps", 0), "steps 0"),
+        (("--resolution", 48), "resolution 48"),
         (("--texts", "/nowhere"), "experiments.data.glosses"),
         (("--encoders", "/nowhere/t5"), "/nowhere/t5"),
         (("--clip", "None"), "both judges"),
