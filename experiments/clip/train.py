@@ -78,7 +78,7 @@ class Run:
     warmup: int = 100
     """Updates from 0 to the peak; afterwards the rate falls to 0 along a cosine."""
     weight_decay: float = 0.2
-    """Of kernels and tables; gains and biases have none."""
+    """Of kernels and tables, or with muon of the kernels that it updates itself; gains and biases have none."""
     ema_decay: float = 0.99
     """Of the averaged parameters, which are what is kept."""
     seed: int = 0

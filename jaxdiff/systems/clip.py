@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from jaxdiff.nets.clip import CLIP, CLIPConfig
+from jaxdiff.nets.clip import CLIP, CLIPConfig, unit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,8 +24,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 NEAR = 1e-4
 """Cosines that differ by less are equal: a matrix product rounds them otherwise than a sum."""
-
-Columns = Float[Array, "c e"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Contrastive:
         ours = scale * (text * image).sum(-1)
         of_text, most = columns.logsumexp(scale * text, image)
         of_image, _ = columns.logsumexp(scale * image, text)
-        return _Compared((of_text + of_image - 2 * ours).mean() / 2, ours > most - NEAR * scale)
+        return _Compared((of_text + of_image - 2 * ours).mean() / 2, ours > most + NEAR * scale)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Sigmoid:
     def __call__(self, text: Array, image: Array, scale: Array, bias: Array, columns: "_Columns") -> "_Compared":
         ours = scale * (text * image).sum(-1) + bias
         apart, most = columns.softplus(scale * text, image, bias)
-        return _Compared((apart - ours).mean(), ours > most + bias - NEAR * scale)
+        return _Compared((apart - ours).mean(), ours > most + bias + NEAR * scale)
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ class Training:
     def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
         """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its picture.
 
-        Metrics: `accuracy`, the share of captions whose picture is the nearest of the batch; `scale`. `key` is not
-        used.
+        Metrics: `accuracy`, the share of captions whose picture is nearer than all others of the batch; `scale`. `key`
+        is not used.
         """
         del key
         network, whole = CLIP(self.config), {"params": clip_params(params)}
@@ -102,7 +100,7 @@ class Training:
 
 
 class _Compared(NamedTuple):
-    """The loss, and for each caption whether its own picture is the nearest."""
+    """The loss, and for each caption whether its own picture is nearer than all others."""
 
     loss: Float[Array, ""]
     first: Array
@@ -115,43 +113,46 @@ class _Columns:
     chunk: int
     axes: tuple[str, ...]
 
-    def logsumexp(self, rows: Float[Array, "b e"], others: Columns) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-        """log Σ exp of each row's logits, and the greatest of them."""
+    def logsumexp(self, rows: Float[Array, "b e"], others: Float[Array, "b e"]) -> tuple[Array, Array]:
+        """log Σ exp of each row's logits, and the greatest of those that are not of its own pair; both (b)."""
 
-        def add(carry, logits):
-            most, total = carry
+        def add(total, logits):
+            most, total = total
             new = jax.lax.stop_gradient(jnp.maximum(most, logits.max(1)))
             return new, total * jnp.exp(most - new) + jnp.exp(logits - new[:, None]).sum(1)
 
-        most, total = self._scan(add, (jnp.full(len(rows), -jnp.inf), jnp.zeros(len(rows))), rows, others)
-        return most + jnp.log(total), most
+        (most, total), nearest = self._scan(add, (-jnp.inf, 0.0), rows, others)
+        return most + jnp.log(total), nearest
 
-    def softplus(
-        self, rows: Float[Array, "b e"], others: Columns, bias: Array
-    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-        """Σ log(1 + exp(logit + bias)) of each row, and its greatest logit."""
+    def softplus(self, rows: Float[Array, "b e"], others: Float[Array, "b e"], bias: Array) -> tuple[Array, Array]:
+        """Σ log(1 + exp(logit + bias)) of each row, and the greatest of the logits that are not of its own pair; both
+        (b)."""
+        return self._scan(lambda total, logits: total + jax.nn.softplus(logits + bias).sum(1), 0.0, rows, others)
 
-        def add(carry, logits):
-            most, total = carry
-            most = jax.lax.stop_gradient(jnp.maximum(most, logits.max(1)))
-            return most, total + jax.nn.softplus(logits + bias).sum(1)
-
-        most, total = self._scan(add, (jnp.full(len(rows), -jnp.inf), jnp.zeros(len(rows))), rows, others)
-        return total, most
-
-    def _scan(self, add: Callable, carry: Any, rows: Array, others: Columns) -> Any:
+    def _scan(self, add: Callable, total: Any, rows: Array, others: Array) -> tuple[Any, Array]:
+        """What `add` makes of `total` (a number for each row) and of each chunk of logits, and the greatest of those
+        that are not of the row's own pair."""
         everywhere = _placed(others, PartitionSpec(), self.axes)
         chunk = min(self.chunk, len(others))
         parts = jnp.pad(everywhere, ((0, -len(others) % chunk), (0, 0))).reshape(-1, chunk, others.shape[1])
-        valid = (jnp.arange(parts.shape[0] * chunk) < len(others)).reshape(-1, chunk)
+        numbers = jnp.arange(parts.shape[0] * chunk).reshape(-1, chunk)
+        each = jnp.arange(len(rows))[:, None]
 
         @jax.checkpoint
         def body(carry, part):
-            columns, valid = part
-            return add(carry, jnp.where(valid, rows @ columns.T, -jnp.inf)), None
+            total, nearest = carry
+            columns, number = part
+            # Accelerators would round products to 8 or 11 bits, and logits go up to 100.
+            logits = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+            logits = jnp.where(number < len(others), logits, -jnp.inf)
+            apart = jax.lax.stop_gradient(jnp.where(number == each, -jnp.inf, logits).max(1))
+            return (add(total, logits), jnp.maximum(nearest, apart)), None
 
-        carry = jax.tree.map(lambda leaf: _placed(leaf, PartitionSpec(self.axes or None), self.axes), carry)
-        return jax.lax.scan(body, carry, (parts, valid))[0]
+        def of_rows(value: float) -> Array:
+            return _placed(jnp.full(len(rows), value, rows.dtype), PartitionSpec(self.axes or None), self.axes)
+
+        carry = jax.tree.map(of_rows, (total, -jnp.inf))
+        return jax.lax.scan(body, carry, (parts, numbers))[0]
 
 
 def _placed(x: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
@@ -179,10 +180,6 @@ clipped.defvjp(_clipped_forward, _clipped_backward)
 def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     """A picture in [-1, 1] as the image tower takes it."""
     return ((image + 1) / 2 - jnp.array(MEAN)) / jnp.array(STD)
-
-
-def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def clip_params(params: dict) -> dict:

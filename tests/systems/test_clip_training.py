@@ -27,7 +27,9 @@ ROWS = 24
 def batch():
     rng = np.random.default_rng(0)
     image = rng.uniform(-1, 1, (ROWS, 8, 8, 3)).astype(np.float32)
-    return {"ids": jnp.asarray(rng.integers(0, 50, (ROWS, 8)), jnp.int32), "image": jnp.asarray(image)}
+    ids = rng.integers(2, 50, (ROWS, 8))
+    ids[:, -1] = CONFIG.text.eos_id
+    return {"ids": jnp.asarray(ids, jnp.int32), "image": jnp.asarray(image)}
 
 
 def by_the_formula(stage, params, batch):
@@ -88,6 +90,15 @@ def test_accuracy_counts_captions_whose_picture_is_the_nearest(batch):
     logits = np.asarray(unit(text) @ unit(image).T)
     assert float(metrics["accuracy"]) == pytest.approx(np.mean(logits.argmax(1) == np.arange(ROWS)), abs=1e-6)
     assert float(metrics["scale"]) == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_embeddings_that_are_all_alike_find_nothing(batch, name):
+    stage = Training(CONFIG, LOSSES[name], chunk=7)
+    params = stage.init(jax.random.key(0))
+    alike = {"ids": batch["ids"][:1].repeat(ROWS, 0), "image": batch["image"][:1].repeat(ROWS, 0)}
+    assert float(stage.loss(params, alike, jax.random.key(1))[1]["accuracy"]) == 0
+    assert float(stage.loss(params, batch, jax.random.key(1))[1]["accuracy"]) > 0
 
 
 def test_the_temperature_is_clipped_and_can_come_back():
