@@ -18,9 +18,12 @@ class CLIPScore(NamedTuple):
     cosine: float
 
 
-def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "n d"]) -> CLIPScore:
-    """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs."""
+def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m d"]) -> CLIPScore:
+    """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs, or
+    for captions and pictures that are not as many."""
     if not len(text):
         raise ValueError("a CLIP score of no pairs")
+    if len(text) != len(image):
+        raise ValueError(f"a CLIP score of {len(text)} captions and {len(image)} pictures")
     cosines = (unit(text) * unit(image)).sum(1)
     return CLIPScore(float(WEIGHT * np.maximum(cosines, 0).mean()), float(cosines.mean()))

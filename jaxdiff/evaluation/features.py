@@ -21,9 +21,10 @@ from jaxdiff.systems.clip import normalised
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A frozen network. `name` tells it, with the digest of its weights, from all others.
+    """A frozen network. `name` tells it, with the digest of its weights and settings, from all others.
 
-    see: (params, pictures (b s s 3) in [-1, 1]) → a dict of arrays (b …), compiled once; `features` is among them.
+    see: (params, pictures (b s s 3) from 0 to 255) → a dict of arrays (b …), compiled once; `features` is among them.
+    Its `repr` tells settings apart.
     """
 
     name: str
@@ -34,7 +35,13 @@ class Extractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        return digest_of(self.params)
+        return hashlib.sha256(f"{digest_of(self.params)} {self.see!r}".encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def width(self) -> int:
+        """How many features it has."""
+        picture = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
+        return jax.eval_shape(self.see, self.params, picture)["features"].shape[1]
 
     def __str__(self) -> str:
         return f"{self.name} {self.digest}"
@@ -53,7 +60,7 @@ def digest_of(params: Any) -> str:
 
 def inception(params: dict, resize: Resize = Resize.CLEAN) -> Extractor:
     """FID's network: 2048 features and the logits of 1008 classes."""
-    return Extractor("inception-2015-12-05", params, 299, _see_inception, resize)
+    return Extractor("inception-2015-12-05", params, 299, _SeeInception(), resize)
 
 
 def clip_image(config: CLIPConfig, params: dict, name: str = "clip") -> Extractor:
@@ -85,8 +92,8 @@ def extract(
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     for part in _parts(pictures, batch):
-        shrunk = np.stack([resized(picture, extractor.side, extractor.resize) for picture in part]) / 127.5 - 1
-        filled = np.pad(shrunk.astype(np.float32), ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
+        shrunk = np.stack([resized(picture, extractor.side, extractor.resize) for picture in part])
+        filled = np.pad(shrunk, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
         seen = _see(extractor.see, params, place(filled))
         yield {name: np.asarray(value)[: len(part)] for name, value in seen.items()}
 
@@ -103,12 +110,15 @@ def all_features(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _see(see: Callable, params: Any, pictures: Array) -> dict[str, Array]:
-    return see(params, pictures)
+    with jax.default_matmul_precision("highest"):  # accelerators would round to 8 or 11 bits
+        return see(params, pictures)
 
 
-def _see_inception(params: dict, pictures: Array) -> dict[str, Array]:
-    seen = Inception().apply({"params": params}, pictures)
-    return {"features": seen.features, "logits": seen.logits}
+@dataclass(frozen=True)
+class _SeeInception:
+    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
+        seen = Inception().apply({"params": params}, (pictures - 128) / 128)  # as the graph itself does
+        return {"features": seen.features, "logits": seen.logits}
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class _SeeCLIP:
     config: CLIPConfig
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        seen = CLIP(self.config).apply({"params": params}, normalised(pictures), method="embed_image")
+        seen = CLIP(self.config).apply({"params": params}, normalised(pictures / 127.5 - 1), method="embed_image")
         return {"features": seen.embedding}
 
 
@@ -125,7 +135,7 @@ class _SeeClassifier:
     config: ClassifierConfig
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        features, logits = Classifier(self.config).apply({"params": params}, pictures)
+        features, logits = Classifier(self.config).apply({"params": params}, pictures / 127.5 - 1)
         first, second, *_ = (jax.nn.log_softmax(logits[name]) for name in self.config.names)
         return {"features": features, "logits": (first[:, :, None] + second[:, None]).reshape(len(features), -1)}
 

@@ -1,7 +1,8 @@
 """FID (arXiv 1706.08500), its refusals, and FID∞ (arXiv 1911.07023).
 
 Of n pictures FID is too large by about a constant over n that differs from model to model, so that numbers of different
-n cannot be compared; FID∞ is the limit of a line through FIDs over 1/n.
+n cannot be compared; FID∞ is the limit of a line through FIDs over 1/n. Near n = d they lie on no line, and the limit
+would come out too low.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,10 @@ def distance(a: Statistics, b: Statistics, force: bool = False) -> float:
     return frechet(a.mean, a.covariance, b.mean, b.covariance)
 
 
+SIZES = 15
+"""Of subsets, as in the paper."""
+
+
 class Limit(NamedTuple):
     """FID∞, and the distances at each number of pictures that the line was drawn through."""
 
@@ -40,16 +45,18 @@ class Limit(NamedTuple):
 def limit(
     features: Float[np.ndarray, "n d"],
     reference: Statistics,
-    sizes: int = 15,
+    sizes: int = SIZES,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[], object] = lambda: None,
 ) -> Limit:
-    """FID∞: distances of `sizes` random subsets, evenly from a tenth (but more than d) to all, against 1/n → 0."""
+    """FID∞: distances of `sizes` random subsets, evenly from a tenth (but at least 2 d) to all, against 1/n → 0.
+
+    ValueError, unless `force`, for fewer than 4 d pictures."""
     n, d = features.shape
-    least = max(n // 10, 2 if force else d + 1)
-    if least >= n or sizes < 2:
-        raise ValueError(f"a limit from {sizes} sizes of up to {n} pictures for {d} features: take more")
+    least = smallest(n, d, force)
+    if sizes < 2 or 2 * least > n:
+        raise ValueError(f"a limit from {sizes} sizes of up to {n} pictures for {d} features: take {4 * d} or more")
     counts = tuple(int(count) for count in np.unique(np.linspace(least, n, sizes).astype(int)))
     rng = np.random.default_rng(seed)
     distances = []
@@ -59,3 +66,8 @@ def limit(
         progress()
     slope_and_limit = np.polyfit(1 / np.array(counts), distances, 1)
     return Limit(float(slope_and_limit[1]), counts, tuple(distances))
+
+
+def smallest(n: int, d: int, force: bool = False) -> int:
+    """Of the subsets of n pictures that a limit is drawn through."""
+    return max(n // 10, 2 if force else 2 * d)

@@ -5,7 +5,8 @@ An `Observed` is what one network saw in a set of pictures; `judge` compares two
 """
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class Settings:
     neighbours: int = 3
     splits: int = 10
 
+    def __post_init__(self):
+        for name, least in (("kid_subsets", 1), ("kid_size", 2), ("neighbours", 1), ("splits", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+
 
 def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = None) -> Observed:
     statistics = empty(features.shape[1])
@@ -69,19 +75,28 @@ def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = N
 
 
 def keep(path: Path, reference: Observed) -> None:
-    """As .npz, for later comparisons; the features go in too where they are known."""
+    """As .npz, for later comparisons; the features beside it where they are known."""
+    beside = path.with_suffix(".features.npy")
+    beside.unlink(missing_ok=True)  # of older statistics
     save(path, reference.statistics, reference.origin)
     if reference.features is not None:
-        with replacing(path.with_suffix(".features.npy")) as temporary, temporary.open("wb") as file:
+        with replacing(beside) as temporary, temporary.open("wb") as file:
             np.save(file, reference.features)
 
 
 def kept(path: Path) -> Observed:
-    """The inverse of `keep`; without the second file, the sums alone."""
+    """The inverse of `keep`; without the second file, the sums alone. FileNotFoundError, or ValueError for files that
+    are damaged, or of different pictures."""
     statistics, origin = load(path)
     beside = path.with_suffix(".features.npy")
-    features = np.load(beside, allow_pickle=False) if beside.is_file() else None
-    if features is not None and features.shape != (statistics.count, len(statistics.total)):
+    if not beside.is_file():
+        return Observed(origin, statistics)
+    try:
+        features = np.load(beside, allow_pickle=False)
+    except Exception as error:  # of numpy, in several types
+        raise ValueError(f"{beside}: no features of ours; make them anew, or delete the file") from error
+    shape = statistics.count, len(statistics.total)
+    if features.shape != shape or not np.allclose(features.sum(0, dtype=np.float64), statistics.total, rtol=1e-6):
         raise ValueError(f"{beside}: features of other pictures than those of {path}")
     return Observed(origin, statistics, features)
 
@@ -102,7 +117,11 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
     ]
     if drawn.features is not None:
         scores.append(
-            write("FID∞" if name == INCEPTION else f"FD-{name}, limit", lambda: _limit(drawn, true, settings, seed))
+            write(
+                "FID∞" if name == INCEPTION else f"FD-{name}, limit",
+                lambda: _limit(drawn, true, settings, seed),
+                f"{fid.SIZES} sizes from {fid.smallest(*drawn.features.shape, settings.force)}",
+            )
         )
     suffix = "" if name == INCEPTION else f"-{name}"
     if drawn.logits is None:
@@ -116,10 +135,11 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
     return [*scores, write(f"recall{suffix}", lambda: (near().recall, None), f"k {settings.neighbours}")]
 
 
-def judge_captions(text: np.ndarray, drawn: Observed) -> list[Score]:
-    """CLIP score, of embeddings of the captions beside those of the pictures."""
+def judge_captions(captions: Sequence[str], text: np.ndarray, drawn: Observed) -> list[Score]:
+    """CLIP score, of the captions' embeddings beside those of the pictures. ValueError where they are not as many."""
     found = clip_score(text, drawn.features)
-    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, {drawn.origin}"
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
+    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {drawn.origin}"
     return [Score(f"score-{name}, w 2.5", found.score, protocol), Score(f"cosine-{name}", found.cosine, protocol)]
 
 
@@ -137,7 +157,7 @@ class _Writer:
         told = [f"n {drawn.statistics.count} against {true.statistics.count}", how, str(drawn.origin)]
         if name.startswith(("FID", "FD")) and least <= width and self.settings.force:
             told.insert(1, f"FORCED: fewer than the {width} features")
-        protocol = f"{', '.join(filter(None, told))}; reference {true.origin.pictures} {true.origin.digest}"
+        protocol = f"{', '.join(filter(None, told))}; reference {true.origin.shown}"
         try:
             number, error = value()
             return Score(name, float(number), protocol, error)
@@ -168,9 +188,9 @@ def _size(drawn: Observed, true: Observed, settings: Settings) -> int:
     return min(settings.kid_size, drawn.statistics.count // 2, true.statistics.count // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, float]:
+def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, float | None]:
     found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
-    return 1000 * found.value, 1000 * found.error
+    return 1000 * found.value, None if found.error is None else 1000 * found.error
 
 
 def _inception_score(drawn: Observed, settings: Settings, seed: int) -> tuple[float, float]:

@@ -10,25 +10,31 @@ from jaxtyping import Float
 
 
 class KID(NamedTuple):
-    """The mean over subsets and its standard error."""
+    """The mean over subsets, and its standard error: how far it would be from that of other pictures of the same two
+    kinds. None where subsets tell nothing of it: a single one, or of all pictures."""
 
     value: float
-    error: float
+    error: float | None
 
 
 def kid(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> KID:
-    """`subsets` times `size` pictures of each set, drawn without replacement with `seed`. ValueError where a set has
-    fewer than `size`, or size is below 2."""
-    if size < 2 or min(len(a), len(b)) < size:
-        raise ValueError(f"KID of subsets of {size}, but there are {len(a)} and {len(b)} pictures")
+    """`subsets` times `size` pictures of each set, drawn without replacement with `seed`.
+
+    Subsets share pictures, so that the deviation of their mean over √subsets would go to 0 with more of them, whatever
+    the number of pictures n. The variance of one of s pictures around that of all n is about that of all times
+    (n − s) / s (to first order; n of the smaller set): the error is on the safe side.
+
+    ValueError where a set has fewer than `size`, size is below 2 or subsets below 1."""
+    n = min(len(a), len(b))
+    if size < 2 or n < size or subsets < 1:
+        raise ValueError(f"KID of {subsets} subsets of {size}, but there are {len(a)} and {len(b)} pictures")
     rng = np.random.default_rng(seed)
     pick = lambda x: x[rng.choice(len(x), size, replace=False)].astype(np.float64)  # noqa: E731
     values = [mmd(pick(a), pick(b)) for _ in range(subsets)]
-    return KID(
-        float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets)) if subsets > 1 else float("nan")
-    )
+    error = float(np.std(values, ddof=1) * np.sqrt(size / (n - size))) if subsets > 1 and size < n else None
+    return KID(float(np.mean(values)), error)
 
 
 def mmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:

@@ -1,8 +1,9 @@
 """How pictures come to the size that a network judges them at: numbers of two ways cannot be compared.
 
-`CLEAN`: Pillow's antialiased BICUBIC on floating-point channels, nothing rounded in between (clean-fid, arXiv
-2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the output read at i · scale, without antialiasing: what
-FID was published with, which makes shrunk pictures jagged and moves them by part of a pixel.
+`CLEAN`: Pillow's antialiased BICUBIC on floating-point channels, nothing rounded in between, and what goes beyond the
+range of a picture clipped, as clean-fid does (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the
+output read at i · scale, without antialiasing: what FID was published with, which makes shrunk pictures jagged and
+moves them by part of a pixel.
 """
 
 import enum
@@ -18,8 +19,8 @@ class Resize(enum.Enum):
 
 
 def resized(picture: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Float[np.ndarray, "s s 3"]:
-    """The whole picture, squeezed where it is not square as FID does, as float32 from 0 to 255 (bicubic goes a little
-    beyond). One that has the size already is not touched."""
+    """The whole picture, squeezed where it is not square as FID does, as float32 from 0 to 255. One that has the
+    size already is not touched."""
     if picture.shape[:2] == (side, side):
         return picture.astype(np.float32)
     return (_clean if how is Resize.CLEAN else _legacy)(picture, side)
@@ -27,7 +28,8 @@ def resized(picture: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Floa
 
 def _clean(picture: np.ndarray, side: int) -> np.ndarray:
     channels = [Image.fromarray(channel) for channel in np.moveaxis(picture.astype(np.float32), -1, 0)]
-    return np.stack([np.asarray(c.resize((side, side), Image.Resampling.BICUBIC)) for c in channels], -1)
+    shrunk = np.stack([np.asarray(c.resize((side, side), Image.Resampling.BICUBIC)) for c in channels], -1)
+    return shrunk.clip(0, 255)
 
 
 def _legacy(picture: np.ndarray, side: int) -> np.ndarray:

@@ -31,10 +31,16 @@ class Origin:
     """How pictures came to its size: clean, legacy or none."""
     format: str = "png"
     seed: int | None = None
+    """Of what was drawn; None for pictures that are simply there."""
+
+    @property
+    def shown(self) -> str:
+        """Of the pictures alone."""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.pictures} {self.digest} ({self.format}{seed})"
 
     def __str__(self) -> str:
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.pictures} {self.digest} ({self.format}{seed}), {self.extractor}, resize {self.resize}"
+        return f"{self.shown}, {self.extractor}, resize {self.resize}"
 
 
 class Statistics(NamedTuple):

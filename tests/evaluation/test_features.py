@@ -1,5 +1,7 @@
 """Features of a set: on eight devices as on one, whatever the batch; what tells networks apart."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxdiff.evaluation.features import all_features, digest_of, extract
 from jaxdiff.evaluation.statistics import add, empty, merge
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.nets.inception import Seen
 from jaxdiff.training.mesh import make_mesh
 
 CONFIG = ClassifierConfig(side=16, channels=(4, 8), features=6, names=("kind", "colour", "size"), classes=(3, 4, 2))
@@ -67,6 +70,26 @@ def test_clips_image_tower():
         {"params": params}, jnp.asarray((picture / 255 - mean) / std, jnp.float32), method="embed_image"
     )
     np.testing.assert_allclose(found, wanted.embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_inception_sees_pixels_as_its_graph_scales_them(monkeypatch):
+    """The graph of 2015 itself: minus 128, divided by 128."""
+
+    class Sees:
+        def apply(self, variables, pictures):
+            return Seen(pictures.mean((1, 2)), pictures.max((1, 2)))
+
+    monkeypatch.setattr(features, "Inception", Sees)
+    grey = np.full((2, 299, 299, 3), 128, np.uint8)
+    grey[1] = 192
+    (seen,) = extract(features.inception({}), grey)
+    np.testing.assert_allclose(seen["features"], [[0] * 3, [0.5] * 3], atol=1e-6)
+
+
+def test_settings_tell_networks_apart_too(network):
+    other = features.classifier("things", replace(CONFIG, names=("sort", "colour", "size")), network.params)
+    assert other.digest != network.digest == features.classifier("things", CONFIG, network.params).digest
+    assert network.width == 6
 
 
 def test_digests_tell_weights_apart(network):

@@ -38,5 +38,17 @@ def test_the_limit_is_nearer_to_the_truth_than_all_pictures_are():
         biased.append(distance(of(features), reference) - 1)
         assert found.sizes[-1] == 600 and found.distances[-1] == pytest.approx(biased[-1] + 1)
     assert abs(np.mean(errors)) < 0.5 * np.mean(biased)
-    with pytest.raises(ValueError, match="take more"):
-        limit(RNG.normal(size=(D, D)), reference)
+
+
+def test_few_pictures_have_no_limit_unless_forced():
+    """From little more than d on, distances lie on no line: through them, that of two equal sets would be below 0 by
+    more than half of what it is for all pictures."""
+    reference = of(RNG.normal(size=(400_000, D)))
+    with pytest.raises(ValueError, match="take 48 or more"):
+        limit(RNG.normal(size=(47, D)), reference)
+    assert limit(RNG.normal(size=(48, D)), reference).sizes[0] == 2 * D
+    assert limit(RNG.normal(size=(2000, D)), reference).sizes[0] == 200
+    pairs = [(limit(x, reference, seed=3).value, distance(of(x), reference)) for x in RNG.normal(size=(20, 100, D))]
+    limits, whole = np.mean(pairs, 0)
+    assert abs(limits) < 0.25 * whole
+    assert limit(RNG.normal(size=(D, D)), reference, force=True).sizes[0] == 2

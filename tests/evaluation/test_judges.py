@@ -57,7 +57,8 @@ def test_the_line_says_how_a_number_came_about():
     score = by_name(judge(seen(), true(), HOW, 3))["KID-shapes × 1000"]
     for part in ("n 40 against 60", "5 subsets of 20", "drawn 0123", "png, seed 7", "classifier-shapes abc"):
         assert part in score.protocol
-    assert "resize clean" in score.protocol and "reference true 9876" in score.protocol
+    assert "resize clean" in score.protocol and "reference true 9876 (png)" in score.protocol
+    assert "15 sizes from 12" in by_name(judge(seen(), true(), HOW, 3))["FD-shapes, limit"].protocol
     assert "\n" not in score.protocol
 
 
@@ -111,10 +112,37 @@ def test_features_of_other_pictures_are_refused(tmp_path):
         kept(tmp_path / "true.npz")
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b""), lambda file: np.save(file, np.zeros(()))])
+def test_damaged_features_are_named(tmp_path, damage):
+    keep(tmp_path / "true.npz", true())
+    damage(tmp_path / "true.features.npy")
+    with pytest.raises(ValueError, match=r"true\.features\.npy: "):
+        kept(tmp_path / "true.npz")
+
+
+def test_features_of_other_sums_are_refused_and_stale_ones_go(tmp_path):
+    keep(tmp_path / "true.npz", true())
+    np.save(tmp_path / "true.features.npy", true().features[::-1] + np.float32(0.1))
+    with pytest.raises(ValueError, match="features of other pictures"):
+        kept(tmp_path / "true.npz")
+    keep(tmp_path / "true.npz", dataclasses.replace(true(), features=None))
+    assert kept(tmp_path / "true.npz").features is None
+
+
+@pytest.mark.parametrize("name, value", [("kid_subsets", 0), ("kid_size", 1), ("neighbours", 0), ("splits", 0)])
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+        Settings(**{name: value})
+
+
 def test_clip_scores_have_their_names_and_lines():
     drawn = seen(origin=dataclasses.replace(ORIGIN, extractor="clip abc"))
     text = np.random.default_rng(5).normal(size=(40, 6))
-    score, cosine = judge_captions(text, drawn)
+    captions = [f"caption {i}" for i in range(40)]
+    score, cosine = judge_captions(captions, text, drawn)
     assert (score.value, cosine.value) == tuple(clip_score(text, drawn.features))
     assert (score.name, cosine.name) == ("score-clip, w 2.5", "cosine-clip")
-    assert "n 40, drawn 0123 (png, seed 7), clip abc" in score.protocol
+    assert "n 40, captions " in score.protocol and ", drawn 0123 (png, seed 7), clip abc" in score.protocol
+    assert judge_captions(captions[::-1], text, drawn)[0].protocol != score.protocol
+    with pytest.raises(ValueError, match="39 captions and 40 pictures"):
+        judge_captions(captions[1:], text[1:], drawn)

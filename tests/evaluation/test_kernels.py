@@ -24,14 +24,29 @@ def test_mmd_is_its_double_sum():
 def test_kid_of_whole_sets_is_mmd_and_of_subsets_unbiased():
     whole = kid(A, B[:23], subsets=3, size=23)
     assert whole.value == pytest.approx(mmd(A.astype(float), B[:23].astype(float)))
-    assert whole.error == pytest.approx(0, abs=1e-12)
+    assert whole.error is None and kid(A, B, subsets=1, size=10).error is None
     many = RNG.normal(size=(4000, 6))
     same = kid(many[:2000], many[2000:], subsets=200, size=50)
     assert abs(same.value) < 4 * same.error  # of one distribution: 0 on average
     assert kid(A, B, 10, 10, seed=1) == kid(A, B, 10, 10, seed=1) != kid(A, B, 10, 10, seed=2)
     for size in (24, 1):
-        with pytest.raises(ValueError, match=f"KID of subsets of {size}"):
+        with pytest.raises(ValueError, match=f"KID of 100 subsets of {size}"):
             kid(A, B, size=size)
+    with pytest.raises(ValueError, match="KID of 0 subsets"):
+        kid(A, B, subsets=0, size=10)
+
+
+@pytest.mark.parametrize("subsets", [30, 300])
+def test_the_error_of_kid_is_what_other_pictures_would_change(subsets):
+    """However many subsets are drawn."""
+
+    def of(seed):
+        rng = np.random.default_rng(seed)
+        return kid(rng.normal(size=(120, 4)), 1.3 * rng.normal(size=(120, 4)) + 0.5, subsets, 60)
+
+    found = [of(seed) for seed in range(40)]
+    apart = np.std([each.value for each in found], ddof=1)
+    assert 0.6 * apart < np.mean([each.error for each in found]) < 1.7 * apart
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])

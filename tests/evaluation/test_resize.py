@@ -18,10 +18,11 @@ def test_clean_is_pillows_bicubic_on_floats(picture, side):
     for channel in range(3):
         image = Image.fromarray(picture[..., channel].astype(np.float32))
         wanted = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-        np.testing.assert_allclose(found[..., channel], wanted, atol=1e-4)
+        np.testing.assert_allclose(found[..., channel], wanted.clip(0, 255), atol=1e-4)
+        assert side == 20 or wanted.max() > 255 + 10  # where bicubic enlarges edges, it goes beyond
     eight = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
     # Of bytes Pillow rounds and clips after each axis, of noise (all edges) by much; elsewhere by little.
-    assert np.median(np.abs(np.clip(found, 0, 255) - eight)) < 0.5
+    assert np.median(np.abs(found - eight)) < 0.5
 
 
 @pytest.mark.parametrize("side", [16, 64, 299])
