@@ -32,7 +32,7 @@ from experiments.cores import use_cores
 from experiments.curves_grid import Drawn, Grid, Places, Setting
 from experiments.curves_models import Training
 from experiments.curves_plot import Point, plot
-from experiments.imagen import pictures
+from experiments.imagen import pictures, presets
 from experiments.judging import Judges, loaded
 from jaxdiff.data.files import replacing, usable
 from jaxdiff.training.loop import Diverged
@@ -85,7 +85,8 @@ def main(settings: Run) -> None:
             curves[label] = [grid.points(setting, weight) for weight in settings.drawn.guidance]
             shown |= {f"{label}, w {weight:g}": grid.shown(setting, weight) for weight in settings.drawn.guidance}
         _write_sheet(settings.out / f"{figure}-pictures.png", shown, len(settings.drawn.guidance))
-        plot(settings.out / f"{figure}.png", curves, figure, grid.axes)
+        judges = {"alignment": str(bench.clip), "fidelity": str(bench.classifier)}
+        plot(settings.out / f"{figure}.png", curves, figure, **judges)
         print(f"{settings.out / figure}.png: {len(curves)} curves of {len(settings.drawn.guidance)} weights")
         rows += [(figure, label, *point) for label, line in curves.items() for points in line for point in points]
         _write(settings.out / "curves.csv", rows)
@@ -114,6 +115,8 @@ def _check(settings: Run) -> None:
             raise ValueError(f"--{name.replace('_', '-')} names none")
     if not all(0 <= level <= 1 for level in settings.aug_levels):
         raise ValueError(f"--aug-levels {settings.aug_levels}: each lies between 0 and 1")
+    for name in {*settings.unets, settings.unet}:
+        presets.stage(f"base{settings.training.resolution}", name)
     if settings.judges.classifier is None or settings.judges.clip is None:
         raise ValueError("the axes are a classifier's distance and a CLIP's cosine: name both judges")
     if settings.texts is not None and not settings.texts.is_file():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from experiments.curves_models import Text, Training, enlarger, model_of, text_o
 from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
-from experiments.judging import Bench, OfSource, PictureSet, observe
+from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
 from jaxdiff.data import sources
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.pictures import to_uint8
@@ -25,11 +27,11 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.evaluation import fid
 from jaxdiff.evaluation.clip_score import clip_score
+from jaxdiff.evaluation.features import Extractor
 from jaxdiff.evaluation.judges import Observed
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import null_text
 from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.text.clip import encode
 from jaxdiff.text.t5 import TextEmbedding
 
 
@@ -57,6 +59,8 @@ class Drawn:
         for name, least in (("n", 2), ("sampling_steps", 1), ("draw_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+        for weight in self.guidance:
+            Guidance(weight, interval=self.interval)
 
 
 class Setting(NamedTuple):
@@ -86,7 +90,8 @@ class Places:
 class Grid:
     """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json, the first of their pictures beside them as PNG.
 
-    ValueError for a cell that was made with other settings, or an OUT whose models were."""
+    ValueError for a cell that was made with other settings or an OUT whose models were, and for too many captions, or
+    too few for a distance."""
 
     drawn: Drawn
     training: Training
@@ -94,10 +99,15 @@ class Grid:
     bench: Bench
 
     def __post_init__(self):
-        file, wanted = self.places.out / "training.json", dataclasses.asdict(self.training)
+        n, width = self.drawn.n, self.bench.classifier.width
+        if n > self.training.held_out:
+            raise ValueError(f"n {n}: there are {self.training.held_out} held-out captions")
+        if n <= width:
+            raise ValueError(f"n {n}: the Fréchet distance of {width} features wants more pictures")
+        file = self.places.out / "training.json"
         if file.is_file():
-            _same(file, json.loads(file.read_text()), wanted)
-        write_json(file, wanted)
+            _same(file, json.loads(file.read_text()), self._trained_with)
+        write_json(file, self._trained_with)
 
     def fill(self, setting: Setting) -> None:
         """The cells of a setting that are not there yet; its models are trained where they are missing."""
@@ -125,10 +135,12 @@ class Grid:
         with Image.open(self._file(setting, self.drawn.seeds[0], weight).with_suffix(".png")) as image:
             return image.convert("RGB")
 
-    @property
-    def axes(self) -> tuple[str, str]:
-        """The judges of the two axes: a classifier's distance, CLIP's cosine."""
-        return str(self.bench.classifier), str(self.bench.clip)
+    @functools.cached_property
+    def _trained_with(self) -> dict:
+        """What models depend on beside their names: settings, and what T5 read beside captions."""
+        texts = self.places.texts
+        read = None if texts is None else hashlib.sha256(texts.read_bytes()).hexdigest()[:12]
+        return {**dataclasses.asdict(self.training), "texts": read}
 
     def _file(self, setting: Setting, seed: int, weight: float) -> Path:
         return usable(self.places.out / "cells") / f"{setting}-s{seed}-w{weight:g}.json"
@@ -144,8 +156,8 @@ class Grid:
     def _made_by(self, setting: Setting) -> dict:
         """What a cell depends on beside its seed and weight, in JSON's types."""
         told = {name: getattr(self.drawn, name) for name in ("n", "sampling_steps")}
-        told |= {"interval": list(self.drawn.interval), "judges": ", ".join(self.axes)}
-        return {**setting._asdict(), **told, **dataclasses.asdict(self.training)}
+        told |= {"interval": list(self.drawn.interval), "judges": f"{self.bench.classifier}, {self.bench.clip}"}
+        return {**setting._asdict(), **told, **self._trained_with}
 
     @functools.cached_property
     def _spec(self) -> sources.Shapes:
@@ -157,16 +169,16 @@ class Grid:
     @functools.cached_property
     def _captions(self) -> list[str]:
         true = self._held_out(self.training.resolution)
-        return [true.caption(i) for i in range(min(self.drawn.n, len(true)))]
+        return [true.caption(i) for i in range(self.drawn.n)]
 
     @functools.cached_property
     def _texts(self) -> np.ndarray:
-        return np.asarray(encode(self.bench.text, self._captions).embedding)
+        return embedded(self.bench.text, self._captions)
 
     @functools.cached_property
-    def _true(self) -> dict[int, Observed]:
-        """What the classifier saw in the true pictures, by their side; filled as sides are asked for."""
-        return {}
+    def _true(self) -> Callable[[int], Observed]:
+        """What the classifier saw in the true pictures of a side."""
+        return functools.cache(lambda side: self._look(self._held_out(side), self.bench.classifier)[0])
 
     def _model(self, setting: Setting, seed: int) -> tuple[Text, Model]:
         places = self.places
@@ -199,15 +211,13 @@ class Grid:
 
     def _judged(self, name: str, pictures: np.ndarray) -> tuple[float, float]:
         """FD of the classifier, and CLIP's mean cosine."""
-        side = pictures.shape[1]
-        if side not in self._true:
-            self._true[side] = self._look(self._held_out(side))[self.axes[0]]
-        seen = self._look(_InMemory(name, pictures))
-        distance = fid.distance(seen[self.axes[0]].statistics, self._true[side].statistics)
-        return distance, clip_score(self._texts, seen[self.axes[1]].features).cosine
+        by_class, by_clip = self._look(_InMemory(name, pictures), self.bench.classifier, self.bench.clip)
+        distance = fid.distance(by_class.statistics, self._true(pictures.shape[1]).statistics)
+        return distance, clip_score(self._texts, by_clip.features).cosine
 
-    def _look(self, shown: PictureSet) -> dict[str, Observed]:
-        return observe(shown, (self.bench.classifier, self.bench.clip), self.places.out / "seen")
+    def _look(self, shown: PictureSet, *judges: Extractor) -> list[Observed]:
+        seen = observe(shown, judges, self.places.out / "seen")
+        return [seen[str(judge)] for judge in judges]
 
 
 def _same(file: Path, have: dict, wanted: dict) -> None:

@@ -25,8 +25,10 @@ class Point(NamedTuple):
     fd: float
 
 
-def plot(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], figure: str, judges: Sequence[str]) -> None:
-    """A line through the seeds' means, bars from the least to the greatest of them. `judges`: of the two axes."""
+def plot(
+    path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], figure: str, *, alignment: str, fidelity: str
+) -> None:
+    """A line through the seeds' means, bars from the least to the greatest; `alignment`, `fidelity`: the judges."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,8 +44,8 @@ def plot(path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], figure: st
         for points, at in zip(line, zip(mean_x, mean_y)):
             axes.annotate(f"{points[0].weight:g}", at, (3, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_yscale("log")
-    axes.set_xlabel(f"alignment: mean cosine of {judges[-1]}  →")
-    axes.set_ylabel(f"fidelity: Fréchet distance of {judges[-2]}, log  (lower is better)")
+    axes.set_xlabel(f"alignment: mean cosine of {alignment}  →")
+    axes.set_ylabel(f"fidelity: Fréchet distance of {fidelity}, log  (lower is better)")
     axes.set_title(TITLES[figure])
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)

@@ -23,8 +23,20 @@ from experiments.cli import run
 from experiments.imagen import pictures as files
 from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
 from experiments.imagen.evaluate import upto
-from experiments.judging import Bench, Judges, OfFolder, OfSource, PictureSet, captions_of, loaded, observe, open_folder
+from experiments.judging import (
+    Bench,
+    Judges,
+    OfFolder,
+    OfSource,
+    PictureSet,
+    captions_of,
+    embedded,
+    loaded,
+    observe,
+    open_folder,
+)
 from jaxdiff.data import sources
+from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
@@ -33,7 +45,6 @@ from jaxdiff.evaluation.features import digest_of
 from jaxdiff.evaluation.judges import Observed, Score, judge, judge_captions, keep, kept
 from jaxdiff.evaluation.judges import Settings as Scoring
 from jaxdiff.systems import cascade
-from jaxdiff.text.clip import encode
 from jaxdiff.weights.imagen import SHIPPED, load
 from jaxdiff.weights.settings import to_json
 
@@ -71,7 +82,7 @@ class Run:
     held_out: int = 1_000
     """And how many its held-out split."""
     seed: int = 0
-    """Of the noise, and of subsets."""
+    """Of the noise of what is drawn, and of subsets."""
     batch: int = 64
     """Pictures looked at at once."""
     judges: Judges = JUDGES
@@ -83,7 +94,7 @@ class Run:
 
 def main(settings: Run) -> None:
     """Judge pictures against true ones."""
-    if settings.n < 2 or settings.true_n < 0 or settings.batch < 1:
+    if settings.n < 2 or settings.true_n < 0 or settings.true_n == 1 or settings.batch < 1:
         raise ValueError(f"n {settings.n}, true_n {settings.true_n}, batch {settings.batch}: too few")
     spec, mesh = sources.parse(settings.data), mesh_of(settings.drawing.mesh)
     if isinstance(spec, sources.Shapes):
@@ -95,7 +106,7 @@ def main(settings: Run) -> None:
     usable(settings.out)
     shown = open_folder(settings.pictures, settings.convert) if settings.pictures else _drawn(settings, spec, split)
     look = {"cache": settings.out / "seen", "batch": settings.batch, "mesh": mesh}
-    seen = observe(shown, bench.extractors, seed=settings.seed, **look)
+    seen = observe(shown, bench.extractors, seed=None if settings.pictures else settings.seed, **look)
     true = {each.origin.extractor: each for each in references}
     if not references:
         side = len(shown[0])
@@ -108,8 +119,8 @@ def main(settings: Run) -> None:
     for name, each in true.items():
         scores += judge(seen[name], each, settings.score, settings.seed)
     scores += _of_captions(shown, bench, seen)
-    if isinstance(spec, sources.Shapes) and settings.pictures is None:
-        scores += _attributes(shown, split)
+    if isinstance(spec, sources.Shapes):
+        scores += _attributes(shown, split, settings.held_out, next(iter(seen.values())))
     write_json(settings.out / "scores.json", {"scores": [dataclasses.asdict(score) for score in scores]})
     print(table(scores, settings))
 
@@ -137,6 +148,8 @@ def _check(references: Sequence[Observed], bench: Bench) -> None:
             raise ValueError(
                 f"--reference {each.origin.pictures}: seen by {each.origin.extractor}, and the judges are {have}"
             )
+        if sum(other.origin.extractor == each.origin.extractor for other in references) > 1:
+            raise ValueError(f"--reference: two of {each.origin.extractor}, and pictures are compared with one set")
         if each.origin.resize != known[each.origin.extractor]:
             raise ValueError(f"--reference {each.origin.pictures}: resized {each.origin.resize}, the judges otherwise")
 
@@ -153,6 +166,8 @@ def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to draw")
     # By what the weights are, not where: a folder may have got others since.
     made_of = {"weights": ", ".join(digest_of(each.params) for each in model.models), "resolution": resolution}
+    made_of |= {"stages": [to_json(each.stage) for each in model.models], "dtype": settings.drawing.dtype}
+    made_of |= {"text": fingerprint(model.text)}
     made_of |= {"seed": settings.seed, "data": settings.data, "split": split, "samplings": list(map(to_json, chosen))}
     folder = settings.out / "drawn"
     _same_run(folder, made_of)
@@ -185,21 +200,22 @@ def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed]) -> 
     if None in captions:
         missing = f"picture {captions.index(None)} has no caption"
         return [Score(f"score-{bench.clip.name}", None, "", missing=missing)]
-    return judge_captions(np.asarray(encode(bench.text, captions).embedding), seen[str(bench.clip)])
+    return judge_captions(captions, embedded(bench.text, captions), seen[str(bench.clip)])
 
 
-def _attributes(shown: PictureSet, split: str) -> list[Score]:
-    """The exact reader's verdict on what the captions of `shapes` state."""
-    if len(shown[0]) < 64:
-        return [Score("attributes right", None, "", missing="the reader needs 64 pixels")]
-    stated: list[Stated] = []
-    for number, text in enumerate(captions_of(shown)):
-        said = caption(scene(split, number), split, number)
-        if said.text != text:
-            raise ValueError(f"caption {number} is {text!r}, not that of the set")
-        stated.append(said.stated)
-    right = [matches(shown[i], each).right for i, each in enumerate(stated)]
-    return [Score("attributes right", float(np.mean(right)), f"n {len(right)}, exact reader, {shown.name}")]
+def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> list[Score]:
+    """The exact reader's verdict on what captions of `shapes` state: of a cascade's drawings, or of a folder whose
+    captions are some of the first `count` of the split."""
+    name = "attributes right"
+    if min(shown[0].shape[:2]) < 64 or shown[0].shape[0] != shown[0].shape[1]:
+        return [Score(name, None, "", missing="the reader needs squares of 64 pixels or more")]
+    said = (caption(scene(split, number), split, number) for number in range(max(count, len(shown))))
+    stated: dict[str | None, Stated] = {each.text: each.stated for each in said}
+    captions = list(captions_of(shown))
+    if unknown := [text for text in captions if text not in stated]:
+        return [Score(name, None, "", missing=f"{len(unknown)} captions are none of the set, such as {unknown[0]!r}")]
+    right = [matches(shown[i], stated[text]).right for i, text in enumerate(captions)]
+    return [Score(name, float(np.mean(right)), f"n {len(right)}, exact reader, {seen.origin.shown}")]
 
 
 if __name__ == "__main__":

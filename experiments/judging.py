@@ -1,15 +1,18 @@
 """What scripts that judge pictures share: the networks, one pass of all of them over a set, sets of pictures."""
 
 import dataclasses
+import functools
 import hashlib
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from jaxdiff.data import folder, pictures
@@ -20,7 +23,7 @@ from jaxdiff.evaluation.features import Extractor, extract
 from jaxdiff.evaluation.judges import Observed, observed
 from jaxdiff.evaluation.resize import Resize
 from jaxdiff.evaluation.statistics import Origin
-from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.clip import CLIPTextEncoder, encode
 from jaxdiff.weights import classifier, clip, inception
 from jaxdiff.weights.imagen import SHIPPED
 
@@ -72,11 +75,20 @@ def loaded(judges: Judges) -> Bench:
     return bench
 
 
+def embedded(encoder: CLIPTextEncoder, captions: Sequence[str]) -> np.ndarray:
+    """What a CLIP that judges makes of captions (b e): as exactly as pictures are seen, on accelerators too."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(encode(encoder, captions).embedding)
+
+
 class PictureSet(Protocol):
     """Pictures (uint8, all of one size) with captions, None where there are none."""
 
-    name: str
-    format: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -93,7 +105,16 @@ class OfSource:
     source: Source
     count: int
     side: int | None = None
-    format: str = "png"
+
+    @functools.cached_property
+    def format(self) -> str:
+        """Of the files, by the first, and the size that pictures were brought to before anything looked at them."""
+        first = self.source[0]["image"]
+        try:
+            kind = "pixels" if isinstance(first, np.ndarray) else Image.open(io.BytesIO(first)).format.lower()
+        except (OSError, Image.DecompressionBombError):
+            kind = "unknown"
+        return kind if self.side is None else f"{kind}, {self.side} pixels"
 
     def __len__(self) -> int:
         return min(self.count, len(self.source)) if self.count else len(self.source)
@@ -140,19 +161,20 @@ def open_folder(path: Path, convert: bool = False) -> OfFolder:
         if name == "grid.png":
             continue
         try:
-            with Image.open(file) as image:
-                image.load()
-                size, mode, told = image.size, image.mode, image.info
-                transparent = image.has_transparency_data
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            unreadable.append(f"{name} ({(str(error).splitlines() or [type(error).__name__])[0]})")
+            example = found[number]
+            height, width, _ = pictures.decode(example["image"]).shape  # as it will be looked at
+        except (pictures.Unreadable, OSError) as error:
+            unreadable.append(f"{name} ({str(error).splitlines()[0]})")
             continue
+        with Image.open(io.BytesIO(example["image"])) as image:
+            size, mode, told = (width, height), image.mode, image.info
+            transparent = image.has_transparency_data
         if (mode != "RGB" or transparent) and not convert:
             what = "transparent" if transparent else f"not RGB but {mode}"
             raise ValueError(f"{file}: {what}; --convert turns such pictures into RGB, on white")
         sizes.setdefault(size, file)
         files.append(file)
-        captions.append(found[number]["caption"] or told.get("prompt"))
+        captions.append(example["caption"] or told.get("prompt"))
     _warn_of(str(path), unreadable)
     if not files:
         raise FileNotFoundError(f"{path}: no pictures that can be read")

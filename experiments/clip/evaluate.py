@@ -20,14 +20,16 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from experiments.cli import run
+from experiments.judging import embedded
 from jaxdiff.data import pictures, sources, tfds_sets
+from jaxdiff.data.example import Example
 from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.data.shapes_caption import distinct_examples, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES
 from jaxdiff.evaluation.features import Extractor, all_features, clip_image
 from jaxdiff.evaluation.retrieval import retrieval, zero_shot
-from jaxdiff.text.clip import CLIPTextEncoder, encode
+from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.weights import clip as weights
 
 OF_SHAPES = {"kind": KINDS, "colour": COLOURS, "background": BACKGROUNDS, "fill": FILLS, "size": SIZES}
@@ -95,17 +97,17 @@ def _retrieval(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, ima
         texts = [example["caption"] for example in examples]
         if None in texts:
             raise ValueError(f"{examples[texts.index(None)]['name']}: has no caption, which retrieval needs")
-        shown = (pictures.decode(example["image"]) for example in examples)
+        shown = map(_decoded, examples)
     seen = all_features(image, _shown(shown, len(texts)), settings.batch)
-    found = retrieval(np.asarray(encode(text, texts).embedding), seen)
+    found = retrieval(embedded(text, texts), seen)
     by_text = {f"pictures by caption, R@{k}": share for k, share in found.image.items()}
     return by_text | {f"captions by picture, R@{k}": share for k, share in found.text.items()}
 
 
 def _zero_shot(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, image: Extractor) -> dict[str, float]:
     names, shown, labels = _labelled(settings, spec, image.side)
-    prompts = [prompt.format(name) for name in names for prompt in settings.prompts]
-    classes = np.asarray(encode(text, prompts).embedding).reshape(len(names), len(settings.prompts), -1)
+    prompts = [prompt.replace("{}", name) for name in names for prompt in settings.prompts]
+    classes = embedded(text, prompts).reshape(len(names), len(settings.prompts), -1)
     seen = all_features(image, _shown(shown, len(labels)), settings.batch)
     return {f"{settings.label}, of {len(names)} classes": float((zero_shot(seen, classes) == labels).mean())}
 
@@ -128,7 +130,14 @@ def _labelled(settings: Run, spec: sources.DataSpec, side: int) -> tuple[list[st
     count = min(count, len(source))
     records = source.builder.as_data_source(source.split)
     labels = np.array([records[i][wanted] for i in range(count)])
-    return classes[wanted].names, (pictures.decode(source[i]["image"]) for i in range(count)), labels
+    return classes[wanted].names, (_decoded(source[i]) for i in range(count)), labels
+
+
+def _decoded(example: Example) -> np.ndarray:
+    try:
+        return pictures.decode(example["image"])
+    except pictures.Unreadable as error:
+        raise ValueError(f"{example['name']}: {error}") from error
 
 
 def _shown(shown: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -56,7 +56,7 @@ def test_a_run_leaves_a_clip(trained, command, tmp_path, loss, optimizer):
 
     judged = command(
         evaluate.main, "--weights", tmp_path / "clip" / "model", "--n", 12, "--label", "kind", "--label-n", 10,
-        "--json", tmp_path / "scores.json",
+        "--json", tmp_path / "scores.json", "--prompts", "a {} and {x}", "{}",
     )  # fmt: skip
     assert judged.code == 0, judged.err
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -143,6 +143,9 @@ def test_pairs_of_ones_own(trained, command, tmp_path):
         evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}", "--n", 8
     )  # fmt: skip
     assert done.code == 0 and "R@10" in done.out
+    (photos / "5.png").write_bytes(b"no picture")
+    damaged = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
+    assert damaged.code == 2 and damaged.err.strip().splitlines()[-1].startswith("error: ") and "5.png" in damaged.err
     (photos / "3.txt").unlink()
     lacking = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
     assert lacking.code == 2 and "3.png" in lacking.err

@@ -98,6 +98,10 @@ def test_augmentation(drawn, tmp_path, monkeypatch):
     "more, culprit",
     [
         (("--n", 1), "n 1"),
+        (("--n", 6), "n 6: the Fréchet distance of 6 features"),
+        (("--n", 21), "n 21: there are 20 held-out captions"),
+        (("--unets", "small", "large"), "no preset 'large'"),
+        (("--interval", 3, -3), "guidance interval"),
         (("--steps", 0), "steps 0"),
         (("--resolution", 48), "resolution 48"),
         (("--texts", "/nowhere"), "experiments.data.glosses"),
@@ -107,9 +111,10 @@ def test_augmentation(drawn, tmp_path, monkeypatch):
         (("--aug-levels", 2), "--aug-levels"),
     ],
 )
-def test_bad_settings(drawn, more, culprit):
+def test_bad_settings(drawn, more, culprit, tmp_path):
     done = drawn(*more)
     assert done.code == 2 and culprit in done.err, done.err
+    assert not list(tmp_path.glob("out/models/*"))  # nothing was trained before
 
 
 def test_clips_text_tower_stands_in_for_a_t5(judges, tmp_path, data_dir):

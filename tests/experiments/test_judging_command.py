@@ -59,7 +59,8 @@ def test_a_cascade_by_every_judge(judged, standin, tmp_path):
     assert done.code == 0, done.err
     assert {"FD-shapes", "KID-shapes × 1000", "IS-shapes", "precision-shapes", "recall-shapes"} <= set(scores)
     assert {"FD-clip", "CMMD-clip", "score-clip, w 2.5", "cosine-clip", "attributes right"} <= set(scores)
-    assert all(score["value"] is not None for score in scores.values())
+    missing = {name: score["missing"] for name, score in scores.items() if score["value"] is None}
+    assert set(missing) == {"FD-shapes, limit", "FD-clip, limit"} and "take 24 or more" in missing["FD-clip, limit"]
     assert all(line.split()[0] in done.out for line in scores)
     assert "FID" in done.out and "experiments.inception" in done.out
     assert "n 12 against 20" in scores["FD-shapes"]["protocol"] and len(done.out.splitlines()) < 25
@@ -71,8 +72,9 @@ def test_a_cascade_by_every_judge(judged, standin, tmp_path):
     again, same = judged("--weights", standin, "--n", 12)
     assert again.code == 0 and same == scores
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.np*")} == stamps
-    other, _ = judged("--weights", standin, "--n", 12, "--seed", 5)
-    assert other.code == 2 and "drawn with other settings" in other.err
+    for change in (("--seed", 5), ("--dtype", "bfloat16")):
+        other, _ = judged("--weights", standin, "--n", 12, *change)
+        assert other.code == 2 and "drawn with other settings" in other.err
 
 
 def test_true_pictures_are_near_themselves(judged, photos):
@@ -153,6 +155,58 @@ def test_unreadable_true_pictures_too(judged, photos):
     lines = [line for line in done.err.splitlines() if line.startswith("warning")]
     assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "picture 2" in lines[1]
     assert "n 10 against 10" in scores["FD-shapes"]["protocol"]
+
+
+def test_what_judges_cannot_read_is_no_picture_from_the_beginning(judged, photos, monkeypatch):
+    """Captions stay with their pictures; numbers of unknown range and pictures of untold size are named, not judged."""
+    Image.fromarray(np.ones((64, 64), np.float32)).save(photos / "03.tiff")
+    (photos / "03.png").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    Image.new("RGB", (200, 200)).save(photos / "05.png")
+    done, scores = judged("--pictures", photos, "--convert")
+    assert done.code == 0, done.err
+    (line,) = (line for line in done.err.splitlines() if line.startswith("warning"))
+    assert "2 unreadable" in line and "03.tiff" in line and "05.png" in line
+    assert scores["cosine-clip"]["protocol"].startswith("n 10, captions ")
+    assert scores["attributes right"]["protocol"].startswith("n 10, exact reader")
+
+
+def test_a_turned_photograph_has_the_size_that_is_looked_at(judged, tmp_path):
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    Image.new("RGB", (48, 64)).save(folder / "a.jpg")
+    Image.new("RGB", (48, 64)).save(folder / "b.jpg", exif=exif)
+    done, _ = judged("--pictures", folder)
+    one_line(done, "2 sizes", "48x64 (a.jpg)", "64x48 (b.jpg)")
+
+
+def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, photos):
+    _, scores = judged("--pictures", photos)
+    right = scores["attributes right"]
+    assert right["value"] == 1 and "n 12, exact reader, " in right["protocol"]
+    assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
+    assert "png, 64 pixels" in scores["FD-shapes"]["protocol"].partition("reference")[2]
+    (photos / "02.txt").write_text("something else")
+    _, scores = judged("--pictures", photos)
+    assert scores["attributes right"]["value"] is None and "something else" in scores["attributes right"]["missing"]
+
+
+@pytest.mark.parametrize(
+    "more, culprit",
+    [(("--true-n", 1), "true_n 1"), (("--kid-subsets", 0), "kid_subsets 0"), (("--neighbours", 0), "neighbours 0")],
+)
+def test_bad_numbers(judged, photos, more, culprit):
+    done, _ = judged("--pictures", photos, *more)
+    one_line(done, culprit)
+
+
+def test_two_references_of_one_network_are_refused(judged, photos, tmp_path):
+    judged("--pictures", photos, "--keep-reference", tmp_path / "kept")
+    file = next((tmp_path / "kept").glob("classifier*.npz"))
+    done, _ = judged("--pictures", photos, "--reference", file, file)
+    one_line(done, "two of classifier-shapes")
 
 
 def test_missing_weights_of_inception(judged, photos, tmp_path):
