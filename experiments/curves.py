@@ -85,7 +85,7 @@ def main(settings: Run) -> None:
             curves[label] = [grid.points(setting, weight) for weight in settings.drawn.guidance]
             shown |= {f"{label}, w {weight:g}": grid.shown(setting, weight) for weight in settings.drawn.guidance}
         _write_sheet(settings.out / f"{figure}-pictures.png", shown, len(settings.drawn.guidance))
-        judges = {"alignment": str(bench.clip), "fidelity": str(bench.classifier)}
+        judges = {"alignment": bench.clip.name, "fidelity": bench.classifier.name}
         plot(settings.out / f"{figure}.png", curves, figure, **judges)
         print(f"{settings.out / figure}.png: {len(curves)} curves of {len(settings.drawn.guidance)} weights")
         rows += [(figure, label, *point) for label, line in curves.items() for points in line for point in points]

@@ -44,8 +44,10 @@ def plot(
         for points, at in zip(line, zip(mean_x, mean_y)):
             axes.annotate(f"{points[0].weight:g}", at, (3, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_yscale("log")
-    axes.set_xlabel(f"alignment: mean cosine of {alignment}  →")
-    axes.set_ylabel(f"fidelity: Fréchet distance of {fidelity}, log  (lower is better)")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")  # 7, not 7 × 10⁰
+    axes.set_xlabel(f"mean cosine of {alignment} (higher: nearer to the caption)")
+    axes.set_ylabel(f"Fréchet distance of {fidelity} (lower: nearer to true pictures)")
     axes.set_title(TITLES[figure])
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
