@@ -40,7 +40,9 @@ def plot(
         y = np.array([[point.fd for point in points] for points in line])
         mean_x, mean_y = x.mean(1), y.mean(1)
         spread = {"xerr": _spread(x), "yerr": _spread(y)} if x.shape[1] > 1 else {}
-        axes.errorbar(mean_x, mean_y, **spread, color=colour, marker="o", markersize=4, label=label, elinewidth=0.7)
+        axes.errorbar(
+            mean_x, mean_y, **spread, color=colour, marker="o", markersize=4, label=label, ecolor=(colour, 0.35)
+        )
         for points, at in zip(line, zip(mean_x, mean_y)):
             axes.annotate(f"{points[0].weight:g}", at, (3, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_yscale("log")
