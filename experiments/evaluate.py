@@ -7,8 +7,8 @@
 
 Draws the first n captions of the data split (or takes a folder of pictures), looks at them and at the split's pictures
 in one pass with all networks, and prints a table; OUT/scores.json has every number with the line that says how it came
-about. Run again with the same folder, it goes on where it was. The shipped cascade takes about six minutes at 64
-pixels on 2 busy CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance
+about. Run again with the same folder, it goes on where it was. The shipped cascade takes about four minutes at 64
+pixels on 2 CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance
 of a classifier of `shapes` that the package ships; only Inception's is called FID.
 """
 
