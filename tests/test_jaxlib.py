@@ -1,24 +1,31 @@
-"""The installed jaxlib computes what it should: canaries of releases that are excluded in pyproject.toml."""
+"""The installed jaxlib computes what it should: canaries of the releases that pyproject.toml excludes."""
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-N = 16385  # rows from which on the excluded release is wrong
+RANK_8 = """
+import jax, jax.numpy as jnp
+x, y = jnp.ones((10, 4, 6)), jnp.ones((10, 4, 6, 9, 9, 9, 9, 9))
+total = jax.jit(lambda x, y: jnp.log(jnp.sum(x[..., None, None, None, None, None] * y, axis=2)))(x, y)
+assert abs(float(total.max()) - 1.7917595) < 1e-6, float(total.max())
+"""
 
 
-@pytest.mark.parametrize("size", (3, 4, 8))
-def test_vmapped_matrix_vector_products_are_exact(size):
-    """jax-ml/jax#39103: jaxlib 0.10.2 gives 266342400 for 16384² on CPUs, without a word."""
-    x = jnp.zeros((N, size)).at[:, 0].set(jnp.arange(N))
-    squared_norm = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(size) @ row) ** 2)))
-    assert float(squared_norm(x)[-1]) == float(N - 1) ** 2
+@pytest.mark.parametrize("rows", (16_385, 32_769, 40_000, 65_537))
+@pytest.mark.parametrize("width", (3, 5))
+def test_vmapped_matrix_vector_products(rows, width):
+    """jax-ml/jax#39103: with jaxlib 0.10.2 some rows of a fused product are 0.6 % off. Which sizes depends on the CPU."""
+    x = np.zeros((rows, width), np.float32)
+    x[:, 0] = np.arange(rows)
+    squared_norms = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(width) @ row) ** 2)))(x)
+    np.testing.assert_allclose(squared_norms, x[:, 0] ** 2, rtol=1e-6)
 
 
-def test_products_of_many_axes_are_reduced():
-    """jax-ml/jax#39257: a broadcast product of seven axes ends the process with 0.10.2 and 0.11.0."""
-    a = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2, 1, 1, 1)
-    b = np.arange(2 * 2 * 3, dtype=np.float32).reshape(1, 1, 1, 2, 2, 1, 3)
-    product = jax.jit(lambda a, b: jnp.sum(a * b, axis=(1, 3, 5)))(a, b)
-    np.testing.assert_array_equal(product, np.sum(a * b, axis=(1, 3, 5)))
+def test_reduced_products_of_eight_axes():
+    """jax-ml/jax#39257: jaxlib 0.10.2 and 0.11.0 crash or hang, so it runs in a process of its own."""
+    subprocess.run([sys.executable, "-c", RANK_8], check=True, timeout=120)
