@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from experiments.cli import run
 from experiments.imagen import presets
@@ -29,9 +30,9 @@ from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_size
 from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
-from jaxdiff.training.mesh import make_mesh, to_devices
+from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import TrainState, abstract_state
 from jaxdiff.training.step import make_step
 
 
@@ -107,31 +108,11 @@ def configured(stage: Stage, settings: Run) -> Stage:
 
 def measure(name: str, stage: Stage, settings: Run) -> Row:
     """Compile and time one stage."""
-    side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
-    check_size(stage, side)
-    flops, compiling, memory, step = _training(stage, side, settings)
-    parameters = jax.eval_shape(stage.init, jax.random.key(0))
-    row = Row(
-        stage=name,
-        preset=settings.preset,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-        batch=settings.batch,
-        side=side,
-        dtype=settings.dtype,
-        flops_per_image=flops / settings.batch,
-        compile_seconds=compiling,
-        memory=memory,
-        step_seconds=step,
-        images_per_second=settings.batch / step if step else None,
-        share_of_peak=share_of_peak(flops, step),
-        sampling_side=stage.resolution,
-        sampling_flops_per_image=None,
-        sampling_compile_seconds=None,
-        sampling_seconds=None,
-    )
+    training = compile_training(name, stage, settings)
+    row = training.timed(settings.steps)
     if not settings.sample_batch:
         return row
-    flops, compiling, seconds = _sampling(stage, parameters, settings)
+    flops, compiling, seconds = _sampling(stage, settings)
     return dataclasses.replace(
         row,
         sampling_flops_per_image=flops / settings.sample_batch,
@@ -140,32 +121,89 @@ def measure(name: str, stage: Stage, settings: Run) -> Row:
     )
 
 
-def _training(stage: Stage, side: int, settings: Run) -> tuple[float, float, int, float | None]:
-    """FLOPs, seconds to compile, peak bytes and seconds of a training step."""
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training step, compiled: `timed` runs it. Several may be compiled in threads before the first is timed.
+
+    program: of (state, batch, key); state: shapes and placements; flops: of a step; compiling: seconds.
+    """
+
+    name: str
+    stage: Stage
+    settings: Run
+    side: int
+    program: Any
+    state: TrainState
+    batch: dict[str, np.ndarray]
+    flops: float
+    compiling: float
+
+    def timed(self, steps: int) -> Row:
+        """The row of the table, its speed the median of `steps` steps; without speed where they are 0."""
+        before, seconds = _peak(), None
+        if steps:
+            mesh = self.state.step.sharding.mesh
+            with jax.set_mesh(mesh):
+                batch = to_devices(self.batch, mesh)
+                seconds = _median(self._steps(batch), steps)
+        count = self.settings.batch
+        return Row(
+            stage=self.name,
+            preset=self.settings.preset,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            batch=count,
+            side=self.side,
+            dtype=self.settings.dtype,
+            flops_per_image=self.flops / count,
+            compile_seconds=self.compiling,
+            memory=_memory(self.program, before),
+            step_seconds=seconds,
+            images_per_second=count / seconds if seconds else None,
+            share_of_peak=share_of_peak(self.flops, seconds),
+            sampling_side=self.stage.resolution,
+            sampling_flops_per_image=None,
+            sampling_compile_seconds=None,
+            sampling_seconds=None,
+        )
+
+    def _steps(self, batch: Any) -> Iterator[Any]:
+        state, key = jax.tree.map(_filled, self.state), jax.random.key(1)
+        while True:
+            state, metrics = self.program(state, batch, key)
+            yield metrics["loss"]
+
+
+def compile_training(name: str, stage: Stage, settings: Run) -> Training:
+    """The training step of a stage for the devices at hand, compiled; nothing runs on them."""
+    side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
+    check_size(stage, side)
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
-    abstract, before = abstract_state(stage, optimizer, mesh), _peak()
+    abstract, batch = abstract_state(stage, optimizer, mesh), made_up(stage, settings.batch, side)
     with jax.set_mesh(mesh):
         step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-        batch = to_devices(made_up(stage, settings.batch, side), mesh)
-        key = jax.random.key(1)
-        compiled, flops, compiling = _compiled(step, abstract, batch, key)
-        if not settings.steps:
-            return flops, compiling, _memory(compiled, before), None
-        state = init_state(stage, optimizer, jax.random.key(0), mesh)
-
-        def steps() -> Iterator[Any]:
-            nonlocal state
-            while True:
-                state, metrics = compiled(state, batch, key)
-                yield metrics["loss"]
-
-        seconds = _median(steps(), settings.steps)
-        return flops, compiling, _memory(compiled, before), seconds
+        shapes = {name: _shape(array, batch_sharding(mesh)) for name, array in batch.items()}
+        compiled, flops, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
+    return Training(name, stage, settings, side, compiled, abstract, batch, flops, compiling)
 
 
-def _sampling(stage: Stage, parameters: Any, settings: Run) -> tuple[float, float, float | None]:
+def _shape(array: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Values of the size of parameters, none below 0 so that they can be second moments, without a program to compile.
+
+    Not zeros: a device that multiplies zeros draws less power, and is faster."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+    values = np.abs(np.random.default_rng(0).normal(0, 0.02, 1 << 16)).astype(leaf.dtype)
+    return jax.device_put(np.resize(values, leaf.shape), leaf.sharding)
+
+
+def _sampling(stage: Stage, settings: Run) -> tuple[float, float, float | None]:
     """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
     count = settings.sample_batch
+    parameters = jax.eval_shape(stage.init, jax.random.key(0))
     batch = made_up(stage, count, stage.resolution)
     x, text, mask = batch["image"], batch["text"].astype(np.float32), batch["text_mask"]
     low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()

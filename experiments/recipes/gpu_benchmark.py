@@ -1,0 +1,80 @@
+"""GPU report: training steps of all presets, beside the rate of matrix products measured on the same card.
+
+All steps are compiled first, in threads; then each is timed alone. FLOPs are the network's own, counted before the
+compiler's optimisations; the share of a peak leaves out what cuDNN's attention does, so it is a lower bound.
+"""
+
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from experiments import benchmark
+from experiments.benchmark import Run, Training
+from experiments.imagen import presets
+from experiments.recipes.gpu_section import Context, median_seconds
+
+PRESETS = {
+    "base64 tiny": Run("base64", "tiny", batch=512, dtype="bfloat16"),
+    "base64 tiny, float32": Run("base64", "tiny", batch=512),
+    "base64 300m": Run("base64", "300m", batch=64, dtype="bfloat16"),
+    "sr256 paper": Run("sr256", "paper", batch=64, dtype="bfloat16"),
+    "base64 2b": Run("base64", "2b", batch=16, dtype="bfloat16", remat="outputs"),
+    "sr1024 paper": Run("sr1024", "paper", batch=64, dtype="bfloat16", remat="outputs"),
+    "sr256 tiny": Run("sr256", "tiny", batch=256, dtype="bfloat16"),
+    "base64 500m": Run("base64", "500m", batch=64, dtype="bfloat16"),
+}
+TINY = {"sr256 tiny": Run("sr256", "tiny", batch=2)}
+
+
+def main(context: Context) -> None:
+    """The measured peak, then the presets in the order of the table above, as far as the time reaches."""
+    peak = matrix_peak(256 if context.tiny else 8192)
+    device = jax.devices()[0].device_kind
+    context.record(device=device, jax=jax.__version__, measured_bfloat16_tflops=peak / 1e12)
+    chosen = TINY if context.tiny else PRESETS
+    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:
+        compiled = {name: pool.submit(_compile, settings) for name, settings in chosen.items()}
+        for name, training in compiled.items():
+            context.attempt(name, partial(_time, context, name, training, peak))
+        pool.shutdown(wait=False, cancel_futures=True)
+    if context.left() <= 0:
+        os._exit(0)  # a compilation cannot be interrupted, and nobody waits for what it would give
+
+
+def matrix_peak(side: int) -> float:
+    """FLOP/s of the product of two random bfloat16 matrices."""
+    x, y = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
+    product = jax.jit(lambda x, y: x @ y)
+    return 2 * side**3 / median_seconds(partial(product, x, y), 10)
+
+
+def _compile(settings: Run) -> Training:
+    stage = presets.stage(settings.stage, settings.preset)
+    return benchmark.compile_training(settings.stage, benchmark.configured(stage, settings), settings)
+
+
+def _time(context: Context, name: str, compiled: Future[Training], peak: float) -> None:
+    training = compiled.result(None if context.tiny else max(1.0, context.left()))
+    begun = time.time()
+    row = training.timed(2 if context.tiny else 10)
+    useful = row.flops_per_image * row.batch
+    context.record(
+        preset=name,
+        parameters_m=round(row.parameters / 1e6, 1),
+        batch=f"{row.batch} × {row.side}²",
+        dtype=row.dtype,
+        remat=training.settings.remat,
+        gflop_per_image=row.flops_per_image / 1e9,
+        step_ms=1e3 * row.step_seconds,
+        images_per_second=row.images_per_second,
+        share_of_published_peak=row.share_of_peak,
+        share_of_measured_peak=useful / row.step_seconds / peak,
+        memory_gib=row.memory / 2**30,
+        compile_s=round(row.compile_seconds, 1),
+        timing_s=round(time.time() - begun, 1),
+    )
+    jax.clear_caches()

@@ -1,0 +1,232 @@
+"""GPU report: every network gives on the accelerator what it gives on the CPU.
+
+The error is the root mean square of the difference over that of the CPU's float32 output. Float32 is measured with
+exact products and with the accelerator's default, which on NVIDIA GPUs rounds their inputs to TF32 (10 bits).
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.recipes.gpu_section import Context, random_params
+from jaxdiff.diffusion.schedules import Cosine
+from jaxdiff.nets.attention import Kernel, attention
+from jaxdiff.nets.classifier import Classifier
+from jaxdiff.nets.clip import CLIP
+from jaxdiff.nets.inception import SIDE, Inception
+from jaxdiff.nets.t5 import T5Encoder
+from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_presets import IF_I_M, IF_II_M
+from jaxdiff.weights import classifier, clip, t5
+from jaxdiff.weights.imagen import SHIPPED, load_model
+
+LIMITS = {"float32 exact": 2e-5, "float32": 1e-2, "bfloat16": 6e-2}
+"""Largest relative errors: rounding of 24, 11 and 8 bits, through as many layers as these networks have."""
+
+LENGTHS = ((64, 77), (64, 64), (256, 333), (49, 77), (1, 25))
+"""Queries and keys of the attention kernels, even and odd."""
+
+# Of a compute type: the function, its parameters and its inputs, all on the host.
+Build = Callable[[str], tuple[Callable[..., Any], Any, tuple]]
+
+
+def main(context: Context) -> None:
+    """Networks, then attention kernels, then a gradient."""
+    accelerator, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    context.record(device=accelerator.device_kind, jax=jax.__version__, platform=accelerator.platform)
+    # In threads, as nearly all of the time is compilation.
+    with ThreadPoolExecutor(1 if context.tiny else min(8, os.cpu_count() or 1)) as pool:
+        for name, build in list(NETWORKS.items())[: 1 if context.tiny else None]:
+            pool.submit(context.attempt, name, partial(_compare, context, name, build, cpu, accelerator))
+        for lengths in LENGTHS[: 1 if context.tiny else None]:
+            for masked in (False, True):
+                measure = partial(_compare_attention, context, lengths, masked, accelerator)
+                pool.submit(context.attempt, f"attention {lengths}", measure)
+
+
+def _compare(context: Context, name: str, build: Build, cpu: Any, accelerator: Any) -> None:
+    errors = {}
+    reference = None
+    for label, dtype, precision in (
+        ("float32 exact", "float32", "highest"),
+        ("float32", "float32", None),
+        ("bfloat16", "bfloat16", None),
+    ):
+        function, params, inputs = build(dtype)
+        if reference is None:
+            reference = _output(function, params, inputs, cpu, "highest")
+        errors[label] = _error(_output(function, params, inputs, accelerator, precision), reference)
+    right = all(errors[label] < limit for label, limit in LIMITS.items())
+    context.record(network=name, **errors, within_limits=right)
+
+
+def _output(function: Callable, params: Any, inputs: tuple, device: Any, precision: str | None) -> list[np.ndarray]:
+    params, inputs = jax.device_put((params, inputs), device)
+    with jax.default_device(device), jax.default_matmul_precision(precision or "default"):
+        output = jax.jit(function)(params, *inputs)
+    return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(output)]
+
+
+def _error(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    """The largest relative error of several outputs."""
+    square = lambda x: float(np.mean(np.square(x, dtype=np.float64)))  # noqa: E731
+    return max((square(f - r) / square(r)) ** 0.5 for f, r in zip(found, reference, strict=True))
+
+
+def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool, accelerator: Any) -> None:
+    """Output and gradients of the kernel that is picked for bfloat16, against XLA's on the same inputs in float32."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 4, 64), np.float32) for n in (lengths[0], lengths[1], lengths[1]))
+    mask = np.broadcast_to(np.arange(lengths[1]) < np.array([[lengths[1] - 5], [lengths[1]]]), (2, lengths[1]))
+    mask = mask[:, None, None] if masked else None
+    inputs = jax.device_put((q, k, v), accelerator)
+
+    def loss(kernel: Kernel, dtype: str, q: Any, k: Any, v: Any) -> Any:
+        output = attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), mask=mask, kernel=kernel)
+        return (output.astype(jnp.float32) * jnp.asarray(q)).sum(), output
+
+    def both(kernel: Kernel, dtype: str) -> list[np.ndarray]:
+        function = jax.jit(jax.value_and_grad(partial(loss, kernel, dtype), argnums=(0, 1, 2), has_aux=True))
+        (_, output), grads = function(*inputs)
+        return [np.asarray(leaf, np.float32) for leaf in (output, *grads)]
+
+    with jax.default_matmul_precision("highest"):
+        reference = both(Kernel.XLA, "float32")
+    error = _error(both(Kernel.AUTO, "bfloat16"), reference)
+    context.record(attention=f"{lengths[0]}×{lengths[1]}", masked=masked, bfloat16=error, within_limits=error < 2e-2)
+
+
+def _shipped_stage(name: str, side: int) -> Build:
+    def build(dtype: str):
+        model = load_model(SHIPPED / name)
+        return _stage(model.stage, model.params, side, dtype)
+
+    return build
+
+
+def _random_stage(stage: Stage, side: int) -> Build:
+    def build(dtype: str):
+        return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))), side, dtype)
+
+    return build
+
+
+def _gradient_stage(name: str) -> Build:
+    """The gradient of the training loss with the same batch and the same noise."""
+
+    def build(dtype: str):
+        model = load_model(SHIPPED / name)
+        stage = replace(model.stage, unet=replace(model.stage.unet, dtype=dtype))
+        rng = np.random.default_rng(0)
+        batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch(4, stage.resolution).items()}
+        batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
+        grad = jax.grad(lambda params, batch: stage.loss(params, batch, jax.random.key(0))[0])
+        return (
+            lambda params, batch: jnp.concatenate([g.ravel() for g in jax.tree.leaves(grad(params, batch))]),
+            (model.params),
+            (batch,),
+        )
+
+    return build
+
+
+def _stage(stage: Stage, params: Any, side: int, dtype: str):
+    """One evaluation of two images at different times, of which one has a short caption."""
+    stage = replace(stage, unet=replace(stage.unet, dtype=dtype))
+    rng = np.random.default_rng(0)
+    batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch(2, side).items()}
+    mask = np.arange(stage.text_length) < np.array([[5], [stage.text_length]])
+    inputs = [batch["image"], np.array([300.0, 800.0], np.float32), batch["text"], mask]
+    if stage.unet.low_res:
+        inputs += [batch["image"][::-1].copy(), np.array([0.1, 0.3], np.float32)]
+    return lambda params, *inputs: stage.unet.module().apply({"params": params}, *inputs), params, tuple(inputs)
+
+
+def _t5(dtype: str):
+    encoder = t5.load_text_encoder(SHIPPED / "text", 24, dtype)
+    ids = np.random.default_rng(0).integers(1, encoder.config.vocab, (4, 24)).astype(np.int32)
+    mask = np.arange(24) < np.array([[3], [11], [24], [17]])
+    # What stands behind the mask is never read.
+    apply = lambda p, i, m: jnp.where(m[..., None], T5Encoder(encoder.config).apply({"params": p}, i, m), 0)  # noqa: E731
+    return apply, encoder.params, (ids, mask)
+
+
+def _clip(dtype: str):
+    config, params = clip.load(SHIPPED / "clip", dtype)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, config.text.vocab, (4, config.text.length)).astype(np.int32)
+    ids[:, -1] = config.text.eos_id if config.text.eos_id is not None else config.text.vocab - 1
+    image = np.tanh(rng.standard_normal((4, config.image.resolution, config.image.resolution, 3), np.float32))
+
+    def embed(params: Any, ids: Any, image: Any) -> Any:
+        towers = CLIP(config)
+        text = towers.apply({"params": params}, ids, method="embed_text").embedding
+        return text, towers.apply({"params": params}, image, method="embed_image").embedding
+
+    return embed, params, (ids, image)
+
+
+def _classifier(dtype: str):
+    _, config, params = classifier.load(SHIPPED / "classifier")
+    image = np.tanh(np.random.default_rng(0).standard_normal((4, config.side, config.side, 3), np.float32))
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: E731
+    return lambda params, image: Classifier(config).apply({"params": cast(params)}, cast(image))[0], params, (image,)
+
+
+def _inception(dtype: str):
+    shape = (1, SIDE, SIDE, 3)
+    shapes = jax.eval_shape(Inception().init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    image = np.tanh(np.random.default_rng(0).standard_normal(shape, np.float32))
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: E731
+    apply = lambda variables, image: Inception().apply(cast(variables), cast(image)).features  # noqa: E731
+    return apply, random_params(shapes), (image,)
+
+
+_NARROW = {"channels": 64, "multipliers": (1, 2, 3), "text_width": 96, "context_width": 128, "time_width": 256}
+_PAPER_BASE = Stage(
+    UNetConfig(
+        blocks=(1, 2, 2),
+        self_attention=(False, True, True),
+        cross_attention=(False, False, False),
+        **_NARROW,
+    ),
+    text_length=77,
+)
+_PAPER_SR = Stage(
+    EfficientUNetConfig(
+        blocks=(1, 2, 2), self_attention=(False, False, True), cross_attention=(False, True, False), **_NARROW
+    ),
+    resolution=256,
+    low_resolution=64,
+    schedule=Cosine(),
+    text_length=77,
+)
+
+
+def _small_if(stage: Stage) -> Stage:
+    """The layout of a stage of DeepFloyd IF with narrow levels."""
+    widths = {"channels": 64, "time_width": 256, "context_width": 256, "text_width": 128, "pool_heads": 8}
+    return replace(stage, unet=replace(stage.unet, **widths))
+
+
+NETWORKS: dict[str, Build] = {
+    "base64, shipped": _shipped_stage("base64", 64),
+    "sr256, shipped": _shipped_stage("sr256", 128),
+    "base64, shipped: gradient": _gradient_stage("base64"),
+    "U-Net of the paper, narrow, 77 tokens": _random_stage(_PAPER_BASE, 32),
+    "Efficient U-Net of the paper, narrow, 77 tokens": _random_stage(_PAPER_SR, 64),
+    "DeepFloyd IF-I, narrow": _random_stage(_small_if(IF_I_M), 32),
+    "DeepFloyd IF-II, narrow": _random_stage(_small_if(IF_II_M), 64),
+    "T5 encoder, shipped": _t5,
+    "CLIP, shipped": _clip,
+    "classifier, shipped": _classifier,
+    "Inception, random": _inception,
+}

@@ -1,0 +1,186 @@
+"""What an accelerator is good for, in minutes: correctness, speed, PyTorch beside it, images, and some training.
+
+    python -m experiments.recipes.gpu_report --minutes 8 --out runs/gpu_report
+    python -m experiments.recipes.gpu_report --minutes 5 --sections benchmark sampling --out runs/gpu_speed
+
+Sections run in this order, the most valuable first, each in a process of its own with its share of the minutes:
+
+    networks    every network on the CPU and on the accelerator, float32 and bfloat16; attention kernels; a gradient
+    suite       the tests of networks, diffusion and the training step, on the accelerator
+    benchmark   training steps of all presets, and the share of the matrix product rate measured on this card
+    diffusers   diffusers' U-Net of DeepFloyd IF, eager and compiled, and ours (needs PyTorch and diffusers)
+    sampling    the shipped cascade, 64 to 256 to 1024 pixels; CPU and accelerator draw the same images
+    training    the shipped 64×64 base trained on from its weights, half of the captions with two objects
+
+A section appends each result to OUT/<section>.jsonl as it comes, and OUT/report.md is rewritten after each section: a
+run that is cut off keeps what it has measured. A section that fails is reported, and the next one begins.
+`--tiny` rehearses all of it on small sizes, on a CPU too. Results of one H100 are in experiments/README.md.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.cli import run
+from experiments.recipes import gpu_benchmark, gpu_diffusers, gpu_networks, gpu_sampling, gpu_suite, gpu_training
+from experiments.recipes.gpu_section import Context
+from jaxdiff.data.files import replacing, usable
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """run: measures and records, until its deadline. share: of the minutes. env: of its process."""
+
+    run: Callable[[Context], None]
+    share: float
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+_SHARED_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_WHOLE_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
+
+SECTIONS: dict[str, Section] = {
+    "networks": Section(gpu_networks.main, 0.15, _SHARED_MEMORY),
+    "suite": Section(gpu_suite.main, 0.12, _SHARED_MEMORY),
+    "benchmark": Section(gpu_benchmark.main, 0.25, _WHOLE_MEMORY),
+    "diffusers": Section(gpu_diffusers.main, 0.12, _SHARED_MEMORY),
+    "sampling": Section(gpu_sampling.main, 0.10, _SHARED_MEMORY),
+    "training": Section(gpu_training.main, 0.26, _WHOLE_MEMORY),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to report."""
+
+    out: Path
+    """Folder of the report."""
+    minutes: float = 8.0
+    """Time for all sections together. A section may use what those before it have left."""
+    sections: tuple[str, ...] = tuple(SECTIONS)
+    """Which sections: networks | suite | benchmark | diffusers | sampling | training."""
+    tiny: bool = False
+    """A rehearsal: every section on small sizes, on whatever device there is."""
+    training: gpu_training.Settings = gpu_training.Settings()
+
+
+def main(settings: Settings) -> int | None:
+    """Measure correctness and speed on the accelerator of this machine, and train on it, in minutes."""
+    unknown = [name for name in settings.sections if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"--sections {unknown[0]}: choose from {', '.join(SECTIONS)}")
+    if not settings.minutes > 0:
+        raise ValueError(f"--minutes {settings.minutes}: must be above 0")
+    out = usable(settings.out)
+    begun = time.time()
+    chosen = [name for name in SECTIONS if name in settings.sections]
+    for name in chosen:
+        (out / f"{name}.jsonl").unlink(missing_ok=True)
+    failed = []
+    with _prepared(settings, chosen):
+        for place, name in enumerate(chosen):
+            left = begun + 60 * settings.minutes - time.time()
+            rest = sum(SECTIONS[other].share for other in chosen[place:])
+            seconds = left * SECTIONS[name].share / rest
+            print(f"{name}: {seconds:.0f} s of the {max(left, 0):.0f} s left", flush=True)
+            failed += [name] if _child(settings, name, seconds) else []
+            _write_report(out, chosen)
+    print(f"{out / 'report.md'} ({time.time() - begun:.0f} s)")
+    return 1 if failed else None
+
+
+def _child(settings: Settings, name: str, seconds: float) -> bool:
+    """Runs a section in a process of its own. Whether it failed, which is among its results, too."""
+    out = settings.out
+    if seconds < 5 and not settings.tiny:
+        _record(out, name, {"error": "no time was left"})
+        return True
+    context = Context(name, out, time.time() + seconds, settings.tiny, settings.training)
+    log = out / f"{name}.log"
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(context, log))
+    with _environment(SECTIONS[name].env):
+        process.start()
+    # A section ends by itself at its deadline; what it cannot interrupt (a compilation) gets some grace.
+    process.join(None if settings.tiny else seconds + 15)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        _record(out, name, {"error": f"stopped after {seconds:.0f} s, its share of the minutes"})
+    elif process.exitcode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        _record(out, name, {"error": f"exit code {process.exitcode}: {lines[-1][:300] if lines else ''} ({log})"})
+    return process.exitcode != 0
+
+
+def _run(context: Context, log: Path) -> None:
+    """In the section's own process: all that it and its libraries print goes to its log."""
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    SECTIONS[context.name].run(context)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _record(out: Path, name: str, result: dict[str, Any]) -> None:
+    with (out / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+@contextmanager
+def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
+    """While the other sections need the accelerator, the processor draws what the training section learns from."""
+    drawing = None
+    if "training" in chosen:
+        drawing = gpu_training.start_drawing(settings.out, settings.training, settings.tiny)
+    try:
+        yield
+    finally:
+        if drawing is not None:
+            drawing.terminate()
+            drawing.wait()
+
+
+def _write_report(out: Path, chosen: list[str]) -> None:
+    """OUT/report.md from what all sections have recorded so far."""
+    parts = ["# Report of an accelerator"]
+    for name in chosen:
+        file = out / f"{name}.jsonl"
+        if not file.is_file():
+            continue
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        parts.append(f"## {name}")
+        tables: dict[tuple[str, ...], list[dict]] = {}
+        for row in rows:
+            tables.setdefault(tuple(row), []).append(row)
+        for columns, members in tables.items():
+            lines = [columns, ["---"] * len(columns), *([_cell(row[c]) for c in columns] for row in members)]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else str(value).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    run(main)

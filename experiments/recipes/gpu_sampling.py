@@ -1,0 +1,70 @@
+"""GPU report: the shipped cascade samples 64, 256 and 1024 pixels, and the CPU samples the same images."""
+
+import dataclasses
+import itertools
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.imagen.drawing import with_dtype
+from experiments.imagen.pictures import grid, write
+from experiments.recipes.gpu_section import Context
+from jaxdiff.data.shapes_caption import held_out_captions
+from jaxdiff.systems import cascade
+from jaxdiff.systems.cascade import Cascade
+from jaxdiff.weights.imagen import load
+
+
+def main(context: Context) -> None:
+    """One image and sixteen; bfloat16 and float32; then the largest difference from the CPU's image."""
+    model = load()
+    captions = [c.text for c in held_out_captions(16)]
+    counts, up_to = ((1,), 64) if context.tiny else ((16, 1), 1024)
+    for dtype in ("bfloat16", "float32"):
+        for count in counts:
+            measure = partial(_time, context, with_dtype(model, dtype), captions[:count], dtype, up_to)
+            context.attempt(f"{count} images, {dtype}", measure)
+    context.attempt("CPU = accelerator", partial(_same, context, model, captions[:1], 64 if context.tiny else 256))
+
+
+def _time(context: Context, model: Cascade, captions: list[str], dtype: str, up_to: int) -> None:
+    first = _seconds(model, captions, up_to)[0]
+    total, of_stages, images = _seconds(model, captions, up_to)
+    context.record(
+        images=len(captions),
+        dtype=dtype,
+        up_to=up_to,
+        seconds=total,
+        seconds_per_image=total / len(captions),
+        seconds_of_stages=" + ".join(f"{seconds:.3f}" for seconds in of_stages),
+        first_call_s=round(first, 1),
+    )
+    if len(captions) > 1:
+        write(context.out / f"sampled-{dtype}.png", grid(images, captions, 256, 4))
+
+
+def _seconds(model: Cascade, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
+    """In all, of each stage, and the images of the last one."""
+    laps, images = [time.perf_counter()], []
+    for _, drawn in cascade.stages(model, captions, seed=7, up_to=up_to):
+        laps.append(time.perf_counter())
+        images = drawn
+    return laps[-1] - laps[0], [b - a for a, b in itertools.pairwise(laps)], images
+
+
+def _same(context: Context, model: Cascade, captions: list[str], up_to: int) -> None:
+    """The promise for one seed on different devices: within a thousandth of the range, with exact products."""
+    found = {}
+    for name, device in (("cpu", jax.devices("cpu")[0]), ("accelerator", jax.devices()[0])):
+        moved = jax.device_put([m.params for m in model.models], device)
+        base, *others = (dataclasses.replace(m, params=p) for m, p in zip(model.models, moved))
+        text = dataclasses.replace(model.text, params=jax.device_put(model.text.params, device))
+        placed = Cascade(text, base, tuple(others))
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            found[name] = cascade.sample(placed, captions, seed=7, up_to=up_to)
+    for resolution, images in found["cpu"].items():
+        error = float(np.abs(images - found["accelerator"][resolution]).max()) / 2
+        context.record(resolution=resolution, largest_difference_of_range=error, within_limits=error < 1e-3)
