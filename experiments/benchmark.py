@@ -167,7 +167,7 @@ class Training:
         )
 
     def _steps(self, batch: Any) -> Iterator[Any]:
-        state, key = jax.tree.map(_filled, self.state), jax.random.key(1)
+        state, key = _filled(self.state), jax.random.key(1)
         while True:
             state, metrics = self.program(state, batch, key)
             yield metrics["loss"]
@@ -190,14 +190,22 @@ def _shape(array: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
-def _filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _filled(shapes: Any) -> Any:
     """Values of the size of parameters, none below 0 so that they can be second moments, without a program to compile.
 
     Not zeros: a device that multiplies zeros draws less power, and is faster."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-    values = np.abs(np.random.default_rng(0).normal(0, 0.02, 1 << 16)).astype(leaf.dtype)
-    return jax.device_put(np.resize(values, leaf.shape), leaf.sharding)
+    values = np.abs(np.random.default_rng(0).normal(0, 0.02, 1 << 16)).astype(np.float32)
+    sent: dict[Any, jax.Array] = {}  # one transfer for all leaves of a shape
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        form = leaf.shape, leaf.dtype, leaf.sharding
+        if form not in sent:
+            sent[form] = jax.device_put(np.resize(values, leaf.shape).astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(sent[form], leaf.sharding, may_alias=False)  # each its own, as the step donates them
+
+    return jax.tree.map(fill, shapes)
 
 
 def _sampling(stage: Stage, settings: Run) -> tuple[float, float, float | None]:

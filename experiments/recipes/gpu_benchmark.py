@@ -1,12 +1,12 @@
 """GPU report: training steps of all presets, beside the rate of matrix products measured on the same card.
 
-All steps are compiled first, in threads; then each is timed alone. FLOPs are the network's own, counted before the
+Steps are compiled in groups, in threads; then each is timed alone. FLOPs are the network's own, counted before the
 compiler's optimisations; the share of a peak leaves out what cuDNN's attention does, so it is a lower bound.
 """
 
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
 import jax
@@ -18,15 +18,19 @@ from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, median_seconds
 
 PRESETS = {
-    "base64 tiny": Run("base64", "tiny", batch=512, dtype="bfloat16"),
-    "base64 tiny, float32": Run("base64", "tiny", batch=512),
-    "base64 300m": Run("base64", "300m", batch=64, dtype="bfloat16"),
-    "sr256 paper": Run("sr256", "paper", batch=64, dtype="bfloat16"),
-    "base64 2b": Run("base64", "2b", batch=16, dtype="bfloat16", remat="outputs"),
-    "sr1024 paper": Run("sr1024", "paper", batch=64, dtype="bfloat16", remat="outputs"),
-    "sr256 tiny": Run("sr256", "tiny", batch=256, dtype="bfloat16"),
     "base64 500m": Run("base64", "500m", batch=64, dtype="bfloat16"),
+    "sr256 paper": Run("sr256", "paper", batch=64, dtype="bfloat16"),
+    "base64 tiny": Run("base64", "tiny", batch=512, dtype="bfloat16"),
+    "base64 2b": Run("base64", "2b", batch=16, dtype="bfloat16", remat="outputs"),
+    "base64 300m": Run("base64", "300m", batch=64, dtype="bfloat16"),
+    "sr1024 paper": Run("sr1024", "paper", batch=64, dtype="bfloat16"),
+    "base64 tiny, float32": Run("base64", "tiny", batch=512),
+    "sr256 tiny": Run("sr256", "tiny", batch=256, dtype="bfloat16"),
 }
+GROUP = 4
+"""Presets that are compiled at once, before any of them is timed. A compilation holds the accelerator now and then."""
+TIMING = 25.0
+"""Seconds kept for timing a group."""
 TINY = {"sr256 tiny": Run("sr256", "tiny", batch=2)}
 
 
@@ -36,13 +40,19 @@ def main(context: Context) -> None:
     device = jax.devices()[0].device_kind
     context.record(device=device, jax=jax.__version__, measured_bfloat16_tflops=peak / 1e12)
     chosen = TINY if context.tiny else PRESETS
-    with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:
-        compiled = {name: pool.submit(_compile, settings) for name, settings in chosen.items()}
+    for first in range(0, len(chosen), GROUP):
+        group = dict(list(chosen.items())[first : first + GROUP])
+        pool = ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1))
+        compiled = {name: pool.submit(_compile, settings) for name, settings in group.items()}
+        wait(compiled.values(), None if context.tiny else max(0.0, context.left() - TIMING))
         for name, training in compiled.items():
-            context.attempt(name, partial(_time, context, name, training, peak))
-        pool.shutdown(wait=False, cancel_futures=True)
-    if context.left() <= 0:
-        os._exit(0)  # a compilation cannot be interrupted, and nobody waits for what it would give
+            if training.done():
+                context.attempt(name, partial(_time, context, name, training, peak))
+            else:
+                context.record(not_measured=name, why="its compilation was not done in time")
+        if not all(training.done() for training in compiled.values()):
+            os._exit(0)  # a compilation cannot be interrupted, and nobody waits for what it would give
+        compiled.clear()
 
 
 def matrix_peak(side: int) -> float:
@@ -58,7 +68,7 @@ def _compile(settings: Run) -> Training:
 
 
 def _time(context: Context, name: str, compiled: Future[Training], peak: float) -> None:
-    training = compiled.result(None if context.tiny else max(1.0, context.left()))
+    training = compiled.result()
     begun = time.time()
     row = training.timed(2 if context.tiny else 10)
     useful = row.flops_per_image * row.batch

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.imagen.drawing import with_dtype
 from experiments.imagen.evaluate import attribute_scores
@@ -32,12 +34,17 @@ from jaxdiff.text.t5 import TextEncoder, embed
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import TrainState, abstract_state, init_state
 from jaxdiff.training.step import make_step
 from jaxdiff.weights.imagen import load, save_model
 
-EVALUATION = 35.0
-"""Seconds kept for the scores at the end."""
+RESERVE = 5.0
+"""Seconds kept for writing the parameters at the end; each caption that is scored takes SCORE beside them."""
+SCORE = 0.12
+PROBE = 15.0
+"""Seconds after which the speed is known, and with it how many updates there is time for."""
+FALL = 0.4
+"""Fraction of the updates, the last ones, over which the learning rate falls to 0."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,17 @@ class Settings:
     batch: int = 512
     """Images of an update."""
     updates: int = 0
-    """Updates, over which the learning rate falls to 0; 0: as many as there is time for, at a constant rate."""
+    """Updates; 0: as many as there is time for."""
     learning_rate: float = 2e-3
-    """Of Muon, at its peak."""
+    """Of Muon, until it falls to 0 over the last part of the updates."""
     ema_decay: float = 0.999
     """Of the averaged parameters, which are kept."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the network computes in."""
     focus: float = 0.75
     """Fraction of the training at log-SNRs of -6 to 2, where forms and places are decided."""
+    scored: int = 128
+    """Held-out captions of one object, and as many of two, that are sampled at the end; 0: none."""
     first: int = 1_000_000
     """Number of the first scene of `shapes`: the shipped base was trained on those below."""
 
@@ -73,39 +82,52 @@ def start_drawing(out: Path, settings: Settings, tiny: bool) -> subprocess.Popen
 
 
 def main(context: Context) -> None:
-    """Scores before, training, scores after."""
+    """Training, then the scores of the trained base and of the shipped one."""
     settings = _rehearsed(context.training) if context.tiny else context.training
     cascade = load()
     stage = _stage(cascade.base.stage, settings)
-    optimizer = OptimizerConfig(
-        kind=Muon(),
-        learning_rate=settings.learning_rate,
-        warmup=min(100, max(settings.updates - 1, 1)),
-        total=settings.updates or 2,
-        decay=Decay.COSINE if settings.updates else Decay.CONSTANT,
-    )
-    if not settings.updates:
-        optimizer = replace(optimizer, warmup=100)
+    optimizer = OptimizerConfig(Muon(), settings.learning_rate, warmup=100, decay=Decay.CONSTANT)
     mesh = make_mesh(devices=jax.devices()[:1])
-    abstract = abstract_state(stage, optimizer, mesh)
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    steps = _Steps(stage, optimizer, settings, mesh, abstract_state(stage, optimizer, mesh))
+    begun = time.perf_counter()
+    program = steps.compiled()
+    context.record(compiled_in_s=round(time.perf_counter() - begun, 1), batch=settings.batch, dtype=settings.dtype)
+    data = _on_device(context, cascade.text, settings)
+    save = partial(_save, context.out, cascade.base, settings)
     with jax.set_mesh(mesh):
-        step = make_step(stage, optimizer, placements, ema_decay=settings.ema_decay)
-        shapes = stage.batch(settings.batch, stage.resolution)
-        begun = time.perf_counter()
-        program = step.lower(abstract, shapes, jax.random.key(settings.first)).compile()
-        context.record(compiled_in_s=round(time.perf_counter() - begun, 1), batch=settings.batch, dtype=settings.dtype)
-        data = _on_device(context, cascade.text, settings)
         state = init_state(stage, optimizer, jax.random.key(0), mesh, cascade.base.params)
-        ema = _trained(context, program, state, data, settings, partial(_save, context.out, cascade.base, settings))
-    _save(context.out, cascade.base, settings, ema)
+        ema = _trained(context, steps, program, state, data, save)
+    save(ema)
     trained = replace(cascade.base, params=jax.device_get(ema))
     for name, model in (("trained", trained), ("shipped", cascade.base)):
-        context.attempt(f"scores of the {name} base", partial(_score, context, cascade, model, name))
+        if settings.scored:
+            context.attempt(f"scores of the {name} base", partial(_score, context, cascade, model, name))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The training step, compiled for one schedule of the learning rate or another."""
+
+    stage: Stage
+    optimizer: OptimizerConfig
+    settings: Settings
+    mesh: Mesh
+    state: TrainState
+
+    def compiled(self, fall: int = 0, total: int = 0) -> Any:
+        """With a constant rate; or one that falls to 0 from the update `fall` to `total`, for a state that is there."""
+        optimizer = self.optimizer
+        if total:
+            optimizer = replace(optimizer, decay=Decay.COSINE, warmup=fall, total=total)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        with jax.set_mesh(self.mesh):
+            step = make_step(self.stage, optimizer, placements, ema_decay=self.settings.ema_decay)
+            batch = self.stage.batch(self.settings.batch, self.stage.resolution)
+            return step.lower(self.state, batch, jax.random.key(0)).compile()
 
 
 def _rehearsed(settings: Settings) -> Settings:
-    return replace(settings, examples=40, batch=4, updates=3, dtype="float32")
+    return replace(settings, examples=40, batch=4, updates=5, dtype="float32", scored=4)
 
 
 def _stage(stage: Stage, settings: Settings) -> Stage:
@@ -145,38 +167,75 @@ def _batch(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
     return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1.0}
 
 
-def _trained(context: Context, program: Any, state: Any, data: Any, settings: Settings, save: Any) -> Any:
-    """The averaged parameters at the end: after `updates`, or where the time ends."""
-    rng, key = np.random.default_rng(settings.first), jax.random.key(settings.first)
-    order = np.zeros(0, np.int32)
-    begun = last = saved = time.perf_counter()
-    done = logged = 0
-    losses: list[jax.Array] = []
-    while not settings.updates or done < settings.updates:
-        if len(order) < settings.batch:
-            order = rng.permutation(len(data["image"])).astype(np.int32)
-        rows, order = order[: settings.batch], order[settings.batch :]
-        state, metrics = program(state, _batch(data, jnp.asarray(rows)), key)
-        done += 1
-        losses.append(metrics["loss"])
-        if done % 10 == 0:
-            jax.block_until_ready(losses[-1])  # at most ten steps ahead of the device
-        now = time.perf_counter()
-        if now - last > 10 or done == settings.updates:
-            loss = float(jnp.mean(jnp.stack(losses)))
-            rate = (done - logged) * settings.batch / (now - last)
-            context.record(update=done, seconds=round(now - begun, 1), loss=loss, images_per_second=round(rate))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} after {done} updates")
-            losses, last, logged = [], now, done
-        if now - saved > 60:
-            save(state.ema)
-            saved = now
-        if context.left() < EVALUATION:
-            break
-    seconds = time.perf_counter() - begun
-    context.record(updates=done, images_seen=done * settings.batch, seconds=round(seconds, 1))
+def _trained(context: Context, steps: _Steps, program: Any, state: TrainState, data: Any, save: Any) -> Any:
+    """The averaged parameters at the end: after all updates, or where the time ends."""
+    settings, reserve = steps.settings, RESERVE + 2 * SCORE * steps.settings.scored
+    rng, key, order = np.random.default_rng(settings.first), jax.random.key(settings.first), np.zeros(0, np.int32)
+    log, done, total, fall, falling = _Log(context, settings.batch), 0, settings.updates, 0, None
+    # The step with a falling rate is compiled while the first one runs.
+    with ThreadPoolExecutor(1) as pool:
+        while context.left() > reserve and (not total or done < total):
+            if falling is None and (settings.updates or log.seconds > PROBE):
+                total = total or done + int(done / log.seconds * (context.left() - reserve))
+                fall = done + max(1, int((1 - FALL) * (total - done)))
+                falling = pool.submit(steps.compiled, fall, total)
+                context.record(updates_planned=total, rate_falls_from=fall)
+            if falling is not None and done >= fall and (falling.done() or settings.updates):
+                program = falling.result()
+            if len(order) < settings.batch:
+                order = rng.permutation(len(data["image"])).astype(np.int32)
+            rows, order = order[: settings.batch], order[settings.batch :]
+            state, metrics = program(state, _batch(data, jnp.asarray(rows)), key)
+            done += 1
+            if log.add(done, metrics):
+                save(state.ema)
+    log.flush(done)
+    context.record(updates=done, images_seen=done * settings.batch, seconds=round(log.seconds, 1))
     return state.ema
+
+
+class _Log:
+    """Records the mean loss and the speed every ten seconds. Of the device it is at most ten steps ahead."""
+
+    def __init__(self, context: Context, batch: int):
+        self._context, self._batch = context, batch
+        self._begun = self._flushed = self._saved = time.perf_counter()
+        self._losses: list[jax.Array] = []
+        self._rate: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def add(self, done: int, metrics: dict[str, jax.Array]) -> bool:
+        """Whether a minute has passed since this was last true. FloatingPointError for a loss that is not finite."""
+        self._losses.append(metrics["loss"])
+        self._rate = metrics["learning_rate"]
+        if done % 10 == 0:
+            jax.block_until_ready(self._losses[-1])
+        now = time.perf_counter()
+        if now - self._flushed > 10:
+            self.flush(done)
+        if now - self._saved < 60:
+            return False
+        self._saved = now
+        return True
+
+    def flush(self, done: int) -> None:
+        if not self._losses:
+            return
+        loss, speed = float(jnp.mean(jnp.stack(self._losses))), len(self._losses) * self._batch
+        now = time.perf_counter()
+        self._context.record(
+            update=done,
+            seconds=round(now - self._begun, 1),
+            loss=loss,
+            learning_rate=float(self._rate),
+            images_per_second=round(speed / (now - self._flushed)),
+        )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} after {done} updates")
+        self._losses, self._flushed = [], now
 
 
 def _save(out: Path, shipped: Model, settings: Settings, ema: Any) -> None:
@@ -187,7 +246,7 @@ def _save(out: Path, shipped: Model, settings: Settings, ema: Any) -> None:
 def _score(context: Context, cascade: Cascade, model: Model, name: str) -> None:
     """Of held-out captions of one object and of two: the fraction of images with everything that is stated."""
     base = with_dtype(Cascade(cascade.text, model), "float32")
-    count = 4 if context.tiny else 128
+    count = (_rehearsed(context.training) if context.tiny else context.training).scored
     for objects in (1, 2):
         captions = held_out_captions(count, objects)
         scores = attribute_scores(base, captions, [model.sampling], 3, 32)
