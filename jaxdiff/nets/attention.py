@@ -51,10 +51,11 @@ def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
     platform = jax.default_backend()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        # The gradient with a mask or a bias (T5's relative positions) needs even lengths in cuDNN. An odd number of
-        # keys can be padded under a mask.
-        queries_fit = q.shape[1] % 2 == 0 or (mask is None and bias is None)
-        if queries_fit and (k.shape[1] % 2 == 0 or bias is None):
+        # cuDNN's gradient needs even lengths, without a mask too. An odd number of keys can be padded under a mask.
+        even = q.shape[1] % 2 == 0 and (k.shape[1] % 2 == 0 or bias is None)
+        # On an H100 masks of keys were right to 0.4 %. A CLIP with a mask for each query and 65 unmasked image tokens
+        # was off by 16 % (jax 0.11.2): which of the two is to blame is not known.
+        if even and (mask is None or mask.shape[2] == 1):
             return Kernel.CUDNN
     if platform == "tpu" and min(q.shape[1], k.shape[1]) >= LONG_SEQUENCE and importlib.util.find_spec("tokamax"):
         return Kernel.TOKAMAX
@@ -62,10 +63,12 @@ def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
 
 
 def _for_cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-    """Keys, values and mask as cuDNN takes them: the mask for every query, the number of masked keys even."""
-    if mask is None:
-        return k, v, None
+    """Keys, values and mask as cuDNN takes them: the mask for every query, the number of keys even."""
     odd = k.shape[1] % 2
+    if mask is None and not odd:
+        return k, v, None
+    if mask is None:
+        mask = jnp.ones((1, 1, 1, k.shape[1]), bool)
     k, v = (jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0))) for a in (k, v))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd)))
     return k, v, jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))

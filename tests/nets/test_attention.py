@@ -95,35 +95,55 @@ def chosen(monkeypatch):
 def test_kernels_on_each_platform(chosen):
     assert chosen("cpu")[0] == "xla"
     assert chosen("tpu")[0] == "xla"  # too short for a flash kernel
-    assert chosen("gpu")[0] == "cudnn"
-    assert chosen("gpu", dtype=jnp.float32)[0] == "xla"
-    assert chosen("gpu", h=12)[0] == "xla"  # not a multiple of 8
-    assert chosen("gpu", h=136)[0] == "xla"
+    assert chosen("gpu", t=4)[0] == "cudnn"
+    assert chosen("gpu", t=4, dtype=jnp.float32)[0] == "xla"
+    assert chosen("gpu", t=4, h=12)[0] == "xla"  # not a multiple of 8
+    assert chosen("gpu", t=4, h=136)[0] == "xla"
 
 
 def test_cudnn_is_asked_for_nothing_that_it_refuses(chosen):
-    """A mask is a bias to cuDNN: it must cover every query, and its gradient needs even lengths."""
+    """A mask is a bias to cuDNN: it must cover every query. Its gradient needs even lengths: jax 0.11.2 on an H100
+    refused 64 queries with 77 keys, and 1 with 78, without any mask."""
     mask = jnp.ones((B, 1, 1, S), bool)
     kernel, keys, shape, scale = chosen("gpu", t=4, mask=mask)
     assert (kernel, keys, shape) == ("cudnn", (B, S + 1, N, H), (B, 1, 4, S + 1))
     assert scale == pytest.approx(H**-0.5)
-    assert chosen("gpu", t=1, mask=mask)[0] == "xla"
+    for t in (1, 5, 49):
+        assert chosen("gpu", t=t, mask=mask)[0] == "xla"
+        assert chosen("gpu", t=t)[0] == "xla"
+    assert chosen("gpu", t=4, mask=jnp.ones((B, 1, 4, S), bool))[0] == "xla"  # seen to be wrong
+    assert chosen("gpu", t=4)[:3] == ("cudnn", (B, S + 1, N, H), (1, 1, 4, S + 1))
+    assert chosen("gpu", t=4, s=6)[:3] == ("cudnn", (B, 6, N, H), None)
     assert chosen("gpu", t=4, s=S, bias=jnp.zeros((1, N, 4, S)))[0] == "xla"
     kernel, keys, shape, _ = chosen("gpu", t=4, s=6, bias=jnp.zeros((1, N, 4, 6)), mask=jnp.ones((B, 1, 1, 6), bool))
     assert (kernel, keys, shape) == ("cudnn", (B, 6, N, H), (B, 1, 4, 6))
 
 
-def test_cudnn_traces_with_gradients(monkeypatch):
-    """jax's own checks of what cuDNN takes, which need no GPU, with the mask of a U-Net (text before the pixels)."""
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize(("t", "s"), ((16, 21), (16, 16), (2, 77), (64, 1)))
+def test_cudnn_traces_with_gradients(monkeypatch, t, s, masked):
+    """jax's own checks of what cuDNN takes, which need no GPU; masked as in a U-Net (text before the pixels)."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     if not hasattr(fused, "check_cudnn_version"):
         pytest.skip("jax checks its cuDNN version elsewhere")
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
-    q, kv = jnp.zeros((B, 16, N, H), jnp.bfloat16), jnp.zeros((B, 16 + 5, N, H), jnp.bfloat16)
-    mask = jnp.ones((B, 1, 1, 16 + 5), bool)
+    q, kv = jnp.zeros((B, t, N, H), jnp.bfloat16), jnp.zeros((B, s, N, H), jnp.bfloat16)
+    mask = jnp.ones((B, 1, 1, s), bool) if masked else None
 
     def total(q, kv):
         return attention(q, kv, kv, mask=mask, kernel=Kernel.CUDNN).astype(jnp.float32).sum()
 
     grads = jax.eval_shape(jax.grad(total, argnums=(0, 1)), q, kv)
     assert [g.shape for g in grads] == [q.shape, kv.shape]
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_padding_of_the_keys_changes_nothing(qkv, monkeypatch, masked):
+    """What cuDNN is handed for an odd number of keys says the same to XLA."""
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, implementation, **o: original(*a, implementation="xla", **o)
+    )
+    options = {"mask": jnp.asarray(PADDING)} if masked else {}
+    found = attention(*map(jnp.asarray, qkv), kernel=Kernel.CUDNN, **options)
+    np.testing.assert_allclose(found, exact(*qkv, **({"mask": PADDING} if masked else {})), atol=2e-6)
