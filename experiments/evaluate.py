@@ -205,7 +205,7 @@ def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed]) -> 
 
 def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> list[Score]:
     """The exact reader's verdict on what captions of `shapes` state: of a cascade's drawings, or of a folder whose
-    captions are some of the first `count` of the split."""
+    captions are some of the first `count` of the split. Captions of one object and of two have a score each."""
     name = "attributes right"
     if min(shown[0].shape[:2]) < 64 or shown[0].shape[0] != shown[0].shape[1]:
         return [Score(name, None, "", missing="the reader needs squares of 64 pixels or more")]
@@ -214,8 +214,14 @@ def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> li
     captions = list(captions_of(shown))
     if unknown := [text for text in captions if text not in stated]:
         return [Score(name, None, "", missing=f"{len(unknown)} captions are none of the set, such as {unknown[0]!r}")]
-    right = [matches(shown[i], stated[text]).right for i, text in enumerate(captions)]
-    return [Score(name, float(np.mean(right)), f"n {len(right)}, exact reader, {seen.origin.shown}")]
+    right: dict[int, list[bool]] = {}
+    for number, text in enumerate(captions):
+        right.setdefault(len(stated[text].objects), []).append(matches(shown[number], stated[text]).right)
+    scores = []
+    for objects, each in sorted(right.items()):
+        name = f"attributes, {objects} object{'s' if objects > 1 else ''}"
+        scores.append(Score(name, float(np.mean(each)), f"n {len(each)}, exact reader, {seen.origin.shown}"))
+    return scores
 
 
 if __name__ == "__main__":

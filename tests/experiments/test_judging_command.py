@@ -14,6 +14,8 @@ from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 
+ATTRIBUTES = "attributes, 1 object", "attributes, 2 objects"
+
 
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory):
@@ -58,7 +60,14 @@ def test_a_cascade_by_every_judge(judged, standin, tmp_path):
     done, scores = judged("--weights", standin, "--n", 12)
     assert done.code == 0, done.err
     assert {"FD-shapes", "KID-shapes × 1000", "IS-shapes", "precision-shapes", "recall-shapes"} <= set(scores)
-    assert {"FD-clip", "CMMD-clip", "score-clip, w 2.5", "cosine-clip", "attributes right"} <= set(scores)
+    assert {
+        "FD-clip",
+        "CMMD-clip",
+        "score-clip, w 2.5",
+        "cosine-clip",
+        "attributes, 1 object",
+        "attributes, 2 objects",
+    } <= set(scores)
     missing = {name: score["missing"] for name, score in scores.items() if score["value"] is None}
     assert set(missing) == {"FD-shapes, limit", "FD-clip, limit"} and "take 24 or more" in missing["FD-clip, limit"]
     assert all(line.split()[0] in done.out for line in scores)
@@ -168,7 +177,8 @@ def test_what_judges_cannot_read_is_no_picture_from_the_beginning(judged, photos
     (line,) = (line for line in done.err.splitlines() if line.startswith("warning"))
     assert "2 unreadable" in line and "03.tiff" in line and "05.png" in line
     assert scores["cosine-clip"]["protocol"].startswith("n 10, captions ")
-    assert scores["attributes right"]["protocol"].startswith("n 10, exact reader")
+    counts = [int(scores[name]["protocol"].split()[1].strip(",")) for name in ATTRIBUTES]
+    assert min(counts) > 0 and sum(counts) == 10
 
 
 def test_a_turned_photograph_has_the_size_that_is_looked_at(judged, tmp_path):
@@ -184,13 +194,29 @@ def test_a_turned_photograph_has_the_size_that_is_looked_at(judged, tmp_path):
 
 def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, photos):
     _, scores = judged("--pictures", photos)
-    right = scores["attributes right"]
-    assert right["value"] == 1 and "n 12, exact reader, " in right["protocol"]
+    right = [scores[name] for name in ATTRIBUTES]
+    one = sum(len(scene("held_out", i).objects) == 1 for i in range(12))
+    assert [each["value"] for each in right] == [1, 1] and 0 < one < 12
+    assert [each["protocol"].partition(", exact reader, ")[0] for each in right] == [f"n {one}", f"n {12 - one}"]
     assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
     assert "png, 64 pixels" in scores["FD-shapes"]["protocol"].partition("reference")[2]
     (photos / "02.txt").write_text("something else")
     _, scores = judged("--pictures", photos)
     assert scores["attributes right"]["value"] is None and "something else" in scores["attributes right"]["missing"]
+
+
+def test_attributes_of_two_objects_are_not_averaged_with_those_of_one(judged, photos):
+    """All of two objects are wrong, all of one are right; and a folder of one kind has one score."""
+    two = [i for i in range(12) if len(scene("held_out", i).objects) == 2]
+    for i in two:
+        Image.new("RGB", (64, 64), "white").save(photos / f"{i:02d}.png")
+    done, scores = judged("--pictures", photos)
+    assert [scores[name]["value"] for name in ATTRIBUTES] == [1, 0]
+    assert "attributes right" not in scores and all(name in done.out for name in ATTRIBUTES)
+    for i in two:
+        (photos / f"{i:02d}.png").unlink()
+    _, scores = judged("--pictures", photos)
+    assert scores[ATTRIBUTES[0]]["value"] == 1 and ATTRIBUTES[1] not in scores
 
 
 @pytest.mark.parametrize(
