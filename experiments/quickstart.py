@@ -14,10 +14,8 @@ and of none of the four of two: where things are, and which colour is whose, tak
 """
 
 import dataclasses
-import json
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -29,6 +27,8 @@ from experiments.cli import run
 from experiments.imagen import pictures
 from experiments.imagen.drawing import Bars
 from experiments.imagen.evaluate import KINDS, Tally, psnr_scores
+from experiments.imagen.names import Named, save_all
+from experiments.imagen.png_metadata import Metadata
 from experiments.quickstart_train import Training, train_cascade
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
@@ -76,15 +76,17 @@ def main(settings: Run) -> None:
     seconds["load"] = time.perf_counter() - loading
     drawn, spent = draw(model, texts, settings.seed, out)
     tallies = judged(captions, drawn)
-    save(out, texts, drawn, settings.seed, weights)
-    pictures.write(out / "grid.png", sheet(texts, drawn, notes(tallies)))
     report = scores(tallies)
     if settings.train and settings.training.psnr_pictures:
         report |= super_resolution_scores(model, settings.training.psnr_pictures)
     seconds |= spent | {"total": time.perf_counter() - begun}
     report |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     made_by = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
-    write_json(out / "report.json", {**report, **made_by, "device": jax.devices()[0].device_kind})
+    attempt(
+        lambda: save_all(out / "pictures", named(texts, drawn, settings.seed, weights)),
+        lambda: pictures.write(out / "grid.png", sheet(texts, drawn, notes(tallies))),
+        lambda: write_json(out / "report.json", {**report, **made_by, "device": jax.devices()[0].device_kind}),
+    )
     for name, value in report.items():
         if isinstance(value, float):
             print(f"{name:37} {value:.3g}")
@@ -162,14 +164,24 @@ def super_resolution_scores(model: Cascade, count: int) -> dict:
     return {name: score for r, n in counts.items() for name, score in psnr_scores(model, r, n, chosen).items()}
 
 
-def save(out: Path, texts: Sequence[str], drawn: Drawn, seed: int, weights: Path) -> None:
-    """The single pictures."""
+def named(texts: Sequence[str], drawn: Drawn, seed: int, weights: Path) -> Iterator[Named]:
+    """The single pictures, for their files."""
     for resolution, found in drawn.items():
         for i, picture in enumerate(found):
-            told = {"prompt": texts[i], "seed": str(seed)}
-            told["settings"] = json.dumps({"number": i, "resolution": resolution, "weights": str(weights)})
-            name = "-".join([f"{i:02d}", *re.findall(r"\w+", texts[i].lower())])[:60]
-            pictures.save_png(out / "pictures" / f"{name}-{resolution}.png", picture, told)
+            told = {"number": i, "resolution": resolution, "weights": str(weights)}
+            yield Named(f"{i:02d}", texts[i], picture, Metadata(texts[i], seed, told), f"-{resolution}.png")
+
+
+def attempt(*steps: Callable[[], object]) -> None:
+    """Runs all steps, whichever fails, and raises the first OSError then: what can be saved is saved."""
+    failed: list[OSError] = []
+    for step in steps:
+        try:
+            step()
+        except OSError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 # The sheet: cells of a small picture with its caption below and the middle one to the right, four to a row; the large
@@ -199,12 +211,12 @@ def sheet(texts: Sequence[str], drawn: Drawn, notes: Sequence[str] = ()) -> Imag
         pictures.paste(page, pictures.scaled(small[i], SMALL), (x, y))
         if len(middle):
             pictures.paste(page, pictures.scaled(middle[i], MIDDLE), (x + SMALL + pictures.GAP, y))
-        words = pictures.wrapped(text or "(no text)", SMALL, FONT)
+        words = pictures.wrapped(text or "(no text)", SMALL, FONT, lines=(MIDDLE - SMALL) // (FONT + 4))
         pictures.write_text(page, words, (x, y + SMALL + 4), FONT)
     for i, picture in enumerate(large):
         x, y = columns * cell + GAP, GAP + i * (side + below + GAP)
         pictures.paste(page, pictures.scaled(picture, side), (x, y))
-        words = pictures.wrapped(texts[i] or "(no text)", side, FONT)
+        words = pictures.wrapped(texts[i] or "(no text)", side, FONT, lines=below // FONT)
         pictures.write_text(page, words, (x, y + side + 4), FONT)
     return page
 

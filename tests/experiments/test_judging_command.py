@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from small_judges import write_judges
 
 from experiments import evaluate, judging
+from experiments.imagen import png_metadata
 from experiments.judging import OfFolder, loaded, observe, open_folder
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
@@ -264,12 +265,30 @@ def test_a_damaged_part_is_looked_at_again(judges, tmp_path):
 
 
 def test_captions_are_found_where_pictures_of_ours_have_them(photos):
-    told = PngImagePlugin.PngInfo()
-    told.add_itxt("prompt", "a red star")
+    ours, others = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    ours.add_itxt(png_metadata.KEY, png_metadata.to_text(png_metadata.Metadata("a red star", 1)))
+    others.add_itxt("prompt", '{"3": {"class_type": "KSampler"}}')
     Image.open(photos / "00.png").save(photos / "grid.png")
     (photos / "01.txt").unlink()
-    Image.open(photos / "01.png").save(photos / "01.png", pnginfo=told)
+    Image.open(photos / "01.png").save(photos / "01.png", pnginfo=ours)
     (photos / "02.txt").unlink()
+    Image.open(photos / "02.png").save(photos / "02.png", pnginfo=others)
     found = open_folder(photos)
     assert len(found) == 12
     assert found.caption(1) == "a red star" and found.caption(2) is None
+
+
+def test_pictures_of_other_programs_have_no_captions(judged, photos):
+    """Their text is not judged; one line says how many there are, and what to do."""
+    others = PngImagePlugin.PngInfo()
+    others.add_text("prompt", '{"3": {"class_type": "KSampler"}}')
+    for i in (2, 5, 7):
+        (photos / f"{i:02d}.txt").unlink()
+        Image.open(photos / f"{i:02d}.png").save(photos / f"{i:02d}.png", pnginfo=others)
+    done, scores = judged("--pictures", photos)
+    assert done.code == 0, done.err
+    for name in ("score-clip", "attributes right"):
+        missing = scores[name]["missing"]
+        assert missing.startswith("3 of 12 pictures have no caption") and ".txt" in missing
+    assert "KSampler" not in done.out + done.err and "cosine-clip" not in scores
+    assert scores["FD-shapes"]["value"] is not None

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import quickstart
+from experiments.imagen import png_metadata
 from experiments.imagen.pictures import to_uint8
 from experiments.quickstart_train import train_cascade
 from jaxdiff.systems import cascade
@@ -46,7 +47,8 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     first = next((tmp_path / "pictures").glob("00-*-1024.png"))
     expected = cascade.sample(load(standin), report["captions"][:2])[1024][0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
-    assert Image.open(first).text["prompt"] == report["captions"][0]
+    metadata = png_metadata.read(first.read_bytes())
+    assert metadata.prompt == report["captions"][0] and metadata.settings["resolution"] == 1024
 
 
 def test_one_object_and_two_are_scored_apart():
