@@ -1,16 +1,9 @@
 """Text files that a user gives, one text a line."""
 
-import codecs
+import io
 from pathlib import Path
 
-# UTF-32's mark begins with UTF-16's, so it comes first.
-_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+from jaxdiff.data import captions
 
 
 def lines(path: Path) -> list[str]:
@@ -20,23 +13,20 @@ def lines(path: Path) -> list[str]:
     \\r within a line. UTF-8, or what a byte order mark says (UTF-16, UTF-32); the mark goes.
 
     Raises:
-        ValueError: the file is not text in such an encoding, or all its lines end with \\r alone, as on old Macs.
+        ValueError: the file is not text in such an encoding (the message names the first such line), or all its lines
+            end with \\r alone, as on old Macs.
     """
-    text = _decoded(path)
+    try:
+        text = captions.reader(io.BytesIO(path.read_bytes())).read()  # with the line ends of the file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cut off, or not what its byte order mark says ({error})") from error
     if "\n" not in text and "\r" in text.strip():
         raise ValueError(f"{path}: its lines end with carriage returns alone; save it with line feeds")
-    # Files that were joined have marks within.
-    stripped = (line.strip().removeprefix("\ufeff").strip() for line in text.split("\n"))
-    return [line for line in stripped if line]
-
-
-def _decoded(path: Path) -> str:
-    data = path.read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not {encoding.removesuffix('-sig').upper()} ({error})") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: not text, it holds NUL characters; UTF-16 needs its byte order mark")
-    return text
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        cleaned = captions.clean(line)
+        if cleaned.fault is not None:
+            raise ValueError(f"{path}:{number}: not text in UTF-8, nor marked as UTF-16; save the file as UTF-8")
+        if cleaned.text is not None:
+            found.append(cleaned.text)
+    return found

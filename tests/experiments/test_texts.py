@@ -54,10 +54,11 @@ def test_a_carriage_return_within_a_line_is_a_space_of_it(tmp_path):
     "content, reason",
     [
         (b"a red circle\ra blue star\r", "carriage returns alone"),
-        ("ein Käfer".encode("latin-1"), "not UTF-8"),
-        (codecs.BOM_UTF16_LE + "a".encode("utf-16-le") + b"\x00", "not UTF-16"),
-        ("a red circle\n".encode("utf-16-le"), "byte order mark"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8"),
+        ("a cat\nein Käfer".encode("latin-1"), ":2: not text in UTF-8"),
+        (codecs.BOM_UTF16_LE + "a".encode("utf-16-le") + b"\x00", "cut off"),
+        (codecs.BOM_UTF16_LE + "a\ud83d".encode("utf-16-le", "surrogatepass"), ":1: not text"),
+        ("a red circle\n".encode("utf-16-le"), ":1: not text in UTF-8, nor marked as UTF-16"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ":1: not text"),
     ],
 )
 def test_what_is_no_text(content, reason, tmp_path, command):
