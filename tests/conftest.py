@@ -3,10 +3,14 @@
 Everything here happens before the first import of jax or of jaxdiff.
 """
 
+import ctypes
+import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,9 +25,35 @@ for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 
+import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 _HOOK = install_import_hook("jaxdiff", "beartype.beartype")
+
+MEMORY_MAPS = 12_000
+"""Of 65,530 that Linux gives a process. Every compiled program takes some: the whole suite took all, and crashed."""
+MEMORY = 2 << 30
+"""Bytes of resident memory."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_caches():
+    """After a module, compiled programs are let go where they have become many. Later ones read them from the disk."""
+    yield
+    if _many_programs():
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+
+
+def _many_programs() -> bool:
+    try:
+        maps = Path("/proc/self/maps").read_bytes().count(b"\n")
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return True
+    return maps > MEMORY_MAPS or resident > MEMORY
 
 
 def pytest_terminal_summary(terminalreporter):
