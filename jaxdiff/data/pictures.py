@@ -36,6 +36,11 @@ def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         raise Unreadable(f"damaged picture ({error})") from error
 
 
+def has_transparency(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque: an alpha channel that is 255 everywhere is no transparency."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
 def resize(picture: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     """The centred square of a picture, resampled to `resolution`: the short side fits, the long one is cut.
 

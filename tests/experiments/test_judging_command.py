@@ -153,7 +153,7 @@ def test_unreadable_true_pictures_too(judged, photos):
     done, scores = judged("--pictures", photos, "--data", f"folder:{photos}")
     assert done.code == 0, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("warning")]
-    assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "picture 2" in lines[1]
+    assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "02.png" in lines[1]
     assert "n 10 against 10" in scores["FD-shapes"]["protocol"]
 
 
@@ -187,7 +187,7 @@ def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, phot
     right = scores["attributes right"]
     assert right["value"] == 1 and "n 12, exact reader, " in right["protocol"]
     assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
-    assert "png, 64 pixels" in scores["FD-shapes"]["protocol"].partition("reference")[2]
+    assert "(png, 64x64)" in scores["FD-shapes"]["protocol"].partition("reference")[2]
     (photos / "02.txt").write_text("something else")
     _, scores = judged("--pictures", photos)
     assert scores["attributes right"]["value"] is None and "something else" in scores["attributes right"]["missing"]
