@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxdiff.data import folder, pictures, zipped
-from jaxdiff.data.example import Source
+from jaxdiff.data.example import Source, caption_of
 from jaxdiff.data.files import replacing
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import Extractor, extract
@@ -139,7 +139,7 @@ class OfSource:
         return strictly(self.source[index]["image"], f"{self.name}: picture {index}", self.convert)
 
     def caption(self, index: int) -> str | None:
-        return self.source[index]["caption"]
+        return caption_of(self.source[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +226,7 @@ def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fi
             continue
         try:
             example = found[number]
+            caption_of(example)  # warns of characters that were replaced
             height, width, _ = strictly(example["image"], str(file), convert).shape
         except (pictures.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({str(error).splitlines()[0]})")
@@ -253,7 +254,6 @@ def _entries(path: Path) -> tuple[Source, list[tuple[str, Path | zipped.Member]]
         files = folder.read(path)
         return files, [(name, path / name) for name, _ in files.entries]
     members = zipped.read(path)
-    _warn_of(str(path), list(members.left_out), "hidden")
     return members, [(member.info.filename, member) for member in members.members]
 
 
@@ -322,11 +322,11 @@ def size_of(picture: np.ndarray) -> str:
 CROP_THEM = "--fit crop takes the centred square of each, at one size"
 
 
-def _warn_of(name: str, files: list[str], why: str = "unreadable") -> None:
-    if files:
-        more = ", …" if len(files) > 5 else ""
-        named = ", ".join(files[:5]) + more
-        warnings.warn(f"{name}: {len(files)} {why}, left out: {named}", stacklevel=3)
+def _warn_of(name: str, unreadable: list[str]) -> None:
+    if unreadable:
+        more = ", …" if len(unreadable) > 5 else ""
+        named = ", ".join(unreadable[:5]) + more
+        warnings.warn(f"{name}: {len(unreadable)} unreadable, left out: {named}", stacklevel=3)
 
 
 def _seen(

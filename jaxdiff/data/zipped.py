@@ -3,15 +3,17 @@
 photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; a `.txt` beside a picture is its caption
 """
 
+import collections
 import dataclasses
 import os
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from jaxdiff.data import captions
 from jaxdiff.data.example import Example
-from jaxdiff.data.folder import SUFFIXES
-from jaxdiff.data.pictures import Unreadable
+from jaxdiff.data.folder import COMPANIONS, PROGRAMS, SUFFIXES, Walk
 
 LARGEST = 1 << 30
 """Bytes of a member that are unpacked at most: a zip may say of a few bytes that they are many."""
@@ -33,13 +35,13 @@ class Member:
         return PurePosixPath(self.info.filename).suffix
 
     def read_bytes(self) -> bytes:
-        """Raises `Unreadable` for a member that is damaged, encrypted or too large."""
+        """OSError for a member that is damaged, encrypted or too large."""
         if self.info.file_size > LARGEST:
-            raise Unreadable(f"unpacks to {self.info.file_size} bytes")
+            raise OSError(f"unpacks to {self.info.file_size} bytes, of at most {LARGEST}")
         try:
             return self.archive.read(self.info)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise Unreadable(f"damaged or encrypted in the zip ({error})") from error
+            raise OSError(f"damaged or encrypted in the zip ({error})") from error
 
     def __str__(self) -> str:
         return f"{self.archive.filename}/{self.info.filename}"
@@ -47,12 +49,11 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZipSource:
-    """The pictures in order of their names. `left_out`: hidden ones, and those that macOS puts beside files."""
+    """The pictures in order of their names."""
 
     path: Path
     members: tuple[Member, ...]
     captions: dict[str, Member]
-    left_out: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -60,8 +61,8 @@ class ZipSource:
     def __getitem__(self, index: int) -> Example:
         member = self.members[index]
         text = self.captions.get(_stem(member.info.filename))
-        caption = None if text is None else text.read_bytes().decode("utf-8-sig", errors="replace").strip() or None
-        return {"image": member.read_bytes(), "caption": caption, "name": str(member)}
+        caption, fault = captions.clean(None if text is None else captions.decode(text.read_bytes()))
+        return {"image": member.read_bytes(), "caption": caption, "name": str(member), "caption_fault": fault}
 
 
 def is_zip(path: Path) -> bool:
@@ -70,8 +71,8 @@ def is_zip(path: Path) -> bool:
 
 
 def read(path: Path) -> ZipSource:
-    """The pictures of a zip, which stays open. FileNotFoundError when it is not there or holds no picture; ValueError
-    for a damaged one."""
+    """The pictures of a zip, which stays open. Warns of what is left out, counted, as for a folder. FileNotFoundError
+    when it is not there or holds no picture; ValueError for a damaged one."""
     try:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
@@ -80,16 +81,23 @@ def read(path: Path) -> ZipSource:
         raise ValueError(f"{path}: no zip, or a damaged one ({error})") from error
     files = sorted((each for each in archive.infolist() if not each.is_dir()), key=lambda each: each.filename)
     shown = [each for each in files if not _is_hidden(each.filename)]
-    hidden = tuple(each.filename for each in files if _is_hidden(each.filename) and _suffix(each.filename) in SUFFIXES)
+    hidden = [each.filename for each in files if _is_hidden(each.filename) and _suffix(each.filename) in SUFFIXES]
     members = tuple(Member(archive, each) for each in shown if _suffix(each.filename) in SUFFIXES)
-    captions = {_stem(each.filename): Member(archive, each) for each in shown if _suffix(each.filename) == ".txt"}
+    texts = {_stem(each.filename): Member(archive, each) for each in shown if _suffix(each.filename) == ".txt"}
+    suffixes = [_suffix(each.filename) for each in shown]
+    unknown = collections.Counter(
+        suffix or "without suffix" for suffix in suffixes if suffix not in SUFFIXES | COMPANIONS
+    )
+    for line in Walk((), tuple(hidden), tuple(unknown.most_common()), ()).left_out():
+        warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not members:
         raise FileNotFoundError(f"{path}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
-    return ZipSource(path, members, captions, hidden)
+    return ZipSource(path, members, texts)
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    *folders, last = PurePosixPath(name).parts
+    return any(part.startswith(".") or part in PROGRAMS for part in folders) or last.startswith(".")
 
 
 def _suffix(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.data import zipped
-from jaxdiff.data.pictures import Unreadable, decode
+from jaxdiff.data.pictures import decode
 
 
 def png(shade):
@@ -43,15 +43,30 @@ def test_pictures_in_order_with_their_captions(tmp_path):
         ]
         assert [found[i]["caption"] for i in range(len(found))] == [None, "a red wall", None]
         assert decode(found[2]["image"])[0, 0].tolist() == [9, 0, 0]
-        assert found[1]["name"].endswith("set.zip/00000/img1.PNG") and found.left_out == ()
+        assert found[1]["name"].endswith("set.zip/00000/img1.PNG")
         assert (found.members[1].name, found.members[1].suffix) == ("img1.PNG", ".PNG")
 
 
 def test_hidden_pictures_are_left_out_and_told(tmp_path):
     hidden = ["__MACOSX/._a.png", ".hidden.png", "b/.ipynb_checkpoints/a.png", ".Trash/c.jpg"]
     members = {"a.png": png(1), ".DS_Store": b"x", "__MACOSX/._a.txt": b"x"} | dict.fromkeys(hidden, png(2))
+    with pytest.warns(UserWarning, match="set.zip: left out 4 hidden folders or images") as warned:
+        found = zipped.read(write(tmp_path / "set.zip", members))
+    assert len(found) == 1 and all(name in str(warned[0].message) for name in hidden)
+
+
+def test_files_of_unknown_kinds_are_counted(tmp_path):
+    members = {"a.png": png(1), "a.txt": "a wall", "b.heic": b"x", "c.heic": b"x", "d": b"x", "dataset.json": "{}"}
+    with pytest.warns(UserWarning, match=r"left out 3 files of unknown kinds \(2 .heic, 1 without suffix\)"):
+        assert len(zipped.read(write(tmp_path / "set.zip", members))) == 1
+
+
+def test_captions_are_decoded_as_those_of_folders_are(tmp_path):
+    texts = {"a": "\ufeffein Stern".encode("utf-16"), "b": b"caf\xe9", "c": "\ufeff \n".encode()}
+    members = {f"{name}.png": png(1) for name in texts} | {f"{name}.txt": text for name, text in texts.items()}
     found = zipped.read(write(tmp_path / "set.zip", members))
-    assert len(found) == 1 and set(found.left_out) == set(hidden)
+    assert [found[i]["caption"] for i in range(3)] == ["ein Stern", "caf\ufffd", None]
+    assert "1 character" in found[1]["caption_fault"] and found[0]["caption_fault"] is None
 
 
 def test_a_name_twice_is_two_pictures(tmp_path):
@@ -70,10 +85,10 @@ def test_damaged_members_are_unreadable_and_others_stay(tmp_path, monkeypatch):
     path.write_bytes(content)
     monkeypatch.setattr(zipped, "LARGEST", 1000)
     found = zipped.read(path)
-    with pytest.raises(Unreadable, match="damaged or encrypted"):
+    with pytest.raises(OSError, match="damaged or encrypted"):
         found[0]
     assert found[1]["image"] == png(1)
-    with pytest.raises(Unreadable, match="unpacks to 1500 bytes"):
+    with pytest.raises(OSError, match="unpacks to 1500 bytes"):
         found[2]
 
 
@@ -83,7 +98,7 @@ def test_encrypted_members_are_unreadable(tmp_path):
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + flags] |= 1
     path.write_bytes(content)
-    with pytest.raises(Unreadable, match="encrypted"):
+    with pytest.raises(OSError, match="encrypted"):
         zipped.read(path)[0]
 
 

@@ -238,7 +238,7 @@ def test_zips_are_read_as_folders_are(judged, tmp_path):
     done, scores = judged("--pictures", path, "--data", f"folder:{path}")
     assert done.code == 0, done.err
     nothing_apart(scores)
-    assert "1 hidden, left out: __MACOSX/00000/._00.png" in done.err
+    assert "left out 1 hidden folder or image (__MACOSX/00000/._00.png)" in done.err
     _, of_folder = judged("--pictures", folder, "--data", f"folder:{folder}")
     assert scores["KID-shapes × 1000"]["value"] == of_folder["KID-shapes × 1000"]["value"]
     done, mixed = judged("--pictures", folder, "--data", f"folder:{path}", "--true-n", 9)
