@@ -24,6 +24,7 @@ from experiments.cli import run
 from experiments.imagen import pictures as files
 from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
 from experiments.imagen.evaluate import upto
+from experiments.imagen.png_metadata import Metadata
 from experiments.judging import (
     CROP_THEM,
     Bench,
@@ -37,6 +38,7 @@ from experiments.judging import (
     loaded,
     observe,
     open_folder,
+    without_captions,
 )
 from jaxdiff.data import sources, zipped
 from jaxdiff.data.embeddings import fingerprint
@@ -263,7 +265,8 @@ def _drawn(settings: Run, model: cascade.Cascade, spec: sources.DataSpec, split:
             options = {"seed": settings.seed, "first": piece.start, "samplings": chosen, "progress": bars}
             found = dict(cascade.stages(model, texts, batch=32, **options))[resolution]
             for number, picture, text in zip(piece, found, texts):
-                files.save_png(paths[number], picture, {"prompt": text})
+                told = {"number": number, "resolution": resolution, "data": settings.data, "split": split}
+                files.save_png(paths[number], picture, Metadata(text, settings.seed, told))
     return OfFolder(f"{settings.weights.name} at {resolution}", tuple(paths), tuple(captions), "png")
 
 
@@ -281,8 +284,7 @@ def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed], pre
     if bench.clip is None:
         return []
     captions = list(captions_of(shown))
-    if None in captions:
-        missing = f"picture {captions.index(None)} has no caption"
+    if missing := without_captions(captions):
         return [Score(f"score-{bench.clip.name}", None, "", missing=missing)]
     text = embedded(bench.text, [prefix + caption for caption in captions])
     return judge_captions(captions, text, seen[str(bench.clip)], prefix)
@@ -290,17 +292,25 @@ def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed], pre
 
 def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> list[Score]:
     """The exact reader's verdict on what captions of `shapes` state: of a cascade's drawings, or of a folder whose
-    captions are some of the first `count` of the split."""
+    captions are some of the first `count` of the split. Captions of one object and of two have a score each."""
     name = "attributes right"
     if min(shown[0].shape[:2]) < 64 or shown[0].shape[0] != shown[0].shape[1]:
         return [Score(name, None, "", missing="the reader needs squares of 64 pixels or more")]
     said = (caption(scene(split, number), split, number) for number in range(max(count, len(shown))))
     stated: dict[str | None, Stated] = {each.text: each.stated for each in said}
     captions = list(captions_of(shown))
+    if missing := without_captions(captions):
+        return [Score(name, None, "", missing=missing)]
     if unknown := [text for text in captions if text not in stated]:
         return [Score(name, None, "", missing=f"{len(unknown)} captions are none of the set, such as {unknown[0]!r}")]
-    right = [matches(shown[i], stated[text]).right for i, text in enumerate(captions)]
-    return [Score(name, float(np.mean(right)), f"n {len(right)}, exact reader, {seen.origin.shown}")]
+    right: dict[int, list[bool]] = {}
+    for number, text in enumerate(captions):
+        right.setdefault(len(stated[text].objects), []).append(matches(shown[number], stated[text]).right)
+    scores = []
+    for objects, each in sorted(right.items()):
+        name = f"attributes, {objects} object{'s' if objects > 1 else ''}"
+        scores.append(Score(name, float(np.mean(each)), f"n {len(each)}, exact reader, {seen.origin.shown}"))
+    return scores
 
 
 if __name__ == "__main__":

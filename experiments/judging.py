@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
+from experiments.imagen import png_metadata
 from jaxdiff.data import folder, pictures, zipped
 from jaxdiff.data.example import Source, caption_of
 from jaxdiff.data.files import replacing
@@ -210,8 +211,8 @@ def _from_array(picture: np.ndarray) -> Image.Image:
 
 def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fit.SQUEEZE) -> OfFolder:
     """The first pictures of a folder or zip; a count of 0: all. Their captions are looked for as in training data
-    (`.txt`, metadata.jsonl), and in what a PNG of `experiments.imagen.sample` says of itself; the sheet `grid.png` of
-    such a folder is none of them.
+    (`.txt`, metadata.jsonl), and in what a PNG of ours says of itself, never in the text of other programs; the sheet
+    `grid.png` of such a folder is none of them.
 
     Warns of unreadable files, and of those that are left out, counted and named. FileNotFoundError for a folder without
     pictures; ValueError for grayscale or transparent ones unless `convert`, and for pictures of several sizes, unless
@@ -231,11 +232,9 @@ def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fi
         except (pictures.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({str(error).splitlines()[0]})")
             continue
-        with Image.open(io.BytesIO(example["image"])) as image:
-            told = image.info
         sizes.setdefault((width, height), name)
         files.append(file)
-        captions.append(example["caption"] or told.get("prompt"))
+        captions.append(example["caption"] or _own_caption(file, example["image"]))
     _warn_of(str(path), unreadable)
     if not files:
         raise FileNotFoundError(f"{path}: no pictures that can be read")
@@ -355,3 +354,20 @@ def _digest(part: list[np.ndarray]) -> str:
 
 def captions_of(shown: PictureSet) -> Iterator[str | None]:
     return (shown.caption(i) for i in range(len(shown)))
+
+
+def without_captions(captions: Sequence[str | None]) -> str:
+    """How many of the pictures have no caption, and how to give them some; empty where all have one."""
+    count = sum(caption is None for caption in captions)
+    advice = "put a NAME.txt beside each, or a metadata.jsonl into the folder (of the text in PNGs ours alone is read)"
+    return f"{count} of {len(captions)} pictures have no caption: {advice}" if count else ""
+
+
+def _own_caption(file: Path | zipped.Member, picture: bytes) -> str | None:
+    """The prompt in a PNG of ours; None where there is none, or where it was drawn without text."""
+    try:
+        metadata = png_metadata.read(picture)
+    except ValueError as error:
+        warnings.warn(f"{file}: no caption, {error}", stacklevel=3)
+        return None
+    return (metadata.prompt.strip() or None) if metadata is not None else None

@@ -44,8 +44,8 @@ def main(data_dir: Path = Path("runs/data"), source: Path | None = None) -> None
 def glosses(folder: Path) -> Iterator[str]:
     """Each synset's definition, without its examples. ValueError for a line that is none of WordNet's."""
     for part in PARTS:
-        for number, line in enumerate((folder / part).read_text(encoding="latin-1").splitlines(), 1):
-            if line.startswith("  "):  # the licence
+        for number, line in enumerate((folder / part).read_text(encoding="latin-1").split("\n"), 1):
+            if not line or line.startswith("  "):  # the end, the licence
                 continue
             _, bar, gloss = line.partition(" | ")
             if not bar:

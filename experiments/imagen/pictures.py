@@ -1,24 +1,28 @@
 """Pictures for people to look at: arrays to PNG files and captioned grids."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from experiments.imagen import png_metadata
+from experiments.imagen.png_metadata import Metadata
 from jaxdiff.data.files import replacing
 from jaxdiff.data.pictures import to_uint8
 
 GAP = 8
 """Pixels between the pictures of a sheet."""
+LINES = 12
+"""Lines of a caption on a sheet, whatever its length."""
 
 
-def save_png(path: Path, picture: np.ndarray, metadata: Mapping[str, str] | None = None) -> None:
-    """One picture (h w 3) in [-1, 1], complete or not at all; `metadata` as PNG text."""
+def save_png(path: Path, picture: np.ndarray, metadata: Metadata | None = None) -> None:
+    """One picture (h w 3) in [-1, 1], complete or not at all; `metadata` as PNG text (`png_metadata`)."""
     info = PngImagePlugin.PngInfo()
-    for name, value in (metadata or {}).items():
-        info.add_itxt(name, value)
+    if metadata is not None:
+        info.add_itxt(png_metadata.KEY, png_metadata.to_text(metadata))
     write(path, Image.fromarray(to_uint8(picture)), pnginfo=info)
 
 
@@ -71,9 +75,11 @@ def paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int]) -> Non
     sheet.paste(image, place)
 
 
-def wrapped(text: str, width: int, font_size: int) -> str:
-    """Broken into lines that fit into `width` pixels."""
-    return "\n".join(textwrap.wrap(text, max(8, int(width / (0.52 * font_size)))))
+def wrapped(text: str, width: int, font_size: int, lines: int = LINES) -> str:
+    """Broken into lines that fit into `width` pixels; what is beyond so many lines is left out ("…")."""
+    characters = max(8, int(width / (0.52 * font_size)))
+    printable = "".join(c if c.isprintable() else " " for c in text[: 2 * lines * characters])
+    return "\n".join(textwrap.wrap(printable, characters, max_lines=lines, placeholder=" …"))
 
 
 def text_height(texts: Sequence[str], font_size: int) -> int:

@@ -3,9 +3,10 @@
     python -m experiments.imagen.sample "a small blue star at the top" "a green heart left of a pink cross" --up-to 256
     python -m experiments.imagen.sample --prompts captions.txt --per-prompt 4 --steps 50,8,8 --guidance 5,1,1
 
-Writes one PNG for each picture, with its prompt, seed and all settings as PNG text, and grid.png. With the shipped
-cascade on 2 CPU cores a picture takes about a second to 256 pixels and under 20 to 1024, after some 30 of compilation
-the first time. `--size 96x64` draws other sizes than 64: multiples of the stride, every stage enlarging them fourfold.
+Writes one PNG for each picture and grid.png. The file of a picture is named by its number and the first words of its
+prompt, and holds prompt, seed and all settings as JSON in a PNG text called `jaxdiff`. With the shipped cascade on 2
+CPU cores a picture takes about a second to 256 pixels and under 20 to 1024, after some 30 of compilation the first
+time. `--size 96x64` draws other sizes than 64: multiples of the stride, every stage enlarging them fourfold.
 
     python -m experiments.imagen.sample "a photo of a red panda" --weights DeepFloyd/IF-I-XL-v1.0 --dtype bfloat16
     python -m experiments.imagen.sample "a watercolour" --weights runs/IF-I runs/IF-II --image photo.jpg --strength 0.6
@@ -21,20 +22,24 @@ all of them, by its rows.
 
 import dataclasses
 import json
-import re
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
+from experiments import texts
 from experiments.cli import run
 from experiments.imagen import pictures
 from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, size_of, spread, with_dtype
+from experiments.imagen.names import Named, save_all
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
+from experiments.imagen.png_metadata import Metadata
 from jaxdiff.data.files import usable
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
@@ -52,7 +57,8 @@ class Run:
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Captions to draw; an empty one is drawn without text."""
     prompts: Path | None = None
-    """A file with further captions, one on each line; empty lines are left out."""
+    """A file with further captions, one on each line, which a line feed ends (UTF-8, or what its byte order mark says);
+    empty lines are left out."""
     out: Path = Path("runs/sample")
     """Folder for the pictures."""
     seed: int = 0
@@ -101,18 +107,25 @@ def _draw(settings: Run, model: Cascade, prompts: list[str]) -> None:
     task = _Task(settings, model, chosen, settings.own.begin(model), enlarged(settings.own, model))
     prompts = [prompt for prompt in prompts for _ in range(settings.per_prompt)]
     pieces = parts(len(prompts))
-    images, captions = [], []
+    images: list[Image.Image] = []
+    failure: OSError | None = None
     with Bars(len(pieces)) as bars:
         for piece in pieces:
             resolution, drawn = task.last(prompts[piece.start : piece.stop], piece.start, bars)
-            for number, picture in enumerate(drawn, piece.start):
-                prompt = prompts[number]
-                information = _information(settings, chosen, prompt, number, resolution)
-                pictures.save_png(settings.out / f"{number:04d}{_slug(prompt)}.png", picture, information)
-                images.append(pictures.scaled(picture, 128 if max(picture.shape) <= 128 else 256))
-                captions.append(prompt if prompt.strip() else "(no text)")
+            images += [pictures.scaled(picture, 128 if max(picture.shape) <= 128 else 256) for picture in drawn]
+            try:
+                save_all(settings.out, task.named(prompts, piece.start, resolution, drawn))
+            except OSError as error:  # nothing more is drawn, but the sheet may still have room
+                failure = error
+                break
+    captions = [prompt if prompt.strip() else "(no text)" for prompt in prompts[: len(images)]]
     columns = settings.per_prompt if settings.per_prompt > 1 else min(4, len(images))
-    pictures.write(settings.out / "grid.png", pictures.sheet(images, captions, max(images[0].size), columns))
+    try:
+        pictures.write(settings.out / "grid.png", pictures.sheet(images, captions, max(images[0].size), columns))
+    except OSError as error:
+        failure = failure or error
+    if failure is not None:
+        raise failure
     print(f"{settings.out / 'grid.png'}: {len(images)} pictures drawn at {resolution}, one file each beside it")
 
 
@@ -125,11 +138,7 @@ def prompts_of(settings: Run) -> list[str]:
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt {text!r} is not UTF-8") from error
     if settings.prompts is not None:
-        try:
-            lines = settings.prompts.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{settings.prompts}: not UTF-8 ({error})") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += texts.lines(settings.prompts)
     if not prompts and settings.own.enlarge is not None:
         return [""]
     if not prompts:
@@ -200,10 +209,14 @@ class _Task:
         resolution, pictures = deque(drawn, maxlen=1).pop()
         return resolution, pictures if self.enlarged is None else self.enlarged.cut(pictures, resolution)
 
+    def named(self, prompts: list[str], start: int, resolution: int, drawn: np.ndarray) -> Iterator[Named]:
+        """The pictures of the prompts from number `start` on, for their files."""
+        for number, picture in enumerate(drawn, start):
+            metadata = _metadata(self.settings, self.chosen, prompts[number], number, resolution)
+            yield Named(f"{number:04d}", prompts[number], picture, metadata)
 
-def _information(
-    settings: Run, chosen: tuple[Sampling, ...], prompt: str, number: int, resolution: int
-) -> dict[str, str]:
+
+def _metadata(settings: Run, chosen: tuple[Sampling, ...], prompt: str, number: int, resolution: int) -> Metadata:
     """What the PNG says of itself: enough to draw it again."""
     told = {
         "number": number,
@@ -219,13 +232,7 @@ def _information(
         **{name: getattr(value, "name", value) for name, value in vars(settings.own).items() if value},
         "stages": [to_json(sampling) for sampling in chosen],
     }
-    return {"prompt": prompt, "seed": str(settings.seed), "settings": json.dumps(told)}
-
-
-def _slug(prompt: str) -> str:
-    """The prompt's first words as part of a file name."""
-    words = re.findall(r"\w+", prompt.lower())
-    return "".join(f"-{word}" for word in words)[:60].rstrip("-")
+    return Metadata(prompt, settings.seed, told)
 
 
 if __name__ == "__main__":

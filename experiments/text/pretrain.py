@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
 from experiments.cores import use_cores
+from experiments.texts import lines as read_lines
 from jaxdiff.data import example, sources
 from jaxdiff.nets import t5
 from jaxdiff.systems.t5 import Pretraining, batches
@@ -141,10 +142,7 @@ def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
 
 def lines_of(texts: Path, most: int) -> list[str]:
     """The lines of a file that are not blank, or `most` of them, spread over it. ValueError for a file without any."""
-    try:
-        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{texts}: not text in UTF-8 ({error})") from error
+    lines = read_lines(texts)
     if not lines:
         raise ValueError(f"{texts}: no lines of text")
     count = min(most, len(lines))

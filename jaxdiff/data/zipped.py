@@ -84,10 +84,8 @@ def read(path: Path) -> ZipSource:
     hidden = [each.filename for each in files if _is_hidden(each.filename) and _suffix(each.filename) in SUFFIXES]
     members = tuple(Member(archive, each) for each in shown if _suffix(each.filename) in SUFFIXES)
     texts = {_stem(each.filename): Member(archive, each) for each in shown if _suffix(each.filename) == ".txt"}
-    suffixes = [_suffix(each.filename) for each in shown]
-    unknown = collections.Counter(
-        suffix or "without suffix" for suffix in suffixes if suffix not in SUFFIXES | COMPANIONS
-    )
+    others = (suffix for each in shown if (suffix := _suffix(each.filename)) not in SUFFIXES | COMPANIONS)
+    unknown = collections.Counter(suffix or "without suffix" for suffix in others)
     for line in Walk((), tuple(hidden), tuple(unknown.most_common()), ()).left_out():
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not members:
@@ -96,8 +94,8 @@ def read(path: Path) -> ZipSource:
 
 
 def _is_hidden(name: str) -> bool:
-    *folders, last = PurePosixPath(name).parts
-    return any(part.startswith(".") or part in PROGRAMS for part in folders) or last.startswith(".")
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") for part in parts) or any(part in PROGRAMS for part in parts[:-1])
 
 
 def _suffix(name: str) -> str:

@@ -11,7 +11,7 @@ from small_cascade import SR_256
 from experiments.imagen import evaluate
 from experiments.imagen.evaluate import Tally, psnr, psnr_scores, true_picture
 from jaxdiff.data.pictures import resize, to_float
-from jaxdiff.data.shapes_caption import held_out_examples
+from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.diffusion.thresholding import Static
 from jaxdiff.systems.cascade import Cascade
@@ -29,7 +29,7 @@ def test_true_pictures_are_right_and_those_of_other_captions_are_not():
     assert tally.wrong(64) == {}
     assert set(tally.attributes(64).values()) == {1}
     assert tally.accuracy(256) == pytest.approx(6 / 8)
-    assert tally.accuracy(256, 6) == 1
+    assert tally.counts(256) == (6, 8)
     assert set(tally.wrong(256)) == {captions[6].text, captions[7].text}
     assert "kind" in tally.wrong(256)[captions[6].text]
     assert tally.attributes(256)["kind"] < 1
@@ -75,23 +75,77 @@ def test_the_command(standin, tmp_path, command):
     for resolution in (64, 256, 1024):
         assert 0 <= scores[f"attribute_accuracy_{resolution}"] <= 1
         assert {"kind", "colour", "count"} <= scores[f"attributes_{resolution}"].keys()
+        assert "relation" not in scores[f"attributes_{resolution}"]
+        assert 0 <= scores[f"attribute_accuracy_{resolution}_two_objects"] <= 1
+        assert {"kind", "colour", "count", "relation"} <= scores[f"attributes_{resolution}_two_objects"].keys()
+        assert f"attribute_accuracy_{resolution}_two_objects" in done.out
     for name in ("psnr_256", "psnr_256_bicubic", "psnr_1024", "psnr_1024_bicubic"):
         assert 0 < scores[name] < 60
         assert name in done.out
     assert scores["seconds_per_picture"] == pytest.approx(sum(scores["seconds_per_picture_of_stage"].values()))
-    assert scores["made_by"]["stages"][0]["steps"] == 2
+    assert scores["made_by"]["stages"][0]["steps"] == 2 and scores["made_by"]["objects"] == "both"
 
     done = command(evaluate.main, *options, "--up-to", 64, "--seed", 1)
     assert done.code == 0, done.err
     scores = json.loads(file.read_text())
-    assert "attribute_accuracy_64" in scores and "attribute_accuracy_256" not in scores
+    assert not [name for name in scores if "attribute" in name and not name.removesuffix("_two_objects").endswith("64")]
     assert scores["made_by"]["seed"] == 1 and "psnr_256" not in scores
+
+
+@pytest.fixture
+def drawn_as_told(monkeypatch):
+    """Cascades that draw every caption of one object exactly, and of each caption of two the first object alone."""
+    told = {}
+    for scene, c in held_out_examples(40) + held_out_examples(40, objects=2):
+        first = dataclasses.replace(scene, objects=scene.objects[:1])
+        told[c.text] = to_float(draw(first, 64))
+
+    def stages(model, prompts, **options):
+        yield 64, np.stack([told[text] for text in prompts])
+
+    monkeypatch.setattr(evaluate.cascade, "stages", stages)
+
+
+@pytest.mark.parametrize("objects, kinds", [("1", [""]), ("2", ["_two_objects"]), ("both", ["", "_two_objects"])])
+def test_one_object_and_two_are_scored_apart(objects, kinds, drawn_as_told, standin, tmp_path, command):
+    """No score is an average of both, in parts of several sizes."""
+    file = tmp_path / "scores.json"
+    options = "--up-to", 64, "--psnr-256", 0, "--psnr-1024", 0, "--json", file, "--weights", standin
+    done = command(evaluate.main, *options, "--n", 35, "--objects", objects)
+    assert done.code == 0, done.err
+    scores = json.loads(file.read_text())
+    assert [name for name in scores if "accuracy" in name] == [f"attribute_accuracy_64{kind}" for kind in kinds]
+    if "" in kinds:
+        assert scores["attribute_accuracy_64"] == 1 and scores["wrong_64"] == {}
+    if "_two_objects" in kinds:
+        assert scores["attribute_accuracy_64_two_objects"] == 0 and len(scores["wrong_64_two_objects"]) == 35
+        attributes = scores["attributes_64_two_objects"]
+        assert (
+            attributes["count"] == attributes["relation"] == attributes["kind"] == 0 and attributes["background"] == 1
+        )
+
+
+def test_the_noise_of_a_kind_does_not_depend_on_the_other(standin):
+    """Two objects drawn alone are the ones that are drawn beside one object."""
+    model = evaluate.upto(load(standin), 64)
+    captions = {objects: held_out_captions(3, objects) for objects in (1, 2)}
+    chosen = [m.sampling for m in model.models]
+    both = evaluate.attribute_scores(model, captions, chosen, 5, 16)
+    alone = evaluate.attribute_scores(model, {2: captions[2]}, chosen, 5, 16)
+    assert {name: value for name, value in both.items() if name.endswith("_two_objects")} == {
+        name: value for name, value in alone.items() if "seconds" not in name
+    }
+
+
+def test_a_kind_that_is_none(standin, command):
+    done = command(evaluate.main, "--weights", standin, "--objects", 3)
+    assert done.code == 2 and "objects" in done.err and done.err.count("\n") == 1
 
 
 def test_what_is_shipped(tmp_path, command):
     """The cascade in the package: its base draws the colours asked for, its super-resolution beats bicubic by 2 dB."""
     scores = tmp_path / "scores.json"
-    counts = "--n", 6, "--up-to", 256, "--psnr-256", 2, "--psnr-1024", 0
+    counts = "--n", 6, "--objects", 1, "--up-to", 256, "--psnr-256", 2, "--psnr-1024", 0
     done = command(evaluate.main, *counts, "--json", scores)
     assert done.code == 0, done.err
     found = json.loads(scores.read_text())

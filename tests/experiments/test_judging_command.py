@@ -9,10 +9,13 @@ from safetensors.numpy import load_file, save_file
 from small_judges import write_judges
 
 from experiments import evaluate, judging
+from experiments.imagen import png_metadata
 from experiments.judging import OfFolder, loaded, observe, open_folder
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
+
+ATTRIBUTES = "attributes, 1 object", "attributes, 2 objects"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,14 @@ def test_a_cascade_by_every_judge(judged, standin, tmp_path):
     done, scores = judged("--weights", standin, "--n", 12)
     assert done.code == 0, done.err
     assert {"FD-shapes", "KID-shapes × 1000", "IS-shapes", "precision-shapes", "recall-shapes"} <= set(scores)
-    assert {"FD-clip", "CMMD-clip", "score-clip, w 2.5", "cosine-clip", "attributes right"} <= set(scores)
+    assert {
+        "FD-clip",
+        "CMMD-clip",
+        "score-clip, w 2.5",
+        "cosine-clip",
+        "attributes, 1 object",
+        "attributes, 2 objects",
+    } <= set(scores)
     missing = {name: score["missing"] for name, score in scores.items() if score["value"] is None}
     assert set(missing) == {"FD-shapes, limit", "FD-clip, limit"} and "take 24 or more" in missing["FD-clip, limit"]
     assert all(line.split()[0] in done.out for line in scores)
@@ -168,7 +178,8 @@ def test_what_judges_cannot_read_is_no_picture_from_the_beginning(judged, photos
     (line,) = (line for line in done.err.splitlines() if line.startswith("warning"))
     assert "2 unreadable" in line and "03.tiff" in line and "05.png" in line
     assert scores["cosine-clip"]["protocol"].startswith("n 10, captions ")
-    assert scores["attributes right"]["protocol"].startswith("n 10, exact reader")
+    counts = [int(scores[name]["protocol"].split()[1].strip(",")) for name in ATTRIBUTES]
+    assert min(counts) > 0 and sum(counts) == 10
 
 
 def test_a_turned_photograph_has_the_size_that_is_looked_at(judged, tmp_path):
@@ -184,13 +195,29 @@ def test_a_turned_photograph_has_the_size_that_is_looked_at(judged, tmp_path):
 
 def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, photos):
     _, scores = judged("--pictures", photos)
-    right = scores["attributes right"]
-    assert right["value"] == 1 and "n 12, exact reader, " in right["protocol"]
+    right = [scores[name] for name in ATTRIBUTES]
+    one = sum(len(scene("held_out", i).objects) == 1 for i in range(12))
+    assert [each["value"] for each in right] == [1, 1] and 0 < one < 12
+    assert [each["protocol"].partition(", exact reader, ")[0] for each in right] == [f"n {one}", f"n {12 - one}"]
     assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
     assert "(png, 64x64)" in scores["FD-shapes"]["protocol"].partition("reference")[2]
     (photos / "02.txt").write_text("something else")
     _, scores = judged("--pictures", photos)
     assert scores["attributes right"]["value"] is None and "something else" in scores["attributes right"]["missing"]
+
+
+def test_attributes_of_two_objects_are_not_averaged_with_those_of_one(judged, photos):
+    """All of two objects are wrong, all of one are right; and a folder of one kind has one score."""
+    two = [i for i in range(12) if len(scene("held_out", i).objects) == 2]
+    for i in two:
+        Image.new("RGB", (64, 64), "white").save(photos / f"{i:02d}.png")
+    done, scores = judged("--pictures", photos)
+    assert [scores[name]["value"] for name in ATTRIBUTES] == [1, 0]
+    assert "attributes right" not in scores and all(name in done.out for name in ATTRIBUTES)
+    for i in two:
+        (photos / f"{i:02d}.png").unlink()
+    _, scores = judged("--pictures", photos)
+    assert scores[ATTRIBUTES[0]]["value"] == 1 and ATTRIBUTES[1] not in scores
 
 
 @pytest.mark.parametrize(
@@ -238,12 +265,30 @@ def test_a_damaged_part_is_looked_at_again(judges, tmp_path):
 
 
 def test_captions_are_found_where_pictures_of_ours_have_them(photos):
-    told = PngImagePlugin.PngInfo()
-    told.add_itxt("prompt", "a red star")
+    ours, others = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    ours.add_itxt(png_metadata.KEY, png_metadata.to_text(png_metadata.Metadata("a red star", 1)))
+    others.add_itxt("prompt", '{"3": {"class_type": "KSampler"}}')
     Image.open(photos / "00.png").save(photos / "grid.png")
     (photos / "01.txt").unlink()
-    Image.open(photos / "01.png").save(photos / "01.png", pnginfo=told)
+    Image.open(photos / "01.png").save(photos / "01.png", pnginfo=ours)
     (photos / "02.txt").unlink()
+    Image.open(photos / "02.png").save(photos / "02.png", pnginfo=others)
     found = open_folder(photos)
     assert len(found) == 12
     assert found.caption(1) == "a red star" and found.caption(2) is None
+
+
+def test_pictures_of_other_programs_have_no_captions(judged, photos):
+    """Their text is not judged; one line says how many there are, and what to do."""
+    others = PngImagePlugin.PngInfo()
+    others.add_text("prompt", '{"3": {"class_type": "KSampler"}}')
+    for i in (2, 5, 7):
+        (photos / f"{i:02d}.txt").unlink()
+        Image.open(photos / f"{i:02d}.png").save(photos / f"{i:02d}.png", pnginfo=others)
+    done, scores = judged("--pictures", photos)
+    assert done.code == 0, done.err
+    for name in ("score-clip", "attributes right"):
+        missing = scores[name]["missing"]
+        assert missing.startswith("3 of 12 pictures have no caption") and ".txt" in missing
+    assert "KSampler" not in done.out + done.err and "cosine-clip" not in scores
+    assert scores["FD-shapes"]["value"] is not None

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import quickstart
+from experiments.imagen import png_metadata
 from experiments.imagen.pictures import to_uint8
 from experiments.quickstart_train import train_cascade
 from jaxdiff.systems import cascade
@@ -20,6 +21,7 @@ from jaxdiff.weights.tree import load_tree
 
 ROOT = Path(__file__).parents[2]
 ACCURACIES = [f"{kind}_accuracy_{resolution}" for kind in ("attribute", "colour") for resolution in (64, 256, 1024)]
+OF_TWO = [f"{kind}_accuracy_{resolution}_two_objects" for kind in ("attribute", "colour") for resolution in (64, 256)]
 
 
 def report_of(folder):
@@ -30,7 +32,9 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     done = command(quickstart.main, "--weights", standin, "--out", tmp_path)
     assert done.code == 0, done.err
     report = report_of(tmp_path)
-    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES + OF_TWO)
+    assert {name for name in report if "accuracy" in name} == {*ACCURACIES, *OF_TWO}  # none of two is drawn at 1024
+    assert all(name in done.out for name in ACCURACIES + OF_TWO)
     assert {"load", "64", "256", "1024", "total"} == report["seconds"].keys()
     assert len(report["captions"]) == len(set(report["captions"])) == 16
     captions = quickstart.chosen_captions()
@@ -43,10 +47,11 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     first = next((tmp_path / "pictures").glob("00-*-1024.png"))
     expected = cascade.sample(load(standin), report["captions"][:2])[1024][0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
-    assert Image.open(first).text["prompt"] == report["captions"][0]
+    metadata = png_metadata.read(first.read_bytes())
+    assert metadata.prompt == report["captions"][0] and metadata.settings["resolution"] == 1024
 
 
-def test_the_accuracy_is_over_the_one_object_captions():
+def test_one_object_and_two_are_scored_apart():
     from jaxdiff.data.pictures import to_float
     from jaxdiff.data.shapes_caption import held_out_examples
     from jaxdiff.data.shapes_draw import draw
@@ -56,11 +61,27 @@ def test_the_accuracy_is_over_the_one_object_captions():
     assert captions == quickstart.chosen_captions()
     drawn = np.stack([to_float(draw(scene, 64)) for scene, _ in examples])
     drawn[0], drawn[12:] = drawn[5], drawn[0]  # one of twelve, and all of two objects, are wrong
-    scores = quickstart.scores(captions, {64: drawn, 1024: drawn[:2]})
+    tallies = quickstart.judged(captions, {64: drawn, 1024: drawn[:2]})
+    scores = quickstart.scores(tallies)
     assert scores["attribute_accuracy_64"] == pytest.approx(11 / 12)
     assert scores["attribute_accuracy_1024"] == pytest.approx(1 / 2)
-    assert 0 < scores["colour_accuracy_64"] <= 12 / 16
-    assert len(scores["wrong"]["64"]) == 5
+    assert 11 / 12 <= scores["colour_accuracy_64"] <= 1
+    assert scores["attribute_accuracy_64_two_objects"] == 0 and scores["colour_accuracy_64_two_objects"] < 1
+    assert "attribute_accuracy_1024_two_objects" not in scores
+    assert len(scores["wrong"]["64"]) == 5 and len(scores["wrong"]["1024"]) == 1
+    one, two = quickstart.notes(tallies)
+    assert one.startswith("One object") and "11 of 12 at 64, 1 of 2 at 1024" in one
+    assert two.startswith("Two objects") and "0 of 4 at 64 pixels" in two
+    # The sheet has a line of each below the pictures.
+    texts, drawn = [c.text for c in captions], {64: drawn, 256: drawn.repeat(4, 1).repeat(4, 2)}
+    plain, noted = (quickstart.sheet(texts, drawn, lines) for lines in ((), (one, two)))
+    assert noted.size[0] == plain.size[0] and noted.size[1] > plain.size[1] + 2 * quickstart.FONT
+    below = np.asarray(noted)[plain.size[1] :].min(-1)
+    assert (below[: quickstart.FONT] < 100).any() and (below[quickstart.FONT + 4 : 2 * quickstart.FONT + 4] < 100).any()
+
+
+def test_captions_that_are_nobodys_have_no_scores():
+    assert quickstart.scores(quickstart.judged([], {64: np.zeros((1, 64, 64, 3))})) == {}
 
 
 def test_captions_of_ones_own_in_a_process(standin, tmp_path):
@@ -86,7 +107,7 @@ def test_training_from_scratch(tmp_path, command):
     done = command(quickstart.main, "--train", "--out", tmp_path, *options)
     assert done.code == 0, done.err
     report = report_of(tmp_path)
-    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES + OF_TWO)
     psnr = [report[f"psnr_{name}"] for name in ("256", "256_bicubic", "1024", "1024_bicubic")]
     assert all(10 < value < 60 for value in psnr)
     assert report["seconds"]["training"] > 0

@@ -1,14 +1,14 @@
 """Prompts to pictures on disk: what is written, what it says of itself, and that settings do what they say."""
 
 import dataclasses
-import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.imagen import sample
+from experiments.imagen import png_metadata, sample
 from experiments.imagen.drawing import Drawing, mesh_of, parts, samplings, spread
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
@@ -22,6 +22,10 @@ def pictures_in(folder):
     return {path.name: Image.open(path) for path in sorted(folder.glob("*.png")) if path.name != "grid.png"}
 
 
+def metadata_of(image):
+    return png_metadata.read(Path(image.filename).read_bytes())
+
+
 def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     arguments = "a red circle", "a blue star", "--per-prompt", 2, "--seed", 7, "--up-to", 256, "--negative", "a square"
     done = command(sample.main, *arguments, "--weights", standin, "--out", tmp_path / "out", "--steps", "2,2,1")
@@ -29,9 +33,9 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     found = pictures_in(tmp_path / "out")
     assert list(found) == [f"000{i}-{slug}.png" for i, slug in enumerate(["a-red-circle"] * 2 + ["a-blue-star"] * 2)]
     assert {image.size for image in found.values()} == {(256, 256)}
-    last = found["0003-a-blue-star.png"].text
-    assert (last["prompt"], last["seed"]) == ("a blue star", "7")
-    told = json.loads(last["settings"])
+    last = metadata_of(found["0003-a-blue-star.png"])
+    assert (last.prompt, last.seed) == ("a blue star", 7)
+    told = last.settings
     assert (told["number"], told["up_to"], told["negative"]) == (3, 256, "a square")
     samplings = [from_json(stage, "the PNG") for stage in told["stages"]]
     assert [sampling.steps for sampling in samplings] == [2, 2, 1]
@@ -116,7 +120,7 @@ def test_other_sizes_in_tiles(standin, tmp_path, command):
     assert done.code == 0, done.err
     image = pictures_in(tmp_path)["0000-a-red-circle.png"]
     assert image.size == (128, 192)
-    assert json.loads(image.text["settings"])["stages"][1]["tiles"] == to_json(Tiles(96, 32))
+    assert metadata_of(image).settings["stages"][1]["tiles"] == to_json(Tiles(96, 32))
 
 
 def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
@@ -127,7 +131,7 @@ def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
         done = command(sample.main, "a red circle", *options)
         assert done.code == 0, done.err
         (image,) = pictures_in(tmp_path / str(dtype)).values()
-        assert json.loads(image.text["settings"])["dtype"] == dtype
+        assert metadata_of(image).settings["dtype"] == dtype
         drawn[dtype] = np.asarray(image, np.float32)
     difference = np.abs(drawn[None] - drawn["bfloat16"])
     assert 0 < difference.mean() < 4  # of 255
