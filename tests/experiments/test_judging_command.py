@@ -138,7 +138,7 @@ def test_mixed_sizes(judged, photos):
     one_line(done, "2 sizes", "64x64 (00.png)", "48x64 (99.png)")
 
 
-@pytest.mark.parametrize("mode, what", [("L", "not RGB but L"), ("RGBA", "transparent"), ("P", "not RGB but P")])
+@pytest.mark.parametrize("mode, what", [("L", "not RGB but L"), ("LA", "not RGB but LA"), ("P", "not RGB but P")])
 def test_pictures_that_are_not_rgb(judged, photos, mode, what):
     Image.open(photos / "03.png").convert(mode).save(photos / "03.png")
     done, _ = judged("--pictures", photos)
