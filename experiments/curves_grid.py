@@ -29,6 +29,7 @@ from jaxdiff.evaluation import fid
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import Extractor
 from jaxdiff.evaluation.judges import Observed
+from jaxdiff.evaluation.resize import Fit
 from jaxdiff.systems.cascade import Model
 from jaxdiff.systems.imagen import null_text
 from jaxdiff.systems.imagen_drawing import Sampling, draw
@@ -247,6 +248,7 @@ class _InMemory:
     name: str
     pictures: np.ndarray
     format: str = "none"
+    fit = Fit.SQUEEZE
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate                                            # the shipped cascade on held-out `shapes`
     python -m experiments.evaluate --weights runs/cascade --up-to 256 --n 1000 --out runs/judged
-    python -m experiments.evaluate --pictures runs/sample --data folder:photos --inception runs/inception.safetensors
+    python -m experiments.evaluate --pictures drawn --data folder:photos --fit crop --inception inception.safetensors
     python -m experiments.evaluate --keep-reference runs/reference            # then --reference runs/reference/*.npz
 
 Draws the first n captions of the data split (or takes a folder of pictures), looks at them and at the split's pictures
@@ -16,6 +16,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings,
 from experiments.imagen.evaluate import upto
 from experiments.imagen.png_metadata import Metadata
 from experiments.judging import (
+    CROP_THEM,
     Bench,
+    Cropped,
     Judges,
     OfFolder,
     OfSource,
@@ -37,15 +40,28 @@ from experiments.judging import (
     open_folder,
     without_captions,
 )
-from jaxdiff.data import sources
+from jaxdiff.data import sources, zipped
 from jaxdiff.data.embeddings import fingerprint
+from jaxdiff.data.example import Source
 from jaxdiff.data.files import usable, write_json
+from jaxdiff.data.pictures import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.attributes import matches
 from jaxdiff.evaluation.features import digest_of
-from jaxdiff.evaluation.judges import Observed, Score, judge, judge_captions, keep, kept
+from jaxdiff.evaluation.judges import (
+    Observed,
+    Score,
+    judge,
+    judge_captions,
+    keep,
+    kept,
+    require_alike,
+    seen_by,
+)
 from jaxdiff.evaluation.judges import Settings as Scoring
+from jaxdiff.evaluation.resize import Fit
+from jaxdiff.evaluation.statistics import Origin
 from jaxdiff.systems import cascade
 from jaxdiff.weights.imagen import SHIPPED, load
 from jaxdiff.weights.settings import to_json
@@ -60,19 +76,24 @@ class Run:
     out: Path = Path("runs/evaluate")
     """Folder for scores.json, the pictures that are drawn and what the networks saw."""
     pictures: Path | None = None
-    """A folder of pictures to judge, in place of a cascade's."""
+    """A folder or zip of pictures to judge, in place of a cascade's."""
     convert: bool = False
     """Take grayscale and transparent pictures too, as RGB on white."""
+    fit: Literal["squeeze", "crop"] | None = None
+    """What networks see of pictures, of both sets: each whole, squeezed into their square (as pytorch-fid and clean-fid
+    do; the two sets must be of one size), or its centred square, brought to the judged pictures' shortest side as in
+    training. Left out: squeeze of --pictures, crop of a cascade's drawings."""
     weights: Path = SHIPPED
     """Folder of the cascade that draws."""
     up_to: int | None = None
     """The resolution that is judged; left out: the base's."""
     data: str = "shapes"
-    """The true pictures: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    """The true pictures: shapes | emoji | rainbow | folder:PATH (or a zip) | tfds:NAME | records:PATH"""
     split: str | None = None
     """Left out: held_out of shapes, test of rainbow, train of other sets."""
     reference: tuple[Path, ...] = ()
-    """Kept statistics of the true pictures (.npz, one for each network), in place of looking at them."""
+    """Kept statistics of the true pictures, in place of looking at them: .npz of --keep-reference, one for each
+    network; mu and sigma (.npz) or features (.npz, .npy) of other programs."""
     keep_reference: Path | None = None
     """A folder to keep what the networks saw in the true pictures, for --reference."""
     n: int = 512
@@ -102,25 +123,33 @@ def main(settings: Run) -> None:
     if isinstance(spec, sources.Shapes):
         spec = sources.Shapes(settings.examples, settings.held_out)
     split = settings.split or {sources.Shapes: "held_out", sources.Rainbow: "test"}.get(type(spec), "train")
+    if settings.reference and settings.keep_reference is not None:
+        raise ValueError("--keep-reference keeps what is looked at, and with --reference nothing true is")
     bench = loaded(settings.judges)
-    references = [kept(path) for path in settings.reference]
-    _check(references, bench)
+    fit = Fit(settings.fit or ("squeeze" if settings.pictures else "crop"))
+    if settings.pictures:
+        shown = _fitted(open_folder(settings.pictures, settings.convert, fit=fit), fit)
+        width, height = _size(shown)
+    else:
+        model = _model(settings)
+        width = height = model.resolutions[-1]
+    references = _references(settings, bench, fit, f"{width}x{height}")
+    true_set = None if references else _true_set(settings, spec, split, fit, (width, height))
     usable(settings.out)
-    shown = open_folder(settings.pictures, settings.convert) if settings.pictures else _drawn(settings, spec, split)
+    if not settings.pictures:
+        shown = _fitted(_drawn(settings, model, spec, split), fit)
     look = {"cache": settings.out / "seen", "batch": settings.batch, "mesh": mesh}
     seen = observe(shown, bench.extractors, seed=None if settings.pictures else settings.seed, **look)
     true = {each.origin.extractor: each for each in references}
-    if not references:
-        side = len(shown[0])
-        source = sources.open(spec, side, split, settings.data_dir)
-        true = observe(OfSource(f"{settings.data}/{split}", source, settings.true_n, side), bench.extractors, **look)
+    if true_set is not None:
+        true = observe(true_set, bench.extractors, **look)
     if settings.keep_reference is not None:
         for name, each in true.items():
             keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
     scores = []
     for name, each in true.items():
         scores += judge(seen[name], each, settings.score, settings.seed)
-    scores += _of_captions(shown, bench, seen)
+    scores += _of_captions(shown, bench, seen, settings.judges.before)
     if isinstance(spec, sources.Shapes):
         scores += _attributes(shown, split, settings.held_out, next(iter(seen.values())))
     write_json(settings.out / "scores.json", {"scores": [dataclasses.asdict(score) for score in scores]})
@@ -132,6 +161,7 @@ def table(scores: Sequence[Score], settings: Run) -> str:
     lines = []
     for score in scores:
         error = f" ± {score.error:.3g}" if score.error is not None else ""
+        error += f" (subsets ± {score.deviation:.3g})" if score.deviation is not None else ""
         value = f"{score.value:.4g}{error}" if score.value is not None else f"none: {score.missing}"
         lines.append(f"{score.name:22} {value:16} {score.protocol if score.value is not None else ''}".rstrip())
     if settings.judges.inception is None:
@@ -141,28 +171,82 @@ def table(scores: Sequence[Score], settings: Run) -> str:
     return "\n".join([*lines, f"{settings.out / 'scores.json'}: all of it"])
 
 
-def _check(references: Sequence[Observed], bench: Bench) -> None:
-    """Before minutes of drawing: kept statistics are those of the networks at hand."""
-    known = {str(extractor): extractor.resize.value for extractor in bench.extractors}
-    for each in references:
-        if each.origin.extractor not in known:
-            have = ", ".join(known)
-            raise ValueError(
-                f"--reference {each.origin.pictures}: seen by {each.origin.extractor}, and the judges are {have}"
-            )
-        if sum(other.origin.extractor == each.origin.extractor for other in references) > 1:
-            raise ValueError(f"--reference: two of {each.origin.extractor}, and pictures are compared with one set")
-        if each.origin.resize != known[each.origin.extractor]:
-            raise ValueError(f"--reference {each.origin.pictures}: resized {each.origin.resize}, the judges otherwise")
+def _references(settings: Run, bench: Bench, fit: Fit, size: str) -> list[Observed]:
+    """Kept statistics, refused before minutes of drawing unless they are of the networks at hand and of pictures that
+    came to them in the same way."""
+    networks = {str(extractor): extractor for extractor in bench.extractors}
+    found = []
+    for path in settings.reference:
+        each = kept(path)
+        if each.origin.protocol_unknown:
+            each = seen_by(each, [(name, extractor.width) for name, extractor in networks.items()])
+        name = each.origin.extractor
+        if name not in networks:
+            raise ValueError(f"--reference {path}: seen by {name}, and the judges are {', '.join(networks)}")
+        if any(other.origin.extractor == name for other in found):
+            raise ValueError(f"--reference: two of {name}, and pictures are compared with one set")
+        judged = Origin("the judged pictures", "", name, networks[name].resize.value, fit=fit.value, size=size)
+        try:
+            require_alike(judged, each.origin)
+        except ValueError as error:
+            raise ValueError(f"--reference {path}: {error}; look at the true pictures again, or judge alike") from error
+        found.append(each)
+    return found
 
 
-def _drawn(settings: Run, spec: sources.DataSpec, split: str) -> OfFolder:
-    """The cascade's pictures of the split's first captions, one file each, those that are there already left alone."""
+def _fitted(shown: OfFolder, fit: Fit) -> PictureSet:
+    return shown if fit is Fit.SQUEEZE else Cropped(shown, shown.shortest or min(_size(shown)))
+
+
+def _size(shown: PictureSet) -> tuple[int, int]:
+    """Width and height of the first picture."""
+    height, width = shown[0].shape[:2]
+    return width, height
+
+
+def _source(settings: Run, spec: sources.DataSpec, side: int, split: str) -> Source:
+    if isinstance(spec, sources.Folder) and zipped.is_zip(spec.path):
+        return zipped.read(spec.path)
+    return sources.open(spec, side, split, settings.data_dir)
+
+
+def _true_set(settings: Run, spec: sources.DataSpec, split: str, fit: Fit, size: tuple[int, int]) -> PictureSet:
+    """The true pictures, which go to the networks in the same way as the judged ones of this width and height, and are
+    checked as they are. ValueError for pictures of another size, unless all are cropped."""
+    whole: PictureSet
+    if isinstance(spec, sources.Folder):
+        if split != "train":
+            raise ValueError(f"{settings.data} has only the split 'train', not {split!r}")
+        whole = open_folder(spec.path, settings.convert, settings.true_n, fit)
+    else:
+        source = _source(settings, spec, min(size), split)
+        whole = OfSource(f"{settings.data}/{split}", source, settings.true_n, settings.convert)
+    if fit is Fit.CROP:
+        return Cropped(whole, min(size))
+    if (found := _first_size(whole)) not in (None, size):
+        said = " and ".join(f"{width}x{height}" for width, height in (size, found))
+        raise ValueError(f"the judged pictures and {whole.name} are of different size: {said}; {CROP_THEM}")
+    return whole
+
+
+def _first_size(shown: PictureSet) -> tuple[int, int] | None:
+    """None where it cannot be read."""
+    try:
+        return _size(shown)
+    except (Unreadable, OSError):
+        return None
+
+
+def _model(settings: Run) -> cascade.Cascade:
     model = with_dtype(load(settings.weights), settings.drawing.dtype)
-    model = upto(model, settings.up_to or model.resolutions[0])
+    return upto(model, settings.up_to or model.resolutions[0])
+
+
+def _drawn(settings: Run, model: cascade.Cascade, spec: sources.DataSpec, split: str) -> OfFolder:
+    """The cascade's pictures of the split's first captions, one file each, those that are there already left alone."""
     chosen = samplings(model.models, settings.drawing)
     resolution = model.resolutions[-1]
-    source = sources.open(spec, resolution, split, settings.data_dir)
+    source = _source(settings, spec, resolution, split)
     captions = list(captions_of(OfSource(split, source, settings.n)))
     if None in captions:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to draw")
@@ -195,14 +279,15 @@ def _same_run(folder: Path, made_of: dict) -> None:
         raise ValueError(f"{folder}: has pictures drawn with other settings; name another --out, or delete it")
 
 
-def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed]) -> list[Score]:
+def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed], prefix: str) -> list[Score]:
     """CLIP scores of the pictures that have captions."""
     if bench.clip is None:
         return []
     captions = list(captions_of(shown))
     if missing := without_captions(captions):
         return [Score(f"score-{bench.clip.name}", None, "", missing=missing)]
-    return judge_captions(captions, embedded(bench.text, captions), seen[str(bench.clip)])
+    text = embedded(bench.text, [prefix + caption for caption in captions])
+    return judge_captions(captions, text, seen[str(bench.clip)], prefix)
 
 
 def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> list[Score]:

@@ -16,13 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.imagen import png_metadata
-from jaxdiff.data import folder, pictures
+from jaxdiff.data import folder, pictures, zipped
 from jaxdiff.data.example import Source, caption_of
 from jaxdiff.data.files import replacing
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import Extractor, extract
 from jaxdiff.evaluation.judges import Observed, observed
-from jaxdiff.evaluation.resize import Resize
+from jaxdiff.evaluation.resize import Fit, Resize
 from jaxdiff.evaluation.statistics import Origin
 from jaxdiff.text.clip import CLIPTextEncoder, encode
 from jaxdiff.weights import classifier, clip, inception
@@ -43,8 +43,20 @@ class Judges:
     shipped one of `shapes`."""
     classifier: Path | None = SHIPPED / "classifier"
     """A classifier of experiments.classifier, for FD-<its name>. Left out: the shipped one of `shapes`."""
-    resize: Literal["clean", "legacy"] = "clean"
-    """How pictures come to Inception's size: antialiased bicubic, or TensorFlow 1's bilinear, as published figures."""
+    resize: Literal["clean", "legacy", "pytorch"] = "clean"
+    """How pictures come to Inception's size: antialiased bicubic (clean-fid), TensorFlow 1's bilinear, as published
+    figures, or PyTorch's bilinear (pytorch-fid)."""
+    dims: Literal[64, 192, 768, 2048] = 2048
+    """Of Inception: FID is that of 2048 features; those of earlier layers, as pytorch-fid taps them, want fewer
+    pictures and give numbers of another name."""
+    prefix: str = ""
+    """Stands before each caption for the CLIP score: the paper's code has "A photo depicts". Left out, none: Imagen's
+    and Stable Diffusion's curves have none, and the shipped CLIP knows the words of `shapes` alone."""
+
+    @property
+    def before(self) -> str:
+        """The prefix, with a blank behind it."""
+        return self.prefix if not self.prefix or self.prefix.endswith(" ") else f"{self.prefix} "
 
 
 class Bench(NamedTuple):
@@ -64,7 +76,7 @@ def loaded(judges: Judges) -> Bench:
     """FileNotFoundError, or ValueError, for weights that are not there or none."""
     seeing, classifying, image, text = None, None, None, None
     if judges.inception is not None:
-        seeing = features.inception(inception.load(judges.inception), Resize(judges.resize))
+        seeing = features.inception(inception.load(judges.inception), Resize(judges.resize), judges.dims)
     if judges.classifier is not None:
         classifying = features.classifier(*classifier.load(judges.classifier))
     if judges.clip is not None:
@@ -83,13 +95,16 @@ def embedded(encoder: CLIPTextEncoder, captions: Sequence[str]) -> np.ndarray:
 
 
 class PictureSet(Protocol):
-    """Pictures (uint8, all of one size) with captions, None where there are none."""
+    """Pictures (uint8, all of one size) with captions, None where there are none. fit: what of each is shown."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def format(self) -> str: ...
+
+    @property
+    def fit(self) -> Fit: ...
 
     def __len__(self) -> int: ...
 
@@ -100,29 +115,29 @@ class PictureSet(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OfSource:
-    """The first pictures of a captioned set, shrunk or enlarged to `side` as in training where one is given."""
+    """The first pictures of a captioned set, whole. ValueError for a grayscale or transparent one unless `convert`,
+    once it is looked at."""
 
     name: str
     source: Source
     count: int
-    side: int | None = None
+    convert: bool = False
+    fit = Fit.SQUEEZE
 
     @functools.cached_property
     def format(self) -> str:
-        """Of the files, by the first, and the size that pictures were brought to before anything looked at them."""
+        """Of the files, by the first."""
         first = self.source[0]["image"]
         try:
-            kind = "pixels" if isinstance(first, np.ndarray) else Image.open(io.BytesIO(first)).format.lower()
+            return "pixels" if isinstance(first, np.ndarray) else Image.open(io.BytesIO(first)).format.lower()
         except (OSError, Image.DecompressionBombError):
-            kind = "unknown"
-        return kind if self.side is None else f"{kind}, {self.side} pixels"
+            return "unknown"
 
     def __len__(self) -> int:
         return min(self.count, len(self.source)) if self.count else len(self.source)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        picture = pictures.decode(self.source[index]["image"])
-        return picture if self.side is None else pictures.resize(picture, self.side)
+        return strictly(self.source[index]["image"], f"{self.name}: picture {index}", self.convert)
 
     def caption(self, index: int) -> str | None:
         return caption_of(self.source[index])
@@ -130,12 +145,15 @@ class OfSource:
 
 @dataclasses.dataclass(frozen=True)
 class OfFolder:
-    """Picture files; what cannot be read was left out when it was opened."""
+    """Picture files, of a folder or in a zip; what cannot be read was left out when it was opened."""
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path | zipped.Member, ...]
     captions: tuple[str | None, ...]
     format: str
+    shortest: int = 0
+    """Side of any, in pixels."""
+    fit = Fit.SQUEEZE
 
     def __len__(self) -> int:
         return len(self.files)
@@ -147,46 +165,95 @@ class OfFolder:
         return self.captions[index]
 
 
-def open_folder(path: Path, convert: bool = False) -> OfFolder:
-    """The pictures of a folder. Their captions are looked for as in training data (`.txt`, metadata.jsonl), and in what
-    a PNG of ours says of itself, never in the text of other programs; the sheet `grid.png` of such a folder is none of
-    them.
+@dataclasses.dataclass(frozen=True)
+class Cropped:
+    """The centred squares of a set's pictures at `side` pixels, as training sees them."""
 
-    Warns of unreadable files, counted and named. FileNotFoundError for a folder without pictures; ValueError for
-    pictures of several sizes, and for grayscale or transparent ones unless `convert`.
+    shown: PictureSet
+    side: int
+    fit = Fit.CROP
+
+    @property
+    def name(self) -> str:
+        return self.shown.name
+
+    @property
+    def format(self) -> str:
+        return self.shown.format
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return pictures.resize(self.shown[index], self.side)
+
+    def caption(self, index: int) -> str | None:
+        return self.shown.caption(index)
+
+
+def strictly(picture: bytes | np.ndarray, name: str, convert: bool) -> np.ndarray:
+    """A picture (h w 3) as it is looked at. ValueError, unless `convert`, for one that is neither RGB nor opaque RGBA;
+    `pictures.Unreadable`."""
+    decoded = pictures.decode(picture)
+    if convert:
+        return decoded
+    with Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else _from_array(picture) as image:
+        transparent, mode = pictures.has_transparency(image), image.mode
+    if mode not in ("RGB", "RGBA") or transparent:
+        what = "transparent" if transparent else f"not RGB but {mode}"
+        raise ValueError(f"{name}: {what}; --convert turns such pictures into RGB, on white")
+    return decoded
+
+
+def _from_array(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture.squeeze(-1) if picture.ndim == 3 and picture.shape[-1] == 1 else picture)
+
+
+def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fit.SQUEEZE) -> OfFolder:
+    """The first pictures of a folder or zip; a count of 0: all. Their captions are looked for as in training data
+    (`.txt`, metadata.jsonl), and in what a PNG of ours says of itself, never in the text of other programs; the sheet
+    `grid.png` of such a folder is none of them.
+
+    Warns of unreadable files, and of those that are left out, counted and named. FileNotFoundError for a folder without
+    pictures; ValueError for grayscale or transparent ones unless `convert`, and for pictures of several sizes, unless
+    they will be cropped to one.
     """
-    found = folder.read(path)
-    sizes: dict[tuple[int, int], Path] = {}
+    sizes: dict[tuple[int, int], str] = {}
     files, captions, unreadable = [], [], []
-    for number, (name, _) in enumerate(tqdm(found.entries, desc="look at files", unit="file")):
-        file = path / name
+    found, entries = _entries(path)
+    for number, (name, file) in enumerate(tqdm(entries[: count or None], desc="look at files", unit="file")):
         if name == "grid.png":
+            warnings.warn(f"{file}: left out, as the sheet of experiments.imagen.sample", stacklevel=2)
             continue
         try:
             example = found[number]
             caption_of(example)  # warns of characters that were replaced
-            height, width, _ = pictures.decode(example["image"]).shape  # as it will be looked at
+            height, width, _ = strictly(example["image"], str(file), convert).shape
         except (pictures.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({str(error).splitlines()[0]})")
             continue
-        with Image.open(io.BytesIO(example["image"])) as image:
-            size, mode = (width, height), image.mode
-            transparent = image.has_transparency_data
-        if (mode != "RGB" or transparent) and not convert:
-            what = "transparent" if transparent else f"not RGB but {mode}"
-            raise ValueError(f"{file}: {what}; --convert turns such pictures into RGB, on white")
-        sizes.setdefault(size, file)
+        sizes.setdefault((width, height), name)
         files.append(file)
         captions.append(example["caption"] or _own_caption(file, example["image"]))
     _warn_of(str(path), unreadable)
     if not files:
         raise FileNotFoundError(f"{path}: no pictures that can be read")
-    if len(sizes) > 1:
+    if len(sizes) > 1 and fit is Fit.SQUEEZE:
         (a, first), (b, second), *_ = sizes.items()
-        such = f"{a[0]}x{a[1]} ({first.name}) and {b[0]}x{b[1]} ({second.name})"
-        raise ValueError(f"{path}: pictures of {len(sizes)} sizes, such as {such}")
+        such = f"{a[0]}x{a[1]} ({first}) and {b[0]}x{b[1]} ({second})"
+        raise ValueError(f"{path}: pictures of {len(sizes)} sizes, such as {such}; {CROP_THEM}")
     suffixes = sorted({file.suffix.lower().lstrip(".") for file in files})
-    return OfFolder(str(path), tuple(files), tuple(captions), "+".join(suffixes))
+    shortest = min(map(min, sizes))
+    return OfFolder(str(path), tuple(files), tuple(captions), "+".join(suffixes), shortest)
+
+
+def _entries(path: Path) -> tuple[Source, list[tuple[str, Path | zipped.Member]]]:
+    """A folder or zip, and the names of its picture files with what reads them."""
+    if not zipped.is_zip(path):
+        files = folder.read(path)
+        return files, [(name, path / name) for name, _ in files.entries]
+    members = zipped.read(path)
+    return members, [(member.info.filename, member) for member in members.members]
 
 
 def observe(
@@ -201,14 +268,19 @@ def observe(
 
     What it saw is kept below `cache` a part of the pictures at a time, by the digest of their pixels: run again, a part
     that is there already is not looked at again. Warns of pictures that cannot be read, counted and named; ValueError
-    where none is left.
+    where none is left, and for pictures of several sizes.
     """
     cache.mkdir(parents=True, exist_ok=True)
     whole, seen, unreadable = hashlib.sha256(), {str(extractor): [] for extractor in bench}, []
+    sizes: set[str] = set()
     with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="picture") as bar:
         for start in range(0, len(shown), PART):
             places = range(start, min(start + PART, len(shown)))
             part = list(_readable(shown, places, unreadable))
+            sizes |= set(map(size_of, part))
+            if len(sizes) > 1:
+                such = " and ".join(sorted(sizes)[:2])
+                raise ValueError(f"{shown.name}: pictures of several sizes, such as {such}; {CROP_THEM}")
             digest = _digest(part)
             whole.update(digest.encode())
             for extractor in bench if part else ():
@@ -222,7 +294,9 @@ def observe(
         parts = seen[str(extractor)]
         joined = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
         resize = extractor.resize.value
-        origin = Origin(shown.name, whole.hexdigest()[:12], str(extractor), resize, shown.format, seed)
+        (size,) = sizes
+        told = {"seed": seed, "fit": shown.fit.value, "size": size}
+        origin = Origin(shown.name, whole.hexdigest()[:12], str(extractor), resize, shown.format, **told)
         results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
     return results
 
@@ -236,6 +310,15 @@ def _readable(shown: PictureSet, places: range, unreadable: list[str]) -> Iterat
             unreadable.append(f"picture {place} ({error})")
         else:
             yield picture
+
+
+def size_of(picture: np.ndarray) -> str:
+    """As an `Origin` has it."""
+    height, width = picture.shape[:2]
+    return f"{width}x{height}"
+
+
+CROP_THEM = "--fit crop takes the centred square of each, at one size"
 
 
 def _warn_of(name: str, unreadable: list[str]) -> None:
@@ -280,7 +363,7 @@ def without_captions(captions: Sequence[str | None]) -> str:
     return f"{count} of {len(captions)} pictures have no caption: {advice}" if count else ""
 
 
-def _own_caption(file: Path, picture: bytes) -> str | None:
+def _own_caption(file: Path | zipped.Member, picture: bytes) -> str | None:
     """The prompt in a PNG of ours; None where there is none, or where it was drawn without text."""
     try:
         metadata = png_metadata.read(picture)

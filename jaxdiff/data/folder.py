@@ -24,9 +24,9 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
 # Folders that programs and systems keep for themselves: thumbnails, resource forks, deleted files.
-_PROGRAMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+PROGRAMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 # What lies beside pictures and is none. Everything else that is not read is counted: it may have been meant as one.
-_COMPANIONS = frozenset(
+COMPANIONS = frozenset(
     {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy", ".npz", ".safetensors", ".md", ".html", ".xml"}
     | {".yaml", ".yml", ".ini", ".log", ".db", ".py", ".sh"}
 )
@@ -118,7 +118,7 @@ def walk(path: Path | str) -> Walk:
         for entry in entries:
             name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
             kind = _kind(entry)
-            left_out = entry.name.startswith(".") or (kind == stat.S_IFDIR and entry.name in _PROGRAMS)
+            left_out = entry.name.startswith(".") or (kind == stat.S_IFDIR and entry.name in PROGRAMS)
             if left_out:
                 hidden += [name] if kind == stat.S_IFDIR or suffix in SUFFIXES else []
             elif kind == stat.S_IFDIR and entry.is_symlink():
@@ -127,7 +127,7 @@ def walk(path: Path | str) -> Walk:
                 folders.append((f"{name}/", entry.path))
             elif suffix in SUFFIXES and kind == stat.S_IFREG:
                 pictures.append(name)
-            elif suffix not in _COMPANIONS:
+            elif suffix not in COMPANIONS:
                 unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
     return Walk(tuple(sorted(pictures)), tuple(sorted(hidden)), tuple(unknown.most_common()), tuple(closed))
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.checks import require_features
 from jaxdiff.evaluation.retrieval import unit
 
 WEIGHT = 2.5
@@ -18,12 +19,13 @@ class CLIPScore(NamedTuple):
     cosine: float
 
 
-def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m d"]) -> CLIPScore:
-    """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs, or
-    for captions and pictures that are not as many."""
+def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"]) -> CLIPScore:
+    """Of embeddings of any length, the caption and the picture of a pair in the same row. ValueError without pairs, for
+    captions and pictures that are not as many, and for embeddings of different width, not finite, or of length 0."""
     if not len(text):
         raise ValueError("a CLIP score of no pairs")
     if len(text) != len(image):
         raise ValueError(f"a CLIP score of {len(text)} captions and {len(image)} pictures")
+    require_features("a CLIP score", text, image)
     cosines = (unit(text) * unit(image)).sum(1)
     return CLIPScore(float(WEIGHT * np.maximum(cosines, 0).mean()), float(cosines.mean()))

@@ -3,17 +3,20 @@
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.checks import require_features
 from jaxdiff.evaluation.retrieval import unit
 
 SIGMA = 10.0
 SCALE = 1000.0
 
 
-def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], chunk: int = 2048) -> float:
+def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], chunk: int = 2048) -> float:
     """Of embeddings of length 1 (they are made so), times 1000; the paper's estimate, with its σ of 10.
 
-    It is the one with a small bias, pairs of a picture with itself included, as published figures are.
+    It is the one with a small bias, pairs of a picture with itself included, as published figures are. ValueError for
+    no pictures, and for embeddings of different width, not finite, or of length 0.
     """
+    require_features("CMMD", a, b)
     a, b = unit(a), unit(b)
     return float(SCALE * (_mean(a, a, chunk) + _mean(b, b, chunk) - 2 * _mean(a, b, chunk)))
 

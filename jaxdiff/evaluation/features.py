@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxdiff.evaluation.resize import Resize, resized
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig
-from jaxdiff.nets.inception import Inception
+from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception
 from jaxdiff.systems.clip import normalised
 
 
@@ -58,9 +58,19 @@ def digest_of(params: Any) -> str:
     return total.hexdigest()[:12]
 
 
-def inception(params: dict, resize: Resize = Resize.CLEAN) -> Extractor:
-    """FID's network: 2048 features and the logits of 1008 classes."""
-    return Extractor("inception-2015-12-05", params, 299, _SeeInception(), resize)
+INCEPTION = "inception-2015-12-05"
+
+
+def inception(params: dict, resize: Resize = Resize.CLEAN, dims: int = WIDTH) -> Extractor:
+    """FID's network: features and the logits of 1008 classes. With `Resize.PYTORCH` it sees 2 x / 255 - 1, as in
+    pytorch-fid; else (x - 128) / 128, as in its own graph, clean-fid and torch-fidelity.
+
+    dims: 2048 for FID; 64, 192, 768 for features of earlier layers, averaged over places, which fewer pictures suffice
+    for: a distance of another name. ValueError for another number."""
+    if dims not in TAPS:
+        raise ValueError(f"dims {dims}: Inception has features of {', '.join(map(str, TAPS))}")
+    name = INCEPTION if dims == WIDTH else f"{INCEPTION}-{dims}"
+    return Extractor(name, params, SIDE, _SeeInception(dims, resize is Resize.PYTORCH), resize)
 
 
 def clip_image(config: CLIPConfig, params: dict, name: str = "clip") -> Extractor:
@@ -116,9 +126,13 @@ def _see(see: Callable, params: Any, pictures: Array) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class _SeeInception:
+    dims: int
+    symmetric: bool
+
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        seen = Inception().apply({"params": params}, (pictures - 128) / 128)  # as the graph itself does
-        return {"features": seen.features, "logits": seen.logits}
+        scaled = pictures / 127.5 - 1 if self.symmetric else (pictures - 128) / 128
+        seen = Inception().apply({"params": params}, scaled)
+        return {"features": seen.features if self.dims == WIDTH else seen.early[self.dims], "logits": seen.logits}
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,29 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.checks import require_features
 from jaxdiff.evaluation.frechet import frechet
-from jaxdiff.evaluation.statistics import Statistics, add, empty
+from jaxdiff.evaluation.statistics import Gaussian, add, empty
 
 
-def distance(a: Statistics, b: Statistics, force: bool = False) -> float:
+def distance(a: Gaussian, b: Gaussian, force: bool = False) -> float:
     """The squared Fréchet distance. ValueError, unless `force`, where one has fewer pictures than features: its
-    covariance is that of the pictures' number, not of the set. ValueError for features of different width."""
-    width = len(a.total)
-    if width != len(b.total):
-        raise ValueError(f"features of width {width} and {len(b.total)}: of different networks")
-    least = min(a.count, b.count)
-    if least <= width and not force:
+    covariance is that of the pictures' number, not of the set (a number that is not known is taken to be enough).
+    ValueError for features of different width, or not finite."""
+    width = len(a.mean)
+    require_features("a Fréchet distance", a.mean[None], b.mean[None])
+    least = fewest(a, b)
+    if least is not None and least <= width and not force:
         raise ValueError(
             f"{least} pictures for {width} features: the distance would be that of their number; take more than "
             f"{width}, or force it, and it says so"
         )
     return frechet(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def fewest(*sets: Gaussian) -> int | None:
+    """The images of the smallest set, of those whose number is known."""
+    return min((each.count for each in sets if each.count is not None), default=None)
 
 
 SIZES = 15
@@ -44,7 +50,7 @@ class Limit(NamedTuple):
 
 def limit(
     features: Float[np.ndarray, "n d"],
-    reference: Statistics,
+    reference: Gaussian,
     sizes: int = SIZES,
     seed: int = 0,
     force: bool = False,
@@ -53,6 +59,7 @@ def limit(
     """FID∞: distances of `sizes` random subsets, evenly from a tenth (but at least 2 d) to all, against 1/n → 0.
 
     ValueError, unless `force`, for fewer than 4 d pictures."""
+    require_features("a limit of Fréchet distances", features)
     n, d = features.shape
     least = smallest(n, d, force)
     if sizes < 2 or 2 * least > n:

@@ -13,14 +13,23 @@ def frechet(
     mean_b: Float[np.ndarray, "d"],
     covariance_b: Float[np.ndarray, "d d"],
 ) -> float:
-    """The squared distance, in float64, never below 0.
+    """The squared distance, in float64, never below 0. ValueError for moments that are not finite.
 
-    The trace of the root is that of a symmetric matrix, (A½ B A½)½ with A½ from the eigenvalues of A, so that
-    covariances without full rank, as of fewer pictures than features, need no regularisation and give nothing complex.
+    With Σ₁ = F Fᵀ and Σ₂ = G Gᵀ the trace of the root is the sum of the singular values of Fᵀ G. Eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½ are the squares of these: of covariances without full rank, as of fewer pictures than features, the
+    root of each 0 that is rounded to 1e-16 would count as 1e-8.
     """
-    apart = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    values, vectors = np.linalg.eigh(np.asarray(covariance_a, np.float64))
-    half = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    between = np.linalg.eigvalsh(half @ np.asarray(covariance_b, np.float64) @ half)
-    root = np.sqrt(np.maximum(between, 0)).sum()
+    moments = [np.asarray(each, np.float64) for each in (mean_a, covariance_a, mean_b, covariance_b)]
+    if not all(np.isfinite(each).all() for each in moments):
+        raise ValueError("a Fréchet distance of moments that are not finite")
+    mean_a, covariance_a, mean_b, covariance_b = moments
+    apart = mean_a - mean_b
+    root = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
     return max(0.0, float(apart @ apart + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root))
+
+
+def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """F with F Fᵀ = covariance, of as many columns as its rank is to rounding."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])

@@ -4,35 +4,38 @@ An `Observed` is what one network saw in a set of pictures; `judge` compares two
 (too few pictures, no logits) is there all the same, with the reason in place of its value.
 """
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.data.files import replacing
-from jaxdiff.evaluation import fid
+from jaxdiff.evaluation import fid, foreign
+from jaxdiff.evaluation.checks import require_features
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.cmmd import cmmd
-from jaxdiff.evaluation.inception_score import inception_score
+from jaxdiff.evaluation.features import INCEPTION
+from jaxdiff.evaluation.inception_score import SPLIT_SEED, inception_score
 from jaxdiff.evaluation.kid import kid
 from jaxdiff.evaluation.precision_recall import precision_recall
-from jaxdiff.evaluation.statistics import Origin, Statistics, add, empty, load, save
+from jaxdiff.evaluation.statistics import Gaussian, Origin, Statistics, add, empty, is_ours, load, save
 
 BLOCK = 4096
-INCEPTION = "inception-2015-12-05"
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
     """What one network saw in a set. `features` is None where only the sums were kept, `logits` where the network only
-    embeds, as CLIP does."""
+    embeds, as CLIP does. The number of images is None where another program kept a mean and a covariance alone."""
 
     origin: Origin
-    statistics: Statistics
+    statistics: Gaussian
     features: Float[np.ndarray, "n d"] | None = None
     logits: Float[np.ndarray, "n c"] | None = None
 
@@ -46,6 +49,8 @@ class Score:
     protocol: str
     error: float | None = None
     """Its standard error, or as is customary the deviation over splits."""
+    deviation: float | None = None
+    """Of KID over subsets, which other programs publish in place of the standard error."""
     missing: str | None = None
 
 
@@ -53,6 +58,7 @@ class Score:
 class Settings:
     """force: Fréchet distances of fewer pictures than features, which then say so. kid_subsets, kid_size (at most; of
     what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
+    split_seed: of its shuffle, by default torch-fidelity's; None: not shuffled.
     """
 
     force: bool = False
@@ -60,6 +66,7 @@ class Settings:
     kid_size: int = 1000
     neighbours: int = 3
     splits: int = 10
+    split_seed: int | None = SPLIT_SEED
 
     def __post_init__(self):
         for name, least in (("kid_subsets", 1), ("kid_size", 2), ("neighbours", 1), ("splits", 1)):
@@ -68,6 +75,11 @@ class Settings:
 
 
 def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = None) -> Observed:
+    """ValueError, with the set's name, for features that are not finite, or of no images."""
+    try:
+        require_features("statistics", features)
+    except ValueError as error:
+        raise ValueError(f"{origin.pictures}, {origin.extractor}: {error}") from error
     statistics = empty(features.shape[1])
     for start in range(0, len(features), BLOCK):
         statistics = add(statistics, features[start : start + BLOCK])
@@ -75,7 +87,10 @@ def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = N
 
 
 def keep(path: Path, reference: Observed) -> None:
-    """As .npz, for later comparisons; the features beside it where they are known."""
+    """As .npz, for later comparisons; the features beside it where they are known. ValueError for what another program
+    kept."""
+    if not isinstance(reference.statistics, Statistics):
+        raise ValueError(f"{reference.origin.pictures}: of another program, and kept already")
     beside = path.with_suffix(".features.npy")
     beside.unlink(missing_ok=True)  # of older statistics
     save(path, reference.statistics, reference.origin)
@@ -85,8 +100,12 @@ def keep(path: Path, reference: Observed) -> None:
 
 
 def kept(path: Path) -> Observed:
-    """The inverse of `keep`; without the second file, the sums alone. FileNotFoundError, or ValueError for files that
-    are damaged, or of different pictures."""
+    """The inverse of `keep`; without the second file, the sums alone. Files of other programs (`foreign`) are read too:
+    their network is unknown, and `seen_by` says which it is taken to be. FileNotFoundError, or ValueError for files
+    that are damaged, or of different pictures."""
+    if not is_ours(path):
+        origin, found = foreign.read(path)
+        return observed(origin, found) if isinstance(found, np.ndarray) else Observed(origin, found)
     statistics, origin = load(path)
     beside = path.with_suffix(".features.npy")
     if not beside.is_file():
@@ -95,72 +114,101 @@ def kept(path: Path) -> Observed:
         features = np.load(beside, allow_pickle=False)
     except Exception as error:  # of numpy, in several types
         raise ValueError(f"{beside}: no features of ours; make them anew, or delete the file") from error
-    shape = statistics.count, len(statistics.total)
-    if features.shape != shape or not np.allclose(features.sum(0, dtype=np.float64), statistics.total, rtol=1e-6):
+    shape = statistics.count, len(statistics.mean)
+    if features.dtype.kind != "f" or features.shape != shape or not _has_mean(features, statistics.mean):
         raise ValueError(f"{beside}: features of other pictures than those of {path}")
     return Observed(origin, statistics, features)
 
 
+def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observed:
+    """What another program kept, taken to be of the one network (by its name and the width of its features) that has as
+    many features; of several, Inception. ValueError for none, or several others."""
+    width = len(reference.statistics.mean)
+    fitting = [name for name, features in networks if features == width]
+    if len(fitting) > 1:
+        fitting = [name for name in fitting if name.startswith(INCEPTION)] or fitting
+    if len(fitting) != 1:
+        what = ", ".join(f"{name} ({features})" for name, features in networks)
+        raise ValueError(
+            f"{reference.origin.pictures}: {width} features, which {len(fitting) or 'none'} of the judges have: {what}"
+        )
+    return dataclasses.replace(reference, origin=dataclasses.replace(reference.origin, extractor=fitting[0]))
+
+
+ALIKE = ("extractor", "fit", "size", "resize")
+"""What the origins of two sets that are compared must have in common."""
+
+
+def require_alike(drawn: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
+    """ValueError where the two sets were seen by different networks, or were brought to its size in different ways. Of
+    what another program kept the way is unknown, and taken to be the same."""
+    for name in names:
+        ours, theirs = getattr(drawn, name), getattr(true, name)
+        if ours != theirs and not (true.protocol_unknown and name != "extractor"):
+            raise ValueError(f"{true.pictures}: {name} is {theirs}, and {ours} of {drawn.pictures}")
+
+
 def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed: int = 0) -> list[Score]:
-    """Every number that this network gives; `seed` is that of subsets and splits.
+    """Every number that this network gives; `seed` is that of KID's and the limit's subsets.
 
     ValueError where the two sets were seen by different networks, or came to their size in different ways.
     """
-    for name in ("extractor", "resize"):
-        ours, theirs = getattr(drawn.origin, name), getattr(true.origin, name)
-        if ours != theirs:
-            raise ValueError(f"{true.origin.pictures}: {name} is {theirs}, and {ours} of {drawn.origin.pictures}")
-    name = _name(drawn.origin.extractor)
+    require_alike(drawn.origin, true.origin)
+    distance, limit, suffix = _names(drawn.origin.extractor)
     write = _Writer(drawn, true, settings)
-    scores = [
-        write(f"{'FID' if name == INCEPTION else f'FD-{name}'}", lambda: (_distance(drawn, true, settings), None))
-    ]
+    scores = [write(distance, lambda: _Value(_distance(drawn, true, settings)))]
     if drawn.features is not None:
-        scores.append(
-            write(
-                "FID∞" if name == INCEPTION else f"FD-{name}, limit",
-                lambda: _limit(drawn, true, settings, seed),
-                f"{fid.SIZES} sizes from {fid.smallest(*drawn.features.shape, settings.force)}",
-            )
-        )
-    suffix = "" if name == INCEPTION else f"-{name}"
+        sizes = f"{fid.SIZES} sizes from {fid.smallest(*drawn.features.shape, settings.force)}"
+        scores.append(write(limit, lambda: _Value(_limit(drawn, true, settings, seed)), sizes))
     if drawn.logits is None:
-        return [*scores, write(f"CMMD{suffix}", lambda: (cmmd(*_both(drawn, true)), None))]
+        return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(drawn, true))))]
     subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
     scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
-    splits = f"{settings.splits} splits"
-    scores.append(write(f"IS{suffix}", lambda: _inception_score(drawn, settings, seed), splits))
+    order = "not shuffled" if settings.split_seed is None else f"shuffled by {settings.split_seed}"
+    splits = f"{settings.splits} splits, {order}"
+    scores.append(write(f"IS{suffix}", lambda: _inception_score(drawn, settings), splits))
     near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
-    scores.append(write(f"precision{suffix}", lambda: (near().precision, None), f"k {settings.neighbours}"))
-    return [*scores, write(f"recall{suffix}", lambda: (near().recall, None), f"k {settings.neighbours}")]
+    scores.append(write(f"precision{suffix}", lambda: _Value(near().precision), f"k {settings.neighbours}"))
+    return [*scores, write(f"recall{suffix}", lambda: _Value(near().recall), f"k {settings.neighbours}")]
 
 
-def judge_captions(captions: Sequence[str], text: np.ndarray, drawn: Observed) -> list[Score]:
-    """CLIP score, of the captions' embeddings beside those of the pictures. ValueError where they are not as many."""
+def judge_captions(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
+    """CLIP score, of the captions' embeddings beside those of the pictures. prefix: what stood before each caption when
+    it was embedded, for the line. ValueError where they are not as many."""
     found = clip_score(text, drawn.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
-    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {drawn.origin}"
+    before = f"prefix {prefix!r}" if prefix else "no prefix"
+    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {drawn.origin}"
     return [Score(f"score-{name}, w 2.5", found.score, protocol), Score(f"cosine-{name}", found.cosine, protocol)]
+
+
+class _Value(NamedTuple):
+    number: float
+    error: float | None = None
+    deviation: float | None = None
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Makes a score of what a function returns (a value and its error), or of the reason why it cannot."""
+    """Makes a score of what a function returns, or of the reason why it cannot."""
 
     drawn: Observed
     true: Observed
     settings: Settings
 
-    def __call__(self, name: str, value: Callable[[], tuple[float, float | None]], how: str = "") -> Score:
+    def __call__(self, name: str, value: Callable[[], _Value], how: str = "") -> Score:
         drawn, true = self.drawn, self.true
-        least, width = min(drawn.statistics.count, true.statistics.count), len(true.statistics.total)
-        told = [f"n {drawn.statistics.count} against {true.statistics.count}", how, str(drawn.origin)]
-        if name.startswith(("FID", "FD")) and least <= width and self.settings.force:
+        least, width = fid.fewest(drawn.statistics, true.statistics), len(true.statistics.mean)
+        known = "an unknown number" if true.statistics.count is None else str(true.statistics.count)
+        told = [f"n {drawn.statistics.count} against {known}", how, str(drawn.origin)]
+        if name.startswith(("FID", "FD")) and least is not None and least <= width and self.settings.force:
             told.insert(1, f"FORCED: fewer than the {width} features")
         protocol = f"{', '.join(filter(None, told))}; reference {true.origin.shown}"
         try:
-            number, error = value()
-            return Score(name, float(number), protocol, error)
+            found = value()
+            if not np.isfinite(found.number):
+                raise ValueError(f"the result is {found.number}: the features are too large")
+            return Score(name, float(found.number), protocol, found.error, found.deviation)
         except ValueError as reason:
             return Score(name, None, protocol, missing=str(reason))
 
@@ -168,6 +216,15 @@ class _Writer:
 def _name(extractor: str) -> str:
     """`classifier-shapes 0123…` → `shapes`."""
     return extractor.partition(" ")[0].removeprefix("classifier-")
+
+
+def _names(extractor: str) -> tuple[str, str, str]:
+    """Of the distance, of its limit, and what ends the other names: nothing for FID's own features alone."""
+    name = _name(extractor)
+    if name.startswith(INCEPTION):
+        suffix = name.removeprefix(INCEPTION)
+        return f"FID{suffix}", f"FID∞{suffix}", suffix
+    return f"FD-{name}", f"FD-{name}, limit", f"-{name}"
 
 
 def _both(a: Observed, b: Observed) -> tuple[np.ndarray, np.ndarray]:
@@ -180,19 +237,27 @@ def _distance(drawn: Observed, true: Observed, settings: Settings) -> float:
     return fid.distance(drawn.statistics, true.statistics, settings.force)
 
 
-def _limit(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, None]:
-    return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value, None
+def _limit(drawn: Observed, true: Observed, settings: Settings, seed: int) -> float:
+    return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value
 
 
 def _size(drawn: Observed, true: Observed, settings: Settings) -> int:
-    return min(settings.kid_size, drawn.statistics.count // 2, true.statistics.count // 2)
+    least = fid.fewest(drawn.statistics, true.statistics)
+    return settings.kid_size if least is None else min(settings.kid_size, least // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> tuple[float, float | None]:
+def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> _Value:
     found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
-    return 1000 * found.value, None if found.error is None else 1000 * found.error
+    error = None if found.error is None else 1000 * found.error
+    return _Value(1000 * found.value, error, 1000 * found.deviation)
 
 
-def _inception_score(drawn: Observed, settings: Settings, seed: int) -> tuple[float, float]:
-    found = inception_score(drawn.logits, settings.splits, seed)
-    return found.value, found.deviation
+def _inception_score(drawn: Observed, settings: Settings) -> _Value:
+    found = inception_score(drawn.logits, settings.splits, settings.split_seed)
+    return _Value(found.value, found.deviation)
+
+
+def _has_mean(features: np.ndarray, mean: np.ndarray) -> bool:
+    """To rounding, which is small beside the largest feature; never of features that are not finite."""
+    apart = np.abs(features.mean(0, dtype=np.float64) - mean).max(initial=0)
+    return bool(apart <= 1e-9 * np.abs(features).max(initial=0))

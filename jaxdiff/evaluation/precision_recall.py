@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxdiff.evaluation.checks import require_features
+
 
 class PrecisionRecall(NamedTuple):
     precision: float
@@ -17,9 +19,11 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m d"], k: int = 3, chunk: int = 1024
+    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m e"], k: int = 3, chunk: int = 1024
 ) -> PrecisionRecall:
-    """The paper's k is 3. ValueError where a set has no k neighbours."""
+    """The paper's k is 3. ValueError where a set has no k neighbours, and for features of different width, or not
+    finite."""
+    require_features("precision and recall", real, drawn)
     if k < 1 or min(len(real), len(drawn)) <= k:
         raise ValueError(f"precision and recall of {k} neighbours, but there are {len(real)} and {len(drawn)} pictures")
     return PrecisionRecall(_within(drawn, real, k, chunk), _within(real, drawn, k, chunk))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxdiff.evaluation.checks import require_features
+
 
 class Recall(NamedTuple):
     """R@k, the share of queries whose own answer is among the k nearest, for each k: of pictures found by captions, and
@@ -16,27 +18,36 @@ class Recall(NamedTuple):
 
 
 def retrieval(
-    text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "n d"], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+    text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
 ) -> Recall:
     """Of embeddings of any length, the caption and the picture of a pair in the same row. An answer as near as the
-    right one counts as nearer. ValueError without pairs, or for a k below 1."""
+    right one counts as nearer. ValueError without pairs, for a k below 1, and for embeddings of different width, not
+    finite, or of length 0."""
     if not len(text) or len(text) != len(image) or min(ks, default=0) < 1:
         raise ValueError(f"retrieval of {len(text)} captions and {len(image)} pictures at {tuple(ks)}")
+    require_features("retrieval", text, image)
     text, image = unit(text), unit(image)
     share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
     return Recall(share(_ranks(text, image, chunk)), share(_ranks(image, text, chunk)))
 
 
-def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t d"]) -> Int[np.ndarray, " n"]:
-    """The class of each picture: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4)."""
+def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e"]) -> Int[np.ndarray, " n"]:
+    """The class of each picture: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4).
+
+    ValueError for no pictures, classes or prompts, and for embeddings of different width, not finite, or of length 0.
+    """
+    require_features("zero-shot classes", image, classes.reshape(-1, classes.shape[-1]))
     means = unit(unit(classes).mean(1))
     return (unit(image) @ means.T).argmax(1)
 
 
 def unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
-    """The same directions with length 1, in float64."""
+    """The same directions with length 1, in float64. ValueError for one of length 0, which has none."""
     x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(f"{int((lengths == 0).sum())} embeddings of length 0, which have no direction")
+    return x / lengths
 
 
 def _ranks(queries: np.ndarray, answers: np.ndarray, chunk: int) -> np.ndarray:

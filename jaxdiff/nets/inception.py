@@ -2,7 +2,8 @@
 
 It differs from the Inception-v3 that libraries train: its average pools do not count the padding, and the last block
 pools by the maximum. FID reads the 2048 features before the classifier, the Inception score its 1008 logits without
-their bias.
+their bias. Where a distance is wanted of fewer pictures, features of earlier layers serve, averaged over places: 64
+after the first maximum pool, 192 after the second, 768 before the last reduction.
 """
 
 from typing import NamedTuple
@@ -14,15 +15,19 @@ from jaxtyping import Array, Float
 
 SIDE = 299
 WIDTH = 2048
+TAPS = (64, 192, 768, WIDTH)
+"""Widths of the features that can be had."""
 CLASSES = 1008
 ROW, COLUMN = (1, 7), (7, 1)
 
 
 class Seen(NamedTuple):
-    """features: what FID compares. logits: of the classifier, without its bias."""
+    """features: what FID compares. logits: of the classifier, without its bias. early: features of earlier layers, by
+    their width."""
 
     features: Float[Array, "b 2048"]
     logits: Float[Array, "b 1008"]
+    early: dict[int, Float[Array, "b _"]]
 
 
 class Inception(nn.Module):
@@ -34,19 +39,22 @@ class Inception(nn.Module):
         x = _Conv(32, 3, padding="VALID", name="conv_2a")(x)
         x = _Conv(64, 3, name="conv_2b")(x)
         x = _max_pool(x, stride=2)
+        early = {64: x.mean((1, 2))}
         x = _Conv(80, 1, name="conv_3b")(x)
         x = _Conv(192, 3, padding="VALID", name="conv_4a")(x)
         x = _max_pool(x, stride=2)
+        early[192] = x.mean((1, 2))
         for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
             x = _Narrow(pooled, name=f"mixed_{name}")(x)
         x = _ToMiddle(name="mixed_6a")(x)
         for name, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
             x = _Middle(width, name=f"mixed_{name}")(x)
+        early[768] = x.mean((1, 2))
         x = _ToWide(name="mixed_7a")(x)
         x = _Wide(maximum=False, name="mixed_7b")(x)
         x = _Wide(maximum=True, name="mixed_7c")(x)
         features = x.mean((1, 2))
-        return Seen(features, nn.Dense(CLASSES, use_bias=False, name="classes")(features))
+        return Seen(features, nn.Dense(CLASSES, use_bias=False, name="classes")(features), early)
 
 
 class _Conv(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import all_features, digest_of, extract
+from jaxdiff.evaluation.resize import Resize
 from jaxdiff.evaluation.statistics import add, empty, merge
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
@@ -77,13 +78,39 @@ def test_inception_sees_pixels_as_its_graph_scales_them(monkeypatch):
 
     class Sees:
         def apply(self, variables, pictures):
-            return Seen(pictures.mean((1, 2)), pictures.max((1, 2)))
+            return Seen(pictures.mean((1, 2)), pictures.max((1, 2)), {64: pictures.min((1, 2))})
 
     monkeypatch.setattr(features, "Inception", Sees)
     grey = np.full((2, 299, 299, 3), 128, np.uint8)
     grey[1] = 192
     (seen,) = extract(features.inception({}), grey)
     np.testing.assert_allclose(seen["features"], [[0] * 3, [0.5] * 3], atol=1e-6)
+    # pytorch-fid: twice what lies between 0 and 1, minus 1.
+    (seen,) = extract(features.inception({}, Resize.PYTORCH), grey)
+    np.testing.assert_allclose(seen["features"], [[2 * 128 / 255 - 1] * 3, [2 * 192 / 255 - 1] * 3], atol=2e-5)
+
+
+def test_features_of_earlier_layers_have_another_name(monkeypatch):
+    class Sees:
+        def apply(self, variables, pictures):
+            mean = pictures.mean((1, 2))
+            return Seen(mean, mean, {width: mean[:, :1] * width for width in (64, 192, 768)})
+
+    monkeypatch.setattr(features, "Inception", Sees)
+    picture = np.full((1, 299, 299, 3), 192, np.uint8)
+    digests = set()
+    for dims in (64, 192, 768):
+        network = features.inception({}, dims=dims)
+        (seen,) = extract(network, picture)
+        assert seen["features"].tolist() == [[0.5 * dims]]
+        assert network.name == f"inception-2015-12-05-{dims}"
+        digests.add(network.digest)
+    assert features.inception({}).name == features.inception({}, dims=2048).name == "inception-2015-12-05"
+    digests |= {features.inception({}, how).digest for how in (Resize.CLEAN, Resize.PYTORCH)}
+    assert len(digests) == 5  # CLEAN and LEGACY differ in their resize alone
+    assert features.inception({}, Resize.LEGACY).digest == features.inception({}).digest
+    with pytest.raises(ValueError, match="dims 128: Inception has features of 64, 192, 768, 2048"):
+        features.inception({}, dims=128)
 
 
 def test_settings_tell_networks_apart_too(network):

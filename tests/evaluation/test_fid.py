@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.evaluation.fid import distance, limit
-from jaxdiff.evaluation.statistics import add, empty
+from jaxdiff.evaluation.statistics import Moments, add, empty
 
 D = 12
 RNG = np.random.default_rng(0)
@@ -21,7 +21,7 @@ def test_fewer_pictures_than_features_are_refused_unless_forced():
             distance(*pair)
         assert distance(*pair, force=True) > 0
     assert distance(many, of(RNG.normal(size=(D + 1, D)))) > 0
-    with pytest.raises(ValueError, match="width 12 and 3"):
+    with pytest.raises(ValueError, match="width 3 and 12"):
         distance(many, add(empty(3), RNG.normal(size=(100, 3))))
 
 
@@ -52,3 +52,22 @@ def test_few_pictures_have_no_limit_unless_forced():
     limits, whole = np.mean(pairs, 0)
     assert abs(limits) < 0.25 * whole
     assert limit(RNG.normal(size=(D, D)), reference, force=True).sizes[0] == 2
+
+
+@pytest.mark.parametrize("mean", [0, 1e5, 1e7])
+def test_a_small_distance_beside_a_large_mean(mean):
+    """Variances of 1 and 1.0025² in one direction, on a mean of many standard deviations: exactly 0.0025²."""
+    x = np.random.default_rng(4).normal(size=(200, 3))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T  # of unit covariance
+    y = x * [1.0025, 1, 1]
+    found = distance(add(empty(3), x + mean), add(empty(3), y + mean))
+    assert found == pytest.approx(0.0025**2, rel=1e-2 if mean > 1e6 else 1e-4)
+
+
+def test_a_number_that_is_not_known_is_enough():
+    many = of(RNG.normal(size=(100, D)))
+    other = Moments(many.mean + 1, many.covariance)
+    assert distance(many, other) == distance(other, many) == pytest.approx(D)
+    assert distance(other, other) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="not finite"):
+        distance(many, Moments(np.full(D, np.nan), other.covariance))

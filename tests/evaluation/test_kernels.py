@@ -26,6 +26,12 @@ def test_kid_of_whole_sets_is_mmd_and_of_subsets_unbiased():
     assert whole.value == pytest.approx(mmd(A.astype(float), B[:23].astype(float)))
     assert whole.error is None and kid(A, B, subsets=1, size=10).error is None
     many = RNG.normal(size=(4000, 6))
+    rng = np.random.default_rng(7)
+    pick = lambda x: x[rng.choice(len(x), 10, replace=False)].astype(float)  # noqa: E731
+    values = [mmd(pick(A), pick(B)) for _ in range(6)]
+    found = kid(A, B, 6, 10, seed=7)
+    assert (found.value, found.deviation) == pytest.approx((np.mean(values), np.std(values)))
+    assert kid(A, B, 1, 10).deviation == 0
     same = kid(many[:2000], many[2000:], subsets=200, size=50)
     assert abs(same.value) < 4 * same.error  # of one distribution: 0 on average
     assert kid(A, B, 10, 10, seed=1) == kid(A, B, 10, 10, seed=1) != kid(A, B, 10, 10, seed=2)

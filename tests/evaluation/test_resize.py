@@ -54,6 +54,28 @@ def test_legacy_aliases_and_clean_does_not():
     assert (resized(stripes, 16, Resize.LEGACY) == 255).all()
 
 
+@pytest.mark.parametrize("height, width, side", [(40, 56, 16), (37, 81, 299), (81, 37, 64), (64, 65, 299), (1, 300, 9)])
+def test_pytorch_is_torchs_interpolation(height, width, side):
+    """Of floats from 0 to 1, as pytorch-fid has them."""
+    torch = pytest.importorskip("torch", reason="PyTorch's own interpolation")
+    picture = np.random.default_rng(1).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    found = resized(picture, side, Resize.PYTORCH)
+    image = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
+    wanted = torch.nn.functional.interpolate(image, (side, side), mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(found / 255, wanted[0].permute(1, 2, 0), atol=2e-5)
+    assert found.dtype == np.float32
+
+
+def test_pytorch_is_symmetric_and_aliases():
+    dot = np.zeros((32, 32, 3), np.uint8)
+    dot[12:20, 12:20] = 255
+    found = resized(dot, 48, Resize.PYTORCH)
+    np.testing.assert_allclose(found, found[::-1, ::-1], atol=1e-3)
+    stripes = np.zeros((60, 60, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.ptp(resized(stripes, 20, Resize.PYTORCH)) == 255  # whatever lines it happens to read
+
+
 def test_legacy_shifts_to_the_top_left():
     """A symmetric picture stays symmetric only in the clean way."""
     dot = np.zeros((32, 32, 3), np.uint8)

@@ -1,12 +1,15 @@
 """Sums of features: whole = in parts = merged, and files that are none of ours."""
 
+import json
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from jaxdiff.evaluation.statistics import Origin, Statistics, add, empty, load, merge, save
 
 FEATURES = np.random.default_rng(0).normal(3, 2, (257, 16)).astype(np.float32)
-ORIGIN = Origin("shapes:held_out", "0123", "inception-2015-12-05 abcd", "clean", seed=3)
+ORIGIN = Origin("shapes:held_out", "0123", "inception-2015-12-05 abcd", "clean", seed=3, size="64x48")
 
 
 def same(a: Statistics, b: Statistics):
@@ -41,13 +44,19 @@ def test_what_is_saved_comes_back(tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(found, whole))
     with np.load(tmp_path / "kept.npz") as kept:  # as other tools call it
         np.testing.assert_array_equal(kept["sigma"], whole.covariance)
-    assert str(ORIGIN) == "shapes:held_out 0123 (png, seed 3), inception-2015-12-05 abcd, resize clean"
+    assert (
+        str(ORIGIN) == "shapes:held_out 0123 (png, 64x48, seed 3), inception-2015-12-05 abcd, fit squeeze, resize clean"
+    )
 
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.npz")
     np.savez(tmp_path / "other.npz", mu=1)
+    old = {"pictures": "p", "digest": "0", "extractor": "e", "resize": "clean", "format": "png", "seed": None}
+    np.savez(tmp_path / "old.npz", count=3, total=np.ones(2), products=np.ones((2, 2)), origin=json.dumps(old))
+    with pytest.raises(ValueError, match=r"old.npz: kept by an earlier version.*--keep-reference"):
+        load(tmp_path / "old.npz")
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "pickled.npz", origin=np.array([{}], object))
     for name in ("other", "text", "pickled"):
@@ -55,8 +64,33 @@ def test_other_files_are_refused(tmp_path):
             load(tmp_path / f"{name}.npz")
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e5, -1e6, 3e7])
+@pytest.mark.parametrize("parts", [1, 7, 257])
+def test_a_mean_far_from_the_spread_costs_no_digits(mean, parts):
+    """Exactly: integers about a large mean, in fractions. Sums of squares would have lost all digits from 1e8 on."""
+    steps = np.random.default_rng(1).integers(-3, 4, (257, 3))
+    exact = [[Fraction(int(value)) for value in row] for row in steps]
+    means = [sum(column) / 257 for column in zip(*exact)]
+    wanted = [
+        [float(sum((r[i] - means[i]) * (r[j] - means[j]) for r in exact) / 256) for j in range(3)] for i in range(3)
+    ]
+    whole = merge(*(add(empty(3), part) for part in np.array_split(steps + mean, parts)))
+    np.testing.assert_allclose(whole.mean, [mean + float(each) for each in means], rtol=1e-14, atol=1e-12)
+    np.testing.assert_allclose(whole.covariance, wanted, rtol=0, atol=1e-8 * np.diag(wanted).max())
+
+
+def test_merging_nothing():
+    part = add(empty(16), FEATURES)
+    same(merge(empty(16), part, empty(16)), part)
+    assert merge(empty(16), empty(16)).count == 0
+
+
 def test_numbers_that_say_nothing():
     with pytest.raises(ValueError, match="not finite"):
         add(empty(2), np.array([[1, np.nan]]))
+    with pytest.raises(ValueError, match="no images"):
+        add(empty(2), np.zeros((0, 2)))
+    with pytest.raises(ValueError, match="width 2 and 3"):
+        add(empty(2), np.zeros((4, 3)))
     with pytest.raises(ValueError, match="a covariance of 1 pictures"):
         _ = add(empty(2), np.ones((1, 2))).covariance

@@ -138,7 +138,7 @@ def test_mixed_sizes(judged, photos):
     one_line(done, "2 sizes", "64x64 (00.png)", "48x64 (99.png)")
 
 
-@pytest.mark.parametrize("mode, what", [("L", "not RGB but L"), ("RGBA", "transparent"), ("P", "not RGB but P")])
+@pytest.mark.parametrize("mode, what", [("L", "not RGB but L"), ("LA", "not RGB but LA"), ("P", "not RGB but P")])
 def test_pictures_that_are_not_rgb(judged, photos, mode, what):
     Image.open(photos / "03.png").convert(mode).save(photos / "03.png")
     done, _ = judged("--pictures", photos)
@@ -163,7 +163,7 @@ def test_unreadable_true_pictures_too(judged, photos):
     done, scores = judged("--pictures", photos, "--data", f"folder:{photos}")
     assert done.code == 0, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("warning")]
-    assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "picture 2" in lines[1]
+    assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "02.png" in lines[1]
     assert "n 10 against 10" in scores["FD-shapes"]["protocol"]
 
 
@@ -200,7 +200,7 @@ def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, phot
     assert [each["value"] for each in right] == [1, 1] and 0 < one < 12
     assert [each["protocol"].partition(", exact reader, ")[0] for each in right] == [f"n {one}", f"n {12 - one}"]
     assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
-    assert "png, 64 pixels" in scores["FD-shapes"]["protocol"].partition("reference")[2]
+    assert "(png, 64x64)" in scores["FD-shapes"]["protocol"].partition("reference")[2]
     (photos / "02.txt").write_text("something else")
     _, scores = judged("--pictures", photos)
     assert scores["attributes right"]["value"] is None and "something else" in scores["attributes right"]["missing"]

@@ -84,14 +84,19 @@ class Reference:
     def __call__(self, x):
         x = self.conv(x, "Conv2d_1a_3x3", stride=2)
         x = self.conv(self.conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", padding=1)
-        x = self.conv(self.conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
         x = F.max_pool2d(x, 3, 2)
+        early = {64: x}
+        x = self.conv(self.conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
+        x = early[192] = F.max_pool2d(x, 3, 2)
         for kind, blocks in ((self.a, "5b 5c 5d"), (self.b, "6a"), (self.c, "6b 6c 6d 6e"), (self.d, "7a")):
             for block in blocks.split():
                 x = kind(x, f"Mixed_{block}")
+                if block == "6e":
+                    early[768] = x
         x = self.e(self.e(x, "Mixed_7b", False), "Mixed_7c", True)
         features = x.mean((2, 3))
-        return features, features @ self.tensors["fc.weight"].T
+        pooled = {width: F.adaptive_avg_pool2d(each, (1, 1))[..., 0, 0] for width, each in early.items()}
+        return features, features @ self.tensors["fc.weight"].T, pooled
 
 
 def test_parity(tensors, tmp_path):
@@ -102,7 +107,10 @@ def test_parity(tensors, tmp_path):
     found = jax.jit(Inception().apply)({"params": inception.load(file)}, image)
     with torch.no_grad():
         wanted = Reference(tensors)(torch.tensor(image).permute(0, 3, 1, 2))
-    for ours, theirs in zip(found, wanted, strict=True):
+    assert set(found.early) == set(wanted[2]) == {64, 192, 768}
+    pairs = [*zip(found[:2], wanted[:2]), *((found.early[width], wanted[2][width]) for width in found.early)]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape
         assert np.abs(ours - theirs.numpy()).max() <= 1e-4 * np.abs(theirs.numpy()).max()
     assert np.std(found.features) > 0.01
 

@@ -1,0 +1,19 @@
+"""What every metric refuses: features that are no rows of finite numbers, or of different networks."""
+
+import numpy as np
+
+
+def require_features(metric: str, *sets: np.ndarray) -> None:
+    """ValueError, with the metric's name, unless each set is (n d) with a row or more, finite, and all are as wide."""
+    for features in sets:
+        if features.ndim != 2 or not features.shape[1]:
+            raise ValueError(f"{metric} of features of shape {features.shape}: rows of numbers are wanted")
+        if not len(features):
+            raise ValueError(f"{metric} of no images")
+        finite = np.isfinite(features).all(1)
+        if not finite.all():
+            count, first = int((~finite).sum()), int(finite.argmin())
+            raise ValueError(f"{metric} of features that are not finite: {count} rows, the first is row {first}")
+    widths = sorted({features.shape[1] for features in sets})
+    if len(widths) > 1:
+        raise ValueError(f"{metric} of features of width {' and '.join(map(str, widths))}: of different networks")
