@@ -161,8 +161,8 @@ PUBLISHED = {
     "trained_betas": None,
     "variance_type": "learned_range",
 }
-FREE = {"beta_start", "beta_end", "timestep_spacing"}
-"""Settings that say nothing of the cosine schedule, or nothing that our samplings take from them."""
+FREE = {"beta_start", "beta_end"}
+"""Settings that say nothing of the cosine schedule."""
 
 
 def scheduler(path, learned=True, **changes):
@@ -205,7 +205,15 @@ def test_settings_of_schedulers(name, tmp_path):
         ({"variance_type": "learned"}, True, "variance_type = 'learned' is not supported"),
         ({"variance_type": "learned_range"}, False, "variance_type = 'learned_range' is not supported, only 'fixed_"),
         ({"prediction_type": "v_prediction"}, True, "prediction_type = 'v_prediction' is not supported"),
-        ({"steps_offset": 1}, True, "steps_offset = 1 is not supported, only 0"),
+        ({"steps_offset": 1000}, True, "steps_offset = 1000 is not supported, only a whole number from 0 to 999"),
+        (
+            {"timestep_spacing": "karras"},
+            True,
+            "timestep_spacing = 'karras' is not .* 'leading' or 'trailing' or 'lins",
+        ),
+        ({"clip_sample_range": 2.0}, True, "clip_sample_range = 2.0 is not supported, only 1.0"),
+        ({"set_alpha_to_one": False}, True, "set_alpha_to_one = False is not supported, only True"),
+        ({"num_train_timesteps": 2**16 + 1}, True, "num_train_timesteps = 65537 is not supported"),
         ({"rescale_betas_zero_snr": True}, True, "rescale_betas_zero_snr = True is not supported"),
         ({"num_train_timesteps": 1}, True, "num_train_timesteps = 1 is not supported"),
         ({"num_train_timesteps": True}, True, "num_train_timesteps = True is not supported"),
