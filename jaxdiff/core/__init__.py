@@ -1,1 +1,1 @@
-"""What every package may use."""
+"""What every package may use; imports nothing else of ours."""

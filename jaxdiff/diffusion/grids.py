@@ -103,8 +103,9 @@ class Trailing:
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
         table = _table_of(schedule, steps)
-        stride = table.steps / steps
-        return _falling(table, [round(table.steps - stride * i) - 1 for i in reversed(range(steps))])
+        # As diffusers rounds, though not with the entry -1 that this gives it for some numbers of steps.
+        falling = np.arange(table.steps, 0, -table.steps / steps).round()[:steps].astype(int) - 1
+        return _falling(table, falling[::-1].tolist())
 
 
 @dataclasses.dataclass(frozen=True)

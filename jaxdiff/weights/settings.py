@@ -51,6 +51,8 @@ def from_json(data: Any, where: str) -> Any:
     """The inverse of `to_json`, of what `core.json_files` has read. ValueError that names `where` for anything it does
     not know, and for sizes beyond their bounds (`sizes.py`), before anything is built."""
     if isinstance(data, list):
+        if len(data) > sizes.ENTRIES:
+            raise ValueError(f"{where}: a list of {len(data)} entries, more than {sizes.ENTRIES}")
         return tuple(from_json(item, where) for item in data)
     if not isinstance(data, dict):
         return data

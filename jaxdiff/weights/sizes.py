@@ -19,6 +19,7 @@ from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
+from jaxdiff.weights import tree
 
 
 class Bounds(NamedTuple):
@@ -75,13 +76,10 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
 
 
 def check(cls: type, field: str, value: Any, where: str) -> None:
-    """ValueError, naming `where` and the field, for a value out of bounds, a list too long, a number that is not
-    finite or a name that cannot be printed; before the class is given it."""
+    """ValueError, naming `where` and the field, for a value out of bounds, a number that is not finite or a name that
+    cannot be printed; before the class is given it."""
     bounds = BOUNDS.get(cls, {}).get(field)
-    items = value if isinstance(value, tuple) else (value,)
-    if len(items) > ENTRIES:
-        raise ValueError(f"{where}: {field} of {cls.__name__} has {len(items)} entries, more than {ENTRIES}")
-    for item in items:
+    for item in value if isinstance(value, tuple) else (value,):
         wanted = ""
         if bounds is not None and item is not None and not (type(item) is int and bounds.least <= item <= bounds.most):
             wanted = f"whole numbers from {bounds.least} to {bounds.most}"
@@ -136,9 +134,10 @@ def shapes(init: Callable[[], dict], where: str) -> dict:
     make no network, or one of too many parameters."""
     try:
         found = jax.eval_shape(init)
+        leaves = tree.flatten(found).values()
     except Exception as error:  # of jax and flax, in many types
         raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found))
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
     if count > PARAMETERS:
         raise ValueError(f"{where}: these settings make a network of {count:.2g} parameters: {PARAMETERS:.2g} at most")
     return found

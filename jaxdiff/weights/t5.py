@@ -93,7 +93,7 @@ def read_config(path: Path) -> T5Config:
     values = hub.read_json(path, "T5")
     lacking = [theirs for theirs in REQUIRED.values() if theirs not in values]
     if lacking:
-        raise ValueError(f"{path} lacks the setting {lacking[0]!r}")
+        raise ValueError(f"{path} lacks the setting '{lacking[0]}'")
     told = hub.Group(path, {name: value for name, value in values.items() if value is not None or name in REQUIRED})
     told.require("quantization_config", (None,))
     told.require("model_type", ("t5", "mt5", "umt5"))

@@ -7,8 +7,18 @@ import warnings
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import PreTrainedTokenizerFast
 
-from jaxdiff.text.tokenizer import SENTINELS, byte_tokenizer, load_tokenizer, sentinel_ids, tokenize, train_tokenizer
+from jaxdiff.text.tokenizer import (
+    SENTINELS,
+    byte_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    sentinel_ids,
+    tokenize,
+    train_tokenizer,
+    with_special_tokens,
+)
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "white"]
 KINDS = ["circle", "square", "triangle", "star", "hexagon"]
@@ -181,13 +191,70 @@ def test_a_damaged_sentencepiece_model(config, count, tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"extra_ids": "x"}'])
+@pytest.mark.parametrize("text", ["[1]", "{", '{"extra_ids": "x"}', "[" * 10**5 + "]" * 10**5])
 def test_bad_settings_beside_a_sentencepiece_model(text, tmp_path):
     write_pieces(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}: ") as refused:
         load_tokenizer(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def without(tokenizer, **names):
+    """A copy of a tokenizer with other special tokens; None for one that it does not name."""
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    for name, token in names.items():
+        setattr(other, name, token)
+    return other
+
+
+def test_a_tokenizer_without_padding(trained):
+    with pytest.raises(ValueError, match=r"no padding token: name one, as pad_token, in its tokenizer_config\.json"):
+        tokenize(without(trained), ["a red star"], 8)
+    found = tokenize(with_special_tokens(without(trained), 0, 1), ["a red star"], 8)
+    np.testing.assert_array_equal(found.ids, tokenize(trained, ["a red star"], 8).ids)
+    kept = with_special_tokens(without(trained, pad_token="<unk>"), 0, 1)  # what it names itself stays
+    assert (kept.pad_token_id, kept.eos_token_id) == (2, 1)
+    assert with_special_tokens(without(trained), None, 10**6).pad_token_id is None
+
+
+def test_a_tokenizer_without_an_end_cuts_at_what_it_ends_with(trained):
+    with pytest.warns(UserWarning, match="lost: 'blue square'"):
+        found = tokenize(without(trained, pad_token="<pad>"), ["a large blue square"], 3)
+    assert found.ids.tolist() == [[*trained("a large")["input_ids"][:2], 1]]
+
+
+@pytest.mark.parametrize("vocab", [5, 100, 300])
+def test_ids_that_the_embedding_has_not(trained, vocab):
+    largest = max(trained("a red star")["input_ids"])
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {largest}, the embedding has only {vocab}"):
+        tokenize(trained, ["a red star"], 8, vocab)
+    assert tokenize(trained, ["a red star"], 8, largest + 1).mask.sum() == 4
+    check_vocabulary(trained, len(trained), "here")
+    with pytest.raises(ValueError, match=f"here: the tokenizer has {len(trained)} ids, the embedding only {vocab}"):
+        check_vocabulary(trained, vocab, "here")
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**40, -1])
+def test_an_id_far_beyond(number):
+    class Far:
+        pad_token_id, eos_token_id = 0, 1
+
+        def __len__(self):
+            return 2
+
+        def get_vocab(self):
+            return {"a": 0, "\x1b[2J": number}
+
+        def __call__(self, captions, **_):
+            return {"input_ids": [[number, 1]] * len(captions)}
+
+    with pytest.raises(ValueError, match=f"'.x1b.2J' has the id {number}, the embedding only 400") as error:
+        check_vocabulary(Far(), 400, "here")
+    assert str(error.value).isprintable()
+    if number >= 2**31:
+        with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 2147483648"):
+            tokenize(Far(), ["a"], 3)
 
 
 def test_no_tokenizer(tmp_path):
