@@ -21,7 +21,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from jaxdiff.core import json_files
-from jaxdiff.core.messages import plain, quoted
+from jaxdiff.core.messages import plain, quoted, reason
 
 SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
@@ -50,8 +50,8 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
                 return _of_pieces(folder, told)
         return AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(reason, 400)}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
 
 
 def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
@@ -147,7 +147,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
         raise ValueError(f"length must be at least 1 token, not {length}")
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: name one, as pad_token, in its tokenizer_config.json")
-    rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+    try:
+        rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+    except Exception as error:  # of the tokenizers library, which raises nothing narrower: no unknown token, say
+        raise ValueError(f"the tokenizer cannot read these captions: {reason(error)}") from error
     largest = max([tokenizer.pad_token_id, *(max(row, default=0) for row in rows)])
     if largest >= vocab:
         raise ValueError(f"the tokenizer gives the id {largest}, the embedding has only {vocab}")

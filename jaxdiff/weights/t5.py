@@ -216,12 +216,12 @@ def _accounted(config: T5Config, tensors: Mapping[str, hub.Stored], directory: P
     """`tensors` with the embedding under its own name, and without what is knowingly left out: the decoder of an
     encoder, and copies of the embedding, which must be equal to it (ValueError)."""
     embedding = _embedding(config, tensors)
-    copies = {*EMBEDDINGS, *([HEAD] if config.tied and config.decoder_layers else [])}
-    for key in sorted(copies & tensors.keys()):
-        if embedding is not None and not _same(tensors[key], embedding):
+    copies = (*EMBEDDINGS, *([HEAD] if config.tied else []))
+    for key in copies if config.decoder_layers else EMBEDDINGS[:2]:  # a decoder that is left out is not read at all
+        if key in tensors and embedding is not None and not _same(tensors[key], embedding):
             raise ValueError(f"{directory}: {key} differs from {embedding.key}, of which it should be a copy")
     left_out = UNUSED if config.decoder_layers else {k for k in tensors if k.startswith(("decoder.", "lm_head."))}
-    kept = {key: tensor for key, tensor in tensors.items() if key not in left_out | copies}
+    kept = {key: tensor for key, tensor in tensors.items() if key not in {*left_out, *copies}}
     return kept if embedding is None else kept | {SHARED: embedding}
 
 

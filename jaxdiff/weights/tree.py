@@ -48,7 +48,7 @@ def save_tree(path: str | Path, params: dict, metadata: Mapping[str, str], dtype
         array = np.asarray(leaf)
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(jnp.dtype(dtype))
-        tensors[name] = np.ascontiguousarray(array)
+        tensors[name] = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
     write_safetensors(Path(path), tensors, dict(metadata))
 
 

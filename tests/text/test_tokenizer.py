@@ -7,6 +7,9 @@ import warnings
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from jaxdiff.text.tokenizer import (
@@ -224,9 +227,10 @@ def test_a_tokenizer_without_an_end_cuts_at_what_it_ends_with(trained):
     assert found.ids.tolist() == [[*trained("a large")["input_ids"][:2], 1]]
 
 
-@pytest.mark.parametrize("vocab", [5, 100, 300])
-def test_ids_that_the_embedding_has_not(trained, vocab):
+@pytest.mark.parametrize("less", [1, 3, 200])
+def test_ids_that_the_embedding_has_not(trained, less):
     largest = max(trained("a red star")["input_ids"])
+    vocab = largest + 1 - less
     with pytest.raises(ValueError, match=f"the tokenizer gives the id {largest}, the embedding has only {vocab}"):
         tokenize(trained, ["a red star"], 8, vocab)
     assert tokenize(trained, ["a red star"], 8, largest + 1).mask.sum() == 4
@@ -235,26 +239,31 @@ def test_ids_that_the_embedding_has_not(trained, vocab):
         check_vocabulary(trained, vocab, "here")
 
 
-@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**40, -1])
+def of_words(**vocabulary):
+    model = Tokenizer(WordLevel({"<pad>": 0, **vocabulary}, unk_token="<pad>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>")
+
+
+@pytest.mark.parametrize("number", [400, 2**31 - 1, 2**31, 2**32 - 2])
 def test_an_id_far_beyond(number):
-    class Far:
-        pad_token_id, eos_token_id = 0, 1
+    """Of a vocabulary of three."""
+    far = of_words(a=1, **{"\x1b[2J": number})
+    with pytest.raises(
+        ValueError, match=f"here: the tokenizer's '.x1b.2J' has the id {number}, the embedding only 400"
+    ):
+        check_vocabulary(far, 400, "here")
+    assert tokenize(far, ["a"], 2, 400).ids.tolist() == [[1, 0]]
+    vocab = 400 if number < 2**31 else 2**31
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only {vocab}"):
+        tokenize(far, ["a \x1b[2J"], 3, vocab)
 
-        def __len__(self):
-            return 2
 
-        def get_vocab(self):
-            return {"a": 0, "\x1b[2J": number}
-
-        def __call__(self, captions, **_):
-            return {"input_ids": [[number, 1]] * len(captions)}
-
-    with pytest.raises(ValueError, match=f"'.x1b.2J' has the id {number}, the embedding only 400") as error:
-        check_vocabulary(Far(), 400, "here")
-    assert str(error.value).isprintable()
-    if number >= 2**31:
-        with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 2147483648"):
-            tokenize(Far(), ["a"], 3)
+def test_a_caption_that_the_tokenizer_cannot_read():
+    words = of_words(a=1)
+    words.backend_tokenizer.model = WordLevel({"a": 1}, unk_token="<nothing>")
+    with pytest.raises(ValueError, match="the tokenizer cannot read these captions: WordLevel error"):
+        tokenize(words, ["a b"], 3)
 
 
 def test_no_tokenizer(tmp_path):

@@ -122,6 +122,8 @@ def test_steps_of_ddpm(tmp_path, variance, spacing, monkeypatch):
         output = output if variance == "learned_range" else output[:, :3]
         wanted = scheduler.step(output, t, there(x)).prev_sample.numpy()
         x = np.asarray(step(x, i))
+        if i == steps - 1 and t > 0:  # unless the last entry is 0, diffusers leaves noise in the finished image
+            break
         # The clean end of ours has a log-SNR of 20, which is 1 part in 22026 of noise.
         np.testing.assert_allclose(np.moveaxis(x, -1, 1), wanted, atol=2e-4, rtol=2e-4, err_msg=f"step {i}")
     assert np.abs(x).max() <= 1.001
