@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -21,7 +21,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from jaxdiff.core import json_files
-from jaxdiff.core.messages import plain, quoted, reason
+from jaxdiff.core.messages import LONGEST, plain, quoted, reason
 
 SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
@@ -43,9 +43,10 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json, nor spiece.model)")
     try:
+        told = _settings(folder / "tokenizer_config.json")
+        _check_names(told)
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             _check_pieces(folder / "spiece.model")
-            told = _settings(folder / "tokenizer_config.json")
             if "tokenizer_class" not in told:
                 return _of_pieces(folder, told)
         return AutoTokenizer.from_pretrained(str(path_or_id))
@@ -72,6 +73,17 @@ def _check_pieces(path: Path) -> None:
         count = 0
     if not count:
         raise ValueError(f"{path.name} is damaged")
+
+
+def _check_names(told: Any) -> None:
+    """ValueError for a name of a setting that is too long or cannot be printed: the library prints those it ignores."""
+    if not isinstance(told, dict | list):
+        return
+    for name in told if isinstance(told, dict) else ():
+        if len(name) > LONGEST or not name.isprintable():
+            raise ValueError(f"tokenizer_config.json has a setting {quoted(name)}")
+    for item in told.values() if isinstance(told, dict) else told:
+        _check_names(item)
 
 
 def _settings(path: Path) -> dict:

@@ -75,8 +75,8 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     once = told.flag("resnet_skip_time_act", False)
     told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
     scale = told.values.get("resnet_out_scale_factor")
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-        raise told.error("resnet_out_scale_factor", scale, "a number above 0")
+    if type(scale) not in (int, float) or not 0 < scale <= 1e30:
+        raise told.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
     told.require("mid_block_scale_factor", (scale,))
     config = UNetConfig(
         channels=widths[0],

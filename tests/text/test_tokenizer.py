@@ -274,6 +274,21 @@ def test_no_tokenizer(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 10**5, "a\nb"])
+def test_settings_that_the_library_would_print(name, trained, tmp_path, capfd):
+    """It says which settings of a token it does not know, as they are."""
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    told = json.loads(path.read_text())
+    token = {"content": "<pad>", "special": True, "__type": "AddedToken"}
+    for changed in ({name: 1}, {"added_tokens_decoder": {"0": token | {name: 1}}}, {"a": [{"b": {name: 1}}]}):
+        path.write_text(json.dumps(told | changed))
+        with pytest.raises(ValueError, match=r"no tokenizer could be .* has a setting '") as error:
+            load_tokenizer(tmp_path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+    assert capfd.readouterr().out == ""
+
+
 def test_a_damaged_tokenizer(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     for damage in ("{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "Unheard"}}', "{"):
