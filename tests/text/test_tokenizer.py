@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from jaxdiff.text.tokenizer import (
@@ -245,18 +246,23 @@ def of_words(**vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>")
 
 
-@pytest.mark.parametrize("number", [400, 2**31 - 1, 2**31, 2**32 - 2])
-def test_an_id_far_beyond(number):
-    """Of a vocabulary of three."""
+@pytest.mark.parametrize("number", [400, 70_000, 2**20])
+def test_a_vocabulary_with_an_id_far_beyond(number):
+    """Of three words."""
     far = of_words(a=1, **{"\x1b[2J": number})
-    with pytest.raises(
-        ValueError, match=f"here: the tokenizer's '.x1b.2J' has the id {number}, the embedding only 400"
-    ):
+    with pytest.raises(ValueError, match=f"the tokenizer's '.x1b.2J' has the id {number}, the embedding only 400"):
         check_vocabulary(far, 400, "here")
     assert tokenize(far, ["a"], 2, 400).ids.tolist() == [[1, 0]]
-    vocab = 400 if number < 2**31 else 2**31
-    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only {vocab}"):
-        tokenize(far, ["a \x1b[2J"], 3, vocab)
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 400"):
+        tokenize(far, ["a \x1b[2J"], 3, 400)
+
+
+@pytest.mark.parametrize("number", [2**31, 2**31 + 7, 2**32 - 1])
+def test_ids_that_no_array_of_ours_holds(number):
+    words = of_words(a=1)
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", number)])
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 2147483648"):
+        tokenize(words, ["a"], 3)
 
 
 def test_a_caption_that_the_tokenizer_cannot_read():
