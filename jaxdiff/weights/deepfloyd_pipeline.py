@@ -135,7 +135,8 @@ SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_or
 def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
     """Where the steps lie, if a file says so. The published ones do not: `systems/imagen_presets.py` does.
 
-    `steps_offset` is added to the leading steps alone, as in diffusers.
+    `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
+    diffusers those of DDIM are N // k entries long, whatever the spacing.
     """
     offset = told.size("steps_offset", 0, 0, steps - 1)
     if "timestep_spacing" not in told.values and not offset:

@@ -42,7 +42,9 @@ def test_a_bug_keeps_its_traceback_and_has_a_code_of_its_own(capsys):
     assert said.startswith("Traceback") and said.endswith("RuntimeError: a bug\n") and "in main" in said
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J\x07red", "half \ud83d", "\u202egnp.exe", "a\x9b31m\x00b", "x" * 10**6])
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J\x07red", "half \ud83d", "\u202egnp.exe", "a\x9b31m\x00b", "x" * 10**6], ids=range(5)
+)
 @pytest.mark.parametrize("as_warning", [False, True])
 def test_nothing_that_is_said_reaches_a_terminal_as_it_is(capsys, text, as_warning):
     """A message may hold what a file holds: escaped, and of a length that can be read."""

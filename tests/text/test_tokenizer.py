@@ -195,7 +195,9 @@ def test_a_damaged_sentencepiece_model(config, count, tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"extra_ids": "x"}', "[" * 10**5 + "]" * 10**5])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"extra_ids": "x"}', pytest.param("[" * 10**5 + "]" * 10**5, id="nested")]
+)
 def test_bad_settings_beside_a_sentencepiece_model(text, tmp_path):
     write_pieces(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(text)
@@ -280,7 +282,7 @@ def test_no_tokenizer(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 10**5, "a\nb"])
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 10**5, "a\nb"], ids=range(3))
 def test_settings_that_the_library_would_print(name, trained, tmp_path, capfd):
     """It says which settings of a token it does not know, as they are."""
     trained.save_pretrained(tmp_path)

@@ -142,7 +142,7 @@ def test_classifiers(changes, tmp_path):
     assert str(error.value).isprintable() and len(str(error.value)) < 900
 
 
-@pytest.mark.parametrize("name", ["", 3, None, "a\nb", "\x1b[2J", "x" * 10**6])
+@pytest.mark.parametrize("name", ["", 3, None, "a\nb", "\x1b[2J", "x" * 10**6], ids=range(6))
 def test_names_of_classifiers(name, tmp_path):
     config = to_json(ClassifierConfig(side=8, channels=(8,), names=("a",), classes=(2,)))
     (tmp_path / "classifier.json").write_text(json.dumps({"name": name, "config": config}))

@@ -336,7 +336,9 @@ def test_a_tokenizer_too_large_for_the_embedding(tmp_path):
     ("text", "message"),
     [
         ("{", r"text/config\.json is not JSON with settings"),
-        ("[" * 10**5 + "]" * 10**5, r"text/config\.json is not JSON with settings: it is nested too deeply"),
+        pytest.param(
+            "[" * 10**5 + "]" * 10**5, r"text/config\.json is not JSON .* it is nested too deeply", id="nested"
+        ),
         ('{"model_type": "t5"}', r"text/config\.json lacks the setting 'vocab_size'"),
         (None, r"no T5 at .*text: config\.json is missing"),
         ({"model_type": "bert"}, r"text/config\.json: model_type = 'bert' is not supported"),
