@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from jaxdiff.core.messages import plain
 from jaxdiff.training import peers
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
@@ -77,7 +78,7 @@ _CONFIG = (tyro.conf.OmitArgPrefixes,)
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return plain(text, most=4000)
 
 
 class _Warnings:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
 from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
+from jaxdiff.core import json_files
 from jaxdiff.data import sources
 from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.pictures import to_uint8
@@ -107,7 +107,7 @@ class Grid:
             raise ValueError(f"n {n}: the Fréchet distance of {width} features wants more pictures")
         file = self.places.out / "training.json"
         if file.is_file():
-            _same(file, json.loads(file.read_text()), self._trained_with)
+            _same(file, json_files.read_object(file), self._trained_with)
         write_json(file, self._trained_with)
 
     def fill(self, setting: Setting) -> None:
@@ -150,8 +150,8 @@ class Grid:
         file = self._file(setting, seed, weight)
         if not file.is_file():
             return None
-        cell = json.loads(file.read_text())
-        _same(file, cell["made_by"], self._made_by(setting))
+        cell = json_files.read_object(file)
+        _same(file, cell.get("made_by") or {}, self._made_by(setting))
         return cell
 
     def _made_by(self, setting: Setting) -> dict:

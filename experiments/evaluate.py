@@ -40,6 +40,7 @@ from experiments.judging import (
     open_folder,
     without_captions,
 )
+from jaxdiff.core import json_files
 from jaxdiff.data import sources, zipped
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.example import Source
@@ -275,7 +276,7 @@ def _same_run(folder: Path, made_of: dict) -> None:
     note = usable(folder) / "made_of.json"
     if not note.is_file():
         write_json(note, made_of)
-    elif json.loads(note.read_text()) != json.loads(json.dumps(made_of)):
+    elif json_files.parse(note.read_bytes(), str(note)) != json.loads(json.dumps(made_of)):
         raise ValueError(f"{folder}: has pictures drawn with other settings; name another --out, or delete it")
 
 

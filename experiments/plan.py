@@ -15,7 +15,6 @@ not known until one has been measured. `--mesh` counts devices, which are two a 
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import threading
 import time
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import presets
+from jaxdiff.core import json_files
 from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.diffusion import noise
 from jaxdiff.nets import t5
@@ -133,7 +133,7 @@ def read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        plan = json.loads(path.read_text())
+        plan = json_files.parse(path.read_bytes(), str(path), "a plan")
         _ = plan["asked"], plan["costs"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a plan, and not overwritten: name another file") from None

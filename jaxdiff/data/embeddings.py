@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff.core import json_files
 from jaxdiff.data.files import new_records, remove_leftovers, remove_leftovers_of_the_dead, write_json
 from jaxdiff.data.parts import Parts, damage_is_a_value_error, damaged, open_part, part_size
 from jaxdiff.text.t5 import TextEncoder
@@ -373,10 +374,7 @@ def _read_sidecar(path: Path) -> dict | None:
     file = path / SIDECAR
     if not file.is_file():
         return None
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(settings, dict) or not settings.keys() >= _SETTINGS:
+    settings = json_files.read_object(file)
+    if not settings.keys() >= _SETTINGS:
         raise ValueError(f"{file}: not the settings of stored embeddings")
     return settings

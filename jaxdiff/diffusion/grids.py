@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff.diffusion.schedules import Discrete, Schedule, time_of
@@ -78,11 +79,43 @@ class Karras:
 
 @dataclasses.dataclass(frozen=True)
 class Leading:
-    """Every (N // k)-th entry of a discrete schedule, from entry 0 up, then the clean end (diffusers' "leading")."""
+    """Every (N // k)-th entry of a discrete schedule, from entry `offset` up, then the clean end (diffusers' "leading"
+    with its `steps_offset`; arXiv 2305.08891, Table 2)."""
+
+    offset: int = 0
+
+    def __post_init__(self):
+        if self.offset < 0:
+            raise ValueError(f"the leading spacing needs an offset of at least 0, not {self.offset}")
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
-        stride = _table_of(schedule, steps).steps // steps
-        return _falling(schedule, [stride * i for i in range(steps)])
+        table = _table_of(schedule, steps)
+        entries = [table.steps // steps * i + self.offset for i in range(steps)]
+        if entries[-1] >= table.steps:
+            raise ValueError(f"{steps} leading steps with an offset of {self.offset} end beyond {table.steps} entries")
+        return _falling(table, entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trailing:
+    """Every (N / k)-th entry of a discrete schedule, rounded, from the last one down, then the clean end (diffusers'
+    "trailing"; arXiv 2305.08891, Table 2)."""
+
+    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+        table = _table_of(schedule, steps)
+        # As diffusers rounds, though not with the entry -1 that this gives it for some numbers of steps.
+        falling = np.arange(table.steps, 0, -table.steps / steps).round()[:steps].astype(int) - 1
+        return _falling(table, falling[::-1].tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class Linspace:
+    """Entries of a discrete schedule, evenly from its first to its last, rounded, then the clean end (diffusers'
+    "linspace"; arXiv 2305.08891, Table 2). One step alone is the first entry."""
+
+    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+        table = _table_of(schedule, steps)
+        return _falling(table, np.linspace(0, table.steps - 1, steps).round().astype(int).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

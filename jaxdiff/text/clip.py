@@ -32,7 +32,8 @@ def encode(encoder: CLIPTextEncoder, captions: Sequence[str]) -> Embedded:
     """
     if isinstance(captions, str):
         raise ValueError("captions must be a list of strings, not one string")
-    return embed(encoder, tokenize(encoder.tokenizer, captions, encoder.config.text.length).ids)
+    text = encoder.config.text
+    return embed(encoder, tokenize(encoder.tokenizer, captions, text.length, text.vocab).ids)
 
 
 def embed(encoder: CLIPTextEncoder, ids: Int[np.ndarray, "b n"]) -> Embedded:

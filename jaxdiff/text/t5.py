@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from jaxdiff.core.messages import quoted
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.tokenizer import Tokens, tokenize
 
@@ -96,9 +97,10 @@ def tokens_of(encoder: TextEncoder, captions: Sequence[str]) -> Tokens:
     emptied = [before for before, after in zip(captions, prepared) if before.strip() and not after.strip()]
     if emptied:
         warnings.warn(
-            f"nothing is left of {emptied[0]!r} after cleaning: it is taken for an empty caption", stacklevel=3
+            f"nothing is left of {quoted(emptied[0], 200)} after cleaning: it is taken for an empty caption",
+            stacklevel=3,
         )
-    tokens = tokenize(encoder.tokenizer, prepared, encoder.length)
+    tokens = tokenize(encoder.tokenizer, prepared, encoder.length, encoder.config.vocab)
     written = np.array([encoder.whole or bool(caption.strip()) for caption in captions], bool)
     return Tokens(tokens.ids, tokens.mask & written[:, None])
 
@@ -107,7 +109,7 @@ def _found(embedded: EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding
     places = {caption: place for place, caption in enumerate(embedded.captions)}
     lacking = [caption for caption in captions if caption not in places]
     if lacking:
-        raise ValueError(f"no embedding of {lacking[0]!r} among those of {len(places)} captions")
+        raise ValueError(f"no embedding of {quoted(lacking[0], 200)} among those of {len(places)} captions")
     rows = np.array([places[caption] for caption in captions], int)
     return TextEmbedding(*(jnp.asarray(array[rows]) for array in embedded.embedding))
 

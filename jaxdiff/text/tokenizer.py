@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -19,6 +19,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
+
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import LONGEST, plain, quoted, reason
 
 SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
@@ -40,15 +43,16 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json, nor spiece.model)")
     try:
+        told = _settings(folder / "tokenizer_config.json")
+        _check_names(told)
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             _check_pieces(folder / "spiece.model")
-            told = _settings(folder / "tokenizer_config.json")
             if "tokenizer_class" not in told:
                 return _of_pieces(folder, told)
         return AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {reason}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
 
 
 def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
@@ -71,8 +75,19 @@ def _check_pieces(path: Path) -> None:
         raise ValueError(f"{path.name} is damaged")
 
 
+def _check_names(told: Any) -> None:
+    """ValueError for a name of a setting that is too long or cannot be printed: the library prints those it ignores."""
+    if not isinstance(told, dict | list):
+        return
+    for name in told if isinstance(told, dict) else ():
+        if len(name) > LONGEST or not name.isprintable():
+            raise ValueError(f"tokenizer_config.json has a setting {quoted(name)}")
+    for item in told.values() if isinstance(told, dict) else told:
+        _check_names(item)
+
+
 def _settings(path: Path) -> dict:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return json_files.read_object(path) if path.is_file() else {}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -111,25 +126,57 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> Tokens:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, where: str) -> None:
+    """ValueError for a tokenizer with ids that an embedding of `size` rows does not have."""
+    vocabulary = tokenizer.get_vocab()
+    if len(tokenizer) > size:
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} ids, the embedding only {size}")
+    beyond = [token for token, number in vocabulary.items() if not 0 <= number < size]
+    if beyond:
+        number = vocabulary[beyond[0]]
+        raise ValueError(f"{where}: the tokenizer's {quoted(beyond[0])} has the id {number}, the embedding only {size}")
+
+
+def with_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, pad_id: int | None, eos_id: int | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the padding and the end of these ids (those of its model), where it names none itself."""
+    for name, number in (("pad_token", pad_id), ("eos_token", eos_id)):
+        if getattr(tokenizer, f"{name}_id") is None and number is not None:
+            token = tokenizer.convert_ids_to_tokens(number)
+            if isinstance(token, str):
+                setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int, vocab: int = 2**31) -> Tokens:
     """Ids (b, length) int32 and mask (b, length), each caption ended by `</s>`, or by the tokenizer's own end.
 
-    Captions of more than `length` tokens are cut, with one warning that names the lost words.
+    Captions of more than `length` tokens are cut, with one warning that names the lost words. ValueError for a
+    tokenizer without a padding token, and for an id that is not below `vocab`.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1 token, not {length}")
-    rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token: name one, as pad_token, in its tokenizer_config.json")
+    try:
+        rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+    except Exception as error:  # of the tokenizers library, which raises nothing narrower: no unknown token, say
+        raise ValueError(f"the tokenizer cannot read these captions: {reason(error)}") from error
+    largest = max([tokenizer.pad_token_id, *(max(row, default=0) for row in rows)])
+    if largest >= vocab:
+        raise ValueError(f"the tokenizer gives the id {largest}, the embedding has only {vocab}")
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     lost = []
     for i, row in enumerate(rows):
         if len(row) > length:
             lost.append(_lost_words(tokenizer, captions[i], max(length - _specials(tokenizer), 0)))
-            row = [*row[: length - 1], tokenizer.eos_token_id]
+            row = _cut(tokenizer, row, length)
         ids[i, : len(row)] = row
         mask[i, : len(row)] = True
     if lost:
-        shown = ", ".join(repr(words) for words in lost[:3]) + (", …" if len(lost) > 3 else "")
+        shown = ", ".join(quoted(words, 200) for words in lost[:3]) + (", …" if len(lost) > 3 else "")
         count = "prompt" if len(lost) == 1 else f"{len(lost)} prompts"
         warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=2)
     return Tokens(ids, mask)
@@ -168,6 +215,13 @@ def _pieces(captions: list[str], room: int) -> dict[str, float]:
     pieces = {piece: round(score - math.log(total), 3) for piece, score in learned if piece not in _BYTES}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: room - len(pieces)]
     return pieces | {word: math.log(count / total) for word, count in frequent}
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, row: list[int], length: int) -> list[int]:
+    """The first tokens of a caption, and its end: that which the tokenizer names, or what all its captions end with."""
+    if tokenizer.eos_token_id is not None:
+        return [*row[: length - 1], tokenizer.eos_token_id]
+    return [*row[: length - 1], row[-1]] if _specials(tokenizer) else row[:length]
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> int:

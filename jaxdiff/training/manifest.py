@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxdiff.core import json_files
+
 MANIFEST = "manifest.json"
 
 
@@ -34,7 +36,7 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
     if not folder.is_dir():
         return f"{folder} is {'not a folder' if folder.exists() else 'gone'}"
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        found = json_files.parse((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
         listed = found["files"]
         if found["sha256"] != _digest_of(listed):
             return f"{folder / MANIFEST} is damaged"

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 from jax._src import distributed
 
+from jaxdiff.core.messages import reason
+
 CRASHED = 70
 """Exit code of a process that a bug of ours ended."""
 BROKEN_OFF = 71
@@ -209,4 +211,4 @@ def _traceback(error: BaseException | None) -> str:
 
 
 def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason(error, most=4000)

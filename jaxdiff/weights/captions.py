@@ -6,6 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import reason
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 from jaxdiff.weights import tree
 
@@ -21,12 +23,14 @@ def load(path: str | Path) -> EmbeddedCaptions:
     """The inverse of `save`. FileNotFoundError, or ValueError in one line for any other file."""
     params, told = tree.load_tree(path)
     try:
-        captions, whole = json.loads(told["captions"]), json.loads(told["whole"])
+        captions, whole = (
+            json_files.parse(told[name], str(path), "captions", tree.LARGEST_HEADER) for name in ("captions", "whole")
+        )
         text, mask = params["embeddings"], params["mask"]
         fits = text.ndim == 3 and mask.shape == text.shape[:2] and len(captions) == len(text)
         fits = fits and jnp.issubdtype(text.dtype, jnp.floating) and mask.dtype == bool and isinstance(captions, list)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of embedded captions ({error!r})") from error
+        raise ValueError(f"{path}: not a file of embedded captions ({reason(error)})") from error
     if not fits or not isinstance(whole, bool) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: not a file of embedded captions")
     return EmbeddedCaptions(

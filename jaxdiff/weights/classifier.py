@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.core import json_files
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.systems.classifier import Training
-from jaxdiff.weights import tree
+from jaxdiff.weights import sizes, tree
 from jaxdiff.weights.settings import from_json, to_json
 
 SETTINGS = "classifier.json"
@@ -27,13 +28,11 @@ def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
     path = Path(directory) / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no classifier here (it has no {SETTINGS})")
-    try:
-        data = json.loads(path.read_text())
-        name, config = data["name"], from_json(data["config"], str(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not the settings of a classifier ({error})") from error
+    data = json_files.read_object(path)
+    name, config = data.get("name"), from_json(data.get("config"), str(path))
     if not isinstance(name, str) or not isinstance(config, ClassifierConfig):
         raise ValueError(f"{path}: not the settings of a classifier")
-    expected = jax.eval_shape(Training(config).init, jax.random.key(0))
+    sizes.check_name(name, "name", str(path))
+    expected = sizes.shapes(lambda: Training(config).init(jax.random.key(0)), str(path))
     params = tree.load_expected(Path(directory) / "model.safetensors", expected)
     return name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

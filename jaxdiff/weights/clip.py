@@ -6,17 +6,17 @@ that were saved alone, with their projection or, as Stable Diffusion has its tex
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.core.messages import quoted
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.text.clip import CLIPTextEncoder
-from jaxdiff.text.tokenizer import load_tokenizer
-from jaxdiff.weights import hub, tree
+from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
+from jaxdiff.weights import hub, sizes, tree
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 """0, 1, 2, …: in files of older versions of transformers."""
@@ -64,10 +64,12 @@ def load_text_encoder(
     """The frozen text tower of a directory or hub id with its tokenizer, or with the one of the directory `tokenizer`
     (Stable Diffusion keeps the two apart)."""
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
+    told = read_config(directory / "config.json", tower="text").text  # before the tokenizer, whose library reads it too
     words = load_tokenizer(directory if tokenizer is None else tokenizer)
+    check_vocabulary(words, told.vocab, str(directory))
+    end = words.eos_token_id if told.eos_id is None else told.eos_id
+    words = with_special_tokens(words, end, end)  # OpenAI's CLIP pads with the end
     config, params = load_text(directory, dtype, variant=variant, place=place)
-    if len(words) > config.text.vocab:
-        raise ValueError(f"{directory}: the tokenizer has {len(words)} ids, the embedding only {config.text.vocab}")
     return CLIPTextEncoder(config, params, words)
 
 
@@ -155,7 +157,7 @@ def _load(
         if PROJECTION[tower] not in tensors and not _promises_projection(values):
             config = replace(config, width=None)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
-    shapes = _shapes(config)
+    shapes = sizes.shapes(lambda: _init(config), str(path))
     return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
 
 
@@ -178,7 +180,9 @@ def _promises_projection(values: dict) -> bool:
 def _config(path: Path, values: dict, dtype: str, tower: Tower | None) -> CLIPConfig:
     alone = {"text": "clip_text_model", "image": "clip_vision_model"}
     if tower is None and values.get("model_type") in alone.values():
-        raise ValueError(f"{path}: model_type = {values['model_type']!r} is one tower alone: load_text or load_image")
+        raise ValueError(
+            f"{path}: model_type = {quoted(values['model_type'])} is one tower alone: load_text or load_image"
+        )
     hub.require(path, values, "model_type", ("clip", *([alone[tower]] if tower else [])))
     hub.require(path, values, "quantization_config", (None,))
     top = hub.Group(path, values)
@@ -213,11 +217,13 @@ _Config = TypeVar("_Config", TextTowerConfig, ImageTowerConfig)
 def _tower_config(group: hub.Group, defaults: _Config, names: dict[str, str]) -> _Config:
     group.require("hidden_act", ("quick_gelu", "gelu"), defaults.activation)
     given: dict[str, Any] = {}
+    bounds = sizes.BOUNDS[type(defaults)]
     for ours, theirs in names.items():
         default = getattr(defaults, ours)
-        size = partial(group.size, most=hub.DEEPEST if ours == "layers" else hub.MOST)
-        read = {int: size, float: group.fraction, str: group.values.get}[type(default)]
-        given[ours] = read(theirs, default)
+        if type(default) is int:
+            given[ours] = group.size(theirs, default, *bounds[ours])
+        else:
+            given[ours] = {float: group.fraction, str: group.values.get}[type(default)](theirs, default)
     for whole, part in (("width", "heads"), ("resolution", "patch")):
         if part in given and given[whole] % given[part]:
             wanted = f"one that divides {group.name}{names[whole]} = {given[whole]}"
@@ -246,12 +252,16 @@ def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
 
 
 def _shapes(config: CLIPConfig) -> dict:
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: _init(config))
+
+
+def _init(config: CLIPConfig) -> dict:
+    ids = jnp.zeros((1, 1), jnp.int32)
     side = config.image.resolution if config.image else 0
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    image = jnp.zeros((1, side, side, 3))
     init, key = CLIP(config).init, jax.random.key(0)
     if config.image is None:
-        return jax.eval_shape(partial(init, method="embed_text"), key, ids)["params"]
+        return init(key, ids, method="embed_text")["params"]
     if config.text is None:
-        return jax.eval_shape(partial(init, method="embed_image"), key, image)["params"]
-    return jax.eval_shape(init, key, ids, image)["params"]
+        return init(key, image, method="embed_image")["params"]
+    return init(key, ids, image)["params"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import Reading, UNetConfig
-from jaxdiff.weights import hub, tree
+from jaxdiff.weights import hub, sizes, tree
 
 
 def load_unet(
@@ -27,7 +27,7 @@ def load_unet(
     directory = Path(directory)
     config = read_config(directory / "config.json", dtype)
     tensors = hub.open_tensors(directory, variant)
-    shapes = _shapes(config)
+    shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, hub_names(config, shapes), dtype, place, str(directory))
 
 
@@ -55,12 +55,12 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     values = hub.read_json(path, "U-Net")
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
     if unknown:
-        raise ValueError(f"{path}: settings that no UNet2DConditionModel has: {', '.join(unknown[:10])}")
+        raise ValueError(f"{path}: settings that no UNet2DConditionModel has: {sizes.names(unknown)}")
     told = hub.Group(path, {name: value for name, value in (READ | values).items() if value is not None})
     told.require("_class_name", ("UNet2DConditionModel",))
     for name, (default, *allowed) in FIXED.items():
         told.require(name, tuple(allowed), default)
-    widths = _levels(told, "block_out_channels")
+    widths = _levels(told, "block_out_channels", sizes.SIZE)
     if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
         wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
         raise told.error("block_out_channels", list(widths), wanted)
@@ -75,13 +75,13 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     once = told.flag("resnet_skip_time_act", False)
     told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
     scale = told.values.get("resnet_out_scale_factor")
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-        raise told.error("resnet_out_scale_factor", scale, "a number above 0")
+    if type(scale) not in (int, float) or not 0 < scale <= 1e30:
+        raise told.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
     told.require("mid_block_scale_factor", (scale,))
-    return UNetConfig(
+    config = UNetConfig(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
-        blocks=_levels(told, "layers_per_block", len(widths)),
+        blocks=_levels(told, "layers_per_block", sizes.DEPTH, len(widths)),
         self_attention=tuple(attend and not cross for attend in attends),
         cross_attention=tuple(attend and cross for attend in attends),
         head_channels=_divisor(told, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
@@ -98,15 +98,18 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
         residual_scale=1.0 / scale,
         dtype=dtype,
     )
+    sizes.check_network(config, str(path))
+    return config
 
 
-def _levels(told: hub.Group, name: str, count: int | None = None) -> tuple[int, ...]:
-    """A positive number for each level; one alone stands for all of them."""
+def _levels(told: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
+    """A number within bounds for each of up to `sizes.LEVELS` levels; one alone stands for all of them."""
     value = told.values.get(name)
     found = [value] * (count or 0) if type(value) is int else value
-    good = isinstance(found, list) and found and all(type(n) is int and 0 < n <= hub.MOST for n in found)
-    if not good or len(found) != (count or len(found)):
-        raise told.error(name, value, f"whole numbers from 1 to {hub.MOST}, one for each level")
+    good = isinstance(found, list) and 0 < len(found) <= sizes.LEVELS and len(found) == (count or len(found))
+    if not good or not all(type(n) is int and bounds.least <= n <= bounds.most for n in found):
+        wanted = f"whole numbers from {bounds.least} to {bounds.most}, one for each level of at most {sizes.LEVELS}"
+        raise told.error(name, value, wanted)
     return tuple(found)
 
 
@@ -316,10 +319,12 @@ WORDS = {"kernel": "weight", "scale": "weight", "Dense_0": "linear_1", "Dense_1"
 
 
 def _shapes(config: UNetConfig) -> dict:
+    return jax.eval_shape(lambda: _init(config))
+
+
+def _init(config: UNetConfig) -> dict:
     side = config.stride
-    picture = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    text = jax.ShapeDtypeStruct((1, 2, config.text_width), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1, 2), bool)
-    low_res = (picture, one) if config.low_res else ()
-    return jax.eval_shape(config.module().init, jax.random.key(0), picture, one, text, mask, *low_res)["params"]
+    image, one = jnp.zeros((1, side, side, 3)), jnp.zeros(1)
+    text, mask = jnp.zeros((1, 2, config.text_width)), jnp.ones((1, 2), bool)
+    low_res = (image, one) if config.low_res else ()
+    return config.module().init(jax.random.key(0), image, one, text, mask, *low_res)["params"]

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxdiff.core.messages import quoted
+from jaxdiff.diffusion.grids import Leading, Linspace, Spacing, Trailing
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import Discrete
@@ -23,7 +25,7 @@ from jaxdiff.systems.imagen import Enlargement, NullText
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
-from jaxdiff.weights import deepfloyd, hub, t5
+from jaxdiff.weights import deepfloyd, hub, sizes, t5
 
 INDEX = "model_index.json"
 LENGTH = 77
@@ -40,12 +42,10 @@ def load_stage(
     if (directory / INDEX).is_file():
         kind = hub.read_json(directory / INDEX, "DeepFloyd IF").get("_class_name")
         if not str(kind).startswith("IF"):
-            raise ValueError(f"{directory / INDEX}: _class_name = {kind!r} is not supported, only IF's pipelines")
+            raise ValueError(f"{directory / INDEX}: _class_name = {quoted(kind)} is not supported, only IF's pipelines")
     config = directory / "unet" / "config.json"
-    side = hub.read_json(config, "U-Net").get("sample_size")
+    side = hub.Group(config, hub.read_json(config, "U-Net")).size("sample_size", None, *sizes.SIDE)
     unet, params = deepfloyd.load_unet(directory / "unet", dtype, variant=variant, place=place)
-    if type(side) is not int or side < 1:
-        raise ValueError(f"{config}: sample_size = {side!r} is not supported, only a number of pixels")
     try:
         stage = presets.if_stage(unet, side)
     except ValueError as error:
@@ -91,12 +91,12 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     told.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*SCHEDULER, *SOLVER})
     if unknown:
-        raise ValueError(f"{path}: settings that no {values['_class_name']} has: {', '.join(unknown[:10])}")
+        raise ValueError(f"{path}: settings that no {values['_class_name']} has: {sizes.names(unknown)}")
     for name, (default, *allowed) in SCHEDULER.items():
         if allowed:
             told.require(name, tuple(allowed), default)
-    schedule = Discrete.cosine(told.size("num_train_timesteps", 1000, 2))
-    given: dict[str, Any] = {"thresholding": _thresholding(told)}
+    schedule = Discrete.cosine(told.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
+    given: dict[str, Any] = {"thresholding": _thresholding(told)} | _spacing(told, schedule.steps)
     if values["_class_name"] == "DDIMScheduler":
         return schedule, given | {"sampler": DDIM(), "keep_eps": True}
     variances = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
@@ -105,11 +105,13 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     return schedule, given | {"sampler": DDPM(variances[told.values.get("variance_type", "fixed_small")])}
 
 
+SPACINGS: dict[str, type[Spacing]] = {"leading": Leading, "trailing": Trailing, "linspace": Linspace}
+"""diffusers' names of where the steps lie."""
 SCHEDULER: dict[str, tuple] = {
     "beta_schedule": ("linear", "squaredcos_cap_v2"),
     "trained_betas": (None, None),
     "prediction_type": ("epsilon", "epsilon"),
-    "steps_offset": (0, 0),
+    "steps_offset": (0,),
     "rescale_betas_zero_snr": (False, False),
     "set_alpha_to_one": (True, True),
     "clip_sample_range": (1.0, 1.0),
@@ -121,13 +123,26 @@ SCHEDULER: dict[str, tuple] = {
     "sample_max_value": (1.0,),
     "beta_start": (0.0001,),  # of other schedules
     "beta_end": (0.02,),
-    "timestep_spacing": ("leading",),  # what `Sampling.spacing` says
+    "timestep_spacing": ("leading", *SPACINGS),
 }
 """The schedulers' default of each setting and, where one is supported alone, that value."""
 SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_order_final", "predict_x0"} | {
     *("solver_order", "solver_p", "solver_type", "use_karras_sigmas"),
 }
 """Settings of DPM-Solver and UniPC that the published files hold beside those of DDPM, which has no use for them."""
+
+
+def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
+    """Where the steps lie, if a file says so. The published ones do not: `systems/imagen_presets.py` does.
+
+    `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
+    diffusers those of DDIM are N // k entries long, whatever the spacing.
+    """
+    offset = told.size("steps_offset", 0, 0, steps - 1)
+    if "timestep_spacing" not in told.values and not offset:
+        return {}
+    kind = SPACINGS[told.values.get("timestep_spacing", "leading")]
+    return {"spacing": Leading(offset) if kind is Leading else kind()}
 
 
 def _thresholding(told: hub.Group) -> Dynamic | Static | Unthresholded:
@@ -201,6 +216,9 @@ def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
 def _drawing(sampling: Sampling, learned: bool) -> dict[str, Any]:
     threshold, sampler = sampling.thresholding, sampling.sampler
     told: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, Static)}
+    spacings = [name for name, kind in SPACINGS.items() if isinstance(sampling.spacing, kind)]
+    told |= {"timestep_spacing": spacings[0]} if spacings else {}
+    told |= {"steps_offset": sampling.spacing.offset} if isinstance(sampling.spacing, Leading) else {}
     if isinstance(threshold, Dynamic):
         told["thresholding"] = True
         cap = 1e6 if threshold.cap is None else threshold.cap

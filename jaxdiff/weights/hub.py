@@ -17,15 +17,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Array
 
-from jaxdiff.weights import tree
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import plain, quoted
+from jaxdiff.weights import sizes, tree
+from jaxdiff.weights.tree import Stored
 
 SETTINGS = ("*.json", "*spiece.model", "*merges.txt")
 """The files of a hub id, in any of its folders, that are downloaded beside weights."""
 STEMS = ("model", "diffusion_pytorch_model")
 """What transformers and diffusers call their files of weights."""
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-"""The types of tensors that are read, by safetensors' names: no quantized checkpoints."""
 
 Place = Callable[[np.ndarray], Array]
 """Puts an array on its devices."""
@@ -51,7 +51,7 @@ def directory_of(
         try:
             found = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
         except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = " ".join(str(error).split())  # what to do (accept a licence, log in) stands at its end
+            reason = plain(str(error), 2000)  # what to do (accept a licence, log in) stands at its end
             raise ValueError(f"{text} is no directory, and no hub id that could be downloaded: {reason}") from error
         if all(any((Path(found) / folder).glob("*.safetensors")) for folder in folders):
             return Path(found)
@@ -76,16 +76,10 @@ def check_dtype(dtype: str) -> None:
 
 
 def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
-    """The settings in a config.json. FileNotFoundError, or ValueError where it is no JSON object."""
+    """The settings in a config.json. FileNotFoundError, or ValueError where it is no JSON object of moderate size."""
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path.parent}: {path.name} is missing")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON with settings: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not JSON with settings: it holds a {type(values).__name__}")
-    return values
+    return json_files.read_object(path)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -99,11 +93,7 @@ def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any
     """ValueError that names a setting whose value is not supported."""
     value = values.get(name, default)
     if value not in allowed:
-        raise ValueError(f"{path}: {name} = {value!r} is not supported, only {' or '.join(map(repr, allowed))}")
-
-
-MOST, DEEPEST = 2**20, 256
-"""No size and no number of layers is larger: more is a mistake, and would be found out much later."""
+        raise ValueError(f"{path}: {name} = {quoted(value)} is not supported, only {' or '.join(map(repr, allowed))}")
 
 
 class Group(NamedTuple):
@@ -125,7 +115,7 @@ class Group(NamedTuple):
     def require(self, name: str, allowed: tuple, default: Any = None) -> None:
         require(self.path, {self.name + name: self.values.get(name, default)}, self.name + name, allowed)
 
-    def size(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
+    def size(self, name: str, default: int | None = None, least: int = 1, most: int = sizes.SIZE.most) -> int:
         value = self.values.get(name, default)
         if type(value) is not int or not least <= value <= most:
             raise self.error(name, value, f"a whole number from {least} to {most}")
@@ -144,23 +134,7 @@ class Group(NamedTuple):
         return value
 
     def error(self, name: str, value: Any, wanted: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.name}{name} = {value!r} is not supported, only {wanted}")
-
-
-class Stored(NamedTuple):
-    """A tensor that has not been read yet."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        # Opened for this tensor alone: a file that stays mapped would keep what was read of it in memory.
-        with tree.open_safetensors(self.file) as file:
-            dtype = file.get_slice(self.key).get_dtype()
-            if dtype not in FLOATS:
-                raise ValueError(f"{self.file}: {self.key} holds {dtype}, only {', '.join(FLOATS)} are read")
-            return file.get_tensor(self.key)
+        return ValueError(f"{self.path}: {self.name}{name} = {quoted(value)} is not supported, only {wanted}")
 
 
 def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Stored]:
@@ -168,25 +142,28 @@ def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Store
 
     `variant` as in `directory_of`. FileNotFoundError, or ValueError for pickles, damaged files and indices.
     """
-    listed: dict[str, Any] = {}
     whole, index = _whole_or_index(directory, variant)
-    if whole is None:
-        try:
-            listed = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{index} is not an index of shards: {error!r}") from error
-        outside = [name for name in listed.values() if not isinstance(name, str) or name != Path(name).name]
-        if outside:
-            raise ValueError(f"{index} lists {outside[0]!r}, which is no file beside it")
-    tensors = {}
-    for path in [whole] if whole else [directory / name for name in sorted(set(listed.values()))]:
-        with tree.open_safetensors(path) as file:
-            keys = file.keys()
-            tensors |= {key: Stored(path, key, tuple(file.get_slice(key).get_shape())) for key in keys}
+    if whole is not None:
+        return tree.read_header(whole)[0]
+    listed = json_files.read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} is not an index of shards: it has no weight_map")
+    outside = [name for name in listed.values() if not _is_file_name(name)]
+    if outside:
+        raise ValueError(f"{index} lists {quoted(outside[0])}, which is no file beside it")
+    tensors: dict[str, Stored] = {}
+    for name in sorted(set(listed.values())):
+        found = tree.read_header(directory / name)[0]
+        # Of a tensor that is in two shards, the one counts that the index gives.
+        tensors |= {key: tensor for key, tensor in found.items() if listed.get(key, name) == name}
     lost = sorted(listed.keys() - tensors.keys())
     if lost:
-        raise ValueError(f"{index} lists {len(lost)} tensors that its shards lack ({', '.join(lost[:10])})")
+        raise ValueError(f"{index} lists {len(lost)} tensors that its shards lack ({sizes.names(lost)})")
     return tensors
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name and name.isprintable() and len(name.encode()) <= 255
 
 
 def _whole_or_index(directory: Path, variant: str | None) -> tuple[Path | None, Path]:
@@ -234,7 +211,7 @@ def load_params(
     """
     leaves = tree.flatten(shapes)
     want = {named[path]: theirs_shape(path, leaf.shape) for path, leaf in leaves.items()}
-    tree.check_shapes({key: tensor.shape for key, tensor in tensors.items()}, want, where)
+    tree.check_stored(tensors, want, where)
     read = ((path, tensors[named[path]].read().astype(jnp.dtype(dtype), copy=False)) for path in leaves)
     return tree.unflatten({path: place(ours(path, array)) for path, array in read})
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.core import json_files
 from jaxdiff.systems.cascade import Cascade, Model, check_order
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
-from jaxdiff.weights import deepfloyd_pipeline, hub, t5, tree
+from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
 from jaxdiff.weights.settings import from_json, to_json
 
 SHIPPED = Path(__file__).parent / "tiny"
@@ -134,22 +135,20 @@ def read_settings(directory: Path) -> tuple[Stage, Sampling, str | None]:
     settings = directory / "stage.json"
     if not settings.is_file():
         raise FileNotFoundError(f"{directory}: no stage here (it has no stage.json)")
-    try:
-        data = json.loads(settings.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{settings}: not JSON ({error})") from error
-    if not isinstance(data, dict) or not {"stage", "sampling"} <= data.keys() <= {"stage", "sampling", "text"}:
+    data = json_files.read_object(settings)
+    if not {"stage", "sampling"} <= data.keys() <= {"stage", "sampling", "text"}:
         raise ValueError(f"{settings}: not the settings of a stage")
     stage, sampling = (from_json(data[name], str(settings)) for name in ("stage", "sampling"))
     text = data.get("text")
     if not isinstance(stage, Stage) or not isinstance(sampling, Sampling) or not isinstance(text, str | None):
         raise ValueError(f"{settings}: not the settings of a stage")
+    sizes.check_name(text or "", "text", str(settings))
     return stage, sampling, text
 
 
 def load_params(stage: Stage, path: Path) -> dict:
     """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
-    params = tree.load_expected(path, jax.eval_shape(stage.init, jax.random.key(0)))
+    params = tree.load_expected(path, sizes.shapes(lambda: stage.init(jax.random.key(0)), str(path.parent)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 

@@ -47,9 +47,7 @@ def load(path: Path) -> dict:
             f"releases, then python -m experiments.inception --source FILE.pth --out {path}"
         )
     shapes = _shapes()
-    with tree.open_safetensors(path) as file:
-        keys = [key for key in file.keys() if not key.endswith(UNUSED)]  # noqa: SIM118 (it is no mapping)
-        stored = {key: hub.Stored(path, key, tuple(file.get_slice(key).get_shape())) for key in keys}
+    stored = {key: tensor for key, tensor in tree.read_header(path)[0].items() if not key.endswith(UNUSED)}
     return hub.load_params(stored, shapes, names(shapes), "float32", jnp.asarray, str(path))
 
 

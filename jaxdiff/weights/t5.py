@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxdiff.nets.t5 import T5, T5Config, T5Encoder
 from jaxdiff.text.t5 import TextEncoder
-from jaxdiff.text.tokenizer import load_tokenizer
-from jaxdiff.weights import hub, tree
+from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
+from jaxdiff.weights import hub, sizes, tree
 
 UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 """In the v1.0 files, and read by no implementation: cross-attention has no positions."""
@@ -47,8 +47,8 @@ def load(
         raise ValueError(f"{directory}: num_decoder_layers = 0 in config.json, but there is a decoder")
     else:
         config = replace(config, tied=_is_tied(config, tensors))
-    tensors = _accounted(config, tensors)
-    shapes = _shapes(config)
+    tensors = _accounted(config, tensors, directory)
+    shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
 
 
@@ -63,13 +63,14 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption.
 
-    `tokenizer`: where it is, if not beside the weights.
+    `tokenizer`: where it is, if not beside the weights. One that names no padding or no end takes those of config.json.
     """
     directory = hub.directory_of(path_or_id, "T5", variant=variant)
+    told = read_config(directory / "config.json")  # before the tokenizer, whose library reads this file too
     words = load_tokenizer(directory if tokenizer is None else tokenizer)
+    check_vocabulary(words, told.vocab, str(directory))
+    words = with_special_tokens(words, told.pad_id, told.eos_id)
     config, params = load(directory, dtype, encoder_only=True, variant=variant, place=place)
-    if len(words) > config.vocab:
-        raise ValueError(f"{directory}: the tokenizer has {len(words)} ids, the embedding only {config.vocab}")
     return TextEncoder(config, params, words, length)
 
 
@@ -92,22 +93,22 @@ def read_config(path: Path) -> T5Config:
     values = hub.read_json(path, "T5")
     lacking = [theirs for theirs in REQUIRED.values() if theirs not in values]
     if lacking:
-        raise ValueError(f"{path} lacks the setting {lacking[0]!r}")
+        raise ValueError(f"{path} lacks the setting '{lacking[0]}'")
     told = hub.Group(path, {name: value for name, value in values.items() if value is not None or name in REQUIRED})
     told.require("quantization_config", (None,))
     told.require("model_type", ("t5", "mt5", "umt5"))
     told.require("feed_forward_proj", tuple(FEED_FORWARD), "relu")
     gated = FEED_FORWARD[told.values.get("feed_forward_proj", "relu")]
     told.require("dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
-    most = {"layers": hub.DEEPEST}
-    sizes = {ours: told.size(theirs, most=most.get(ours, hub.MOST)) for ours, theirs in REQUIRED.items()}
-    ids = {ours: told.size(theirs, getattr(T5Config, ours), 0, sizes["vocab"] - 1) for ours, theirs in IDS.items()}
-    buckets = told.size(OPTIONAL["buckets"], T5Config.buckets, 4)
+    bounds = sizes.BOUNDS[T5Config]
+    required = {ours: told.size(theirs, None, *bounds[ours]) for ours, theirs in REQUIRED.items()}
+    ids = {ours: told.size(theirs, getattr(T5Config, ours), 0, required["vocab"] - 1) for ours, theirs in IDS.items()}
+    buckets = told.size(OPTIONAL["buckets"], T5Config.buckets, *bounds["buckets"])
     tied = told.flag("tie_word_embeddings", True)
     return T5Config(
-        **sizes,
+        **required,
         **ids,
-        decoder_layers=told.size(OPTIONAL["decoder_layers"], sizes["layers"], 0, hub.DEEPEST),
+        decoder_layers=told.size(OPTIONAL["decoder_layers"], required["layers"], *bounds["decoder_layers"]),
         buckets=buckets,
         max_distance=told.size(OPTIONAL["max_distance"], T5Config.max_distance, buckets // 2 + 1),
         eps=told.fraction(OPTIONAL["eps"], T5Config.eps),
@@ -179,37 +180,49 @@ def _hub_config(config: T5Config, dtype: str) -> dict[str, Any]:
 
 
 def _shapes(config: T5Config) -> dict:
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 2), bool)
-    key = jax.random.key(0)
+    return jax.eval_shape(lambda: _init(config))
+
+
+def _init(config: T5Config) -> dict:
+    ids, mask, key = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jax.random.key(0)
     if config.decoder_layers:
-        return jax.eval_shape(T5(config).init, key, ids, mask, ids)["params"]
-    return jax.eval_shape(T5Encoder(config).init, key, ids, mask)["params"]
+        return T5(config).init(key, ids, mask, ids)["params"]
+    return T5Encoder(config).init(key, ids, mask)["params"]
 
 
 def _is_tied(config: T5Config, tensors: Mapping[str, hub.Stored]) -> bool:
     """Whether the output layer is the embedding. transformers 5 writes "tied" for all, so the tensors decide; where the
     settings say that it is not, its tensor must be there."""
-    if "lm_head.weight" not in tensors:
+    head, embedding = tensors.get(HEAD), _embedding(config, tensors)
+    if head is None or not config.tied:
         return config.tied
-    return config.tied and "shared.weight" in tensors and _same(tensors["lm_head.weight"], tensors["shared.weight"])
+    return embedding is not None and _same(head, embedding)
 
 
-def _accounted(config: T5Config, tensors: Mapping[str, hub.Stored]) -> dict[str, hub.Stored]:
-    """`tensors` without what is knowingly left out: the decoder of an encoder, and copies of the embedding.
+SHARED, HEAD = "shared.weight", "lm_head.weight"
+EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""The names of the one embedding; a file may have any of them."""
 
-    Older files hold the embedding under each stack's name too, some under the encoder's alone.
-    """
+
+def _embedding(config: T5Config, tensors: Mapping[str, hub.Stored]) -> hub.Stored | None:
+    """The embedding by whichever name the file has it: that of either stack, or of the output layer where v1.0's are
+    one. (That transformers 5 writes "tied" is not enough: it does so for v1.1 too, where they differ. But it scales the
+    logits of v1.0 alone.)"""
+    names = (*EMBEDDINGS, *([HEAD] if config.tied and config.scale_logits else []))
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _accounted(config: T5Config, tensors: Mapping[str, hub.Stored], directory: Path) -> dict[str, hub.Stored]:
+    """`tensors` with the embedding under its own name, and without what is knowingly left out: the decoder of an
+    encoder, and copies of the embedding, which must be equal to it (ValueError)."""
+    embedding = _embedding(config, tensors)
+    copies = (*EMBEDDINGS, *([HEAD] if config.tied else []))
+    for key in copies if config.decoder_layers else EMBEDDINGS[:2]:  # a decoder that is left out is not read at all
+        if key in tensors and embedding is not None and not _same(tensors[key], embedding):
+            raise ValueError(f"{directory}: {key} differs from {embedding.key}, of which it should be a copy")
     left_out = UNUSED if config.decoder_layers else {k for k in tensors if k.startswith(("decoder.", "lm_head."))}
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out}
-    embedding = "encoder.embed_tokens.weight"
-    if embedding in tensors:
-        tensors.setdefault("shared.weight", tensors[embedding])
-    for key in (embedding, "decoder.embed_tokens.weight", *(["lm_head.weight"] if config.tied else [])):
-        copy = tensors.pop(key, None)
-        if copy is not None and "shared.weight" in tensors and not _same(copy, tensors["shared.weight"]):
-            raise ValueError(f"{key} differs from shared.weight, of which it should be a copy")
-    return tensors
+    kept = {key: tensor for key, tensor in tensors.items() if key not in {*left_out, *copies}}
+    return kept if embedding is None else kept | {SHARED: embedding}
 
 
 def _same(a: hub.Stored, b: hub.Stored) -> bool:

@@ -3,18 +3,39 @@
 A parameter tree is a nested dict of arrays. In the file a leaf's name is its path joined by "/".
 """
 
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import plain, quoted, reason
+
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".msgpack")
+FLOATS = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""The types of weights that are read, by safetensors' names: no quantized checkpoints, no whole or complex numbers."""
+TYPES = FLOATS | {
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype(np.complex64),
+    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
+}
+"""All types that numpy has."""
+LARGEST_HEADER = 2**26
+"""Bytes of a safetensors header: names, shapes and metadata."""
 
 
 def save_tree(path: str | Path, params: dict, metadata: Mapping[str, str], dtype: str | None = None) -> None:
@@ -27,7 +48,7 @@ def save_tree(path: str | Path, params: dict, metadata: Mapping[str, str], dtype
         array = np.asarray(leaf)
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(jnp.dtype(dtype))
-        tensors[name] = np.ascontiguousarray(array)
+        tensors[name] = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
     write_safetensors(Path(path), tensors, dict(metadata))
 
 
@@ -36,17 +57,77 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
 
     Raises FileNotFoundError, or ValueError for a pickle or a damaged file.
     """
-    with open_safetensors(Path(path)) as file:
-        flat = {name: _read(file, name, path) for name in file.keys()}  # noqa: SIM118
-        return unflatten(flat), dict(file.metadata() or {})
+    stored, metadata = read_header(Path(path))
+    params = {name: tensor.read(TYPES) for name, tensor in stored.items()}
+    try:
+        return unflatten(params), metadata
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_expected(path: str | Path, expected_shapes: dict) -> dict:
-    """`load_tree` of a file that must hold exactly the leaves of `expected_shapes`, compared before any is read."""
-    with open_safetensors(Path(path)) as file:
-        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_shapes(have, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
-        return unflatten({name: _read(file, name, path) for name in have})
+    """`load_tree` of a file that must hold exactly the leaves of `expected_shapes`, all of them floating: names, shapes
+    and types are compared before any is read."""
+    stored, _ = read_header(Path(path))
+    check_stored(stored, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
+    return unflatten({name: tensor.read() for name, tensor in stored.items()})
+
+
+class Stored(NamedTuple):
+    """A tensor that has not been read yet, and where it is: `start` is its first byte in the file, `version` what the
+    file was (bytes, time of the last change) when its header was read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    version: tuple[int, int]
+
+    def read(self, types: Collection[str] = FLOATS) -> np.ndarray:
+        """The tensor in its own type, which must be one of `types` (ValueError).
+
+        Nothing stays mapped or open: what was read of the file does not stay in memory.
+        """
+        if self.dtype not in types:
+            raise ValueError(f"{self.file}: {plain(self.key)} holds {plain(self.dtype)}, only {_list(types)} are read")
+        dtype = TYPES[self.dtype]
+        size = math.prod(self.shape) * dtype.itemsize
+        with open(self.file, "rb") as file:
+            if _version(file) != self.version:
+                raise ValueError(f"{self.file} was changed while it was read: load it again")
+            file.seek(self.start)
+            read = np.fromfile(file, np.uint8, size)
+        return read.view(dtype).reshape(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, unread, and its metadata. A pickle is refused, never read.
+
+    The header is parsed here once, not again for each tensor. Raises FileNotFoundError, or ValueError in one line.
+    """
+    with _open_safetensors(path):  # checks that the tensors fill the file, one behind the other
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"{path} has a header of {length} bytes: more than {LARGEST_HEADER} are not read")
+        header = json_files.parse_object(file.read(length), str(path), "the header of safetensors", LARGEST_HEADER)
+        version = _version(file)
+    metadata = header.pop("__metadata__", None) or {}
+    try:
+        tensors = {
+            key: Stored(path, key, tuple(told["shape"]), told["dtype"], 8 + length + told["data_offsets"][0], version)
+            for key, told in header.items()
+        }
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file (damaged): {reason(error)}") from error
+    return tensors, metadata
+
+
+def _version(file) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def check_tree(params: dict, expected_shapes: dict, where: str) -> None:
@@ -66,7 +147,8 @@ def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: st
         _listed("unexpected", sorted(have.keys() - want.keys())),
         _listed(
             "of another shape",
-            [f"{k} {have[k]}, not {want[k]}" for k in sorted(want.keys() & have.keys()) if have[k] != want[k]],
+            [k for k in sorted(want.keys() & have.keys()) if have[k] != want[k]],
+            lambda k: f"{plain(k)} {quoted(have[k])}, not {quoted(want[k])}",
         ),
     ]
     problems = [problem for problem in problems if problem]
@@ -74,45 +156,48 @@ def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: st
         raise ValueError(f"{where} does not fit the settings: {'; '.join(problems)}")
 
 
+def check_stored(stored: Mapping[str, Stored], want: Mapping[str, tuple], where: str) -> None:
+    """`check_shapes` of tensors that have not been read; ValueError too where one is not of a floating type."""
+    check_shapes({key: tensor.shape for key, tensor in stored.items()}, want, where)
+    others = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
+    if others:
+        listed = _listed("of another type", others, lambda key: f"{plain(key)} holds {plain(stored[key].dtype)}")
+        raise ValueError(f"{where} has {listed}: only {_list(FLOATS)} are read")
+
+
 def flatten(tree: Mapping, prefix: str = "") -> dict:
     """{"a": {"b": leaf}} → {"a/b": leaf}, in sorted order. ValueError for a name that holds a slash."""
     flat = {}
     for name in sorted(tree):
         if "/" in name:
-            raise ValueError(f"parameter name {prefix}{name!r} holds a slash, which separates levels")
+            raise ValueError(f"parameter name {prefix}{quoted(name)} holds a slash, which separates levels")
         value = tree[name]
         flat.update(flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value})
     return flat
 
 
 def unflatten(flat: Mapping) -> dict:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`. ValueError where a name is that of a leaf and of a group."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or name in node:
+            raise ValueError(f"{plain(path)} is a tensor in one place and a group of tensors in another")
         node[name] = leaf
     return tree
 
 
-def open_safetensors(path: Path):
-    """An open safetensors file for reading tensor by tensor (a context manager). A pickle is refused, never read."""
+def _open_safetensors(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     refuse_pickle(path)
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from error
-
-
-def _read(file, name: str, path: str | Path) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    except AttributeError as error:  # of eight bits, say
-        raise ValueError(f"{path}: {name} holds {file.get_slice(name).get_dtype()}, which numpy has not") from error
+        raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {reason(error)}") from error
 
 
 def refuse_pickle(path: Path) -> None:
@@ -159,8 +244,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _listed(what: str, names: list[str]) -> str:
+def _listed(what: str, names: list[str], show: Callable[[str], str] = plain) -> str:
     if not names:
         return ""
     more = ", …" if len(names) > 10 else ""
-    return f"{len(names)} {what} ({', '.join(names[:10])}{more})"
+    return f"{len(names)} {what} ({', '.join(map(show, names[:10]))}{more})"
+
+
+def _list(types: Collection[str]) -> str:
+    return ", ".join(types)

@@ -164,7 +164,7 @@ def test_opening_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="not the settings of stored embeddings"):
         open_embeddings(tmp_path)
     (tmp_path / "embeddings.json").write_text("{")
-    with pytest.raises(ValueError, match="not a JSON file"):
+    with pytest.raises(ValueError, match="is not JSON with settings"):
         open_embeddings(tmp_path)
 
 

@@ -4,7 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.grids import Karras, Leading, Respaced, UniformLogSNR, UniformTime, grid, grid_of
+from jaxdiff.diffusion.grids import (
+    Karras,
+    Leading,
+    Linspace,
+    Respaced,
+    Trailing,
+    UniformLogSNR,
+    UniformTime,
+    grid,
+    grid_of,
+)
 from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, RectifiedFlow
 
 SPACINGS = [UniformTime(), UniformLogSNR(), Karras()]
@@ -78,6 +88,50 @@ def test_leading_entries():
     assert entries(Leading(), 3, table=8) == [4, 2, 0]
 
 
+def test_leading_entries_with_an_offset():
+    assert entries(Leading(1), 4) == [751, 501, 251, 1]
+    assert entries(Leading(7), 1) == [7]
+    for steps, offset in ((1000, 1), (4, 250), (1, 1000)):
+        with pytest.raises(ValueError, match=f"{steps} leading steps with an offset of {offset} end beyond 1000"):
+            grid(Discrete.cosine(), steps, Leading(offset))
+    with pytest.raises(ValueError, match="an offset of at least 0, not -1"):
+        Leading(-1)
+
+
+def test_trailing_and_linspace_entries():
+    """The last entry is always drawn; one step is the noisiest entry of the former, the cleanest of the latter."""
+    assert entries(Trailing(), 4) == [999, 749, 499, 249]
+    assert entries(Trailing(), 3) == [999, 666, 332]
+    assert entries(Trailing(), 1) == [999] and entries(Linspace(), 1) == [0]
+    assert entries(Linspace(), 4) == [999, 666, 333, 0]
+    assert entries(Linspace(), 3) == [999, 500, 0]  # 499.5 rounds to the even one
+    for spacing in (Trailing(), Linspace()):
+        assert entries(spacing, 1000) == list(range(999, -1, -1))
+        assert entries(spacing, 8, table=8) == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("table", [37, 1000])
+def test_entries_of_diffusers(table):
+    """Every number of steps. For some (61 of 1000) diffusers' trailing steps have one more, at -1: not a step."""
+    pytest.importorskip("torch", reason="diffusers' schedulers are PyTorch's")
+    diffusers = pytest.importorskip("diffusers", reason="compared with diffusers' schedulers")
+    schedule = Discrete.cosine(table)
+    for name, spacing in (("leading", Leading()), ("leading", Leading(1)), ("trailing", Trailing())):
+        settings = {"timestep_spacing": name, "steps_offset": getattr(spacing, "offset", 0)}
+        for kind in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+            assert_steps(kind(table, **settings), schedule, spacing)
+    assert_steps(diffusers.DDIMScheduler(table, timestep_spacing="linspace"), schedule, Linspace())
+
+
+def assert_steps(scheduler, schedule, spacing):
+    for steps in {1, 2, 3, 7, 24, 30, 36, 48, 50, 61, 96, 100, 103, 999, schedule.steps - 1}:
+        if steps < schedule.steps:
+            scheduler.set_timesteps(steps)
+            wanted = [entry for entry in scheduler.timesteps.tolist() if entry >= 0]
+            times = np.asarray(spacing.times(schedule, steps)[:-1])
+            assert np.rint(times * schedule.steps - 1).astype(int).tolist() == wanted, (spacing, steps)
+
+
 def test_respaced_entries():
     """Each part from its first entry to its last, and one entry of a part is its first."""
     assert entries(Respaced((4,)), 4) == [999, 666, 333, 0]
@@ -89,7 +143,7 @@ def test_respaced_entries():
     assert entries(Respaced((1000,)), 1000) == list(range(999, -1, -1))
 
 
-@pytest.mark.parametrize("spacing", [Leading(), Respaced((2, 3))], ids=str)
+@pytest.mark.parametrize("spacing", [Leading(), Trailing(), Linspace(), Respaced((2, 3))], ids=str)
 def test_a_table_is_needed(spacing):
     with pytest.raises(ValueError, match="the table of a discrete schedule, not Cosine"):
         grid(Cosine(), 5, spacing)

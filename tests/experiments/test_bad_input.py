@@ -111,9 +111,39 @@ def with_unknown_settings(folder):
     (folder / "stage.json").write_text(json.dumps(settings))
 
 
+def nested(folder):
+    (folder / "stage.json").write_text("[" * 10**5 + "]" * 10**5)
+
+
+def with_size(**sizes):
+    def change(folder):
+        settings = json.loads((folder / "stage.json").read_text())
+        settings["stage"]["unet"] |= sizes
+        (folder / "stage.json").write_text(json.dumps(settings))
+
+    return change
+
+
+def of_whole_numbers(folder):
+    params, _ = tree.load_tree(folder / "model.safetensors")
+    params["head"]["bias"] = params["head"]["bias"].astype(np.int32)
+    tree.save_tree(folder / "model.safetensors", params, {})
+
+
+def with_a_hostile_key(folder):
+    params, _ = tree.load_tree(folder / "model.safetensors")
+    tree.save_tree(folder / "model.safetensors", {**params, "\x1b[2J\x07" + "x" * 10**6: np.zeros(3)}, {})
+
+
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
+        (nested, "stage.json is not JSON with settings: it is nested too deeply"),
+        (with_size(patch=0), "patch of EfficientUNetConfig is 0, it takes only whole numbers from 1 to 64"),
+        (with_size(blocks=[10**6]), "blocks of EfficientUNetConfig is (1000000,), it takes only whole numbers from 0"),
+        (with_size(heads=3), "attention at level 0: 3 heads do not divide a width of 8"),
+        (of_whole_numbers, "1 of another type (head/bias holds I32): only F16, BF16, F32, F64 are read"),
+        (with_a_hostile_key, r"1 unexpected (\x1b[2J\x07xxx"),
         (without_a_key, "missing (head/bias, head/kernel)"),
         (with_another_key, "unexpected (spare/kernel)"),
         (of_another_preset, "of another shape"),

@@ -1,5 +1,7 @@
 """Exit codes of scripts, and what they say."""
 
+import warnings
+
 import pytest
 
 from experiments.cli import run
@@ -38,3 +40,23 @@ def test_a_bug_keeps_its_traceback_and_has_a_code_of_its_own(capsys):
     assert stop.value.code == 70
     said = capsys.readouterr().err
     assert said.startswith("Traceback") and said.endswith("RuntimeError: a bug\n") and "in main" in said
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J\x07red", "half \ud83d", "\u202egnp.exe", "a\x9b31m\x00b", "x" * 10**6], ids=range(5)
+)
+@pytest.mark.parametrize("as_warning", [False, True])
+def test_nothing_that_is_said_reaches_a_terminal_as_it_is(capsys, text, as_warning):
+    """A message may hold what a file holds: escaped, and of a length that can be read."""
+
+    def main() -> None:
+        if as_warning:
+            warnings.warn(text, stacklevel=1)
+        else:
+            raise ValueError(text)
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, [])
+    assert stop.value.code == (0 if as_warning else 2)
+    said = capsys.readouterr().err
+    assert said.endswith("\n") and said[:-1].isprintable() and len(said) < 4100

@@ -7,8 +7,22 @@ import warnings
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from jaxdiff.text.tokenizer import SENTINELS, byte_tokenizer, load_tokenizer, sentinel_ids, tokenize, train_tokenizer
+from jaxdiff.text.tokenizer import (
+    SENTINELS,
+    byte_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    sentinel_ids,
+    tokenize,
+    train_tokenizer,
+    with_special_tokens,
+)
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "white"]
 KINDS = ["circle", "square", "triangle", "star", "hexagon"]
@@ -181,7 +195,9 @@ def test_a_damaged_sentencepiece_model(config, count, tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"extra_ids": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"extra_ids": "x"}', pytest.param("[" * 10**5 + "]" * 10**5, id="nested")]
+)
 def test_bad_settings_beside_a_sentencepiece_model(text, tmp_path):
     write_pieces(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(text)
@@ -190,12 +206,95 @@ def test_bad_settings_beside_a_sentencepiece_model(text, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def without(tokenizer, **names):
+    """A copy of a tokenizer with other special tokens; None for one that it does not name."""
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    for name, token in names.items():
+        setattr(other, name, token)
+    return other
+
+
+def test_a_tokenizer_without_padding(trained):
+    with pytest.raises(ValueError, match=r"no padding token: name one, as pad_token, in its tokenizer_config\.json"):
+        tokenize(without(trained), ["a red star"], 8)
+    found = tokenize(with_special_tokens(without(trained), 0, 1), ["a red star"], 8)
+    np.testing.assert_array_equal(found.ids, tokenize(trained, ["a red star"], 8).ids)
+    kept = with_special_tokens(without(trained, pad_token="<unk>"), 0, 1)  # what it names itself stays
+    assert (kept.pad_token_id, kept.eos_token_id) == (2, 1)
+    assert with_special_tokens(without(trained), None, 10**6).pad_token_id is None
+
+
+def test_a_tokenizer_without_an_end_cuts_at_what_it_ends_with(trained):
+    with pytest.warns(UserWarning, match="lost: 'blue square'"):
+        found = tokenize(without(trained, pad_token="<pad>"), ["a large blue square"], 3)
+    assert found.ids.tolist() == [[*trained("a large")["input_ids"][:2], 1]]
+
+
+@pytest.mark.parametrize("less", [1, 3, 200])
+def test_ids_that_the_embedding_has_not(trained, less):
+    largest = max(trained("a red star")["input_ids"])
+    vocab = largest + 1 - less
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {largest}, the embedding has only {vocab}"):
+        tokenize(trained, ["a red star"], 8, vocab)
+    assert tokenize(trained, ["a red star"], 8, largest + 1).mask.sum() == 4
+    check_vocabulary(trained, len(trained), "here")
+    with pytest.raises(ValueError, match=f"here: the tokenizer has {len(trained)} ids, the embedding only {vocab}"):
+        check_vocabulary(trained, vocab, "here")
+
+
+def of_words(**vocabulary):
+    model = Tokenizer(WordLevel({"<pad>": 0, **vocabulary}, unk_token="<pad>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>")
+
+
+@pytest.mark.parametrize("number", [400, 70_000, 2**20])
+def test_a_vocabulary_with_an_id_far_beyond(number):
+    """Of three words."""
+    far = of_words(a=1, **{"\x1b[2J": number})
+    with pytest.raises(ValueError, match=f"the tokenizer's '.x1b.2J' has the id {number}, the embedding only 400"):
+        check_vocabulary(far, 400, "here")
+    assert tokenize(far, ["a"], 2, 400).ids.tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 400"):
+        tokenize(far, ["a \x1b[2J"], 3, 400)
+
+
+@pytest.mark.parametrize("number", [2**31, 2**31 + 7, 2**32 - 1])
+def test_ids_that_no_array_of_ours_holds(number):
+    words = of_words(a=1)
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", number)])
+    with pytest.raises(ValueError, match=f"the tokenizer gives the id {number}, the embedding has only 2147483648"):
+        tokenize(words, ["a"], 3)
+
+
+def test_a_caption_that_the_tokenizer_cannot_read():
+    words = of_words(a=1)
+    words.backend_tokenizer.model = WordLevel({"a": 1}, unk_token="<nothing>")
+    with pytest.raises(ValueError, match="the tokenizer cannot read these captions: WordLevel error"):
+        tokenize(words, ["a b"], 3)
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer could be loaded from nobody/nothing: ") as error:
         load_tokenizer("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 10**5, "a\nb"], ids=range(3))
+def test_settings_that_the_library_would_print(name, trained, tmp_path, capfd):
+    """It says which settings of a token it does not know, as they are."""
+    trained.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    told = json.loads(path.read_text())
+    token = {"content": "<pad>", "special": True, "__type": "AddedToken"}
+    for changed in ({name: 1}, {"added_tokens_decoder": {"0": token | {name: 1}}}, {"a": [{"b": {name: 1}}]}):
+        path.write_text(json.dumps(told | changed))
+        with pytest.raises(ValueError, match=r"no tokenizer could be .* has a setting '") as error:
+            load_tokenizer(tmp_path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+    assert capfd.readouterr().out == ""
 
 
 def test_a_damaged_tokenizer(trained, tmp_path):

@@ -41,7 +41,9 @@ from jaxdiff.weights import clip
         ("vision_config", {"intermediate_size": -80}, "vision_config.intermediate_size = -80 is not supported"),
         ("vision_config", {"image_size": [28, 28]}, r"vision_config.image_size = \[28, 28\] is not supported"),
         ("vision_config", {"patch_size": 9}, "vision_config.patch_size = 9 .* divides vision_config.image_size = 28"),
-        ("vision_config", {"image_size": 2**20, "patch_size": 1}, "of another shape .*position_embedding"),
+        ("vision_config", {"image_size": 2**14, "patch_size": 1}, "of another shape .*position_embedding"),
+        ("vision_config", {"image_size": 2**14 + 1}, "image_size = 16385 is not supported, only a whole .* to 16384"),
+        ("vision_config", {"patch_size": 0}, "vision_config.patch_size = 0 is not supported, only a whole number"),
     ],
 )
 def test_settings_that_are_not_supported(group, values, message, tmp_path):

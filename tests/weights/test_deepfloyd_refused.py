@@ -11,7 +11,7 @@ import pytest
 import small
 import small_if
 
-from jaxdiff.diffusion.grids import Leading
+from jaxdiff.diffusion.grids import Leading, Linspace, Trailing
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import Cosine, Discrete
@@ -177,6 +177,10 @@ def small_sampling():
         {"thresholding": Dynamic(0.9, 2.0)},
         {"thresholding": Dynamic(1.0, 1e6)},
         {"schedule": Discrete.cosine(50)},
+        {"spacing": Leading()},
+        {"spacing": Leading(1)},
+        {"spacing": Trailing()},
+        {"spacing": Linspace()},
     ],
     ids=str,
 )

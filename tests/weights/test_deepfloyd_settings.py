@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import small_if
 
+from jaxdiff.diffusion.grids import Leading, Linspace, Trailing
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import Discrete
 from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
@@ -107,6 +108,10 @@ def test_settings_that_are_read(name, given, tmp_path):
         ({"resnet_out_scale_factor": 2.0}, "mid_block_scale_factor = 1.0 is not supported, only 2.0"),
         ({"resnet_out_scale_factor": 0}, "resnet_out_scale_factor = 0 is not supported"),
         ({"resnet_out_scale_factor": True}, "resnet_out_scale_factor = True is not supported"),
+        ({"layers_per_block": 10**6}, "layers_per_block = 1000000 is not supported, only whole numbers from 1 to 256"),
+        ({"layers_per_block": [200, 200]}, "blocks of 400 in all: at most 256"),
+        ({"block_out_channels": [32] * 10**6}, r"block_out_channels = \[32, 32, .*\] is not .* of at most 12"),
+        ({"block_out_channels": [32, 2**30]}, r"block_out_channels = \[32, 1073741824\] is not supported"),
         ({"act_fn": "relu"}, "act_fn = 'relu' is not supported, only 'silu' or 'gelu'"),
         ({"out_channels": 4}, "out_channels = 4 is not supported, only 3 or 6"),
     ],
@@ -161,8 +166,8 @@ PUBLISHED = {
     "trained_betas": None,
     "variance_type": "learned_range",
 }
-FREE = {"beta_start", "beta_end", "timestep_spacing"}
-"""Settings that say nothing of the cosine schedule, or nothing that our samplings take from them."""
+FREE = {"beta_start", "beta_end"}
+"""Settings that say nothing of the cosine schedule."""
 
 
 def scheduler(path, learned=True, **changes):
@@ -186,6 +191,18 @@ def test_schedulers(tmp_path):
     assert read_scheduler(path, True) == (Discrete.cosine(), {"sampler": DDPM(0.0), "thresholding": Static()})
 
 
+def test_where_the_steps_lie(tmp_path):
+    """What the published files do not say is left to the presets; what a file says is done."""
+    path = tmp_path / "scheduler_config.json"
+    for name, spacing in (("leading", Leading()), ("trailing", Trailing()), ("linspace", Linspace())):
+        assert scheduler(path, timestep_spacing=name)[1]["spacing"] == spacing
+    assert scheduler(path, timestep_spacing="leading", steps_offset=1)[1]["spacing"] == Leading(1)
+    assert scheduler(path, steps_offset=3)[1]["spacing"] == Leading(3)
+    assert scheduler(path, timestep_spacing="trailing", steps_offset=1)[1]["spacing"] == Trailing()
+    for settings in ({}, {"timestep_spacing": None}, {"steps_offset": 0}):
+        assert "spacing" not in scheduler(path, **settings)[1]
+
+
 @pytest.mark.parametrize("name", sorted({*SCHEDULER, "_class_name"} - FREE))
 def test_settings_of_schedulers(name, tmp_path):
     read = lambda path: read_scheduler(path, True)  # noqa: E731
@@ -205,7 +222,15 @@ def test_settings_of_schedulers(name, tmp_path):
         ({"variance_type": "learned"}, True, "variance_type = 'learned' is not supported"),
         ({"variance_type": "learned_range"}, False, "variance_type = 'learned_range' is not supported, only 'fixed_"),
         ({"prediction_type": "v_prediction"}, True, "prediction_type = 'v_prediction' is not supported"),
-        ({"steps_offset": 1}, True, "steps_offset = 1 is not supported, only 0"),
+        ({"steps_offset": 1000}, True, "steps_offset = 1000 is not supported, only a whole number from 0 to 999"),
+        (
+            {"timestep_spacing": "karras"},
+            True,
+            "timestep_spacing = 'karras' is not .* 'leading' or 'trailing' or 'lins",
+        ),
+        ({"clip_sample_range": 2.0}, True, "clip_sample_range = 2.0 is not supported, only 1.0"),
+        ({"set_alpha_to_one": False}, True, "set_alpha_to_one = False is not supported, only True"),
+        ({"num_train_timesteps": 2**16 + 1}, True, "num_train_timesteps = 65537 is not supported"),
         ({"rescale_betas_zero_snr": True}, True, "rescale_betas_zero_snr = True is not supported"),
         ({"num_train_timesteps": 1}, True, "num_train_timesteps = 1 is not supported"),
         ({"num_train_timesteps": True}, True, "num_train_timesteps = True is not supported"),

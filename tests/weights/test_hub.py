@@ -135,12 +135,26 @@ def test_a_repository_of_one_variant(tmp_path, monkeypatch):
         hub.directory_of("some/t5", folders=("unet",), variant="bf16")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "b/../c", 3, None])
+NAMES = ["../outside.safetensors", "/etc/passwd", "b/../c", 3, None, "x" * 10**6, "\x1b[2J", "a\x00"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_an_index_names_files_beside_it_alone(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-    with pytest.raises(ValueError, match="which is no file beside it"):
+    with pytest.raises(ValueError, match="which is no file beside it") as error:
         read(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_a_tensor_in_two_shards_is_the_one_of_the_index(folder):
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2):
+        save_file({"a": np.full(1, number, "f4"), f"only{number}": np.zeros(1, "f4")}, folder / f"{number}.safetensors")
+    for number in (1, 2):
+        listed = {"a": f"{number}.safetensors", "only1": "1.safetensors", "only2": "2.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        assert read(folder)["a"] == number and len(read(folder)) == 3
 
 
 @pytest.mark.parametrize("text", ["[1]", '"t5"', "{", "\x00"])

@@ -168,9 +168,12 @@ def test_settings_of_another_preset(copy):
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
-        (b"[]", "not the settings of a stage"),
+        (b"[]", "not JSON with settings: it holds a list"),
         (b'{"stage": 1}', "not the settings of a stage"),
         (b'{"stage": 1, "sampling": 2}', "not the settings of a stage"),
+        pytest.param(b'{"stage": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not JSON .* too deeply", id="nested"),
+        (b'{"stage": 1, "stage": 2, "sampling": 2}', "not JSON .* 'stage' is there twice, with two values"),
+        (b'{"stage": {"class": "\\u001b[2J"}, "sampling": 2}', r"unknown class of settings '\\x1b\[2J'"),
     ],
 )
 def test_damaged_settings(copy, content, match):

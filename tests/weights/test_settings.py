@@ -76,7 +76,7 @@ def changed(**changes):
         (to_json(Sampling()) | {"steps": 6.5}, "steps of Sampling is 6.5"),
         (to_json(Sampling()) | {"sampler": 5}, "sampler of Sampling is 5"),
         (changed(text_dropout=7.0), "text_dropout"),
-        (to_json(Sampling()) | {"steps": 0}, "steps must be at least 1"),
+        (to_json(Sampling()) | {"steps": 0}, "steps of Sampling is 0, it takes only whole numbers from 1 to"),
     ],
 )
 def test_refused_in_one_line(data, message):

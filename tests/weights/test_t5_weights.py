@@ -107,11 +107,12 @@ def test_an_index_that_promises_too_much(exported):
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"lists 1 tensors that its shards lack \(encoder.extra.weight\)"):
         t5.load(directory)
-    path.write_text('{"weight_map": [1]}')
-    with pytest.raises(ValueError, match="not an index of shards"):
-        t5.load(directory)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="not an index of shards"):
+    for text in ('{"weight_map": [1]}', "{}", '{"weight_map": {}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not an index of shards"):
+            t5.load(directory)
+    path.write_text('{"weight_map": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(ValueError, match=r"index\.json is not JSON with settings: it is nested too deeply"):
         t5.load(directory)
 
 
@@ -157,6 +158,55 @@ def test_copies_of_the_embedding(exported):
     rewrite(directory, lambda t: t | {"shared.weight": t["encoder.embed_tokens.weight"] + 1})
     with pytest.raises(ValueError, match=r"encoder.embed_tokens.weight differs from shared.weight"):
         t5.load(directory)
+
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("name", [*EMBEDDINGS, "lm_head.weight"])
+def test_the_embedding_under_one_of_its_names(exported, name):
+    """As transformers takes it: under that of either stack, or of an output layer that is the same."""
+    config, params, directory = exported
+    alone = name == "lm_head.weight"
+    if alone and not config.tied:
+        rewrite(directory, lambda tensors: {k: v for k, v in tensors.items() if k != "shared.weight"})
+        with pytest.raises(ValueError, match=r"1 missing \(shared\.weight\)"):
+            t5.load(directory)
+        return
+    rewrite(directory, lambda tensors: {name if k == "shared.weight" else k: v for k, v in tensors.items()})
+    loaded_config, loaded = t5.load(directory)
+    assert loaded_config == config
+    equal(loaded, params)
+    equal(t5.load(directory, encoder_only=True)[1], nets.encoder_params(params))
+    if config is V1_0:
+        assert_transformers_takes_it(directory, params)
+
+
+def assert_transformers_takes_it(directory, params):
+    pytest.importorskip("torch", reason=WITHOUT_TORCH)
+    theirs, report = transformers_class(directory).from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"]
+    for layer in (theirs.shared, theirs.encoder.embed_tokens, theirs.decoder.embed_tokens, theirs.lm_head):
+        np.testing.assert_array_equal(layer.weight.detach().numpy(), params["shared"]["embedding"])
+
+
+@pytest.mark.parametrize("exported", [V1_1], ids=["v1.1"], indirect=True)
+def test_an_embedding_that_no_name_holds(exported):
+    """Neither is the output layer of v1.1 taken for it, whatever transformers 5 has written into its settings."""
+    _, _, directory = exported
+    setting(directory, tie_word_embeddings=True, scale_decoder_outputs=False)
+    rewrite(directory, lambda tensors: {k: v for k, v in tensors.items() if k != "shared.weight"})
+    with pytest.raises(ValueError, match=r"1 missing \(shared\.weight\)"):
+        t5.load(directory)
+
+
+def test_copies_that_differ(exported):
+    _, _, directory = exported
+    for name in EMBEDDINGS[1:]:
+        rewrite(directory, lambda tensors, name=name: tensors | {name: tensors["shared.weight"] + 1})
+        with pytest.raises(ValueError, match=f"{name} differs from shared.weight, of which it should be a copy"):
+            t5.load(directory)
+        rewrite(directory, lambda tensors, name=name: {k: v for k, v in tensors.items() if k != name})
 
 
 def test_transformers_5_calls_everything_tied(tmp_path):
@@ -280,6 +330,79 @@ def test_a_tokenizer_too_large_for_the_embedding(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the tokenizer has 384 ids, the embedding only 100"):
         t5.load_text_encoder(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"text/config\.json is not JSON with settings"),
+        pytest.param(
+            "[" * 10**5 + "]" * 10**5, r"text/config\.json is not JSON .* it is nested too deeply", id="nested"
+        ),
+        ('{"model_type": "t5"}', r"text/config\.json lacks the setting 'vocab_size'"),
+        (None, r"no T5 at .*text: config\.json is missing"),
+        ({"model_type": "bert"}, r"text/config\.json: model_type = 'bert' is not supported"),
+        ({"num_layers": 10**9}, r"text/config\.json: num_layers = 1000000000 is not supported"),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True], ids=["beside", "apart"])
+def test_bad_settings_are_not_blamed_on_the_tokenizer(text, message, apart, tmp_path):
+    """transformers reads config.json too, in search of the tokenizer's class."""
+    directory = tmp_path / "text"
+    t5.export(V1_1, PARAMS.setdefault(V1_1, init(V1_1)), directory)
+    words = tmp_path / "words" if apart else directory
+    byte_tokenizer().save_pretrained(words)
+    path = directory / "config.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | text) if isinstance(text, dict) else text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        t5.load_text_encoder(directory, 10, tokenizer=words)
+    assert "tokenizer" not in str(error.value)
+
+
+def words_without(*lacking):
+    """A trained tokenizer that does not name its padding or its end."""
+    words = train_tokenizer(["a red star", "a blue ring"] * 20, 450)
+    for name in lacking:
+        setattr(words, name, None)
+    return words
+
+
+@pytest.mark.parametrize("lacking", [("pad_token",), ("eos_token",), ("pad_token", "eos_token")], ids="+".join)
+def test_a_tokenizer_without_padding_or_end(lacking, tmp_path):
+    """The settings of the network say which they are: the same embeddings, and captions that are cut the same way."""
+    t5.export(V1_1, PARAMS.setdefault(V1_1, init(V1_1)), tmp_path)
+    captions, found = ["a red star", "a ring", "a blue ring a red star"], []
+    for words in (words_without(), words_without(*lacking)):
+        words.save_pretrained(tmp_path)
+        encoder = t5.load_text_encoder(tmp_path, 5)
+        assert (encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id) == (0, 1)
+        with pytest.warns(UserWarning, match="prompt longer than 5 tokens cut short"):
+            found.append(encode(replace(encoder, whole=True), captions).embeddings)
+    np.testing.assert_array_equal(*found)
+
+
+def test_ids_beyond_the_embedding(tmp_path):
+    """Of a word, found when the encoder is loaded; of a template's end, when a caption is encoded."""
+    t5.export(V1_1, PARAMS.setdefault(V1_1, init(V1_1)), tmp_path)
+    words_without().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    told = path.read_text()
+    for beyond in (500, 2**31, 2**32 - 2):
+        changed = json.loads(told)
+        changed["post_processor"]["special_tokens"]["</s>"]["ids"] = [beyond]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"the tokenizer gives the id {beyond}, the embedding has only 500"):
+            encode(t5.load_text_encoder(tmp_path, 5), ["a red star"])
+        changed = json.loads(told)
+        vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "red": beyond}
+        changed["model"] = {"type": "WordLevel", "unk_token": "<unk>", "vocab": vocabulary}
+        changed["added_tokens"] = changed["added_tokens"][:3]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"the tokenizer's 'red' has the id {beyond}, the embedding only 500"):
+            t5.load_text_encoder(tmp_path, 5)
 
 
 def transformers_class(directory):

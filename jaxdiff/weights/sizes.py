@@ -1,0 +1,148 @@
+"""How large what a file asks for may be: one table, for settings of our own and for public ones.
+
+Everything is checked before anything is built. A number beyond its bounds is a mistake or an attack; without the check
+it would cost hours or all memory, or end in an error that does not name it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxdiff.core.messages import plain, quoted, reason
+from jaxdiff.diffusion import grids, schedules
+from jaxdiff.nets.classifier import ClassifierConfig
+from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.nets.t5 import T5Config
+from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.systems.tiles import Tiles
+from jaxdiff.weights import tree
+
+
+class Bounds(NamedTuple):
+    """The smallest and the largest number that a setting may have."""
+
+    least: int = 1
+    most: int = 2**20
+
+
+SIZE, DEPTH, STEPS, SIDE = Bounds(), Bounds(1, 256), Bounds(1, 2**16), Bounds(1, 2**14)
+OPTIONAL, HEADS, FACTOR = Bounds(0), Bounds(0, 2**12), Bounds(0, 2**10)
+LEVELS = 12
+ENTRIES = 2**16
+"""Of a list."""
+CHARACTERS = 200
+"""Of a name."""
+PARAMETERS = 2**40
+
+_UNET = {
+    **dict.fromkeys(("channels", "head_channels", "time_width", "text_width", "context_width"), SIZE),
+    "multipliers": Bounds(1, 2**10),
+    "blocks": Bounds(0, DEPTH.most),
+    "patch": Bounds(1, 2**6),
+    "heads": HEADS,
+    "pool_heads": HEADS,
+    "feed_forward": FACTOR,
+    "norm_groups": OPTIONAL,
+    "frequencies": OPTIONAL,
+}
+_TOWER = {"width": SIZE, "layers": DEPTH, "heads": SIZE, "feed_forward": SIZE}
+BOUNDS: dict[type, dict[str, Bounds]] = {
+    UNetConfig: _UNET,
+    EfficientUNetConfig: _UNET | {"outer_blocks": Bounds(0, DEPTH.most)},
+    T5Config: {
+        **dict.fromkeys(("vocab", "d_model", "d_kv", "d_ff", "heads"), SIZE),
+        "layers": DEPTH,
+        "decoder_layers": Bounds(0, DEPTH.most),
+        "buckets": Bounds(4),
+        "max_distance": SIZE,
+        **dict.fromkeys(("pad_id", "eos_id", "decoder_start_id"), OPTIONAL),
+    },
+    TextTowerConfig: _TOWER | {"vocab": SIZE, "length": STEPS, "eos_id": OPTIONAL},
+    ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
+    CLIPConfig: {"width": SIZE},
+    ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
+    Stage: {"resolution": SIDE, "low_resolution": SIDE, "text_length": STEPS},
+    Sampling: {"steps": STEPS},
+    Tiles: {"side": SIDE, "overlap": SIDE},
+    schedules.Linear: {"steps": STEPS},
+    grids.Leading: {"offset": Bounds(0, STEPS.most)},
+    grids.Respaced: {"counts": STEPS, "offset": Bounds(0, STEPS.most)},
+}
+"""Of every whole number in settings."""
+
+
+def check(cls: type, field: str, value: Any, where: str) -> None:
+    """ValueError, naming `where` and the field, for a value out of bounds, a number that is not finite or a name that
+    cannot be printed; before the class is given it."""
+    bounds = BOUNDS.get(cls, {}).get(field)
+    for item in value if isinstance(value, tuple) else (value,):
+        wanted = ""
+        if bounds is not None and item is not None and not (type(item) is int and bounds.least <= item <= bounds.most):
+            wanted = f"whole numbers from {bounds.least} to {bounds.most}"
+        elif isinstance(item, int | float) and not _finite(item):
+            wanted = "finite numbers"
+        elif isinstance(item, str) and not _is_name(item):
+            wanted = f"names of up to {CHARACTERS} characters that can be printed"
+        if wanted:
+            raise ValueError(f"{where}: {field} of {cls.__name__} is {quoted(value)}, it takes only {wanted}")
+
+
+def check_name(name: str, what: str, where: str) -> None:
+    """ValueError for a name that is too long, or cannot be printed on one line."""
+    if not _is_name(name):
+        raise ValueError(f"{where}: {what} is {quoted(name)}, not up to {CHARACTERS} characters that can be printed")
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= CHARACTERS and name.isprintable()
+
+
+def _finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def check_network(config: UNetConfig, where: str) -> None:
+    """ValueError for a U-Net whose levels together are too much, or whose attention does not divide its width."""
+    levels = len(config.blocks)
+    if not 1 <= levels <= LEVELS:
+        raise ValueError(f"{where}: a network of {levels} levels: 1 to {LEVELS} are supported")
+    if sum(config.blocks) > DEPTH.most:
+        raise ValueError(f"{where}: blocks of {sum(config.blocks)} in all: at most {DEPTH.most} are supported")
+    for name, heads, width in _attentions(config):
+        if width % heads:
+            raise ValueError(f"{where}: {name}: {heads} heads do not divide a width of {width}")
+
+
+def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:
+    for level, attends in enumerate(zip(config.self_attention, config.cross_attention)):
+        if any(attends):
+            yield f"attention at level {level}", config.heads_at(level), config.width(level)
+    if config.pool_text:
+        width = config.text_width if config.reading is config.reading.WHOLE else config.context_width
+        yield "pool_heads", config.pool_heads or max(1, width // 64), width
+
+
+def shapes(init: Callable[[], dict], where: str) -> dict:
+    """The parameters that `init` would make, as shapes. ValueError, naming `where` the settings come from, where they
+    make no network, or one of too many parameters."""
+    try:
+        found = jax.eval_shape(init)
+        leaves = tree.flatten(found).values()
+    except Exception as error:  # of jax and flax, in many types
+        raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    if count > PARAMETERS:
+        raise ValueError(f"{where}: these settings make a network of {count:.2g} parameters: {PARAMETERS:.2g} at most")
+    return found
+
+
+def names(listed: list[str]) -> str:
+    """The first ten of some names out of a file."""
+    return ", ".join(map(plain, listed[:10])) + (", …" if len(listed) > 10 else "")
