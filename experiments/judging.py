@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxdiff.data import folder, pictures
-from jaxdiff.data.example import Source
+from jaxdiff.data.example import Source, caption_of
 from jaxdiff.data.files import replacing
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import Extractor, extract
@@ -124,7 +124,7 @@ class OfSource:
         return picture if self.side is None else pictures.resize(picture, self.side)
 
     def caption(self, index: int) -> str | None:
-        return self.source[index]["caption"]
+        return caption_of(self.source[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +162,7 @@ def open_folder(path: Path, convert: bool = False) -> OfFolder:
             continue
         try:
             example = found[number]
+            caption_of(example)  # warns of characters that were replaced
             height, width, _ = pictures.decode(example["image"]).shape  # as it will be looked at
         except (pictures.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({str(error).splitlines()[0]})")

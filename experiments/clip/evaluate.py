@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments.cli import run
 from experiments.judging import embedded
 from jaxdiff.data import pictures, sources, tfds_sets
-from jaxdiff.data.example import Example
+from jaxdiff.data.example import Example, caption_of
 from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.data.shapes_caption import distinct_examples, held_out_examples
 from jaxdiff.data.shapes_draw import draw
@@ -94,7 +94,7 @@ def _retrieval(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, ima
     else:
         source = sources.open(spec, image.side, settings.split or "train", settings.data_dir)
         examples = [source[i] for i in range(min(settings.n, len(source)))]
-        texts = [example["caption"] for example in examples]
+        texts = [caption_of(example) for example in examples]
         if None in texts:
             raise ValueError(f"{examples[texts.index(None)]['name']}: has no caption, which retrieval needs")
         shown = map(_decoded, examples)

@@ -147,8 +147,8 @@ def main(settings: Run) -> None:
         plain = dataclasses.replace(config, dtype="float32", remat=False)
         weights.export(plain, finished(stage, params), settings.out / "model")
         save_tokenizer(words, settings.out / "model")
-        if stream.skipped.count:
-            print(f"skipped {stream.skipped} of {len(source)} examples")
+        if summary := stream.skipped.summary(len(source)):
+            print(summary)
         print(f"{settings.out / 'model'}: a CLIP of {side} pixels, {len(words)} ids")
 
     on_process_0(finish)

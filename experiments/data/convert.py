@@ -7,7 +7,7 @@ Then train with `--data records:runs/data/laion`. Inputs may be patterns and buc
 `bucket` extra). Killed, it continues when run again with the same arguments; given more inputs, it adds them.
 Cost: about a millisecond a picture and process at 256 pixels, nearly all of it decoding to verify (--no-verify skips
 it). Result: one .array_record and one .json report for each input file (or 10,000 rows of a list), and dataset.json
-with the counts of pictures kept and left out, by reason.
+with the counts of pictures kept and left out, by reason, and of captions in which characters were replaced.
 """
 
 import sys
@@ -50,6 +50,9 @@ def main(
     print(f"{index['images']} pictures in {len(index['shards'])} files: --data records:{out}")
     for kind, count in index["skipped"].items():
         print(f"warning: skipped {count} × {kind}; the first: {index['first'][kind]}", file=sys.stderr)
+    if index["replaced"]:
+        first = index["first"][convert.REPLACED]
+        print(f"warning: characters replaced in {index['replaced']} captions; the first: {first}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -180,9 +180,9 @@ def main(settings: Run) -> None:
 
     def finish() -> None:
         save_model(Model(stage, params, sampling, made_by), settings.out / "model")
-        if stream.skipped.count:
+        if summary := stream.skipped.summary(len(source)):
             share = f" (in the share of process 0 of {processes})" if processes > 1 else ""
-            print(f"skipped {stream.skipped} of {len(source)} examples{share}")
+            print(f"{summary}{share}")
         print(f"{settings.out / 'model'}: the averaged parameters of step {settings.steps}")
 
     on_process_0(finish)

@@ -16,7 +16,6 @@ import collections
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import lzma
@@ -30,7 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxdiff.data import pictures, remote
+from jaxdiff.data import captions, pictures, remote
 from jaxdiff.data.files import new_records, remove_leftovers, write_json
 from jaxdiff.data.folder import SUFFIXES
 from jaxdiff.data.records import INDEX, pack
@@ -130,6 +129,11 @@ class Report:
     images: int
     skipped: dict[str, int]
     first: dict[str, str]
+    replaced: int = 0
+    """captions of those pictures in which characters were replaced; `first` has one under REPLACED"""
+
+
+REPLACED = "characters replaced"
 
 
 def convert(
@@ -167,6 +171,7 @@ def _index(reports: list[Report], settings: Settings) -> dict:
     return {
         "images": sum(report.images for report in reports),
         "skipped": dict(sorted(skipped.items())),
+        "replaced": sum(report.replaced for report in reports),
         "first": {kind: line for report in reversed(reports) for kind, line in report.first.items()},
         "settings": dataclasses.asdict(settings),
         "shards": [{"file": report.file, "source": report.source, "images": report.images} for report in reports],
@@ -200,16 +205,21 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
             report = Report(**json.loads(done.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{done}: not a report of this converter ({error}); delete it") from error
-        if settings.strict and report.skipped and not settings.retry:
+        if settings.strict and report.first and not settings.retry:
             raise ValueError(f"{next(iter(report.first.values()))} (strict)")
-        if not (settings.retry and report.skipped):
+        if not (settings.retry and report.first):
             return report
     skipped: collections.Counter[str] = collections.Counter()
     first: dict[str, str] = {}
-    images = 0
+    images = replaced = 0
     with new_records(file) as write:
-        for name, image, caption in piece.examples(settings):
+        for name, image, raw in piece.examples(settings):
+            caption, invalid = captions.clean(raw)
             fault = _fault(image, caption, settings)
+            if fault is None and invalid is not None:
+                fault = Fault(REPLACED, invalid) if settings.strict else None
+                replaced += 1
+                first.setdefault(REPLACED, f"{name}: {invalid}")
             if fault is None:
                 write(pack(image, caption, name))
                 images += 1
@@ -218,7 +228,7 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
             else:
                 skipped[fault.kind] += 1
                 first.setdefault(fault.kind, f"{name}: {fault}")
-    report = Report(file.name, piece.path, images, dict(skipped), first)
+    report = Report(file.name, piece.path, images, dict(skipped), first, replaced)
     write_json(done, dataclasses.asdict(report))  # last: only a file with its report counts as done
     return report
 
@@ -254,7 +264,7 @@ def _die_with_parent() -> None:
 def _fault(image: bytes | Fault, caption: str | None, settings: Settings) -> Fault | None:
     if isinstance(image, Fault):
         return image
-    if not settings.images_only and not (caption or "").strip():
+    if not settings.images_only and caption is None:
         return Fault("no caption")
     if settings.verify:
         try:
@@ -284,7 +294,7 @@ def _tar_examples(path: str, archive: tarfile.TarFile, caption_key: str) -> Iter
             if extension in SUFFIXES:
                 image = content
             elif extension == ".txt":
-                caption = content.decode("utf-8", errors="replace").strip() or caption
+                caption = captions.present(captions.decode(content)) or caption
             else:
                 caption = caption or _caption_in(content, caption_key)
         if isinstance(image, bytes) or caption is not None:
@@ -300,11 +310,11 @@ def _split(name: str) -> tuple[str, str]:
 
 def _caption_in(content: bytes, key: str) -> str | None:
     try:
-        found = json.loads(content)
+        found = captions.from_json(content)
     except ValueError:
         return None
     found = found.get(key) if isinstance(found, dict) else found
-    return found.strip() or None if isinstance(found, str) else None
+    return captions.present(found) if isinstance(found, str) else None
 
 
 def _list_rows(path: str, settings: Settings) -> Iterator[tuple[str | None, str | None]]:
@@ -317,7 +327,7 @@ def _list_rows(path: str, settings: Settings) -> Iterator[tuple[str | None, str 
 
 def _csv_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
     with remote.open_binary(path) as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        reader = csv.DictReader(captions.reader(stream))
         try:
             _check_columns(path, list(reader.fieldnames or []), settings)
             for row in reader:
@@ -339,8 +349,18 @@ def _parquet_rows(path: str, settings: Settings) -> Iterator[tuple[Any, Any]]:
         _check_columns(path, table.schema_arrow.names, settings)
         wanted = {settings.image_column, settings.caption_column} & set(table.schema_arrow.names)
         for rows in table.iter_batches(columns=sorted(wanted)):
-            for row in rows.to_pylist():
-                yield row[settings.image_column], row.get(settings.caption_column)
+            columns = {name: _values(column) for name, column in zip(rows.schema.names, rows.columns)}
+            captioned = columns.get(settings.caption_column, [None] * rows.num_rows)
+            yield from zip(columns[settings.image_column], captioned)
+
+
+def _values(column: Any) -> list:
+    """An Arrow column; text by way of its bytes, as Arrow itself fails at those that are not UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return [captions.decode(value) if isinstance(value, bytes) else value for value in column.to_pylist()]
 
 
 def _check_columns(path: str, found: list[str], settings: Settings) -> None:

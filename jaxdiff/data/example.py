@@ -1,18 +1,25 @@
 """What every source of captioned pictures holds, and what a source is."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
+from jaxdiff.data.captions import Cleaned, clean
+
 
 class Example(TypedDict):
-    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages."""
+    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages.
+
+    caption_fault: what was replaced in the caption, because no text can hold it; missing or None: nothing.
+    """
 
     image: bytes | np.ndarray
     caption: str | None
     name: str
+    caption_fault: NotRequired[str | None]
 
 
 @runtime_checkable
@@ -26,7 +33,8 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Captions(Sequence):
-    """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training."""
+    """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training. Warns of
+    those in which characters were replaced."""
 
     source: Source
 
@@ -37,9 +45,23 @@ class Captions(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"caption {index} of {len(self)}")
         try:
-            return self.source[index]["caption"]
+            return caption_of(self.source[index])
         except OSError:
             return None
+
+
+def caption_of(example: Example) -> str | None:
+    """The caption. Warns where characters were replaced in it, and names the example."""
+    text, fault = cleaned(example)
+    if fault is not None:
+        warnings.warn(f"{example['name']}: {fault}", stacklevel=2)
+    return text
+
+
+def cleaned(example: Example) -> Cleaned:
+    """The caption and what was replaced in it, whether or not its source has cleaned it."""
+    text, fault = clean(example["caption"])
+    return Cleaned(text, example.get("caption_fault") or fault)
 
 
 def captions(source: Source) -> Captions:

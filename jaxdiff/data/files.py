@@ -33,8 +33,10 @@ def replacing(file: Path) -> Iterator[Path]:
 
 def write_json(file: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Lone surrogates, in names of files that are no text, become the escapes that JSON has for them.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -2,17 +2,34 @@
 
 photos/cat.jpg  photos/cat.txt                          any depth; the whole text is the caption
 photos/metadata.jsonl                                   {"file_name": "a/cat.jpg", "text": "a cat"}, one a line;
-                                                        "caption" is read too
+                                                        "caption" is read where "text" is missing or blank
+
+Training and evaluation find the same pictures: `walk` is the one way through a folder.
 """
 
+import collections
 import dataclasses
-import json
+import os
+import stat
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from jaxdiff.data import captions
 from jaxdiff.data.example import Example
 
 METADATA = "metadata.jsonl"
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+)
+# Folders that programs and systems keep for themselves: thumbnails, resource forks, deleted files.
+_PROGRAMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+# What lies beside pictures and is none. Everything else that is not read is counted: it may have been meant as one.
+_COMPANIONS = frozenset(
+    {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy", ".npz", ".safetensors", ".md", ".html", ".xml"}
+    | {".yaml", ".yml", ".ini", ".log", ".db", ".py", ".sh"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,48 +43,147 @@ class FolderSource:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Example:
-        name, caption = self.entries[index]
+        name, text = self.entries[index]
         file = self.path / name
-        return {"image": file.read_bytes(), "caption": caption or _text_beside(file), "name": str(file)}
+        caption, fault = captions.clean(_text_beside(file) if text is None else text)
+        return {"image": file.read_bytes(), "caption": caption, "name": str(file), "caption_fault": fault}
 
 
 def read(path: Path | str) -> FolderSource:
-    """The examples of a folder. FileNotFoundError when it is not there or holds no picture."""
+    """The examples of a folder. Warns of what is left out, counted. FileNotFoundError when it is not there or holds no
+    picture; ValueError for a metadata.jsonl that is damaged, naming the line."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    metadata = path / METADATA
-    entries = _from_metadata(metadata) if metadata.is_file() else _from_files(path)
+    found = walk(path)
+    entries = tuple((name, None) for name in found.pictures)
+    left_out = found.left_out()
+    if (path / METADATA).is_file():
+        entries = tuple(_from_metadata(path / METADATA))
+        unlisted = sorted(set(found.pictures) - {os.path.normpath(name) for name, _ in entries})
+        left_out = [_counted(unlisted, f"image|images that {METADATA} does not list")] if unlisted else []
+    for line in left_out:
+        warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not entries:
         raise FileNotFoundError(f"{path}: no pictures there ({', '.join(sorted(SUFFIXES))})")
     return FolderSource(path, entries)
 
 
-def _from_files(path: Path) -> tuple[tuple[str, None], ...]:
-    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    return tuple((name, None) for name in sorted(file.relative_to(path).as_posix() for file in found))
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What lies in a folder, as relative paths in order: the pictures, and what is left out.
+
+    hidden: folders, and pictures, whose names begin with a dot; folders that a program keeps for itself
+    unknown: files that are neither pictures nor what usually lies beside them, by suffix
+    closed: folders that cannot be read, with the reason
+    """
+
+    pictures: tuple[str, ...]
+    hidden: tuple[str, ...]
+    unknown: tuple[tuple[str, int], ...]
+    closed: tuple[str, ...]
+
+    def left_out(self) -> list[str]:
+        """Each kind with its count, in a line of its own."""
+        lines = []
+        if self.hidden:
+            lines.append(_counted(self.hidden, "hidden folder or image|hidden folders or images"))
+        if self.unknown:
+            kinds = [f"{count} {suffix}" for suffix, count in self.unknown]
+            count = sum(count for _, count in self.unknown)
+            lines.append(_counted(kinds, "file of an unknown kind|files of unknown kinds", count))
+        if self.closed:
+            lines.append(_counted(self.closed, "folder that cannot be read|folders that cannot be read"))
+        return lines
 
 
-def _from_metadata(metadata: Path) -> tuple[tuple[str, str | None], ...]:
-    entries = []
-    with metadata.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+def walk(path: Path | str) -> Walk:
+    """Everything below a folder. Links to folders are followed; a folder is visited once, by its own path rather than
+    by a link, so that links in a circle end. A link to a file counts as the file."""
+    pictures, hidden, closed = [], [], []
+    unknown: collections.Counter[str] = collections.Counter()
+    folders = collections.deque([("", os.path.realpath(path))])  # relative and real paths
+    links: collections.deque[tuple[str, str]] = collections.deque()
+    visited = set()
+    while folders or links:
+        inside, real = (folders or links).popleft()
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
+        except OSError as error:
+            closed.append(f"{inside or path} ({error.strerror})")
+            continue
+        for entry in entries:
+            name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
+            kind = _kind(entry)
+            left_out = entry.name.startswith(".") or (kind == stat.S_IFDIR and entry.name in _PROGRAMS)
+            if left_out:
+                hidden += [name] if kind == stat.S_IFDIR or suffix in SUFFIXES else []
+            elif kind == stat.S_IFDIR and entry.is_symlink():
+                links.append((f"{name}/", os.path.realpath(entry.path)))
+            elif kind == stat.S_IFDIR:
+                folders.append((f"{name}/", entry.path))
+            elif suffix in SUFFIXES and kind == stat.S_IFREG:
+                pictures.append(name)
+            elif suffix not in _COMPANIONS:
+                unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
+    return Walk(tuple(sorted(pictures)), tuple(sorted(hidden)), tuple(unknown.most_common()), tuple(closed))
+
+
+def _kind(entry: os.DirEntry) -> int:
+    """A folder, a file (one that a broken link stands for included, to be counted when it is read), or neither."""
+    if entry.is_symlink():
+        try:
+            return stat.S_IFMT(entry.stat().st_mode)
+        except OSError:
+            return stat.S_IFREG
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    return stat.S_IFREG if entry.is_file(follow_symlinks=False) else 0
+
+
+def _counted(names: Any, what: str, count: int | None = None) -> str:
+    """`2 images that … (a.png, b.png)`: `what` is the singular and the plural."""
+    count = len(names) if count is None else count
+    one, several = what.split("|")
+    return f"{count} {one if count == 1 else several} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+
+
+def _from_metadata(metadata: Path) -> Iterator[tuple[str, str | None]]:
+    for number, line in enumerate(captions.decode(metadata.read_bytes()).split("\n"), 1):
+        if line.strip():
             try:
-                row = json.loads(line)
-                name = row["file_name"]
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
-                raise ValueError(f"{metadata}:{number}: not a JSON object with a file_name ({error})") from error
-            caption = row.get("text") or row.get("caption")
-            if not isinstance(caption, str | None):
-                raise ValueError(f"{metadata}:{number}: the caption is not a string but {caption!r}")
-            entries.append((str(name), caption))
-    return tuple(entries)
+                yield _entry(line)
+            except ValueError as error:
+                raise ValueError(f"{metadata}:{number}: {error}") from error
+
+
+def _entry(line: str) -> tuple[str, str | None]:
+    """The name of a picture, and its caption where the line has one. ValueError for what is wrong with the line."""
+    try:
+        row = captions.from_json(line)
+    except ValueError as error:
+        raise ValueError(f"not a JSON object with a file_name ({error})") from error
+    if not isinstance(row, dict) or "file_name" not in row:
+        raise ValueError("not a JSON object with a file_name")
+    name = row["file_name"]
+    if name is None:
+        raise ValueError("file_name is null")
+    if not isinstance(name, str):
+        raise ValueError(f"file_name is not a string but {name!r:.80}")
+    try:
+        possible = name.strip() and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"no file can have the file_name {name!r:.80}")
+    return name, captions.chosen(row, ("text", "caption"))
 
 
 def _text_beside(file: Path) -> str | None:
     try:
-        return file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip() or None
+        return captions.decode(file.with_suffix(".txt").read_bytes())
     except FileNotFoundError:
         return None

@@ -1,5 +1,15 @@
 """One encoded picture in, one square uint8 array out: decoding, resizing and aligned crops.
 
+`decode` is the only way from a file to pixels: for training, evaluation, conversion and the images that a user gives.
+It turns every format upright as its EXIF or XMP orientation says, and brings every mode of Pillow to 8-bit RGB:
+
+    1, L, P, RGB, RGBX, CMYK, YCbCr, HSV   as Pillow converts them (CMYK without a colour profile)
+    RGBA, RGBa, LA, La, PA, and any mode   laid on white
+    with a transparent colour (tRNS)
+    I;16 in any byte order, I of a PGM     16 bits, 0…65535 → 0…255, rounded
+    LAB                                    to sRGB by LittleCMS (white point D50)
+    I of other files, F                    refused: the range of their values is not known
+
 The filter is Pillow's BICUBIC (a = -0.5), which widens with the scale when it shrinks (antialiased), applied in
 one pass over the whole picture (`reducing_gap=None`). Every picture that is trained on, every low-resolution input
 made from a true picture and every bicubic baseline goes through `resize`: one filter everywhere, because a model
@@ -7,12 +17,24 @@ and its judges notice the difference between two of them.
 """
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 FILTER = Image.Resampling.BICUBIC
+
+# EXIF's orientation → what turns the stored pixels upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(Exception):
@@ -22,18 +44,30 @@ class Unreadable(Exception):
 def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     """An encoded picture (anything Pillow reads) or a uint8 array (h w), (h w 1|3|4) → uint8 RGB.
 
-    Transparent pictures are laid on white, and a photograph is turned upright as its EXIF tag says. Raises
-    `Unreadable`, whatever is wrong with the bytes.
+    Transparent pictures are laid on white, and every format is turned upright as its EXIF or XMP orientation says. Of
+    several frames the first is taken. Raises `Unreadable`, whatever is wrong with the bytes; damaged EXIF counts as
+    none.
     """
     try:
         image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else _from_array(picture)
-        if image.format == "JPEG":
-            image = ImageOps.exif_transpose(image)
-        return np.asarray(_rgb(image))
+        rgb = _rgb(image)
+        turn = _TURNS.get(_orientation(image))  # after the pixels: PNG may hold it behind them, TIFF turns itself
+        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+    except Unreadable:
+        raise
     except UnidentifiedImageError as error:
         raise Unreadable("not a picture in any known format") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet: SyntaxError, zlib.error, …
         raise Unreadable(f"damaged picture ({error})") from error
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque: an alpha channel that is 255 everywhere is no transparency.
+
+    Give it as `Image.open` returned it: the bit depth, by which a PNG's transparent colour is read, is known until the
+    pixels are loaded.
+    """
+    return image.has_transparency_data and _rgba(image).getchannel("A").getextrema()[0] < 255
 
 
 def resize(picture: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
@@ -88,12 +122,56 @@ def _from_array(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture)
 
 
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF, in as many errors as there are parsers; the pixels are sound
+        return None
+    return found if isinstance(found, int) else None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I;16"):  # Pillow would clip it at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+        rgba = _rgba(image)
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if _has_sixteen_bits(image):
+        return _eight_bits(image).convert("RGB")
     if image.mode in ("I", "F"):
         raise Unreadable(f"pixels of mode {image.mode}, whose range is not known")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return image.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    """An image that has transparency data, in 8 bits."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        rgba = _eight_bits(image).convert("RGBA")
+        rgba.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        return rgba
+    if image.mode in ("L", "RGB") and transparent is not None:
+        # Pillow brings the pixels to 8 bits, but leaves the transparent colour in those of the file.
+        scale = _eight_bits_from(image)
+        image = image.copy()
+        image.info["transparency"] = scale(transparent) if image.mode == "L" else tuple(map(scale, transparent))
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return image.convert("RGBA")
+
+
+def _eight_bits_from(image: Image.Image) -> Callable[[int], int]:
+    raw = str(image.tile[0].args) if getattr(image, "tile", None) else image.mode
+    scales = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
+    return scales.get(raw, lambda value: value)
+
+
+def _has_sixteen_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pixels 0…65535, which Pillow would clip at 255."""
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

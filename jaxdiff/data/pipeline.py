@@ -22,11 +22,12 @@ import numpy as np
 from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import pictures
 from jaxdiff.data.embeddings import Embeddings, digest
-from jaxdiff.data.example import Source
+from jaxdiff.data.example import Source, cleaned
 
 _SMALL = 4096
 _ENDED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
 """What Grain says of a worker that a signal ended. One that ends itself has a bug."""
+_REPLACED = "replaced"  # what was replaced in a caption, on its way to where it is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,9 @@ def images(
 
     Pictures that are not square lose the ends of their long side. A picture that cannot be read, or (where `captions`
     or `embeddings` ask for it, unless `caption_optional`) one without a caption, is skipped: counted in `.skipped` and
-    warned of in one line; under `strict` it is a ValueError. `repeat` goes on for ever, in a new order every epoch;
-    otherwise the last batch may be short. Of `process_count` processes each gets a disjoint share; while it repeats,
+    warned of in one line; under `strict` it is a ValueError. A caption in which characters were replaced is used, but
+    counted, warned of and refused alike. `repeat` goes on for ever, in a new order every epoch; otherwise the last
+    batch may be short. Of `process_count` processes each gets a disjoint share; while it repeats,
     their batches one after the other are the batch that one process would get (until something is skipped).
     """
     _check(source, resolution, batch, low_resolution, crop, process_index, process_count)
@@ -140,12 +142,16 @@ class Batches:
 
 
 class Skipped:
-    """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind."""
+    """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind.
+
+    replaced: captions in which characters were replaced; those examples are used.
+    """
 
     _LINES = 10
 
     def __init__(self, examples: int, strict: bool):
         self.reasons: Counter[str] = Counter()
+        self.replaced = 0
         self._strict, self._examples = strict, examples
         self._names: set[str] = set()
         self._in_a_row = 0
@@ -163,6 +169,7 @@ class Skipped:
         """False for a reject, after counting it. Raises ValueError when strict, or when nothing else is left."""
         if "rejected" not in example:
             self._in_a_row = 0
+            self._note(example[_REPLACED])
             return True
         name, kind, reason = example["rejected"]
         line = f"{name}: {reason}"
@@ -177,13 +184,27 @@ class Skipped:
             if name not in self._names:
                 self._names.add(name)
                 self.reasons[kind] += 1
-                self._warn(line)
+                self._warn(f"skipped {line}", self.count)
         return False
 
-    def _warn(self, line: str) -> None:
-        if self.count <= self._LINES:
-            rest = "; further ones are only counted" if self.count == self._LINES else ""
-            warnings.warn(f"skipped {line}{rest}", stacklevel=2)
+    def summary(self, total: int) -> str:
+        """What was left out of `total` examples, or replaced, for people; empty where nothing was."""
+        skipped = [f"skipped {self} of {total} examples"] if self.count else []
+        return "; ".join(skipped + ([f"characters replaced in {self.replaced} captions"] if self.replaced else []))
+
+    def _note(self, fault: str) -> None:
+        if fault and self._strict:
+            raise ValueError(f"{fault} (strict)")
+        with self._lock:
+            if fault and fault not in self._names:
+                self._names.add(fault)
+                self.replaced += 1
+                self._warn(fault, self.replaced)
+
+    def _warn(self, line: str, number: int) -> None:
+        if number <= self._LINES:
+            rest = "; further ones are only counted" if number == self._LINES else ""
+            warnings.warn(f"{line}{rest}", stacklevel=2)
 
 
 class _ShuffleSmall(grain.MapDataset):
@@ -255,7 +276,8 @@ class _Prepare(grain.transforms.RandomMap):
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         if "rejected" in element:
             return element
-        caption = (element["caption"] or "").strip()
+        text, fault = cleaned(element)
+        caption = text or ""
         wanted = self.captions or self.embeddings is not None
         if wanted and not caption and not self.caption_optional:
             return {"rejected": (element["name"], "no caption", "no caption")}
@@ -263,7 +285,12 @@ class _Prepare(grain.transforms.RandomMap):
             picture = pictures.resize(pictures.decode(element["image"]), self.resolution)
         except pictures.Unreadable as error:
             return {"rejected": (element["name"], "unreadable", str(error))}
-        return {**self._views(picture, rng), **self._text(element["name"], element["index"], caption)}
+        replaced = f"{element['name']}: {fault}" if wanted and fault is not None else ""
+        return {
+            **self._views(picture, rng),
+            **self._text(element["name"], element["index"], caption),
+            _REPLACED: replaced,
+        }
 
     def _views(self, picture: np.ndarray, rng: np.random.Generator) -> dict:
         if self.low_resolution is None:
@@ -287,7 +314,11 @@ class _Prepare(grain.transforms.RandomMap):
 
 
 def _finish(batch: dict) -> dict[str, np.ndarray]:
-    return {key: pictures.to_float(value) if key in ("image", "low_res") else value for key, value in batch.items()}
+    return {
+        key: pictures.to_float(value) if key in ("image", "low_res") else value
+        for key, value in batch.items()
+        if key != _REPLACED
+    }
 
 
 def _check(

@@ -18,7 +18,8 @@ INDEX = "dataset.json"
 
 def pack(image: bytes, caption: str | None, name: str) -> bytes:
     """One example as the bytes of a record."""
-    header = json.dumps({"caption": caption, "name": name}, ensure_ascii=False).encode()
+    text = json.dumps({"caption": caption, "name": name}, ensure_ascii=False)
+    header = text.encode("utf-8", "backslashreplace")  # names of files may hold bytes that are no text
     return struct.pack("<I", len(header)) + header + image
 
 

@@ -120,10 +120,7 @@ def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault
             yield name, fault
             continue
         member = _member(name, archive, header)
-        if run and run[-1].key != member.key:
-            yield run
-            run = []
-        elif len(run) >= _TOGETHER and run[-1].stem != member.stem:
+        if (run and run[-1].key != member.key) or (len(run) >= _TOGETHER and run[-1].stem != member.stem):
             yield run
             run = []
         run.append(member)

@@ -11,7 +11,7 @@ from typing import Any
 import absl.logging
 import tensorflow_datasets as tfds
 
-from jaxdiff.data import parts
+from jaxdiff.data import captions, parts
 from jaxdiff.data.example import Example
 from jaxdiff.data.files import full_disk_is_an_os_error
 
@@ -48,11 +48,12 @@ class Captioned:
             ) from error
         image_path, caption_path = self._paths
         caption = _first(_at(record, caption_path))
-        caption = caption.decode("utf-8", errors="replace") if isinstance(caption, bytes) else caption
+        caption, fault = captions.clean(captions.decode(caption) if isinstance(caption, bytes) else caption)
         return {
             "image": _at(record, image_path),
-            "caption": caption or None,
+            "caption": caption,
             "name": f"{self.builder.name}/{self.split}[{index}]",
+            "caption_fault": fault,
         }
 
     def _where(self, index: int) -> tuple[str, int]:

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.cli import run
 from experiments.data import convert as command
-from jaxdiff.data import convert, pictures, records, remote
+from jaxdiff.data import convert, files, pictures, records, remote
 from jaxdiff.data.convert import Settings
 
 PNG = pictures.encode_png(np.full((8, 8, 3), 7, np.uint8))
@@ -319,6 +319,107 @@ def test_damaged_lists_are_named(tmp_path):
     (tmp_path / "list.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"list\.parquet: not a Parquet file"):
         convert.convert([str(tmp_path / "list.parquet")], tmp_path / "out")
-    (tmp_path / "list.csv").write_bytes(b"path,caption\na.png,\xff\xfe\n")
+    (tmp_path / "list.csv").write_bytes("path,caption\na.png,x\n".encode("utf-16")[:-1])
     with pytest.raises(ValueError, match=r"list\.csv, line \d"):
         convert.convert([str(tmp_path / "list.csv")], tmp_path / "out")
+
+
+ODD = {  # bytes of a caption → the caption, and whether characters were replaced
+    "plain": ("a café 😀".encode(), "a café 😀", False),
+    "UTF-8 with a mark": ("a café".encode("utf-8-sig"), "a café", False),
+    "UTF-16 LE": (b"\xff\xfe" + "a café 😀".encode("utf-16-le"), "a café 😀", False),
+    "UTF-16 BE": (b"\xfe\xff" + "a café 😀".encode("utf-16-be"), "a café 😀", False),
+    "UTF-32": ("a café".encode("utf-32"), "a café", False),
+    "latin-1": ("a café".encode("latin-1"), "a caf\ufffd", True),
+    "UTF-16 cut off": (b"\xff\xfea\0b", "a\ufffd", True),
+}
+
+
+@pytest.mark.parametrize("content, caption, replaced", ODD.values(), ids=ODD)
+def test_captions_of_any_encoding(tmp_path, content, caption, replaced):
+    path = write_tar(tmp_path / "a.tar", {"1.png": PNG, "1.txt": content, "2.png": PNG, "2.txt": b"two"})
+    index = convert.convert([path], tmp_path / "out")
+    assert captions(tmp_path / "out") == [caption, "two"]
+    assert index["replaced"] == replaced and index["images"] == 2 and not index["skipped"]
+    if replaced:
+        assert f"{path}/1: 1 character of the caption replaced" in index["first"][convert.REPLACED]
+        with pytest.raises(ValueError, match=r"a\.tar/1: .*replaced.*\(strict\)"):
+            convert.convert([path], tmp_path / "strict", Settings(strict=True))
+        with pytest.raises(ValueError, match=r"a\.tar/1: .*replaced.*\(strict\)"):
+            convert.convert([path], tmp_path / "out", Settings(strict=True))  # finished, but not strictly
+    else:
+        convert.convert([path], tmp_path / "strict", Settings(strict=True))
+
+
+@pytest.mark.parametrize(
+    "content, caption",
+    [
+        (b'{"caption": "half \\ud83d"}', "half \ufffd"),
+        (b'{"caption": "other \\udc00 half"}', "other \ufffd half"),
+        (b'{"caption": "whole \\ud83d\\ude00"}', "whole 😀"),
+        ('{"caption": "é"}'.encode("utf-16"), "é"),
+        ('{"caption": "é"}'.encode("utf-16-be"), "é"),
+        ('\ufeff{"caption": "é"}'.encode(), "é"),
+        (b'{"caption": "\\ufeff\\u00e9"}', "é"),
+        ('{"caption": "é"}'.encode("latin-1"), "\ufffd"),
+    ],
+)
+def test_captions_in_json_of_any_encoding(tmp_path, content, caption):
+    path = write_tar(tmp_path / "a.tar", {"1.png": PNG, "1.json": content})
+    index = convert.convert([path], tmp_path / "out")
+    assert captions(tmp_path / "out") == [caption] and index["replaced"] == ("\ufffd" in caption)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_captions_of_lists_that_are_no_text(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = [("a.png", b"one \xe9"), ("a.png", b"two"), ("a.png", b"\xff\xfe"), ("a.png", b"\xef\xbb\xbfsix")]
+    path = tmp_path / f"list.{kind}"
+    if kind == "csv":
+        path.write_bytes(b"path,caption\n" + b"".join(name.encode() + b"," + text + b"\n" for name, text in rows))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet lists need the parquet extra")
+        import pyarrow
+
+        texts = pyarrow.array([text for _, text in rows], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+        parquet.write_table(pyarrow.table({"path": [name for name, _ in rows], "caption": texts}), path)
+    index = convert.convert([str(path)], tmp_path / "out")
+    # A cell of a Parquet list is a text of its own, and a byte order mark without text is a blank one.
+    expected = ["one \ufffd", "two", "\ufffd\ufffd", "six"] if kind == "csv" else ["one \ufffd", "two", "six"]
+    assert captions(tmp_path / "out") == expected
+    assert index["replaced"] == (2 if kind == "csv" else 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
+def test_a_csv_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "list.csv").write_bytes("path,caption\r\na.png,é 😀\r\n".encode(encoding))
+    index = convert.convert([str(tmp_path / "list.csv")], tmp_path / "out", Settings(strict=True))
+    assert captions(tmp_path / "out") == ["é 😀"] and index["replaced"] == 0
+
+
+def test_replaced_characters_are_said_once_they_are_counted(tmp_path, capsys):
+    path = write_tar(tmp_path / "a.tar", {"1.png": PNG, "1.txt": b"caf\xe9", "2.png": PNG, "2.txt": b"\xe9"})
+    with pytest.raises(SystemExit) as stop:
+        run(command.main, [path, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert stop.value.code == 0
+    assert f"warning: characters replaced in 2 captions; the first: {path}/1: 1 character" in said.err
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A file name is bytes: what is not UTF-8 in it neither stops the job nor hides the picture."""
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(PNG)
+    (tmp_path / "list.csv").write_bytes(b"path,caption\ncaf\xe9.png,one\ncaf\xe9s.png,gone\n")
+    path = write_tar(tmp_path / "a.tar", {os.fsdecode(b"\xe9.png"): PNG, os.fsdecode(b"\xe9.txt"): b"two"})
+    index = convert.convert([path, str(tmp_path / "list.csv")], tmp_path / "out")
+    assert captions(tmp_path / "out") == ["two", "one"] and index["skipped"] == {"not there": 1}
+    assert records.read(tmp_path / "out")[1]["name"] == str(tmp_path / name)
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == index
+
+
+def test_json_of_lone_surrogates_is_read_back_as_it_was(tmp_path):
+    value = {"a \udce9": ["\ud83d", "😀"]}
+    files.write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value

@@ -1,10 +1,12 @@
 """Decoding, the one filter, aligned windows."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 from jaxdiff.data import pictures
 
@@ -83,14 +85,82 @@ def test_decode_lays_transparency_on_white():
     np.testing.assert_array_equal(pictures.decode(encoded(image)), [[[255, 0, 0], [255, 255, 255]]])
 
 
-def test_decode_turns_photographs_upright():
+# The corners of the upright image, one colour each: they tell all eight orientations apart.
+CORNERS = np.zeros((16, 24, 3), np.uint8)
+CORNERS[:8, :12], CORNERS[:8, 12:], CORNERS[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+# What a camera has stored when its EXIF says so: the inverse of what has to be done.
+STORED = {
+    1: CORNERS,
+    2: CORNERS[:, ::-1],
+    3: CORNERS[::-1, ::-1],
+    4: CORNERS[::-1],
+    5: CORNERS.swapaxes(0, 1),
+    6: np.rot90(CORNERS),
+    7: CORNERS[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(CORNERS, -1),
+}
+FORMATS = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "MPO": {"quality": 95, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", (24, 16))]},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
+
+
+def sideways(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the first row is the right-hand side
-    image = Image.new("RGB", (16, 32), "black")
-    image.paste("white", (0, 0, 16, 8))
-    upright = pictures.decode(encoded(image, "JPEG", exif=exif))
-    assert upright.shape == (16, 32, 3)
-    assert upright[:, -4:].min() > 200 and upright[:, :20].max() < 50
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_format_is_turned_upright(kind, orientation, tmp_path):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
+    stored.save(tmp_path / "photo", kind, exif=sideways(orientation), **FORMATS[kind])
+    content = (tmp_path / "photo").read_bytes()
+    assert Image.open(io.BytesIO(content)).format == kind
+    upright = pictures.decode(content)
+    assert upright.shape == CORNERS.shape
+    assert np.abs(upright.astype(int) - CORNERS)[2:-2, 2:10].max() < 30  # the seams may be blurred
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "1", "I;16", "CMYK"])
+def test_every_mode_is_turned_upright(mode):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    ramp = np.linspace(0, 255, 6).astype(np.uint8).reshape(2, 3)
+    image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+    as_stored = pictures.decode(encoded(image, kind))
+    turned = pictures.decode(encoded(image, kind, exif=sideways(6)))
+    np.testing.assert_array_equal(turned, np.rot90(as_stored, -1))
+
+
+def test_orientation_in_xmp_counts():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    content = encoded(Image.fromarray(np.ascontiguousarray(STORED[8])), "JPEG", xmp=xmp)
+    assert pictures.decode(content).shape == CORNERS.shape
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0no TIFF header at all",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01",  # cut off within the entry
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",  # orientation 99
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04six\0\0\0\0\0",  # a string
+    ],
+)
+def test_damaged_exif_does_not_lose_the_image(kind, exif):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    plain = pictures.decode(encoded(Image.fromarray(CORNERS), kind, **options))
+    np.testing.assert_array_equal(pictures.decode(encoded(Image.fromarray(CORNERS), kind, exif=exif, **options)), plain)
 
 
 @pytest.mark.parametrize("picture", [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 1), np.uint8)])
@@ -109,5 +179,115 @@ def test_decode_scales_sixteen_bits():
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     decoded = pictures.decode(encoded(Image.fromarray(ramp)))
     np.testing.assert_array_equal(decoded, np.arange(256).repeat(3).reshape(16, 16, 3))
-    with pytest.raises(pictures.Unreadable, match="mode F"):
-        pictures.decode(encoded(Image.new("F", (2, 2)), "TIFF"))
+
+
+PIXELS = np.array([[[255, 0, 0], [0, 0, 255]], [[128, 128, 128], [10, 200, 30]]], np.uint8)
+GREY = np.array([[0, 77], [128, 255]], np.uint8)
+
+
+def of_mode(mode: str) -> Image.Image:
+    """PIXELS, or GREY, in one of Pillow's modes."""
+    if mode in ("La", "RGBa"):
+        return of_mode(mode.upper()).convert(mode)
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(Image.fromarray(PIXELS), srgb, lab, outputMode="LAB")
+    if mode.startswith("I;16"):
+        order = ">" if mode.endswith("B") else "<"
+        return Image.frombytes(mode, (2, 2), (GREY.astype(np.uint16) * 257).astype(f"{order}u2").tobytes())
+    if mode in ("L", "LA", "1"):
+        return Image.fromarray(GREY).convert(mode)
+    if mode in ("P", "PA"):
+        return Image.fromarray(PIXELS).convert("P", palette=Image.Palette.ADAPTIVE).convert(mode)
+    return Image.fromarray(PIXELS).convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode, tolerance",
+    [
+        *((mode, 0) for mode in ("L", "LA", "La", "I;16", "I;16L", "I;16B", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa")),
+        ("CMYK", 1),
+        ("YCbCr", 2),
+        ("HSV", 3),
+        ("LAB", 24),  # whole steps of a and b are coarse for saturated colours
+    ],
+)
+def test_every_mode_becomes_rgb(mode, tolerance):
+    image = of_mode(mode)
+    assert image.mode == mode
+    rgb = pictures._rgb(image)
+    expected = GREY[..., None].repeat(3, -1) if mode in ("L", "LA", "La") or mode[0] == "I" else PIXELS
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk_files(kind):
+    """JPEG stores CMYK inverted, as Adobe does; TIFF does not."""
+    image = Image.fromarray(np.kron(PIXELS, np.ones((16, 16, 1), np.uint8))).convert("CMYK")
+    decoded = pictures.decode(encoded(image, kind, **({"quality": 100} if kind == "JPEG" else {})))
+    assert np.abs(decoded[8::16, 8::16].astype(int) - PIXELS).max() <= 4
+
+
+def test_sixteen_bits_of_a_pgm():
+    pgm = b"P5 2 2 65535\n" + (GREY.astype(">u2") * 257).tobytes()
+    assert Image.open(io.BytesIO(pgm)).mode == "I"
+    np.testing.assert_array_equal(pictures.decode(pgm)[..., 0], GREY)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_values_of_unknown_range_are_refused(mode):
+    with pytest.raises(pictures.Unreadable, match=f"^pixels of mode {mode}, whose range is not known$"):
+        pictures.decode(encoded(Image.new(mode, (2, 2)), "TIFF"))
+
+
+def raw_png(depth: int, colour: int, row: bytes, **chunks: bytes) -> bytes:
+    """One row of four pixels, of bit depths that Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0)
+    rest = b"".join(chunk(kind.encode(), content) for kind, content in chunks.items())
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rest + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (raw_png(16, 0, struct.pack(">4H", 0, 7, 25700, 65535), tRNS=struct.pack(">H", 7)), [0, 255, 100, 255]),
+        (raw_png(16, 0, struct.pack(">4H", 0, 7, 25700, 65535), tRNS=struct.pack(">H", 0)), [255, 0, 100, 255]),
+        (raw_png(16, 4, struct.pack(">8H", 0, 65535, 25700, 65535, 7, 0, 65535, 65535)), [0, 100, 255, 255]),
+        (raw_png(1, 0, b"\x90", tRNS=b"\0\1"), [255, 0, 0, 255]),
+        (raw_png(1, 0, b"\x90", tRNS=b"\0\0"), [255, 255, 255, 255]),
+        (raw_png(2, 0, b"\x1b", tRNS=b"\0\1"), [0, 255, 170, 255]),
+        (raw_png(4, 0, b"\x0f\x7a", tRNS=b"\0\7"), [0, 255, 255, 170]),
+        (raw_png(8, 0, bytes([0, 77, 128, 9]), tRNS=b"\0\x4d"), [0, 255, 128, 9]),
+        (raw_png(4, 3, b"\x01\x10", PLTE=bytes([9] * 3 + [77] * 3), tRNS=b"\0"), [255, 77, 77, 255]),
+        (raw_png(4, 3, b"\x01\x10", PLTE=bytes([9] * 3 + [77] * 3), tRNS=b"\xff\x80"), [9, 166, 166, 9]),
+        (raw_png(8, 2, bytes([9, 9, 9, 77, 77, 77] * 2), tRNS=b"\0\x09" * 3), [255, 77, 255, 77]),
+        (raw_png(16, 2, bytes([9, 9] * 3 + [77, 77] * 3) * 2, tRNS=b"\x09\x09" * 3), [255, 77, 255, 77]),
+    ],
+)
+def test_transparency_of_every_depth_is_laid_on_white(content, expected):
+    np.testing.assert_array_equal(pictures.decode(content), np.repeat(np.reshape(expected, (1, 4, 1)), 3, -1))
+    assert pictures.has_transparency(Image.open(io.BytesIO(content)))
+
+
+def test_an_alpha_channel_that_is_opaque_is_no_transparency():
+    opaque = Image.new("RGBA", (3, 2), (1, 2, 3, 255))
+    nearly = opaque.copy()
+    nearly.putpixel((2, 1), (1, 2, 3, 254))
+    palette = raw_png(4, 3, b"\x11\x11", PLTE=bytes(6), tRNS=b"\0")  # of a colour that no pixel has
+    absent = raw_png(16, 0, struct.pack(">4H", 1, 2, 3, 4), tRNS=struct.pack(">H", 5))
+    for image, expected in [
+        (opaque, False),
+        (nearly, True),
+        (opaque.convert("LA"), False),
+        (nearly.convert("RGBa"), True),
+        (nearly.convert("LA").convert("La"), True),
+    ]:
+        assert pictures.has_transparency(image) == expected
+    for content in (palette, absent, encoded(opaque), encoded(Image.new("RGB", (2, 2)))):
+        assert not pictures.has_transparency(Image.open(io.BytesIO(content)))
