@@ -31,6 +31,7 @@ _CAPTIONS = (".txt", ".json")  # in the order of preference
 _TOGETHER = 64
 """Members looked at together: what more share up to the first dot is no key of webdataset's, and would fill memory."""
 
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _UNUSED = Fault("member not used", harmless=True)
 _HIDDEN = Fault("hidden member", harmless=True)
 
@@ -58,8 +59,7 @@ def examples(path: str, stream: Any, caption_key: str) -> Iterator[Raw]:
     try:
         with _opened(stream) as archive:
             yield from _examples(path, archive, caption_key)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        # What came before the damage is kept: one torn file among thousands must not stop the rest.
+    except _DAMAGE as error:
         yield path, Fault("damaged tar file", str(error)), None
 
 
@@ -99,7 +99,7 @@ def _examples(path: str, archive: tarfile.TarFile, caption_key: str) -> Iterator
     for run in _runs(archive):
         if not isinstance(run, list):
             name, fault = run
-            yield f"{path}/{name}", fault, None
+            yield f"{path}/{name}".rstrip("/"), fault, None
             continue
         for name, image, caption in _of_run(run, seen, caption_key):
             yield f"{path}/{name}", image, caption
@@ -109,21 +109,30 @@ def _examples(path: str, archive: tarfile.TarFile, caption_key: str) -> Iterator
 def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault]]:
     """Members side by side of one key; and, with its name, what is none."""
     run: list[_Member] = []
-    for header in archive:
-        if header.isdir():
-            continue
-        name = header.name
-        while name.startswith("./"):
-            name = name[2:]
-        fault = _fault(name, header)
-        if fault is not None:
-            yield name, fault
-            continue
-        member = _member(name, archive, header)
-        if (run and run[-1].key != member.key) or (len(run) >= _TOGETHER and run[-1].stem != member.stem):
+    empty = True
+    try:
+        for header in archive:
+            empty = False
+            if header.isdir():
+                continue
+            name = header.name
+            while name.startswith("./"):
+                name = name[2:]
+            fault = _fault(name, header)
+            if fault is not None:
+                yield name, fault
+                continue
+            member = _member(name, archive, header)
+            if run and (run[-1].key != member.key or (len(run) >= _TOGETHER and run[-1].stem != member.stem)):
+                yield run
+                run = []
+            run.append(member)
+        if empty:
+            yield "", Fault("damaged tar file", "no members")
+    except _DAMAGE:
+        if run:  # what came before the damage is kept: one torn file among thousands must not stop the rest
             yield run
-            run = []
-        run.append(member)
+        raise
     if run:
         yield run
 
