@@ -93,11 +93,13 @@ def _recorded(text: Iterable[str], lines: list[str]) -> Iterator[str]:
 
 
 def _rows_within(value: str, fields: int, image: int) -> Iterator[str]:
-    """The lines of a field of several lines that are whole rows, with an image in the image's column."""
+    """The lines of a field of several lines that are whole rows, with an image's name in the image's column."""
     if fields > 1 and "\n" in value:
         for line in re.split(r"[\r\n]+", value):
             cells = line.split(",")
-            if len(cells) == fields and PurePosixPath(cells[image].strip('" ')).suffix.lower() in SUFFIXES:
+            if len(cells) != fields or PurePosixPath(cells[image].strip('" ')).suffix.lower() not in SUFFIXES:
+                continue
+            if any(cell.strip() for cell in cells[:image] + cells[image + 1 :]):
                 yield line
 
 

@@ -33,14 +33,17 @@ GOOD = {
     "no line end at the end": ("path,caption\na.png,x", ["x"]),
     "an empty caption": ('path,caption\na.png,""\nb.png,\n', [None, None]),
     "other columns": ("id,caption,id,path\n1,x,2,a.png\n", ["x"]),
-    "several lines with an image's name in them": ('path,caption\na.png,"see b.png\nand c.png, too"\n', None),
+    "several lines with an image's name in them": (
+        'path,caption\na.png,"see b.png,\nand c.png too"\n',
+        ["see b.png,\nand c.png too"],
+    ),
 }
 
 
 @pytest.mark.parametrize("text, captions", GOOD.values(), ids=GOOD)
 def test_good_lists(tmp_path, text, captions):
     read = [caption for _, caption in rows(tmp_path / "list.csv", text)]
-    assert read == (captions or ["see b.png\nand c.png, too"])
+    assert read == captions
 
 
 BAD = {
@@ -141,7 +144,7 @@ def test_damaged_parquet_is_named(tmp_path):
     )
     assert len(list(lists.rows(str(file), COLUMNS))) == 3000
     content = bytearray(file.read_bytes())
-    content[200:260] = bytes(60)
+    content[4:40] = b"\xff" * 36
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"list\.parquet: damaged, or cannot be read"):
         list(lists.rows(str(file), COLUMNS))

@@ -60,7 +60,7 @@ def pairs(*names):
         ("é.ü", "图.片", "a" * 150 + ".b" * 20),
         ("png", "txt.json", "a.jpg"),
     ],
-    ids=str,
+    ids=["numbers", "edited", "edited twice", "mixed", "a whole shard", "unicode and long", "suffixes"],
 )
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_with_dots_are_keys(names, form):
@@ -258,7 +258,7 @@ def test_the_command_keeps_names_with_dots(tmp_path, capsys):
     ],
 )
 def test_strict_names_the_shard_and_the_member(tmp_path, capsys, case, culprit):
-    members, kept, faults, _ = READINGS[case]
+    members, _, faults, _ = READINGS[case]
     assert converted(tmp_path, members, "--strict") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {tmp_path}/s.tar/{culprit}") and line.endswith("(strict)")
