@@ -52,16 +52,16 @@ class Captions(Sequence):
 
 def caption_of(example: Example) -> str | None:
     """The caption. Warns where characters were replaced in it, and names the example."""
-    text, fault = cleaned(example)
+    text, fault = cleaned(example["caption"], example.get("caption_fault"))
     if fault is not None:
         warnings.warn(f"{example['name']}: {fault}", stacklevel=2)
     return text
 
 
-def cleaned(example: Example) -> Cleaned:
-    """The caption and what was replaced in it, whether or not its source has cleaned it."""
-    text, fault = clean(example["caption"])
-    return Cleaned(text, example.get("caption_fault") or fault)
+def cleaned(caption: str | None, fault: str | None) -> Cleaned:
+    """An example's caption and what was replaced in it, whether or not its source has cleaned it."""
+    text, replaced = clean(caption)
+    return Cleaned(text, fault or replaced)
 
 
 def captions(source: Source) -> Captions:

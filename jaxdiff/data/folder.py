@@ -56,7 +56,7 @@ def read(path: Path | str) -> FolderSource:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     found = walk(path)
-    entries = tuple((name, None) for name in found.pictures)
+    entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in found.pictures)
     left_out = found.left_out()
     if (path / METADATA).is_file():
         entries = tuple(_from_metadata(path / METADATA))

@@ -51,7 +51,7 @@ def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else _from_array(picture)
         rgb = _rgb(image)
-        turn = _TURNS.get(_orientation(image))  # after the pixels: PNG may hold it behind them, TIFF turns itself
+        turn = _turn(image)  # after the pixels: PNG may hold it behind them, TIFF turns itself
         return np.asarray(rgb if turn is None else rgb.transpose(turn))
     except Unreadable:
         raise
@@ -67,7 +67,7 @@ def has_transparency(image: Image.Image) -> bool:
     Give it as `Image.open` returned it: the bit depth, by which a PNG's transparent colour is read, is known until the
     pixels are loaded.
     """
-    return image.has_transparency_data and _rgba(image).getchannel("A").getextrema()[0] < 255
+    return image.has_transparency_data and bool((np.asarray(_rgba(image).getchannel("A")) < 255).any())
 
 
 def resize(picture: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
@@ -122,12 +122,11 @@ def _from_array(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture)
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation)
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF, in as many errors as there are parsers; the pixels are sound
         return None
-    return found if isinstance(found, int) else None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -140,7 +139,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise Unreadable(f"pixels of mode {image.mode}, whose range is not known")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
     return image.convert("RGB")
 
 
@@ -163,7 +162,8 @@ def _rgba(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits_from(image: Image.Image) -> Callable[[int], int]:
-    raw = str(image.tile[0].args) if getattr(image, "tile", None) else image.mode
+    tiles = getattr(image, "tile", None)
+    raw = str(tiles[0].args) if tiles else image.mode
     scales = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
     return scales.get(raw, lambda value: value)
 

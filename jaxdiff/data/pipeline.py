@@ -276,7 +276,7 @@ class _Prepare(grain.transforms.RandomMap):
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         if "rejected" in element:
             return element
-        text, fault = cleaned(element)
+        text, fault = cleaned(element["caption"], element.get("caption_fault"))
         caption = text or ""
         wanted = self.captions or self.embeddings is not None
         if wanted and not caption and not self.caption_optional:
