@@ -80,6 +80,8 @@ def test_imports_run_one_way(room):
         ("from ..data import records", "jaxdiff.training.loop", ["jaxdiff.data.records"]),
         ("from . import step", "jaxdiff.training.loop", []),
         ("def f():\n    from jaxdiff.training import mesh", "jaxdiff.weights.imagen", ["jaxdiff.training.mesh"]),
+        ("from jaxdiff.core import errors", "jaxdiff.nets.unet", []),
+        ("from jaxdiff.nets import unet", "jaxdiff.core.errors", ["jaxdiff.nets.unet"]),
         ("import experiments.cli", "jaxdiff.data.folder", ["experiments.cli"]),
         ("from jaxdiff import nets, data", "jaxdiff.text.t5", ["jaxdiff.data"]),
         ("import jax, numpy", "jaxdiff.nets.unet", []),

@@ -50,6 +50,8 @@ def main(
     print(f"{index['images']} pictures in {len(index['shards'])} files: --data records:{out}")
     for kind, count in index["skipped"].items():
         print(f"warning: skipped {count} × {kind}; the first: {index['first'][kind]}", file=sys.stderr)
+    for kind, count in index["unused"].items():
+        print(f"note: {count} × {kind}; the first: {index['first'][kind]}", file=sys.stderr)
     if index["replaced"]:
         first = index["first"][convert.REPLACED]
         print(f"warning: characters replaced in {index['replaced']} captions; the first: {first}", file=sys.stderr)

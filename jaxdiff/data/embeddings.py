@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxdiff.core import json_files
 from jaxdiff.data.files import new_records, remove_leftovers, remove_leftovers_of_the_dead, write_json
-from jaxdiff.data.parts import Parts, damage_is_a_value_error, damaged, open_part, part_size
+from jaxdiff.data.parts import DamagedRecordError, Parts, damage_is_a_value_error, damaged, open_part, part_size
 from jaxdiff.text.t5 import TextEncoder
 
 SIDECAR = "embeddings.json"
@@ -70,7 +70,10 @@ class Embeddings:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, bytes]:
-        entry = self._records[index]
+        try:
+            entry = self._records[index]
+        except DamagedRecordError as error:  # it can be made again, so nothing is left out for it
+            raise ValueError(str(error)) from error
         rows = np.frombuffer(entry, np.float16, offset=_DIGEST).reshape(-1, self.width)
         text = np.zeros((self.length, self.width), np.float16)
         text[: len(rows)] = rows
@@ -78,7 +81,8 @@ class Embeddings:
 
     @functools.cached_property
     def _records(self) -> Parts:
-        return Parts([self.path / part for part in self.parts], self.part, self.count)
+        sizes = [part_size(number, self.part, self.count) for number in range(len(self.parts))]
+        return Parts([self.path / part for part in self.parts], sizes)
 
 
 def digest(caption: str | None) -> bytes:

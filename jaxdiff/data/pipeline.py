@@ -8,6 +8,8 @@ set to a saved state continues exactly, whatever the number of threads.
 
 import dataclasses
 import functools
+import re
+import signal
 import threading
 import warnings
 from collections import Counter
@@ -17,11 +19,14 @@ import absl.flags
 import grain
 import numpy as np
 
+from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import pictures
 from jaxdiff.data.embeddings import Embeddings, digest
 from jaxdiff.data.example import Source, cleaned
 
 _SMALL = 4096
+_ENDED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
+"""What Grain says of a worker that a signal ended. One that ends itself has a bug."""
 _REPLACED = "replaced"  # what was replaced in a caption, on its way to where it is counted
 
 
@@ -112,7 +117,17 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        """The next batch. ProcessLostError where a worker process was killed."""
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            ended = _ENDED.search(str(error))
+            if ended is None:
+                raise
+            raise ProcessLostError(
+                f"a worker process that reads data was ended by signal {ended[1]} ({signal.strsignal(int(ended[1]))}), "
+                "perhaps because memory ran out: start again, with fewer workers if it happens again"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch begins; examples that were only read ahead do not count as used."""

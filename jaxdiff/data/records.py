@@ -10,9 +10,8 @@ import json
 import struct
 from pathlib import Path
 
-from array_record.python import array_record_data_source
-
 from jaxdiff.data.example import Example
+from jaxdiff.data.parts import Parts, check_parts
 
 INDEX = "dataset.json"
 
@@ -33,37 +32,51 @@ def unpack(record: bytes) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """The examples of a converted set."""
+    """The examples of a converted set: `sizes` of them in each of the files `shards`.
+
+    A damaged record is a DamagedRecordError (an OSError, as for an image that cannot be opened).
+    """
 
     path: Path
     shards: tuple[str, ...]
+    sizes: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return unpack(self._records[index])
+        try:
+            record = self._records[index]
+        except FileNotFoundError as error:  # of the whole file: no example that could be left out
+            raise ValueError(str(error)) from error
+        try:
+            return unpack(record)
+        except (struct.error, ValueError, TypeError, KeyError) as error:
+            where = self._records.where(index)
+            raise ValueError(f"{where}: not written by experiments.data.convert ({error!r})") from error
 
     @functools.cached_property
-    def _records(self) -> array_record_data_source.ArrayRecordDataSource:
-        return array_record_data_source.ArrayRecordDataSource([str(self.path / shard) for shard in self.shards])
+    def _records(self) -> Parts:
+        return Parts([self.path / shard for shard in self.shards], self.sizes)
 
 
 def read(path: Path | str) -> RecordSource:
-    """A converted set; FileNotFoundError when the conversion is not there or was not finished."""
+    """A converted set. FileNotFoundError when the conversion is not there or was not finished, ValueError for a file
+    that does not hold the records that it should."""
     path = Path(path)
     if not (path / INDEX).is_file():
         raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.data.convert")
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        shards = tuple(shard["file"] for shard in index["shards"] if shard["images"])
+        sizes = {str(shard["file"]): int(shard["images"]) for shard in index["shards"] if shard["images"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path / INDEX}: not written by experiments.data.convert ({error!r})") from error
-    missing = [shard for shard in shards if not (path / shard).is_file()]
+    missing = [shard for shard in sizes if not (path / shard).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{path / missing[0]}: listed in {INDEX} but not there; run experiments.data.convert again"
         )
-    if not shards:
+    if not sizes:
         raise ValueError(f"{path}: no pictures were converted")
-    return RecordSource(path, shards)
+    check_parts([path / shard for shard in sizes], list(sizes.values()))
+    return RecordSource(path, tuple(sizes), tuple(sizes.values()))

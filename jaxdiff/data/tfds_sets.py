@@ -11,7 +11,7 @@ from typing import Any
 import absl.logging
 import tensorflow_datasets as tfds
 
-from jaxdiff.data import captions
+from jaxdiff.data import captions, parts
 from jaxdiff.data.example import Example
 from jaxdiff.data.files import full_disk_is_an_os_error
 
@@ -40,7 +40,12 @@ class Captioned:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise parts.named(
+                error, *self._where(index), "delete the set's folder, so that it is prepared again"
+            ) from error
         image_path, caption_path = self._paths
         caption = _first(_at(record, caption_path))
         caption, fault = captions.clean(captions.decode(caption) if isinstance(caption, bytes) else caption)
@@ -50,6 +55,14 @@ class Captioned:
             "name": f"{self.builder.name}/{self.split}[{index}]",
             "caption_fault": fault,
         }
+
+    def _where(self, index: int) -> tuple[str, int]:
+        """The file that holds an example, and its place there."""
+        for part in self.builder.info.splits[self.split].file_instructions:
+            if index < part.take:
+                return str(part.filename), part.skip + index
+            index -= part.take
+        raise IndexError(f"{self.builder.name}/{self.split} has {len(self)} examples")
 
     @functools.cached_property
     def _paths(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

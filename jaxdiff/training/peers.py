@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from jax._src import distributed
 
+from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.core.messages import reason
 
 CRASHED = 70
@@ -37,7 +38,7 @@ _CONNECTION = re.compile(r"connection|socket|peer|heartbeat|coordination|gloo|ti
 _ENDING = threading.Lock()  # of the threads that want to end this process, one does
 
 
-class Lost(RuntimeError):
+class Lost(ProcessLostError):
     """Other processes of the run are gone or cannot be found: no bad input, and worth starting again.
 
     unsure: what it came of may as well be an error of this process, and is shown.
@@ -109,11 +110,13 @@ def watch() -> None:
 
 def outcome(error: BaseException) -> tuple[int, str]:
     """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF
-    and a line where others are gone, otherwise CRASHED and the traceback of a bug of ours."""
+    and a line where other processes are gone, otherwise CRASHED and the traceback of a bug of ours."""
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {_flat(error)}"
     if isinstance(error, Lost):
         return BROKEN_OFF, (_traceback(error.__cause__) + "\n") * error.unsure + f"error: {_flat(error)}"
+    if isinstance(error, ProcessLostError):
+        return BROKEN_OFF, f"error: {_flat(error)}"
     return CRASHED, _traceback(error)
 
 

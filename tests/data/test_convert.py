@@ -65,8 +65,9 @@ def test_tar_shards(tmp_path):
     index = convert.convert([path], tmp_path / "out")
     source = records.read(tmp_path / "out")
     assert [(source[i]["caption"], source[i]["image"]) for i in range(len(source))] == [("one", PNG), ("two", PNG)]
-    assert source[1]["name"] == f"{path}/x/2"
-    assert index["images"] == 2 and index["skipped"] == {"no caption": 1, "no picture": 1, "unreadable": 1}
+    assert source[1]["name"] == f"{path}/x/2.JPG"
+    assert index["images"] == 2 and index["skipped"] == {"no caption": 1, "no image": 1, "unreadable": 1}
+    assert index["unused"] == {"member not used": 2} and index["first"]["member not used"].startswith(f"{path}/x/2.seg")
     assert index["first"]["no caption"].startswith(f"{path}/x/3")
     assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == index
 
@@ -210,7 +211,7 @@ def test_strict_stops_with_the_culprit_and_keeps_the_older_set(tmp_path):
     convert.convert(good, tmp_path / "out")
     bad = write_tar(tmp_path / "bad.tar", {"7.png": PNG[:50], "7.txt": b"x", "8.png": PNG, "8.txt": b"y"})
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"bad\.tar/7: unreadable .* \(strict\)"):
+        with pytest.raises(ValueError, match=r"bad\.tar/7\.png: unreadable .* \(strict\)"):
             convert.convert([*good, bad], tmp_path / "out", Settings(strict=True))
         convert.convert([bad], tmp_path / "other")  # a lenient run of before makes strict no laxer
         (tmp_path / "other" / "dataset.json").unlink()
@@ -253,11 +254,12 @@ def test_bad_inputs_are_named(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     write_tars(tmp_path / "tars", 3, 2)
-    write_tar(tmp_path / "tars" / "x.tar", {"1.png": PNG})
+    write_tar(tmp_path / "tars" / "x.tar", {"1.png": PNG, "1.cls": b"7"})
     command.main((f"{tmp_path}/tars/*.tar",), tmp_path / "out")
     told = capsys.readouterr()
     assert "6 pictures in 4 files" in told.out
     assert "warning: skipped 1 × no caption; the first:" in told.err
+    assert f"note: 1 × member not used; the first: {tmp_path}/tars/x.tar/1.cls: member not used" in told.err
     assert len(captions(tmp_path / "out")) == 6
 
 
@@ -280,13 +282,14 @@ def test_rows_without_a_path_or_with_other_things_are_left_out(tmp_path, kind):
 def test_lists_that_are_no_lists_of_rows(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "short.csv").write_text("caption,path\na dog\nyes,a.png\n")
-    index = convert.convert([str(tmp_path / "short.csv")], tmp_path / "out")
-    assert index["images"] == 1 and index["skipped"] == {"no path": 1}
+    with pytest.raises(ValueError, match=r"short\.csv, line 2: the header has 2 fields, this row 1"):
+        convert.convert([str(tmp_path / "short.csv")], tmp_path / "out")
     (tmp_path / "long.csv").write_text("caption,path\n" + "x" * 140_000 + ",a.png\n")
     with pytest.raises(ValueError, match=r"long\.csv, line \d: field larger"):
         convert.convert([str(tmp_path / "long.csv")], tmp_path / "out")
     many = write_list(tmp_path, "parquet", [("a.png", ["one", "two"])])
-    assert convert.convert([many, str(tmp_path / "short.csv")], tmp_path / "out")["skipped"]["no caption"] == 1
+    (tmp_path / "good.csv").write_text("caption,path\nyes,a.png\n")
+    assert convert.convert([many, str(tmp_path / "good.csv")], tmp_path / "out")["skipped"] == {"no caption": 1}
 
 
 def test_another_tools_index_is_named(tmp_path):
@@ -342,10 +345,10 @@ def test_captions_of_any_encoding(tmp_path, content, caption, replaced):
     assert captions(tmp_path / "out") == [caption, "two"]
     assert index["replaced"] == replaced and index["images"] == 2 and not index["skipped"]
     if replaced:
-        assert f"{path}/1: 1 character of the caption replaced" in index["first"][convert.REPLACED]
-        with pytest.raises(ValueError, match=r"a\.tar/1: .*replaced.*\(strict\)"):
+        assert f"{path}/1.png: 1 character of the caption replaced" in index["first"][convert.REPLACED]
+        with pytest.raises(ValueError, match=r"a\.tar/1\.png: .*replaced.*\(strict\)"):
             convert.convert([path], tmp_path / "strict", Settings(strict=True))
-        with pytest.raises(ValueError, match=r"a\.tar/1: .*replaced.*\(strict\)"):
+        with pytest.raises(ValueError, match=r"a\.tar/1\.png: .*replaced.*\(strict\)"):
             convert.convert([path], tmp_path / "out", Settings(strict=True))  # finished, but not strictly
     else:
         convert.convert([path], tmp_path / "strict", Settings(strict=True))
@@ -404,7 +407,7 @@ def test_replaced_characters_are_said_once_they_are_counted(tmp_path, capsys):
         run(command.main, [path, "--out", str(tmp_path / "out")])
     said = capsys.readouterr()
     assert stop.value.code == 0
-    assert f"warning: characters replaced in 2 captions; the first: {path}/1: 1 character" in said.err
+    assert f"warning: characters replaced in 2 captions; the first: {path}/1.png: 1 character" in said.err
 
 
 def test_names_that_are_no_text(tmp_path):

@@ -1,0 +1,146 @@
+"""CSV and Parquet lists of image paths and captions, read as a stream.
+
+A CSV is read as RFC 4180 has it, with commas, and nothing about its quotes is guessed: a quote that is not closed
+swallows the rows behind it, and a comma outside quotes cuts a caption, so both are errors that name the line.
+"""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from jaxdiff.data import captions, remote
+from jaxdiff.data.folder import SUFFIXES
+
+_RULE = "a field with commas, quotes or line ends in it needs quotes around it, and the quotes in it doubled"
+# Each field is quoted as a whole, or does not begin with a quote.
+_FIELD = r'(?:"[^"]*+(?:""[^"]*+)*+"|(?![ \t]*")[^,\r\n]*+)'
+_ROW = re.compile(rf"{_FIELD}(?:,{_FIELD})*+[\r\n]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The names of the columns that are read."""
+
+    image: str
+    caption: str
+    caption_required: bool = True
+
+
+def rows(path: str, columns: Columns) -> Iterator[tuple[str | None, str | None]]:
+    """Paths of images (relative ones are beside the list) and captions; None for what is not a string, or no path.
+
+    ValueError, with the line of a CSV, for what is no such list or is damaged.
+    """
+    read = _parquet_rows if path.endswith(".parquet") else _csv_rows
+    for image, caption in read(path, columns):
+        named = isinstance(image, str) and image.strip()
+        yield remote.beside(path, image) if named else None, (caption or None) if isinstance(caption, str) else None
+
+
+def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
+    with remote.open_binary(path) as stream:
+        table = _table(path, captions.reader(stream))
+        line, header = next(table, (1, []))
+        _check_columns(path, header, columns)
+        image = header.index(columns.image)
+        caption = header.index(columns.caption) if columns.caption in header else None
+        for line, row in table:
+            where = f"{path}, line {line}"
+            if len(row) != len(header):
+                raise ValueError(f"{where}: the header has {len(header)} fields, this row {len(row)}; {_RULE}")
+            swallowed = next((text for value in row for text in _rows_within(value, len(header), image)), None)
+            if swallowed is not None:
+                raise ValueError(
+                    f"{where}: a quote that begins there holds a whole row, {swallowed:.80}: perhaps it is not closed; "
+                    f"{_RULE}"
+                )
+            yield row[image], None if caption is None else row[caption]
+
+
+def _table(path: str, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, each with the number of its first line."""
+    lines: list[str] = []  # of the row in progress
+    reader = csv.reader(_recorded(text, lines), strict=True)
+    while True:
+        first = reader.line_num + 1
+        where = f"{path}, line {first}"
+        lines.clear()
+        try:
+            row = next(reader, None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {error}") from error
+        except csv.Error as error:
+            until = f", in a row that goes on to line {reader.line_num}" if reader.line_num > first else ""
+            raise ValueError(f"{where}: {error}{until}: a quote is perhaps not closed; {_RULE}") from error
+        if row is None:
+            return
+        written = "".join(lines)
+        if "\0" in written:
+            raise ValueError(f"{where}: a NUL byte; write the list as UTF-8, or as UTF-16 with a byte order mark")
+        if '"' in written and not _ROW.fullmatch(written):
+            raise ValueError(f"{where}: a quote behind blanks at the beginning of a field; {_RULE}")
+        if len(row) > 1 or "".join(row).strip():
+            yield first, row
+
+
+def _recorded(text: Iterable[str], lines: list[str]) -> Iterator[str]:
+    for line in text:
+        lines.append(line)
+        yield line
+
+
+def _rows_within(value: str, fields: int, image: int) -> Iterator[str]:
+    """The lines of a field of several lines that are whole rows, with an image's name in the image's column."""
+    if fields > 1 and "\n" in value:
+        for line in re.split(r"[\r\n]+", value):
+            cells = line.split(",")
+            if len(cells) != fields or PurePosixPath(cells[image].strip('" ')).suffix.lower() not in SUFFIXES:
+                continue
+            if any(cell.strip() for cell in cells[:image] + cells[image + 1 :]):
+                yield line
+
+
+def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'jaxdiff[parquet]'") from error
+    with remote.open_binary(path) as stream:
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from error
+        _check_columns(path, table.schema_arrow.names, columns)
+        names = sorted({columns.image, columns.caption} & set(table.schema_arrow.names))
+        batches = table.iter_batches(columns=names)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:  # Arrow has OSError for damaged pages too
+                raise ValueError(f"{path}: damaged, or cannot be read ({error})") from error
+            if batch is None:
+                return
+            values = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
+            yield from zip(values[columns.image], values.get(columns.caption, [None] * batch.num_rows))
+
+
+def _values(column: Any) -> list:
+    """An Arrow column; text by way of its bytes, as Arrow itself fails at those that are not UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return [captions.decode(value) if isinstance(value, bytes) else value for value in column.to_pylist()]
+
+
+def _check_columns(path: str, header: list[str], columns: Columns) -> None:
+    """Images alone may have captions or not."""
+    for name in (columns.image, *((columns.caption,) if columns.caption_required else ())):
+        if name not in header:
+            raise ValueError(f"{path}: no column {name!r}, only {', '.join(header) or 'none'}; name the right one")
+    for name in (columns.image, columns.caption):
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: {header.count(name)} columns are named {name!r}: keep one")
