@@ -1,4 +1,4 @@
-"""Plan a run on chips that need not be there: will it fit, how fast could it be, what holds it back?
+"""Plan a run on chips that need not be there: will it fit, between which times could a step lie, what holds it back?
 
     python -m experiments.plan --topology v5p:4x8x8 --stage base64 --preset 2b --batch 2048 --mesh fsdp=256
     python -m experiments.plan --topology v5e:16x16 --stage sr256 --preset paper --batch 2048 --remat blocks

@@ -98,7 +98,8 @@ check_file() {
 # form NAME PATTERN WORDS: what a setting has to look like unless it is empty. Into `wrong`; adds to `known`.
 form() {
   known+=" $1 "
-  [[ -z ${!1:-} || ${!1} =~ ^($2)$ ]] || wrong+=("$1 '${!1}': $3")
+  local value=${!1:-}
+  [[ -z $value || $value =~ ^($2)$ ]] || wrong+=("$1 '${value//[[:cntrl:]]/?}': $3")
 }
 
 # Into `wrong`: all that is wrong with the settings.

@@ -161,8 +161,9 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once(cloud, name):
     [
         ("TPU_SPOT = true", "line 6: TPU_SPOT: command not found"),
         ("TPU_SPOT=$ABSENT", "line 6: ABSENT: unbound variable"),
-        ("TPU_SETUP='a", "line 6: unexpected EOF"),
-        ("TPU_SETUP=(", "line 7: syntax error"),
+        ("TPU_SETUP='a", "unexpected EOF"),
+        ("TPU_SETUP=(", "unexpected"),
+        ("TPU_SPOT=true\r", "TPU_SPOT 'true?': true or false"),
         ("TPU_PASS='\"A'", "TPU_PASS: a quote that is not closed"),
         ("TPU_CREATE_FLAGS='--a=\"b'", "TPU_CREATE_FLAGS: a quote that is not closed"),
     ],
