@@ -202,11 +202,12 @@ def test_failure_of_gcloud_stops_the_script(cloud):
 def test_without_gcloud(cloud, tmp_path):
     folder = tmp_path / "tools"
     folder.mkdir()
-    for tool in ("bash", "dirname", "sed", "env", "tr"):
+    for tool in ("bash", "dirname", "sed", "env", "tr", "git"):
         (folder / tool).symlink_to(shutil.which(tool))
-    for script in ("create", "delete", "run", "fetch"):
+    for script in ("create", "delete", "run", "fetch", "setup", "watch"):
         done = cloud(script, *REST.get(script, []), PATH=str(folder), typed="pod\n")
         assert done.returncode == 2 and done.stderr == "error: gcloud is not installed (or not on PATH)\n", script
+        assert not cloud.logs.exists()
 
 
 def test_the_example_has_every_setting():

@@ -276,13 +276,6 @@ def test_a_number_without_a_time_names_its_file(cloud, watched):
     assert not cloud.calls() and file.read_text() == str(os.getpid())
 
 
-def test_without_gcloud_nothing_is_tried_again(cloud, watched):
-    (cloud.bin / "gcloud").unlink()
-    done = watched("exit 0")
-    assert done.returncode == 2 and done.err.splitlines()[-1] == "error: gcloud is not installed (or not on PATH)"
-    assert done.err.count("error") == 1 and not waits(cloud) and not cloud.logs.exists()
-
-
 def test_a_variable_without_a_value_is_found_before_anything_is_asked_for(cloud, watched):
     done = watched("exit 0", TPU_PASS="NOT_THERE")
     assert done.returncode == 2 and "TPU_PASS names NOT_THERE, which has no value here" in done.err
