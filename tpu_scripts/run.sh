@@ -26,12 +26,13 @@ parse "--detach --attach --stop --no-wait --id=" "$@"
 [[ $ID =~ ^[-A-Za-z0-9_.]*$ ]] || fail "--id '$ID': letters, digits, dots and dashes only"
 if [[ $ATTACH == true || $STOP == true ]]; then
   ((${#REST[@]} == 0)) || fail "a command and --attach or --stop: one of them"
+  needs gcloud
 else
   ((${#REST[@]})) || fail "no command: put it behind --"
   check_passed
+  needs gcloud
   ID=${ID:-$(date -u +%Y%m%d-%H%M%S)}
 fi
-needs gcloud
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT
 

@@ -190,7 +190,7 @@ def test_flags_keep_their_quotes(cloud):
     assert cloud("create", "--no-wait").returncode == 0
     (create,) = [call for call in cloud.calls() if call[3] == "create"]
     given = ["--description=a  b", "--labels=x=$HOME,y=*", "--note=it's", "--lines=one\ntwo", "*"]
-    assert create[8:-1] == [*given, '--last=say "hi" \\n', "--none="], create
+    assert create[9:] == [*given, '--last=say "hi" \\n', "--none="], create
 
 
 def test_failure_of_gcloud_stops_the_script(cloud):
