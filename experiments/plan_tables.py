@@ -1,12 +1,12 @@
-"""The published plans: every paper-size stage and T5-XXL's encoder on every kind of TPU, and how they scale.
+"""The published plans: every paper-size stage and T5-XXL's encoder on every kind of TPU.
 
     python -m experiments.plan_tables                # whatever is not planned yet: some 6 hours of one core, 21 GB
     python -m experiments.plan_tables --only v5e     # those whose name has this in it
     python -m experiments.plan_tables --only none    # the page alone, from the plans that are there
 
 Each plan is a file of tpu_scripts/plans/, written when it is done, so that the command goes on where it was stopped;
-README.md there is made from them, with the command of each. A plan is made again when its settings below change, or
-under `--again`.
+README.md there is made from them alone, with the command of each. A plan is made again when its settings below change,
+or under `--again`. One of an earlier version gets what it lacks by tracing the network; nothing is compiled for that.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from experiments import plan
 from experiments.cli import run
-from jaxdiff.data.files import replacing, usable
+from experiments.plan_report import PAPER_STEPS, cycles_are_least, rooflined
+from jaxdiff.data.files import replacing, usable, write_json
 from jaxdiff.training import chips
-from jaxdiff.training.plan import Costs
+from jaxdiff.training.plan import Costs, Roofline
 
 FOLDER = Path("tpu_scripts/plans")
 LEAST_FREE = 0.15
@@ -32,8 +33,8 @@ SLICES = {"v4": "4x8x8", "v5e": "16x16", "v5p": "4x8x8", "v6e": "16x16", "tpu7x"
 """256 chips of every kind: the paper trained its base on so many."""
 HOSTS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 """Four chips of every kind."""
-SCALED = {"4x4x4": 64, "4x8x8": 256, "8x8x8": 512}
-"""v5p slices, the base model with the same batch on each chip."""
+SCALED = {"4x4x4": "base64-v5p-64", "8x8x8": "base64-v5p-512"}
+"""Other v5p slices, the base model with the same batch on each chip."""
 SMALL = {("base64", "v5e")}
 """Where memory asks for computing again what lies between convolutions."""
 
@@ -46,9 +47,9 @@ def cases() -> dict[str, plan.Run]:
             remat = "outputs" if (stage, chip) in SMALL else "none"
             mesh = "data=16,fsdp=32" if chip == "tpu7x" else "data=8,fsdp=32"
             found[f"{stage}-{chip}"] = plan.Run(f"{chip}:{shape}", stage, preset, 2048, mesh, remat=remat)
-    for shape, count in SCALED.items():
-        if (name := scaled()[count]) not in found:
-            found[name] = plan.Run(f"v5p:{shape}", "base64", "2b", 8 * count, f"data={count // 32},fsdp=32")
+    for shape, name in SCALED.items():
+        count = chips.parse(f"v5p:{shape}").chips
+        found[name] = plan.Run(f"v5p:{shape}", "base64", "2b", 8 * count, f"data={count // 32},fsdp=32")
     for chip, shape in HOSTS.items():
         mesh = "data=2,fsdp=4" if chip == "tpu7x" else "fsdp=-1"  # over fsdp=8 it would receive five times as much
         found[f"text-{chip}"] = plan.Run(f"{chip}:{shape}", "text", "2b", 256, mesh)
@@ -69,6 +70,7 @@ def main(only: str = "", again: bool = False, out: Path = FOLDER) -> int:
         raise ValueError(f"--only {only}: no plan has that in its name: {', '.join(cases())}")
     due = {name: case for name, case in wanted.items() if again or not _answers(out / f"{name}.json", case)}
     failed = 0
+    _complete(out)
     for name, case in tqdm(due.items(), desc="plans", unit="plan"):
         # A process each: what one leaves in memory is gone with it, and one that fails (too little memory, here or on
         # the chip) leaves the others alone.
@@ -99,62 +101,82 @@ def _kept(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _complete(out: Path) -> None:
+    """Add to the plans that are there what an earlier version did not keep."""
+    for name, made in _kept(out).items():
+        whole = plan.completed(made)
+        if whole != made:
+            write_json(out / f"{name}.json", whole)
+
+
+INTRODUCTION = """\
+# Plans
+
+What the TPUs' own compiler makes of the real step, for slices that nobody here has (`experiments/plan.py`).
+Made by `python -m experiments.plan_tables` from the JSON files beside this page.
+**Nothing of it was measured on a TPU.** Every time is headed *optimistic* or *pessimistic*: pessimistic about what
+overlaps, as all of them take every unit at its published rate, so that a real step may be slower still. Shares of the
+peak are of useful FLOPs.
+
+* *Useful FLOPs* are those of the network, the same on every chip: convolutions (without their borders) and matrix
+  products of the loss, three times for the backward pass; base64: {useful} TFLOP an image. Compiled FLOPs are those of
+  the program, with all that is computed again; on tpu7x the compiler counts a fifth more than the network needs.
+* *Overlapped* (optimistic): arithmetic, memory and interconnect all at once, the longest of them.
+  *Serial* (pessimistic): one after another.
+* *Estimate* (optimistic): the compiler's own number of seconds. It holds no interconnect, and it is shorter than the
+  compiler's own count of cycles.
+* *Cycles* (optimistic): that count at the chip's clock, which is the published peak over the published matrix units.
+  It holds no interconnect. {kept}
+  *Cycles, interconnect* (pessimistic): one after the other. The clocks of v6e and tpu7x do not follow from what is
+  published, so they have neither; what is left for them is looser, and not to be compared with the other chips.
+* *Interconnect*: what a chip receives, over the links of the physical axes that the mesh axis lies on, not over all of
+  its links. The files hold bytes by kind of collective: gathered and scattered parameters count along fsdp, all-reduces
+  along the axis with the most links (optimistic) or the fewest (pessimistic). On tpu7x both halves of a chip receive
+  what they need by themselves.
+* *A second* and *days* (to the paper's 2.5 M steps) are of the longest optimistic and of the longest pessimistic time.
+
+base64 on 64, 256 and 512 chips of v5p has the same batch and nearly the same program on each chip. Times without
+interconnect are equal by construction: they say nothing about how a run scales, which only a measurement can.
+
+Compilers and dates: {versions}.
+A CPU core makes a plan in 1 to 50 minutes.
+"""
+
+
 def _write_page(out: Path) -> None:
     kept = _kept(out)
     training = {name: made for name, made in kept.items() if made["asked"]["stage"] != "text"}
     encoding = {name: made for name, made in kept.items() if made["asked"]["stage"] == "text"}
     versions = sorted({f"{made['asked']['compiler']}, {made['date']}" for made in kept.values()})
+    least = "≥, ≤: only the 12 largest kinds of operation were kept, so that all take longer."
+    per_image = {round(made["useful_flops"] / made["asked"]["batch"] / 1e12, 2) for made in bases(kept)}
+    introduction = INTRODUCTION.format(
+        useful=" or ".join(map(str, sorted(per_image))) or "?",
+        kept=least if any(map(cycles_are_least, kept.values())) else "",
+        versions="; ".join(versions) or "none yet",
+    )
     lines = [
-        "# Plans",
+        introduction,
+        "## Training",
         "",
-        "What the TPUs' own compiler makes of the real step, for slices that nobody here has (`experiments/plan.py`).",
-        "Made by `python -m experiments.plan_tables`; nothing of it was measured on a TPU. `overlapped` and `serial`:",
-        "the step if arithmetic, memory and interconnect ran at the published rates all at once, or one after another;",
-        "`compiler`: its own estimate. Shares are of the chip's peak; days are to the paper's 2.5 M steps.",
-        f"Compilers and dates: {'; '.join(versions) or 'none yet'}. A CPU core makes a plan in 1 to 50 minutes.",
+        *_tables(training, "images"),
         "",
-        *_table(training),
+        "## T5-XXL's encoder: frozen, bfloat16, captions of 128 tokens",
         "",
-        *_scaling(kept),
-        "T5-XXL's encoder, frozen, bfloat16, captions of 128 tokens:",
+        *_tables(encoding, "captions"),
         "",
-        *_table(encoding),
-        "",
-        "The command of each:",
+        "## The command of each",
         "",
         *(f"    {command(made)}" for made in kept.values()),
+        *sorted({f"\n{made['added']}." for made in kept.values() if "added" in made}),
     ]
     with replacing(out / "README.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _scaling(kept: dict[str, dict[str, Any]]) -> list[str]:
-    """What becomes of the base model's speed on v5p when chips are added, each with as many pictures as before."""
-    plans = {chips: kept[name] for chips, name in scaled().items() if name in kept}
-    if len(plans) < 2:
-        return []
-    first, *others = sorted(plans)
-    told = []
-    for count in others:
-        shares = [measure(plans[count]) / measure(plans[first]) for measure in (speed, serial_speed)]
-        told.append("on {} {:.1%} by the compiler's estimate, {:.1%} if nothing overlaps".format(count, *shares))
-    return [f"Pictures a second and chip of base64 on v5p, of those on {first} chips: {'; '.join(told)}.", ""]
-
-
-def scaled() -> dict[int, str]:
-    """The plans of the base model on more and more v5p chips, by their number."""
-    return {count: "base64-v5p" if count == 256 else f"base64-v5p-{count}" for count in SCALED.values()}
-
-
-def speed(made: dict[str, Any]) -> float:
-    """Pictures a second and chip by the compiler's estimate; where it gives none, if nothing overlaps."""
-    seconds = made["costs"]["seconds"]
-    return made["asked"]["batch"] / seconds / made["chips"] if seconds else serial_speed(made)
-
-
-def serial_speed(made: dict[str, Any]) -> float:
-    """Pictures a second and chip if arithmetic, memory and interconnect come one after another."""
-    return made["asked"]["batch"] / plan.rooflined(made).serial / made["chips"]
+def bases(kept: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plans of the base model."""
+    return [made for made in kept.values() if made["asked"]["stage"] == "base64"]
 
 
 def command(made: dict[str, Any]) -> str:
@@ -172,38 +194,63 @@ def _words(asked: dict[str, Any]) -> list[str]:
     return words
 
 
-def _table(plans: dict[str, dict[str, Any]]) -> list[str]:
+def _tables(plans: dict[str, dict[str, Any]], what: str) -> list[str]:
+    """What the plans need, and how long they could take."""
     if not plans:
         return ["Not planned yet."]
-    names = ("plan", "chips", "mesh", "batch", "remat", "HBM a chip", "free", "TFLOP a chip", "GB received a chip")
-    names += ("overlapped", "serial", "compiler", "a second", "days")
-    rows = [names, ("---",) * len(names), *(_row(name, made) for name, made in plans.items())]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    needs = {name: _needs(made) for name, made in plans.items()}
+    times = {name: _times(made, what) for name, made in plans.items()}
+    return [*_table(needs), "", *_table(times)]
 
 
-def _row(name: str, made: dict[str, Any]) -> tuple[str, ...]:
-    asked, costs, roof = made["asked"], Costs(**made["costs"]), plan.rooflined(made)
+def _table(rows: dict[str, dict[str, str]]) -> list[str]:
+    names = ["plan", *next(iter(rows.values()))]
+    table = [names, ["---"] * len(names), *([name, *cells.values()] for name, cells in rows.items())]
+    return [f"| {' | '.join(row)} |" for row in table]
+
+
+def _needs(made: dict[str, Any]) -> dict[str, str]:
+    asked, costs = made["asked"], Costs(**made["costs"])
     chip = chips.parse(asked["topology"]).chip
     received = sum(kind["bytes"] for kind in costs.collectives.values())
-    estimate = costs.seconds or roof.serial
-    trains = asked["stage"] != "text"
-    compiler = "none" if costs.seconds is None else f"{costs.seconds * 1e3:.0f} ms, {roof.share_compiler:.0%}"
-    return (
-        name,
-        f"{made['chips']} {chip.name}",
-        " ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1),
-        str(asked["batch"]),
-        asked["remat"],
-        f"{costs.peak_bytes * chip.devices / chips.GIB:.1f} of {chip.memory / chips.GIB:.0f} GiB",
-        f"{free(made):.0%}",
-        f"{costs.flops * chip.devices / 1e12:.1f}",
-        f"{received * chip.devices / 1e9:.1f}",
-        f"{roof.overlapped * 1e3:.0f} ms, {roof.share_overlapped:.0%}",
-        f"{roof.serial * 1e3:.0f} ms, {roof.share_serial:.0%}",
-        compiler,
-        f"{asked['batch'] / estimate:,.0f}",
-        f"{estimate * plan.PAPER_STEPS / 86400:.1f}" if trains else "–",
-    )
+    return {
+        "chips": f"{made['chips']} {chip.name}",
+        "mesh": " ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1),
+        "links": " ".join(f"{axis} {number:g}" for axis, number in made["links"].items()),
+        "batch": str(asked["batch"]),
+        "remat": asked["remat"],
+        "HBM a chip": f"{costs.peak_bytes * chip.devices / chips.GIB:.1f} of {chip.memory / chips.GIB:.0f} GiB",
+        "free": f"{free(made):.0%}",
+        "useful TFLOP a chip": f"{made['useful_flops'] / made['chips'] / 1e12:.1f}",
+        "compiled": f"{costs.flops * chip.devices / 1e12:.1f}",
+        "GB received a chip": f"{received * chip.devices / 1e9:.1f}",
+    }
+
+
+def _times(made: dict[str, Any], what: str) -> dict[str, str]:
+    asked, roof = made["asked"], rooflined(made)
+    least = cycles_are_least(made)
+    bounds = {"*optimistic*": roof.optimistic, "*pessimistic*": roof.pessimistic}
+    cells = {
+        "overlapped, *optimistic*": _time(roof, roof.overlapped),
+        "estimate, *optimistic*": _time(roof, roof.estimate),
+        "cycles, *optimistic*": _time(roof, roof.cycles, least),
+        "serial, *pessimistic*": _time(roof, roof.serial),
+        "cycles, interconnect, *pessimistic*": _time(roof, roof.cycles_serial, least),
+        "interconnect alone, *optimistic*": f"{roof.fastest * 1e3:.0f} ms",
+        "interconnect alone, *pessimistic*": f"{roof.slowest * 1e3:.0f} ms",
+    }
+    cells |= {f"{what} a second, {kind}": f"{asked['batch'] / seconds:,.0f}" for kind, seconds in bounds.items()}
+    if asked["stage"] != "text":
+        cells |= {f"days, {kind}": f"{seconds * PAPER_STEPS / 86400:.1f}" for kind, seconds in bounds.items()}
+    return cells
+
+
+def _time(roof: Roofline, seconds: float | None, least: bool = False) -> str:
+    """Milliseconds and the share of the peak; `least`: they are at least so many."""
+    if seconds is None:
+        return "none"
+    return f"{'≥ ' * least}{seconds * 1e3:.0f} ms, {'≤ ' * least}{roof.share(seconds):.0%}"
 
 
 def free(made: dict[str, Any]) -> float:

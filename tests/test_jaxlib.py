@@ -19,7 +19,7 @@ assert abs(float(total.max()) - 1.7917595) < 1e-6, float(total.max())
 @pytest.mark.parametrize("rows", (16_385, 32_769, 40_000, 65_537))
 @pytest.mark.parametrize("width", (3, 5))
 def test_vmapped_matrix_vector_products(rows, width):
-    """jax-ml/jax#39103: with jaxlib 0.10.2 some rows of a fused product are 0.6 % off. The CPU decides at which sizes."""
+    """jax-ml/jax#39103: in 0.10.2 some rows of a fused product are 0.6 % off; at which sizes, the CPU decides."""
     x = np.zeros((rows, width), np.float32)
     x[:, 0] = np.arange(rows)
     squared_norms = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(width) @ row) ** 2)))(x)

@@ -17,6 +17,8 @@ LOGS=false
 ID=
 INTO=
 REST=()
+WORDS=()
+PASSED=()
 exec 3>&1 # where commands are shown, also while the output of a command is read
 
 fail() {
@@ -60,29 +62,133 @@ parse() {
   read_settings
 }
 
-# The env file into variables; PLACE: the flags that every gcloud command needs; NODES: the names of the slices.
+# The env file into variables, all of it checked before anything is done; PLACE: the flags that every gcloud command
+# needs; NODES: the names of the slices; PASSED: the names in TPU_PASS.
 read_settings() {
+  local slice wrong=()
   [[ -f $ENV_FILE ]] || fail "no settings at $ENV_FILE: copy tpu.env.example there and fill it in"
+  check_file
   # shellcheck source=tpu.env.example
   source "$ENV_FILE"
-  local name slice
-  for name in $REQUIRED; do
-    [[ -n ${!name:-} ]] || fail "$ENV_FILE does not set $name"
-  done
-  [[ $TPU_NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
-    fail "TPU_NAME '$TPU_NAME': lower-case letters, digits and dashes only"
+  check_settings
+  if ((${#wrong[@]})); then
+    printf 'error: %s\n' "${wrong[@]}" >&2
+    exit 2
+  fi
   TPU_SLICES=${TPU_SLICES:-1} TPU_BUCKET=${TPU_BUCKET:-} TPU_POLL_SECONDS=${TPU_POLL_SECONDS:-15}
-  [[ $TPU_SLICES =~ ^[1-9][0-9]*$ ]] || fail "TPU_SLICES '$TPU_SLICES': a whole number, 1 or more"
-  [[ $TPU_BUCKET =~ ^[-a-z0-9_.]*$ ]] || fail "TPU_BUCKET '$TPU_BUCKET': the bucket's name alone, without gs://"
-  for name in ${TPU_PASS:-}; do
-    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "TPU_PASS: '$name' is not the name of a variable"
-  done
   PLACE=("--zone=${TPU_ZONE:-}")
   if [[ -n ${TPU_PROJECT:-} ]]; then PLACE+=("--project=$TPU_PROJECT"); fi
   NODES=()
   if ((TPU_SLICES == 1)); then NODES=("$TPU_NAME"); fi
   for ((slice = 0; slice < TPU_SLICES && TPU_SLICES > 1; slice++)); do NODES+=("$TPU_NAME-$slice"); done
   LOGS_AT=${TPU_LOGS:-$ROOT/runs/tpu}/$TPU_NAME
+}
+
+# What bash itself finds wrong with the env file, such as spaces around =, into `wrong`. In a shell of its own, because
+# it would end this one.
+check_file() {
+  local line said
+  # shellcheck source=/dev/null
+  said=$(set +e && source "$ENV_FILE" 2>&1 >/dev/null) || true
+  while IFS= read -r line; do
+    if [[ $line == *": line "*": "* ]]; then fail "$ENV_FILE: line ${line#*: line }"; fi
+  done <<<"$said"
+}
+
+# form NAME PATTERN WORDS: what a setting has to look like unless it is empty. Into `wrong`; adds to `known`.
+form() {
+  known+=" $1 "
+  local value=${!1:-}
+  [[ -z $value || $value =~ ^($2)$ ]] || wrong+=("$1 '${value//[[:cntrl:]]/?}': $3")
+}
+
+# Into `wrong`: all that is wrong with the settings.
+check_settings() {
+  local name line known='' whole='0|[1-9][0-9]{0,8}' number='[0-9]{1,9}(\.[0-9]*)?' label='[a-z0-9]([-a-z0-9]*[a-z0-9])?'
+  for name in $REQUIRED; do
+    [[ -n ${!name:-} ]] || wrong+=("$ENV_FILE does not set $name")
+  done
+  form TPU_NAME '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' "lower-case letters, digits and dashes only"
+  form TPU_ZONE '[a-z]+(-[a-z]+)+[0-9]+-[a-z]' "a zone such as us-west4-a"
+  form TPU_PROJECT '[a-z][-a-z0-9.:]*' "a project's ID"
+  form TPU_TYPE '[a-z0-9]+-[1-9][0-9]{0,5}' "a kind and a size, such as v5litepod-16"
+  form TPU_VERSION '[a-z0-9][-a-z0-9.]*' "a runtime version such as v2-alpha-tpuv6e"
+  form TPU_SLICES '[1-9][0-9]{0,2}' "a whole number, 1 to 999"
+  form TPU_SPOT 'true|false' "true or false"
+  form TPU_RESERVED 'true|false' "true or false"
+  form TPU_VALID_UNTIL '([0-9]+[smhdw])+' "a duration such as 6h or 2d"
+  form TPU_CREATE_FLAGS $'--[^\001\002]*' "flags of gcloud, the first of which begins with --"
+  form TPU_POLL_SECONDS "0*[1-9][0-9]{0,5}(\.[0-9]*)?|0+\.[0-9]*[1-9][0-9]*" "a number of seconds above 0"
+  form TPU_PYTHON '3\.(1[1-9]|[2-9][0-9])(\.[0-9]+)?' "3.11 or newer"
+  form TPU_BUCKET '[-a-z0-9_.]+' "the bucket's name alone, without gs://"
+  form TPU_SETUP '(.|[[:space:]])*' "a line of shell"
+  form TPU_PASS '(.|[[:space:]])*' "names of variables"
+  form TPU_LOGS '(.|[[:space:]])*' "a folder"
+  for name in TPU_MAX_RESTARTS TPU_STOP_SECONDS TPU_BACKOFF_SECONDS TPU_BACKOFF_MOST GKE_GRACE_SECONDS; do
+    form "$name" "$whole" "a whole number"
+  done
+  for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do form "$name" "$number" "a number"; done
+  form GKE_IMAGE '[-a-zA-Z0-9_./:@]+' "an image's name"
+  form GKE_ACCELERATOR "$label" "a kind such as tpu-v6e-slice"
+  form GKE_TOPOLOGY '[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}' "4x4 or 2x2x4"
+  form GKE_CHIPS '[1-9][0-9]{0,2}' "a whole number, 1 or more"
+  form GKE_SERVICE_ACCOUNT '[a-z0-9]([-a-z0-9.]*[a-z0-9])?' "a Kubernetes name"
+  form GKE_NAMESPACE "$label" "a Kubernetes name"
+  [[ ${TPU_SPOT:-} != true || ${TPU_RESERVED:-} != true ]] || wrong+=("TPU_SPOT and TPU_RESERVED are both true: one of them")
+  [[ -z ${TPU_MAX_DOLLARS:-} || ${TPU_DOLLARS_PER_HOUR:-0} =~ [1-9] ]] || wrong+=("TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR")
+  words_of "${TPU_CREATE_FLAGS:-}" || wrong+=("TPU_CREATE_FLAGS: a quote that is not closed")
+  words_of "${TPU_PASS:-}" || wrong+=("TPU_PASS: a quote that is not closed")
+  PASSED=(${WORDS[@]+"${WORDS[@]}"})
+  for name in ${PASSED[@]+"${PASSED[@]}"}; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || wrong+=("TPU_PASS: '$name' is not the name of a variable")
+  done
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?((TPU|GKE)_[A-Za-z0-9_]*)\+?= ]] || continue
+    name=${BASH_REMATCH[2]}
+    [[ "$known ${PASSED[*]-} " == *" $name "* ]] || wrong+=("$name: there is no such setting; tpu.env.example has all")
+  done <"$ENV_FILE"
+}
+
+# The variables that TPU_PASS names must have values.
+check_passed() {
+  local name
+  for name in ${PASSED[@]+"${PASSED[@]}"}; do
+    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+  done
+}
+
+# needs PROGRAM...: must be there, unless this is a dry run.
+needs() {
+  local program
+  for program; do
+    [[ $DRY_RUN == true ]] || command -v "$program" >/dev/null || fail "$program is not installed (or not on PATH)"
+  done
+}
+
+# The words of a line into WORDS, as a shell reads quotes and backslashes; nothing in it is expanded. Fails where a quote
+# is not closed.
+words_of() {
+  local text=$1 mark='' word='' any=false place letter
+  WORDS=()
+  for ((place = 0; place < ${#text}; place++)); do
+    letter=${text:place:1}
+    if [[ $letter == "\\" && $mark != "'" ]]; then
+      place=$((place + 1)) any=true
+      [[ -z $mark || ${text:place:1} == ['"\$`'] ]] || word+="\\"
+      word+=${text:place:1}
+    elif [[ $letter == "$mark" ]]; then
+      mark=''
+    elif [[ -z $mark && $letter == ["\"'"] ]]; then
+      mark=$letter any=true
+    elif [[ -z $mark && $letter == [[:space:]] ]]; then
+      if [[ $any == true ]]; then WORDS+=("$word"); fi
+      word='' any=false
+    else
+      word+=$letter any=true
+    fi
+  done
+  if [[ $any == true ]]; then WORDS+=("$word"); fi
+  [[ -z $mark ]]
 }
 
 # A word as the shell reads it back, in quotes only where it needs them.
@@ -114,7 +220,7 @@ call() {
 
 run_it() {
   if [[ $DRY_RUN == false ]]; then
-    command -v "$1" >/dev/null || fail "$1 is not installed (or not on PATH)"
+    needs "$1"
     "$@" 3>&-
   fi
 }

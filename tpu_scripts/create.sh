@@ -16,12 +16,13 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 parse "--no-wait" "$@"
+needs gcloud
 if [[ $TPU_TYPE == tpu7x* ]]; then
   fail "TPU_TYPE $TPU_TYPE: Google gives out TPU7x through Kubernetes alone; gke.sh runs there"
 fi
 
 request() {
-  local flags=("--accelerator-type=$TPU_TYPE" "--runtime-version=$TPU_VERSION") flag
+  local flags=("--accelerator-type=$TPU_TYPE" "--runtime-version=$TPU_VERSION")
   if ((TPU_SLICES > 1)); then
     flags+=("--node-count=$TPU_SLICES" "--node-prefix=$TPU_NAME")
   else
@@ -33,7 +34,8 @@ request() {
   if [[ -n ${TPU_VALID_UNTIL:-} ]]; then
     flags+=(--valid-after-duration=1m "--valid-until-duration=$TPU_VALID_UNTIL")
   fi
-  for flag in ${TPU_CREATE_FLAGS:-}; do flags+=("$flag"); done
+  words_of "${TPU_CREATE_FLAGS:-}"
+  flags+=(${WORDS[@]+"${WORDS[@]}"})
   call gcloud compute tpus queued-resources create "$TPU_NAME" "${PLACE[@]}" "${flags[@]}"
 }
 
@@ -68,7 +70,6 @@ wait_until_active() {
   done
 }
 
-[[ ${TPU_SPOT:-} != true || ${TPU_RESERVED:-} != true ]] || fail "TPU_SPOT and TPU_RESERVED are both true: one of them"
 if [[ $DRY_RUN == true ]]; then
   pod_state shown >/dev/null
   request
@@ -76,7 +77,6 @@ if [[ $DRY_RUN == true ]]; then
   exit
 fi
 state=$(pod_state shown) || {
-  if (($? == 2)); then exit 2; fi # there is no gcloud
   fail "gcloud does not say whether $TPU_NAME is there" 69
 }
 if [[ $state == ABSENT ]]; then

@@ -13,6 +13,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 parse "--yes" "$@"
+needs gcloud
 if [[ $YES == false && $DRY_RUN == false ]]; then
   printf 'Delete %s in %s and everything on it? Type its name: ' "$TPU_NAME" "$TPU_ZONE" >&2
   read -r answer || true

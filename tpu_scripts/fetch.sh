@@ -25,6 +25,8 @@ fi
 within=${run#gs://*/}
 [[ $run != /* ]] || within=$(basename -- "$run")
 into=${INTO:-$ROOT/$within}
+needs gcloud
+[[ $run == gs://* ]] || needs rsync
 if [[ $DRY_RUN == false ]]; then mkdir -p -- "$into"; fi
 if [[ $run == gs://* ]]; then
   without=()

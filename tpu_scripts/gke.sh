@@ -19,16 +19,23 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 REQUIRED="TPU_NAME"
 
 parse "--logs --delete --yes" "$@"
+needs kubectl
 kubectl=(kubectl "--namespace=${GKE_NAMESPACE:-default}")
 
 # The words as a list of JSON, which YAML reads; Kubernetes would replace $(NAME), so a $ is doubled before a bracket.
 json() {
-  local word list=
+  local word list='' code mark
   for word; do
     word=${word//\\/\\\\}
     word=${word//\"/\\\"}
     word=${word//$'\n'/\\n}
     word=${word//$'\t'/\\t}
+    if [[ $word == *[[:cntrl:]]* ]]; then
+      for ((code = 1; code < 32; code++)); do
+        printf -v mark '%b' "\\x$(printf '%x' "$code")"
+        word=${word//"$mark"/"$(printf '\\u%04x' "$code")"}
+      done
+    fi
     word=${word//\$(/\$\$(}
     list+=", \"$word\""
   done
@@ -36,20 +43,16 @@ json() {
 }
 
 manifest() {
-  local text name chips=1 size MACHINES COMMAND SPOT_SELECTOR='' bad="is not set, or not of its form"
-  [[ ${GKE_IMAGE:-} =~ ^[-a-zA-Z0-9_./:@]+$ ]] || fail "GKE_IMAGE '${GKE_IMAGE:-}' $bad: an image's name"
-  [[ ${GKE_ACCELERATOR:-} =~ ^[-a-z0-9]+$ ]] || fail "GKE_ACCELERATOR '${GKE_ACCELERATOR:-}' $bad: tpu-v6e-slice"
-  [[ ${GKE_TOPOLOGY:-} =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "GKE_TOPOLOGY '${GKE_TOPOLOGY:-}' $bad: 4x4 or 2x2x4"
+  local text name chips=1 size MACHINES COMMAND SPOT_SELECTOR=''
+  for name in GKE_IMAGE GKE_ACCELERATOR GKE_TOPOLOGY; do
+    [[ -n ${!name:-} ]] || fail "$ENV_FILE does not set $name"
+  done
   [[ -n $TPU_BUCKET ]] || fail "TPU_BUCKET is not set: pods keep nothing on their own disks"
   TPU_MAX_RESTARTS=${TPU_MAX_RESTARTS:-100}
   GKE_CHIPS=${GKE_CHIPS:-4} GKE_GRACE_SECONDS=${GKE_GRACE_SECONDS:-300}
   GKE_SERVICE_ACCOUNT=${GKE_SERVICE_ACCOUNT:-default}
-  for name in GKE_CHIPS GKE_GRACE_SECONDS TPU_MAX_RESTARTS; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name '${!name}': a whole number"
-  done
-  [[ $GKE_SERVICE_ACCOUNT =~ ^[-a-z0-9.]+$ ]] || fail "GKE_SERVICE_ACCOUNT '$GKE_SERVICE_ACCOUNT': a Kubernetes name"
   for size in ${GKE_TOPOLOGY//x/ }; do chips=$((chips * size)); done
-  ((GKE_CHIPS > 0 && chips % GKE_CHIPS == 0)) || fail "GKE_CHIPS: $chips chips are not whole machines of $GKE_CHIPS"
+  ((chips % GKE_CHIPS == 0)) || fail "GKE_CHIPS: $chips chips are not whole machines of $GKE_CHIPS"
   MACHINES=$((chips / GKE_CHIPS))
   COMMAND=$(json "${REST[@]}")
   if [[ ${TPU_SPOT:-} == true ]]; then SPOT_SELECTOR='cloud.google.com/gke-spot: "true"'; fi
@@ -64,9 +67,8 @@ manifest() {
 # The variables that TPU_PASS names become a secret of the cluster; values go through a file that only its owner reads.
 secret() {
   local name
-  [[ -n ${TPU_PASS:-} ]] || return 0
-  for name in $TPU_PASS; do
-    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+  ((${#PASSED[@]})) || return 0
+  for name in "${PASSED[@]}"; do
     [[ ${!name} != *$'\n'* ]] || fail "TPU_PASS names $name, which has several lines"
     printf '# variables: %s=***\n' "$name"
     (umask 077 && printf '%s=%s\n' "$name" "${!name}" >>"$folder/variables")
@@ -91,6 +93,7 @@ elif [[ $DELETE == true ]]; then
   if [[ -n ${TPU_PASS:-} ]]; then call "${kubectl[@]}" delete secret "$TPU_NAME-env" --ignore-not-found; fi
 else
   ((${#REST[@]})) || fail "no command: put it behind --"
+  check_passed
   text=$(manifest)
   folder=$(mktemp -d)
   trap 'rm -rf -- "$folder"' EXIT

@@ -26,8 +26,11 @@ parse "--detach --attach --stop --no-wait --id=" "$@"
 [[ $ID =~ ^[-A-Za-z0-9_.]*$ ]] || fail "--id '$ID': letters, digits, dots and dashes only"
 if [[ $ATTACH == true || $STOP == true ]]; then
   ((${#REST[@]} == 0)) || fail "a command and --attach or --stop: one of them"
+  needs gcloud
 else
   ((${#REST[@]})) || fail "no command: put it behind --"
+  check_passed
+  needs gcloud
   ID=${ID:-$(date -u +%Y%m%d-%H%M%S)}
 fi
 scratch=$(mktemp -d)
@@ -40,9 +43,8 @@ on_worker() {
 # The variables that TPU_PASS names go as a file that only its owner reads, never in a command line.
 send_variables() {
   local name
-  [[ -n ${TPU_PASS:-} ]] || return 0
-  for name in $TPU_PASS; do
-    [[ -n ${!name:-} ]] || fail "TPU_PASS names $name, which has no value here"
+  ((${#PASSED[@]})) || return 0
+  for name in "${PASSED[@]}"; do
     printf '# jaxdiff.env: %s=***\n' "$name"
     (umask 077 && printf 'export %s=%s\n' "$name" "$(quoted "${!name}")" >>"$scratch/jaxdiff.env")
   done
@@ -106,7 +108,7 @@ finish() {
     lines=10
     sleep "$TPU_POLL_SECONDS"
   done
-  if ! printf '%s\n' "$said" | grep -qv ' none$'; then
+  if ! grep -qv ' none$' <<<"$said"; then # not through a pipe, which grep may close before all is written
     printf 'no run %s on %s\n' "${ID:-at all}" "$TPU_NAME"
     return $((${#ID} ? 71 : 0))
   fi

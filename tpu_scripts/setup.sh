@@ -15,6 +15,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 parse "" "$@"
+needs git gcloud
 if [[ -n $(git -C "$ROOT" status --porcelain) ]]; then
   printf 'warning: changes that are not committed stay here\n' >&2
 fi

@@ -24,6 +24,7 @@ parse "--delete" "$@"
 ((${#REST[@]})) || fail "no command: put it behind --"
 command=$(line_of "${REST[@]}")
 flags=(--env "$ENV_FILE")
+check_passed
 
 if [[ $DRY_RUN == true ]]; then
   "$HERE/create.sh" --dry-run "${flags[@]}"
@@ -33,14 +34,7 @@ if [[ $DRY_RUN == true ]]; then
   exit
 fi
 
-for name in TPU_MAX_RESTARTS TPU_BACKOFF_SECONDS TPU_BACKOFF_MOST TPU_STOP_SECONDS; do
-  [[ ${!name:-} =~ ^[0-9]*$ ]] || fail "$name '${!name}': a whole number"
-done
-for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do
-  [[ ${!name:-} =~ ^([0-9]+(\.[0-9]*)?)?$ ]] || fail "$name '${!name}': a number"
-done
-[[ -z ${TPU_MAX_DOLLARS:-} || ${TPU_DOLLARS_PER_HOUR:-0} =~ [1-9] ]] ||
-  fail "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"
+needs git gcloud
 [[ -n $TPU_BUCKET ]] ||
   printf 'warning: no TPU_BUCKET; what is on the disks of a TPU that is taken away is lost\n' >&2
 
@@ -58,11 +52,30 @@ save_state() {
   mv -- "$state_file.part" "$state_file"
 }
 
+# When a process began: its number may come again.
+began_at() {
+  if [[ -r /proc/$1/stat ]]; then
+    sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20
+  else
+    ps -o lstart= -p "$1" 2>/dev/null || true
+  fi
+}
+
+# One at a time: watch.pid has the number of the process that watches, and when it began.
+only_one() {
+  local other='' began=''
+  if [[ -f $state_file.pid ]]; then { read -r other && read -r began; } <"$state_file.pid" || true; fi
+  if [[ $other =~ ^[1-9][0-9]*$ ]] && kill -0 "$other" 2>/dev/null; then
+    if [[ -z $began || $began == "$(began_at "$other")" ]]; then
+      fail "process $other watches $TPU_NAME already; if it does something else, delete $state_file.pid"
+    fi
+    printf 'the process that watched %s is gone; its number %s is now that of another\n' "$TPU_NAME" "$other"
+  fi
+}
+
 load_state() {
-  local other saved_command
+  local saved_command
   mkdir -p "$LOGS_AT"
-  other=$(cat "$state_file.pid" 2>/dev/null || true)
-  if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then fail "process $other watches $TPU_NAME already"; fi
   if [[ -f $state_file ]]; then
     # shellcheck source=/dev/null
     source "$state_file"
@@ -70,7 +83,7 @@ load_state() {
       fail "$TPU_NAME is watched for another command: $saved_command (delete $state_file to give that up)"
     printf 'going on: %s restarts and %s s of TPU time so far\n' "$restarts" "$(used)"
   fi
-  printf '%s' "$$" >"$state_file.pid"
+  printf '%s\n%s\n' "$$" "$(began_at $$)" >"$state_file.pid"
 }
 
 # Seconds of TPU time so far.
@@ -108,13 +121,35 @@ remove() {
   save_state
 }
 
+# What there is at the end, and whether it costs money.
+what_is_left() {
+  local state
+  state=$(pod_state) || state=UNKNOWN
+  case $state in
+    ABSENT) printf 'there is no %s: nothing costs money\n' "$TPU_NAME" ;;
+    FAILED) printf 'the request %s FAILED: it costs nothing, and delete.sh removes it\n' "$TPU_NAME" ;;
+    SUSPEND* | PREEMPTED)
+      printf 'the machines of %s were taken away (%s): delete.sh removes the request\n' "$TPU_NAME" "$state"
+      ;;
+    DELETING) printf '%s is being deleted\n' "$TPU_NAME" ;;
+    UNKNOWN)
+      printf 'gcloud does not say whether %s is there: it may cost money until delete.sh\n' "$TPU_NAME"
+      ;;
+    ACTIVE | STARTING) printf 'the TPU %s is still there and costs money until delete.sh\n' "$TPU_NAME" ;;
+    *)
+      printf 'the request %s is still in the queue (%s): it costs money once it is ACTIVE, unless delete.sh takes it back\n' \
+        "$TPU_NAME" "$state"
+      ;;
+  esac
+}
+
 # end CODE: the command has ended, or the budget.
 end() {
   local code=$1
   if [[ $DELETE == true || $over == true ]]; then
     remove
   else
-    printf 'the TPU %s is still there and costs money until delete.sh\n' "$TPU_NAME" >&2
+    what_is_left >&2
   fi
   printf 'ended with exit code %s after %s restarts and %s s of TPU time\n' "$code" "$restarts" "$(used)"
   rm -f -- "$state_file" "$state_file.pid"
@@ -125,7 +160,8 @@ follower=
 leave() {
   if [[ -n $follower ]]; then kill -TERM -- "-$follower" 2>/dev/null || true; fi
   rm -f -- "$state_file.pid"
-  printf '\nno longer watched; %s and what runs there go on. The same command watches again\n' "$TPU_NAME" >&2
+  printf '\nno longer watched; %s, or its request, is left as it is, and what runs there goes on. ' "$TPU_NAME" >&2
+  printf 'The same command watches again\n' >&2
   exit 130
 }
 
@@ -233,6 +269,7 @@ taken_away() {
   esac
 }
 
+only_one
 load_state
 trap leave INT TERM
 began=$(date +%s)
@@ -250,6 +287,8 @@ while true; do
   most=${TPU_BACKOFF_MOST:-1800}
   if (($(date +%s) - began > most)); then short=0; fi
   look
+  # The budget ended it, whether it heard the SIGTERM or was killed.
+  if [[ $over == true ]] && ((code >= 128 || code == 71)); then end 75; fi
   if [[ $over == true ]] || ! taken_away; then end "$code"; fi
   if [[ $gone == true ]]; then remove; fi
   if no_time_left || { [[ -n ${TPU_MAX_RESTARTS:-} ]] && ((restarts >= TPU_MAX_RESTARTS)); }; then

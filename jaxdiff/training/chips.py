@@ -1,10 +1,14 @@
 """Accelerators that a run can be planned for: their published rates, and how a TPU topology is described to XLA."""
 
+import itertools
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
@@ -35,7 +39,9 @@ class Chip:
 
     peak: dense bfloat16 FLOP/s. memory: bytes of HBM; bandwidth: of it, bytes/s. interconnect: what a chip can receive
     from its neighbours by all of its links, bytes/s: half of what is published as bidirectional.
-    devices: as how many devices JAX shows it. config: the name that libtpu wants for this kind beside the topology.
+    largest: chips of the largest slice (TPUs). units: cores × matrix units × multipliers of each, where what is
+    published of them agrees with the peak. devices: as how many devices JAX shows it. config: the name that libtpu
+    wants for this kind beside the topology.
     """
 
     name: str
@@ -43,15 +49,22 @@ class Chip:
     memory: float
     bandwidth: float
     interconnect: float
+    largest: int = 0
+    units: int | None = None
     devices: int = 1
     config: str | None = None
 
+    @property
+    def clock(self) -> float | None:
+        """Cycles a second at which the matrix units reach the peak: 1.05 GHz (v4), 1.50 (v5e), 1.75 (v5p)."""
+        return None if self.units is None else self.peak / (2 * self.units)
 
-V4 = Chip("v4", PEAK_TFLOPS["TPU v4"] * TERA, 32 * GIB, 1228 * GB, 300 * GB, config="megacore")
-V5E = Chip("v5e", PEAK_TFLOPS["TPU v5 lite"] * TERA, 16 * GIB, 819 * GB, 200 * GB)
-V5P = Chip("v5p", PEAK_TFLOPS["TPU v5"] * TERA, 95 * GIB, 2765 * GB, 600 * GB)
-V6E = Chip("v6e", PEAK_TFLOPS["TPU v6 lite"] * TERA, 32 * GIB, 1638 * GB, 400 * GB)
-TPU7X = Chip("tpu7x", 2 * PEAK_TFLOPS["TPU7x"] * TERA, 192 * GIB, 7380 * GB, 600 * GB, devices=2)
+
+V4 = Chip("v4", PEAK_TFLOPS["TPU v4"] * TERA, 32 * GIB, 1228 * GB, 300 * GB, 4096, 2 * 4 * 128**2, config="megacore")
+V5E = Chip("v5e", PEAK_TFLOPS["TPU v5 lite"] * TERA, 16 * GIB, 819 * GB, 200 * GB, 256, 4 * 128**2)
+V5P = Chip("v5p", PEAK_TFLOPS["TPU v5"] * TERA, 95 * GIB, 2765 * GB, 600 * GB, 8960, 2 * 4 * 128**2)
+V6E = Chip("v6e", PEAK_TFLOPS["TPU v6 lite"] * TERA, 32 * GIB, 1638 * GB, 400 * GB, 256)
+TPU7X = Chip("tpu7x", 2 * PEAK_TFLOPS["TPU7x"] * TERA, 192 * GIB, 7380 * GB, 600 * GB, 9216, devices=2)
 A100 = Chip("a100", PEAK_TFLOPS["A100"] * TERA, 80 * GB, 2039 * GB, 300 * GB)
 H100 = Chip("h100", PEAK_TFLOPS["H100"] * TERA, 80 * GB, 3350 * GB, 450 * GB)
 H200 = Chip("h200", PEAK_TFLOPS["H200"] * TERA, 141 * GB, 4800 * GB, 450 * GB)
@@ -81,15 +94,16 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
-    def interconnect(self) -> float:
-        """What a chip of this shape can receive, bytes/s: an axis that is closed to a ring gives its two links, an open
-        one, at whose end a chip hears from one side, one of them, and an axis of one chip none."""
-        if not self.is_tpu:
-            return self.chip.interconnect
-        # Rings are closed by whole cubes of 4x4x4 on chips of three axes, by sides of 16 on those of two.
+    def link(self) -> float:
+        """What a chip can receive by one of its links, bytes/s: TPUs have two along each axis."""
+        return self.chip.interconnect / (2 * len(self.shape))
+
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Whether each axis is closed to a ring: by whole cubes of 4x4x4 on chips of three axes, by sides of 16 on
+        those of two."""
         cubes = len(self.shape) == 3 and all(side % 4 == 0 for side in self.shape)
-        links = [0 if side == 1 else 2 if cubes or side == 16 else 1 for side in self.shape]
-        return self.chip.interconnect * sum(links) / (2 * len(self.shape))
+        return tuple(cubes or (side == 16 and len(self.shape) == 2) for side in self.shape)
 
     @property
     def is_tpu(self) -> bool:
@@ -110,7 +124,61 @@ def parse(text: str) -> Topology:
         )
     if chip in GPUS and shape[0] > GPUS_OF_A_HOST:
         raise ValueError(f"topology {text!r}: estimates are of one host, whose {GPUS_OF_A_HOST} GPUs NVLink joins")
+    if chip in TPUS:
+        _check_slice(text, chip, shape)
     return Topology(chip, shape)
+
+
+def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
+    """ValueError for a slice that does not exist: it would be compiled for until memory ends."""
+    if math.prod(shape) > chip.largest:
+        raise ValueError(
+            f"topology {text!r}: {math.prod(shape):,} chips, and the largest slice of {chip.name} has {chip.largest:,}"
+        )
+    if len(shape) == 2 and max(shape) > math.isqrt(chip.largest):
+        raise ValueError(f"topology {text!r}: sides of {chip.name} are at most {math.isqrt(chip.largest)}")
+    if len(shape) == 3 and not set(shape) <= {1, 2, 4} and any(side % 4 for side in shape):
+        raise ValueError(f"topology {text!r}: sides of {chip.name} are 1, 2 or 4, or all of them multiples of 4")
+
+
+def links_of(groups: np.ndarray, topology: Topology) -> float:
+    """From how many links a chip hears in collectives among groups of chips.
+
+    Along an axis of the network, all of a ring gives two links, part of an axis (or all of an open one) one; groups
+    that are interleaved along it share them. A group that fills no box counts one axis alone, and one of a single chip
+    gives 0.
+
+    Args:
+        groups: (groups members axes) coordinates of the chips of each group; that of the fewest links counts
+    """
+
+    def along(axis: int, held: Sequence[int]) -> float:
+        if len(held) == 1:
+            return 0.0
+        stride = min(after - before for before, after in itertools.pairwise(held))
+        ring = topology.rings[axis] and len(held) * stride == topology.shape[axis]
+        return (2 if ring else 1) / stride
+
+    def of_group(group: np.ndarray) -> float:
+        held = [sorted(set(places)) for places in group.T.tolist()]
+        numbers = [along(axis, places) for axis, places in enumerate(held)]
+        if len(np.unique(group, axis=0)) == math.prod(map(len, held)):
+            return sum(numbers)
+        return min(number for number in numbers if number)
+
+    return min(map(of_group, groups))
+
+
+def links(devices: np.ndarray, topology: Topology) -> list[float]:
+    """From how many links a chip hears along each axis of a grid of devices (`Mesh.devices`)."""
+    places = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)[
+        ..., : len(topology.shape)
+    ]
+    axes = range(devices.ndim)
+    return [
+        links_of(np.moveaxis(places, axis, -2).reshape(-1, devices.shape[axis], places.shape[-1]), topology)
+        for axis in axes
+    ]
 
 
 # Without them libtpu asks a metadata server, wants to be the machine's only user, and prints what it does not find.
@@ -125,12 +193,15 @@ _NO_TPU_HERE = {
 
 
 def described(topology: Topology, slices: int = 1) -> list[Any]:
-    """The devices of TPU slices that need not exist, to compile for. OSError where libtpu is missing or refuses.
+    """The devices of TPU slices that need not exist, to compile for. OSError where libtpu is missing or refuses;
+    ValueError for no slices.
 
     Sets libtpu's environment variables where they are unset, for the rest of the process.
     """
     from jax.experimental import topologies
 
+    if slices < 1:
+        raise ValueError(f"{slices} slices of {topology}: at least 1")
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     chip = topology.chip

@@ -144,6 +144,8 @@ def batch_devices(mesh: AnyMesh) -> int:
 def check_batch(rows: int, mesh: AnyMesh, accumulate: int = 1) -> None:
     """ValueError for a global batch that does not divide over the devices and the parts it is taken in."""
     devices = batch_devices(mesh)
+    if rows < 1 or accumulate < 1:
+        raise ValueError(f"a batch of {rows} in {accumulate} parts: both are at least 1")
     if rows % (devices * accumulate):
         raise ValueError(f"a batch of {rows} does not divide over {devices} devices × {accumulate} parts")
 

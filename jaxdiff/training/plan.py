@@ -2,10 +2,11 @@
 
 `compiled_costs` reads a program that was compiled ahead of time, `estimated_costs` what shapes alone say of a training
 step, for chips that no compiler is at hand for. Both end in `Costs` of one device, from which `roofline` follows.
+`network_flops` counts what the network itself needs, the same on every chip.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,10 @@ class Costs:
     """Of one step on one device: bytes of memory, FLOPs, bytes that pass through memory, collectives by kind.
 
     peak_bytes: arguments, results that do not reuse their memory, temporaries and the program itself.
-    seconds: the compiler's own estimate, None where it gives none (or nonsense, below zero or none per FLOP).
-    cycles: the same by kind of operation, the largest first (TPU alone). unknown_loops: loops counted once.
+    flops: of the compiled program, with all that it computes again or pads. seconds: the compiler's own estimate, None
+    where it gives none (or nonsense, below zero or none per FLOP). cycles: its counts by kind of operation, the largest
+    first (TPU alone); total_cycles: of all kinds, None where only the largest are kept. Neither holds communication.
+    unknown_loops: loops counted once.
     """
 
     argument_bytes: int
@@ -34,36 +37,99 @@ class Costs:
     seconds: float | None = None
     cycles: dict[str, float | int] = field(default_factory=dict)
     unknown_loops: int = 0
+    total_cycles: float | int | None = None
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step that arithmetic, memory and interconnect need at the chip's published rates, each alone.
+    """Seconds of a step, by several ways of reckoning. None of them was measured.
 
-    overlapped: all at the same time, the longest of them; serial: one after the other. A real step lies between, if the
-    kernels reach those rates. Shares are of the peak: FLOPs / (seconds × peak).
+    compute, memory: what arithmetic and memory need at the chip's published rates, each alone. fastest and slowest:
+    the same of the interconnect, over the links of the mesh axes in use; where it is not known to which axis a
+    collective belongs, over the one with the most or the fewest links.
+
+    Optimistic, so that a real step takes longer: `overlapped` (compute, memory and `fastest` at the same time),
+    `estimate` (the compiler's own) and `cycles` (the compiler's counts at the chip's clock); the last two hold no
+    communication. Pessimistic, as nothing overlaps, though still at full rates: `serial` (compute, memory, `slowest`)
+    and `cycles_serial` (cycles, `slowest`). None where the compiler or the clock is not known.
     """
 
     compute: float
     memory: float
-    interconnect: float
-    overlapped: float
-    serial: float
-    share_overlapped: float
-    share_serial: float
-    share_compiler: float | None
+    fastest: float
+    slowest: float
+    estimate: float | None
+    cycles: float | None
+    least: float
+    """Seconds that the useful FLOPs alone would take at the peak."""
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.compute, self.memory, self.fastest)
+
+    @property
+    def serial(self) -> float:
+        return self.compute + self.memory + self.slowest
+
+    @property
+    def cycles_serial(self) -> float | None:
+        return None if self.cycles is None else self.cycles + self.slowest
+
+    @property
+    def optimistic(self) -> float:
+        """The longest of the optimistic times."""
+        return max(self.overlapped, self.estimate or 0.0, self.cycles or 0.0)
+
+    @property
+    def pessimistic(self) -> float:
+        """The longest of all."""
+        return max(self.optimistic, self.serial, self.cycles_serial or 0.0)
+
+    def share(self, seconds: float) -> float:
+        """Useful FLOPs / (seconds × peak)."""
+        return self.least / seconds if seconds else 0.0
 
 
-def roofline(costs: Costs, topology: Topology) -> Roofline:
-    """The roofline of a device, which is a chip of this slice or its equal part."""
+FSDP = ("all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+"""Collectives that move parameters and their gradients along `fsdp`, unless layers are split too."""
+
+
+def roofline(costs: Costs, topology: Topology, useful: float, links: Mapping[str, float | int]) -> Roofline:
+    """The roofline of a device, which is a chip of this slice or its equal part.
+
+    Args:
+        useful: FLOPs of the network in the whole step (`network_flops`)
+        links: of a chip, for each mesh axis of more than one device; empty: all that the chip has (GPUs)
+    """
     chip = topology.chip
-    peak, bandwidth, interconnect = (rate / chip.devices for rate in (chip.peak, chip.bandwidth, topology.interconnect))
-    received = sum(kind["bytes"] for kind in costs.collectives.values())
-    parts = (costs.flops / peak, costs.bytes_accessed / bandwidth, received / interconnect)
-    overlapped, serial = max(parts), sum(parts)
-    share = lambda seconds: costs.flops / (seconds * peak) if seconds else 0.0  # noqa: E731
-    compiler = None if costs.seconds is None else share(costs.seconds)
-    return Roofline(*parts, overlapped, serial, share(overlapped), share(serial), compiler)
+    peak, bandwidth = chip.peak / chip.devices, chip.bandwidth / chip.devices
+    total = None if chip.clock is None or not costs.cycles else costs.total_cycles or sum(costs.cycles.values())
+    return Roofline(
+        compute=costs.flops / peak,
+        memory=costs.bytes_accessed / bandwidth,
+        fastest=_received(costs, topology, links, max),
+        slowest=_received(costs, topology, links, min),
+        estimate=costs.seconds,
+        cycles=None if total is None or chip.clock is None else total / chip.clock,
+        least=useful / topology.devices / peak,
+    )
+
+
+def _received(
+    costs: Costs, topology: Topology, links: Mapping[str, float | int], choose: Callable[..., float]
+) -> float:
+    """Seconds of the collectives, one after another, each along the mesh axis that `choose` picks by its links unless
+    the kind says which axis it is."""
+    chip = topology.chip
+    if not links:
+        return sum(kind["bytes"] for kind in costs.collectives.values()) * chip.devices / chip.interconnect
+    used = {name: number for name, number in links.items() if number}  # none between the devices of one chip
+    seconds = 0.0
+    for kind, found in costs.collectives.items():
+        known = kind in FSDP and "fsdp" in used and "tensor" not in links
+        number = used["fsdp"] if known else choose(used.values(), default=math.inf)
+        seconds += found["bytes"] * chip.devices / (number * topology.link)
+    return seconds
 
 
 def compiled_costs(compiled: Any, devices: int) -> Costs:
@@ -84,7 +150,15 @@ def compiled_costs(compiled: Any, devices: int) -> Costs:
         seconds=seconds if seconds > 0 and math.isfinite(seconds) else None,
         cycles=dict(program.cycles.most_common(12)),
         unknown_loops=program.unknown_loops,
+        total_cycles=program.cycles.total(),
     )
+
+
+def network_flops(function: Callable[..., Any], *shapes: Any) -> float:
+    """FLOPs of the convolutions and matrix products of a function, from its shapes alone: nothing is compiled, borders
+    of convolutions do not count. A training step needs three times those of its loss: the backward pass multiplies
+    twice where the forward pass multiplies once."""
+    return _counted(jax.make_jaxpr(function)(*shapes).jaxpr)[0]
 
 
 def estimated_costs(
@@ -136,9 +210,7 @@ def _counted(jaxpr: Any) -> tuple[float, float]:
     flops = moved = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive is jax.lax.conv_general_dilated_p:
-            kernel = equation.invars[1].aval
-            places = equation.params["dimension_numbers"].rhs_spec
-            flops += 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[places[0]]
+            flops += _convolution(equation)
         elif equation.primitive is jax.lax.dot_general_p:
             (_, contracted), _ = equation.params["dimension_numbers"]
             right = equation.invars[1].aval.shape
@@ -152,6 +224,25 @@ def _counted(jaxpr: Any) -> tuple[float, float]:
         arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
         moved += sum(array.size * array.dtype.itemsize for array in arrays)
     return flops, moved
+
+
+def _convolution(equation: Any) -> float:
+    """FLOPs of a convolution; multiplications with what lies beyond a border, or between dilated places, are none."""
+    (left, right), out, params = (
+        (variable.aval for variable in equation.invars),
+        equation.outvars[0].aval,
+        equation.params,
+    )
+    numbers = params["dimension_numbers"]
+    pairs = 2.0 * right.shape[numbers.rhs_spec[1]]
+    pairs *= out.shape[numbers.out_spec[0]] * out.shape[numbers.out_spec[1]]
+    for axis, (low, _) in enumerate(params["padding"]):
+        spread, stride = params["lhs_dilation"][axis], params["window_strides"][axis]
+        end = (left.shape[numbers.lhs_spec[2 + axis]] - 1) * spread + 1
+        taps = np.arange(right.shape[numbers.rhs_spec[2 + axis]]) * params["rhs_dilation"][axis]
+        places = np.arange(out.shape[numbers.out_spec[2 + axis]])[:, None] * stride - low + taps
+        pairs *= int(np.count_nonzero((places >= 0) & (places < end) & (places % spread == 0)))
+    return pairs
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 The stand-in for gcloud keeps its state in a folder. Each queued resource lives through the states that the test wrote
 into `lives` (one line a creation, one word a look; the last one stays), until a file `taken` says that its machines are
-gone. A worker is a folder, home of the shell that runs the command of `ssh`; scp copies into it.
+gone; what the test writes into `then` becomes `taken` when a worker has told the code of a run. A worker is a folder,
+home of the shell that runs the command of `ssh`; scp copies into it.
 """
 
 import os
@@ -54,7 +55,7 @@ def state():
     if not exists("request"):
         return ""
     if exists("taken"):
-        return text("taken").strip()
+        return text("taken").strip().replace("ABSENT", "")
     first, *left = text("request").split()
     put("request", " ".join(left or [first]))
     return first
@@ -113,7 +114,10 @@ elif kind == "tpu-vm" and verb == "list":
     for node in text("nodes").split() if exists("nodes") else []:
         print(node, text("node_state") if exists("node_state") else "READY", sep="\t")
 elif kind == "tpu-vm" and verb == "ssh":
-    sys.exit("ERROR: TPU is in state PREEMPTED" if exists("taken") else ssh(words[4]))
+    code = "ERROR: TPU is in state PREEMPTED" if exists("taken") else ssh(words[4])
+    if "worker.sh code" in value("--command") and exists("then"):
+        os.rename(f"{cloud}/then", f"{cloud}/taken")
+    sys.exit(code)
 elif kind == "tpu-vm" and verb == "scp":
     node, name = words[5].split(":")
     for home in homes(node):

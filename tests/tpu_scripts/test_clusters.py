@@ -58,6 +58,7 @@ def test_manifest(cloud, kubectl):
         "back\\slash",
         "two\nlines",
         "a\tb",
+        "bell\a, escape\x1b[0m, return\r",
         "$(HOME)",
         "{${TPU_NAME}}",
         "é: #",

@@ -114,6 +114,85 @@ def test_bad_input_is_one_line_and_exit_code_2(cloud, script, arguments, setting
     assert line.startswith("error: ") and message in line
 
 
+WRONG = {
+    "TPU_ZONE": "us east",
+    "TPU_PROJECT": "My Project",
+    "TPU_TYPE": "v5e",
+    "TPU_VERSION": "V2!",
+    "TPU_SLICES": "0",
+    "TPU_SPOT": "True",
+    "TPU_RESERVED": "yes",
+    "TPU_VALID_UNTIL": "soon",
+    "TPU_CREATE_FLAGS": "network",
+    "TPU_POLL_SECONDS": "abc",
+    "TPU_PYTHON": "3.9",
+    "TPU_BUCKET": "gs://b",
+    "TPU_MAX_HOURS": "two",
+    "TPU_MAX_DOLLARS": "-1",
+    "TPU_DOLLARS_PER_HOUR": "$5",
+    "TPU_BACKOFF_SECONDS": "1.5",
+    "TPU_BACKOFF_MOST": "010",
+    "GKE_IMAGE": "a b",
+    "GKE_TOPOLOGY": "0x4",
+    "GKE_CHIPS": "0",
+    "GKE_NAMESPACE": "-",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_is_wrong_with_the_settings_is_said_at_once(cloud, name):
+    """Before anything is asked for, each setting in a line, with its value."""
+    cloud.settings(**WRONG)
+    with cloud.env.open("a") as file:
+        file.write("TPU_ZONES=us-east1-a\nexport GKE_IMGE=x\n")
+    done = cloud(name, *REST.get(name, []))
+    assert done.returncode == 2 and not cloud.calls() and not cloud.logs.exists()
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    for setting, value in WRONG.items():
+        assert [line for line in lines if line.startswith(f"error: {setting} '{value}': ")], (setting, lines)
+    for unknown in ("TPU_ZONES", "GKE_IMGE"):
+        assert f"error: {unknown}: there is no such setting; tpu.env.example has all" in lines
+    assert len(lines) == len(WRONG) + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TPU_SPOT = true", "line 6: TPU_SPOT: command not found"),
+        ("TPU_SPOT=$ABSENT", "line 6: ABSENT: unbound variable"),
+        ("TPU_SETUP='a", "unexpected EOF"),
+        ("TPU_SETUP=(", "unexpected"),
+        ("TPU_SPOT=true\r", "TPU_SPOT 'true?': true or false"),
+        ("TPU_PASS='\"A'", "TPU_PASS: a quote that is not closed"),
+        ("TPU_CREATE_FLAGS='--a=\"b'", "TPU_CREATE_FLAGS: a quote that is not closed"),
+    ],
+)
+def test_what_bash_cannot_read_is_said(cloud, text, message):
+    with cloud.env.open("w") as file:
+        file.write("TPU_NAME=pod\nTPU_ZONE=us-east1-a\nTPU_TYPE=v4-8\nTPU_VERSION=v2\n\n" + text + "\n")
+    done = cloud("create")
+    assert done.returncode == 2 and not cloud.calls()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_what_is_passed_may_be_called_like_a_setting(cloud):
+    cloud.settings(TPU_PASS="TPU_MIN_LOG_LEVEL", TPU_MIN_LOG_LEVEL="0")
+    assert cloud("create", "--dry-run").returncode == 0
+
+
+def test_flags_keep_their_quotes(cloud):
+    """What is quoted is one argument, and nothing is expanded."""
+    flags = """--description="a  b" '--labels=x=$HOME,y=*' --note=it\\'s --lines='one\ntwo' * """
+    flags += """--last="say \\"hi\\" \\n" --none="" """
+    cloud.settings(TPU_CREATE_FLAGS=flags)
+    assert cloud("create", "--no-wait").returncode == 0
+    (create,) = [call for call in cloud.calls() if call[3] == "create"]
+    given = ["--description=a  b", "--labels=x=$HOME,y=*", "--note=it's", "--lines=one\ntwo", "*"]
+    assert create[9:] == [*given, '--last=say "hi" \\n', "--none="], create
+
+
 def test_failure_of_gcloud_stops_the_script(cloud):
     cloud.put("fails", "scp 7 1 calls")
     done = cloud("setup")
@@ -123,10 +202,12 @@ def test_failure_of_gcloud_stops_the_script(cloud):
 def test_without_gcloud(cloud, tmp_path):
     folder = tmp_path / "tools"
     folder.mkdir()
-    for tool in ("bash", "dirname", "sed", "env", "tr"):
+    for tool in ("bash", "dirname", "sed", "env", "tr", "git"):
         (folder / tool).symlink_to(shutil.which(tool))
-    done = cloud("create", PATH=str(folder))
-    assert done.returncode == 2 and done.stderr == "error: gcloud is not installed (or not on PATH)\n"
+    for script in ("create", "delete", "run", "fetch", "setup", "watch"):
+        done = cloud(script, *REST.get(script, []), PATH=str(folder), typed="pod\n")
+        assert done.returncode == 2 and done.stderr == "error: gcloud is not installed (or not on PATH)\n", script
+        assert not cloud.logs.exists()
 
 
 def test_the_example_has_every_setting():

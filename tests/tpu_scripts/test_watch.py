@@ -124,6 +124,8 @@ def test_a_request_that_failed_is_the_end(cloud, watched):
     done = watched("exit 0")
     assert done.returncode == 1 and "no capacity left" in done.err
     assert cloud.verbs() == ["create"]
+    assert "the request pod FAILED: it costs nothing, and delete.sh removes it" in done.err
+    assert "costs money until" not in done.err
 
 
 def test_a_request_suspended_in_the_queue_is_made_again(cloud, watched):
@@ -135,8 +137,31 @@ def test_a_request_suspended_in_the_queue_is_made_again(cloud, watched):
 
 def test_gcloud_that_fails_to_create(cloud, watched):
     cloud.put("fails", "create 6 1 calls")
-    assert watched("exit 0").returncode == 6
-    assert cloud.verbs() == ["create"]
+    done = watched("exit 0")
+    assert done.returncode == 6 and cloud.verbs() == ["create"]
+    assert "there is no pod: nothing costs money" in done.err and "is still there" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("ABSENT", "there is no pod: nothing costs money"),
+        ("SUSPENDED", "the machines of pod were taken away (SUSPENDED): delete.sh removes the request"),
+        ("DELETING", "pod is being deleted"),
+        ("WAITING_FOR_RESOURCES", "is still in the queue (WAITING_FOR_RESOURCES): it costs money once it is ACTIVE"),
+        ("ACTIVE", "the TPU pod is still there and costs money until delete.sh"),
+    ],
+)
+def test_what_is_left_at_the_end(cloud, watched, state, words):
+    """Whatever becomes of the TPU while the command ends well."""
+    done = watched(f'echo {state} > "$CLOUD/then"; exit 0')
+    assert done.returncode == 0 and words in done.err
+    assert ("is still there" in done.err) == (state == "ACTIVE")
+
+
+def test_gcloud_that_does_not_say_what_is_left(cloud, watched):
+    done = watched('echo "list 7 99 calls" > "$CLOUD/fails"; exit 0')
+    assert done.returncode == 0 and "gcloud does not say whether pod is there: it may cost money" in done.err
 
 
 def test_gcloud_that_cannot_be_asked_for_long(cloud, watched):
@@ -189,8 +214,18 @@ def test_money_saves_and_deletes(cloud, watched, limit):
 def test_a_command_that_does_not_save_is_not_waited_for_forever(cloud, watched):
     plan = LATE + 'trap "" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
     done = watched(plan, TPU_MAX_HOURS="9", TPU_STOP_SECONDS="1")
-    assert done.returncode not in (0, 2) and "not ended 1 s after SIGTERM" in done.err
+    assert done.returncode == 75 and "not ended 1 s after SIGTERM" in done.err
     assert not (cloud.folder / "request").exists()
+
+
+@pytest.mark.parametrize(
+    ("handler", "code"), [("-", 75), ("exit 71", 75), ("exit 137", 75), ("exit 0", 0), ("exit 1", 1)]
+)
+def test_the_code_of_a_command_that_the_budget_ends(cloud, watched, handler, code):
+    """75 where it heard nothing, was killed or lost the others; what it has to say for itself stays."""
+    plan = LATE + f'trap "{handler}" TERM; while [ -e $CLOUD/request ]; do sleep 0.1; done'
+    done = watched(plan, TPU_MAX_HOURS="9")
+    assert done.returncode == code and not (cloud.folder / "request").exists()
 
 
 def test_killed_and_started_again_creates_nothing_twice(cloud, watched):
@@ -198,11 +233,14 @@ def test_killed_and_started_again_creates_nothing_twice(cloud, watched):
     for how in (signal.SIGKILL, signal.SIGTERM):
         process = watched.start(plan)
         pid_file = cloud.logs / "pod/watch.pid"
-        while not (cloud.text("attempts") and pid_file.exists() and pid_file.read_text() == str(process.pid)):
+        while not (
+            cloud.text("attempts") and pid_file.exists() and pid_file.read_text().split()[0] == str(process.pid)
+        ):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         second = cloud("watch", "--", *COMMAND)
-        assert second.returncode == 2 and "watches pod already" in second.stderr
+        assert second.returncode == 2 and f"{process.pid} watches pod already" in second.stderr
+        assert second.stderr.endswith(f"delete {pid_file}\n") and "going on" not in second.stdout
         time.sleep(0.5)
         os.kill(process.pid, how)
         process.wait(20)
@@ -217,6 +255,31 @@ def test_killed_and_started_again_creates_nothing_twice(cloud, watched):
     assert "going on: 0 restarts" in process.stdout.read()
     verbs = cloud.verbs()
     assert verbs.count("create") == 1 and verbs.count("scp") == 1 and cloud.text("attempts").count("x") == 1
+
+
+@pytest.mark.parametrize("text", ["{pid}\n1\n", "{pid} \n12345 6\n", "-1\n", "0", "abc", "", "999999999999\n5\n"])
+def test_a_stale_number_does_not_block(cloud, watched, text):
+    """A living process of the same number that began at another time, and what is no number."""
+    (cloud.logs / "pod").mkdir(parents=True)
+    (cloud.logs / "pod/watch.pid").write_text(text.format(pid=os.getpid()))
+    done = watched("exit 0")
+    assert done.returncode == 0, done.err
+    assert ("is now that of another" in done.out) == ("{pid}" in text)
+
+
+def test_a_number_without_a_time_names_its_file(cloud, watched):
+    (cloud.logs / "pod").mkdir(parents=True)
+    file = cloud.logs / "pod/watch.pid"
+    file.write_text(str(os.getpid()))
+    done = watched("exit 0")
+    assert done.returncode == 2 and f"if it does something else, delete {file}" in done.err
+    assert not cloud.calls() and file.read_text() == str(os.getpid())
+
+
+def test_a_variable_without_a_value_is_found_before_anything_is_asked_for(cloud, watched):
+    done = watched("exit 0", TPU_PASS="NOT_THERE")
+    assert done.returncode == 2 and "TPU_PASS names NOT_THERE, which has no value here" in done.err
+    assert not cloud.calls()
 
 
 def test_the_budget_is_counted_on(cloud, watched):
@@ -237,8 +300,12 @@ def test_the_budget_is_counted_on(cloud, watched):
         ({"TPU_MAX_DOLLARS": "9"}, "TPU_MAX_DOLLARS needs TPU_DOLLARS_PER_HOUR"),
         ({"TPU_MAX_HOURS": "two"}, "TPU_MAX_HOURS 'two': a number"),
         ({"TPU_MAX_RESTARTS": "-1"}, "TPU_MAX_RESTARTS '-1': a whole number"),
+        ({"TPU_MAX_RESTARTS": "08"}, "TPU_MAX_RESTARTS '08': a whole number"),
+        ({"TPU_STOP_SECONDS": "9" * 30}, "a whole number"),
+        ({"TPU_POLL_SECONDS": "abc"}, "TPU_POLL_SECONDS 'abc': a number of seconds above 0"),
+        ({"TPU_POLL_SECONDS": "0.0"}, "TPU_POLL_SECONDS '0.0': a number of seconds above 0"),
     ],
 )
-def test_bad_limits(watched, settings, message):
+def test_bad_limits(cloud, watched, settings, message):
     done = watched("exit 0", **settings)
-    assert done.returncode == 2 and message in done.err
+    assert done.returncode == 2 and message in done.err and not cloud.calls()
