@@ -124,9 +124,8 @@ def pretrain(
 
         def finish() -> None:
             t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), out / "encoder")
-            print(
-                f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption"
-            )
+            reads = f"{len(words)} ids, {length} tokens per caption"
+            print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {reads}")
 
         on_process_0(finish)
 

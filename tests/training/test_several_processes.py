@@ -71,13 +71,24 @@ def test_four_processes_have_the_losses_of_one(one, tmp_path):
     alike(losses(tmp_path), one[:6])
 
 
-def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_by_bit(two, tmp_path):
-    with started(tmp_path, "--fault", "kill", "--at", 12, "--who", 1, "--heartbeat", 8) as processes:
-        processes[1].wait(100)
-        begun = time.monotonic()
-        codes = processes.wait(60)
-        assert codes[1] == -9 and codes[0] not in (0, 1, 2, 75), processes.words()
+@pytest.mark.parametrize(("fault", "who"), [("kill", 1), ("kill", 0), ("SIGSTOP", 1), ("SIGSTOP", 0)])
+def test_a_process_that_is_gone_ends_the_others_and_the_run_resumes_bit_by_bit(two, tmp_path, fault, who):
+    with started(tmp_path, "--fault", fault, "--at", 12, "--who", who, "--heartbeat", 8) as processes:
+        gone, other = processes[who], processes[1 - who]
+        begun = None
+        until = time.monotonic() + 150
+        while other.poll() is None and time.monotonic() < until:
+            if begun is None and (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) >= 11:
+                begun = time.monotonic()
+            time.sleep(0.1)
+        assert other.poll() == 71, processes.words()
         assert time.monotonic() - begun < 40
+        said = processes.err(1 - who)
+        assert said.count("error: ") == 1 and "another process is gone" in said.splitlines()[-1], said
+        assert "terminate called" not in said and "@ 0x" not in said and "Traceback" not in said
+        if fault == "SIGSTOP":  # who goes on finds out too
+            gone.send_signal(signal.SIGCONT)
+            assert gone.wait(60) == 71, processes.words()
     assert saved(tmp_path) in (5, 10)  # that of 10 may have been on its way
     codes, said = ended(tmp_path)
     assert codes == [0, 0], said
