@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ class FolderLock:
         self.folder = Path(folder).absolute()
         self.path = self.folder / name
         self._active = active
-        self._owner = _this_process()
         self._nested = self._new_folder = False
         self._ended = threading.Event()
         self._looked = time.monotonic()
@@ -67,6 +66,7 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         if self._active:
             self._make_folder()
+            self._owner = _this_process(self.folder)
             try:
                 self._take()
             except BaseException:
@@ -98,13 +98,13 @@ class FolderLock:
         if not self._active:
             return
         self._looked = time.monotonic()
-        for pause in (0.2, 0.8, None):  # another start may have moved the lock by mistake, and is putting it back
-            problem = self._problem(folders)
-            if problem is None:
+        for pause in (0.2, 0.8):  # another start may have moved the lock by mistake, and is putting it back
+            if self._problem(folders) is None:
                 return
-            if pause is not None:
-                time.sleep(pause)
-        raise problem
+            time.sleep(pause)
+        problem = self._problem(folders)
+        if problem is not None:
+            raise problem
 
     def _problem(self, folders: tuple[Path, ...]) -> Exception | None:
         for folder in (self.folder, *folders):
@@ -129,16 +129,18 @@ class FolderLock:
             content = self._read()
             if content is None:  # gone since; but a link that leads nowhere stays
                 missed += 1
-                if missed > 100:
+                if missed > 40:
                     raise OSError(f"{self.path}: can be neither created nor read")
                 time.sleep(0.05)
                 continue
+            if self._mine(content):  # it was moved by another start, and put back
+                return
             holder = _owner_of(content)
             if holder is not None and holder.is_this_thread(self._owner):
                 self._owner, self._nested = holder, True
                 return
             who = holder.words() if holder else "a run that cannot be named (the file is damaged)"
-            lives = holder.lives(self._owner.machine) if holder else None
+            lives = holder.lives(self._owner) if holder else None
             if lives is None:
                 if not said:
                     _say(f"{self.path}: held by {who}; waiting up to {STALE:.0f} s for a sign of life")
@@ -261,6 +263,7 @@ class _Owner:
     process: int
     started: str  # in whatever unit; numbers of processes are used again
     thread: int
+    folder: str  # a copy of it, with the lock of the original, is another
     since: str
 
     def content(self, count: int) -> bytes:
@@ -270,18 +273,17 @@ class _Owner:
         return f"process {self.process} on {self.host} (since {self.since})"
 
     def is_this_thread(self, here: "_Owner") -> bool:
-        return (self.machine, self.process, self.started) == (here.machine, here.process, here.started) and (
-            self.thread == here.thread
-        )
+        return replace(self, token=here.token, since=here.since) == here
 
-    def lives(self, machine: str) -> bool | None:
-        """Whether the process is there, None where only its own machine knows."""
-        if not self.machine or self.machine != machine:
+    def lives(self, here: "_Owner") -> bool | None:
+        """Whether the process is there; None where only its own machine knows, or it holds another folder."""
+        if not self.machine or (self.machine, self.folder) != (here.machine, here.folder):
             return None
         return _start_time(self.process) == self.started
 
 
-def _this_process() -> _Owner:
+def _this_process(folder: Path) -> _Owner:
+    place = folder.stat()
     return _Owner(
         token=secrets.token_hex(8),
         host=socket.gethostname(),
@@ -289,6 +291,7 @@ def _this_process() -> _Owner:
         process=os.getpid(),
         started=_start_time(os.getpid()),
         thread=threading.get_ident(),
+        folder=f"{place.st_dev} {place.st_ino}",
         since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
 
@@ -301,7 +304,7 @@ def _owner_of(content: bytes | None) -> _Owner | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     numbers = isinstance(owner.process, int) and isinstance(owner.thread, int)
-    texts = all(isinstance(text, str) for text in (owner.token, owner.host, owner.machine, owner.started, owner.since))
+    texts = all(isinstance(value, str) for name, value in asdict(owner).items() if name not in ("process", "thread"))
     return owner if numbers and texts else None
 
 

@@ -30,7 +30,7 @@ def ends_this_process() -> Iterator[None]:
     try:
         runtime = _runtime()
         if runtime is not None:
-            _default_handler()  # asked for before it is replaced
+            _default_handler(runtime)  # asked for before it is replaced
             runtime._ZSt13set_terminatePFvvE(ctypes.cast(_terminate, ctypes.c_void_p))
         yield
     finally:
@@ -40,13 +40,14 @@ def ends_this_process() -> Iterator[None]:
 @ctypes.CFUNCTYPE(None)
 def _terminate() -> None:
     """Called by the C++ runtime, in the thread whose exception nothing has caught."""
-    runtime, default = _runtime(), _default_handler()
+    runtime = _runtime()
+    assert runtime is not None  # it has called this
     kind = runtime.__cxa_current_exception_type()
     # A type_info: the address of its functions, and that of its name.
     name = ctypes.cast(kind, ctypes.POINTER(ctypes.c_char_p))[1] if kind else b""
     if name == _BAD_CAST:
         peers.lose_contact()
-    ctypes.CFUNCTYPE(None)(default)()
+    ctypes.CFUNCTYPE(None)(_default_handler(runtime))()
 
 
 @functools.cache
@@ -65,5 +66,5 @@ def _runtime() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _default_handler() -> int:
-    return _runtime()._ZSt13get_terminatev()
+def _default_handler(runtime: ctypes.CDLL) -> int:
+    return runtime._ZSt13get_terminatev()

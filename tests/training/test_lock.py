@@ -30,15 +30,15 @@ def sleeper():
         child.kill()
 
 
-def owner(**changes):
+def owner(folder, **changes):
     """Somebody else on another machine, by default."""
-    here = lock_module._this_process()
+    here = lock_module._this_process(folder)
     return dataclasses.replace(here, **{"machine": "elsewhere", "host": "host-b", "process": 7} | changes)
 
 
-def of(child):
-    here = lock_module._this_process()
-    return owner(machine=here.machine, process=child.pid, started=lock_module._start_time(child.pid))
+def of(child, folder):
+    machine = lock_module._this_process(folder).machine
+    return owner(folder, machine=machine, process=child.pid, started=lock_module._start_time(child.pid))
 
 
 def held_by(folder, someone, count=0):
@@ -51,7 +51,7 @@ def names(folder):
 
 
 def test_a_living_process_is_left_alone(tmp_path, sleeper):
-    someone = held_by(tmp_path, of(sleeper))
+    someone = held_by(tmp_path, of(sleeper, tmp_path))
     (tmp_path / "half-written").touch()
     begun = time.monotonic()
     with pytest.raises(FolderInUseError, match=f"in use by process {sleeper.pid} on host-b.*name another folder"):
@@ -62,7 +62,7 @@ def test_a_living_process_is_left_alone(tmp_path, sleeper):
 
 @pytest.mark.parametrize("buried", [True, False])
 def test_a_killed_process_is_followed_at_once(tmp_path, sleeper, buried, capsys):
-    held_by(tmp_path, of(sleeper))
+    held_by(tmp_path, of(sleeper, tmp_path))
     sleeper.kill()
     if buried:
         sleeper.wait()
@@ -77,14 +77,14 @@ def test_a_killed_process_is_followed_at_once(tmp_path, sleeper, buried, capsys)
 
 
 def test_another_process_with_the_number_of_a_dead_one(tmp_path, sleeper):
-    held_by(tmp_path, dataclasses.replace(of(sleeper), started="12"))
+    held_by(tmp_path, dataclasses.replace(of(sleeper, tmp_path), started="12"))
     with FolderLock(tmp_path):
         pass
 
 
 def test_another_boot_or_container_is_another_machine(tmp_path, capsys):
     """Its processes have the same numbers and may have the same host name."""
-    here = lock_module._this_process()
+    here = lock_module._this_process(tmp_path)
     held_by(tmp_path, dataclasses.replace(here, machine="another boot pid:[1]"))
     begun = time.monotonic()
     with FolderLock(tmp_path):
@@ -93,8 +93,16 @@ def test_another_boot_or_container_is_another_machine(tmp_path, capsys):
     assert "for a sign of life" in waiting and "taken over" in taken
 
 
+def test_a_copy_of_a_folder_in_use_is_not_in_use(tmp_path, sleeper):
+    held_by(tmp_path, of(sleeper, tmp_path))
+    copy = shutil.copytree(tmp_path, tmp_path / "copy")
+    with FolderLock(copy):
+        pass
+    assert names(copy) == []
+
+
 def test_a_sign_of_life_from_another_machine(tmp_path):
-    someone = held_by(tmp_path, owner())
+    someone = held_by(tmp_path, owner(tmp_path))
     timer = threading.Timer(0.3, held_by, (tmp_path, someone, 1))
     timer.start()
     with pytest.raises(FolderInUseError, match="process 7 on host-b"):
@@ -103,7 +111,7 @@ def test_a_sign_of_life_from_another_machine(tmp_path):
 
 
 def test_a_lock_that_is_released_while_one_waits(tmp_path):
-    held_by(tmp_path, owner())
+    held_by(tmp_path, owner(tmp_path))
     threading.Timer(0.2, (tmp_path / NAME).unlink).start()
     begun = time.monotonic()
     with FolderLock(tmp_path):
@@ -111,8 +119,8 @@ def test_a_lock_that_is_released_while_one_waits(tmp_path):
 
 
 def test_a_lock_that_another_takes_over_while_one_waits(tmp_path, sleeper):
-    held_by(tmp_path, owner())
-    threading.Timer(0.2, held_by, (tmp_path, of(sleeper))).start()
+    held_by(tmp_path, owner(tmp_path))
+    threading.Timer(0.2, held_by, (tmp_path, of(sleeper, tmp_path))).start()
     with pytest.raises(FolderInUseError, match=f"process {sleeper.pid}"):
         FolderLock(tmp_path).__enter__()
 
@@ -138,17 +146,17 @@ def test_of_many_that_start_at_once_one_has_it(tmp_path, monkeypatch, links, lef
         folder = tmp_path / str(number)
         folder.mkdir()
         if left == "a dead lock":
-            held_by(folder, dataclasses.replace(lock_module._this_process(), started="12"))
+            held_by(folder, dataclasses.replace(lock_module._this_process(folder), started="12"))
         begin, end, won, refused = threading.Barrier(8), threading.Event(), [], []
 
         def start(folder=folder, begin=begin, end=end, won=won, refused=refused):
             held = FolderLock(folder)
-            held._owner = dataclasses.replace(held._owner, thread=threading.get_ident())
             begin.wait()
             try:
                 with held:
                     won.append(held)
-                    end.wait(10)
+                    if len(won) + len(refused) < 8:
+                        end.wait(10)
                     held.check()
             except FolderInUseError as error:
                 refused.append(error)
@@ -205,7 +213,7 @@ def test_signs_of_life_are_given_and_never_in_anothers_lock(tmp_path):
         assert held.due()
         held.check()
         assert not held.due()
-        other = held_by(tmp_path, owner())
+        other = held_by(tmp_path, owner(tmp_path))
         time.sleep(0.25)
         with pytest.raises(FolderInUseError, match="held by process 7 on host-b"):
             held.check()
