@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,35 +32,45 @@ class MetricsLog:
         from tensorboardX import SummaryWriter  # here, because it imports PyTorch wherever that is installed
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
+        self._failures: list[OSError] = []
+        events = self._board.file_writer.event_writer._ev_writer  # has no public name
+        for name in ("write_event", "flush", "close"):
+            setattr(events, name, _noting(getattr(events, name), self._failures))
 
     def write(self, line: dict[str, Any]) -> None:
         """`line` has a `step`; values that are not finite become null. OSError where it cannot be written."""
+        path = self._path
         try:
             self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
             self._file.flush()
+            path = self._path.with_name("tensorboard")
+            if self._failures:
+                raise self._failures[0]
         except OSError as error:
             raise OSError(
-                f"{self._path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
+                f"{path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
             ) from error
         for name, value in line.items():
             if name != "step" and value is not None and math.isfinite(value):
-                self._check_board()
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         with suppress(OSError):  # every line is on disk, or its failure was raised by `write`
             self._file.close()
-        if self._board_writes():
-            self._board.close()
+        self._board.close()
 
-    def _check_board(self) -> None:
-        if not self._board_writes():
-            raise OSError(f"{self._path.with_name('tensorboard')}: cannot be written: is the disk full?")
 
-    def _board_writes(self) -> bool:
-        """Whether its thread lives. One that failed would let `add_scalar` and `close` wait for ever."""
-        worker = self._board.file_writer.event_writer._worker
-        return worker is not None and worker.is_alive()
+def _noting(call: Callable[..., Any], errors: list[OSError]) -> Callable[..., Any]:
+    """The same, but where it fails the error is noted: raised in TensorBoard's thread, it would end that thread, and
+    what is to be written next would wait for it for ever."""
+
+    def noting(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            errors.append(error)
+
+    return noting
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -80,16 +80,34 @@ def at(index, act):
     return lambda asked: act() if asked == index else None
 
 
+def settled(folder):
+    """Until the checkpoint of step 10, which may be being written, is there."""
+    until = time.monotonic() + 60
+    while not (folder / "checkpoints" / "10").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return folder
+
+
 def replace_by_a_file(folder):
-    shutil.rmtree(folder)
+    shutil.rmtree(settled(folder))
     folder.write_text("mine")
 
 
+def delete_amid_a_save(folder):
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 CHANGES = {
-    "deleted": (shutil.rmtree, "run: was deleted while the run wrote to it; stopped"),
-    "moved": (lambda out: out.rename(out.with_name("moved")), "run: was deleted"),
+    "deleted": (lambda out: shutil.rmtree(settled(out)), "run: was deleted while the run wrote to it; stopped"),
+    "deleted amid a save": (delete_amid_a_save, "run: was deleted while the run wrote to it; stopped"),
+    "moved": (lambda out: settled(out).rename(out.with_name("moved")), "run: was deleted"),
     "a file instead": (replace_by_a_file, "run: was replaced by a file"),
-    "its checkpoints deleted": (lambda out: shutil.rmtree(out / "checkpoints"), "run/checkpoints: was deleted"),
+    "its checkpoints deleted": (
+        lambda out: shutil.rmtree(settled(out) / "checkpoints"),
+        "run/checkpoints: was deleted",
+    ),
 }
 
 
@@ -121,7 +139,7 @@ def test_a_folder_deleted_before_it_is_drawn_into(tmp_path):
         (out / "samples").mkdir(parents=True, exist_ok=True)
 
     settings = config(steps=100, sample_every=7, log_every=50, save_every=50)
-    with pytest.raises(FileNotFoundError, match="was deleted"):
+    with pytest.raises(FileNotFoundError, match="was deleted while the run wrote"):
         stream = Stream(before=at(10, lambda: shutil.rmtree(out)))
         train(Toy(), stream, settings, out, mesh=ONE, sample_hook=draw, progress=False)
     assert drawn == [7] and not out.exists()
