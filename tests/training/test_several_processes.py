@@ -75,14 +75,8 @@ def test_four_processes_have_the_losses_of_one(one, tmp_path):
 def test_a_process_that_is_gone_ends_the_others_and_the_run_resumes_bit_by_bit(two, tmp_path, fault, who):
     with started(tmp_path, "--fault", fault, "--at", 12, "--who", who, "--heartbeat", 8) as processes:
         gone, other = processes[who], processes[1 - who]
-        begun = None
-        until = time.monotonic() + 150
-        while other.poll() is None and time.monotonic() < until:
-            if begun is None and (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) >= 11:
-                begun = time.monotonic()
-            time.sleep(0.1)
-        assert other.poll() == 71, processes.words()
-        assert time.monotonic() - begun < 40
+        processes.until(lambda: gone.poll() is not None or (tmp_path / "checkpoints" / "5").exists())
+        assert other.wait(60) == 71, processes.words()
         said = processes.err(1 - who)
         assert said.count("error: ") == 1 and "another process is gone" in said.splitlines()[-1], said
         assert "terminate called" not in said and "@ 0x" not in said and "Traceback" not in said
