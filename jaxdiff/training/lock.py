@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -107,11 +108,11 @@ class FolderLock:
             raise problem
 
     def _problem(self, folders: tuple[Path, ...]) -> Exception | None:
-        for folder in (self.folder, *folders):
-            if not folder.is_dir():
-                what = "replaced by a file" if folder.exists() else "deleted"
-                return FileNotFoundError(f"{folder}: was {what} while the run wrote to it; stopped, nothing is written")
         try:
+            for folder in (self.folder, *folders):
+                what = _gone(folder)
+                if what:
+                    return FileNotFoundError(f"{folder}: was {what} while the run wrote to it; stopped without writing")
             content = self._read()
         except OSError:  # a network that is away for a moment: writing will tell
             return None
@@ -280,6 +281,18 @@ class _Owner:
         if not self.machine or (self.machine, self.folder) != (here.machine, here.folder):
             return None
         return _start_time(self.process) == self.started
+
+
+def _gone(folder: Path) -> str:
+    """What became of a folder that was there; nothing where it still is."""
+    try:
+        return "" if stat.S_ISDIR(folder.stat().st_mode) else "replaced by a file"
+    except (FileNotFoundError, NotADirectoryError):
+        return "deleted"
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # what a network file system says of it
+            return "deleted"
+        raise
 
 
 def _this_process(folder: Path) -> _Owner:

@@ -253,6 +253,22 @@ def test_what_happens_to_the_folder_is_noticed(tmp_path, change, error, words):
             held.check(folder / "checkpoints")
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.EACCES])
+def test_a_network_that_is_away_for_a_moment_ends_no_run(tmp_path, monkeypatch, number):
+    def fail(*_, **__):
+        raise OSError(number, "away")
+
+    with FolderLock(tmp_path) as held:
+        for method in ("stat", "read_bytes"):
+            with monkeypatch.context() as away:
+                away.setattr(type(tmp_path), method, fail)
+                held.check()
+        with monkeypatch.context() as away:
+            away.setattr(type(tmp_path), "stat", lambda *_: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+            with pytest.raises(FileNotFoundError, match="was deleted"):
+                held.check()
+
+
 def test_a_lock_that_is_put_back_soon_is_not_lost(tmp_path):
     with FolderLock(tmp_path) as held:
         (tmp_path / NAME).rename(tmp_path / "aside")
