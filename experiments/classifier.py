@@ -23,6 +23,7 @@ from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITI
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.systems.classifier import Training, of_size_one
 from jaxdiff.training.distributed import on_process_0, once
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
 from jaxdiff.weights import classifier
@@ -66,6 +67,12 @@ class Run:
 
 def main(settings: Run) -> None:
     """Train a classifier of `shapes` and write it to OUT/model."""
+    with locked(settings.out):
+        train_classifier(settings)
+
+
+def train_classifier(settings: Run) -> None:
+    """All of it, in a folder that is this run's alone."""
     if settings.steps < 1 or settings.batch < 1:
         raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
     use_cores(settings.batch)

@@ -27,8 +27,9 @@ def run(
 
     Exit codes: what `main` returns (None is 0); 2 for a bad argument or value, a file that cannot be read or written
     (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 75 for a run
-    that was told to stop and has saved; 130 for Ctrl-C; 71 for other processes that are gone or a stall (one line); 70
-    for a bug of ours, which keeps its traceback. Warnings are one line each.
+    that was told to stop and has saved; 130 for Ctrl-C; 71 for other processes that are gone or a stall (one line); 73
+    where another run writes to the folder (one line); 70 for a bug of ours, which keeps its traceback. Warnings are one
+    line each.
 
     Of several processes that one fails ends all of them, with the same code. What is in `stopped_by` is raised by all
     of them, and said by process 0.

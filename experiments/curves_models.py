@@ -25,6 +25,7 @@ from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text import clip, t5
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Muon, OptimizerConfig
@@ -203,8 +204,9 @@ def _train(
     config = TrainConfig(
         optimizer=rate, steps=steps, ema_decay=0.995, log_every=100, save_every=settings.save_every, seed=seed
     )
-    state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
-    save_model(Model(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
+    with locked(folder):
+        state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
+        save_model(Model(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 
 def _embedded(text: Text, source: Source, data_dir: Path) -> Embeddings:

@@ -34,6 +34,7 @@ from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import SHIPPED, load
 
@@ -67,7 +68,8 @@ def main(settings: Run) -> None:
     out, seconds = settings.out, {}
     weights = settings.weights
     if settings.train:
-        weights = train_cascade(settings.training, usable(out), settings.seed)
+        with locked(usable(out)):
+            weights = train_cascade(settings.training, out, settings.seed)
         seconds["training"] = time.perf_counter() - begun
     captions = [] if settings.caption else chosen_captions()
     texts = list(settings.caption) or [c.text for c in captions]

@@ -11,9 +11,9 @@
 # The command must continue from storage that outlives the TPU, such as --out /mnt/bucket/runs/base64.
 # A round ends with the command's exit code: 0 is the end; 75 (saved) is tried again, as is a failed connection or a
 # killed command where the TPU turns out to be gone, and 71 (workers lost each other, or nothing moved) unless three
-# rounds before were short, too; any other code is the end, and returned. Between rounds it waits, twice as long each
-# time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When
-# it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
+# rounds before were short, too; any other code is the end, and returned (73: another run writes to this --out). Between
+# rounds it waits, twice as long each time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS,
+# TPU_MAX_DOLLARS. When it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
 # Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing
 # is created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
 
@@ -153,6 +153,7 @@ end() {
   fi
   printf 'ended with exit code %s after %s restarts and %s s of TPU time\n' "$code" "$restarts" "$(used)"
   rm -f -- "$state_file" "$state_file.pid"
+  if ((code == 73)); then printf 'not again: another run writes to this --out; OUT/run.lock says which\n' >&2; fi
   exit "$code"
 }
 

@@ -29,6 +29,7 @@ from jaxdiff.nets.clip import CLIPConfig
 from jaxdiff.systems.clip import Contrastive, Sigmoid, Training, finished
 from jaxdiff.text.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import BATCH_AXES, check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
@@ -108,6 +109,12 @@ def main(settings: Run) -> None:
     """Train a CLIP from scratch and write it to OUT/model."""
     processes = start(settings.cluster)
     alike(vars(settings))
+    with locked(settings.out):
+        train_clip(settings, processes)
+
+
+def train_clip(settings: Run, processes: int) -> None:
+    """All of it, in a folder that is this run's alone."""
     use_cores(settings.batch // processes)
     config, optimizing = preset_of(settings), config_of(settings)
     if settings.batch % processes:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from jaxdiff.data import convert, remote
+from jaxdiff.training.lock import locked
 
 DEFAULTS = convert.Settings()
 
@@ -40,7 +41,8 @@ def main(
     if not inputs:
         raise ValueError("no inputs: name .tar, .csv or .parquet files")
     files = [file for pattern in inputs for file in remote.expand(pattern)]
-    with tqdm(desc="convert", unit=" pictures") as bar:
+    # A second conversion into the folder would have what it writes taken for leftovers.
+    with locked(out), tqdm(desc="convert", unit=" pictures") as bar:
 
         def progress(report: convert.Report) -> None:
             bar.update(report.images)

@@ -37,6 +37,7 @@ from jaxdiff.text.t5 import TextEncoder, encode
 from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
@@ -146,6 +147,12 @@ def main(settings: Run) -> None:
     """Train one stage of an Imagen cascade and write its averaged parameters to OUT/model."""
     processes = start(settings.cluster)  # before anything touches a device
     alike(vars(settings))
+    with locked(settings.out):
+        train_stage(settings, processes)
+
+
+def train_stage(settings: Run, processes: int) -> None:
+    """All of it, in a folder that is this run's alone."""
     use_cores(settings.batch // max(1, settings.accumulate * processes))
     # What is wrong is said before anything is drawn, embedded or written.
     stage, sampling, config = stage_of(settings), presets.sampling(settings.stage, settings.preset), config_of(settings)

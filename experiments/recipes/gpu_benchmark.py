@@ -1,7 +1,8 @@
 """GPU report: training steps of all presets, beside the rate of matrix products measured on the same card.
 
-Steps are compiled in groups, in threads; then each is timed alone. FLOPs are the network's own, counted before the
-compiler's optimisations; the share of a peak leaves out what cuDNN's attention does, so it is a lower bound.
+Steps are compiled in groups, in threads; then each is timed alone. FLOPs are
+those of the network's convolutions and matrix products; what cuDNN's attention does is not among them, so the shares of
+a peak are lower bounds.
 """
 
 import os

@@ -6,7 +6,7 @@
 Sections run in this order, the most valuable first, each in a process of its own with its share of the minutes:
 
     networks    every network on the CPU and on the accelerator, float32 and bfloat16; attention kernels; a gradient
-    suite       the tests of networks, diffusion and the training step, on the accelerator
+    suite       the tests of networks and of diffusion, on the accelerator
     benchmark   training steps of all presets, and the share of the matrix product rate measured on this card
     diffusers   diffusers' U-Net of DeepFloyd IF, eager and compiled, and ours (needs PyTorch and diffusers)
     sampling    the shipped cascade, 64 to 256 to 1024 pixels; CPU and accelerator draw the same images
@@ -59,6 +59,10 @@ SECTIONS: dict[str, Section] = {
 }
 
 
+GRACE = 15.0
+"""Seconds beyond its deadline after which a section is stopped: a compilation cannot be interrupted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What to report."""
@@ -107,11 +111,10 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
         return True
     context = Context(name, out, time.time() + seconds, settings.tiny, settings.training)
     log = out / f"{name}.log"
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(context, log))
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(SECTIONS[name].run, context, log))
     with _environment(SECTIONS[name].env):
         process.start()
-    # A section ends by itself at its deadline; what it cannot interrupt (a compilation) gets some grace.
-    process.join(None if settings.tiny else seconds + 15)
+    process.join(None if settings.tiny else seconds + GRACE)
     if process.is_alive():
         process.kill()
         process.join()
@@ -122,12 +125,12 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
     return process.exitcode != 0
 
 
-def _run(context: Context, log: Path) -> None:
+def _run(section: Callable[[Context], None], context: Context, log: Path) -> None:
     """In the section's own process: all that it and its libraries print goes to its log."""
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    SECTIONS[context.name].run(context)
+    section(context)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""GPU report: the tests of networks, diffusion and the training step run on the accelerator."""
+"""GPU report: the tests of networks and of diffusion run on the accelerator."""
 
 import os
 import re
@@ -17,7 +17,6 @@ FILES = (
     "tests/diffusion/test_golden.py",
     "tests/diffusion/test_losses.py",
     "tests/diffusion/test_samplers.py",
-    "tests/training/test_step.py",
 )
 TINY = ("tests/nets/test_attention.py",)
 

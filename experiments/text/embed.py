@@ -37,6 +37,7 @@ from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.distributed import Cluster, all_done, start
+from jaxdiff.training.lock import FolderLock
 from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh
 from jaxdiff.training.placement import shardings
 from jaxdiff.weights.t5 import load_text_encoder
@@ -90,7 +91,9 @@ def main(
     rows = -(-batch // batch_devices(mesh)) * batch_devices(mesh)
     bulk = BulkEncoder(encoder, rows, lengths, batch_sharding(mesh))
     made_by = fingerprint(encoder)
-    with _Progress(bulk, source, out) as progress:
+    # Other shards may be written at the same time; a second start of this one would do its work twice.
+    lock = FolderLock(out, f"shard-{share.index}-of-{share.count}.lock")
+    with lock, _Progress(bulk, source, out) as progress:
         stored = store_rows(
             source,
             progress.encode,

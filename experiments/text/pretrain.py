@@ -27,6 +27,7 @@ from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokeniz
 from jaxdiff.training import peers
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.feed import OwnRows
+from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
@@ -114,18 +115,20 @@ def pretrain(
         save_tokenizer(words, out / "encoder")
         return words, stream
 
-    words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
-    config = replace(PRESETS[preset], vocab=len(words))
-    made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
-    made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
-    state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
-    params = gathered(state.ema)
+    with locked(out):
+        words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
+        config = replace(PRESETS[preset], vocab=len(words))
+        made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
+        made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
+        state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
+        params = gathered(state.ema)
 
-    def finish() -> None:
-        t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), out / "encoder")
-        print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {len(words)} ids, {length} tokens per caption")
+        def finish() -> None:
+            t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), out / "encoder")
+            reads = f"{len(words)} ids, {length} tokens per caption"
+            print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {reads}")
 
-    on_process_0(finish)
+        on_process_0(finish)
 
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:

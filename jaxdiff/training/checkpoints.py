@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from jaxdiff.training import manifest
 from jaxdiff.training.agreement import barrier, gather
+from jaxdiff.training.peers import FolderInUseError
 from jaxdiff.training.settings import difference
 from jaxdiff.training.state import Params, TrainState
 
@@ -28,14 +29,23 @@ class Checkpoints:
 
     With several processes, all of them share the directory and make the same calls. A context manager: leaving it waits
     for what is being written. Saving raises OSError, reading ValueError: one line that names the directory.
+    `check` is called before a checkpoint gets its name and before anything is deleted, in process 0, in any thread;
+    where it raises, neither is done, and saving raises the same.
     """
 
-    def __init__(self, directory: str | Path, settings: Mapping[str, Any], keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        settings: Mapping[str, Any],
+        keep: int = 3,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory = Path(directory).absolute()
         self.settings = dict(settings)
         self._being_saved: int | None = None
+        self._check = check
         with _explained(OSError, f"{self.directory}: cannot be used for checkpoints"):
-            self._manager = _manager(self.directory, keep, create=True)
+            self._manager = _manager(self.directory, keep, create=True, check=check)
 
     def latest(self) -> int | None:
         """The newest step saved, None where there is none."""
@@ -135,7 +145,7 @@ class Checkpoints:
             with self._saving(self._being_saved):
                 self._manager.wait_until_finished()
                 self._manager.close()
-        except OSError:
+        except (OSError, FolderInUseError):
             if not isinstance(error, Exception):  # otherwise the failure that brought us here is the one to report
                 raise
         finally:
@@ -150,6 +160,7 @@ class Checkpoints:
                 yield
         except OSError:
             if jax.process_index() == 0:
+                self._check()  # what another run has there is none of ours
                 for rest in self.directory.glob(f"*{UNFINISHED}"):
                     shutil.rmtree(rest, ignore_errors=True)
             raise
@@ -193,6 +204,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """
 
     keep: int | None = None  # all
+    check: Callable[[], None] = staticmethod(lambda: None)
 
     async def finalize(self) -> None:
         final = self._final_path
@@ -202,6 +214,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         try:
             await super().finalize()
             manifest.write(Path(self._final_path))
+            self.check()
             self._final_path.rename(final)
             manifest.sync(Path(final.parent))
         finally:
@@ -212,12 +225,14 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
             shutil.rmtree(old.rename(final.parent / f"{step}-deleted{UNFINISHED}"), ignore_errors=True)
 
 
-def _manager(directory: Path, keep: int | None, create: bool) -> ocp.CheckpointManager:
+def _manager(
+    directory: Path, keep: int | None, create: bool, check: Callable[[], None] = lambda: None
+) -> ocp.CheckpointManager:
     # Rests of an interrupted save go when a run starts again, but a reader must not touch what a run is writing.
     options = ocp.CheckpointManagerOptions(
         create=create,
         cleanup_tmp_directories=create,
-        temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep}),
+        temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep, "check": staticmethod(check)}),
         async_options=ocp.AsyncOptions(barrier_sync_fn=barrier(f"failed/{directory}")),
     )
     tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler

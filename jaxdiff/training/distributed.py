@@ -25,7 +25,7 @@ from jax._src.distributed import global_state
 from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdiff.training import peers
+from jaxdiff.training import lost_peer, peers
 from jaxdiff.training.interruption import unheard
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def start(cluster: Cluster) -> int:
     if cluster.coordinator is not None:
         given = {"coordinator_address": cluster.coordinator, "num_processes": cluster.processes}
         given |= {"process_id": cluster.process, "cluster_detection_method": "deactivate"}
-    with _patience(cluster):
+    with _patience(cluster), lost_peer.ends_this_process():
         try:
             jax.distributed.initialize(
                 **given,

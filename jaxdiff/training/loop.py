@@ -20,6 +20,7 @@ from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.distributed import agree, check_shared
 from jaxdiff.training.feed import Batches, Feed
 from jaxdiff.training.interruption import Interruption, Preempted, Told
+from jaxdiff.training.lock import FolderLock, locked
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -88,66 +89,71 @@ def train(
     all of them, since the parameters are spread over them.
 
     Raises Diverged; Preempted, after saving; ValueError for a checkpoint of other settings or that cannot be read, a
-    batch that does not divide over the devices, data that ends, processes that differ; OSError where saving fails;
-    peers.Lost where another process is gone. Where one process raises, the others end too.
+    batch that does not divide over the devices, data that ends, processes that differ; OSError where saving fails or
+    `out` is deleted meanwhile; peers.FolderInUseError where another run has `out` or takes it over; peers.Lost where
+    another process is gone. Where one process raises, the others end too.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh() if mesh is None else mesh
-    check_processes(mesh)
-    fixed = {
-        "stage": stage,
-        "optimizer": config.optimizer,
-        "accumulate": config.accumulate,
-        "ema_decay": config.ema_decay,
-        "ema_warmup": config.ema_warmup,
-        "seed": config.seed,
-        "data": dict(data or {}),
-    }
-    agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
-    check_shared(out)
-    abstract = abstract_state(stage, config.optimizer, mesh, placement)
-    init_key, key = jax.random.split(jax.random.key(config.seed))
-    folder = out / "checkpoints"
-    # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
-    with (
-        _announced(),
-        jax.set_mesh(mesh),
-        Interruption() as interruption,
-        Watchdog(out, config.stall, config.stall_exit) as watchdog,
-        Checkpoints(folder, flatten(fixed), config.keep) as checkpoints,
-        _ended_together(),
-    ):
-        with _stopped_early(interruption):
-            latest = checkpoints.latest()
-            if latest is None:
-                state = init_state(stage, config.optimizer, init_key, mesh, initial, placement)
-            else:
-                state, place = checkpoints.restore(abstract)
-                batches.set_state(place)
-            step = make_step(
-                stage,
-                config.optimizer,
-                jax.tree.map(lambda leaf: leaf.sharding, abstract),
-                accumulate=config.accumulate,
-                ema_decay=config.ema_decay,
-                ema_warmup=config.ema_warmup,
-            )
-            first = int(state.step)
-            feed = Feed(batches, mesh, config.accumulate, config.steps - first)
-        reporter = Reporter(out, config.log_every, config.steps, first, progress, description)
-        try:
-            loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog)
-            state = loop.run(sample_hook if config.sample_every else None)
-        except Diverged:
-            if peers.index() == 0:
-                plot(out)
-            raise
-        finally:
-            reporter.close()
-    if peers.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
-        plot(out)
-    return state
+    with locked(out) as lock:  # before anything is read, deleted or written there
+        mesh = make_mesh() if mesh is None else mesh
+        check_processes(mesh)
+        fixed = {
+            "stage": stage,
+            "optimizer": config.optimizer,
+            "accumulate": config.accumulate,
+            "ema_decay": config.ema_decay,
+            "ema_warmup": config.ema_warmup,
+            "seed": config.seed,
+            "data": dict(data or {}),
+        }
+        agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
+        check_shared(out)
+        abstract = abstract_state(stage, config.optimizer, mesh, placement)
+        init_key, key = jax.random.split(jax.random.key(config.seed))
+        folder = out / "checkpoints"
+        # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
+        with (
+            _announced(),
+            jax.set_mesh(mesh),
+            Interruption() as interruption,
+            Watchdog(out, config.stall, config.stall_exit) as watchdog,
+            Checkpoints(folder, flatten(fixed), config.keep, lambda: lock.check(folder)) as checkpoints,
+            _ended_together(),
+        ):
+            with _stopped_early(interruption):
+                latest = checkpoints.latest()
+                if latest is None:
+                    state = init_state(stage, config.optimizer, init_key, mesh, initial, placement)
+                else:
+                    state, place = checkpoints.restore(abstract)
+                    batches.set_state(place)
+                step = make_step(
+                    stage,
+                    config.optimizer,
+                    jax.tree.map(lambda leaf: leaf.sharding, abstract),
+                    accumulate=config.accumulate,
+                    ema_decay=config.ema_decay,
+                    ema_warmup=config.ema_warmup,
+                )
+                first = int(state.step)
+                feed = Feed(batches, mesh, config.accumulate, config.steps - first)
+            reporter = Reporter(out, config.log_every, config.steps, first, progress, description)
+            try:
+                loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog, lock)
+                state = loop.run(sample_hook if config.sample_every else None)
+            except OSError:
+                lock.check(folder)  # where the folder is gone, that is what to say
+                raise
+            except Diverged:
+                if peers.index() == 0:
+                    plot(out)
+                raise
+            finally:
+                reporter.close()
+        lock.check(folder)
+        if peers.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
+            plot(out)
+        return state
 
 
 @dataclass
@@ -164,6 +170,7 @@ class _Loop:
     reporter: Reporter
     interruption: Interruption
     watchdog: Watchdog
+    lock: FolderLock
 
     def run(self, sample_hook: Callable[[int, Params], None] | None) -> TrainState:
         config = self.config
@@ -179,6 +186,8 @@ class _Loop:
                 self.stop(self.interruption.name)
             metrics = self.advance(batch, rows)
             self.place = place
+            if self.number % config.log_every == 0 or self.lock.due():
+                self.look()
             last = self.number == config.steps
             stop = self.interruption.reached(self.number)
             save_due |= self.number % config.save_every == 0
@@ -204,10 +213,15 @@ class _Loop:
             jax.block_until_ready(self.in_flight.popleft())
         return metrics
 
+    def look(self) -> None:
+        """Raises where the run's folder is gone or another run has it."""
+        self.lock.check(self.checkpoints.directory)
+
     def save(self) -> None:
         """The state, unless it is on disk already. Raises Diverged, and nothing is saved."""
         if self.number == self.saved:
             return
+        self.look()
         self.watchdog.doing(f"saving step {self.number}")
         self.reporter.flush()
         self.checkpoints.save(self.number, self.state, self.place)
@@ -215,6 +229,7 @@ class _Loop:
         self.saved = self.number
 
     def sample(self, hook: Callable[[int, Params], None]) -> None:
+        self.look()
         self.watchdog.doing(f"drawing samples after step {self.number}", compiles=True)
         self.reporter.flush()
         try:

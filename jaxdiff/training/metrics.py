@@ -3,50 +3,85 @@
 import json
 import math
 import os
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+LINES = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
 PLOT = "loss.png"
 
 
 class MetricsLog:
     """metrics.jsonl (one object a line) and `tensorboard/` in a run's folder, continued after step `resumed`.
 
-    Lines of later steps, which a run that died has left, are cut off: no step appears twice.
+    Lines of later steps, which a run that died has left, are cut off: no step appears twice. Where some cannot be read,
+    a warning says which, the others are kept, and the file as it was is kept as metrics.damaged.jsonl.
     """
 
     def __init__(self, folder: Path, resumed: int) -> None:
-        path = folder / "metrics.jsonl"
-        _truncate(path, resumed)
-        self._file = path.open("a")
+        self._path = folder / LINES
+        _truncate(self._path, resumed)
+        self._file = self._path.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter  # here, because it imports PyTorch wherever that is installed
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
+        self._failures: list[OSError] = []
+        events = self._board.file_writer.event_writer._ev_writer  # has no public name
+        for name in ("write_event", "flush", "close"):
+            setattr(events, name, _noting(getattr(events, name), self._failures))
 
     def write(self, line: dict[str, Any]) -> None:
-        """`line` has a `step`; values that are not finite become null."""
-        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
-        self._file.flush()
+        """`line` has a `step`; values that are not finite become null. OSError where it cannot be written."""
+        path = self._path
+        try:
+            self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
+            self._file.flush()
+            path = self._path.with_name("tensorboard")
+            if self._failures:
+                raise self._failures[0]
+        except OSError as error:
+            raise OSError(
+                f"{path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
+            ) from error
         for name, value in line.items():
             if name != "step" and value is not None and math.isfinite(value):
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line is on disk, or its failure was raised by `write`
+            self._file.close()
         self._board.close()
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a killed run is left out."""
-    lines = []
-    for text in Path(path).read_text().splitlines():
+def _noting(call: Callable[..., Any], errors: list[OSError]) -> Callable[..., Any]:
+    """The same, but where it fails the error is noted: raised in TensorBoard's thread, it would end that thread, and
+    what is to be written next would wait for it for ever."""
+
+    def noting(*arguments: Any) -> Any:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            return call(*arguments)
+        except OSError as error:
+            errors.append(error)
+
+    return noting
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that can be read, by their steps; of equal steps the last.
+
+    One warning says which lines were left out and why. A last line that a killed run has cut short is none of them.
+    """
+    found = _readable(Path(path).read_bytes())
+    if found.problem(cut=False):
+        warnings.warn(f"{path}: {found.problem(cut=False)}", stacklevel=2)
+    return found.lines
 
 
 def plot(folder: Path) -> None:
@@ -54,7 +89,7 @@ def plot(folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [line for line in read(folder / "metrics.jsonl") if line["loss"] is not None]
+    lines = [line for line in read(folder / LINES) if _is_number(line.get("loss"))]
     steps, losses = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
     if not len(steps):
         return
@@ -85,10 +120,81 @@ def _moving_median(values: np.ndarray) -> np.ndarray:
 def _truncate(path: Path, last: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read(path) if line["step"] <= last]
+    content = path.read_bytes()
+    found = _readable(content)
+    kept = "".join(json.dumps(line) + "\n" for line in found.lines if line["step"] <= last).encode()
+    problem = found.problem()
+    if found.damaged or found.repeated:
+        shutil.copyfile(path, path.with_name(DAMAGED))
+        problem += f"; the file as it was is {path.with_name(DAMAGED)}"
+    if problem:
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
+    if kept == content:
+        return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.write_bytes(kept)
     os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class _Readable:
+    """What a metrics.jsonl holds: its lines by their steps, and the numbers of those that are left out."""
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+    repeated: list[int]  # a later line has the same step
+    cut: int | None  # the last, if it has no end
+
+    def problem(self, cut: bool = True) -> str:
+        parts = []
+        if self.damaged:
+            parts.append(f"{_numbers(self.damaged)} cannot be read (damaged, or without a step)")
+        if self.repeated:
+            parts.append(f"{_numbers(self.repeated)} have a step that a later line has too")
+        if cut and self.cut is not None:
+            parts.append(f"line {self.cut}, the last, was cut short")
+        return f"{', '.join(parts)}: left out, {len(self.lines)} are kept" if parts else ""
+
+
+def _readable(content: bytes) -> _Readable:
+    *ended, rest = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    by_step: dict[int, tuple[int, dict[str, Any]]] = {}
+    damaged, repeated, cut = [], [], None
+    for number, text in enumerate([*ended, rest], 1):
+        if not text.strip():
+            continue
+        line = _parsed(text.strip(b"\0 \t\r"))
+        if line is None and number > len(ended) and b"\0" not in text:
+            cut = number
+            continue
+        if line is None or b"\0" in text:  # where a block of zeros is, there may have been more
+            damaged.append(number)
+        if line is None:
+            continue
+        if line["step"] in by_step:
+            repeated.append(by_step[line["step"]][0])
+        by_step[line["step"]] = (number, line)
+    return _Readable([by_step[step][1] for step in sorted(by_step)], damaged, sorted(repeated), cut)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """An object with a step, otherwise None."""
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if type(step) is int and 0 <= step < 2**63 else None
+
+
+def _numbers(lines: list[int]) -> str:
+    """`3 lines (2, 5, 6)`, of many the first ten."""
+    more = ", …" if len(lines) > 10 else ""
+    return f"{len(lines)} line{'s' * (len(lines) > 1)} ({', '.join(map(str, lines[:10]))}{more})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _finite(value: Any) -> Any:

@@ -28,6 +28,8 @@ CRASHED = 70
 """Exit code of a process that a bug of ours ended."""
 BROKEN_OFF = 71
 """Exit code where other processes are gone or nothing moves any more: worth starting again."""
+IN_USE = 73
+"""Exit code where another run has the folder: not to be started again before that one has ended."""
 
 _FAILED = "jaxdiff/failed"
 _EVERY = 1.0  # seconds between looks
@@ -47,6 +49,10 @@ class Lost(ProcessLostError):
     def __init__(self, message: str, unsure: bool = False) -> None:
         super().__init__(message)
         self.unsure = unsure
+
+
+class FolderInUseError(RuntimeError):
+    """Another run writes to the folder, or has taken it over."""
 
 
 def count() -> int:
@@ -110,7 +116,10 @@ def watch() -> None:
 
 def outcome(error: BaseException) -> tuple[int, str]:
     """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF
-    and a line where other processes are gone, otherwise CRASHED and the traceback of a bug of ours."""
+    and a line where other processes are gone, IN_USE and a line for another run's folder, otherwise CRASHED and the traceback
+    of a bug of ours."""
+    if isinstance(error, FolderInUseError):
+        return IN_USE, f"error: {_flat(error)}"
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {_flat(error)}"
     if isinstance(error, Lost):
@@ -166,6 +175,17 @@ def leave(code: int, text: str) -> NoReturn:
         child.terminate()
     sys.stdout.flush()
     os._exit(code)
+
+
+def lose_contact() -> NoReturn:
+    """End at once with BROKEN_OFF. For a thread of jax that finds others gone: it must not call anything of jax."""
+    if not _ENDING.acquire(blocking=False):
+        time.sleep(3 * _PATIENCE)  # this process is ending already, with another code
+    line = f"error: {name()}: another process is gone: it was killed, hangs or is out of reach; start again to go on\n"
+    os.write(2, line.encode())
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(BROKEN_OFF)
 
 
 def _watch() -> None:

@@ -187,11 +187,15 @@ def slurm(cloud, tmp_path):
         ("71 71", 71, "requeue Incomplete 12\n"),
         ("134 137", 71, "requeue Incomplete 12\n"),
         ("137 137", 137, ""),
+        ("73 73", 73, ""),
+        ("73 137", 73, ""),  # killed by Slurm two minutes after the other had ended
+        ("73 134", 73, ""),
     ],
 )
 def test_slurm_starts_again_what_was_saved(cloud, slurm, codes, code, requeued):
     done = slurm("--", "sh", "-c", f"set -- {codes}; [ $SLURM_PROCID = 0 ] && exit $1; exit $2")
     assert done.wait(20) == code and cloud.text("requeued") == requeued
+    assert ("another run writes to this --out" in done.stderr.read()) == (code == 73)
     words = cloud.text("srun").split("\0")
     assert "--output=runs/slurm/%j-%t.log" in words and "--kill-on-bad-exit=0" in words
 

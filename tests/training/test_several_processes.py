@@ -71,17 +71,26 @@ def test_four_processes_have_the_losses_of_one(one, tmp_path):
     alike(losses(tmp_path), one[:6])
 
 
-def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_by_bit(two, tmp_path):
-    with started(tmp_path, "--fault", "kill", "--at", 12, "--who", 1, "--heartbeat", 8) as processes:
-        processes[1].wait(100)
-        begun = time.monotonic()
-        codes = processes.wait(60)
-        assert codes[1] == -9 and codes[0] not in (0, 1, 2, 75), processes.words()
-        assert time.monotonic() - begun < 40
+@pytest.mark.parametrize(
+    ("fault", "who"),
+    [("kill", 1), ("kill", 0), pytest.param("SIGSTOP", 1, marks=pytest.mark.slow), ("SIGSTOP", 0)],
+)
+def test_a_process_that_is_gone_ends_the_others_and_the_run_resumes_bit_by_bit(two, tmp_path, fault, who):
+    with started(tmp_path, "--fault", fault, "--at", 12, "--who", who, "--heartbeat", 8) as processes:
+        gone, other = processes[who], processes[1 - who]
+        processes.until(lambda: gone.poll() is not None or (tmp_path / "checkpoints" / "5").exists())
+        assert other.wait(60) == 71, processes.words()
+        said = processes.err(1 - who)
+        assert said.count("error: ") == said.count("another process is gone") == 1, said
+        assert "terminate called" not in said and "@ 0x" not in said and "Traceback" not in said
+        if fault == "SIGSTOP":  # who goes on finds out too
+            gone.send_signal(signal.SIGCONT)
+            assert gone.wait(60) == 71, processes.words()
     assert saved(tmp_path) in (5, 10)  # that of 10 may have been on its way
-    codes, said = ended(tmp_path)
-    assert codes == [0, 0], said
-    assert losses(tmp_path) == losses(two)
+    if (fault, who) == ("kill", 1):
+        codes, said = ended(tmp_path)
+        assert codes == [0, 0], said
+        assert losses(tmp_path) == losses(two)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,351 @@
+"""One run a folder: a lock that is held in it while a run goes on, so that a second start does not destroy the first.
+
+    with locked(out) as lock:     # of several processes, process 0 holds it
+        ...
+        lock.check()              # before writing: raises where the folder is gone or another run has it
+
+The lock is a small file: who holds it (host, process, its start time) and a counter that a thread raises every
+`EVERY` seconds. It is created by a hard link, which is exclusive on network file systems too; where there are none
+(buckets), by exclusive creation and a second look. Locks of the operating system are not used: many network file
+systems have none that other hosts see.
+
+A lock that a dead run has left is taken over. On the same machine the process table says at once whether the holder
+lives; for another machine the counter must stand still for `STALE` seconds by the clock of whoever waits, so that
+clocks which differ do not matter.
+"""
+
+import errno
+import json
+import os
+import secrets
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxdiff.training import peers
+
+NAME = "run.lock"
+EVERY = 10.0
+"""Seconds between two signs of life."""
+STALE = 60.0
+"""Seconds without one after which the lock of another machine counts as left behind."""
+SETTLE = 2.0
+"""Seconds after which a file system without hard links must show which of two locks has won."""
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator["FolderLock"]:
+    """The lock of a run's folder, which process 0 holds until the block ends; the folder is made where it is missing.
+
+    Within a block of the same folder, in the same thread, a second one is the same lock. Raises
+    `peers.FolderInUseError` where another run has the folder; OSError where nothing can be written to it.
+    """
+    with FolderLock(folder, active=peers.index() == 0) as lock:
+        yield lock
+
+
+class FolderLock:
+    """A context manager that holds `folder`/`name`. active=False: another process holds it, and this does nothing."""
+
+    def __init__(self, folder: str | Path, name: str = NAME, active: bool = True) -> None:
+        self.folder = Path(folder).absolute()
+        self.path = self.folder / name
+        self._active = active
+        self._nested = self._new_folder = False
+        self._ended = threading.Event()
+        self._looked = time.monotonic()
+
+    def __enter__(self) -> "FolderLock":
+        if self._active:
+            self._make_folder()
+            self._owner = _this_process(self.folder)
+            try:
+                self._take()
+            except BaseException:
+                self._remove_new_folder()
+                raise
+            if not self._nested:
+                self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
+                self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if not self._active or self._nested:
+            return
+        self._ended.set()
+        self._thread.join(EVERY)  # it may hang with the file system
+        with suppress(OSError):
+            if self._mine(self._read()):
+                self.path.unlink()
+        if kind is not None:
+            self._remove_new_folder()
+
+    def due(self) -> bool:
+        """Whether `EVERY` seconds have passed since the last check."""
+        return self._active and time.monotonic() - self._looked >= EVERY
+
+    def check(self, *folders: Path) -> None:
+        """Raises FileNotFoundError where the folder, or one of `folders` in it, is gone, and
+        `peers.FolderInUseError` where the lock is not this run's any more. To be called before anything is written."""
+        if not self._active:
+            return
+        self._looked = time.monotonic()
+        for pause in (0.2, 0.8):  # another start may have moved the lock by mistake, and is putting it back
+            if self._problem(folders) is None:
+                return
+            time.sleep(pause)
+        problem = self._problem(folders)
+        if problem is not None:
+            raise problem
+
+    def _problem(self, folders: tuple[Path, ...]) -> Exception | None:
+        try:
+            for folder in (self.folder, *folders):
+                what = _gone(folder)
+                if what:
+                    return FileNotFoundError(f"{folder}: was {what} while the run wrote to it; stopped without writing")
+            content = self._read()
+        except OSError:  # a network that is away for a moment: writing will tell
+            return None
+        if self._mine(content):
+            return None
+        holder = _owner_of(content)
+        what = f"is held by {holder.words()} now" if holder else "was removed or damaged"
+        return peers.FolderInUseError(f"{self.path}: {what}, and another run may write here; stopped without writing")
+
+    # Taking it.
+
+    def _take(self) -> None:
+        said, missed = False, 0
+        while not self._create():
+            content = self._read()
+            if content is None:  # gone since; but a link that leads nowhere stays
+                missed += 1
+                if missed > 40:
+                    raise OSError(f"{self.path}: can be neither created nor read")
+                time.sleep(0.05)
+                continue
+            if self._mine(content):  # it was moved by another start, and put back
+                return
+            holder = _owner_of(content)
+            if holder is not None and holder.is_this_thread(self._owner):
+                self._owner, self._nested = holder, True
+                return
+            who = holder.words() if holder else "a run that cannot be named (the file is damaged)"
+            lives = holder.lives(self._owner) if holder else None
+            if lives is None:
+                if not said:
+                    _say(f"{self.path}: held by {who}; waiting up to {STALE:.0f} s for a sign of life")
+                    said = True
+                lives = self._shows_life(content)
+            if lives:
+                raise peers.FolderInUseError(
+                    f"{self.folder}: in use by {who}: wait until it has ended, stop it, or name another folder"
+                )
+            if lives is False and self._remove(content):
+                _say(f"{self.path}: left behind by {who}, which has ended; taken over")
+
+    def _create(self) -> bool:
+        """Whether the lock is ours now; False where there is one already."""
+        temporary = self.path.with_name(f".{self.path.name}-{self._owner.token}")
+        try:
+            temporary.write_bytes(self._owner.content(0))
+            try:
+                os.link(temporary, self.path)
+                return True
+            except FileExistsError:
+                return temporary.stat().st_nlink == 2  # a network may have lost the answer to a link that was made
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return self._create_without_links()
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.folder}: cannot be written to: {error.strerror or error}") from error
+
+    def _create_without_links(self) -> bool:
+        try:
+            with self.path.open("xb") as file:
+                file.write(self._owner.content(0))
+        except FileExistsError:
+            return False
+        time.sleep(SETTLE)
+        return self._mine(self._read())
+
+    def _shows_life(self, content: bytes) -> bool | None:
+        """Whether the counter moves within `STALE` seconds; None where the lock has gone or changed hands meanwhile."""
+        until = time.monotonic() + STALE
+        while time.monotonic() < until:
+            time.sleep(min(0.5, EVERY / 4))
+            with suppress(OSError):
+                now = self._read()
+                if now != content:
+                    same = now is not None and _token(now) is not None and _token(now) == _token(content)
+                    return True if same else None
+        return False
+
+    def _remove(self, content: bytes) -> bool:
+        """Whether the lock with this content is gone, by us. Renamed first: of several that try, one succeeds."""
+        old = self.path.with_name(f".{self.path.name}-{self._owner.token}-stale")
+        try:
+            if self._read() != content:
+                return False
+            os.rename(self.path, old)
+        except FileNotFoundError:
+            return False
+        if old.read_bytes() == content:
+            old.unlink()
+            return True
+        try:  # another start was faster, and this is its lock
+            os.link(old, self.path)
+            old.unlink()
+        except FileExistsError:
+            old.unlink()
+        except OSError:
+            os.rename(old, self.path)
+        return False
+
+    # Holding it.
+
+    def _live(self) -> None:
+        count = 0
+        while not self._ended.wait(EVERY):
+            count += 1
+            with suppress(OSError), self.path.open("r+b", buffering=0) as file:
+                if self._mine(file.read()):
+                    file.seek(0)
+                    file.write(self._owner.content(count))  # of the same length
+
+    def _read(self) -> bytes | None:
+        """The lock's content, None where there is none. Opened anew: that is when a network file system looks."""
+        try:
+            return self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return None
+            raise
+
+    def _mine(self, content: bytes | None) -> bool:
+        return content is not None and _token(content) == self._owner.token
+
+    def _make_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder}: a file, name a folder")
+        try:
+            self._new_folder = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.folder}: cannot be made: {error.strerror}") from error
+
+    def _remove_new_folder(self) -> None:
+        """A run that was refused, or failed before it wrote anything, leaves no empty folder."""
+        if self._new_folder:
+            with suppress(OSError):
+                self.folder.rmdir()
+
+
+@dataclass(frozen=True)
+class _Owner:
+    token: str
+    host: str
+    machine: str  # equal for two processes that see the same process table
+    process: int
+    started: str  # in whatever unit; numbers of processes are used again
+    thread: int
+    folder: str  # a copy of it, with the lock of the original, is another
+    since: str
+
+    def content(self, count: int) -> bytes:
+        return (json.dumps({**asdict(self), "count": f"{count:012d}"}) + "\n").encode()
+
+    def words(self) -> str:
+        return f"process {self.process} on {self.host} (since {self.since})"
+
+    def is_this_thread(self, here: "_Owner") -> bool:
+        return replace(self, token=here.token, since=here.since) == here
+
+    def lives(self, here: "_Owner") -> bool | None:
+        """Whether the process is there; None where only its own machine knows, or it holds another folder."""
+        if not self.machine or (self.machine, self.folder) != (here.machine, here.folder):
+            return None
+        return _start_time(self.process) == self.started
+
+
+def _gone(folder: Path) -> str:
+    """What became of a folder that was there; nothing where it still is."""
+    try:
+        return "" if stat.S_ISDIR(folder.stat().st_mode) else "replaced by a file"
+    except (FileNotFoundError, NotADirectoryError):
+        return "deleted"
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # what a network file system says of it
+            return "deleted"
+        raise
+
+
+def _this_process(folder: Path) -> _Owner:
+    place = folder.stat()
+    return _Owner(
+        token=secrets.token_hex(8),
+        host=socket.gethostname(),
+        machine=_machine(),
+        process=os.getpid(),
+        started=_start_time(os.getpid()),
+        thread=threading.get_ident(),
+        folder=f"{place.st_dev} {place.st_ino}",
+        since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    )
+
+
+def _owner_of(content: bytes | None) -> _Owner | None:
+    """Who is named in a lock, None where it is damaged."""
+    try:
+        values = json.loads(content or b"")
+        owner = _Owner(**{name: values[name] for name in _Owner.__dataclass_fields__})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    numbers = isinstance(owner.process, int) and isinstance(owner.thread, int)
+    texts = all(isinstance(value, str) for name, value in asdict(owner).items() if name not in ("process", "thread"))
+    return owner if numbers and texts else None
+
+
+def _token(content: bytes) -> str | None:
+    owner = _owner_of(content)
+    return None if owner is None else owner.token
+
+
+def _machine() -> str:
+    """Names the process table that this process is in: that of a boot, and of a container in it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "" if sys.platform == "linux" else f"{sys.platform} {socket.gethostname()}"
+
+
+def _start_time(process: int) -> str:
+    """When a process of this machine began; empty where there is none, or only what its parent has not yet buried."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # its name may hold anything
+        except OSError:
+            return ""
+        return "" if fields[0] in "ZX" else fields[19]
+    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""The report of an accelerator, rehearsed end to end on the CPU at tiny sizes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.recipes import gpu_report, gpu_section
+from experiments.recipes.gpu_section import Context
+from jaxdiff.weights.imagen import load_model
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_rehearsal(tmp_path, command):
+    """Every section measures something, nothing fails, and the trained base can be read as a stage."""
+    done = command(gpu_report.main, "--out", tmp_path, "--tiny", "--minutes", 1)
+    assert done.code == 0, done.err + (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    for name in gpu_report.SECTIONS:
+        assert f"## {name}" in report
+        assert not [row for row in rows(tmp_path, name) if "error" in row or "not_measured" in row], report
+    limits = [row for row in rows(tmp_path, "networks") if "within_limits" in row]
+    assert len(limits) == 3 and all(row["within_limits"] for row in limits)
+    (suite,) = rows(tmp_path, "suite")
+    assert suite["passed"] > 10 and suite["failed"] == 0
+    assert rows(tmp_path, "benchmark")[1]["images_per_second"] > 0
+    assert {row["what"] for row in rows(tmp_path, "diffusers")} == {"forward", "gradient"}
+    assert len([row for row in rows(tmp_path, "diffusers") if "diffusers" in row["network"]]) == 3
+    training = rows(tmp_path, "training")
+    assert [row["images_seen"] for row in training if "images_seen" in row] == [20]
+    assert {(row["base"], row["objects"]) for row in training if "right" in row} == {
+        (name, objects) for name in ("trained", "shipped") for objects in (1, 2)
+    }
+    model = load_model(tmp_path / "model")
+    assert all(np.isfinite(leaf).all() for leaf in model.params["stem"].values())
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    assert images.shape == (40, 64, 64, 3) and images.reshape(40, -1).std(1).min() > 0
+
+
+def fails(context):
+    context.record(before="the failure")
+    raise RuntimeError("made to fail")
+
+
+def hangs(context):
+    import time
+
+    context.record(before="the deadline")
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(("section", "says"), ((fails, "exit code 1: RuntimeError: made to fail"), (hangs, "stopped")))
+def test_a_section_that_fails_costs_only_itself(tmp_path, command, monkeypatch, section, says):
+    """What it had recorded stays, the report says what happened, and the next section runs."""
+    monkeypatch.setattr(gpu_report, "GRACE", 1.0)
+    sections = {"first": gpu_report.Section(section, 0.5), "second": gpu_report.Section(records, 0.5)}
+    monkeypatch.setattr(gpu_report, "SECTIONS", sections)
+    done = command(gpu_report.main, "--out", tmp_path, "--minutes", 0.9, "--sections", "first", "second")
+    assert done.code == 1
+    assert list(rows(tmp_path, "first")[0]) == ["before"]
+    assert says in rows(tmp_path, "first")[1]["error"]
+    assert rows(tmp_path, "second") == [{"reached": True}]
+    assert "made to fail" in (tmp_path / "report.md").read_text() or section is hangs
+
+
+def records(context):
+    context.record(reached=True)
+
+
+def test_no_time_and_bad_settings(tmp_path, command):
+    bad = command(gpu_report.main, "--out", tmp_path, "--sections", "speed")
+    assert bad.code == 2 and "choose from networks, suite" in bad.err
+    assert command(gpu_report.main, "--out", tmp_path, "--minutes", 0).code == 2
+    assert command(gpu_report.main, "--out", tmp_path, "--minutes", "nan").code == 2
+
+
+def test_a_failed_measurement_is_recorded(tmp_path):
+    """For want of memory, say: the section goes on."""
+    context = Context("benchmark", tmp_path, deadline=0.0, tiny=True)
+
+    def out_of_memory():
+        raise MemoryError("RESOURCE_EXHAUSTED: 80 GiB\nand a stack")
+
+    context.attempt("base64 2b", out_of_memory)
+    Context("benchmark", tmp_path, deadline=0.0, tiny=False).attempt("base64 500m", out_of_memory)
+    assert rows(tmp_path, "benchmark") == [
+        {"not_measured": "base64 2b", "why": "MemoryError: RESOURCE_EXHAUSTED: 80 GiB"},
+        {"not_measured": "base64 500m", "why": "no time was left"},
+    ]
+
+
+def test_random_params_leave_no_path_out():
+    import jax
+
+    shapes = {"norm": {"scale": jax.ShapeDtypeStruct((64,), np.float32)}, "kernel": jax.ShapeDtypeStruct((9, 64), "f4")}
+    params = gpu_section.random_params(shapes)
+    assert abs(params["norm"]["scale"].mean() - 1.08) < 0.05
+    assert abs(params["kernel"].std() - 1 / 3) < 0.05
