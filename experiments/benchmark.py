@@ -5,8 +5,8 @@
     python -m experiments.benchmark --stage base64 --preset 2b --steps 0     # count and compile only
 
 Prints a table (Markdown): parameters; FLOPs per image of the network's convolutions and matrix products, in a training
-step (forward and backward) and in one evaluation of the network while sampling; seconds to compile; the median time of a step;
-images a second; the share of the devices' published peak; peak memory. Training is on made-up batches that are already
+step (forward and backward) and in one evaluation while sampling; seconds to compile; the median time of a step; images
+a second; the share of the devices' published peak; peak memory. Training is on made-up batches that are already
 on the devices, super-resolution on crops of a quarter of the picture's side as in `experiments.imagen.train`;
 sampling is at the stage's whole resolution, without guidance. The tiny presets take about 3 minutes on 2 CPU cores.
 """

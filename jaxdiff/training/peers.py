@@ -115,8 +115,8 @@ def watch() -> None:
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF
-    and a line where other processes are gone, IN_USE and a line for another run's folder, otherwise CRASHED and the traceback
+    """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF and a
+    line where other processes are gone, IN_USE and a line for another run's folder, otherwise CRASHED and the traceback
     of a bug of ours."""
     if isinstance(error, FolderInUseError):
         return IN_USE, f"error: {_flat(error)}"
