@@ -32,7 +32,7 @@ GROUP = 4
 """Presets that are compiled at once, before any of them is timed. A compilation holds the accelerator now and then."""
 TIMING = 25.0
 """Seconds kept for timing a group."""
-TINY = {"sr256 tiny": Run("sr256", "tiny", batch=2)}
+TINY = {"sr256 tiny": Run("sr256", "tiny", batch=8)}
 
 
 def main(context: Context) -> None:
@@ -45,7 +45,7 @@ def main(context: Context) -> None:
         group = dict(list(chosen.items())[first : first + GROUP])
         pool = ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1))
         compiled = {name: pool.submit(_compile, settings) for name, settings in group.items()}
-        wait(compiled.values(), None if context.tiny else max(0.0, context.left() - TIMING))
+        wait(compiled.values(), max(0.0, context.left() - TIMING))
         for name, training in compiled.items():
             if training.done():
                 context.attempt(name, partial(_time, context, name, training, peak))

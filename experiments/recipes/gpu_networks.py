@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,8 +38,8 @@ LENGTHS = ((64, 77), (64, 64), (256, 333), (49, 77), (1, 25))
 
 _RUNNING = threading.Lock()
 
-# Of a compute type: the function, its parameters and its inputs, all on the host.
-Build = Callable[[str], tuple[Callable[..., Any], Any, tuple]]
+# Of a cascade's folder and a compute type: the function, its parameters and its inputs, all on the host.
+Build = Callable[[Path, str], tuple[Callable[..., Any], Any, tuple]]
 
 
 def main(context: Context) -> None:
@@ -63,7 +64,7 @@ def _compare(context: Context, name: str, build: Build, cpu: Any, accelerator: A
         ("float32", "float32", None),
         ("bfloat16", "bfloat16", None),
     ):
-        function, params, inputs = build(dtype)
+        function, params, inputs = build(context.weights, dtype)
         if reference is None:
             reference = _output(function, params, inputs, cpu, "highest")
         errors[label] = _error(_output(function, params, inputs, accelerator, precision), reference)
@@ -114,15 +115,15 @@ def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool,
 
 
 def _shipped_stage(name: str, side: int) -> Build:
-    def build(dtype: str):
-        model = load_model(SHIPPED / name)
+    def build(weights: Path, dtype: str):
+        model = load_model(weights / name)
         return _stage(model.stage, model.params, side, dtype)
 
     return build
 
 
 def _random_stage(stage: Stage, side: int) -> Build:
-    def build(dtype: str):
+    def build(weights: Path, dtype: str):
         return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))), side, dtype)
 
     return build
@@ -131,8 +132,8 @@ def _random_stage(stage: Stage, side: int) -> Build:
 def _gradient_stage(name: str) -> Build:
     """The gradient of the training loss with the same batch and the same noise."""
 
-    def build(dtype: str):
-        model = load_model(SHIPPED / name)
+    def build(weights: Path, dtype: str):
+        model = load_model(weights / name)
         stage = replace(model.stage, unet=replace(model.stage.unet, dtype=dtype))
         rng = np.random.default_rng(0)
         batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch(4, stage.resolution).items()}
@@ -159,8 +160,8 @@ def _stage(stage: Stage, params: Any, side: int, dtype: str):
     return lambda params, *inputs: stage.unet.module().apply({"params": params}, *inputs), params, tuple(inputs)
 
 
-def _t5(dtype: str):
-    encoder = t5.load_text_encoder(SHIPPED / "text", 24, dtype)
+def _t5(weights: Path, dtype: str):
+    encoder = t5.load_text_encoder(weights / "text", 24, dtype)
     ids = np.random.default_rng(0).integers(1, encoder.config.vocab, (4, 24)).astype(np.int32)
     mask = np.arange(24) < np.array([[3], [11], [24], [17]])
     # What stands behind the mask is never read.
@@ -168,7 +169,7 @@ def _t5(dtype: str):
     return apply, encoder.params, (ids, mask)
 
 
-def _clip(dtype: str):
+def _clip(weights: Path, dtype: str):
     config, params = clip.load(SHIPPED / "clip", dtype)
     rng = np.random.default_rng(0)
     ids = rng.integers(1, config.text.vocab, (4, config.text.length)).astype(np.int32)
@@ -183,14 +184,14 @@ def _clip(dtype: str):
     return embed, params, (ids, image)
 
 
-def _classifier(dtype: str):
+def _classifier(weights: Path, dtype: str):
     _, config, params = classifier.load(SHIPPED / "classifier")
     image = np.tanh(np.random.default_rng(0).standard_normal((4, config.side, config.side, 3), np.float32))
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: E731
     return lambda params, image: Classifier(config).apply({"params": cast(params)}, cast(image))[0], params, (image,)
 
 
-def _inception(dtype: str):
+def _inception(weights: Path, dtype: str):
     shape = (1, SIDE, SIDE, 3)
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
     image = np.tanh(np.random.default_rng(0).standard_normal(shape, np.float32))

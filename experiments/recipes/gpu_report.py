@@ -32,6 +32,7 @@ from experiments.cli import run
 from experiments.recipes import gpu_benchmark, gpu_diffusers, gpu_networks, gpu_sampling, gpu_suite, gpu_training
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.files import replacing, usable
+from jaxdiff.weights.imagen import SHIPPED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ SECTIONS: dict[str, Section] = {
 }
 
 
+REHEARSAL = 200.0
+"""Seconds that a section may take in a rehearsal."""
 GRACE = 15.0
 """Seconds beyond its deadline after which a section is stopped: a compilation cannot be interrupted."""
 
@@ -73,6 +76,8 @@ class Settings:
     """Time for all sections together. A section may use what those before it have left."""
     sections: tuple[str, ...] = tuple(SECTIONS)
     """Which sections: networks | suite | benchmark | diffusers | sampling | training."""
+    weights: Path = SHIPPED
+    """The cascade that is sampled from and trained on."""
     tiny: bool = False
     """A rehearsal: every section on small sizes, on whatever device there is."""
     training: gpu_training.Settings = gpu_training.Settings()
@@ -106,15 +111,17 @@ def main(settings: Settings) -> int | None:
 def _child(settings: Settings, name: str, seconds: float) -> bool:
     """Runs a section in a process of its own. Whether it failed, which is among its results, too."""
     out = settings.out
-    if seconds < 5 and not settings.tiny:
+    if settings.tiny:
+        seconds = REHEARSAL
+    if seconds < 5:
         _record(out, name, {"error": "no time was left"})
         return True
-    context = Context(name, out, time.time() + seconds, settings.tiny, settings.training)
+    context = Context(name, out, time.time() + seconds, settings.tiny, settings.weights, settings.training)
     log = out / f"{name}.log"
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(SECTIONS[name].run, context, log))
     with _environment(SECTIONS[name].env):
         process.start()
-    process.join(None if settings.tiny else seconds + GRACE)
+    process.join(seconds + GRACE)
     if process.is_alive():
         process.kill()
         process.join()
@@ -154,7 +161,7 @@ def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
     """While the other sections need the accelerator, the processor draws what the training section learns from."""
     drawing = None
     if "training" in chosen:
-        drawing = gpu_training.start_drawing(settings.out, settings.training, settings.tiny)
+        drawing = gpu_training.start_drawing(settings.out, settings.weights, settings.training, settings.tiny)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from jaxdiff.weights.imagen import load
 
 def main(context: Context) -> None:
     """One image and sixteen; bfloat16 and float32; then the largest difference from the CPU's image."""
-    model = load()
+    model = load(context.weights)
     captions = [c.text for c in held_out_captions(16)]
     counts, up_to = ((1,), 64) if context.tiny else ((16, 1), 1024)
     for dtype in ("bfloat16", "float32"):

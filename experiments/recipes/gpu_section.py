@@ -12,20 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff.weights.imagen import SHIPPED
+
 
 @dataclass(frozen=True)
 class Context:
-    """One section's run. deadline: in seconds since 1970. tiny: a rehearsal on small sizes."""
+    """One section's run. deadline: in seconds since 1970. tiny: a rehearsal on small sizes. weights: a cascade's
+    folder."""
 
     name: str
     out: Path
     deadline: float
     tiny: bool
+    weights: Path = SHIPPED
     training: Any = None
 
     def left(self) -> float:
-        """Seconds until the deadline; a rehearsal has as many as it needs."""
-        return math.inf if self.tiny else self.deadline - time.time()
+        """Seconds until the deadline."""
+        return self.deadline - time.time()
 
     def record(self, **result: Any) -> None:
         """Appends a result to the section's file and prints it."""

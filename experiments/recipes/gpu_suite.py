@@ -46,7 +46,7 @@ def main(context: Context) -> None:
     with results.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
-            code = process.wait(None if context.tiny else max(1.0, context.left()))
+            code = process.wait(max(1.0, context.left()))
         except subprocess.TimeoutExpired:
             process.kill()
     text = results.read_text(errors="replace")

@@ -6,6 +6,7 @@ minute, so that a run that is cut off has them. Afterwards the model samples hel
 counts how many images are right, of one object and of two apart.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.imagen.drawing import with_dtype
-from experiments.imagen.evaluate import attribute_scores
+from experiments.imagen.evaluate import KINDS, attribute_scores
 from experiments.recipes.gpu_examples import DONE, IDS, IMAGES, MASK
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
@@ -73,18 +74,18 @@ class Settings:
     """Number of the first scene of `shapes`: the shipped base was trained on those below."""
 
 
-def start_drawing(out: Path, settings: Settings, tiny: bool) -> subprocess.Popen:
+def start_drawing(out: Path, weights: Path, settings: Settings, tiny: bool) -> subprocess.Popen:
     """A process that draws the examples into OUT."""
     settings = _rehearsed(settings) if tiny else settings
     (out / DONE).unlink(missing_ok=True)
-    arguments = [str(out), str(settings.examples), str(settings.two_objects), str(settings.first)]
+    arguments = [str(out), str(weights), str(settings.examples), str(settings.two_objects), str(settings.first)]
     return subprocess.Popen([sys.executable, "-m", "experiments.recipes.gpu_examples", *arguments])
 
 
 def main(context: Context) -> None:
     """Training, then the scores of the trained base and of the shipped one."""
     settings = _rehearsed(context.training) if context.tiny else context.training
-    cascade = load()
+    cascade = load(context.weights)
     stage = _stage(cascade.base.stage, settings)
     optimizer = OptimizerConfig(Muon(), settings.learning_rate, warmup=100, decay=Decay.CONSTANT)
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -148,6 +149,9 @@ def _on_device(context: Context, encoder: TextEncoder, settings: Settings) -> di
         if context.left() <= 0:
             raise TimeoutError("the examples were not drawn in time")
         time.sleep(0.2)
+    drawn = json.loads((context.out / DONE).read_text())
+    if "error" in drawn:
+        raise RuntimeError(f"the examples could not be drawn: {drawn['error']}")
     begun = time.perf_counter()
     ids, mask = np.load(context.out / IDS), np.load(context.out / MASK)
     embeddings = []
@@ -247,13 +251,13 @@ def _score(context: Context, cascade: Cascade, model: Model, name: str) -> None:
     """Of held-out captions of one object and of two: the fraction of images with everything that is stated."""
     base = with_dtype(Cascade(cascade.text, model), "float32")
     count = (_rehearsed(context.training) if context.tiny else context.training).scored
-    for objects in (1, 2):
-        captions = held_out_captions(count, objects)
-        scores = attribute_scores(base, captions, [model.sampling], 3, 32)
+    captions = {objects: held_out_captions(count, objects) for objects in KINDS}
+    scores = attribute_scores(base, captions, [model.sampling], 3, 32)
+    for objects, kind in KINDS.items():
         context.record(
             base=name,
             objects=objects,
             captions=count,
-            right=scores["attribute_accuracy_64"],
-            attributes=" ".join(f"{k} {v:.3f}" for k, v in scores["attributes_64"].items()),
+            right=scores[f"attribute_accuracy_64{kind}"],
+            attributes=" ".join(f"{k} {v:.3f}" for k, v in scores[f"attributes_64{kind}"].items()),
         )

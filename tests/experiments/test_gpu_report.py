@@ -1,7 +1,10 @@
 """The report of an accelerator, rehearsed end to end on the CPU at tiny sizes."""
 
+import importlib.util
 import json
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,21 +17,23 @@ def rows(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_rehearsal(tmp_path, command):
+def test_rehearsal(tmp_path, command, standin):
     """Every section measures something, nothing fails, and the trained base can be read as a stage."""
-    done = command(gpu_report.main, "--out", tmp_path, "--tiny", "--minutes", 1)
-    assert done.code == 0, done.err + (tmp_path / "report.md").read_text()
+    done = command(gpu_report.main, "--out", tmp_path, "--tiny", "--minutes", 1, "--weights", standin)
     report = (tmp_path / "report.md").read_text()
+    assert done.code == 0, done.err + report
     for name in gpu_report.SECTIONS:
         assert f"## {name}" in report
-        assert not [row for row in rows(tmp_path, name) if "error" in row or "not_measured" in row], report
+        missing = [row for row in rows(tmp_path, name) if "error" in row or "not_measured" in row]
+        assert not missing or (name == "diffusers" and importlib.util.find_spec("torch") is None), report
     limits = [row for row in rows(tmp_path, "networks") if "within_limits" in row]
     assert len(limits) == 3 and all(row["within_limits"] for row in limits)
     (suite,) = rows(tmp_path, "suite")
     assert suite["passed"] > 10 and suite["failed"] == 0
     assert rows(tmp_path, "benchmark")[1]["images_per_second"] > 0
-    assert {row["what"] for row in rows(tmp_path, "diffusers")} == {"forward", "gradient"}
-    assert len([row for row in rows(tmp_path, "diffusers") if "diffusers" in row["network"]]) == 3
+    assert {row["what"] for row in rows(tmp_path, "diffusers") if "what" in row} == {"forward", "gradient"}
+    names = {row["network"].split(",")[1].split()[0] for row in rows(tmp_path, "diffusers") if "network" in row}
+    assert names == {"jaxdiff", "diffusers"} if importlib.util.find_spec("torch") else {"jaxdiff"}
     training = rows(tmp_path, "training")
     assert [row["images_seen"] for row in training if "images_seen" in row] == [20]
     assert {(row["base"], row["objects"]) for row in training if "right" in row} == {
@@ -46,8 +51,6 @@ def fails(context):
 
 
 def hangs(context):
-    import time
-
     context.record(before="the deadline")
     time.sleep(1000)
 
@@ -58,7 +61,7 @@ def test_a_section_that_fails_costs_only_itself(tmp_path, command, monkeypatch, 
     monkeypatch.setattr(gpu_report, "GRACE", 1.0)
     sections = {"first": gpu_report.Section(section, 0.5), "second": gpu_report.Section(records, 0.5)}
     monkeypatch.setattr(gpu_report, "SECTIONS", sections)
-    done = command(gpu_report.main, "--out", tmp_path, "--minutes", 0.9, "--sections", "first", "second")
+    done = command(gpu_report.main, "--out", tmp_path, "--minutes", 0.6, "--sections", "first", "second")
     assert done.code == 1
     assert list(rows(tmp_path, "first")[0]) == ["before"]
     assert says in rows(tmp_path, "first")[1]["error"]
@@ -79,7 +82,7 @@ def test_no_time_and_bad_settings(tmp_path, command):
 
 def test_a_failed_measurement_is_recorded(tmp_path):
     """For want of memory, say: the section goes on."""
-    context = Context("benchmark", tmp_path, deadline=0.0, tiny=True)
+    context = Context("benchmark", tmp_path, deadline=time.time() + 60, tiny=True)
 
     def out_of_memory():
         raise MemoryError("RESOURCE_EXHAUSTED: 80 GiB\nand a stack")
@@ -93,8 +96,6 @@ def test_a_failed_measurement_is_recorded(tmp_path):
 
 
 def test_random_params_leave_no_path_out():
-    import jax
-
     shapes = {"norm": {"scale": jax.ShapeDtypeStruct((64,), np.float32)}, "kernel": jax.ShapeDtypeStruct((9, 64), "f4")}
     params = gpu_section.random_params(shapes)
     assert abs(params["norm"]["scale"].mean() - 1.08) < 0.05
