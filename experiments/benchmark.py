@@ -54,7 +54,7 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in."""
     remat: Remat = "none"
-    """What the backward pass computes again: none | outputs | blocks (each of them whole; the FLOPs count it twice)."""
+    """What the backward pass computes again: none | outputs | blocks (each of them whole)."""
     fsdp: int = 1
     """Devices that share each parameter."""
     steps: int = 10

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.imagen import png_metadata
+from jaxdiff.core.messages import reason
 from jaxdiff.data import folder, pictures, zipped
 from jaxdiff.data.example import Source, caption_of
 from jaxdiff.data.files import replacing
@@ -230,7 +231,7 @@ def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fi
             caption_of(example)  # warns of characters that were replaced
             height, width, _ = strictly(example["image"], str(file), convert).shape
         except (pictures.Unreadable, OSError) as error:
-            unreadable.append(f"{name} ({str(error).splitlines()[0]})")
+            unreadable.append(f"{name} ({reason(error)})")
             continue
         sizes.setdefault((width, height), name)
         files.append(file)

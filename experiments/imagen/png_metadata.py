@@ -12,6 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import quoted
+
 KEY = "jaxdiff"
 VERSION = 1
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -46,14 +49,11 @@ def read(picture: bytes) -> Metadata | None:
 
 
 def _of_text(text: str) -> Metadata:
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its `{KEY}` text is not JSON ({error})") from error
-    if not isinstance(told, dict) or type(told.get("version")) is not int:
+    told = json_files.parse_object(text, f"its `{KEY}` text", "metadata")
+    if type(told.get("version")) is not int:
         raise ValueError(f"its `{KEY}` text is no JSON object with a version")
     if told["version"] != VERSION:
-        raise ValueError(f"its `{KEY}` text has version {told['version']}, and version {VERSION} is read here")
+        raise ValueError(f"its `{KEY}` text has version {quoted(told['version'])}, and version {VERSION} is read here")
     prompt, seed, settings = told.get("prompt"), told.get("seed"), told.get("settings")
     if not isinstance(prompt, str) or type(seed) is not int or not isinstance(settings, dict):
         raise ValueError(f"its `{KEY}` text lacks a prompt, a seed or settings")

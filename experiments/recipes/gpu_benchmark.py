@@ -46,12 +46,13 @@ def main(context: Context) -> None:
         pool = ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1))
         compiled = {name: pool.submit(_compile, settings) for name, settings in group.items()}
         wait(compiled.values(), max(0.0, context.left() - TIMING))
+        late = [name for name, training in compiled.items() if not training.done()]
         for name, training in compiled.items():
-            if training.done():
-                context.attempt(name, partial(_time, context, name, training, peak))
-            else:
+            if name not in late:
+                context.attempt(name, partial(_time, context, name, training, peak, bool(late)))
+        if late:
+            for name in [*late, *list(chosen)[first + GROUP :]]:
                 context.record(not_measured=name, why="its compilation was not done in time")
-        if not all(training.done() for training in compiled.values()):
             os._exit(0)  # a compilation cannot be interrupted, and nobody waits for what it would give
         compiled.clear()
 
@@ -68,7 +69,7 @@ def _compile(settings: Run) -> Training:
     return benchmark.compile_training(settings.stage, benchmark.configured(stage, settings), settings)
 
 
-def _time(context: Context, name: str, compiled: Future[Training], peak: float) -> None:
+def _time(context: Context, name: str, compiled: Future[Training], peak: float, disturbed: bool) -> None:
     training = compiled.result()
     begun = time.time()
     row = training.timed(2 if context.tiny else 10)
@@ -83,9 +84,10 @@ def _time(context: Context, name: str, compiled: Future[Training], peak: float) 
         step_ms=1e3 * row.step_seconds,
         images_per_second=row.images_per_second,
         share_of_published_peak=row.share_of_peak,
-        share_of_measured_peak=useful / row.step_seconds / peak,
+        share_of_measured_peak=useful / row.step_seconds / (peak * jax.device_count()),
         memory_gib=row.memory / 2**30,
         compile_s=round(row.compile_seconds, 1),
         timing_s=round(time.time() - begun, 1),
+        while_others_compiled=disturbed,
     )
     jax.clear_caches()

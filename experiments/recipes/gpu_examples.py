@@ -8,7 +8,6 @@ scenes with two objects. 16 cores draw 400,000 in about 20 s.
 """
 
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxdiff.data.files import replacing
+from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
@@ -45,8 +44,7 @@ def main(out: Path, weights: Path, count: int, two_objects: float, first: int) -
     # This process has no other threads, so that a fork is safe, and needs no imports.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         pool.map(partial(_draw, out, words, two_objects, first), pieces, chunksize=1)
-    with replacing(out / DONE) as temporary:
-        temporary.write_text(json.dumps({"examples": count, "two_objects": two_objects, "first": first}) + "\n")
+    write_json(out / DONE, {"examples": count, "two_objects": two_objects, "first": first})
 
 
 def _draw(out: Path, words: PreTrainedTokenizerBase, two_objects: float, first: int, piece: range) -> None:
@@ -65,7 +63,7 @@ def _or_say(out: Path, *settings: Any) -> None:
     try:
         main(out, *settings)
     except Exception as error:
-        (out / DONE).write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        write_json(out / DONE, {"error": f"{type(error).__name__}: {error}"})
         raise
 
 

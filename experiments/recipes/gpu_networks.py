@@ -86,9 +86,9 @@ def _run(program: Any, *inputs: Any) -> list[np.ndarray]:
 
 
 def _error(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
-    """The largest relative error of several outputs."""
+    """The largest relative error of several outputs; not a number where one of them has such."""
     square = lambda x: float(np.mean(np.square(x, dtype=np.float64)))  # noqa: E731
-    return max((square(f - r) / square(r)) ** 0.5 for f, r in zip(found, reference, strict=True))
+    return float(np.max([(square(f - r) / square(r)) ** 0.5 for f, r in zip(found, reference, strict=True)]))
 
 
 def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool, accelerator: Any) -> None:

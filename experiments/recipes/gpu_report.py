@@ -13,12 +13,12 @@ Sections run in this order, the most valuable first, each in a process of its ow
     training    the shipped 64×64 base trained on from its weights, half of the captions with two objects
 
 A section appends each result to OUT/<section>.jsonl as it comes, and OUT/report.md is rewritten after each section: a
-run that is cut off keeps what it has measured. A section that fails is reported, and the next one begins.
-`--tiny` rehearses all of it on small sizes, on a CPU too. Results of one H100 are in experiments/README.md.
+run that is cut off keeps what it has measured. A section that fails is reported, and the next one begins. The exit code
+is 1 where anything failed, lay outside its limits or was not measured. `--tiny` rehearses all of it on small sizes, on
+a CPU too. Results of one H100 are in experiments/README.md.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -30,7 +30,7 @@ from typing import Any
 
 from experiments.cli import run
 from experiments.recipes import gpu_benchmark, gpu_diffusers, gpu_networks, gpu_sampling, gpu_suite, gpu_training
-from experiments.recipes.gpu_section import Context
+from experiments.recipes.gpu_section import Context, record, recorded
 from jaxdiff.data.files import replacing, usable
 from jaxdiff.weights.imagen import SHIPPED
 
@@ -102,10 +102,18 @@ def main(settings: Settings) -> int | None:
             rest = sum(SECTIONS[other].share for other in chosen[place:])
             seconds = left * SECTIONS[name].share / rest
             print(f"{name}: {seconds:.0f} s of the {max(left, 0):.0f} s left", flush=True)
-            failed += [name] if _child(settings, name, seconds) else []
-            _write_report(out, chosen)
+            ended_badly = _child(settings, name, seconds)
+            failed += [name] if ended_badly or any(map(_bad, recorded(out, name))) else []
+            _write_report(out)
     print(f"{out / 'report.md'} ({time.time() - begun:.0f} s)")
+    if failed:
+        print(f"something in {', '.join(failed)} failed or was not measured", file=sys.stderr)
     return 1 if failed else None
+
+
+def _bad(row: dict[str, Any]) -> bool:
+    """Whether a result says that something is wrong or missing."""
+    return "error" in row or "not_measured" in row or bool(row.get("failed")) or row.get("within_limits") is False
 
 
 def _child(settings: Settings, name: str, seconds: float) -> bool:
@@ -114,7 +122,7 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
     if settings.tiny:
         seconds = REHEARSAL
     if seconds < 5:
-        _record(out, name, {"error": "no time was left"})
+        record(out, name, {"error": "no time was left"})
         return True
     context = Context(name, out, time.time() + seconds, settings.tiny, settings.weights, settings.training)
     log = out / f"{name}.log"
@@ -125,10 +133,10 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
     if process.is_alive():
         process.kill()
         process.join()
-        _record(out, name, {"error": f"stopped after {seconds:.0f} s, its share of the minutes"})
+        record(out, name, {"error": f"stopped after {seconds:.0f} s, its share of the minutes"})
     elif process.exitcode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        _record(out, name, {"error": f"exit code {process.exitcode}: {lines[-1][:300] if lines else ''} ({log})"})
+        record(out, name, {"error": f"exit code {process.exitcode}: {lines[-1][:300] if lines else ''} ({log})"})
     return process.exitcode != 0
 
 
@@ -151,11 +159,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _record(out: Path, name: str, result: dict[str, Any]) -> None:
-    with (out / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(result) + "\n")
-
-
 @contextmanager
 def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
     """While the other sections need the accelerator, the processor draws what the training section learns from."""
@@ -168,16 +171,16 @@ def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
         if drawing is not None:
             drawing.terminate()
             drawing.wait()
+            gpu_training.remove_examples(settings.out)
 
 
-def _write_report(out: Path, chosen: list[str]) -> None:
-    """OUT/report.md from what all sections have recorded so far."""
+def _write_report(out: Path) -> None:
+    """OUT/report.md from what all sections have recorded so far, in earlier runs too."""
     parts = ["# Report of an accelerator"]
-    for name in chosen:
-        file = out / f"{name}.jsonl"
-        if not file.is_file():
+    for name in SECTIONS:
+        rows = recorded(out, name)
+        if not rows:
             continue
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
         parts.append(f"## {name}")
         tables: dict[tuple[str, ...], list[dict]] = {}
         for row in rows:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import reason
 from jaxdiff.weights.imagen import SHIPPED
 
 
@@ -33,8 +36,7 @@ class Context:
 
     def record(self, **result: Any) -> None:
         """Appends a result to the section's file and prints it."""
-        with (self.out / f"{self.name}.jsonl").open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        record(self.out, self.name, result)
         print(" ".join(f"{name}={value}" for name, value in result.items()), flush=True)
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
@@ -45,8 +47,33 @@ class Context:
         try:
             measure()
         except Exception as error:
-            lines = str(error).splitlines() or [""]
-            self.record(not_measured=what, why=f"{type(error).__name__}: {lines[0][:300]}")
+            self.record(not_measured=what, why=f"{type(error).__name__}: {reason(error, 300)}")
+
+
+def record(out: Path, name: str, result: dict[str, Any]) -> None:
+    """Appends a result of the section `name`, on a line of its own whatever a killed process has left before it."""
+    with (out / f"{name}.jsonl").open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            cut_short = file.read(1) != b"\n"
+            file.write(b"\n" * cut_short)
+        file.write(json.dumps(result).encode() + b"\n")
+
+
+def recorded(out: Path, name: str) -> list[dict[str, Any]]:
+    """The results of a section; a line that a killed process has cut short is one that says so."""
+    try:
+        lines = (out / f"{name}.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [_row(line) for line in lines]
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        return json_files.parse_object(line, "a result")
+    except ValueError:
+        return {"error": "a result was cut short"}
 
 
 def median_seconds(call: Callable[[], Any], count: int) -> float:

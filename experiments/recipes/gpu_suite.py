@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,13 @@ def main(context: Context) -> None:
     ]
     results, code = context.out / "suite.txt", None
     with results.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
         try:
             code = process.wait(max(1.0, context.left()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too, which hold memory of the accelerator
+            process.wait()
     text = results.read_text(errors="replace")
     # A line for each test that has run; xdist writes its outcome before its name.
     line = r"^(?:\[gw\d+\] \[ *\d+%\] (\w+) (tests/.*?)|(tests/.*?) (PASSED|FAILED|SKIPPED|ERROR)(?: .*)?)\s*$"

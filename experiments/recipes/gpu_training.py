@@ -44,6 +44,8 @@ RESERVE = 5.0
 SCORE = 0.12
 PROBE = 15.0
 """Seconds after which the speed is known, and with it how many updates there is time for."""
+CAUTION = 0.9
+"""Of the updates that this speed gives, those that are planned: the rate has to reach 0 before the time is over."""
 FALL = 0.4
 """Fraction of the updates, the last ones, over which the learning rate falls to 0."""
 
@@ -70,8 +72,14 @@ class Settings:
     """Fraction of the training at log-SNRs of -6 to 2, where forms and places are decided."""
     scored: int = 128
     """Held-out captions of one object, and as many of two, that are sampled at the end; 0: none."""
-    first: int = 1_000_000
+    first: int = 1_400_000
     """Number of the first scene of `shapes`: the shipped base was trained on those below."""
+
+
+def remove_examples(out: Path) -> None:
+    """Their five gigabytes are of no use to anyone else."""
+    for name in (IMAGES, IDS, MASK, DONE):
+        (out / name).unlink(missing_ok=True)
 
 
 def start_drawing(out: Path, weights: Path, settings: Settings, tiny: bool) -> subprocess.Popen:
@@ -133,7 +141,9 @@ def _rehearsed(settings: Settings) -> Settings:
 
 def _stage(stage: Stage, settings: Settings) -> Stage:
     """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
-    schedule = stage.schedule.schedule if isinstance(stage.schedule, Focused) else stage.schedule
+    schedule = stage.schedule
+    while isinstance(schedule, Focused):
+        schedule = schedule.schedule
     everywhere = Focused(schedule, -11.0, 4.0)
     return replace(
         stage,
@@ -180,7 +190,7 @@ def _trained(context: Context, steps: _Steps, program: Any, state: TrainState, d
     with ThreadPoolExecutor(1) as pool:
         while context.left() > reserve and (not total or done < total):
             if falling is None and (settings.updates or log.seconds > PROBE):
-                total = total or done + int(done / log.seconds * (context.left() - reserve))
+                total = total or done + int(CAUTION * done / log.seconds * (context.left() - reserve))
                 fall = done + max(1, int((1 - FALL) * (total - done)))
                 falling = pool.submit(steps.compiled, fall, total)
                 context.record(updates_planned=total, rate_falls_from=fall)

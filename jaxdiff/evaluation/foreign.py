@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxdiff.core.messages import plain, reason
 from jaxdiff.evaluation.checks import require_features
-from jaxdiff.evaluation.statistics import UNKNOWN, Moments, Origin, reason_of
+from jaxdiff.evaluation.statistics import UNKNOWN, Moments, Origin, checked_moments
 
 FEATURES = "feats"
 MEAN, COVARIANCE = "mu", "sigma"
@@ -30,9 +31,7 @@ def read(path: Path) -> tuple[Origin, Moments | np.ndarray]:
         if len(arrays) == 1:
             require_features("statistics", arrays[0])
             return origin, arrays[0]
-        mean, covariance = (each.astype(np.float64) for each in arrays)
-        _require_moments(mean, covariance)
-        return origin, Moments(mean, covariance)
+        return origin, Moments(*checked_moments(*arrays, (MEAN, COVARIANCE)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -47,23 +46,9 @@ def _arrays(path: Path) -> tuple[np.ndarray, ...]:
             for wanted in ((FEATURES,), (MEAN, COVARIANCE)):
                 if set(wanted) <= set(kept.files):
                     return tuple(kept[name] for name in wanted)
-            has = ", ".join(kept.files) or "nothing"
+            has = ", ".join(plain(name) for name in kept.files[:8]) or "nothing"
     except FileNotFoundError:
         raise
     except Exception as error:  # of zipfile and numpy, in many types
-        raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason_of(error)}") from error
+        raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason(error)}") from error
     raise ValueError(f"{path}: no statistics: has {has}, but neither {MEAN} and {COVARIANCE} nor {FEATURES}")
-
-
-def _require_moments(mean: np.ndarray, covariance: np.ndarray) -> None:
-    """ValueError unless they can be a mean and a covariance, to the precision of float32."""
-    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{MEAN} of shape {mean.shape} and {COVARIANCE} of shape {covariance.shape}")
-    for name, each in ((MEAN, mean), (COVARIANCE, covariance)):
-        if not np.isfinite(each).all():
-            raise ValueError(f"{name} has numbers that are not finite")
-    slack = 1e-4 * np.abs(covariance).max()
-    if np.abs(covariance - covariance.T).max() > slack:
-        raise ValueError(f"{COVARIANCE} is not symmetric")
-    if (least := np.linalg.eigvalsh(covariance)[0]) < -slack:
-        raise ValueError(f"{COVARIANCE} is no covariance: it has an eigenvalue of {least:.3g}")

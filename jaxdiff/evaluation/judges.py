@@ -166,7 +166,9 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
     scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
     order = "not shuffled" if settings.split_seed is None else f"shuffled by {settings.split_seed}"
     splits = f"{settings.splits} splits, {order}"
-    scores.append(write(f"IS{suffix}", lambda: _inception_score(drawn, settings), splits))
+    # The logits are those of the whole network, whichever layer the distance reads.
+    score = "IS" if distance.startswith("FID") else f"IS{suffix}"
+    scores.append(write(score, lambda: _inception_score(drawn, settings), splits))
     near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
     scores.append(write(f"precision{suffix}", lambda: _Value(near().precision), f"k {settings.neighbours}"))
     return [*scores, write(f"recall{suffix}", lambda: _Value(near().recall), f"k {settings.neighbours}")]

@@ -12,11 +12,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Num
 
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.data.files import replacing
 from jaxdiff.evaluation.checks import require_features
 
@@ -125,6 +127,38 @@ def save(path: Path, statistics: Statistics, origin: Origin) -> None:
         np.savez(file, **statistics._asdict(), **both, origin=json.dumps(dataclasses.asdict(origin)))
 
 
+def _origin(told: dict[str, Any]) -> Origin:
+    """ValueError where a field is of another type, or has text that is not for a terminal."""
+    for name, value in told.items():
+        if name == "seed":
+            right = value is None or type(value) is int
+        else:
+            right = isinstance(value, str) and plain(value, 4000) == value
+        if not right:
+            raise ValueError(f"{plain(name)} is {quoted(value)}")
+    return Origin(**told)
+
+
+def checked_moments(mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64. ValueError unless they can be a mean and a covariance (or a multiple of one), to the precision
+    of float32."""
+    for name, each in zip(names, (mean, covariance)):
+        if each.dtype.kind not in "fiu":
+            raise ValueError(f"{name} has numbers of type {each.dtype}")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{names[0]} of shape {mean.shape} and {names[1]} of shape {covariance.shape}")
+    for name, each in zip(names, (mean, covariance)):
+        if not np.isfinite(each).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    slack = 1e-4 * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > slack:
+        raise ValueError(f"{names[1]} is not symmetric")
+    if (least := np.linalg.eigvalsh(covariance)[0]) < -slack:
+        raise ValueError(f"{names[1]} is no covariance: it has an eigenvalue of {least:.3g}")
+    return mean, covariance
+
+
 def is_ours(path: Path) -> bool:
     """Whether `save` wrote it, in this version or an earlier one. FileNotFoundError, or ValueError for a file that is
     neither .npz nor .npy."""
@@ -137,25 +171,25 @@ def is_ours(path: Path) -> bool:
     except FileNotFoundError:
         raise
     except Exception as error:  # of zipfile and numpy, in many types
-        raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason_of(error)}") from error
+        raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason(error)}") from error
 
 
 def load(path: Path) -> tuple[Statistics, Origin]:
     """What `save` wrote. FileNotFoundError, or ValueError for any other file."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            told = json.loads(str(kept["origin"]))
+            told = json_files.parse_object(str(kept["origin"]), "origin")
             if "fit" in told:
-                return Statistics(int(kept["count"]), kept["mean"], kept["scatter"]), Origin(**told)
+                count, mean, scatter = int(kept["count"]), kept["mean"], kept["scatter"]
+                if count < 0:
+                    raise ValueError(f"a count of {count}")
+                mean, scatter = checked_moments(mean, scatter, ("mean", "scatter"))
+                return Statistics(count, mean, scatter), _origin(told)
     except FileNotFoundError:
         raise
-    except Exception as error:  # of zipfile, numpy and json, in many types
-        raise ValueError(f"{path}: no statistics of ours: {reason_of(error)}") from error
+    except Exception as error:  # of zipfile and numpy, in many types
+        raise ValueError(f"{path}: no statistics of ours: {reason(error)}") from error
     raise ValueError(
         f"{path}: kept by an earlier version, which does not say whether images were cropped; look at the images anew "
         "and keep that (--keep-reference)"
     )
-
-
-def reason_of(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -94,3 +94,32 @@ def test_numbers_that_say_nothing():
         add(empty(2), np.zeros((4, 3)))
     with pytest.raises(ValueError, match="a covariance of 1 pictures"):
         _ = add(empty(2), np.ones((1, 2))).covariance
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mean": np.float64(1)}, r"mean of shape \(\)"),
+        ({"mean": np.array(["a"] * 16)}, "mean has numbers of type <U1"),
+        ({"mean": np.full(16, np.nan)}, "mean has numbers that are not finite"),
+        ({"scatter": -np.eye(16)}, "scatter is no covariance"),
+        ({"scatter": np.eye(16) * 1j}, "scatter has numbers of type complex128"),
+        ({"scatter": np.triu(np.ones((16, 16)))}, "scatter is not symmetric"),
+        ({"scatter": np.eye(4)}, r"scatter of shape \(4, 4\)"),
+        ({"count": -5}, "a count of -5"),
+        ({"origin": "[" * 100_000}, "nested too deeply"),
+        ({"origin": json.dumps({"fit": "crop", "pictures": "\x1b[31mred\nrow"})}, r"pictures is '\\x1b"),
+        ({"origin": json.dumps({"fit": "crop", "digest": 7})}, "digest is 7"),
+        ({"origin": json.dumps({"fit": "crop", "seed": "x"})}, "seed is 'x'"),
+        ({"origin": json.dumps({"fit": "crop", "weights": "x"})}, "pictures"),
+    ],
+)
+def test_kept_numbers_that_can_be_none_are_refused(tmp_path, changes, reason):
+    """In one line, without control characters, whatever somebody has put into the file."""
+    save(tmp_path / "kept.npz", add(empty(16), FEATURES), ORIGIN)
+    with np.load(tmp_path / "kept.npz") as kept:
+        values = dict(kept)
+    np.savez(tmp_path / "other.npz", **(values | changes))
+    with pytest.raises(ValueError, match=r"other\.npz: no statistics of ours: .*" + reason) as raised:
+        load(tmp_path / "other.npz")
+    assert str(raised.value).isprintable()

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.recipes import gpu_report, gpu_section
+from experiments.recipes import gpu_examples, gpu_networks, gpu_report, gpu_section
 from experiments.recipes.gpu_section import Context
+from jaxdiff.data.shapes_draw import draw
+from jaxdiff.data.shapes_scene import scene
 from jaxdiff.weights.imagen import load_model
 
 
@@ -41,8 +43,7 @@ def test_rehearsal(tmp_path, command, standin):
     }
     model = load_model(tmp_path / "model")
     assert all(np.isfinite(leaf).all() for leaf in model.params["stem"].values())
-    images = np.load(tmp_path / "images.npy", mmap_mode="r")
-    assert images.shape == (40, 64, 64, 3) and images.reshape(40, -1).std(1).min() > 0
+    assert not (tmp_path / "images.npy").exists()
 
 
 def fails(context):
@@ -73,6 +74,16 @@ def records(context):
     context.record(reached=True)
 
 
+def test_examples_are_those_of_the_set(tmp_path, standin):
+    gpu_examples.main(tmp_path, standin, 10, 0.3, 100)
+    images, mask = np.load(tmp_path / "images.npy"), np.load(tmp_path / "mask.npy")
+    for place in range(10):
+        drawn = scene("train", 100 + place, 2 if place < 10 and place % 100 < 30 else 1)
+        np.testing.assert_array_equal(images[place], draw(drawn, 64))
+    assert mask.shape == (10, 16) and mask[:, 0].all()
+    assert json.loads((tmp_path / "examples.json").read_text())["examples"] == 10
+
+
 def test_no_time_and_bad_settings(tmp_path, command):
     bad = command(gpu_report.main, "--out", tmp_path, "--sections", "speed")
     assert bad.code == 2 and "choose from networks, suite" in bad.err
@@ -93,6 +104,34 @@ def test_a_failed_measurement_is_recorded(tmp_path):
         {"not_measured": "base64 2b", "why": "MemoryError: RESOURCE_EXHAUSTED: 80 GiB"},
         {"not_measured": "base64 500m", "why": "no time was left"},
     ]
+
+
+@pytest.mark.parametrize("broken", (0, 1, 2))
+def test_an_output_that_is_no_number_is_no_small_error(broken):
+    outputs = [np.ones(3), np.ones(2), np.ones(4)]
+    found = [1.001 * each for each in outputs]
+    assert gpu_networks._error(found, outputs) == pytest.approx(1e-3)
+    found[broken] = np.full_like(found[broken], np.nan)
+    assert not gpu_networks._error(found, outputs) < 1.0
+
+
+def test_a_result_that_was_cut_short(tmp_path, command, monkeypatch):
+    """It stands in the report as such; what is recorded after it has a line of its own."""
+    monkeypatch.setattr(gpu_report, "SECTIONS", {"first": gpu_report.Section(half, 0.5)})
+    assert command(gpu_report.main, "--out", tmp_path, "--minutes", 0.6, "--sections", "first").code == 1
+    assert gpu_section.recorded(tmp_path, "first") == [
+        {"whole": 1},
+        {"error": "a result was cut short"},
+        {"whole": 2},
+    ]
+    assert "a result was cut short" in (tmp_path / "report.md").read_text()
+
+
+def half(context):
+    context.record(whole=1)
+    with (context.out / "first.jsonl").open("a") as file:
+        file.write('{"whole": ')
+    context.record(whole=2)
 
 
 def test_random_params_leave_no_path_out():

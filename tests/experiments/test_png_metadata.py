@@ -83,7 +83,7 @@ def test_what_is_no_png_has_none(content):
     [
         ("a cat", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "no JSON object"),
+        ("[1]", "is not JSON with metadata|no JSON object"),
         ('{"prompt": "a cat"}', "with a version"),
         ('{"version": 2, "prompt": "a cat", "seed": 1, "settings": {}}', "version 2"),
         ('{"version": true, "prompt": "a cat", "seed": 1, "settings": {}}', "with a version"),
