@@ -72,7 +72,7 @@ def test_packages_that_are_wrong_leave_nothing_behind(packages, tmp_path):
     with pytest.raises(ValueError, match="no emoji has both"):
         emoji.prepare(64, tmp_path / "data", packages)
     (packages / "emojibase" / "en" / "data.json").write_text("[")
-    with pytest.raises(ValueError, match=r"data\.json: not a JSON file"):
+    with pytest.raises(ValueError, match=r"data\.json is not JSON with emoji"):
         emoji.prepare(64, tmp_path / "data", packages)
     (packages / "noto" / "chars.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"chars\.json"):
