@@ -62,7 +62,11 @@ def read(path: Path | str) -> FolderSource:
     if (path / METADATA).is_file():
         entries = tuple(from_metadata((path / METADATA).read_bytes(), str(path / METADATA)))
         unlisted = sorted(set(found.pictures) - {os.path.normpath(name) for name, _ in entries})
-        left_out = [counted(unlisted, f"image|images that {METADATA} does not list")] if unlisted else []
+        left_out = (
+            [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
+            if unlisted
+            else []
+        )
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not entries:

@@ -106,6 +106,9 @@ def read(path: Path) -> ZipSource:
     by_name = {posixpath.normpath(each.filename): Member(archive, each) for each in files}
     if METADATA in by_name:
         members, listed, left_out = _from_metadata(by_name[METADATA], by_name, members)
+    nested = [each.filename for each in shown if each.filename.endswith(f"/{METADATA}")]
+    if nested and not listed:
+        left_out.append(counted(nested, f"{METADATA} below the top|{METADATA} files below the top"))
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not members:
@@ -126,7 +129,7 @@ def _from_metadata(
     names = {name for name, _ in entries}
     unlisted = sorted(each.info.filename for each in found if posixpath.normpath(each.info.filename) not in names)
     left_out = [counted(absent, f"image of {METADATA} that is not there|images of {METADATA} that are not there")]
-    left_out += [counted(unlisted, f"image|images that {METADATA} does not list")]
+    left_out += [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
     present = [(files[name], text) for name, text in entries if name in files]
     lines = [line for line, names in zip(left_out, (absent, unlisted), strict=True) if names]
     return tuple(member for member, _ in present), tuple(text for _, text in present), lines
