@@ -133,15 +133,15 @@ def test_any_damage_of_a_member_is_unreadable(tmp_path, compression):
     path = write(tmp_path / "set.zip", {"a.png": noise}, compression=compression)
     intact, start = path.read_bytes(), 35  # behind the header and the name
     damaged = 0
-    for place in range(start, start + 200):
+    for place in range(start, start + 50):
         content = bytearray(intact)
         content[place] ^= 0xFF
         path.write_bytes(content)
         try:
             assert zipped.read(path)[0]["image"] == noise  # not each bit of LZMA's header counts
-        except OSError as error:
-            damaged += "damaged or encrypted" in str(error)
-    assert damaged > 150
+        except OSError:
+            damaged += 1
+    assert damaged > 40
 
 
 def listing(*rows):
