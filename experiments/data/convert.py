@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments.cli import run
+from jaxdiff.core.messages import plain
 from jaxdiff.data import convert, remote
 from jaxdiff.training.lock import locked
 
@@ -46,17 +47,18 @@ def main(
 
         def progress(report: convert.Report) -> None:
             bar.update(report.images)
-            bar.set_postfix_str(report.source)
+            bar.set_postfix_str(plain(report.source))
 
         index = convert.convert(files, out, settings, processes=processes, progress=progress)
     print(f"{index['images']} pictures in {len(index['shards'])} files: --data records:{out}")
+    first = {kind: convert.shown(line) for kind, line in index["first"].items()}
     for kind, count in index["skipped"].items():
-        print(f"warning: skipped {count} × {kind}; the first: {index['first'][kind]}", file=sys.stderr)
+        print(f"warning: skipped {count} × {plain(kind)}; the first: {first[kind]}", file=sys.stderr)
     for kind, count in index["unused"].items():
-        print(f"note: {count} × {kind}; the first: {index['first'][kind]}", file=sys.stderr)
+        print(f"note: {count} × {plain(kind)}; the first: {first[kind]}", file=sys.stderr)
     if index["replaced"]:
-        first = index["first"][convert.REPLACED]
-        print(f"warning: characters replaced in {index['replaced']} captions; the first: {first}", file=sys.stderr)
+        line = f"characters replaced in {index['replaced']} captions; the first: {first[convert.REPLACED]}"
+        print(f"warning: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

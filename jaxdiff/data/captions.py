@@ -11,6 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxdiff.core.json_files import parse
+from jaxdiff.core.messages import quoted
+
 # The longer marks come first: UTF-32's begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -19,6 +22,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_OUTER = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff"  # U+3000 is the last of the blanks
 _UNDECODABLE = "\udcff"
 _REASONS = {
     "undecodable bytes": re.compile("[\udc80-\udcff]"),
@@ -38,7 +42,7 @@ class Cleaned(NamedTuple):
 def clean(text: str | None) -> Cleaned:
     """A caption without outer blanks and byte order marks. What no encoding can hold (lone surrogates), and NUL, is
     replaced by U+FFFD and counted in `fault`. A blank caption is None."""
-    text = (text or "").strip().strip("\ufeff").strip()
+    text = (text or "").strip(_OUTER)
     replaced, count = _INVALID.subn("\ufffd", text)
     if not count:
         return Cleaned(text or None)
@@ -59,23 +63,21 @@ def decode(content: bytes) -> str:
 
 
 def reader(stream: Any) -> io.TextIOWrapper:
-    """The same for a binary stream that can seek, to be read in steps, with its own line ends. UnicodeDecodeError,
-    while it is read, for UTF-16 or UTF-32 that is cut off."""
-    encoding, mark = _encoding(stream.read(4))
-    stream.seek(len(mark))
-    return io.TextIOWrapper(stream, encoding=encoding, errors=_errors(encoding), newline="")
+    """The same for a binary stream, to be read in steps, with its own line ends. UnicodeDecodeError, while it is read,
+    for UTF-16 or UTF-32 that is cut off."""
+    buffered = io.BufferedReader(stream, 1 << 20)  # what comes over HTTP cannot seek
+    encoding, mark = _encoding(buffered.peek(4)[:4])
+    buffered.read(len(mark))
+    return io.TextIOWrapper(buffered, encoding=encoding, errors=_errors(encoding), newline="")
 
 
 def from_json(content: bytes | str) -> Any:
-    """A JSON value. ValueError for what is none, nested too deeply included."""
-    try:
-        if isinstance(content, str):
-            return json.loads(content)
+    """A JSON value. ValueError for what is none, too large, nested too deeply, or has two values of one name."""
+    if not isinstance(content, str):
         guessed = json.detect_encoding(content)  # UTF-16 and UTF-32 without a mark too, by the first two characters
         marked = _encoding(content)[1] or guessed == "utf-8"
-        return json.loads(decode(content) if marked else content.decode(guessed, "surrogatepass"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        content = decode(content) if marked else content.decode(guessed, "surrogatepass")
+    return parse(content, "the text", "a caption")
 
 
 def chosen(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -83,7 +85,7 @@ def chosen(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     for key in keys:
         value = row.get(key)
         if not isinstance(value, str | None):
-            raise ValueError(f"the caption is not a string but {value!r:.80}")
+            raise ValueError(f"the caption is not a string but {quoted(value)}")
         if present(value) is not None:
             return value
     return None

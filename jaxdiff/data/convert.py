@@ -18,20 +18,22 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from jaxdiff.core.errors import ProcessLostError
+from jaxdiff.core.json_files import read_object
+from jaxdiff.core.messages import plain
 from jaxdiff.data import captions, lists, pictures, remote, tar_shards
 from jaxdiff.data.fault import Fault, Raw
 from jaxdiff.data.files import new_records, remove_leftovers, write_json
-from jaxdiff.data.records import INDEX, pack
+from jaxdiff.data.records import INDEX, is_count, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Tar:
     path: str
 
     def identity(self) -> str:
-        return f"tar, rules 2\n{self.path}\n{remote.size(self.path)}"
+        return f"tar, rules 3\n{self.path}\n{remote.size(self.path)}"
 
     def examples(self, settings: "Settings") -> Iterator[Raw]:
         with remote.open_binary(self.path) as stream:
@@ -193,11 +195,11 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
     done = file.with_suffix(".json")
     if done.is_file() and file.is_file():
         try:
-            report = Report(**json.loads(done.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            report = _report(read_object(done, "a report"), file.name)
+        except ValueError as error:
             raise ValueError(f"{done}: not a report of this converter ({error}); delete it") from error
         if settings.strict and report.fault and not settings.retry:
-            raise ValueError(f"{report.fault} (strict)")
+            raise ValueError(f"{shown(report.fault)} (strict)")
         if not (settings.retry and report.fault):
             return report
     skipped: collections.Counter[str] = collections.Counter()
@@ -216,12 +218,38 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
                 write(pack(image, caption, name))
                 images += 1
             elif settings.strict and not fault.harmless:
-                raise ValueError(f"{name}: {fault} (strict)")
+                raise ValueError(f"{shown(name)}: {shown(str(fault))} (strict)")
             else:
                 (unused if fault.harmless else skipped)[fault.kind] += 1
                 first.setdefault(fault.kind, f"{name}: {fault}")
     report = Report(file.name, piece.path, images, dict(skipped), first, replaced, dict(unused))
     write_json(done, dataclasses.asdict(report))  # last: only a file with its report counts as done
+    return report
+
+
+def shown(text: str) -> str:
+    """A name in an input and what is wrong with it, for a message: inputs are not to decide what a terminal shows."""
+    return plain(text, 400)
+
+
+def _report(values: Mapping[str, Any], file: str) -> Report:
+    """The report of the output `file`. ValueError for what no conversion wrote."""
+    expected = {field.name for field in dataclasses.fields(Report)}
+    if set(values) - expected:
+        raise ValueError("it has other entries than a report")
+    counts = [values.get("skipped"), values.get("unused", {})]
+    first = values.get("first")
+    texts = [values.get("file"), values.get("source"), *(first.values() if isinstance(first, dict) else [None])]
+    numbers = [values.get("images"), values.get("replaced", 0)]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(each, dict) for each in counts):
+        raise ValueError("a text or a group of counts is missing, or something else")
+    if not all(is_count(number) for number in (*numbers, *(number for each in counts for number in each.values()))):
+        raise ValueError("a count is missing, or no whole number of at least 0")
+    report = Report(**values)
+    if report.file != file:
+        raise ValueError("it is about another file")
+    if ({*report.skipped, *report.unused} | ({REPLACED} if report.replaced else set())) - set(report.first):
+        raise ValueError("it names no example of something left out")
     return report
 
 

@@ -10,14 +10,16 @@ says nothing of its picture), and so are skin-tone variants (the same name five 
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import resvg_py
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from jaxdiff.core.json_files import parse
+from jaxdiff.core.messages import quoted, reason
 from jaxdiff.data import pictures
 from jaxdiff.data.files import full_disk_is_an_os_error
 from jaxdiff.data.tfds_sets import quiet
@@ -72,18 +74,34 @@ def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
 def read(packages: str | Path) -> list[Emoji]:
     """The emoji that have both a name and a drawing, in the order of emojibase: flags and skin tones left out."""
     artwork, characters, names = (
-        _json(Path(packages) / file)
-        for file in (f"{ARTWORK}/icons.json", f"{ARTWORK}/chars.json", f"{NAMES}/en/data.json")
+        _json(Path(packages) / file, kind)
+        for file, kind in (
+            (f"{ARTWORK}/icons.json", dict),
+            (f"{ARTWORK}/chars.json", dict),
+            (f"{NAMES}/en/data.json", list),
+        )
     )
+    try:
+        found = _pairs(artwork, characters, names)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{packages}: the packages are not of the form that is read here ({reason(error)})") from error
+    if not found:
+        raise ValueError(f"{packages}: no emoji has both a name and a drawing; are these the two packages?")
+    return found
+
+
+def _pairs(artwork: dict, characters: dict, names: list) -> list[Emoji]:
+    """Names with their drawings. AttributeError, KeyError or TypeError for values of other types."""
     drawings = {_plain(code): icon for code, icon in characters.items()}
     wanted = [entry for entry in names if entry.get("group") not in (None, _COMPONENT, _FLAGS)]
     found = []
     for entry in sorted(wanted, key=lambda entry: entry.get("order", 0)):
         icon = _icon(artwork, drawings.get(_plain(entry["hexcode"])))
         if icon is not None:
+            texts = (entry["label"], entry["hexcode"], icon["body"], *entry.get("tags", ()))
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"{quoted(entry)} is not all text")
             found.append(Emoji(entry["label"], tuple(entry.get("tags", ())), entry["hexcode"], _svg(artwork, icon)))
-    if not found:
-        raise ValueError(f"{packages}: no emoji has both a name and a drawing; are these the two packages?")
     return found
 
 
@@ -173,10 +191,12 @@ def _plain(hexcode: str) -> str:
     return "-".join(point for point in hexcode.lower().split("-") if point != "fe0f")
 
 
-def _json(file: Path):
+def _json(file: Path, kind: type) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: not there; run python -m experiments.data.emoji to fetch it") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from error
+    values = parse(content, str(file), "emoji", most=2**28)
+    if not isinstance(values, kind):
+        raise ValueError(f"{file} is not JSON with emoji: it holds a {type(values).__name__}, not a {kind.__name__}")
+    return values

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxdiff.core.messages import plain, quoted
 from jaxdiff.data import captions
 from jaxdiff.data.example import Example
 
@@ -59,9 +60,13 @@ def read(path: Path | str) -> FolderSource:
     entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in found.pictures)
     left_out = found.left_out()
     if (path / METADATA).is_file():
-        entries = tuple(_from_metadata(path / METADATA))
+        entries = tuple(from_metadata((path / METADATA).read_bytes(), str(path / METADATA)))
         unlisted = sorted(set(found.pictures) - {os.path.normpath(name) for name, _ in entries})
-        left_out = [_counted(unlisted, f"image|images that {METADATA} does not list")] if unlisted else []
+        left_out = (
+            [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
+            if unlisted
+            else []
+        )
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not entries:
@@ -76,33 +81,47 @@ class Walk:
     hidden: folders, and pictures, whose names begin with a dot; folders that a program keeps for itself
     unknown: files that are neither pictures nor what usually lies beside them, by suffix
     closed: folders that cannot be read, with the reason
+    outward: links to folders around the folder itself, or around the one that the link lies in
     """
 
     pictures: tuple[str, ...]
     hidden: tuple[str, ...]
     unknown: tuple[tuple[str, int], ...]
     closed: tuple[str, ...]
+    outward: tuple[str, ...] = ()
 
     def left_out(self) -> list[str]:
         """Each kind with its count, in a line of its own."""
         lines = []
         if self.hidden:
-            lines.append(_counted(self.hidden, "hidden folder or image|hidden folders or images"))
+            lines.append(counted(self.hidden, "hidden folder or image|hidden folders or images"))
         if self.unknown:
             kinds = [f"{count} {suffix}" for suffix, count in self.unknown]
             count = sum(count for _, count in self.unknown)
-            lines.append(_counted(kinds, "file of an unknown kind|files of unknown kinds", count))
+            lines.append(counted(kinds, "file of an unknown kind|files of unknown kinds", count))
         if self.closed:
-            lines.append(_counted(self.closed, "folder that cannot be read|folders that cannot be read"))
+            lines.append(counted(self.closed, "folder that cannot be read|folders that cannot be read"))
+        if self.outward:
+            lines.append(counted(self.outward, "link to a folder around it|links to folders around it"))
         return lines
+
+
+def is_hidden(name: str, is_folder: bool = False) -> bool:
+    """Whether a path (parts separated by `/`) is left out in folders, zips and tar files alike: a part of it begins
+    with a dot, or is a folder that a program keeps for itself."""
+    parts = name.split("/")
+    folders = parts if is_folder else parts[:-1]
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or not PROGRAMS.isdisjoint(folders)
 
 
 def walk(path: Path | str) -> Walk:
     """Everything below a folder. Links to folders are followed; a folder is visited once, by its own path rather than
-    by a link, so that links in a circle end. A link to a file counts as the file."""
-    pictures, hidden, closed = [], [], []
+    by a link, so that links in a circle end. A link to a folder around the set is not followed: it leads to the set's
+    neighbours. A link to a file counts as the file."""
+    pictures, hidden, closed, outward = [], [], [], []
+    root = os.path.realpath(path)
     unknown: collections.Counter[str] = collections.Counter()
-    folders = collections.deque([("", os.path.realpath(path))])  # relative and real paths
+    folders = collections.deque([("", root)])  # relative and real paths
     links: collections.deque[tuple[str, str]] = collections.deque()
     visited = set()
     while folders or links:
@@ -118,18 +137,27 @@ def walk(path: Path | str) -> Walk:
         for entry in entries:
             name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
             kind = _kind(entry)
-            left_out = entry.name.startswith(".") or (kind == stat.S_IFDIR and entry.name in PROGRAMS)
-            if left_out:
+            if is_hidden(entry.name, kind == stat.S_IFDIR):
                 hidden += [name] if kind == stat.S_IFDIR or suffix in SUFFIXES else []
             elif kind == stat.S_IFDIR and entry.is_symlink():
-                links.append((f"{name}/", os.path.realpath(entry.path)))
+                target = os.path.realpath(entry.path)
+                if target not in visited and (_is_around(target, root) or _is_around(target, real)):
+                    outward.append(name)
+                else:
+                    links.append((f"{name}/", target))
             elif kind == stat.S_IFDIR:
                 folders.append((f"{name}/", entry.path))
             elif suffix in SUFFIXES and kind == stat.S_IFREG:
                 pictures.append(name)
             elif suffix not in COMPANIONS:
                 unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
-    return Walk(tuple(sorted(pictures)), tuple(sorted(hidden)), tuple(unknown.most_common()), tuple(closed))
+    kinds = tuple(unknown.most_common())
+    return Walk(tuple(sorted(pictures)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward))
+
+
+def _is_around(outer: str, inner: str) -> bool:
+    """Of two real paths."""
+    return Path(inner).is_relative_to(outer)
 
 
 def _kind(entry: os.DirEntry) -> int:
@@ -144,20 +172,22 @@ def _kind(entry: os.DirEntry) -> int:
     return stat.S_IFREG if entry.is_file(follow_symlinks=False) else 0
 
 
-def _counted(names: Any, what: str, count: int | None = None) -> str:
+def counted(names: Any, what: str, count: int | None = None) -> str:
     """`2 images that … (a.png, b.png)`: `what` is the singular and the plural."""
     count = len(names) if count is None else count
     one, several = what.split("|")
-    return f"{count} {one if count == 1 else several} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+    shown = ", ".join(plain(name, 200) for name in names[:5])
+    return f"{count} {one if count == 1 else several} ({shown}{', …' if len(names) > 5 else ''})"
 
 
-def _from_metadata(metadata: Path) -> Iterator[tuple[str, str | None]]:
-    for number, line in enumerate(captions.decode(metadata.read_bytes()).split("\n"), 1):
+def from_metadata(content: bytes, where: str) -> Iterator[tuple[str, str | None]]:
+    """Names of images and, where there are any, captions. ValueError with the line, after `where`, for a bad one."""
+    for number, line in enumerate(captions.decode(content).split("\n"), 1):
         if line.strip():
             try:
                 yield _entry(line)
             except ValueError as error:
-                raise ValueError(f"{metadata}:{number}: {error}") from error
+                raise ValueError(f"{where}:{number}: {error}") from error
 
 
 def _entry(line: str) -> tuple[str, str | None]:
@@ -172,13 +202,13 @@ def _entry(line: str) -> tuple[str, str | None]:
     if name is None:
         raise ValueError("file_name is null")
     if not isinstance(name, str):
-        raise ValueError(f"file_name is not a string but {name!r:.80}")
+        raise ValueError(f"file_name is not a string but {quoted(name)}")
     try:
         possible = name.strip() and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise ValueError(f"no file can have the file_name {name!r:.80}")
+        raise ValueError(f"no file can have the file_name {quoted(name)}")
     return name, captions.chosen(row, ("text", "caption"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.data import captions, remote
 from jaxdiff.data.folder import SUFFIXES
 
@@ -51,11 +52,16 @@ def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
             where = f"{path}, line {line}"
             if len(row) != len(header):
                 raise ValueError(f"{where}: the header has {len(header)} fields, this row {len(row)}; {_RULE}")
-            swallowed = next((text for value in row for text in _rows_within(value, len(header), image)), None)
+            if re.search(r"[\r\n]", row[image]):
+                raise ValueError(
+                    f"{where}: a line break within the image's name, {quoted(row[image])}: perhaps a quote is not "
+                    f"closed; {_RULE}"
+                )
+            swallowed = next(_rows_within(row, image), None)
             if swallowed is not None:
                 raise ValueError(
-                    f"{where}: a quote that begins there holds a whole row, {swallowed:.80}: perhaps it is not closed; "
-                    f"{_RULE}"
+                    f"{where}: a quote that begins there holds a whole row, {plain(swallowed)}: "
+                    f"perhaps it is not closed; {_RULE}"
                 )
             yield row[image], None if caption is None else row[caption]
 
@@ -92,15 +98,27 @@ def _recorded(text: Iterable[str], lines: list[str]) -> Iterator[str]:
         yield line
 
 
-def _rows_within(value: str, fields: int, image: int) -> Iterator[str]:
-    """The lines of a field of several lines that are whole rows, with an image's name in the image's column."""
-    if fields > 1 and "\n" in value:
-        for line in re.split(r"[\r\n]+", value):
+def _rows_within(row: list[str], image: int) -> Iterator[str]:
+    """Lines of the fields of a row that are whole rows themselves: with as many cells, and an image in its column."""
+    for column, value in enumerate(row):
+        lines = re.split(r"[\r\n]+", value)
+        for line in lines[1:] if column else lines:  # the first goes on with a row
             cells = line.split(",")
-            if len(cells) != fields or PurePosixPath(cells[image].strip('" ')).suffix.lower() not in SUFFIXES:
+            if len(lines) == 1 or len(cells) != len(row) or not _alike(cells[image], row[image]):
                 continue
-            if any(cell.strip() for cell in cells[:image] + cells[image + 1 :]):
+            blank = not any(cell.strip() for cell in cells[:image] + cells[image + 1 :])
+            if not blank or " " not in cells[image].strip() or " " in row[image]:  # `see b.png,` is no row
                 yield line
+
+
+def _alike(cell: str, image: str) -> bool:
+    """Whether a cell names an image, by its suffix, or by the suffix, the folder or the scheme of the row's own."""
+    cell, image = cell.strip('" '), image.strip()
+    suffix = PurePosixPath(cell).suffix.lower()
+    if suffix in SUFFIXES or (suffix and suffix == PurePosixPath(image).suffix.lower()):
+        return True
+    starts = {image[: image.rindex(sign) + len(sign)] for sign in ("://", "/") if sign in image}
+    return bool(cell) and any(cell.startswith(start) for start in starts)
 
 
 def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
@@ -112,7 +130,7 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
         try:
             table = pyarrow.parquet.ParquetFile(stream)
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({error})") from error
+            raise ValueError(f"{path}: not a Parquet file ({reason(error)})") from error
         _check_columns(path, table.schema_arrow.names, columns)
         names = sorted({columns.image, columns.caption} & set(table.schema_arrow.names))
         batches = table.iter_batches(columns=names)
@@ -120,7 +138,7 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
             try:
                 batch = next(batches, None)
             except (pyarrow.ArrowException, OSError) as error:  # Arrow has OSError for damaged pages too
-                raise ValueError(f"{path}: damaged, or cannot be read ({error})") from error
+                raise ValueError(f"{path}: damaged, or cannot be read ({reason(error)})") from error
             if batch is None:
                 return
             values = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
@@ -140,7 +158,8 @@ def _check_columns(path: str, header: list[str], columns: Columns) -> None:
     """Images alone may have captions or not."""
     for name in (columns.image, *((columns.caption,) if columns.caption_required else ())):
         if name not in header:
-            raise ValueError(f"{path}: no column {name!r}, only {', '.join(header) or 'none'}; name the right one")
+            there = plain(", ".join(header), 400) or "none"
+            raise ValueError(f"{path}: no column {name!r}, only {there}; name the right one")
     for name in (columns.image, columns.caption):
         if header.count(name) > 1:
             raise ValueError(f"{path}: {header.count(name)} columns are named {name!r}: keep one")

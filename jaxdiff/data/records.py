@@ -9,11 +9,15 @@ import functools
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
+from jaxdiff.core.json_files import parse_object, read_object
+from jaxdiff.core.messages import quoted, reason
 from jaxdiff.data.example import Example
 from jaxdiff.data.parts import Parts, check_parts
 
 INDEX = "dataset.json"
+_LARGEST_INDEX = 2**30  # a few hundred bytes a file, of which a set may have a million
 
 
 def pack(image: bytes, caption: str | None, name: str) -> bytes:
@@ -24,10 +28,13 @@ def pack(image: bytes, caption: str | None, name: str) -> bytes:
 
 
 def unpack(record: bytes) -> Example:
-    """The example that `pack` packed."""
+    """The example that `pack` packed. struct.error or ValueError for what it did not pack."""
     (length,) = struct.unpack_from("<I", record)
-    header = json.loads(record[4 : 4 + length])
-    return {"image": record[4 + length :], "caption": header["caption"], "name": header["name"]}
+    header = parse_object(record[4 : 4 + length], "the header", "a name and a caption", len(record))
+    caption, name = header.get("caption"), header.get("name")
+    if not isinstance(caption, str | None) or not isinstance(name, str):
+        raise ValueError(f"the header has the caption {quoted(caption)} and the name {quoted(name)}")
+    return {"image": record[4 + length :], "caption": caption, "name": name}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +58,9 @@ class RecordSource:
             raise ValueError(str(error)) from error
         try:
             return unpack(record)
-        except (struct.error, ValueError, TypeError, KeyError) as error:
+        except (struct.error, ValueError) as error:
             where = self._records.where(index)
-            raise ValueError(f"{where}: not written by experiments.data.convert ({error!r})") from error
+            raise ValueError(f"{where}: not written by experiments.data.convert ({reason(error)})") from error
 
     @functools.cached_property
     def _records(self) -> Parts:
@@ -67,16 +74,35 @@ def read(path: Path | str) -> RecordSource:
     if not (path / INDEX).is_file():
         raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.data.convert")
     try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        sizes = {str(shard["file"]): int(shard["images"]) for shard in index["shards"] if shard["images"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path / INDEX}: not written by experiments.data.convert ({error!r})") from error
+        sizes = _sizes(read_object(path / INDEX, "the files of a set", _LARGEST_INDEX))
+    except ValueError as error:
+        raise ValueError(f"{path / INDEX}: not written by experiments.data.convert ({error})") from error
     missing = [shard for shard in sizes if not (path / shard).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path / missing[0]}: listed in {INDEX} but not there; run experiments.data.convert again"
+            f"{path}: {quoted(missing[0])} is listed in {INDEX} but not there; run experiments.data.convert again"
         )
     if not sizes:
         raise ValueError(f"{path}: no pictures were converted")
     check_parts([path / shard for shard in sizes], list(sizes.values()))
     return RecordSource(path, tuple(sizes), tuple(sizes.values()))
+
+
+def _sizes(index: dict[str, Any]) -> dict[str, int]:
+    """Images by file, of the files that hold any. ValueError for an index that `convert` does not write."""
+    shards = index.get("shards")
+    if not isinstance(shards, list):
+        raise ValueError(f"its shards are {quoted(shards)}")
+    sizes = {}
+    for shard in shards:
+        file, images = (shard.get("file"), shard.get("images")) if isinstance(shard, dict) else (None, None)
+        if not isinstance(file, str) or not is_count(images):
+            raise ValueError(f"a shard is {quoted(shard)}")
+        if images:
+            sizes[file] = images
+    return sizes
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a whole number of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -25,7 +25,7 @@ from typing import Any
 
 from jaxdiff.data import captions
 from jaxdiff.data.fault import Fault, Raw
-from jaxdiff.data.folder import SUFFIXES
+from jaxdiff.data.folder import SUFFIXES, is_hidden
 
 _CAPTIONS = (".txt", ".json")  # in the order of preference
 _TOGETHER = 64
@@ -95,15 +95,18 @@ class _Header(tarfile.TarInfo):
 
 
 def _examples(path: str, archive: tarfile.TarFile, caption_key: str) -> Iterator[Raw]:
-    seen: set[str] = set()  # stems
+    seen: set[str] = set()  # stems of examples
     for run in _runs(archive):
         if not isinstance(run, list):
             name, fault = run
             yield f"{path}/{name}".rstrip("/"), fault, None
             continue
+        new = []
         for name, image, caption in _of_run(run, seen, caption_key):
             yield f"{path}/{name}", image, caption
-        seen.update(member.stem for member in run)
+            if not isinstance(image, Fault):
+                new.append(name.rpartition(".")[0])
+        seen.update(new)  # now, as what else a run holds is judged by the runs before it
 
 
 def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault]]:
@@ -138,7 +141,7 @@ def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault
 
 
 def _fault(name: str, header: tarfile.TarInfo) -> Fault | None:
-    if any(part.startswith(".") and part != ".." for part in name.split("/")):
+    if is_hidden(name):
         return _HIDDEN
     if header.islnk() or header.issym():
         return Fault("link", f"to {header.linkname}; pack what it points to: tar --dereference --hard-dereference")

@@ -1,22 +1,35 @@
 """A zip of pictures, as datasets of EDM and ADM come: read like a folder, and never unpacked.
 
 photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; a `.txt` beside a picture is its caption
+photos.zip: metadata.jsonl                              the same as in a folder
 """
 
 import collections
 import dataclasses
+import lzma
 import os
+import posixpath
+import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from jaxdiff.core.messages import quoted, reason
 from jaxdiff.data import captions
 from jaxdiff.data.example import Example
-from jaxdiff.data.folder import COMPANIONS, PROGRAMS, SUFFIXES, Walk
+from jaxdiff.data.folder import COMPANIONS, METADATA, SUFFIXES, Walk, counted, from_metadata, is_hidden
 
 LARGEST = 1 << 30
 """Bytes of a member that are unpacked at most: a zip may say of a few bytes that they are many."""
+
+
+# What the decompressors raise; MemoryError for a damaged size of LZMA's dictionary.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, MemoryError),
+    *(NotImplementedError, RuntimeError),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,8 +53,8 @@ class Member:
             raise OSError(f"unpacks to {self.info.file_size} bytes, of at most {LARGEST}")
         try:
             return self.archive.read(self.info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise OSError(f"damaged or encrypted in the zip ({error})") from error
+        except _DAMAGE as error:
+            raise OSError(f"damaged or encrypted in the zip ({reason(error)})") from error
 
     def __str__(self) -> str:
         return f"{self.archive.filename}/{self.info.filename}"
@@ -49,19 +62,21 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZipSource:
-    """The pictures in order of their names."""
+    """The pictures in order of their names (or of metadata.jsonl, whose captions are `listed`)."""
 
     path: Path
     members: tuple[Member, ...]
     captions: dict[str, Member]
+    listed: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, index: int) -> Example:
         member = self.members[index]
-        text = self.captions.get(_stem(member.info.filename))
-        caption, fault = captions.clean(None if text is None else captions.decode(text.read_bytes()))
+        text = self.listed[index] if self.listed else None
+        beside = self.captions.get(_stem(member.info.filename)) if text is None else None
+        caption, fault = captions.clean(text if beside is None else captions.decode(beside.read_bytes()))
         return {"image": member.read_bytes(), "caption": caption, "name": str(member), "caption_fault": fault}
 
 
@@ -80,22 +95,44 @@ def read(path: Path) -> ZipSource:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: no zip, or a damaged one ({error})") from error
     files = sorted((each for each in archive.infolist() if not each.is_dir()), key=lambda each: each.filename)
-    shown = [each for each in files if not _is_hidden(each.filename)]
-    hidden = [each.filename for each in files if _is_hidden(each.filename) and _suffix(each.filename) in SUFFIXES]
+    shown = [each for each in files if not is_hidden(each.filename)]
+    hidden = [each.filename for each in files if is_hidden(each.filename) and _suffix(each.filename) in SUFFIXES]
     members = tuple(Member(archive, each) for each in shown if _suffix(each.filename) in SUFFIXES)
     texts = {_stem(each.filename): Member(archive, each) for each in shown if _suffix(each.filename) == ".txt"}
     others = (suffix for each in shown if (suffix := _suffix(each.filename)) not in SUFFIXES | COMPANIONS)
     unknown = collections.Counter(suffix or "without suffix" for suffix in others)
-    for line in Walk((), tuple(hidden), tuple(unknown.most_common()), ()).left_out():
+    left_out = Walk((), tuple(hidden), tuple(unknown.most_common()), ()).left_out()
+    listed: tuple[str | None, ...] = ()
+    by_name = {posixpath.normpath(each.filename): Member(archive, each) for each in files}
+    if METADATA in by_name:
+        members, listed, left_out = _from_metadata(by_name[METADATA], by_name, members)
+    nested = [each.filename for each in shown if each.filename.endswith(f"/{METADATA}")]
+    if nested and not listed:
+        left_out.append(counted(nested, f"{METADATA} below the top|{METADATA} files below the top"))
+    for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not members:
         raise FileNotFoundError(f"{path}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
-    return ZipSource(path, members, texts)
+    return ZipSource(path, members, texts, listed)
 
 
-def _is_hidden(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return any(part.startswith(".") for part in parts) or any(part in PROGRAMS for part in parts[:-1])
+def _from_metadata(
+    metadata: Member, files: Mapping[str, Member], found: tuple[Member, ...]
+) -> tuple[tuple[Member, ...], tuple[str | None, ...], list[str]]:
+    """The images that a metadata.jsonl lists, their captions, and what is left out. ValueError for a damaged one."""
+    try:
+        content = metadata.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{metadata}: {error}") from error
+    entries = [(posixpath.normpath(name), text) for name, text in from_metadata(content, str(metadata))]
+    absent = [quoted(name) for name, _ in entries if name not in files]
+    names = {name for name, _ in entries}
+    unlisted = sorted(each.info.filename for each in found if posixpath.normpath(each.info.filename) not in names)
+    left_out = [counted(absent, f"image of {METADATA} that is not there|images of {METADATA} that are not there")]
+    left_out += [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
+    present = [(files[name], text) for name, text in entries if name in files]
+    lines = [line for line, names in zip(left_out, (absent, unlisted), strict=True) if names]
+    return tuple(member for member, _ in present), tuple(text for _, text in present), lines
 
 
 def _suffix(name: str) -> str:

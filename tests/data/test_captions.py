@@ -1,6 +1,7 @@
 """Captions: decoded by their byte order mark, cleaned in one way, and what is replaced is counted, named or refused."""
 
 import dataclasses
+import io
 import json
 import warnings
 
@@ -168,3 +169,44 @@ def test_metadata_in_utf_16(tmp_path, source):
     row = json.dumps({"file_name": "1.png", "text": "é\u2028😀"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_bytes(f"{row}\r\n\r\n".encode("utf-16"))
     assert folder.read(tmp_path)[0]["caption"] == "é\u2028😀"
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeff \ufeff", "\ufeff a \ufeff cat \ufeff\n\ufeff", "\u3000\ufeff\u2028a\x1f", "\ufeff\n" * 9]
+)
+def test_cleaning_twice_changes_nothing_more(text):
+    cleaned = captions.clean(text).text
+    assert captions.clean(cleaned).text == cleaned
+    assert cleaned in (None, "a", "a \ufeff cat")
+
+
+class Unseekable(io.RawIOBase):
+    """What comes over HTTP: read once, in small pieces."""
+
+    def __init__(self, content):
+        self._content = io.BytesIO(content)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self._content.readinto(memoryview(buffer)[:5])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("text", ["path,caption\r\na.png,é 😀\n", "a", ""])
+def test_streams_that_cannot_seek_are_read(encoding, text):
+    assert captions.reader(Unseekable(text.encode(encoding))).read() == text
+
+
+@pytest.mark.parametrize("content", [b"[" * 99 + b"]" * 99, b'{"text": "a", "text": "b"}', "[" * 200_000, "1" * 5000])
+def test_json_that_is_not_to_be_trusted_is_a_value_error(content):
+    with pytest.raises(ValueError) as caught:
+        captions.from_json(content)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_long_value_instead_of_a_caption_is_cut():
+    with pytest.raises(ValueError) as caught:
+        captions.chosen({"text": ["x" * 10_000] * 1000}, ("text",))
+    assert len(str(caught.value)) < 200

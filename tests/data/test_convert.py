@@ -426,3 +426,81 @@ def test_json_of_lone_surrogates_is_read_back_as_it_was(tmp_path):
     value = {"a \udce9": ["\ud83d", "😀"]}
     files.write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+
+
+BAD_INDEX = {
+    "nested deeply": "[" * 200_000,
+    "infinite": '{"shards": [{"file": "a", "images": Infinity}]}',
+    "negative": '{"shards": [{"file": "a", "images": -1}]}',
+    "a fraction": '{"shards": [{"file": "a", "images": 1.5}]}',
+    "true": '{"shards": [{"file": "a", "images": true}]}',
+    "no names": '{"shards": [{"file": 7, "images": 1}]}',
+    "no shards": '{"shards": 7}',
+    "shards of another kind": '{"shards": [[]]}',
+    "two values": '{"shards": [], "shards": [1]}',
+    "bytes": "\udcff",
+}
+
+
+@pytest.mark.parametrize("content", BAD_INDEX.values(), ids=BAD_INDEX)
+def test_an_index_that_was_not_written_here_is_one_line(tmp_path, content):
+    (tmp_path / "dataset.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.data\.convert") as caught:
+        records.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 200_000, b"[]", b'{"caption": 7, "name": "a"}', b'{"caption": "a"}', b'{"caption": null, "name": 1}'],
+)
+def test_a_record_that_was_not_written_here_is_a_value_error(header):
+    with pytest.raises(ValueError, match="the header"):
+        records.unpack(len(header).to_bytes(4, "little") + header)
+
+
+def test_a_record_may_be_long():
+    record = records.pack(b"image", "x" * 2**24, "a.png")
+    assert len(records.unpack(record)["caption"]) == 2**24
+
+
+BAD_REPORT = {
+    "first": 7,
+    "skipped": {"a": "b"},
+    "unused": [],
+    "images": float("inf"),
+    "replaced": 1,
+    "file": "other.array_record",
+    "source": None,
+    "more": 1,
+}
+
+
+@pytest.mark.parametrize("field", [*BAD_REPORT, "nested"])
+def test_a_report_that_was_not_written_here_is_one_line(tmp_path, field):
+    (path,) = write_tars(tmp_path / "tars", 1, 1)
+    convert.convert([path], tmp_path / "out")
+    (report,) = (file for file in (tmp_path / "out").glob("*.json") if file.name != "dataset.json")
+    values = json.loads(report.read_text())
+    report.write_text("[" * 200_000 if field == "nested" else json.dumps(values | {field: BAD_REPORT[field]}))
+    with pytest.raises(ValueError, match=r"\.json: not a report of this converter .*; delete it") as caught:
+        convert.convert([path], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--strict"]])
+def test_names_in_an_archive_cannot_write_to_the_terminal(tmp_path, capsys, flags):
+    name = "\x1b[2J\x1b]0;title\x07\n"
+    path = write_tar(
+        tmp_path / "a.tar",
+        {"a.png": PNG, "a.txt": b"x", f"{name}{'y' * 9000}.bin": b"x", f"b{name}.png": PNG, f"b{name}.txt": b"\xff"},
+    )
+    try:
+        run(command.main, [path, "--out", str(tmp_path / "out"), *flags])
+    except SystemExit as ended:
+        assert ended.code == (2 if flags else 0)
+    written = capsys.readouterr()
+    said = written.out + written.err
+    lines = [line for line in said.splitlines() if line.startswith(("error", "warning", "note"))]
+    assert len(lines) == (1 if flags else 2) and all(line.isprintable() and len(line) < 1000 for line in lines)
+    assert "\x07" not in said and "]0;title" in said

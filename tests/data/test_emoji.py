@@ -72,7 +72,7 @@ def test_packages_that_are_wrong_leave_nothing_behind(packages, tmp_path):
     with pytest.raises(ValueError, match="no emoji has both"):
         emoji.prepare(64, tmp_path / "data", packages)
     (packages / "emojibase" / "en" / "data.json").write_text("[")
-    with pytest.raises(ValueError, match=r"data\.json: not a JSON file"):
+    with pytest.raises(ValueError, match=r"data\.json is not JSON with emoji"):
         emoji.prepare(64, tmp_path / "data", packages)
     (packages / "noto" / "chars.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"chars\.json"):
@@ -115,3 +115,25 @@ def test_a_wrong_tarball_is_named(tarballs, tmp_path):
     (tarballs / "emojibase-data-9.9.9.tgz").write_bytes(b"an error page")
     with pytest.raises(ValueError, match=r"emojibase-data-9\.9\.9\.tgz: not the npm package emojibase-data"):
         command.main(tmp_path / "data", (64,), tarballs)
+
+
+WRONG = {
+    "nested deeply": ("emojibase/en/data.json", "[" * 200_000, "nested"),
+    "names of another kind": ("emojibase/en/data.json", "{}", "it holds a dict, not a list"),
+    "a name that is a number": ("emojibase/en/data.json", "[7]", "not of the form"),
+    "a label that is a number": (
+        "emojibase/en/data.json",
+        '[{"label": 7, "hexcode": "1F7E9", "group": 8}]',
+        "not of the form",
+    ),
+    "characters of another kind": ("noto/chars.json", "[1]", "it holds a list, not a dict"),
+    "no drawings": ("noto/icons.json", "{}", "not of the form"),
+}
+
+
+@pytest.mark.parametrize("file, content, message", WRONG.values(), ids=WRONG)
+def test_packages_of_another_form_are_one_line(packages, file, content, message):
+    (packages / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        emoji.read(packages)
+    assert "\n" not in str(caught.value)

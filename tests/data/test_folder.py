@@ -192,3 +192,49 @@ def test_judged_folders_are_walked_alike(tmp_path, source):
     assert f"{photos}: left out 1 hidden folder or image (.ipynb_checkpoints)" in lines
     assert f"{photos}: left out 1 file of an unknown kind (1 .heic)" in lines
     assert any("a.png: 1 character of the caption replaced" in line for line in lines)
+
+
+@pytest.mark.parametrize("place", ["up", "deep/up", "link/up"])
+def test_a_link_to_a_folder_around_the_set_is_not_followed(tmp_path, place):
+    photos = tmp_path / "photos"
+    fill(tmp_path, "photos/deep/a.png", "neighbour/b.png", "elsewhere/c.png")
+    (photos / "link").symlink_to(tmp_path / "elsewhere")
+    (photos / place).symlink_to(tmp_path)
+    assert names(photos) == ["deep/a.png", "link/c.png"]
+    assert said(photos) == [f"left out 1 link to a folder around it ({place})"]
+
+
+def test_a_linked_set_is_not_left_upwards_either(tmp_path):
+    fill(tmp_path, "mine/photos/a.png", "theirs/set/b.png", "theirs/other/c.png")
+    (tmp_path / "mine" / "photos" / "link").symlink_to(tmp_path / "theirs" / "set")
+    (tmp_path / "theirs" / "set" / "up").symlink_to("..")
+    assert names(tmp_path / "mine" / "photos") == ["a.png", "link/b.png"]
+    assert said(tmp_path / "mine" / "photos") == ["left out 1 link to a folder around it (link/up)"]
+
+
+@pytest.mark.parametrize(
+    "name, is_folder, hidden",
+    [
+        ("a/.b/c.png", False, True),
+        ("a/__MACOSX/c.png", False, True),
+        ("@eaDir", True, True),
+        ("@eaDir", False, False),
+        ("../a.png", False, False),
+        ("./a.png", False, False),
+    ],
+)
+def test_what_is_hidden(name, is_folder, hidden):
+    assert folder.is_hidden(name, is_folder) == hidden
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path):
+    fill(tmp_path, "a.png", ".\x1b[2J.png", ".b\n.png")
+    (line,) = said(tmp_path)
+    assert line.isprintable() and "\\x1b" in line
+
+
+def test_long_values_of_metadata_are_cut(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": ["x" * 10_000] * 1000}))
+    with pytest.raises(ValueError, match="file_name is not a string") as caught:
+        folder.read(tmp_path)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 250

@@ -37,6 +37,14 @@ GOOD = {
         'path,caption\na.png,"see b.png,\nand c.png too"\n',
         ["see b.png,\nand c.png too"],
     ),
+    "lines that begin like no row": (
+        'path,caption\nhttps://x/1,"one\nhttp, two\nsee https://x/2, three"\n',
+        ["one\nhttp, two\nsee https://x/2, three"],
+    ),
+    "an image's name in the middle": (
+        'path,caption\na.png,"a list:\nsee b.png,\nthe end"\n',
+        ["a list:\nsee b.png,\nthe end"],
+    ),
 }
 
 
@@ -73,6 +81,47 @@ BAD = {
         'path,caption\na.png,"a cat\nb.png,dog"\n',
         "line 2: a quote that begins there holds a whole row, b.png,dog",
     ),
+    "of URLs without a suffix": (
+        'path,caption\nhttps://x/1,"a cat\nhttps://x/2,dog"\n',
+        "line 2: a quote that begins there holds a whole row, https://x/2,dog",
+    ),
+    "of other hosts": (
+        'path,caption\nhttps://x/1,"a cat\nhttps://y/z/2?w=8,dog"\n',
+        "line 2: a quote that begins there holds a whole row, https://y/z/2?w=8,dog",
+    ),
+    "of names in a folder": (
+        'path,caption\nset/1,"a cat\nset/2,dog"\n',
+        "line 2: a quote that begins there holds a whole row, set/2,dog",
+    ),
+    "of an unknown suffix": (
+        'caption,path\n"a cat,1.HEIC\ndog,2.heic\n",3.heic\n',
+        "line 2: a quote that begins there holds a whole row, a cat,1.HEIC",
+    ),
+    "of blank captions": (
+        'path,caption\na.png,"\nb.png,\nc.png,"\n',
+        "line 2: a quote that begins there holds a whole row, b.png,",
+    ),
+    "a line break in the image": ('path,caption\n"a.png\n",x\n', "line 2: a line break within the image's name"),
+    "of two columns, closed in the image": (
+        'caption,path\nx,"a.png\ny,b.png\nz,c.png"\n',
+        "line 2: a line break within the image's name, 'a.png\\ny,b.png",
+    ),
+}
+
+BAD_IMAGES = {
+    "one column": 'path\n"a.jpg\nb.jpg\nc.jpg"\n',
+    "old line ends": 'path\r"a.jpg\rb.jpg"\r',
+    "a second column": 'path,n\n"a.jpg\nb.jpg",1\n',
+}
+
+
+@pytest.mark.parametrize("text", BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_a_quote_around_several_images_is_not_one_image(tmp_path, text):
+    with pytest.raises(ValueError, match=r"line 2: a line break within the image's name, 'a\.jpg.* not closed"):
+        rows(tmp_path / "list.csv", text, lists.Columns("path", "caption", caption_required=False))
+
+
+BAD |= {
     "the same, caption first": (
         'caption,path\n"a cat,a.png\ndog",b.png\n',
         "line 2: a quote that begins there holds a whole row, a cat,a.png",

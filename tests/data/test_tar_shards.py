@@ -72,6 +72,18 @@ def test_names_with_dots_are_keys(names, form):
 A, B, C = (name.encode() for name in "ABC")
 
 READINGS = {
+    "folders of programs": (
+        [("__MACOSX/a.jpg", A), ("x/@eaDir/a.jpg", A), ("x/.b.jpg", B), ("__MACOSX.jpg", C), ("../d.jpg", A)],
+        [("__MACOSX.jpg", C, None), ("../d.jpg", A, None)],
+        [],
+        ["__MACOSX/a.jpg", "x/@eaDir/a.jpg", "x/.b.jpg"],
+    ),
+    "an image behind a lone caption of its name": (
+        [("a.txt", b"a"), ("b.jpg", B), ("a.jpg", A), ("c.cls", b"1"), ("b.txt", b"b"), ("c.jpg", C)],
+        [("b.jpg", B, None), ("a.jpg", A, None), ("c.jpg", C, None)],
+        [("a.txt", "no image"), ("c.cls", "unknown member"), ("b.txt", "repeated key")],
+        [],
+    ),
     "webdataset's features": (
         [("7.jpg", A), ("7.seg.png", B), ("7.cls", b"1"), ("7.json", b"{}"), ("7.txt", b"a")],
         [("7.jpg", A, "a")],

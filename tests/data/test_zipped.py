@@ -1,6 +1,7 @@
 """A zip of pictures read like a folder: names, captions, what is left out, and damaged archives."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -124,3 +125,63 @@ def test_zips_are_told_from_folders(tmp_path):
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_any_damage_of_a_member_is_unreadable(tmp_path, compression):
+    noise = np.random.default_rng(0).integers(0, 9, 3000).astype(np.uint8).tobytes()
+    path = write(tmp_path / "set.zip", {"a.png": noise}, compression=compression)
+    intact, start = path.read_bytes(), 35  # behind the header and the name
+    damaged = 0
+    for place in range(start, start + 50):
+        content = bytearray(intact)
+        content[place] ^= 0xFF
+        path.write_bytes(content)
+        try:
+            assert zipped.read(path)[0]["image"] == noise  # not each bit of LZMA's header counts
+        except OSError:
+            damaged += 1
+    assert damaged > 40
+
+
+def listing(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_metadata_is_read_as_in_a_folder(tmp_path):
+    rows = [
+        {"file_name": "./b.png", "text": " ", "caption": "of b"},
+        {"file_name": "x/a.png"},
+        {"file_name": ".h/c.png", "text": "listed"},
+    ]
+    members = {"x/a.png": png(1), "b.png": png(2), ".h/c.png": png(3), "x/a.txt": "beside", "b.txt": "not read"}
+    found = zipped.read(write(tmp_path / "set.zip", {"metadata.jsonl": listing(*rows)} | members))
+    assert [found[i]["caption"] for i in range(3)] == ["of b", "beside", "listed"]
+    assert [found[i]["image"] for i in range(3)] == [png(2), png(1), png(3)]
+    assert [member.info.filename for member in found.members] == ["b.png", "x/a.png", ".h/c.png"]
+
+
+def test_what_metadata_leaves_out_is_told(tmp_path):
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "gone\x1b.png", "text": "b"}]
+    path = write(tmp_path / "set.zip", {"a.png": png(1), "c.png": png(2), "metadata.jsonl": listing(*rows)})
+    with pytest.warns(UserWarning) as warned:
+        assert len(zipped.read(path)) == 1
+    lines = [str(each.message) for each in warned]
+    assert any("left out 1 image of metadata.jsonl that is not there" in line and "\x1b" not in line for line in lines)
+    assert any("left out 1 image that metadata.jsonl does not list (c.png)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "row, message", [("[" * 200_000, "not a JSON object"), ('{"file_name": 7}', "not a string but 7")]
+)
+def test_damaged_metadata_is_named_by_line(tmp_path, row, message):
+    text = listing({"file_name": "a.png"}) + "\n" + row
+    path = write(tmp_path / "set.zip", {"a.png": png(1), "metadata.jsonl": text})
+    with pytest.raises(ValueError, match=rf"set\.zip/metadata\.jsonl:2: .*{message}"):
+        zipped.read(path)
+
+
+def test_metadata_further_down_is_told_not_to_be_read(tmp_path):
+    path = write(tmp_path / "set.zip", {"x/a.png": png(1), "x/metadata.jsonl": listing({"file_name": "a.png"})})
+    with pytest.warns(UserWarning, match=r"left out 1 metadata.jsonl below the top \(x/metadata.jsonl\)"):
+        assert zipped.read(path)[0]["caption"] is None
