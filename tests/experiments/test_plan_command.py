@@ -112,6 +112,12 @@ def test_gpus_are_estimated_and_it_is_said(tmp_path, command):
         (("--topology", "v5e:2x2", "--accumulate", 0), "--accumulate 0: at least 1"),
         (("--topology", "v5e:2x2", "--accumulate", -2), "--accumulate -2: at least 1"),
         (("--topology", "v5e:2x2", "--stage", "sr256", "--preset", "paper", "--crop", 0), "--crop 0: at least 1"),
+        ((*SMALL, "--crop", 512), "--crop 512: larger than the pictures, 256"),
+        ((*SMALL, "--crop", 264), "--crop 264: larger than the pictures, 256"),
+        (
+            ("--topology", "h100:8", "--stage", "sr1024", "--preset", "paper", "--crop", 2048),
+            "larger than the pictures",
+        ),
         (("--topology", "v5e:2x2", "--batch", 10**12), "its arrays alone take 255,614,519 GiB"),
         (("--topology", "v5e:2x2", "--batch", 10**12, "--stage", "text"), "of a device, which has 16"),
         (("--topology", "tpu7x:2x2x1", "--batch", 10**30, "--mesh", "fsdp=8"), "of a device, which has 96"),
