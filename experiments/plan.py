@@ -57,8 +57,9 @@ def main(settings: Run) -> None:
     check(settings, topology)
     if settings.json is not None:
         usable_file(settings.json)
-        kept = None if settings.arrays or settings.hlo else read(settings.json)
-        if kept is not None and kept["asked"] == asked(settings, topology):
+        kept = read(settings.json)
+        answered = kept is not None and kept["asked"] == asked(settings, topology)
+        if kept is not None and answered and not (settings.arrays or settings.hlo):
             whole = completed(kept)
             if whole != kept:
                 write_json(settings.json, whole)

@@ -142,10 +142,12 @@ def test_bad_questions(command, arguments, message):
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
-def test_no_other_file_is_overwritten(tmp_path, command):
+@pytest.mark.parametrize("more", [(), ("--arrays",), ("--hlo", "step.hlo")])
+def test_no_other_file_is_overwritten(tmp_path, command, monkeypatch, more):
+    monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("planned"))
     file = tmp_path / "notes.json"
     file.write_text('{"mine": 1}')
-    done = command(plan.main, *SMALL, "--json", file)
+    done = command(plan.main, *SMALL, "--json", file, *more)
     assert done.code == 2 and "not a plan, or a damaged one, and not overwritten" in done.err
     assert file.read_text() == '{"mine": 1}'
 
