@@ -27,7 +27,7 @@ from experiments.cli import run
 from experiments.imagen import presets
 from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems.imagen import Stage, check_size
+from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
@@ -177,7 +177,7 @@ class Training:
 def compile_training(name: str, stage: Stage, settings: Run) -> Training:
     """The training step of a stage for the devices at hand, compiled; nothing runs on them."""
     side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
-    check_size(stage, side)
+    check_crop(stage, side)
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
     abstract, batch = abstract_state(stage, optimizer, mesh), made_up(stage, settings.batch, side)
     with jax.set_mesh(mesh):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.imagen import presets
-from experiments.plan_report import report
+from experiments.plan_report import is_plan, report
 from experiments.plan_settings import Run, check, optimizer_of, side_of, stage_of
 from jaxdiff.core import json_files
 from jaxdiff.data.files import usable_file, write_json
@@ -57,8 +57,9 @@ def main(settings: Run) -> None:
     check(settings, topology)
     if settings.json is not None:
         usable_file(settings.json)
-        kept = None if settings.arrays or settings.hlo else read(settings.json)
-        if kept is not None and kept["asked"] == asked(settings, topology):
+        kept = read(settings.json)
+        answered = kept is not None and kept["asked"] == asked(settings, topology)
+        if kept is not None and answered and not (settings.arrays or settings.hlo):
             whole = completed(kept)
             if whole != kept:
                 write_json(settings.json, whole)
@@ -93,14 +94,16 @@ def compiler(topology: chips.Topology) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A kept plan, None where there is none. ValueError for any other file, which is left as it is."""
+    """A kept plan, None where there is none. ValueError for any other file, a damaged plan too, which is left as it
+    is."""
     if not path.is_file():
         return None
     try:
         plan = json_files.parse(path.read_bytes(), str(path), "a plan")
-        _ = plan["asked"], plan["costs"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a plan, and not overwritten: name another file") from None
+    except ValueError:
+        plan = None
+    if not is_plan(plan):
+        raise ValueError(f"{path}: not a plan, or a damaged one, and not overwritten: name another file, or delete it")
     return plan
 
 

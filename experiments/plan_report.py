@@ -9,6 +9,56 @@ from jaxdiff.training.plan import Costs, Roofline, roofline
 PAPER_STEPS = 2_500_000
 
 
+def is_plan(values: Any) -> bool:
+    """Whether JSON has all that is read of a plan here and for the tables, each of its kind. `useful_flops` and `links`
+    may be missing, as in plans of earlier versions."""
+    kinds = {"asked": dict, "costs": dict, "mesh": dict, "chips": int, "parameters": int, "estimate": bool, "date": str}
+    asked = {"topology": str, "stage": str, "batch": int, "compiler": str}
+    if not (_has(values, kinds) and _has(values["asked"], asked) and _are_costs(values["costs"])):
+        return False
+    optional = {"bytes_per_device": {}, "links": {}, "added": "", "useful_flops": 0.0} | values
+    numbers = [values["chips"], values["parameters"], values["asked"]["batch"], optional["useful_flops"]]
+    of_numbers = (values["mesh"], optional["bytes_per_device"], optional["links"])
+    return (
+        all(map(_is_number, numbers))
+        and all(map(_holds_numbers, of_numbers))
+        and min(values["chips"], values["asked"]["batch"]) > 0
+        and isinstance(optional["added"], str)
+    )
+
+
+def _has(values: Any, kinds: Mapping[str, type]) -> bool:
+    return isinstance(values, dict) and all(isinstance(values.get(name), kind) for name, kind in kinds.items())
+
+
+def _are_costs(values: dict[str, Any]) -> bool:
+    try:
+        costs = Costs(**values)
+    except TypeError:  # a name too many or too few
+        return False
+    numbers = [costs.argument_bytes, costs.temporary_bytes, costs.peak_bytes, costs.flops, costs.bytes_accessed]
+    numbers += [costs.unknown_loops, *(each for each in (costs.seconds, costs.total_cycles) if each is not None)]
+    if not (all(map(_is_number, numbers)) and _holds_numbers(costs.cycles) and isinstance(costs.collectives, dict)):
+        return False
+    collectives = all(_holds_numbers(kind) and {"count", "bytes"} <= kind.keys() for kind in costs.collectives.values())
+    # Rates are batches over times, none of which may be zero.
+    times = (
+        costs.flops,
+        1 if costs.seconds is None else costs.seconds,
+        sum(costs.cycles.values()) if costs.cycles else 1,
+    )
+    return collectives and min(times) > 0
+
+
+def _holds_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(_is_number, values.values()))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be a count or a size: no bool, not negative, not NaN, nothing that overflows a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**100
+
+
 def rooflined(plan: Mapping[str, Any]) -> Roofline:
     """The roofline of a plan, by the rates as they are known now."""
     topology = chips.parse(plan["asked"]["topology"])

@@ -8,7 +8,7 @@ from typing import Literal
 from experiments.imagen import presets
 from jaxdiff.nets import t5
 from jaxdiff.nets.unet import EfficientUNetConfig, Remat
-from jaxdiff.systems.imagen import Stage, check_size
+from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.training import chips
 from jaxdiff.training.mesh import parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
@@ -67,7 +67,7 @@ def optimizer_of(settings: Run) -> OptimizerConfig:
 
 def side_of(settings: Run, stage: Stage) -> int:
     side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
-    check_size(stage, side, name="crop")
+    check_crop(stage, side)
     return side
 
 

@@ -84,15 +84,21 @@ read_settings() {
   LOGS_AT=${TPU_LOGS:-$ROOT/runs/tpu}/$TPU_NAME
 }
 
-# What bash itself finds wrong with the env file, such as spaces around =, into `wrong`. In a shell of its own, because
-# it would end this one.
+# Fails for what bash itself finds wrong with the env file, such as spaces around =. In a shell of its own, because it
+# would end this one; in English, because the word before a line's number is looked for.
 check_file() {
-  local line said
+  local line said end=$'\3'
   # shellcheck source=/dev/null
-  said=$(set +e && source "$ENV_FILE" 2>&1 >/dev/null) || true
+  said=$(
+    set +e
+    export LC_ALL=C
+    source "$ENV_FILE" 2>&1 >/dev/null
+    printf '\n%s' "$end"
+  ) || true
   while IFS= read -r line; do
-    if [[ $line == *": line "*": "* ]]; then fail "$ENV_FILE: line ${line#*: line }"; fi
+    if [[ $line == "$ENV_FILE: line "*": "* ]]; then fail "$line"; fi
   done <<<"$said"
+  [[ $said == *"$end" ]] || fail "$ENV_FILE: ends the shell that reads it: settings alone, no exit or exec"
 }
 
 # form NAME PATTERN WORDS: what a setting has to look like unless it is empty. Into `wrong`; adds to `known`.
@@ -109,7 +115,7 @@ check_settings() {
     [[ -n ${!name:-} ]] || wrong+=("$ENV_FILE does not set $name")
   done
   form TPU_NAME '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' "lower-case letters, digits and dashes only"
-  form TPU_ZONE '[a-z]+(-[a-z]+)+[0-9]+-[a-z]' "a zone such as us-west4-a"
+  form TPU_ZONE '[a-z]+(-[a-z]+)+[0-9]+-(ai[0-9]+)?[a-z]' "a zone such as us-west4-a"
   form TPU_PROJECT '[a-z][-a-z0-9.:]*' "a project's ID"
   form TPU_TYPE '[a-z0-9]+-[1-9][0-9]{0,5}' "a kind and a size, such as v5litepod-16"
   form TPU_VERSION '[a-z0-9][-a-z0-9.]*' "a runtime version such as v2-alpha-tpuv6e"

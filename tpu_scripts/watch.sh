@@ -121,10 +121,21 @@ remove() {
   save_state
 }
 
-# What there is at the end, and whether it costs money.
+# What there is at the end, and whether it costs money. Of several slices, one that is taken away leaves the others.
 what_is_left() {
-  local state
+  local state nodes left=0
   state=$(pod_state) || state=UNKNOWN
+  if [[ $state == PREEMPTED ]]; then
+    if nodes=$(node_states); then
+      left=$(printf '%s\n' "$nodes" | awk 'NF && $2 !~ /^(PREEMPTED|TERMINATED|STOPPED|DELETING)$/' | wc -l)
+    else
+      state=UNKNOWN
+    fi
+  fi
+  if ((left)); then
+    printf '%s of %s slices of %s are still there and cost money until delete.sh\n' $((left)) "$TPU_SLICES" "$TPU_NAME"
+    return
+  fi
   case $state in
     ABSENT) printf 'there is no %s: nothing costs money\n' "$TPU_NAME" ;;
     FAILED) printf 'the request %s FAILED: it costs nothing, and delete.sh removes it\n' "$TPU_NAME" ;;

@@ -32,7 +32,7 @@ from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Stage, check_size
+from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.text.t5 import TextEncoder, encode
 from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import load_ema
@@ -209,9 +209,7 @@ def stage_of(settings: Run) -> Stage:
             changes[name] = value
     stage = dataclasses.replace(stage, **changes)
     if crop := crop_of(settings, stage):
-        check_size(stage, crop, name="crop")
-        if crop > stage.resolution:
-            raise ValueError(f"--crop {crop}: larger than the pictures, {stage.resolution}")
+        check_crop(stage, crop)
     return stage
 
 

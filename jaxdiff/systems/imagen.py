@@ -227,3 +227,11 @@ def check_size(stage: Stage, *sides: int, name: str = "side") -> None:
     for side in sides:
         if side < 1 or side % stage.unet.stride:
             raise ValueError(f"a {name} of {side} pixels is not a multiple of the network's stride {stage.unet.stride}")
+
+
+def check_crop(stage: Stage, side: int) -> None:
+    """ValueError where the stage cannot be trained on crops of this side: one that the network does not take, or that
+    is larger than its images."""
+    check_size(stage, side, name="crop")
+    if side > stage.resolution:
+        raise ValueError(f"--crop {side}: larger than the pictures, {stage.resolution}")

@@ -10,8 +10,9 @@ The lock is a small file: who holds it (host, process, its start time) and a cou
 systems have none that other hosts see.
 
 A lock that a dead run has left is taken over. On the same machine the process table says at once whether the holder
-lives; for another machine the counter must stand still for `STALE` seconds by the clock of whoever waits, so that
-clocks which differ do not matter.
+lives; for another machine, or where the table hides the processes of others, the counter must stand still for `STALE`
+seconds by the clock of whoever waits, so that clocks which differ do not matter. Seconds in which the file could not be
+read do not count, because the holder could not write then either.
 """
 
 import errno
@@ -39,6 +40,10 @@ STALE = 60.0
 """Seconds without one after which the lock of another machine counts as left behind."""
 SETTLE = 2.0
 """Seconds after which a file system without hard links must show which of two locks has won."""
+_HELD: dict[str, "_Owner"] = {}
+"""The locks that this process holds, by the resolved path of the file. Module state, because it mirrors a fact of the
+process: the file alone cannot show it where a file system gives a folder another inode at every look."""
+_HELD_GUARD = threading.Lock()
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 
 
@@ -74,6 +79,8 @@ class FolderLock:
                 self._remove_new_folder()
                 raise
             if not self._nested:
+                with _HELD_GUARD:
+                    _HELD[os.path.realpath(self.path)] = self._owner
                 self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
                 self._thread.start()
         return self
@@ -81,6 +88,9 @@ class FolderLock:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if not self._active or self._nested:
             return
+        with _HELD_GUARD:
+            for path in [path for path, owner in _HELD.items() if owner is self._owner]:
+                del _HELD[path]
         self._ended.set()
         self._thread.join(EVERY)  # it may hang with the file system
         with suppress(OSError):
@@ -137,7 +147,7 @@ class FolderLock:
             if self._mine(content):  # it was moved by another start, and put back
                 return
             holder = _owner_of(content)
-            if holder is not None and holder.is_this_thread(self._owner):
+            if holder is not None and self._held_here(holder):
                 self._owner, self._nested = holder, True
                 return
             who = holder.words() if holder else "a run that cannot be named (the file is damaged)"
@@ -153,6 +163,16 @@ class FolderLock:
                 )
             if lives is False and self._remove(content):
                 _say(f"{self.path}: left behind by {who}, which has ended; taken over")
+
+    def _held_here(self, holder: "_Owner") -> bool:
+        """Whether this thread holds the lock already: by what the file says, or by the locks that the process has."""
+        if holder.is_this_thread(self._owner):
+            return True
+        with _HELD_GUARD:
+            held = _HELD.get(os.path.realpath(self.path))
+        if held is None or held.token != holder.token:
+            return False
+        return held.is_this_thread(replace(self._owner, folder=held.folder))  # a forked child has the dict, too
 
     def _create(self) -> bool:
         """Whether the lock is ours now; False where there is one already."""
@@ -183,15 +203,28 @@ class FolderLock:
         return self._mine(self._read())
 
     def _shows_life(self, content: bytes) -> bool | None:
-        """Whether the counter moves within `STALE` seconds; None where the lock has gone or changed hands meanwhile."""
-        until = time.monotonic() + STALE
-        while time.monotonic() < until:
+        """Whether the counter moves within `STALE` seconds; None where the lock has gone or changed hands meanwhile.
+
+        The seconds begin again after a look that failed or took longer than `EVERY`: the network was away, and with it
+        the holder's signs of life. OSError where no look succeeds for `STALE` seconds.
+        """
+        quiet_since = seen = time.monotonic()
+        while time.monotonic() - quiet_since < STALE:
+            begun = time.monotonic()
             time.sleep(min(0.5, EVERY / 4))
-            with suppress(OSError):
+            try:
                 now = self._read()
-                if now != content:
-                    same = now is not None and _token(now) is not None and _token(now) == _token(content)
-                    return True if same else None
+            except OSError as error:
+                quiet_since = time.monotonic()
+                if quiet_since - seen > STALE:
+                    raise OSError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+                continue
+            if now != content:
+                same = now is not None and _token(now) is not None and _token(now) == _token(content)
+                return True if same else None
+            seen = time.monotonic()
+            if seen - begun > EVERY:
+                quiet_since = seen
         return False
 
     def _remove(self, content: bytes) -> bool:
@@ -277,10 +310,12 @@ class _Owner:
         return replace(self, token=here.token, since=here.since) == here
 
     def lives(self, here: "_Owner") -> bool | None:
-        """Whether the process is there; None where only its own machine knows, or it holds another folder."""
+        """Whether the process is there; None where only its own machine knows, it holds another folder, or the
+        process table hides it."""
         if not self.machine or (self.machine, self.folder) != (here.machine, here.folder):
             return None
-        return _start_time(self.process) == self.started
+        started = _start_time(self.process)
+        return None if started is None else started == self.started
 
 
 def _gone(folder: Path) -> str:
@@ -302,7 +337,7 @@ def _this_process(folder: Path) -> _Owner:
         host=socket.gethostname(),
         machine=_machine(),
         process=os.getpid(),
-        started=_start_time(os.getpid()),
+        started=_start_time(os.getpid()) or "",
         thread=threading.get_ident(),
         folder=f"{place.st_dev} {place.st_ino}",
         since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
@@ -335,16 +370,30 @@ def _machine() -> str:
         return "" if sys.platform == "linux" else f"{sys.platform} {socket.gethostname()}"
 
 
-def _start_time(process: int) -> str:
-    """When a process of this machine began; empty where there is none, or only what its parent has not yet buried."""
+def _start_time(process: int) -> str | None:
+    """When a process of this machine began; empty where there is none, or only what its parent has not yet buried; None
+    where there is one of which nothing can be read (/proc mounted with hidepid hides the processes of others)."""
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # its name may hold anything
         except OSError:
-            return ""
+            return None if _answers_signals(process) else ""
         return "" if fields[0] in "ZX" else fields[19]
     done = subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def _answers_signals(process: int) -> bool:
+    """Whether a process has this number, whoever's it is. Signal 0 changes nothing."""
+    if process < 1:  # would mean a group of processes
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _say(line: str) -> None:

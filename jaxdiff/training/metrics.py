@@ -22,7 +22,8 @@ class MetricsLog:
     """metrics.jsonl (one object a line) and `tensorboard/` in a run's folder, continued after step `resumed`.
 
     Lines of later steps, which a run that died has left, are cut off: no step appears twice. Where some cannot be read,
-    a warning says which, the others are kept, and the file as it was is kept as metrics.damaged.jsonl.
+    a warning says which, the others are kept, and the file as it was is kept as metrics.damaged.jsonl; the next time as
+    metrics.damaged-2.jsonl, and so on.
     """
 
     def __init__(self, folder: Path, resumed: int) -> None:
@@ -51,7 +52,7 @@ class MetricsLog:
                 f"{path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
             ) from error
         for name, value in line.items():
-            if name != "step" and value is not None and math.isfinite(value):
+            if name != "step" and _is_number(value):
                 self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ def plot(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in read(folder / LINES) if _is_number(line.get("loss"))]
-    steps, losses = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
+    steps, losses = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines], float)
     if not len(steps):
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -125,8 +126,9 @@ def _truncate(path: Path, last: int) -> None:
     kept = "".join(json.dumps(line) + "\n" for line in found.lines if line["step"] <= last).encode()
     problem = found.problem()
     if found.damaged or found.repeated:
-        shutil.copyfile(path, path.with_name(DAMAGED))
-        problem += f"; the file as it was is {path.with_name(DAMAGED)}"
+        copy = _free_name(path.with_name(DAMAGED))
+        shutil.copyfile(path, copy)
+        problem += f"; the file as it was is {copy}"
     if problem:
         warnings.warn(f"{path}: {problem}", stacklevel=2)
     if kept == content:
@@ -134,6 +136,15 @@ def _truncate(path: Path, last: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(kept)
     os.replace(temporary, path)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of `name-2.jsonl`, `name-3.jsonl`, … that is not there: what is there is the only copy."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,11 @@ def _numbers(lines: list[int]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that a float can hold; JSON has integers of any length."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _finite(value: Any) -> Any:

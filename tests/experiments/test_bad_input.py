@@ -246,6 +246,7 @@ def test_training_arguments(standin, tmp_path, command):
         assert list(tmp_path.iterdir()) == []
     one_line(command(pretrain, *out, "--data-dir", tmp_path / "data", "--steps", 0), "steps 0")
     one_line(command(benchmark.main, "--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels")
+    one_line(command(benchmark.main, "--stage", "sr256", "--preset", "tiny", "--crop", 512), "larger than the pictures")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run").touch()
     done = command(train.main, "--stage", "sr256", *out, "--data-dir", tmp_path / "data", "--examples", 8)

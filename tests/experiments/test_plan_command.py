@@ -112,6 +112,12 @@ def test_gpus_are_estimated_and_it_is_said(tmp_path, command):
         (("--topology", "v5e:2x2", "--accumulate", 0), "--accumulate 0: at least 1"),
         (("--topology", "v5e:2x2", "--accumulate", -2), "--accumulate -2: at least 1"),
         (("--topology", "v5e:2x2", "--stage", "sr256", "--preset", "paper", "--crop", 0), "--crop 0: at least 1"),
+        ((*SMALL, "--crop", 512), "--crop 512: larger than the pictures, 256"),
+        ((*SMALL, "--crop", 264), "--crop 264: larger than the pictures, 256"),
+        (
+            ("--topology", "h100:8", "--stage", "sr1024", "--preset", "paper", "--crop", 2048),
+            "larger than the pictures",
+        ),
         (("--topology", "v5e:2x2", "--batch", 10**12), "its arrays alone take 255,614,519 GiB"),
         (("--topology", "v5e:2x2", "--batch", 10**12, "--stage", "text"), "of a device, which has 16"),
         (("--topology", "tpu7x:2x2x1", "--batch", 10**30, "--mesh", "fsdp=8"), "of a device, which has 96"),
@@ -136,12 +142,76 @@ def test_bad_questions(command, arguments, message):
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
-def test_no_other_file_is_overwritten(tmp_path, command):
+@pytest.mark.parametrize("more", [(), ("--arrays",), ("--hlo", "step.hlo")])
+def test_no_other_file_is_overwritten(tmp_path, command, monkeypatch, more):
+    monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("planned"))
     file = tmp_path / "notes.json"
     file.write_text('{"mine": 1}')
-    done = command(plan.main, *SMALL, "--json", file)
-    assert done.code == 2 and "not a plan, and not overwritten" in done.err
+    done = command(plan.main, *SMALL, "--json", file, *more)
+    assert done.code == 2 and "not a plan, or a damaged one, and not overwritten" in done.err
     assert file.read_text() == '{"mine": 1}'
+
+
+def without(made, name):
+    return {key: value for key, value in made.items() if key != name}
+
+
+def costs_with(made, **changes):
+    return made | {"costs": made["costs"] | changes}
+
+
+DAMAGED_PLANS = {
+    "two numbers": lambda made: {"asked": 1, "costs": 2},
+    "a list": lambda made: [made],
+    "asked as a list": lambda made: made | {"asked": list(made["asked"])},
+    "asked without a topology": lambda made: made | {"asked": without(made["asked"], "topology")},
+    "no costs": lambda made: made | {"costs": {}},
+    "costs as a number": lambda made: made | {"costs": 7},
+    "costs without a name": lambda made: made | {"costs": without(made["costs"], "flops")},
+    "costs with a name too many": lambda made: costs_with(made, joules=1),
+    "flops in words": lambda made: costs_with(made, flops="many"),
+    "flops that are none": lambda made: costs_with(made, flops=0),
+    "flops of many digits": lambda made: costs_with(made, flops=10**400),
+    "flops that are NaN": lambda made: costs_with(made, flops=float("nan")),
+    "a peak that is missing": lambda made: costs_with(made, peak_bytes=None),
+    "collectives as a list": lambda made: costs_with(made, collectives=[1]),
+    "collectives without bytes": lambda made: costs_with(made, collectives={"all-gather": {"count": 1}}),
+    "cycles in words": lambda made: costs_with(made, cycles={"dot": "1"}),
+    "no seconds": lambda made: costs_with(made, seconds=0),
+    "no mesh": lambda made: without(made, "mesh"),
+    "a mesh as a list": lambda made: made | {"mesh": [1, 4]},
+    "no chips": lambda made: without(made, "chips"),
+    "chips that are true": lambda made: made | {"chips": True},
+    "no parameters": lambda made: without(made, "parameters"),
+    "parameters in words": lambda made: made | {"parameters": "2b"},
+    "links as a number": lambda made: made | {"links": 3},
+    "useful FLOPs in words": lambda made: made | {"useful_flops": "1"},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_PLANS)
+def test_a_damaged_plan_is_left_as_it_is(tmp_path, command, monkeypatch, case):
+    """By the command that would answer from it, and by the page, which leaves it out."""
+    asked = plan_tables.cases()["text-v4"]
+    made = json.loads((plan_tables.FOLDER / "text-v4.json").read_text())
+    made["asked"] = plan.asked(asked, None) | {"compiler": "libtpu 1"}
+    assert plan_report.is_plan(made) and plan_report.is_plan(without(without(made, "links"), "useful_flops"))
+    monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr(plan, "compiler", lambda _: "libtpu 1")
+    file = tmp_path / "text-v4.json"
+    words = ["--topology", asked.topology, "--stage", "text", "--batch", asked.batch, "--json", file]
+    file.write_text(json.dumps(made))
+    assert command(plan.main, *words).code == 0
+
+    damaged = json.dumps(DAMAGED_PLANS[case](made))
+    file.write_text(damaged)
+    done = command(plan.main, *words)
+    assert done.code == 2 and f"{file}: not a plan, or a damaged one" in done.err and done.err.count("\n") == 1
+    done = command(plan_tables.main, "--only", "text-v4", "--out", tmp_path)
+    assert done.code == 2 and f"{file}: not a plan, or a damaged one" in done.err
+    done = command(plan_tables.main, "--only", "none", "--out", tmp_path)
+    assert done.code == 0 and "0 plans" in done.out
+    assert file.read_text() == damaged
 
 
 def test_the_command_of_a_plan_asks_for_it():
@@ -164,6 +234,7 @@ def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
     costs |= {"bytes_accessed": 1e9, "collectives": moved, "seconds": 0.2, "cycles": {"dot": 0.25 * chips.V5P.clock}}
     asked = plan.asked(case, None) | {"compiler": "libtpu 1"}
     made = {"date": "2026-01-02", "asked": asked, "mesh": {"data": 2, "fsdp": 32}, "chips": 64}
+    made |= {"parameters": 2 * 10**9, "estimate": False}
     made |= {"costs": costs, "useful_flops": 64 * 3.672e13, "links": {"data": 1, "fsdp": 4}, "added": "links: later"}
     (tmp_path / "base64-v5p-64.json").write_text(json.dumps(made))
     old = made | {"asked": plan.asked(dataclasses.replace(case, remat="blocks"), None)}

@@ -111,8 +111,10 @@ elif kind == "queued-resources" and verb == "delete":
 elif kind == "tpu-vm" and verb == "delete":
     os.unlink(f"{cloud}/nodes")
 elif kind == "tpu-vm" and verb == "list":
-    for node in text("nodes").split() if exists("nodes") else []:
-        print(node, text("node_state") if exists("node_state") else "READY", sep="\t")
+    states = text("node_state").split() if exists("node_state") else ["READY"]  # of each; the last of all that follow
+    for index, node in enumerate(text("nodes").split() if exists("nodes") else []):
+        if states[min(index, len(states) - 1)] != "ABSENT":
+            print(node, states[min(index, len(states) - 1)], sep="\t")
 elif kind == "tpu-vm" and verb == "ssh":
     code = "ERROR: TPU is in state PREEMPTED" if exists("taken") else ssh(words[4])
     if "worker.sh code" in value("--command") and exists("then"):

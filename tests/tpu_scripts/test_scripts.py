@@ -163,6 +163,10 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once(cloud, name):
         ("TPU_SPOT=$ABSENT", "line 6: ABSENT: unbound variable"),
         ("TPU_SETUP='a", "unexpected EOF"),
         ("TPU_SETUP=(", "unexpected"),
+        ("echo ok: line 3: no fault of the file >&2; TPU_SPOT = true", "line 6: TPU_SPOT: command not found"),
+        ("exit", "tpu.env: ends the shell that reads it: settings alone, no exit or exec"),
+        ("exit 0", "ends the shell that reads it"),
+        ("TPU_SPOT=true; exec true", "ends the shell that reads it"),
         ("TPU_SPOT=true\r", "TPU_SPOT 'true?': true or false"),
         ("TPU_PASS='\"A'", "TPU_PASS: a quote that is not closed"),
         ("TPU_CREATE_FLAGS='--a=\"b'", "TPU_CREATE_FLAGS: a quote that is not closed"),
@@ -175,6 +179,37 @@ def test_what_bash_cannot_read_is_said(cloud, text, message):
     assert done.returncode == 2 and not cloud.calls()
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_what_the_file_says_itself_is_no_fault_of_it(cloud):
+    cloud.settings()
+    with cloud.env.open("a") as file:
+        file.write("echo config: line 3: old >&2\nprintf 'no end of line' >&2\nreturn 3\n")
+    done = cloud("create", "--dry-run")
+    assert "error: " not in done.stderr
+
+
+def test_the_file_is_checked_in_english(cloud):
+    cloud.settings(TPU_SETUP="x")
+    with cloud.env.open("a") as file:
+        file.write('echo "$LC_ALL" > "$CLOUD/locale"; exit\n')
+    assert cloud("create", LC_ALL="C.UTF-8").returncode == 2 and cloud.text("locale") == "C\n"
+
+
+@pytest.mark.parametrize("zone", ["us-south1-ai1b", "us-central1-ai1a", "us-west4-a", "europe-west4-ai12c"])
+def test_zones(cloud, zone):
+    cloud.settings(TPU_ZONE=zone)
+    done = cloud("delete", "--dry-run")
+    assert done.returncode == 0 and f"--zone={zone}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "zone", ["us-south1-ai1", "us-central1-aia", "us-central1-1a", "us-central1", "us-south1-ai1bb"]
+)
+def test_what_is_no_zone(cloud, zone):
+    cloud.settings(TPU_ZONE=zone)
+    done = cloud("delete", "--dry-run")
+    assert done.returncode == 2 and f"TPU_ZONE '{zone}'" in done.stderr
 
 
 def test_what_is_passed_may_be_called_like_a_setting(cloud):

@@ -159,6 +159,23 @@ def test_what_is_left_at_the_end(cloud, watched, state, words):
     assert ("is still there" in done.err) == (state == "ACTIVE")
 
 
+@pytest.mark.parametrize(
+    ("states", "slices", "words"),
+    [
+        ("READY PREEMPTED", 2, "1 of 2 slices of pod are still there and cost money until delete.sh"),
+        ("ABSENT READY", 3, "2 of 3 slices of pod are still there and cost money until delete.sh"),
+        ("TERMINATED STOPPED REPAIRING", 3, "1 of 3 slices of pod are still there and cost money until delete.sh"),
+        ("PREEMPTED", 2, "the machines of pod were taken away (PREEMPTED): delete.sh removes the request"),
+        ("PREEMPTED", 1, "the machines of pod were taken away (PREEMPTED): delete.sh removes the request"),
+    ],
+)
+def test_slices_that_are_left_are_counted(cloud, watched, states, slices, words):
+    """Some are taken away while the command ends well."""
+    done = watched(f'echo {states} > "$CLOUD/node_state"; exit 0', TPU_SLICES=str(slices))
+    assert done.returncode == 0 and words in done.err
+    assert ("cost money" in done.err) == ("cost money" in words)
+
+
 def test_gcloud_that_does_not_say_what_is_left(cloud, watched):
     done = watched('echo "list 7 99 calls" > "$CLOUD/fails"; exit 0')
     assert done.returncode == 0 and "gcloud does not say whether pod is there: it may cost money" in done.err

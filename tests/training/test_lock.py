@@ -110,6 +110,117 @@ def test_a_sign_of_life_from_another_machine(tmp_path):
     assert names(tmp_path) == [NAME]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("away", [(0.01, 0.585), (0.1, 0.6), (0.3, 0.595)])
+def test_a_holder_that_lives_is_refused_after_an_outage(tmp_path, monkeypatch, number, away):
+    """It gives signs of life whenever the network is there."""
+    someone, ended, read, looks = held_by(tmp_path, owner(tmp_path)), threading.Event(), type(tmp_path).read_bytes, []
+
+    def read_bytes(path):
+        if path.name == NAME:
+            looks.append(time.monotonic())
+            if away[0] < looks[-1] - looks[0] < away[1]:
+                raise OSError(number, "away")
+        return read(path)
+
+    def live():
+        count = 0
+        while not ended.wait(0.01):
+            if looks and time.monotonic() - looks[0] > away[1] + 0.09 + 0.1 * count:  # the outage began just before one
+                held_by(tmp_path, someone, count := count + 1)
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", read_bytes)
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(FolderInUseError, match="process 7 on host-b"):
+            FolderLock(tmp_path).__enter__()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_look_that_hangs_is_no_silence(tmp_path, monkeypatch):
+    """The network comes back after longer than the patience, and the sign of life a little later than the answer."""
+    someone, read, looks = held_by(tmp_path, owner(tmp_path)), type(tmp_path).read_bytes, []
+
+    def read_bytes(path):
+        content = read(path)
+        if path.name == NAME:
+            looks.append(path)
+            if len(looks) == 3:
+                time.sleep(0.7)
+                threading.Timer(0.15, held_by, (tmp_path, someone, 1)).start()
+        return content
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", read_bytes)
+    with pytest.raises(FolderInUseError, match="process 7 on host-b"):
+        FolderLock(tmp_path).__enter__()
+
+
+def test_a_dead_holder_is_followed_after_an_outage_and_a_network_that_stays_away_is_said(tmp_path, monkeypatch):
+    held_by(tmp_path, owner(tmp_path))
+    read, begun, until = type(tmp_path).read_bytes, time.monotonic(), [0.4]
+
+    def read_bytes(path):
+        if path.name == NAME and 0.15 < time.monotonic() - begun < until[0]:
+            raise OSError(errno.EIO, "away")
+        return read(path)
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", read_bytes)
+    with FolderLock(tmp_path):
+        assert time.monotonic() - begun > 0.9
+    someone = held_by(tmp_path, owner(tmp_path))
+    begun, until[0] = time.monotonic() + 0.1, 100
+    with pytest.raises(OSError, match=r"run\.lock: cannot be read: away"):
+        FolderLock(tmp_path).__enter__()
+    assert read(tmp_path / NAME) == someone.content(0)
+
+
+def _hidden(monkeypatch, folder, number, error):
+    """/proc as it is mounted with hidepid: one process is not to be seen; a signal to it has `error`."""
+    read, kill = type(folder).read_text, os.kill
+
+    def read_text(path, *arguments, **more):
+        if str(path) == f"/proc/{number}/stat":
+            raise FileNotFoundError(errno.ENOENT, "hidden")
+        return read(path, *arguments, **more)
+
+    def killed(process, signal):
+        if (process, signal) != (number, 0):
+            return kill(process, signal)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(type(folder), "read_text", read_text)
+    monkeypatch.setattr(os, "kill", killed)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("error", [PermissionError(), None])
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_process_that_is_hidden_is_judged_by_its_signs_of_life(tmp_path, monkeypatch, sleeper, error, beats):
+    someone = held_by(tmp_path, of(sleeper, tmp_path))
+    _hidden(monkeypatch, tmp_path, sleeper.pid, error)
+    begun = time.monotonic()
+    if beats:
+        threading.Timer(0.3, held_by, (tmp_path, someone, 1)).start()
+        with pytest.raises(FolderInUseError, match=f"process {sleeper.pid}"):
+            FolderLock(tmp_path).__enter__()
+    else:
+        with FolderLock(tmp_path):
+            assert time.monotonic() - begun > 0.5
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("number", [0, -1, 2**31 - 1, 10**30])
+def test_a_number_that_no_process_has_is_followed_at_once(tmp_path, number):
+    held_by(tmp_path, dataclasses.replace(lock_module._this_process(tmp_path), process=number, started="12"))
+    begun = time.monotonic()
+    with FolderLock(tmp_path):
+        assert time.monotonic() - begun < 0.5
+
+
 def test_a_lock_that_is_released_while_one_waits(tmp_path):
     held_by(tmp_path, owner(tmp_path))
     threading.Timer(0.2, (tmp_path / NAME).unlink).start()
@@ -189,6 +300,56 @@ def test_a_block_in_a_block_is_the_same_lock(tmp_path):
         thread.join()
         assert refused
     assert names(tmp_path) == []
+
+
+@pytest.fixture
+def changing_inodes(monkeypatch):
+    """A file system that numbers a folder anew at every look."""
+    this_process, looks = lock_module._this_process, []
+
+    def changed(folder):
+        looks.append(folder)
+        return dataclasses.replace(this_process(folder), folder=f"1 {len(looks)}")
+
+    monkeypatch.setattr(lock_module, "_this_process", changed)
+
+
+@pytest.mark.usefixtures("changing_inodes")
+def test_a_block_in_a_block_is_the_same_lock_whatever_the_inode(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    begun = time.monotonic()
+    with locked(tmp_path / "run") as outer:
+        with locked(tmp_path / "run") as inner, locked(tmp_path / "link") as linked:
+            inner.check()
+            linked.check()
+        outer.check()
+        assert time.monotonic() - begun < 0.5
+        refused = []
+
+        def start():
+            with pytest.raises(FolderInUseError), locked(tmp_path / "run"):
+                pass
+            refused.append(True)
+
+        thread = threading.Thread(target=start)  # another thread, and another folder with the same lock, are others
+        thread.start()
+        thread.join()
+        assert refused
+        copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with FolderLock(copy) as other:
+            assert other._owner.token != outer._owner.token
+    assert names(tmp_path / "run") == names(copy) == [] and not lock_module._HELD
+
+
+def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path, monkeypatch):
+    """It has the parent's memory and thread, and another number."""
+    with locked(tmp_path) as held:
+        this_process = lock_module._this_process(tmp_path)
+        child = dataclasses.replace(this_process, process=this_process.process + 1, folder="1 1")
+        monkeypatch.setattr(lock_module, "_this_process", lambda folder: child)
+        with pytest.raises(FolderInUseError):
+            FolderLock(tmp_path).__enter__()
+        held.check()
 
 
 def test_the_lock_is_released_whatever_happens_and_no_empty_folder_is_left(tmp_path):

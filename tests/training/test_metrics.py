@@ -63,6 +63,28 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, case):
     assert steps(path) == ([1, 3], "") and (tmp_path / DAMAGED).read_bytes() == before
 
 
+def test_every_damage_has_a_file_of_its_own(tmp_path):
+    """The files that are set aside are the only copies of the lines that were left out."""
+    befores = []
+    for name in (DAMAGED, "metrics.damaged-2.jsonl", "metrics.damaged-3.jsonl"):
+        path = written(tmp_path, line(1), f"lost {name}\n".encode(), line(2))
+        befores.append((name, path.read_bytes()))
+        with pytest.warns(UserWarning, match=name):
+            MetricsLog(tmp_path, 2).close()
+    assert [(name, (tmp_path / name).read_bytes()) for name, _ in befores] == befores
+    MetricsLog(tmp_path, 2).close()  # nothing is wrong any more
+    assert len(list(tmp_path.glob("metrics.damaged*"))) == 3
+
+
+def test_what_somebody_else_has_put_there_is_kept(tmp_path):
+    (tmp_path / DAMAGED).symlink_to(tmp_path / "nowhere")
+    (tmp_path / "metrics.damaged-2.jsonl").mkdir()
+    written(tmp_path, line(2), line(1), line(2))
+    with pytest.warns(UserWarning, match="metrics.damaged-3.jsonl"):
+        MetricsLog(tmp_path, 2).close()
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_block_of_zeros_before_a_line(tmp_path):
     """What some file systems leave after a power cut; the next line was written behind it."""
     found, said = steps(written(tmp_path, line(1), b"\0" * 100 + line(2), line(3)))
@@ -107,9 +129,19 @@ def test_many_damaged_lines_are_counted_not_listed(tmp_path):
     assert "1000 lines (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)" in said and len(said) < 400
 
 
-@pytest.mark.parametrize("loss", [None, "high", [1], True, float("nan")])
+@pytest.mark.parametrize(
+    "loss", [None, "high", [1], True, float("nan"), 10**400, -(10**400)], ids=lambda loss: f"{loss}"[:9]
+)
 def test_a_loss_that_is_no_number_is_not_drawn(tmp_path, loss):
     written(tmp_path, json.dumps({"step": 1, "loss": loss}).encode() + b"\n", line(2), b'{"step": 3}\n')
+    plot(tmp_path)
+    assert (tmp_path / "loss.png").is_file()
+
+
+@pytest.mark.parametrize("loss", [10**300, -(10**300), 10**30, 1e308], ids=lambda loss: f"{loss:.0e}")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of matplotlib, about the axis
+def test_a_large_loss_is_drawn(tmp_path, loss):
+    written(tmp_path, line(1), json.dumps({"step": 2, "loss": loss}).encode() + b"\n", line(3))
     plot(tmp_path)
     assert (tmp_path / "loss.png").is_file()
 
