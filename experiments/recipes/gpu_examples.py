@@ -1,71 +1,86 @@
 """GPU report: draws many examples of `shapes` at 64 pixels with all cores but two.
 
-    python -m experiments.recipes.gpu_examples OUT WEIGHTS COUNT TWO_OBJECTS FIRST
+    python -m experiments.recipes.gpu_examples --out OUT --weights WEIGHTS --count 400000
 
 Writes OUT/images.npy (n 64 64 3, uint8), OUT/ids.npy and OUT/mask.npy (n l), what the text encoder of WEIGHTS reads of
-their captions, and then OUT/examples.json. FIRST is the number of the first scene, TWO_OBJECTS the fraction of the
-scenes with two objects. 16 cores draw 400,000 in about 20 s.
+their captions, and then OUT/examples.json. 16 cores draw 400,000 in about 20 s.
 """
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from experiments.cli import run
 from jaxdiff.data.files import write_json
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.text.tokenizer import load_tokenizer, tokenize
-from jaxdiff.weights.imagen import read_settings
+from jaxdiff.weights.imagen import SHIPPED, read_settings
 
 IMAGES, IDS, MASK, DONE = "images.npy", "ids.npy", "mask.npy", "examples.json"
 
 
-def main(out: Path, weights: Path, count: int, two_objects: float, first: int) -> None:
-    """Draws the examples; examples.json is there when all are."""
-    length = read_settings(weights / "base64")[0].text_length
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to draw."""
+
+    out: Path
+    """An existing folder."""
+    weights: Path = SHIPPED
+    """The cascade whose text encoder will read the captions."""
+    count: int = 400_000
+    """Examples."""
+    two_objects: float = 0.6
+    """Fraction of them with two objects."""
+    first: int = 0
+    """Number of the first scene of `shapes`."""
+
+
+def main(settings: Settings) -> None:
+    """Draw examples of `shapes` at 64 pixels with all cores but two; examples.json is there when all are."""
+    try:
+        draw_all(settings)
+    except Exception as error:  # it is written where those who wait for the examples look
+        write_json(settings.out / DONE, {"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def draw_all(settings: Settings) -> None:
+    out, length = settings.out, read_settings(settings.weights / "base64")[0].text_length
     for name, shape, dtype in (
         (IMAGES, (64, 64, 3), np.uint8),
         (IDS, (length,), np.int32),
         (MASK, (length,), np.bool_),
     ):
-        np.lib.format.open_memmap(out / name, "w+", dtype, (count, *shape)).flush()
+        np.lib.format.open_memmap(out / name, "w+", dtype, (settings.count, *shape)).flush()
     workers = max(1, (os.cpu_count() or 1) - 2)
-    edges = np.linspace(0, count, 4 * workers + 1).astype(int).tolist()
+    edges = np.linspace(0, settings.count, 4 * workers + 1).astype(int).tolist()
     pieces = [range(a, b) for a, b in itertools.pairwise(edges)]
-    words = load_tokenizer(weights / "text")
+    words = load_tokenizer(settings.weights / "text")
     # This process has no other threads, so that a fork is safe, and needs no imports.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        pool.map(partial(_draw, out, words, two_objects, first), pieces, chunksize=1)
-    write_json(out / DONE, {"examples": count, "two_objects": two_objects, "first": first})
+        pool.map(partial(_draw, settings, words), pieces, chunksize=1)
+    drawn = {"examples": settings.count, "two_objects": settings.two_objects, "first": settings.first}
+    write_json(out / DONE, drawn)
 
 
-def _draw(out: Path, words: PreTrainedTokenizerBase, two_objects: float, first: int, piece: range) -> None:
-    images, ids, mask = (np.load(out / name, mmap_mode="r+") for name in (IMAGES, IDS, MASK))
+def _draw(settings: Settings, words: PreTrainedTokenizerBase, piece: range) -> None:
+    images, ids, mask = (np.load(settings.out / name, mmap_mode="r+") for name in (IMAGES, IDS, MASK))
     texts = []
     for place in piece:
-        index = first + place
-        drawn = scene("train", index, 2 if place % 100 < round(100 * two_objects) else 1)
+        index = settings.first + place
+        drawn = scene("train", index, 2 if place % 100 < round(100 * settings.two_objects) else 1)
         images[place] = draw(drawn, 64)
         texts.append(caption(drawn, "train", index).text)
     ids[piece.start : piece.stop], mask[piece.start : piece.stop] = tokenize(words, texts, ids.shape[1])
 
 
-def _or_say(out: Path, *settings: Any) -> None:
-    """A failure is written where those who wait look."""
-    try:
-        main(out, *settings)
-    except Exception as error:
-        write_json(out / DONE, {"error": f"{type(error).__name__}: {error}"})
-        raise
-
-
 if __name__ == "__main__":
-    _or_say(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    run(main)

@@ -86,7 +86,9 @@ def start_drawing(out: Path, weights: Path, settings: Settings, tiny: bool) -> s
     """A process that draws the examples into OUT."""
     settings = _rehearsed(settings) if tiny else settings
     (out / DONE).unlink(missing_ok=True)
-    arguments = [str(out), str(weights), str(settings.examples), str(settings.two_objects), str(settings.first)]
+    options = {"out": out, "weights": weights, "count": settings.examples}
+    options |= {"two-objects": settings.two_objects, "first": settings.first}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return subprocess.Popen([sys.executable, "-m", "experiments.recipes.gpu_examples", *arguments])
 
 

@@ -75,7 +75,7 @@ def records(context):
 
 
 def test_examples_are_those_of_the_set(tmp_path, standin):
-    gpu_examples.main(tmp_path, standin, 10, 0.3, 100)
+    gpu_examples.main(gpu_examples.Settings(tmp_path, standin, count=10, two_objects=0.3, first=100))
     images, mask = np.load(tmp_path / "images.npy"), np.load(tmp_path / "mask.npy")
     for place in range(10):
         drawn = scene("train", 100 + place, 2 if place < 10 and place % 100 < 30 else 1)
