@@ -56,7 +56,8 @@ def main(context: Context) -> None:
     # A line for each test that has run; xdist writes its outcome before its name.
     line = r"^(?:\[gw\d+\] \[ *\d+%\] (\w+) (tests/.*?)|(tests/.*?) (PASSED|FAILED|SKIPPED|ERROR)(?: .*)?)\s*$"
     outcomes = {name or name2: first or last for first, name, name2, last in re.findall(line, text, re.M)}
-    counts = {kind: list(outcomes.values()).count(kind.upper()) for kind in ("passed", "failed", "skipped", "error")}
+    counts = {kind: list(outcomes.values()).count(kind.upper()) for kind in ("passed", "failed", "skipped")}
+    counts["failed"] += list(outcomes.values()).count("ERROR")
     context.record(suite=" ".join(files), **counts, exit_code="not done in its time" if code is None else code)
     for name in [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")][:40]:
         context.record(failed=name)

@@ -101,7 +101,7 @@ def test_a_failed_measurement_is_recorded(tmp_path):
     context.attempt("base64 2b", out_of_memory)
     Context("benchmark", tmp_path, deadline=0.0, tiny=False).attempt("base64 500m", out_of_memory)
     assert rows(tmp_path, "benchmark") == [
-        {"not_measured": "base64 2b", "why": "MemoryError: RESOURCE_EXHAUSTED: 80 GiB"},
+        {"not_measured": "base64 2b", "why": "MemoryError: RESOURCE_EXHAUSTED: 80 GiB and a stack"},
         {"not_measured": "base64 500m", "why": "no time was left"},
     ]
 
