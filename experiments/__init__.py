@@ -6,4 +6,6 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # XLA reports as errors that a program from the compilation cache was tuned for "prefer-no-gather", which Intel CPUs do
 # not list among their features: dozens of lines at each start, without consequence. What fails is raised all the same.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# "1" is what jax itself sets, for the processes that it starts too.
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
