@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.recipes import gpu_examples, gpu_networks, gpu_report, gpu_section
+from experiments.recipes import gpu_networks, gpu_report, gpu_section
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
@@ -75,7 +78,10 @@ def records(context):
 
 
 def test_examples_are_those_of_the_set(tmp_path, standin):
-    gpu_examples.main(gpu_examples.Settings(tmp_path, standin, count=10, two_objects=0.3, first=100))
+    # In a process of its own: it forks, which jax's threads do not survive.
+    options = ("--out", str(tmp_path), "--weights", str(standin), "--count", "10", "--two-objects", "0.3")
+    command = [sys.executable, "-m", "experiments.recipes.gpu_examples", *options, "--first", "100"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, timeout=300)
     images, mask = np.load(tmp_path / "images.npy"), np.load(tmp_path / "mask.npy")
     for place in range(10):
         drawn = scene("train", 100 + place, 2 if place < 10 and place % 100 < 30 else 1)
