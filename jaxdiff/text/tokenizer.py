@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from jaxdiff.core import json_files
 from jaxdiff.core.messages import LONGEST, plain, quoted, reason
@@ -27,6 +27,7 @@ SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json says all, as in the files written here
 _BYTE_SCORE = -1e3  # log probability: a byte is never the best choice, only what is left when no piece fits
 
 
@@ -49,6 +50,10 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             _check_pieces(folder / "spiece.model")
             if "tokenizer_class" not in told:
                 return _of_pieces(folder, told)
+        if told.get("tokenizer_class") in _GENERIC:
+            return PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+        from transformers import AutoTokenizer  # imports PyTorch where it is installed, which takes seconds
+
         return AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
