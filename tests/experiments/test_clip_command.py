@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.cli import run
 from experiments.clip import evaluate, train
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.text.clip import encode
@@ -21,9 +22,11 @@ SMALL = CLIPConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "tiny", SMALL)
+@pytest.fixture(autouse=True, scope="module")
+def small_preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PRESETS, "tiny", SMALL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +34,47 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.fixture(scope="module")
+def settings(data_dir):
+    """Settings of a short run, on a command line."""
+    return (
+        "--data-dir", data_dir, "--examples", 200, "--held-out", 20, "--steps", 4, "--batch", 16, "--vocab", 400,
+        "--save-every", 2, "--log-every", 1,
+    )  # fmt: skip
+
+
 @pytest.fixture
-def trained(command, data_dir, tmp_path):
-    def call(*more, out=tmp_path / "clip", steps=4):
-        return command(
-            train.main, "--out", out, "--data-dir", data_dir, "--examples", 200, "--held-out", 20, "--steps", steps,
-            "--batch", 16, "--vocab", 400, "--save-every", 2, "--log-every", 1, *more
-        )  # fmt: skip
+def trained(command, settings, tmp_path):
+    def call(*more, out=tmp_path / "clip"):
+        return command(train.main, *settings, "--out", out, *more)
 
     return call
 
 
-@pytest.mark.parametrize("loss, optimizer", [("contrastive", "adam"), ("sigmoid", "muon")])
-def test_a_run_leaves_a_clip(trained, command, tmp_path, loss, optimizer):
-    done = trained("--loss", loss, "--optimizer", optimizer)
-    assert done.code == 0, done.err
-    lines = metrics.read(tmp_path / "clip" / "metrics.jsonl")
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The folder of a run with nothing but these settings; not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "clip"
+    with pytest.raises(SystemExit) as stop:
+        run(train.main, [str(argument) for argument in (*settings, "--out", out)])
+    assert stop.value.code == 0
+    return out
+
+
+def check_run(out):
+    lines = metrics.read(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"accuracy", "scale", "loss"} <= set(lines[0])
-    encoder = weights.load_text_encoder(tmp_path / "clip" / "model")
-    config, _ = weights.load_image(tmp_path / "clip" / "model")
+    encoder = weights.load_text_encoder(out / "model")
+    config, _ = weights.load_image(out / "model")
     assert encoder.config.text.eos_id == encoder.tokenizer.eos_token_id == 1
     assert encoder.config.text.vocab == len(encoder.tokenizer) and config.image == SMALL.image
 
+
+def test_a_run_leaves_a_clip(finished, command, tmp_path):
+    check_run(finished)
     judged = command(
-        evaluate.main, "--weights", tmp_path / "clip" / "model", "--n", 12, "--label", "kind", "--label-n", 10,
+        evaluate.main, "--weights", finished / "model", "--n", 12, "--label", "kind", "--label-n", 10,
         "--json", tmp_path / "scores.json", "--prompts", "a {} and {x}", "{}",
     )  # fmt: skip
     assert judged.code == 0, judged.err
@@ -64,33 +83,37 @@ def test_a_run_leaves_a_clip(trained, command, tmp_path, loss, optimizer):
     assert 0 <= scores["kind, of 6 classes"] <= 1 and "captions by picture, R@5" in judged.out
 
 
-def test_it_goes_on_where_it_was(trained, tmp_path):
-    assert trained().code == 0
-    whole = metrics.read(tmp_path / "clip" / "metrics.jsonl")
-    assert trained(out=tmp_path / "again").code == 0
+def test_siglips_loss_and_muon(trained, tmp_path):
+    done = trained("--loss", "sigmoid", "--optimizer", "muon")
+    assert done.code == 0, done.err
+    check_run(tmp_path / "clip")
+
+
+def test_it_goes_on_where_it_was(finished, trained, tmp_path):
+    shutil.copytree(finished, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")  # as if it had been stopped after its second step
+    shutil.rmtree(tmp_path / "again" / "model")
     assert trained(out=tmp_path / "again").code == 0
-    again = metrics.read(tmp_path / "again" / "metrics.jsonl")
-    assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+    again, whole = (metrics.read(out / "metrics.jsonl") for out in (tmp_path / "again", finished))
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in whole]
+    assert (tmp_path / "again" / "model" / "model.safetensors").is_file()
 
 
-def test_it_begins_with_another_run(trained, tmp_path):
-    assert trained().code == 0
-    more = ("--init", tmp_path / "clip", "--learning-rate", 1e-9, "--warmup", 0, "--loss", "sigmoid")
-    assert trained(*more, out=tmp_path / "more", steps=1).code == 0
-    (_, before), (_, after) = (weights.load(tmp_path / name / "model") for name in ("clip", "more"))
+def test_it_begins_with_another_run(finished, trained, tmp_path):
+    more = ("--init", finished, "--learning-rate", 1e-9, "--warmup", 0, "--loss", "sigmoid", "--steps", 1)
+    assert trained(*more).code == 0
+    (_, before), (_, after) = (weights.load(out / "model") for out in (finished, tmp_path / "clip"))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
         np.testing.assert_allclose(old, new, atol=1e-6)
     done = trained("--init", tmp_path / "nowhere", out=tmp_path / "third")
     assert done.code == 2 and "nowhere" in done.err
 
 
-def test_transformers_opens_it(trained, tmp_path):
+def test_transformers_opens_it(finished):
     torch = pytest.importorskip("torch", reason="compares with PyTorch's CLIP")
     from transformers import AutoTokenizer, CLIPModel
 
-    assert trained().code == 0
-    folder = tmp_path / "clip" / "model"
+    folder = finished / "model"
     model, words = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = words(["a large red circle"], padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -124,10 +147,8 @@ def test_bad_settings(trained, more, culprit, tmp_path):
         (("--weights", "/nowhere/at/all"), "/nowhere/at/all"),
     ],
 )
-def test_bad_questions(trained, command, more, culprit, tmp_path):
-    named = () if "--weights" in more else ("--weights", tmp_path / "clip" / "model")
-    if named and "--n" not in more and "--prompts" not in more:
-        assert trained(steps=1).code == 0
+def test_bad_questions(finished, command, more, culprit):
+    named = () if "--weights" in more else ("--weights", finished / "model")
     done = command(evaluate.main, *named, *more)
     assert done.code == 2 and culprit in done.err, done.err
 
