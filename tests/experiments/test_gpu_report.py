@@ -1,6 +1,5 @@
 """The report of an accelerator, rehearsed end to end on the CPU at tiny sizes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.recipes import gpu_networks, gpu_report, gpu_section
+from experiments.recipes import gpu_benchmark, gpu_networks, gpu_report, gpu_section
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
@@ -22,23 +21,29 @@ def rows(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_rehearsal(tmp_path, command, standin):
-    """Every section measures something, nothing fails, and the trained base can be read as a stage."""
-    done = command(gpu_report.main, "--out", tmp_path, "--tiny", "--minutes", 1, "--weights", standin)
-    report = (tmp_path / "report.md").read_text()
+CHEAP = ("networks", "suite", "sampling", "training")
+"""Sections that take seconds with the stand-in cascade."""
+
+
+def rehearsed(command, out, standin, *sections):
+    """Every one of these sections measures something, and nothing fails."""
+    done = command(
+        gpu_report.main, "--out", out, "--tiny", "--minutes", 1, "--weights", standin, "--sections", *sections
+    )
+    report = (out / "report.md").read_text()
     assert done.code == 0, done.err + report
-    for name in gpu_report.SECTIONS:
+    for name in sections:
         assert f"## {name}" in report
-        missing = [row for row in rows(tmp_path, name) if "error" in row or "not_measured" in row]
-        assert not missing or (name == "diffusers" and importlib.util.find_spec("torch") is None), report
+        assert not [row for row in rows(out, name) if "error" in row or "not_measured" in row], report
+
+
+def test_rehearsal(tmp_path, command, standin):
+    """The trained base can be read as a stage, and its examples are gone again."""
+    rehearsed(command, tmp_path, standin, *CHEAP)
     limits = [row for row in rows(tmp_path, "networks") if "within_limits" in row]
     assert len(limits) == 3 and all(row["within_limits"] for row in limits)
     (suite,) = rows(tmp_path, "suite")
     assert suite["passed"] > 10 and suite["failed"] == 0
-    assert rows(tmp_path, "benchmark")[1]["images_per_second"] > 0
-    assert {row["what"] for row in rows(tmp_path, "diffusers") if "what" in row} == {"forward", "gradient"}
-    names = {row["network"].split(",")[1].split()[0] for row in rows(tmp_path, "diffusers") if "network" in row}
-    assert names == {"jaxdiff", "diffusers"} if importlib.util.find_spec("torch") else {"jaxdiff"}
     training = rows(tmp_path, "training")
     assert [row["images_seen"] for row in training if "images_seen" in row] == [20]
     assert {(row["base"], row["objects"]) for row in training if "right" in row} == {
@@ -47,6 +52,22 @@ def test_rehearsal(tmp_path, command, standin):
     model = load_model(tmp_path / "model")
     assert all(np.isfinite(leaf).all() for leaf in model.params["stem"].values())
     assert not (tmp_path / "images.npy").exists()
+
+
+def test_presets_are_timed(tmp_path, monkeypatch, small_presets):
+    gpu_benchmark.main(Context("benchmark", tmp_path, deadline=time.time() + 300, tiny=True))
+    first, second = rows(tmp_path, "benchmark")
+    assert first["measured_bfloat16_tflops"] > 0 and second["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_rehearsal_of_all_sections(tmp_path, command, standin):
+    """Two minutes: `pytest -m slow tests/experiments/test_gpu_report.py`, before time on an accelerator is spent."""
+    pytest.importorskip("torch", reason="one section measures diffusers")
+    rehearsed(command, tmp_path, standin, *gpu_report.SECTIONS)
+    assert {row["what"] for row in rows(tmp_path, "diffusers") if "what" in row} == {"forward", "gradient"}
+    names = {row["network"].split(",")[1].split()[0] for row in rows(tmp_path, "diffusers") if "network" in row}
+    assert names == {"jaxdiff", "diffusers"}
 
 
 def fails(context):
@@ -59,18 +80,18 @@ def hangs(context):
     time.sleep(1000)
 
 
-@pytest.mark.parametrize(("section", "says"), ((fails, "exit code 1: RuntimeError: made to fail"), (hangs, "stopped")))
-def test_a_section_that_fails_costs_only_itself(tmp_path, command, monkeypatch, section, says):
+def test_a_section_that_fails_costs_only_itself(tmp_path, command, monkeypatch):
     """What it had recorded stays, the report says what happened, and the next section runs."""
     monkeypatch.setattr(gpu_report, "GRACE", 1.0)
-    sections = {"first": gpu_report.Section(section, 0.5), "second": gpu_report.Section(records, 0.5)}
+    sections = {run.__name__: gpu_report.Section(run, 0.5) for run in (fails, hangs, records)}
     monkeypatch.setattr(gpu_report, "SECTIONS", sections)
-    done = command(gpu_report.main, "--out", tmp_path, "--minutes", 0.6, "--sections", "first", "second")
+    done = command(gpu_report.main, "--out", tmp_path, "--minutes", 0.5, "--sections", *sections)
     assert done.code == 1
-    assert list(rows(tmp_path, "first")[0]) == ["before"]
-    assert says in rows(tmp_path, "first")[1]["error"]
-    assert rows(tmp_path, "second") == [{"reached": True}]
-    assert "made to fail" in (tmp_path / "report.md").read_text() or section is hangs
+    for name, says in (("fails", "exit code 1: RuntimeError: made to fail"), ("hangs", "stopped")):
+        assert list(rows(tmp_path, name)[0]) == ["before"]
+        assert says in rows(tmp_path, name)[1]["error"]
+    assert rows(tmp_path, "records") == [{"reached": True}]
+    assert "made to fail" in (tmp_path / "report.md").read_text()
 
 
 def records(context):

@@ -42,7 +42,8 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     # What the file says draws the same picture again.
     options = {"seed": 7, "per_prompt": 2, "negative": "a square", "up_to": 256, "samplings": samplings}
     again = cascade.sample(load(standin), ["a red circle", "a blue star"], **options)[256][3]
-    np.testing.assert_array_equal(np.asarray(found["0003-a-blue-star.png"]), sample.pictures.to_uint8(again))
+    difference = np.asarray(found["0003-a-blue-star.png"], int) - sample.pictures.to_uint8(again)
+    assert np.abs(difference).max() <= 1  # another batch rounds differently
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 2 * 256
 
 
