@@ -21,8 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Most of the suite's time is compilation: with the least optimization it takes a third. What is released is compiled with
-# the compiler's own settings, in scripts and in test_jaxlib.py. The older emitters left jaxlib with 0.11.
+# Most of the suite's time is compilation: with the least optimization it takes a third. test_jaxlib.py has the
+# compiler's own settings. The older emitters left jaxlib with 0.11.
 _FLAGS: dict[str, int | str] = {
     "xla_force_host_platform_device_count": 8,
     "xla_backend_optimization_level": 0,

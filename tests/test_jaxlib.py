@@ -28,7 +28,9 @@ assert abs(float(total.max()) - 1.7917595) < 1e-6, float(total.max())
 
 def runs(script):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,5 +1,6 @@
 """Everything that training changes, as one immutable tree: parameters, their average, optimizer state, counters."""
 
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -55,9 +56,15 @@ def create_state(params: Params, config: OptimizerConfig) -> TrainState:
     return TrainState(counter, params, ema, optimizer(config).init(params), counter, counter, counter)
 
 
+@lru_cache(maxsize=32)
+def abstract_params(stage: Stage) -> Params:
+    """Shapes and types of the parameters; traced once for each of the last stages, as a large one takes seconds."""
+    return jax.eval_shape(stage.init, jax.random.key(0))
+
+
 def abstract_state(stage: Stage, config: OptimizerConfig, mesh: AnyMesh, placement: Placement = BY_SHAPE) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
-    shapes = jax.eval_shape(lambda: create_state(stage.init(jax.random.key(0)), config))
+    shapes = jax.eval_shape(lambda params: create_state(params, config), abstract_params(stage))
     placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, shapes, placements)
@@ -80,7 +87,7 @@ def init_state(
     with jax.set_mesh(mesh):
         if params is None:
             return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)
-        _check(params, jax.eval_shape(stage.init, key))
+        _check(params, abstract_params(stage))
         placed = jax.tree.map(_placed, params, placements.params)
         return jax.jit(lambda params: create_state(params, config), out_shardings=placements)(placed)
 

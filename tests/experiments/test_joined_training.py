@@ -8,6 +8,7 @@ import joined_train
 import numpy as np
 import pytest
 
+from experiments.imagen import train
 from jaxdiff.training.metrics import read
 from jaxdiff.weights.imagen import load_model
 
@@ -16,12 +17,17 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from processes import Processes
 
 
-def started(standin, out, count, *arguments):
-    """Every run with data and embeddings of its own, which it has to prepare; parameters over both processes."""
+def arguments(standin, out, *more):
+    """Every run with data and embeddings of its own, which it has to prepare."""
     data = "--examples", 16, "--held-out", 2, "--data-dir", f"{out}-data", "--text", standin / "text"
     short = "--batch", 8, "--ema-decay", 0.9, "--log-every", 1, "--steps", 3, "--sample-every", 3, "--save-every", 2
-    command = [sys.executable, joined_train.__file__, "--stage", "base64", "--out", out, *data, *short, *arguments]
-    return Processes([*command, "--mesh", f"fsdp={count}"], count, flags=count > 1)
+    return "--stage", "base64", "--out", out, *data, *short, *more
+
+
+def two_processes(standin, out, *more):
+    """With the parameters split over both."""
+    command = [sys.executable, joined_train.__file__, *arguments(standin, out, *more), "--mesh", "fsdp=2"]
+    return Processes(command, 2, flags=True)
 
 
 def ended(processes):
@@ -29,9 +35,9 @@ def ended(processes):
     assert set(codes) == {0}, processes.words()
 
 
-def test_two_processes_train_as_one_does(standin, tmp_path):
-    with started(standin, tmp_path / "one", 1) as one, started(standin, tmp_path / "two", 2) as two:
-        ended(one)
+def test_two_processes_train_as_one_does(standin, tmp_path, command, small_presets):
+    assert command(train.main, *arguments(standin, tmp_path / "one"), "--mesh", "fsdp=8").code == 0
+    with two_processes(standin, tmp_path / "two") as two:
         ended(two)
         said = [[line for line in two.out(i).splitlines() if line and "Gloo" not in line] for i in range(2)]
         out = tmp_path / "two"
@@ -48,7 +54,8 @@ def test_two_processes_train_as_one_does(standin, tmp_path):
     assert not list((tmp_path / "two-data").glob(".process-*"))
 
     # Another run of two begins with what they have learned.
-    with started(standin, tmp_path / "next", 2, "--init", tmp_path / "two", "--steps", 1, "--sample-every", 0) as more:
+    more = "--init", tmp_path / "two", "--steps", 1, "--sample-every", 0
+    with two_processes(standin, tmp_path / "next", *more) as more:
         ended(more)
     first = read(tmp_path / "next" / "metrics.jsonl")[0]["loss"]
     assert first != read(tmp_path / "two" / "metrics.jsonl")[0]["loss"]

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,7 @@ def join(heartbeat: int = 10) -> int:
     """
     from jaxdiff.training.distributed import Cluster, start
 
+    sys.modules.setdefault("torch", None)  # TensorBoard's writer would import it, which takes seconds
     if _VARIABLE not in os.environ:
         return 1
     address, count, index = os.environ[_VARIABLE].split()
