@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Most of the suite's time is compilation: with the least optimization it takes a third. test_jaxlib.py has the
-# compiler's own settings. The older emitters left jaxlib with 0.11.
+# Most of the suite's time is compilation: with few optimizations it takes half. test_jaxlib.py has the compiler's own
+# settings.
 _FLAGS: dict[str, int | str] = {
     "xla_force_host_platform_device_count": 8,
     "xla_backend_optimization_level": 0,
     "xla_cpu_opt_preset": "FAST_COMPILE",
 }
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
