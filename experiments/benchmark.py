@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from experiments.cli import run
 from experiments.imagen import presets
-from jaxdiff.data.files import usable_file, write_json
+from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.training.chips import PEAK_TFLOPS

@@ -34,7 +34,7 @@ from experiments.curves_models import Training
 from experiments.curves_plot import Point, plot
 from experiments.imagen import pictures, presets
 from experiments.judging import Judges, loaded
-from jaxdiff.data.files import replacing, usable
+from jaxdiff.core.files import replacing, usable
 from jaxdiff.training.loop import Diverged
 
 Figure = Literal["encoders", "unets", "thresholding", "augmentation"]

@@ -19,8 +19,8 @@ from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
 from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
 from jaxdiff.core import json_files
+from jaxdiff.core.files import usable, write_json
 from jaxdiff.data import sources
-from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.pictures import to_uint8
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance

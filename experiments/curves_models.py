@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from experiments.imagen import presets
 from experiments.text import pretrain
+from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import Batches, images
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
-from jaxdiff.evaluation.features import digest_of
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems import imagen_presets
 from jaxdiff.systems.cascade import Model

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdiff.data.files import replacing
+from jaxdiff.core.files import replacing
 
 TITLES = {
     "encoders": "size of the frozen text encoder (Imagen, Fig. 4a)",

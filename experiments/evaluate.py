@@ -41,15 +41,15 @@ from experiments.judging import (
     without_captions,
 )
 from jaxdiff.core import json_files
+from jaxdiff.core.files import usable, write_json
+from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources, zipped
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.example import Source
-from jaxdiff.data.files import usable, write_json
 from jaxdiff.data.pictures import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.attributes import matches
-from jaxdiff.evaluation.features import digest_of
 from jaxdiff.evaluation.judges import (
     Observed,
     Score,

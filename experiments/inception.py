@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from experiments.cli import run
-from jaxdiff.data.files import usable_file
+from jaxdiff.core.files import usable_file
 from jaxdiff.weights import inception
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.imagen import png_metadata
+from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import reason
 from jaxdiff.data import folder, pictures, zipped
 from jaxdiff.data.example import Source, caption_of
-from jaxdiff.data.files import replacing
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import Extractor, extract
 from jaxdiff.evaluation.judges import Observed, observed

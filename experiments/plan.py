@@ -34,7 +34,7 @@ from experiments.imagen import presets
 from experiments.plan_report import is_plan, report
 from experiments.plan_settings import Run, check, optimizer_of, side_of, stage_of
 from jaxdiff.core import json_files
-from jaxdiff.data.files import usable_file, write_json
+from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.diffusion import noise
 from jaxdiff.nets import t5
 from jaxdiff.nets.placement import Axes

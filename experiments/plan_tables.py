@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments import plan
 from experiments.cli import run
 from experiments.plan_report import PAPER_STEPS, cycles_are_least, rooflined
-from jaxdiff.data.files import replacing, usable, write_json
+from jaxdiff.core.files import replacing, usable, write_json
 from jaxdiff.training import chips
 from jaxdiff.training.plan import Costs, Roofline
 

@@ -30,7 +30,7 @@ from experiments.imagen.evaluate import KINDS, Tally, psnr_scores
 from experiments.imagen.names import Named, save_all
 from experiments.imagen.png_metadata import Metadata
 from experiments.quickstart_train import Training, train_cascade
-from jaxdiff.data.files import usable, write_json
+from jaxdiff.core.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.core import trees
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems import imagen_presets as presets
 from jaxdiff.systems.cascade import Cascade, Model
@@ -13,7 +14,6 @@ from jaxdiff.systems.imagen import Stage
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
-from jaxdiff.weights import tree
 
 _SMALL = {
     "channels": 32,
@@ -36,12 +36,12 @@ def random_params(shapes: dict, seed: int = 0) -> dict:
     """Parameters none of which is 0; drawn by numpy, since compiling `init` takes long. The last layer is a small one:
     a network that says more than there is noise makes a picture's every rounding error grow with each step."""
     rng, drawn = np.random.default_rng(seed), {}
-    for path, leaf in tree.flatten(shapes).items():
+    for path, leaf in trees.flatten(shapes).items():
         x = rng.normal(size=leaf.shape)
         if path.endswith("kernel"):
             x *= (0.2 if path.startswith("head/") else 1.0) * np.prod(leaf.shape[:-1]) ** -0.5
         drawn[path] = jnp.asarray(1 + 0.1 * x if path.endswith("scale") else x if x.ndim > 1 else 0.1 * x, "f4")
-    return tree.unflatten(drawn)
+    return trees.unflatten(drawn)
 
 
 def stage_params(stage: Stage, seed: int = 0) -> dict:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from experiments.judging import embedded
+from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.data import pictures, sources, tfds_sets
 from jaxdiff.data.example import Example, caption_of
-from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.data.shapes_caption import distinct_examples, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES

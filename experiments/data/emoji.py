@@ -14,8 +14,8 @@ import zlib
 from pathlib import Path
 
 from experiments.cli import run
+from jaxdiff.core.files import replacing
 from jaxdiff.data import emoji
-from jaxdiff.data.files import replacing
 
 PACKAGES = {emoji.ARTWORK: "@iconify-json/noto", emoji.NAMES: "emojibase-data"}
 

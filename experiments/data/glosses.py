@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.cli import run
-from jaxdiff.data.files import replacing, usable
+from jaxdiff.core.files import replacing, usable
 
 PACKAGE = "wordnet-base"
 INSTALLED = Path("/usr/share/wordnet")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.cli import run
+from jaxdiff.core.files import replacing
 from jaxdiff.data.embeddings import fingerprint
-from jaxdiff.data.files import replacing
 from jaxdiff.systems.cascade import Cascade, Model, mean
 from jaxdiff.weights import hub, t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model

@@ -22,7 +22,7 @@ from experiments.cores import use_cores
 from experiments.data import emoji as preparation
 from experiments.imagen import pictures, train
 from experiments.text.pretrain import pretrain
-from jaxdiff.data.files import write_json
+from jaxdiff.core.files import write_json
 from jaxdiff.data.pictures import decode, to_float
 from jaxdiff.evaluation.colours import dominant
 from jaxdiff.systems.cascade import Cascade, sample

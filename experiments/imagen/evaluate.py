@@ -22,8 +22,8 @@ import numpy as np
 
 from experiments.cli import run
 from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
+from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.data import pictures
-from jaxdiff.data.files import usable_file, write_json
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from experiments.imagen import png_metadata
 from experiments.imagen.png_metadata import Metadata
-from jaxdiff.data.files import replacing
+from jaxdiff.core.files import replacing
 from jaxdiff.data.pictures import to_uint8
 
 GAP = 8

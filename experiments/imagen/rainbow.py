@@ -23,7 +23,7 @@ from experiments.cores import use_cores
 from experiments.imagen import pictures, train
 from experiments.imagen.drawing import Bars
 from experiments.text.pretrain import pretrain
-from jaxdiff.data.files import write_json
+from jaxdiff.core.files import write_json
 from jaxdiff.data.pictures import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read

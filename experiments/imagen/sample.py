@@ -40,7 +40,7 @@ from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings,
 from experiments.imagen.names import Named, save_all
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from experiments.imagen.png_metadata import Metadata
-from jaxdiff.data.files import usable
+from jaxdiff.core.files import usable
 from jaxdiff.systems import cascade
 from jaxdiff.systems.cascade import Cascade, Picture
 from jaxdiff.systems.imagen_drawing import Sampling

@@ -23,10 +23,11 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.imagen import presets
 from experiments.imagen.samples import Samples, Spread
+from jaxdiff.core.files import usable
+from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.files import usable
 from jaxdiff.data.pipeline import Reading, images
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
@@ -44,7 +45,6 @@ from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.state import abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
-from jaxdiff.weights.tree import check_tree
 
 OPTIMIZERS = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
 

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
-from jaxdiff.data.files import write_json
+from jaxdiff.core.files import write_json
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene

@@ -31,7 +31,7 @@ from typing import Any
 from experiments.cli import run
 from experiments.recipes import gpu_benchmark, gpu_diffusers, gpu_networks, gpu_sampling, gpu_suite, gpu_training
 from experiments.recipes.gpu_section import Context, record, recorded
-from jaxdiff.data.files import replacing, usable
+from jaxdiff.core.files import replacing, usable
 from jaxdiff.weights.imagen import SHIPPED
 
 

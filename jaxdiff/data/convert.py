@@ -28,11 +28,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxdiff.core.errors import ProcessLostError
+from jaxdiff.core.files import remove_leftovers, write_json
 from jaxdiff.core.json_files import read_object
 from jaxdiff.core.messages import plain
+from jaxdiff.core.settings import canonical
 from jaxdiff.data import captions, lists, pictures, remote, tar_shards
+from jaxdiff.data.array_records import new_records
 from jaxdiff.data.fault import Fault, Raw
-from jaxdiff.data.files import new_records, remove_leftovers, write_json
 from jaxdiff.data.records import INDEX, is_count, pack
 
 
@@ -311,4 +313,4 @@ def _name(piece: Piece, settings: Settings) -> str:
     """The output's name tells the content: the same piece has the same name in every run, any other has another."""
     what = (piece.identity(), settings.images_only, settings.verify, settings.caption_column)
     stem = PurePosixPath(piece.path).name.partition(".")[0]
-    return f"{stem}-{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}"
+    return f"{stem}-{hashlib.blake2b(canonical(what), digest_size=8).hexdigest()}"

@@ -21,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdiff.core import json_files
-from jaxdiff.data.files import new_records, remove_leftovers, remove_leftovers_of_the_dead, write_json
+from jaxdiff.core.files import remove_leftovers, remove_leftovers_of_the_dead, write_json
+from jaxdiff.core.settings import canonical
+from jaxdiff.core.trees import update_digest
+from jaxdiff.data.array_records import new_records
 from jaxdiff.data.parts import DamagedRecordError, Parts, damage_is_a_value_error, damaged, open_part, part_size
 from jaxdiff.text.t5 import TextEncoder
 
@@ -96,14 +98,10 @@ def fingerprint(encoder: TextEncoder) -> str:
     """
     # What only the decoder or the memory plan depends on is left out: an exported encoder is the same encoder.
     config = dataclasses.replace(encoder.config, decoder_layers=0, tied=False, scale_logits=False, remat=False)
-    told = hashlib.blake2b(repr((config, encoder.length)).encode(), digest_size=8)
-    if encoder.whole or encoder.prepare is not str:
-        told.update(f"{encoder.whole} {encoder.prepare.__qualname__}".encode())
+    settings = (config, encoder.length, encoder.whole, encoder.prepare.__qualname__)
+    told = hashlib.blake2b(canonical(settings), digest_size=8)
     told.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(encoder.params)[0]:
-        values = np.ascontiguousarray(leaf)
-        told.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
-        told.update(values.reshape(-1).view(np.uint8))
+    update_digest(told, encoder.params)
     return told.hexdigest()
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxdiff.core.json_files import parse
 from jaxdiff.core.messages import quoted, reason
 from jaxdiff.data import pictures
-from jaxdiff.data.files import full_disk_is_an_os_error
+from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.tfds_sets import quiet
 
 ARTWORK, NAMES = "noto", "emojibase"  # the folders of the two unpacked packages

@@ -22,7 +22,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from jaxdiff.data import shapes_scene
-from jaxdiff.data.files import full_disk_is_an_os_error
+from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.shapes_draw import OUTLINES, Grid
 from jaxdiff.data.tfds_sets import quiet
 

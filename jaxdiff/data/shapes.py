@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdiff.data.files import full_disk_is_an_os_error
+from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import Split, scene

@@ -12,8 +12,8 @@ import absl.logging
 import tensorflow_datasets as tfds
 
 from jaxdiff.data import captions, parts
+from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.example import Example
-from jaxdiff.data.files import full_disk_is_an_os_error
 
 # Where a set has several texts, the first of these that it has is the caption.
 _PREFERRED = ("caption", "captions", "text", "prompt", "description")

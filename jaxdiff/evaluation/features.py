@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxdiff.core.settings import canonical
+from jaxdiff.core.trees import digest_of
 from jaxdiff.evaluation.resize import Resize, resized
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig
@@ -35,7 +37,7 @@ class Extractor:
 
     @functools.cached_property
     def digest(self) -> str:
-        return hashlib.sha256(f"{digest_of(self.params)} {self.see!r}".encode()).hexdigest()[:12]
+        return hashlib.sha256(digest_of(self.params).encode() + canonical(self.see)).hexdigest()[:12]
 
     @functools.cached_property
     def width(self) -> int:
@@ -45,17 +47,6 @@ class Extractor:
 
     def __str__(self) -> str:
         return f"{self.name} {self.digest}"
-
-
-def digest_of(params: Any) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of parameters, whatever device or order they are kept in."""
-    total = hashlib.sha256()
-    leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
-    for path, leaf in sorted(leaves, key=lambda named: named[0]):
-        array = np.ascontiguousarray(leaf)
-        total.update(f"{path} {array.dtype} {array.shape}".encode())
-        total.update(array.reshape(-1).view(np.uint8))
-    return total.hexdigest()[:12]
 
 
 INCEPTION = "inception-2015-12-05"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxdiff.data.files import replacing
+from jaxdiff.core.files import replacing
 from jaxdiff.evaluation import fid, foreign
 from jaxdiff.evaluation.checks import require_features
 from jaxdiff.evaluation.clip_score import clip_score

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from jaxdiff.core import json_files
+from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import plain, quoted, reason
-from jaxdiff.data.files import replacing
 from jaxdiff.evaluation.checks import require_features
 
 UNKNOWN = "unknown"

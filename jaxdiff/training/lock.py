@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxdiff.core.files import is_alive
 from jaxdiff.training import peers
 
 NAME = "run.lock"
@@ -377,23 +378,10 @@ def _start_time(process: int) -> str | None:
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # its name may hold anything
         except OSError:
-            return None if _answers_signals(process) else ""
+            return None if is_alive(process) else ""
         return "" if fields[0] in "ZX" else fields[19]
     done = subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _answers_signals(process: int) -> bool:
-    """Whether a process has this number, whoever's it is. Signal 0 changes nothing."""
-    if process < 1:  # would mean a group of processes
-        return False
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxdiff.core.settings import flatten
 from jaxdiff.training import peers
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.distributed import agree, check_shared
@@ -26,10 +27,12 @@ from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.placement import BY_SHAPE, Placement
 from jaxdiff.training.reporter import Diverged, Reporter
-from jaxdiff.training.settings import flatten
 from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
 from jaxdiff.training.step import Step, make_step
 from jaxdiff.training.watchdog import Watchdog
+
+VERSION = 2
+"""Of what a checkpoint holds. 1, which did not say so, named settings by the bare names of their classes."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def train(
         mesh = make_mesh() if mesh is None else mesh
         check_processes(mesh)
         fixed = {
+            "version": VERSION,
             "stage": stage,
             "optimizer": config.optimizer,
             "accumulate": config.accumulate,

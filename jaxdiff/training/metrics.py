@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxdiff.core.files import replacing
+
 LINES = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 PLOT = "loss.png"
@@ -105,12 +107,8 @@ def plot(folder: Path) -> None:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    temporary = folder / "loss.tmp.png"
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, folder / PLOT)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / PLOT) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _moving_median(values: np.ndarray) -> np.ndarray:
@@ -133,9 +131,8 @@ def _truncate(path: Path, last: int) -> None:
         warnings.warn(f"{path}: {problem}", stacklevel=2)
     if kept == content:
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(kept)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(kept)
 
 
 def _free_name(path: Path) -> Path:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, Sharding
 
+from jaxdiff.core.trees import check_tree
 from jaxdiff.training.mesh import AnyMesh
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer
 from jaxdiff.training.placement import BY_SHAPE, Placement, following, shardings
@@ -87,7 +88,7 @@ def init_state(
     with jax.set_mesh(mesh):
         if params is None:
             return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)
-        _check(params, abstract_params(stage))
+        check_tree(params, abstract_params(stage), "the tree of initial parameters")
         placed = jax.tree.map(_placed, params, placements.params)
         return jax.jit(lambda params: create_state(params, config), out_shardings=placements)(placed)
 
@@ -98,15 +99,3 @@ def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-
-def _check(params: Params, expected: Params) -> None:
-    given = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
-    wrong = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"initial parameters are not this stage's: {name} is {given.get(name, 'missing')}, "
-            f"expected {wanted.get(name, 'nothing')} ({len(wrong)} such in all)"
-        )

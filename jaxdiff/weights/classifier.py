@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.core import json_files
+from jaxdiff.core.files import replacing
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.systems.classifier import Training
 from jaxdiff.weights import sizes, tree
-from jaxdiff.weights.settings import from_json, to_json
+from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
 SETTINGS = "classifier.json"
 
@@ -18,8 +19,9 @@ SETTINGS = "classifier.json"
 def save(directory: Path, name: str, config: ClassifierConfig, params: dict, dtype: str = "float32") -> None:
     """Writes both files, each whole or not at all; `name` says what it was trained on, and names what it measures."""
     directory.mkdir(parents=True, exist_ok=True)
-    with tree.replacing(directory / SETTINGS) as temporary:
-        temporary.write_text(json.dumps({"name": name, "config": to_json(config)}, indent=1) + "\n")
+    path = directory / SETTINGS
+    with tree.saving(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, "name": name, "config": to_json(config)}, indent=1) + "\n")
         tree.save_tree(directory / "model.safetensors", params, {"format": "jaxdiff"}, dtype)
 
 
@@ -29,6 +31,7 @@ def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no classifier here (it has no {SETTINGS})")
     data = json_files.read_object(path)
+    check_version(data, str(path))
     name, config = data.get("name"), from_json(data.get("config"), str(path))
     if not isinstance(name, str) or not isinstance(config, ClassifierConfig):
         raise ValueError(f"{path}: not the settings of a classifier")

@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.core import trees
 from jaxdiff.core.messages import quoted
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
-from jaxdiff.weights import hub, sizes, tree
+from jaxdiff.weights import hub, sizes
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 """0, 1, 2, …: in files of older versions of transformers."""
@@ -81,14 +82,14 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     or not at all.
     """
     directory = Path(directory)
-    tree.check_tree(params, _shapes(config), "the CLIP to export")
+    trees.check_tree(params, _shapes(config), "the CLIP to export")
     hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 
 def hub_names(params: dict) -> dict[str, str]:
     """transformers' name of each of our parameters, its path joined by "/"."""
-    return hub.names(tree.flatten(params), RULES, WORDS)
+    return hub.names(trees.flatten(params), RULES, WORDS)
 
 
 RULES = (

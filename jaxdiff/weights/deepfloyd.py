@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdiff.core import trees
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import Reading, UNetConfig
-from jaxdiff.weights import hub, sizes, tree
+from jaxdiff.weights import hub, sizes
 
 
 def load_unet(
@@ -46,7 +47,7 @@ def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: 
 def described(config: UNetConfig, params: dict) -> dict[str, Any]:
     """The settings that `export_unet` writes. ValueError as there."""
     told = _hub_config(config)
-    tree.check_tree(params, _shapes(config), "the U-Net to export")
+    trees.check_tree(params, _shapes(config), "the U-Net to export")
     return told
 
 
@@ -264,7 +265,7 @@ def hub_names(config: UNetConfig, params: dict) -> dict[str, str]:
         for level in range(last + 1)
         for ours, theirs in UP
     ]
-    return hub.names(tree.flatten(params), [*DOWN, *up, *TOP], WORDS)
+    return hub.names(trees.flatten(params), [*DOWN, *up, *TOP], WORDS)
 
 
 def _inside(block: tuple[str, str], parts: dict[str, str]) -> list[tuple[str, str]]:

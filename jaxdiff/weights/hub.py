@@ -4,7 +4,6 @@ A family (`weights/t5.py`, `weights/clip.py`) says what its tensors are called, 
 found, accounted for, read one by one and written.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Array
 
-from jaxdiff.core import json_files
+from jaxdiff.core import files, json_files, trees
 from jaxdiff.core.messages import plain, quoted
 from jaxdiff.weights import sizes, tree
 from jaxdiff.weights.tree import Stored
@@ -85,8 +84,8 @@ def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """The inverse of `read_json`; the file appears whole or not at all (OSError)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tree.replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    with tree.saving(path):
+        files.write_json(path, values)
 
 
 def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any = None) -> None:
@@ -209,16 +208,16 @@ def load_params(
 
     Tensors are read one at a time, cast to `dtype` and handed to `place`.
     """
-    leaves = tree.flatten(shapes)
+    leaves = trees.flatten(shapes)
     want = {named[path]: theirs_shape(path, leaf.shape) for path, leaf in leaves.items()}
     tree.check_stored(tensors, want, where)
     read = ((path, tensors[named[path]].read().astype(jnp.dtype(dtype), copy=False)) for path in leaves)
-    return tree.unflatten({path: place(ours(path, array)) for path, array in read})
+    return trees.unflatten({path: place(ours(path, array)) for path, array in read})
 
 
 def write_params(path: Path, params: dict, named: Mapping[str, str], dtype: str) -> None:
     """The inverse of `load_params`, into one file, which appears whole or not at all (OSError)."""
-    leaves = tree.flatten(params).items()
+    leaves = trees.flatten(params).items()
     tensors = {named[name]: theirs(name, np.asarray(leaf).astype(jnp.dtype(dtype))) for name, leaf in leaves}
     tree.write_safetensors(path, tensors, {"format": "pt"})
 

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.core import json_files
+from jaxdiff.core.files import replacing
 from jaxdiff.systems.cascade import Cascade, Model, check_order
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
-from jaxdiff.weights.settings import from_json, to_json
+from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
 SHIPPED = Path(__file__).parent / "tiny"
 STAGES = ("base64", "sr256", "sr1024")
@@ -136,8 +137,9 @@ def read_settings(directory: Path) -> tuple[Stage, Sampling, str | None]:
     if not settings.is_file():
         raise FileNotFoundError(f"{directory}: no stage here (it has no stage.json)")
     data = json_files.read_object(settings)
-    if not {"stage", "sampling"} <= data.keys() <= {"stage", "sampling", "text"}:
+    if not {"stage", "sampling"} <= data.keys() <= {"version", "stage", "sampling", "text"}:
         raise ValueError(f"{settings}: not the settings of a stage")
+    check_version(data, str(settings))
     stage, sampling = (from_json(data[name], str(settings)) for name in ("stage", "sampling"))
     text = data.get("text")
     if not isinstance(stage, Stage) or not isinstance(sampling, Sampling) or not isinstance(text, str | None):
@@ -173,9 +175,10 @@ def save_model(model: Model, directory: str | Path, dtype: str = "float32") -> N
     Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
     """
     directory = Path(directory)
-    told = {"stage": to_json(model.stage), "sampling": to_json(model.sampling)}
+    told = {"version": VERSION, "stage": to_json(model.stage), "sampling": to_json(model.sampling)}
     settings = json.dumps(told if model.text is None else told | {"text": model.text}, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
-    with tree.replacing(directory / "stage.json") as temporary:
+    path = directory / "stage.json"
+    with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(settings + "\n")
         tree.save_tree(directory / "model.safetensors", model.params, {"format": "jaxdiff"}, dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.core import trees
 from jaxdiff.nets.inception import SIDE, Inception
 from jaxdiff.weights import hub, tree
 
@@ -56,15 +57,15 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], where: str) -> int:
     they come from, for those that are not this network's."""
     kept = {key: np.asarray(tensor, np.float32) for key, tensor in tensors.items() if not key.endswith(UNUSED)}
     shapes = _shapes()
-    want = {key: hub.theirs_shape(ours, tree.flatten(shapes)[ours].shape) for ours, key in names(shapes).items()}
-    tree.check_shapes({key: tensor.shape for key, tensor in kept.items()}, want, where)
+    want = {key: hub.theirs_shape(ours, trees.flatten(shapes)[ours].shape) for ours, key in names(shapes).items()}
+    trees.check_shapes({key: tensor.shape for key, tensor in kept.items()}, want, where)
     tree.write_safetensors(path, kept, {"format": "pt"})
     return sum(tensor.size for tensor in kept.values())
 
 
 def names(shapes: dict) -> dict[str, str]:
     """PyTorch's name of each parameter."""
-    return hub.names(tree.flatten(shapes), RULES, WORDS)
+    return hub.names(trees.flatten(shapes), RULES, WORDS)
 
 
 def _shapes() -> dict:

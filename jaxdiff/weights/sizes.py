@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.diffusion import grids, schedules
 from jaxdiff.nets.classifier import ClassifierConfig
@@ -19,7 +20,6 @@ from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems.imagen import Stage
 from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.tiles import Tiles
-from jaxdiff.weights import tree
 
 
 class Bounds(NamedTuple):
@@ -32,8 +32,6 @@ class Bounds(NamedTuple):
 SIZE, DEPTH, STEPS, SIDE = Bounds(), Bounds(1, 256), Bounds(1, 2**16), Bounds(1, 2**14)
 OPTIONAL, HEADS, FACTOR = Bounds(0), Bounds(0, 2**12), Bounds(0, 2**10)
 LEVELS = 12
-ENTRIES = 2**16
-"""Of a list."""
 CHARACTERS = 200
 """Of a name."""
 PARAMETERS = 2**40
@@ -134,7 +132,7 @@ def shapes(init: Callable[[], dict], where: str) -> dict:
     make no network, or one of too many parameters."""
     try:
         found = jax.eval_shape(init)
-        leaves = tree.flatten(found).values()
+        leaves = trees.flatten(found).values()
     except Exception as error:  # of jax and flax, in many types
         raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error
     count = sum(math.prod(leaf.shape) for leaf in leaves)

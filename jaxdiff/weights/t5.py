@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.core import trees
 from jaxdiff.nets.t5 import T5, T5Config, T5Encoder
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
-from jaxdiff.weights import hub, sizes, tree
+from jaxdiff.weights import hub, sizes
 
 UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 """In the v1.0 files, and read by no implementation: cross-attention has no positions."""
@@ -83,7 +84,7 @@ def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "
     directory = Path(directory)
     if "decoder" not in params:
         config = replace(config, decoder_layers=0)
-    tree.check_tree(params, _shapes(config), "the T5 to export")
+    trees.check_tree(params, _shapes(config), "the T5 to export")
     hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
@@ -141,7 +142,7 @@ FEED_FORWARD = {"relu": False, "gated-gelu": True}
 
 def hub_names(params: dict) -> dict[str, str]:
     """transformers' name of each of our parameters, its path joined by "/"."""
-    return hub.names(tree.flatten(params), RULES)
+    return hub.names(trees.flatten(params), RULES)
 
 
 RULES = (

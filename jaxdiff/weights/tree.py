@@ -6,7 +6,7 @@ A parameter tree is a nested dict of arrays. In the file a leaf's name is its pa
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdiff.core import json_files
-from jaxdiff.core.messages import plain, quoted, reason
+from jaxdiff.core.files import replacing
+from jaxdiff.core.messages import plain, reason
+from jaxdiff.core.trees import check_shapes, flatten, listed, unflatten
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".msgpack")
 FLOATS = {
@@ -130,64 +132,13 @@ def _version(file) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def check_tree(params: dict, expected_shapes: dict, where: str) -> None:
-    """Raises ValueError unless `params` has exactly the leaves of `expected_shapes` (arrays or shape structs).
-
-    The message names `where` the parameters came from, and the first ten leaves missing, unexpected and misshapen.
-    """
-    have = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
-    want = {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}
-    check_shapes(have, want, where)
-
-
-def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: str) -> None:
-    """`check_tree` for names and shapes alone, so that a file can be checked before a tensor of it is read."""
-    problems = [
-        _listed("missing", sorted(want.keys() - have.keys())),
-        _listed("unexpected", sorted(have.keys() - want.keys())),
-        _listed(
-            "of another shape",
-            [k for k in sorted(want.keys() & have.keys()) if have[k] != want[k]],
-            lambda k: f"{plain(k)} {quoted(have[k])}, not {quoted(want[k])}",
-        ),
-    ]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise ValueError(f"{where} does not fit the settings: {'; '.join(problems)}")
-
-
 def check_stored(stored: Mapping[str, Stored], want: Mapping[str, tuple], where: str) -> None:
     """`check_shapes` of tensors that have not been read; ValueError too where one is not of a floating type."""
     check_shapes({key: tensor.shape for key, tensor in stored.items()}, want, where)
     others = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
     if others:
-        listed = _listed("of another type", others, lambda key: f"{plain(key)} holds {plain(stored[key].dtype)}")
-        raise ValueError(f"{where} has {listed}: only {_list(FLOATS)} are read")
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    """{"a": {"b": leaf}} → {"a/b": leaf}, in sorted order. ValueError for a name that holds a slash."""
-    flat = {}
-    for name in sorted(tree):
-        if "/" in name:
-            raise ValueError(f"parameter name {prefix}{quoted(name)} holds a slash, which separates levels")
-        value = tree[name]
-        flat.update(flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value})
-    return flat
-
-
-def unflatten(flat: Mapping) -> dict:
-    """The inverse of `flatten`. ValueError where a name is that of a leaf and of a group."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or name in node:
-            raise ValueError(f"{plain(path)} is a tensor in one place and a group of tensors in another")
-        node[name] = leaf
-    return tree
+        wrong = listed("of another type", others, lambda key: f"{plain(key)} holds {plain(stored[key].dtype)}")
+        raise ValueError(f"{where} has {wrong}: only {_list(FLOATS)} are read")
 
 
 def _open_safetensors(path: Path):
@@ -222,33 +173,17 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(f"cannot save {path}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free on the disk")
-    with replacing(path) as temporary:
+    with saving(path), replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; afterwards it takes its place, or on any failure it vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def saving(path: Path) -> Iterator[None]:
+    """Whatever fails inside as OSError, in one line that names the file."""
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot save {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _listed(what: str, names: list[str], show: Callable[[str], str] = plain) -> str:
-    if not names:
-        return ""
-    more = ", …" if len(names) > 10 else ""
-    return f"{len(names)} {what} ({', '.join(map(show, names[:10]))}{more})"
 
 
 def _list(types: Collection[str]) -> str:

@@ -16,7 +16,8 @@ import pytest
 
 from experiments.cli import run
 from experiments.data import convert as command
-from jaxdiff.data import convert, files, pictures, records, remote
+from jaxdiff.core import files
+from jaxdiff.data import convert, pictures, records, remote
 from jaxdiff.data.convert import Settings
 
 PNG = pictures.encode_png(np.full((8, 8, 3), 7, np.uint8))

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.data import embeddings, parts
+from jaxdiff.data.array_records import new_records
 from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings, store_embeddings, store_rows
-from jaxdiff.data.files import new_records
 from jaxdiff.data.pipeline import images
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.t5 import TextEncoder

@@ -15,8 +15,8 @@ import pytest
 from experiments.cli import run
 from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import convert, embeddings, parts, pictures, pipeline, records, shapes, sources, tfds_sets
+from jaxdiff.data.array_records import new_records
 from jaxdiff.data.example import captions
-from jaxdiff.data.files import new_records
 from jaxdiff.data.pipeline import Reading, images
 
 COUNT = 8

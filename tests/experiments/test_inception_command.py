@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import inception as script
-from jaxdiff.weights import hub, inception, tree
+from jaxdiff.core import trees
+from jaxdiff.weights import hub, inception
 
 torch = pytest.importorskip("torch", reason="PyTorch reads the pickle")
 
@@ -15,7 +16,7 @@ torch = pytest.importorskip("torch", reason="PyTorch reads the pickle")
 @pytest.fixture(scope="module")
 def state():
     shapes = inception._shapes()
-    flat = tree.flatten(shapes)
+    flat = trees.flatten(shapes)
     rng = np.random.default_rng(0)
     return {
         name: torch.tensor(rng.normal(size=hub.theirs_shape(path, flat[path].shape)), dtype=torch.float32)

@@ -1,10 +1,9 @@
 """Checkpoints: what goes in comes out, other settings are named, damage and full disks are errors."""
 
-import enum
 import json
 import resource
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from jaxdiff.training.checkpoints import Checkpoints, load_ema
 from jaxdiff.training.loop import train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
-from jaxdiff.training.settings import difference, flatten
 from jaxdiff.training.state import abstract_state, init_state
 
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -267,42 +265,3 @@ def test_a_run_told_to_stop_does_not_claim_to_have_saved(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"not saved.*write failed"), Checkpoints(tmp_path, {}) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
         raise SystemExit(75)
-
-
-class Colour(enum.Enum):
-    RED = 1
-
-
-@dataclass(frozen=True)
-class Inner:
-    table: tuple[float, ...]
-    colour: Colour = Colour.RED
-
-
-@dataclass(frozen=True)
-class Outer:
-    inner: Inner
-    dtype: object = np.float32
-    array: object = None
-
-
-def test_settings_flatten_to_json_and_compare():
-    settings = Outer(Inner((0.1, 0.2)), array=np.arange(3))
-    flat = flatten({"stage": settings})
-    assert flat["stage.inner.table.1"] == 0.2
-    assert flat["stage.inner.colour"] == "Colour.RED"
-    assert flat["stage.dtype"] == "float32"
-    assert flatten([np.dtype("float32"), jax.numpy.float32, Inner]) == {
-        "": "3 values",
-        "0": "float32",
-        "1": "float32",
-        "2": f"{__name__}.Inner",
-    }
-    assert difference(flat, flatten({"stage": Outer(Inner((0.1, 0.2)), array=np.arange(3))})) is None
-    assert "stage.array" in difference(flat, flatten({"stage": replace(settings, array=np.arange(1, 4))}))
-    assert "stage.inner.table.1 was 0.2" in difference(flat, flatten({"stage": Outer(Inner((0.1, 0.3)))}))
-    long = tuple(float(i) for i in range(1000))
-    saved, given = flatten(Inner(long)), flatten(Inner((*long[:-1], 0.5)))
-    assert len(saved) < 10 and difference(saved, given).startswith("table was ")
-    assert difference({"a": 1}, {}) == "a was 1 and is not a setting here"
-    assert difference({}, {"a": 1}) == "a is 1 here and not among the saved settings"

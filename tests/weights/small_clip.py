@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.core import trees
 from jaxdiff.nets import clip as nets
-from jaxdiff.weights import clip, tree
+from jaxdiff.weights import clip
 
 OPENAI = nets.CLIPConfig(
     nets.TextTowerConfig(width=48, layers=2, heads=3, feed_forward=96, vocab=120, length=12, eos_id=None),
@@ -26,9 +27,9 @@ CONFIGS = pytest.mark.parametrize("config", [OPENAI, OPEN], ids=["OpenAI", "Open
 def init(config):
     """Random parameters by numpy: nothing to compile."""
     rng = np.random.default_rng(0)
-    shapes = tree.flatten(clip._shapes(config)).items()
+    shapes = trees.flatten(clip._shapes(config)).items()
     spread = {"scale": lambda x: 1 + 0.1 * x, "bias": lambda x: 0.1 * x, "logit_scale": lambda x: 1 + 0 * x}
-    return tree.unflatten(
+    return trees.unflatten(
         {
             path: jnp.asarray(spread.get(path.split("/")[-1], lambda x: 0.3 * x)(rng.normal(size=leaf.shape)), "f4")
             for path, leaf in shapes

@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jaxdiff.core import trees
 from jaxdiff.nets.t5 import XXL
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
@@ -26,7 +27,7 @@ def write(directory):
     shapes = t5._shapes(config)
     names = t5.hub_names(shapes)
     shards = {}
-    for path, leaf in tree.flatten(shapes).items():
+    for path, leaf in trees.flatten(shapes).items():
         block = path.split("/")[1].removeprefix("block_")
         shard = int(block) // BLOCKS_A_SHARD if block.isdigit() else (config.layers - 1) // BLOCKS_A_SHARD
         shards.setdefault(shard, []).append((path, leaf.shape))
@@ -55,7 +56,7 @@ def encode_one(directory):
     start = time.perf_counter()
     encoder = t5.load_text_encoder(directory, 77, "bfloat16")
     loaded = time.perf_counter()
-    size = sum(leaf.nbytes for leaf in tree.flatten(encoder.params).values())
+    size = sum(leaf.nbytes for leaf in trees.flatten(encoder.params).values())
     after = memory()
     embeddings, mask = encode(encoder, ["a red star above a blue ring"])
     finite = bool(np.isfinite(embeddings).all()) and float(np.abs(embeddings).max()) > 0

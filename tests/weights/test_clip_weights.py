@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_clip import CONFIGS, OPENAI, close, init
 
+from jaxdiff.core import trees
 from jaxdiff.nets import clip as nets
-from jaxdiff.weights import clip, tree
+from jaxdiff.weights import clip
 
 SIZES = {
     "ViT-B/32": (nets.VIT_B_32, 151.28),
@@ -77,7 +78,7 @@ def test_published_sizes(name):
         model = CLIPModel(CLIPConfig(**clip._hub_config(config, "float32")))
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in clip.UNUSED}
     names = clip.hub_names(shapes)
-    found = {names[path]: clip.hub.theirs_shape(path, leaf.shape) for path, leaf in tree.flatten(shapes).items()}
+    found = {names[path]: clip.hub.theirs_shape(path, leaf.shape) for path, leaf in trees.flatten(shapes).items()}
     assert found == expected
 
 

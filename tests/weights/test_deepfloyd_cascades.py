@@ -10,11 +10,12 @@ import pytest
 import small_if
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from jaxdiff.core import trees
 from jaxdiff.diffusion.grids import Leading
 from jaxdiff.systems.cascade import Cascade
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import embed_captions
-from jaxdiff.weights import hub, imagen, tree
+from jaxdiff.weights import hub, imagen
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def assert_same(found, wanted, bound=0.0):
     for a, b in zip(found.models, wanted.models):
         assert (a.stage, a.sampling) == (b.stage, b.sampling)
     for a, b in [*pairs, (found.text.params, wanted.text.params)]:
-        a, b = tree.flatten(a), tree.flatten(b)
+        a, b = trees.flatten(a), trees.flatten(b)
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=bound, atol=bound * 1e-2, err_msg=name)

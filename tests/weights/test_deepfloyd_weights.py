@@ -12,10 +12,11 @@ import small_if
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from jaxdiff.core import trees
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import EfficientUNetConfig, Reading, UNetConfig
 from jaxdiff.training.mesh import make_mesh
-from jaxdiff.weights import deepfloyd, hub, tree
+from jaxdiff.weights import deepfloyd, hub
 
 CONFIGS = {
     "stage I": small_if.BASE,
@@ -39,7 +40,7 @@ def params_of(config):
 
 
 def assert_equal(found, wanted, bound=0.0):
-    found, wanted = tree.flatten(found), tree.flatten(wanted)
+    found, wanted = trees.flatten(found), trees.flatten(wanted)
     assert found.keys() == wanted.keys()
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf, wanted[name], rtol=bound, atol=bound * 1e-2, err_msg=name)

@@ -13,6 +13,8 @@ import pytest
 from small import BASE as EIGHT
 from small import LENGTH, SR, TEXT, Formula, random_params
 
+from jaxdiff.core import trees
+from jaxdiff.core.settings import flatten
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
@@ -23,7 +25,6 @@ from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.optimizer import OptimizerConfig
-from jaxdiff.training.settings import flatten
 from jaxdiff.training.state import create_state
 from jaxdiff.weights import t5 as t5_weights
 from jaxdiff.weights import tree
@@ -40,7 +41,7 @@ def model(stage, seed=0):
 
 def assert_equal(found, wanted, **tolerance):
     assert (found.stage, found.sampling) == (wanted.stage, wanted.sampling)
-    a, b = tree.flatten(found.params), tree.flatten(wanted.params)
+    a, b = trees.flatten(found.params), trees.flatten(wanted.params)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == jnp.float32
@@ -170,10 +171,12 @@ def test_settings_of_another_preset(copy):
         (b"\xff\xfe\x00", "not JSON"),
         (b"[]", "not JSON with settings: it holds a list"),
         (b'{"stage": 1}', "not the settings of a stage"),
-        (b'{"stage": 1, "sampling": 2}', "not the settings of a stage"),
+        (b'{"stage": 1, "sampling": 2, "version": 2}', "not the settings of a stage"),
+        (b'{"stage": 1, "sampling": 2}', r"stage\.json has version 1, and version 2 is read here"),
+        (b'{"stage": 1, "sampling": 2, "version": "\\u001b"}', r"has version '\\x1b', and version 2"),
         pytest.param(b'{"stage": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not JSON .* too deeply", id="nested"),
         (b'{"stage": 1, "stage": 2, "sampling": 2}', "not JSON .* 'stage' is there twice, with two values"),
-        (b'{"stage": {"class": "\\u001b[2J"}, "sampling": 2}', r"unknown class of settings '\\x1b\[2J'"),
+        (b'{"version": 2, "stage": {"class": "\\u001b[2J"}, "sampling": 2}', r"unknown class of settings '\\x1b\[2J'"),
     ],
 )
 def test_damaged_settings(copy, content, match):
@@ -260,14 +263,18 @@ def test_a_training_checkpoint_of_another_preset_names_the_setting(tmp_path):
 def test_settings_are_readable(saved):
     """stage.json says in words what the stage is."""
     data = json.loads((saved[0] / "base64/stage.json").read_text())
-    assert data["stage"]["class"] == "Stage" and data["stage"]["prediction"]["member"] == "EPSILON"
+    assert (
+        data["version"] == 2
+        and data["stage"]["class"] == "imagen.Stage"
+        and data["stage"]["prediction"]["member"] == "EPSILON"
+    )
     assert data["stage"]["unet"]["channels"] == 8 and data["sampling"]["guidance"]["weight"] == 2.5
 
 
 def test_a_tensor_named_like_a_group(copy):
     path = copy / "base64/model.safetensors"
     params, metadata = tree.load_tree(path)
-    tensors = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
     tree.write_safetensors(path, tensors | {"head": np.zeros(3, np.float32)}, metadata)
     with pytest.raises(ValueError, match=r"1 unexpected \(head\)"):
         load(copy)

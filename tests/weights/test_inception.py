@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdiff.core import trees
 from jaxdiff.nets.inception import Inception
 from jaxdiff.weights import inception, tree
 
@@ -18,7 +19,7 @@ def tensors():
     rng = np.random.default_rng(0)
     found = {}
     for path, name in inception.names(shapes).items():
-        shape = inception.hub.theirs_shape(path, tree.flatten(shapes)[path].shape)
+        shape = inception.hub.theirs_shape(path, trees.flatten(shapes)[path].shape)
         values = rng.normal(size=shape)
         if path.endswith("kernel"):
             values *= np.sqrt(2 / np.prod(shape[1:]))
@@ -116,7 +117,7 @@ def test_parity(tensors, tmp_path):
 
 
 def test_parameters_are_those_of_the_public_file():
-    shapes = tree.flatten(inception._shapes())
+    shapes = trees.flatten(inception._shapes())
     assert len(shapes) == 94 * 5 + 1
     trained = [leaf.size for path, leaf in shapes.items() if not path.endswith(("mean", "var"))]
     assert sum(trained) == 21_785_568 + 2048 * 1008  # as published for the part before the classifier

@@ -22,12 +22,23 @@ from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, imagen, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
-from jaxdiff.weights.settings import to_json
+from jaxdiff.weights.settings import VERSION, to_json
 
 HOSTILE = [
     *(0, -1, 1, 3, 65, 2**31, 2**63, 10**30, 10**400, 10**6, True, False, None, 0.0, -0.5, 1e30, 1e999, float("nan")),
     *("", "8", "\x1b[2J", "a\nb", "x" * 10**5, "\ud800", "../..", "\x00"),
-    *([], [[]], {}, {"class": "Stage"}, {"a": {"b": {}}}, [0] * 10**5, ["\x1b"], [True], [-1, 2**70], {"\x1b[2J": 1}),
+    *(
+        [],
+        [[]],
+        {},
+        {"class": "imagen.Stage"},
+        {"a": {"b": {}}},
+        [0] * 10**5,
+        ["\x1b"],
+        [True],
+        [-1, 2**70],
+        {"\x1b[2J": 1},
+    ),
 ]
 SETTINGS = {
     "T5": ("config.json", t5._hub_config(T5Config(), "float32"), lambda path: t5.read_config(path)),
@@ -40,12 +51,12 @@ SETTINGS = {
     ),
     "stage": (
         "stage.json",
-        {"stage": to_json(small.SR), "sampling": to_json(Sampling()), "text": "0123"},
+        {"version": VERSION, "stage": to_json(small.SR), "sampling": to_json(Sampling()), "text": "0123"},
         lambda path: imagen.read_settings(path.parent),
     ),
     "classifier": (
         "classifier.json",
-        {"name": "a", "config": to_json(ClassifierConfig(8, (8,), 4, ("a", "b"), (2, 3)))},
+        {"version": VERSION, "name": "a", "config": to_json(ClassifierConfig(8, (8,), 4, ("a", "b"), (2, 3)))},
         lambda path: classifier.load(path.parent),
     ),
     "index": (

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from small_clip import OPEN, OPENAI
 
+from jaxdiff.core import trees
 from jaxdiff.nets import clip as clip_nets
 from jaxdiff.nets import t5 as t5_nets
 from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.weights import clip, deepfloyd, hub, t5, tree
+from jaxdiff.weights import clip, deepfloyd, hub, t5
 
 ENCODER, UNET = 1e-4, 5e-4
 """The largest error allowed, of float32 outputs, relative to the largest value."""
@@ -145,7 +146,7 @@ def compare_t5(kind, settings, directory):
     with torch.no_grad():
         given = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         theirs = model(**given, **({"decoder_input_ids": torch.tensor(said)} if whole else {}))
-    count = len(tree.flatten(params))
+    count = len(trees.flatten(params))
     if whole:
         states, logits = jax.jit(partial(t5_nets.T5(config).apply, method=_both))({"params": params}, ids, mask, said)
         yield "logits", error(logits, theirs.logits), count
@@ -178,7 +179,7 @@ def compare_clip(config, directory):
         pixels = torch.tensor(image).permute(0, 3, 1, 2)
         theirs = model(input_ids=torch.tensor(ids).long(), pixel_values=pixels)
     text, picture, logits = jax.jit(partial(_towers, clip_nets.CLIP(config)))({"params": params}, ids, image)
-    count = len(tree.flatten(params))
+    count = len(trees.flatten(params))
     yield "text states", error(text.states, theirs.text_model_output.last_hidden_state), count
     yield "text embedding", error(unit(text.embedding), theirs.text_embeds), count
     yield "image embedding", error(unit(picture.embedding), theirs.image_embeds), count
@@ -209,7 +210,7 @@ def compare_unet(config, directory):
         theirs = model(given, torch.tensor(time), encoder_hidden_states=torch.tensor(text), **levels).sample
     low_res = (low, (level / 1000).astype("f4")) if config.low_res else ()
     ours = jax.jit(config.module().apply)({"params": params}, picture, time, text, np.ones((2, 11), bool), *low_res)
-    yield "prediction and variance", error(ours, theirs.permute(0, 2, 3, 1)), len(tree.flatten(params))
+    yield "prediction and variance", error(ours, theirs.permute(0, 2, 3, 1)), len(trees.flatten(params))
 
 
 def fill(model):
@@ -278,7 +279,7 @@ def unet_names(directory):
 
 
 def named(name, published, shapes, names, model, copies):
-    leaves = tree.flatten(shapes)
+    leaves = trees.flatten(shapes)
     ours = {names[path]: hub.theirs_shape(path, leaf.shape) for path, leaf in leaves.items()}
     theirs = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in copies}
     assert all(tensor.is_meta for tensor in model.state_dict().values())

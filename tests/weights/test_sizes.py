@@ -17,9 +17,9 @@ from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.systems.imagen_presets import BASE_64_2B, IF_II_L
 from jaxdiff.weights import classifier, sizes
 from jaxdiff.weights.imagen import load_model
-from jaxdiff.weights.settings import _CLASSES, from_json, to_json
+from jaxdiff.weights.settings import TABLE, VERSION, from_json, to_json
 
-CLASSES = [*_CLASSES.values(), T5Config, TextTowerConfig, ImageTowerConfig, CLIPConfig]
+CLASSES = [*TABLE.classes.values(), T5Config, TextTowerConfig, ImageTowerConfig, CLIPConfig]
 
 
 def test_every_whole_number_has_bounds():
@@ -76,13 +76,13 @@ def test_networks_of_ours(name, value, tmp_path):
         *[("low_resolution", value) for value in (0, -4, True)],
         *[("text_length", value) for value in (0, -1, 2**40)],
         *[("text_dropout", value) for value in (float("nan"), True, -1.0)],
-        ("schedule", {"class": "Linear", "steps": HOURS}),
-        ("schedule", {"class": "Linear", "steps": 1}),
-        ("schedule", {"class": "Discrete", "alpha_bar": [0.5] * HOURS}),
-        ("schedule", {"class": "Discrete", "alpha_bar": [0.5, "a"]}),
-        ("schedule", {"class": "Cosine", "shift": 1e999}),
+        ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": HOURS}),
+        ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": 1}),
+        ("schedule", {"class": "diffusion.TabulatedSchedule", "alpha_bar": [0.5] * HOURS}),
+        ("schedule", {"class": "diffusion.TabulatedSchedule", "alpha_bar": [0.5, "a"]}),
+        ("schedule", {"class": "diffusion.CosineSchedule", "shift": 1e999}),
         ("schedule", {"class": "\x1b[2J" * 10**5}),
-        ("schedule", {"class": "Cosine", "\x1b[2J" * 10**5: 1}),
+        ("schedule", {"class": "diffusion.CosineSchedule", "\x1b[2J" * 10**5: 1}),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -93,7 +93,7 @@ def test_stages_of_ours(name, value, tmp_path):
 def assert_refused(stage, folder):
     """Of a stage's folder, in a moment, in one line that names the file."""
     path = folder / "stage.json"
-    path.write_text(json.dumps({"stage": stage, "sampling": to_json(Sampling())}))
+    path.write_text(json.dumps({"version": VERSION, "stage": stage, "sampling": to_json(Sampling())}))
     (folder / "model.safetensors").write_bytes(b"")
     start = time.monotonic()
     with pytest.raises(ValueError) as error:
@@ -134,7 +134,7 @@ def test_settings_nested_deeply(tmp_path):
 )
 def test_classifiers(changes, tmp_path):
     config = ClassifierConfig(side=8, channels=(8,), features=4, names=("a", "b"), classes=(2, 3))
-    told = {"name": "shapes", "config": to_json(config) | changes}
+    told = {"version": VERSION, "name": "shapes", "config": to_json(config) | changes}
     (tmp_path / "classifier.json").write_text(json.dumps(told))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"classifier\.json") as error:
@@ -145,7 +145,7 @@ def test_classifiers(changes, tmp_path):
 @pytest.mark.parametrize("name", ["", 3, None, "a\nb", "\x1b[2J", "x" * 10**6], ids=range(6))
 def test_names_of_classifiers(name, tmp_path):
     config = to_json(ClassifierConfig(side=8, channels=(8,), names=("a",), classes=(2,)))
-    (tmp_path / "classifier.json").write_text(json.dumps({"name": name, "config": config}))
+    (tmp_path / "classifier.json").write_text(json.dumps({"version": VERSION, "name": name, "config": config}))
     if name == "":
         with pytest.raises(FileNotFoundError, match="no weights"):
             classifier.load(tmp_path)

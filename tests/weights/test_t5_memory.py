@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxdiff.core import trees
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.weights import hub, t5, tree
+from jaxdiff.weights import hub, t5
 
 CONFIG = T5Config(vocab=500, d_model=256, d_ff=512, heads=4, layers=8, decoder_layers=0, dtype="bfloat16")
 
@@ -25,7 +26,7 @@ def zeros(dtype):
 def test_tensors_are_read_one_at_a_time(dtype, tmp_path):
     t5.export(CONFIG, zeros("float32"), tmp_path, "bfloat16")
     shapes, tensors = t5._shapes(CONFIG), hub.open_tensors(tmp_path)
-    sizes = [leaf.size * jnp.dtype(dtype).itemsize for leaf in tree.flatten(shapes).values()]
+    sizes = [leaf.size * jnp.dtype(dtype).itemsize for leaf in trees.flatten(shapes).values()]
     names, placed = t5.hub_names(shapes), []
     tracemalloc.start()
     try:

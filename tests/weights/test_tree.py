@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.core import trees
 from jaxdiff.weights import tree
 
 PARAMS = {
@@ -51,46 +52,7 @@ def test_other_libraries_read_it(tmp_path):
     np.testing.assert_allclose(read.float().numpy(), PARAMS["encoder"]["block_0"]["kernel"], rtol=1e-2)
 
 
-def test_flatten_and_back():
-    flat = tree.flatten(PARAMS)
-    assert list(flat) == ["encoder/block_0/kernel", "encoder/scale", "steps"]
-    assert jax.tree.structure(tree.unflatten(flat)) == jax.tree.structure(PARAMS)
-    with pytest.raises(ValueError, match="'b/c' holds a slash"):
-        tree.flatten({"a": {"b/c": 1}})
-
-
-def test_check_names_what_does_not_fit():
-    tree.check_tree(PARAMS, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS)), "x")
-    expected = {"encoder": {"block_0": {"kernel": np.zeros((3, 2))}, "bias": np.zeros(1)}, "steps": np.zeros(2)}
-    with pytest.raises(ValueError) as error:
-        tree.check_tree(PARAMS, expected, "base.safetensors")
-    assert str(error.value) == (
-        "base.safetensors does not fit the settings: 1 missing (encoder/bias); 1 unexpected (encoder/scale); "
-        "1 of another shape (encoder/block_0/kernel (2, 3), not (3, 2))"
-    )
-
-
-def test_check_lists_ten_and_the_count():
-    with pytest.raises(ValueError) as error:
-        tree.check_tree({}, {f"k{i:02}": np.zeros(1) for i in range(25)}, "x")
-    message = str(error.value)
-    assert "25 missing (k00, k01" in message and "k09, …)" in message and "k10" not in message
-
-
-def test_names_out_of_files_are_escaped_and_cut():
-    have = {"\x1b[2Jred": np.zeros(1), "x" * 10**6: np.zeros(1), "a": np.zeros((2,) * 30)}
-    with pytest.raises(ValueError) as error:
-        tree.check_tree(have, {"a": np.zeros(1), "b\nc": np.zeros(1)}, "x")
-    message = str(error.value)
-    assert message.isprintable() and len(message) < 600
-    assert r"2 unexpected (\x1b[2Jred, xxx" in message and "1 missing (b c)" in message
-
-
 def test_a_leaf_that_is_a_group(tmp_path):
-    """Three orders of the names, each of which would lose a tensor."""
-    for flat in ({"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}, {"a": 1, "a/b/c": 2}):
-        with pytest.raises(ValueError, match="is a tensor in one place and a group of tensors in another"):
-            tree.unflatten(flat)
     tree.write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(1), "a/b": np.zeros(1)}, {})
     with pytest.raises(ValueError, match=r"x\.safetensors: a(/b)? is a tensor in one place"):
         tree.load_tree(tmp_path / "x.safetensors")
@@ -116,9 +78,9 @@ def test_all_floating_types_are(dtype, tmp_path):
     right["b"]["scalar"], right["b"]["empty"] = np.asarray(2.5, jnp.dtype(dtype)), np.zeros((0, 3), jnp.dtype(dtype))
     tree.save_tree(path, right, {})
     found = tree.load_expected(path, right)
-    for name, leaf in tree.flatten(right).items():
-        assert tree.flatten(found)[name].dtype == leaf.dtype and tree.flatten(found)[name].shape == leaf.shape
-        np.testing.assert_array_equal(tree.flatten(found)[name], leaf)
+    for name, leaf in trees.flatten(right).items():
+        assert trees.flatten(found)[name].dtype == leaf.dtype and trees.flatten(found)[name].shape == leaf.shape
+        np.testing.assert_array_equal(trees.flatten(found)[name], leaf)
 
 
 def test_a_header_is_parsed_once(tmp_path, monkeypatch):

@@ -5,11 +5,9 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from array_record.python import array_record_module
 
 _SUFFIX = ".part"
 
@@ -23,7 +21,10 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     temporary = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}{_SUFFIX}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, file)
@@ -39,42 +40,6 @@ def write_json(file: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-@contextlib.contextmanager
-def new_records(file: Path, compression: str = "zstd:3") -> Iterator[Callable[[bytes], None]]:
-    """The function that adds a record to a new ArrayRecord file, which gets its name when the block ends well.
-
-    `compression`: ArrayRecord's option; "uncompressed" for what would not shrink. OSError when it cannot be written, a
-    full disk included.
-    """
-    with replacing(file) as temporary:
-        with full_disk_is_an_os_error(file):
-            writer = array_record_module.ArrayRecordWriter(
-                str(temporary), f"group_size:1,{compression}"
-            )  # read one at a time
-
-        def write(record: bytes) -> None:
-            with full_disk_is_an_os_error(file):
-                writer.write(record)
-
-        try:
-            yield write
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                writer.close()
-            raise
-        with full_disk_is_an_os_error(file):
-            writer.close()
-
-
-@contextlib.contextmanager
-def full_disk_is_an_os_error(file: Path | str) -> Iterator[None]:
-    """ArrayRecord raises RuntimeError when it cannot write; to a user that is an OSError about `file`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{file}: cannot be written ({error})") from error
-
-
 def remove_leftovers(folder: Path) -> None:
     """Deletes what killed processes left half-written in `folder`. For the end, when nothing there is to be written."""
     for file in folder.glob(f"*{_SUFFIX}"):
@@ -85,15 +50,20 @@ def remove_leftovers_of_the_dead(folder: Path) -> None:
     """The same for processes of this machine that are no more, while others may still be writing."""
     for file in folder.glob(f"*.{socket.gethostname()}-*{_SUFFIX}"):
         process = file.name.removesuffix(_SUFFIX).rpartition("-")[2]
-        if process.isdigit() and not _alive(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             file.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine has this number, whoever's it is."""
+    if process < 1:  # would mean a group of processes
+        return False
     try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # another user's may not be signalled
+        os.kill(process, 0)  # changes nothing
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
     return True
 
 

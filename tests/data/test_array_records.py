@@ -1,13 +1,12 @@
 """Whole files or none, on a full disk too."""
 
-import json
 import os
 import resource
 
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from jaxdiff.data.files import new_records, remove_leftovers, replacing, write_json
+from jaxdiff.data.array_records import new_records
 
 
 @pytest.fixture
@@ -37,9 +36,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, small_disk):
         for _ in range(100):
             write(os.urandom(20_000))
     assert ArrayRecordDataSource([str(file)])[0] == b"old" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(OSError):
-        write_json(tmp_path / "y.json", "x" * 2_000_000)
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_error_leaves_nothing(tmp_path):
@@ -47,13 +43,3 @@ def test_an_error_leaves_nothing(tmp_path):
         write(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-
-
-def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    write_json(tmp_path / "kept.json", {"é": 1})
-    with replacing(tmp_path / "other.json") as temporary:
-        temporary.write_text("half")
-        remove_leftovers(tmp_path)
-        temporary.write_text("whole")
-    assert json.loads((tmp_path / "kept.json").read_text()) == {"é": 1}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept.json", "other.json"]
