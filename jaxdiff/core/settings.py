@@ -4,7 +4,7 @@ In JSON a dataclass is its tag with its fields, an enum's member its tag with it
 something is computed (metadata `how`) are no part of it: they may change from one run to the next.
 
 Files use the tags of a closed table (`Table`), which stay when classes are renamed or moved. Checkpoints take any
-class, by its module and name.
+class, by its name, and where it is one of this package by its module too.
 """
 
 import dataclasses
@@ -123,8 +123,10 @@ def canonical(settings: Any) -> bytes:
 
 
 def qualified_name(named: Any) -> str:
-    """Of a class or function: its module's name and its own."""
-    return f"{named.__module__}.{named.__qualname__}"
+    """Of a class or function of this package its module's name and its own; of any other, whose module is called
+    `__main__` when it is run as a script, its own."""
+    ours = named.__module__.startswith(f"{__name__.partition('.')[0]}.")
+    return f"{named.__module__}.{named.__qualname__}" if ours else named.__qualname__
 
 
 def _plain(value: Any, tag: Tag, other: Callable[[Any, Tag], Any]) -> Any:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.core.settings import Table, canonical, difference, flatten
+from jaxdiff.diffusion import losses
+from jaxdiff.systems import clip
 
 
 class Colour(enum.Enum):
@@ -81,15 +83,15 @@ def test_every_field_and_every_whole_is_checked():
 def test_flat_settings_are_compared_by_name():
     settings = Outer(Inner((0.1, 0.2)), array=np.arange(3))
     flat = flatten({"stage": settings})
-    assert flat["stage"] == f"{__name__}.Outer"
+    assert flat["stage"] == "Outer"
     assert flat["stage.inner.table.1"] == 0.2
-    assert flat["stage.inner.colour"] == f"{__name__}.Colour.RED"
+    assert flat["stage.inner.colour"] == "Colour.RED"
     assert flat["stage.dtype"] == "float32" and "stage.inner.threads" not in flat
     assert flatten([np.dtype("float32"), jax.numpy.float32, Inner]) == {
         "": "3 values",
         "0": "float32",
         "1": "float32",
-        "2": f"{__name__}.Inner",
+        "2": "Inner",
     }
     assert difference(flat, flatten({"stage": Outer(Inner((0.1, 0.2)), array=np.arange(3))})) is None
     assert "stage.array" in difference(flat, flatten({"stage": replace(settings, array=np.arange(1, 4))}))
@@ -101,10 +103,16 @@ def test_flat_settings_are_compared_by_name():
     assert difference({}, {"a": 1}) == "a is 1 here and not among the saved settings"
 
 
-def test_classes_of_one_name_differ():
-    other = make_dataclass("Inner", [("table", tuple), ("colour", Colour, Colour.RED)], frozen=True)
-    other.__module__ = "elsewhere"
-    assert difference(flatten({"a": Inner(())}), flatten({"a": other(())})).startswith(f"a was '{__name__}.Inner'")
+def test_namesakes_of_ours_differ():
+    assert difference(flatten({"a": losses.Sigmoid()}), flatten({"a": clip.Sigmoid()})).startswith(
+        "a was 'jaxdiff.diffusion.losses.Sigmoid'"
+    )
+
+
+def test_a_class_of_a_script_is_the_same_when_it_is_imported():
+    imported = make_dataclass("Inner", [("table", tuple), ("colour", Colour, Colour.RED)], frozen=True)
+    imported.__module__ = "__main__"
+    assert difference(flatten({"a": Inner(())}), flatten({"a": imported(())})) is None
 
 
 def test_hashed_settings_do_not_depend_on_order_or_on_how():
