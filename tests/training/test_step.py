@@ -222,7 +222,7 @@ def test_other_parameters_to_start_from():
     np.testing.assert_array_equal(state.params["first"]["kernel"], 0.5)
     np.testing.assert_array_equal(state.ema["second"]["kernel"], 0.5)
     given["second"]["kernel"] = np.zeros((3, 3))
-    with pytest.raises(ValueError, match=r"initial parameters does not fit .* second/kernel \(3, 3\), not \(8192, 8\)"):
+    with pytest.raises(ValueError, match=r"initial parameters does not fit .*second/kernel \(3, 3\), not \(8192, 8\)"):
         init_state(WIDE, config, jax.random.key(1), mesh, given)
 
 
