@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src import distributed  # the key-value store of jax.distributed has no public name
 from jax.experimental import multihost_utils
+
+from jaxdiff.core.jax_internals import coordination
 
 
 def gather(value: Any) -> list[Any]:
@@ -33,7 +34,7 @@ def barrier(name: str) -> Callable[..., None] | None:
     if jax.process_count() == 1:
         return None
     wait = ocp.multihost.get_barrier_sync_fn()
-    store = distributed.global_state.client
+    store = coordination()
 
     def meet(*, key: str, timeout_ms: int) -> None:
         error = sys.exception()

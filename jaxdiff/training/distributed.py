@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
-from jax._src import cloud_tpu_init
-from jax._src.distributed import global_state
-from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdiff.core.jax_internals import backends_are_initialized, cloud_tpu_init, global_state
 from jaxdiff.training import lost_peer, peers
 from jaxdiff.training.interruption import unheard
 

@@ -12,8 +12,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jax._src.lib import _jax
-
+from jaxdiff.core.jax_internals import jaxlib_module
 from jaxdiff.training import peers
 
 _RUNTIMES = ("libstdc++.so.6", "libc++.so.1", "libc++abi.dylib")
@@ -23,8 +22,8 @@ _BAD_CAST = b"St8bad_cast"  # the name that the ABI of C++ gives the type
 @contextmanager
 def ends_this_process() -> Iterator[None]:
     """To join other processes in: what is said above holds for the client that is made inside."""
-    make = _jax.get_distributed_runtime_client
-    _jax.get_distributed_runtime_client = functools.partial(
+    make = jaxlib_module.get_distributed_runtime_client
+    jaxlib_module.get_distributed_runtime_client = functools.partial(
         make, missed_heartbeat_callback=lambda *_: peers.lose_contact()
     )
     try:
@@ -34,7 +33,7 @@ def ends_this_process() -> Iterator[None]:
             runtime._ZSt13set_terminatePFvvE(ctypes.cast(_terminate, ctypes.c_void_p))
         yield
     finally:
-        _jax.get_distributed_runtime_client = make
+        jaxlib_module.get_distributed_runtime_client = make
 
 
 @ctypes.CFUNCTYPE(None)

@@ -19,9 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from jax._src import distributed
-
 from jaxdiff.core.errors import ProcessLostError
+from jaxdiff.core.jax_internals import coordination, global_state
 from jaxdiff.core.messages import reason
 
 CRASHED = 70
@@ -57,12 +56,12 @@ class FolderInUseError(RuntimeError):
 
 def count() -> int:
     """Processes of the run, known before any device is used."""
-    return distributed.global_state.num_processes if distributed.global_state.client is not None else 1
+    return global_state.num_processes if global_state.client is not None else 1
 
 
 def index() -> int:
     """Which of them this is."""
-    return distributed.global_state.process_id if distributed.global_state.client is not None else 0
+    return global_state.process_id if global_state.client is not None else 0
 
 
 def name() -> str:
@@ -73,12 +72,12 @@ def barrier(what: str, seconds: float) -> None:
     """Wait until every process is here."""
     if count() > 1:
         with together():
-            distributed.global_state.client.wait_at_barrier(f"jaxdiff/{what}", int(1000 * seconds))
+            coordination().wait_at_barrier(f"jaxdiff/{what}", int(1000 * seconds))
 
 
 def exchange(what: str, value: str, seconds: float) -> dict[str, str]:
     """Everyone's value by the number of the process, once all have given theirs."""
-    client, folder = distributed.global_state.client, f"jaxdiff/{what}/"
+    client, folder = coordination(), f"jaxdiff/{what}/"
     with together():
         client.key_value_set(f"{folder}{index()}", value, allow_overwrite=True)
         barrier(f"{what} given", seconds)
@@ -165,7 +164,7 @@ def leave(code: int, text: str) -> NoReturn:
     """Say `text`, wait a moment for the others to follow, and end at once: nothing else is waited for."""
     _ENDING.acquire()
     print(text, file=sys.stderr, flush=True)
-    client = distributed.global_state.client
+    client = global_state.client
     if client is not None and count() > 1:
         with suppress(Exception):
             client.wait_at_barrier("jaxdiff/left", int(1000 * _PATIENCE))
@@ -189,7 +188,7 @@ def lose_contact() -> NoReturn:
 
 
 def _watch() -> None:
-    while distributed.global_state.client is not None:
+    while global_state.client is not None:
         told = _told()
         if told is not None and told["process"] != index():
             _follow(told)
@@ -204,7 +203,7 @@ def _publish(code: int) -> bool:
     """Whether this process is the first to fail."""
     told = json.dumps({"process": index(), "who": name(), "code": code})
     try:
-        distributed.global_state.client.key_value_set(_FAILED, told)
+        coordination().key_value_set(_FAILED, told)
     except Exception:  # it is there already; or the service is gone, with process 0
         return _told() is None
     return True
@@ -212,9 +211,8 @@ def _publish(code: int) -> bool:
 
 def _told() -> dict[str, Any] | None:
     """What the first process to fail has published."""
-    client = distributed.global_state.client
     try:
-        return json.loads(client.key_value_try_get(_FAILED))
+        return json.loads(coordination().key_value_try_get(_FAILED))
     except Exception:  # nothing is there, or the service is gone: jax's heartbeats judge that
         return None
 
