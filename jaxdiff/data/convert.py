@@ -217,6 +217,7 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
                 replaced += 1
                 first.setdefault(REPLACED, f"{name}: {invalid}")
             if fault is None:
+                assert not isinstance(image, Fault)  # it would be the fault
                 write(pack(image, caption, name))
                 images += 1
             elif settings.strict and not fault.harmless:
@@ -291,7 +292,13 @@ def _lost_processes() -> Iterator[None]:
 def _die_with_parent() -> None:
     """Workers of a killed command would wait for work for ever."""
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None  # this is a worker
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _fault(image: bytes | Fault, caption: str | None, settings: Settings) -> Fault | None:

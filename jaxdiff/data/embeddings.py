@@ -138,7 +138,9 @@ def store_embeddings(
 ) -> Embeddings:
     """`store_rows` with an encoder that pads: `batch` captions at a time, in one process."""
     rows = functools.partial(_without_padding, encode, batch)
-    return store_rows(captions, rows, path, encoder=encoder, part=part, window=batch, progress=progress)
+    stored = store_rows(captions, rows, path, encoder=encoder, part=part, window=batch, progress=progress)
+    assert stored is not None  # one process makes all parts
+    return stored
 
 
 def store_rows(
@@ -238,6 +240,7 @@ def _check_stored(
     """ValueError for a part that is damaged, or made from other captions."""
 
     def check(number: int) -> None:
+        assert settings.width is not None  # known since the first part
         file, size = path / _name(number), settings.size(number)
         reader = open_part(file, size)
         for place in range(size) if verify else (size - 1,):
@@ -331,6 +334,7 @@ def _settle(path: Path, settings: _Settings) -> None:
     if found is None or _half_done_before_shards(found):
         write_json(path / SIDECAR, {**ours, "parts": [], "complete": False})
         found = _read_sidecar(path)
+    assert found is not None  # written above, if not before
     other = [name for name in ours if found[name] != ours[name]]
     if other:
         raise ValueError(

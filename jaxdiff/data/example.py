@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, overload, runtime_checkable
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Captions(Sequence):
+class Captions(Sequence[str | None]):
     """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training. Warns of
     those in which characters were replaced."""
 
@@ -41,7 +41,15 @@ class Captions(Sequence):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> str | None:
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"caption {index} of {len(self)}")
         try:

@@ -71,7 +71,7 @@ EVERY = tuple(itertools.starmap(Attributes, itertools.product(SCALES, FILLS, SHA
 def draw(attributes: Attributes) -> Picture:
     """Its picture, without anti-aliasing: turned first, then shaded and coloured by rows and columns of the picture."""
     inside = np.rot90(_shape(attributes.scale, attributes.fill, attributes.shape), attributes.rotation // 90)
-    y, x = np.indices(inside.shape)
+    y, x = np.indices((SIDE, SIDE))
     kept = {"plain": True, "striped": y % 2 == 0, "dotted": (x + y) % 2 == 0}[attributes.shading]
     bands = [rgb for rgb in COLOURS.values() if rgb][:7]
     rows = bands if attributes.colour == "rainbow" else [COLOURS[attributes.colour]]
@@ -122,7 +122,7 @@ class RainbowShapes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         names = {"scale": SCALES, "fill": FILLS, "shading": SHADINGS, "colour": COLOURS, "shape": SHAPES}
-        names["rotation"] = map(str, ROTATIONS)
+        names["rotation"] = [str(rotation) for rotation in ROTATIONS]
         features = {
             "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
             "caption": tfds.features.Text(),

@@ -84,6 +84,7 @@ def describes(stated: Stated, scene: Scene) -> bool:
 
     if len(scene.objects) == 1:
         return agree(stated.objects[0], scene.objects[0])
+    assert stated.relation is not None  # a caption of two objects says where they are
     orders = {stated.objects: stated.relation, stated.objects[::-1]: OPPOSITE[stated.relation]}
     return any(
         relation == scene.relation and all(map(agree, objects, scene.objects)) for objects, relation in orders.items()
@@ -134,7 +135,11 @@ def _sentence(rng: np.random.Generator, stated: Stated) -> str:
     """ "a large red striped circle in the top left corner on a black background" """
     (o,) = stated.objects
     noun, place, ground = _noun(rng, o, article=True), _place(rng, o.position), _ground(rng, stated.background)
-    forms = (f"{noun} {place} {ground}", f"there is {noun} {place} {ground}", f"a picture of {noun} {place} {ground}")
+    forms: tuple[str, ...] = (
+        f"{noun} {place} {ground}",
+        f"there is {noun} {place} {ground}",
+        f"a picture of {noun} {place} {ground}",
+    )
     if o.position:
         forms += (f"{place}, {noun} {ground}",)
     return pick(rng, forms)
@@ -143,9 +148,9 @@ def _sentence(rng: np.random.Generator, stated: Stated) -> str:
 def _list(rng: np.random.Generator, stated: Stated) -> str:
     """ "black background, outlined green star, large, right" """
     (o,) = stated.objects
-    size_apart = o.size is not None and rng.random() < 0.5
-    noun = _noun(rng, dataclasses.replace(o, size=None) if size_apart else o, article=False)
-    parts = [noun, pick(rng, SIZE_WORDS[o.size]) if size_apart else "", o.position or ""]
+    size = o.size if o.size is not None and rng.random() < 0.5 else None  # said apart from the noun
+    noun = _noun(rng, dataclasses.replace(o, size=None) if size else o, article=False)
+    parts = [noun, pick(rng, SIZE_WORDS[size]) if size else "", o.position or ""]
     ground = f"{stated.background} background" if stated.background else ""
     parts = [ground, *parts] if rng.random() < 0.5 else [*parts, ground]
     return ", ".join(p for p in parts if p)
@@ -153,6 +158,7 @@ def _list(rng: np.random.Generator, stated: Stated) -> str:
 
 def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
     """ "a blue heart to the left of a small green cross on white" """
+    assert stated.relation is not None
     first, second = (_noun(rng, o, article=True) for o in stated.objects)
     between, ground = pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
     said = f"{first} {between} {second}"

@@ -5,6 +5,7 @@ source = open(spec, 64, "train", "runs/data")      # what pipeline.images reads
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxdiff.data import emoji, folder, rainbow, records, shapes, tfds_sets
@@ -61,7 +62,11 @@ def parse(text: str) -> DataSpec:
     plain = {"shapes": Shapes, "emoji": Emoji, "rainbow": Rainbow}
     if kind in plain and not colon:
         return plain[kind]()
-    with_path = {"folder": lambda path: Folder(Path(path)), "tfds": Tfds, "records": lambda path: Records(Path(path))}
+    with_path: dict[str, Callable[[str], DataSpec]] = {
+        "folder": lambda path: Folder(Path(path)),
+        "tfds": Tfds,
+        "records": lambda path: Records(Path(path)),
+    }
     if kind in with_path and rest:
         return with_path[kind](rest)
     raise ValueError(f"--data {text!r} is not one of: {CHOICES}")

@@ -81,10 +81,10 @@ class _Header(tarfile.TarInfo):
         place = archive.offset
         try:
             header = super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed lacks it
             archive.has_end = True
             raise
-        except tarfile.EmptyHeaderError as error:
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]  # typeshed lacks it
             if place and not getattr(archive, "has_end", False):
                 raise tarfile.ReadError(f"cut off at byte {place}: no end mark") from error
             raise

@@ -140,7 +140,8 @@ class Respaced:
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
         if steps != self.steps:
             raise ValueError(f"this respacing has {self.steps} steps, not {steps}")
-        return _falling(schedule, self.entries(_table_of(schedule, steps).steps))
+        table = _table_of(schedule, steps)
+        return _falling(table, self.entries(table.steps))
 
     def entries(self, table: int) -> list[int]:
         """The entries of a table of that length, rising."""

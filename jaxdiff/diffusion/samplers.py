@@ -108,9 +108,13 @@ class DDPM(_OneState):
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
         found = _denoise(denoise, x, here)
-        if self.gamma is None and not isinstance(found, DenoisedWithVariance):
+        gamma: float | Array
+        if self.gamma is not None:
+            gamma = self.gamma
+        elif isinstance(found, DenoisedWithVariance):
+            gamma = found.gamma
+        else:
             raise ValueError("DDPM without a gamma needs a network that has learned the variance")
-        gamma = found.gamma if self.gamma is None else self.gamma
         kept = (here.alpha / there.alpha) * (there.sigma / here.sigma) ** 2
         mean = kept * x + _fresh(here, there) * there.alpha * found.x0
         deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, gamma), 0.0)

@@ -57,6 +57,9 @@ class _Continuous:
 class _VariancePreserving(_Continuous):
     """α² + σ² = 1: α² = sigmoid(λ), σ² = sigmoid(−λ), both through the stable log-sigmoid."""
 
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+        raise NotImplementedError
+
     def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(self.logsnr(t)))
 

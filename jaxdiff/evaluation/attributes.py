@@ -95,7 +95,8 @@ def _agreement(found: tuple[Found | None, ...], stated: Stated) -> dict[str, boo
                 seen = f is not None and getattr(f, field.name) == said
                 checks[field.name] = checks.get(field.name, True) and seen
     if stated.relation is not None:
-        checks["relation"] = None not in found and relation(*((f.x, f.y) for f in found)) == stated.relation
+        places = [(f.x, f.y) for f in found if f is not None]
+        checks["relation"] = len(places) == len(found) and relation(*places) == stated.relation
     return checks
 
 
@@ -112,7 +113,7 @@ def _working(image: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "m m 3"]:
         image = image.reshape(WORKING, WORKING, factor, 3).mean(2)
     elif side > WORKING:
         channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(image, -1, 0)]
-        image = np.stack([c.resize((WORKING, WORKING), Image.Resampling.BOX) for c in channels], -1)
+        image = np.stack([np.asarray(c.resize((WORKING, WORKING), Image.Resampling.BOX)) for c in channels], -1)
     return image.astype(np.float32) / np.float32(scale) + np.float32(shift)
 
 
@@ -150,11 +151,11 @@ def _colour(difference: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) 
         contrast = np.array(rgb, np.float32) / 255 - ground
         share = np.clip(difference @ contrast / (contrast @ contrast), 0.8, 1.1)
         errors[name] = math.dist(difference, share * contrast)
-    name = min(errors, key=errors.get)
+    name = min(errors, key=errors.__getitem__)
     return name if errors[name] < COLOUR_ERROR else None
 
 
 def _nearest(colour: Float[np.ndarray, "3"], palette: dict[str, tuple[int, int, int]]) -> str | None:
     errors = {name: math.dist(colour, np.array(rgb) / 255) for name, rgb in palette.items()}
-    name = min(errors, key=errors.get)
+    name = min(errors, key=errors.__getitem__)
     return name if errors[name] < COLOUR_ERROR else None

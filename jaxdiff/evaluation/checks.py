@@ -12,7 +12,7 @@ def require_features(metric: str, *sets: np.ndarray) -> None:
             raise ValueError(f"{metric} of no images")
         finite = np.isfinite(features).all(1)
         if not finite.all():
-            count, first = int((~finite).sum()), int(finite.argmin())
+            count, first = int((~finite).sum()), int(np.argmin(finite))
             raise ValueError(f"{metric} of features that are not finite: {count} rows, the first is row {first}")
     widths = sorted({features.shape[1] for features in sets})
     if len(widths) > 1:

@@ -30,7 +30,7 @@ def dominant(image: Float[np.ndarray, "h w 3"]) -> str:
     if len(drawn) < LEAST * len(pixels):
         return "white"
     votes = np.bincount(nearest(drawn), minlength=len(COLOURS))
-    return list(COLOURS)[int(votes.argmax())]
+    return list(COLOURS)[int(np.argmax(votes))]
 
 
 def nearest(pixels: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxdiff.core.settings import canonical
 from jaxdiff.core.trees import digest_of
 from jaxdiff.evaluation.resize import Resize, resized
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
-from jaxdiff.nets.clip import CLIP, CLIPConfig
-from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception
+from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded
+from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception, Seen
 from jaxdiff.systems.clip import normalised
 
 
@@ -66,6 +66,7 @@ def inception(params: dict, resize: Resize = Resize.CLEAN, dims: int = WIDTH) ->
 
 def clip_image(config: CLIPConfig, params: dict, name: str = "clip") -> Extractor:
     """CLIP's image tower: its embeddings, not of length 1."""
+    assert config.image is not None  # it comes with its parameters
     alone = replace(config, text=None)
     return Extractor(name, {"image": params["image"]}, config.image.resolution, _SeeCLIP(alone))
 
@@ -122,7 +123,7 @@ class _SeeInception:
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
         scaled = pictures / 127.5 - 1 if self.symmetric else (pictures - 128) / 128
-        seen = Inception().apply({"params": params}, scaled)
+        seen = cast(Seen, Inception().apply({"params": params}, scaled))
         return {"features": seen.features if self.dims == WIDTH else seen.early[self.dims], "logits": seen.logits}
 
 
@@ -131,7 +132,9 @@ class _SeeCLIP:
     config: CLIPConfig
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        seen = CLIP(self.config).apply({"params": params}, normalised(pictures / 127.5 - 1), method="embed_image")
+        scaled = normalised(pictures / 127.5 - 1)
+        seen = cast(Embedded, CLIP(self.config).apply({"params": params}, scaled, method="embed_image"))
+        assert seen.embedding is not None  # without a projection there is nothing to compare
         return {"features": seen.embedding}
 
 

@@ -31,7 +31,8 @@ def read(path: Path) -> tuple[Origin, Moments | np.ndarray]:
         if len(arrays) == 1:
             require_features("statistics", arrays[0])
             return origin, arrays[0]
-        return origin, Moments(*checked_moments(*arrays, (MEAN, COVARIANCE)))
+        mean, covariance = arrays
+        return origin, Moments(*checked_moments(mean, covariance, (MEAN, COVARIANCE)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -158,7 +158,8 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
     write = _Writer(drawn, true, settings)
     scores = [write(distance, lambda: _Value(_distance(drawn, true, settings)))]
     if drawn.features is not None:
-        sizes = f"{fid.SIZES} sizes from {fid.smallest(*drawn.features.shape, settings.force)}"
+        count, width = drawn.features.shape
+        sizes = f"{fid.SIZES} sizes from {fid.smallest(count, width, settings.force)}"
         scores.append(write(limit, lambda: _Value(_limit(drawn, true, settings, seed)), sizes))
     if drawn.logits is None:
         return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(drawn, true))))]
@@ -177,6 +178,7 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
 def judge_captions(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
     """CLIP score, of the captions' embeddings beside those of the pictures. prefix: what stood before each caption when
     it was embedded, for the line. ValueError where they are not as many."""
+    assert drawn.features is not None  # only a reference may keep sums alone
     found = clip_score(text, drawn.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
     before = f"prefix {prefix!r}" if prefix else "no prefix"
@@ -240,6 +242,7 @@ def _distance(drawn: Observed, true: Observed, settings: Settings) -> float:
 
 
 def _limit(drawn: Observed, true: Observed, settings: Settings, seed: int) -> float:
+    assert drawn.features is not None  # see `judge`
     return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value
 
 
@@ -255,6 +258,7 @@ def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> _Val
 
 
 def _inception_score(drawn: Observed, settings: Settings) -> _Value:
+    assert drawn.logits is not None  # see `judge`
     found = inception_score(drawn.logits, settings.splits, settings.split_seed)
     return _Value(found.value, found.deviation)
 

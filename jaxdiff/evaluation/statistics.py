@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -72,7 +72,8 @@ class Moments:
     count: None = None
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Statistics:
     """Of pictures; any two can be merged. scatter: the sum of (x − mean)(x − mean)ᵀ."""
 
     count: int
@@ -123,8 +124,9 @@ def merge(*parts: Statistics) -> Statistics:
 def save(path: Path, statistics: Statistics, origin: Origin) -> None:
     """As .npz, whole or not at all. Beside ours it has `mu` and `sigma`, which other tools read."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        both = {"mu": statistics.mean, "sigma": statistics.covariance}
-        np.savez(file, **statistics._asdict(), **both, origin=json.dumps(dataclasses.asdict(origin)))
+        ours = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter}
+        both: dict[str, Any] = {**ours, "mu": statistics.mean, "sigma": statistics.covariance}
+        np.savez(file, **both, origin=json.dumps(dataclasses.asdict(origin)))
 
 
 def _origin(told: dict[str, Any]) -> Origin:

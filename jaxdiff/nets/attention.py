@@ -2,6 +2,7 @@
 
 import enum
 import importlib.util
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def attention(
         return tokamax.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
     if chosen is Kernel.CUDNN:
         k, v, mask = _for_cudnn(q, k, v, mask)
-    implementation = "cudnn" if chosen is Kernel.CUDNN else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if chosen is Kernel.CUDNN else "xla"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nets.attention import attention
 
-Dtype = str | type | jnp.dtype
+Dtype = jax.typing.DTypeLike
 
 
 class Activation(enum.Enum):

@@ -143,6 +143,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "b n"]) -> Embedded:
         config = self.config.text
+        assert config is not None  # CLIP makes a tower only where there is one
         if ids.shape[1] > config.length:
             raise ValueError(f"captions of {ids.shape[1]} tokens, but this tower reads {config.length}")
         x = nn.Embed(config.vocab, config.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(ids)
@@ -163,6 +164,7 @@ class ImageTower(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"]) -> Embedded:
         config, dtype = self.config.image, self.config.dtype
+        assert config is not None
         side = config.resolution
         if image.shape[1:3] != (side, side):
             raise ValueError(f"pictures of {image.shape[1]}x{image.shape[2]}, but this tower reads {side}x{side}")

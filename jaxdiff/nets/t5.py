@@ -183,6 +183,7 @@ class Block(nn.Module):
         y = RMSNorm(config.eps, name="attention_norm")(x)
         x = x + MultiHead(config, name="attention")(y, y, visible, bias)
         if encoded is not None:
+            assert encoded_visible is not None  # they come together
             y = RMSNorm(config.eps, name="cross_attention_norm")(x)
             x = x + MultiHead(config, name="cross_attention")(y, encoded, encoded_visible, None)
         y = RMSNorm(config.eps, name="feed_forward_norm")(x)
@@ -263,7 +264,7 @@ def relative_buckets(relative: np.ndarray, bidirectional: bool, buckets: int, ma
         offset = np.where(relative > 0, buckets, 0)
         distance = np.abs(relative)
     else:
-        offset = 0
+        offset = np.zeros_like(relative)
         distance = np.maximum(-relative, 0)
     exact = buckets // 2
     # float32 as in every public implementation: the floor falls between buckets at powers of two.

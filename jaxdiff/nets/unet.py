@@ -121,7 +121,7 @@ class UNetConfig:
         if self.learned_variance and self.input_skip:
             raise ValueError("input_skip is for networks that predict x0, and they learn no variance")
 
-    def module(self) -> "UNet":
+    def module(self) -> "UNet | EfficientUNet":
         return UNet(self)
 
     @property
@@ -332,6 +332,8 @@ class EfficientUNet(_Parts):
     Each level, the first included, halves the picture with a strided convolution (A.28) and doubles it again with a
     nearest-neighbour enlargement and a convolution (A.29).
     """
+
+    config: EfficientUNetConfig
 
     @nn.compact
     def __call__(

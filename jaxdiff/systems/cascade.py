@@ -46,7 +46,7 @@ def mean(models: Sequence[Model]) -> Model:
         for part in ("unet", "prediction", "residual"):
             if getattr(other.stage, part) != getattr(first.stage, part):
                 raise ValueError(f"models whose {part} differs have no mean")
-    known = sorted({model.text for model in models} - {None})
+    known = sorted({model.text for model in models if model.text is not None})
     if len(known) > 1:
         raise ValueError(f"models trained with the text encoders {' and '.join(known)} have no mean")
     params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(model.params for model in models))
@@ -207,14 +207,18 @@ def stages(
         raise ValueError(f"{len(samplings)} samplings for {len(cascade.models)} stages: give one for each")
     begin = 0 if after is None else _number(cascade, after[0]) + 1
     end = len(cascade.models) if up_to is None else _number(cascade, up_to) + 1
-    if after is not None and len(after[1]) != count:
-        raise ValueError(f"{len(after[1])} pictures to go on from, for {count} to draw")
-    if up_to is not None and begin >= end:
-        raise ValueError(f"nothing to draw: going on from {after[0]} pixels, up to {up_to}")
-    nominal = cascade.base.stage.resolution if after is None else after[0]
-    size = size or (nominal, nominal) if after is None else after[1].shape[1:3]
+    if after is None:
+        nominal = cascade.base.stage.resolution
+        height, width = size or (nominal, nominal)
+    else:
+        if len(after[1]) != count:
+            raise ValueError(f"{len(after[1])} pictures to go on from, for {count} to draw")
+        if up_to is not None and begin >= end:
+            raise ValueError(f"nothing to draw: going on from {after[0]} pixels, up to {up_to}")
+        nominal, (height, width) = after[0], after[1].shape[1:3]
     for model, sampling in list(zip(cascade.models, samplings))[begin:end]:
-        check(model.stage, sampling, tuple(side * model.stage.resolution // nominal for side in size))
+        side = model.stage.resolution
+        check(model.stage, sampling, (height * side // nominal, width * side // nominal))
     if picture is not None:
         _check_picture(cascade, picture, samplings, begin, end)
     _warn_of_blanks(prompts)
@@ -229,7 +233,7 @@ def stages(
             rows = max(1, batch * cascade.base.stage.resolution**2 // model.stage.resolution**2)
             parts, _ = model.stage.unet.axes.sizes()
             rows = -(-min(rows, count) // parts) * parts
-            draws = _Task(model, sampling, text, away, folded, pictures, size, rows)
+            draws = _Task(model, sampling, text, away, folded, pictures, (height, width), rows)
             task = draws if picture is None else replace(draws, begin=partial(picture.given, number))
             pictures = task.run(progress)
             yield model.stage.resolution, pictures
@@ -301,6 +305,7 @@ class _Task:
                 )
             pictures = np.empty((count, *part.shape[1:]), part.dtype) if pictures is None else pictures
             pictures[first : first + len(part)] = part
+        assert pictures is not None  # there is at least one key
         return pictures
 
     def _draw(self, rows: np.ndarray, report: Callable[[int], None] | None) -> jax.Array:
@@ -313,7 +318,7 @@ class _Task:
         low_res = None if self.low_res is None else jnp.asarray(self.low_res[rows])
         size = self.size
         if low_res is not None:
-            size = tuple(side * stage.factor for side in low_res.shape[1:3])
+            size = low_res.shape[1] * stage.factor, low_res.shape[2] * stage.factor
         given = None if self.begin is None else self.begin(len(rows), size)
         inputs = text, negative, self.keys[rows], size, low_res, report
         return draw(stage, self.model.params, self.sampling, *inputs, given=given)

@@ -8,7 +8,7 @@ in the backward pass, so that no device ever holds a matrix of the batch by the 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from jaxdiff.nets.clip import CLIP, CLIPConfig, unit
+from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, unit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,7 +48,8 @@ class Sigmoid:
     scale: float = 10.0
     bias: float = -10.0
 
-    def __call__(self, text: Array, image: Array, scale: Array, bias: Array, columns: "_Columns") -> "_Compared":
+    def __call__(self, text: Array, image: Array, scale: Array, bias: Array | None, columns: "_Columns") -> "_Compared":
+        assert bias is not None  # `Training.init` makes one
         ours = scale * (text * image).sum(-1) + bias
         apart, most = columns.softplus(scale * text, image, bias)
         return _Compared((apart - ours).mean(), ours > most + bias + NEAR * scale)
@@ -76,6 +77,7 @@ class Training:
 
     def init(self, key: Key[Array, ""]) -> dict:
         """Fresh parameters: those of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`."""
+        assert self.config.image is not None  # see __post_init__
         side = self.config.image.resolution
         params = CLIP(self.config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
         params["logit_scale"] = jnp.full((), np.log(self.compare.scale), jnp.float32)
@@ -91,9 +93,11 @@ class Training:
         """
         del key
         network, whole = CLIP(self.config), {"params": clip_params(params)}
-        text = unit(network.apply(whole, batch["ids"], method="embed_text").embedding)
+        text = cast(Embedded, network.apply(whole, batch["ids"], method="embed_text")).embedding
         seen = normalised(batch["image"].astype(jnp.float32))
-        image = unit(network.apply(whole, seen, method="embed_image").embedding)
+        image = cast(Embedded, network.apply(whole, seen, method="embed_image")).embedding
+        assert text is not None and image is not None  # two towers have a projection
+        text, image = unit(text), unit(image)
         scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))
         loss, first = self.compare(text, image, scale, params.get("logit_bias"), _Columns(self.chunk, self.axes))
         return loss, {"loss": loss, "accuracy": first.astype(jnp.float32).mean(), "scale": scale}

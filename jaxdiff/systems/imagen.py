@@ -8,6 +8,7 @@ stages `systems/cascade.py`; the paper's settings and the tiny ones are `systems
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,13 @@ class Stage:
         losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
         if gamma is not None:
             x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
+            assert isinstance(self.schedule, Discrete)  # see __post_init__
             losses += variance_loss(self.schedule, gamma, image, x0, x, t)
         return losses.mean(), {}
 
     def batch(self, count: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a training batch of pictures of that side, with captions."""
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {
+        shapes: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]] = {
             "image": ((count, side, side, 3), jnp.float32),
             "text": ((count, self.text_length, self.unet.text_width), jnp.float16),
             "text_mask": ((count, self.text_length), jnp.bool_),
@@ -159,8 +161,10 @@ class Stage:
         """The network's output at the noised pictures x; `low_res` is enlarged and noised to its level already."""
         given = () if low_res is None else (low_res, level)
         position = self.schedule.position(t)
-        output = self.unet.module().apply({"params": params}, x, position, text.embeddings, text.mask, *given)
+        inputs = x, position, text.embeddings, text.mask, *given
+        output = cast(Array, self.unet.module().apply({"params": params}, *inputs))
         if self.residual:
+            assert low_res is not None and level is not None  # residual is for super-resolution alone
             alpha = self.augmentation.alpha(self.augmentation.level_time(level))
             output += alpha[:, None, None, None] * low_res
         return output

@@ -53,25 +53,26 @@ leaves out attention alone, which is a small part of them: what it describes has
 that it does not print.
 """
 
-_TINY_TEXT = {"text_width": 128, "context_width": 128}
+_TINY_UNET = EfficientUNetConfig(
+    channels=32,
+    multipliers=(2, 4),
+    blocks=(1, 3),
+    outer_blocks=1,
+    self_attention=(False, True),
+    cross_attention=(False, True),
+    heads=4,
+    time_width=256,
+    text_width=128,
+    context_width=128,
+    patch=2,
+    coordinates=True,
+    conditioned_head=True,
+    input_skip=True,
+    low_res=False,
+)
 
 BASE_64_TINY = Stage(
-    unet=EfficientUNetConfig(
-        channels=32,
-        multipliers=(2, 4),
-        blocks=(1, 3),
-        outer_blocks=1,
-        self_attention=(False, True),
-        cross_attention=(False, True),
-        heads=4,
-        time_width=256,
-        patch=2,
-        coordinates=True,
-        conditioned_head=True,
-        input_skip=True,
-        low_res=False,
-        **_TINY_TEXT,
-    ),
+    unet=_TINY_UNET,
     schedule=Focused(Cosine(shift=-2.5), -11.0, 4.0),
     prediction=Prediction.X0,
     weighting=PowerSNR(0.2, lowest=-11.0),
@@ -87,7 +88,7 @@ It predicts x₀: ε or v would have to carry a patch's noise through few channe
 BASE_64_QUICK = replace(
     BASE_64_TINY,
     unet=replace(
-        BASE_64_TINY.unet,
+        _TINY_UNET,
         channels=64,
         multipliers=(2,),
         blocks=(1,),
@@ -124,8 +125,9 @@ SR_256_TINY = Stage(
         cross_attention=(False,),
         pool_text=False,
         time_width=128,
+        text_width=128,
+        context_width=128,
         patch=2,
-        **_TINY_TEXT,
     ),
     resolution=256,
     low_resolution=64,
@@ -192,21 +194,24 @@ def if_stage(unet: UNetConfig, resolution: int) -> Stage:
     )
 
 
-_IF_II = {
-    "multipliers": (1, 1, 2, 3, 4),
-    "blocks": (2, 2, 3, 5, 5),
-    "self_attention": (False,) * 5,
-    "cross_attention": (False, False, False, True, True),
-    "low_res": True,
-    "residual_scale": 0.7071,
-}
+def _if_ii_unet(channels: int) -> UNetConfig:
+    return _if_unet(
+        channels,
+        (1, 1, 2, 3, 4),
+        blocks=(2, 2, 3, 5, 5),
+        self_attention=(False,) * 5,
+        cross_attention=(False, False, False, True, True),
+        low_res=True,
+        residual_scale=0.7071,
+    )
+
 
 IF_I_M = if_stage(_if_unet(192, (1, 2, 3, 4)), 64)
 IF_I_L = if_stage(_if_unet(320, (1, 2, 3, 4)), 64)
 IF_I_XL = if_stage(_if_unet(704, (1, 2, 3, 4)), 64)
 """372, 935 and 4305 M parameters."""
-IF_II_M = if_stage(_if_unet(192, **_IF_II), 256)
-IF_II_L = if_stage(_if_unet(320, **_IF_II), 256)
+IF_II_M = if_stage(_if_ii_unet(192), 256)
+IF_II_L = if_stage(_if_ii_unet(320), 256)
 """466 and 1198 M parameters. Their widths are not printed anywhere: these are those of stage I's M and L, and come to
 the published 450 M and 1.2 B. What is loaded has the widths of its own config.json."""
 

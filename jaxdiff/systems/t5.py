@@ -10,6 +10,7 @@ Corruption runs on the host in numpy with an explicit generator; the loss is a s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ class Pretraining:
         del key
         targets, mask = batch["targets"], batch["target_mask"]
         start = shift_right(targets, self.config.decoder_start_id)
-        logits = T5(self.config).apply({"params": params}, batch["inputs"], batch["input_mask"], start)
+        logits = cast(Array, T5(self.config).apply({"params": params}, batch["inputs"], batch["input_mask"], start))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         loss = _masked_mean(losses, mask)
         accuracy = _masked_mean((logits.argmax(-1) == targets).astype(jnp.float32), mask)

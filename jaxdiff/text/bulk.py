@@ -8,12 +8,12 @@ depend on the length that it is padded to, beyond rounding.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float16, Int
+from jaxtyping import Array, Bool, Float16, Int
 
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.t5 import TextEncoder, tokens_of
@@ -106,7 +106,7 @@ def batches(counts: Int[np.ndarray, " b"], lengths: Sequence[int], batch: int) -
             fitting = np.searchsorted(counts, length, side="right") - start
             if 2 * fitting >= rows or start + fitting == len(counts):
                 break
-        stop = start + int(min(fitting, rows))
+        stop = start + min(int(fitting), rows)
         yield Batch(start, stop, int(length), rows)
         start = stop
 
@@ -126,5 +126,4 @@ def _put(
 
 
 def _embed(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float16[Array, "b n d"]:
-    embeddings: Float[Array, "b n d"] = T5Encoder(config).apply({"params": params}, ids, mask)
-    return embeddings.astype(jnp.float16)
+    return cast(Array, T5Encoder(config).apply({"params": params}, ids, mask)).astype(jnp.float16)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded
+from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, TextTowerConfig
 from jaxdiff.text.t5 import in_blocks
 from jaxdiff.text.tokenizer import tokenize
 
@@ -32,19 +33,24 @@ def encode(encoder: CLIPTextEncoder, captions: Sequence[str]) -> Embedded:
     """
     if isinstance(captions, str):
         raise ValueError("captions must be a list of strings, not one string")
-    text = encoder.config.text
+    text = _tower(encoder)
     return embed(encoder, tokenize(encoder.tokenizer, captions, text.length, text.vocab).ids)
 
 
 def embed(encoder: CLIPTextEncoder, ids: Int[np.ndarray, "b n"]) -> Embedded:
     """Embeddings of token ids, in blocks of one size so that the compiled program is reused."""
     if not len(ids):
-        row = jax.ShapeDtypeStruct((1, encoder.config.text.length), jnp.int32)
+        row = jax.ShapeDtypeStruct((1, _tower(encoder).length), jnp.int32)
         shapes = jax.eval_shape(partial(_embed, encoder.config), encoder.params, row)
         return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), shapes)
     return in_blocks(partial(_embed, encoder.config, encoder.params), ids)
 
 
+def _tower(encoder: CLIPTextEncoder) -> TextTowerConfig:
+    assert encoder.config.text is not None  # a text encoder has that tower
+    return encoder.config.text
+
+
 @partial(jax.jit, static_argnums=0)
 def _embed(config: CLIPConfig, params: dict, ids: Int[Array, "b n"]) -> Embedded:
-    return CLIP(config).apply({"params": params}, ids, method="embed_text")
+    return cast(Embedded, CLIP(config).apply({"params": params}, ids, method="embed_text"))

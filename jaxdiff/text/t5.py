@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def embed_captions(encoder: TextEncoder, captions: Sequence[str], made_by: str =
     """Each caption once, and the empty one."""
     each = tuple(dict.fromkeys(["", *captions]))
     # On the host, so that nothing of it stays on the encoder's devices.
-    return EmbeddedCaptions(each, TextEmbedding(*map(np.asarray, encode(encoder, each))), encoder.whole, made_by)
+    return EmbeddedCaptions(each, jax.tree.map(np.asarray, encode(encoder, each)), encoder.whole, made_by)
 
 
 def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
@@ -143,4 +143,4 @@ def in_blocks(program: Callable[..., Any], *arrays: np.ndarray) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-    return T5Encoder(config).apply({"params": params}, ids, mask)
+    return cast(Array, T5Encoder(config).apply({"params": params}, ids, mask))

@@ -66,7 +66,7 @@ def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
     A hundred sentinels come behind the pieces; mT5 and UMT5 have theirs among them.
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
-    sentinels = {"extra_ids": 0} if multilingual and "extra_ids" not in told else {}
+    sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in told else {}
     return T5Tokenizer.from_pretrained(str(folder), **sentinels)
 
 
@@ -190,7 +190,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the tokenizer has them."""
     vocabulary = tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[token])
     return ids

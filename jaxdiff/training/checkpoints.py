@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Checkpoints:
                 f"{free / 1e6:.0f} MB are free; the older ones are intact"
             )
         items = {
-            "state": ocp.args.StandardSave(state.replace(ema={})),
+            "state": ocp.args.StandardSave(replace(state, ema={})),
             "ema": ocp.args.StandardSave(state.ema),
             "data": ocp.args.JsonSave({"places": [place for place, _ in told]}),
             "settings": ocp.args.JsonSave(self.settings),
@@ -116,7 +117,7 @@ class Checkpoints:
         return step
 
     def _state(self, step: int, abstract: TrainState) -> TrainState:
-        trees = {"state": abstract.replace(ema={}), "ema": abstract.ema}
+        trees = {"state": replace(abstract, ema={}), "ema": abstract.ema}
         items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
         return items["state"].replace(ema=items["ema"])
 
@@ -175,7 +176,7 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
     directory = Path(directory).absolute()
     manager = _manager(directory, None, create=False) if directory.is_dir() else None
     step = _latest(manager, directory) if manager else None
-    if step is None:
+    if manager is None or step is None:
         raise FileNotFoundError(f"{directory}: no checkpoint here")
     what = f"{directory}: averaged parameters of step {step} cannot be restored"
     problem = manifest.damage(directory / str(step), only=("ema",))
@@ -205,6 +206,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     keep: int | None = None  # all
     check: Callable[[], None] = staticmethod(lambda: None)
+    _final_path: Any  # Orbax's, which has no types
 
     async def finalize(self) -> None:
         final = self._final_path

@@ -205,7 +205,7 @@ def described(topology: Topology, slices: int = 1) -> list[Any]:
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     chip = topology.chip
-    settings = {} if chip.config is None else {"chip_config_name": chip.config}
+    settings: dict[str, str | int] = {} if chip.config is None else {"chip_config_name": chip.config}
     settings |= {} if slices == 1 else {"num_slices": slices}
     try:
         devices = topologies.get_topology_desc(str(topology), "tpu", **settings).devices

@@ -14,7 +14,7 @@ def enable_compilation_cache(directory: str | Path) -> None:
 
     A directory set by the user (JAX_COMPILATION_CACHE_DIR) is left as it is.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -23,7 +23,7 @@ def enable_compilation_cache(directory: str | Path) -> None:
 def without_compilation_cache() -> Iterator[None]:
     """Compile anew, and keep nothing: to time a compilation, or for chips that are not there, whose programs cannot be
     read back."""
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # jax asks once, at the first compilation, whether to use one
     try:

@@ -59,7 +59,7 @@ class Cluster:
         missing = [f"--{name}" for name, value in given.items() if value is None]
         if 0 < len(missing) < 3:
             raise ValueError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process go together")
-        if not missing:
+        if self.coordinator is not None and self.processes is not None and self.process is not None:
             _check_address(self.coordinator)
             if self.processes < 1 or not 0 <= self.process < self.processes:
                 raise ValueError(
@@ -89,10 +89,10 @@ def start(cluster: Cluster) -> int:
         if cluster.coordinator is None and jax.process_count() == 1:
             return 1
         raise RuntimeError("a device was used before start(cluster): join the other processes first")
-    if cluster.process == 0:
-        _check_free(cluster.coordinator)
-    given = {}
+    given: dict[str, Any] = {}
     if cluster.coordinator is not None:
+        if cluster.process == 0:
+            _check_free(cluster.coordinator)
         given = {"coordinator_address": cluster.coordinator, "num_processes": cluster.processes}
         given |= {"process_id": cluster.process, "cluster_detection_method": "deactivate"}
     with _patience(cluster), lost_peer.ends_this_process():
@@ -144,10 +144,9 @@ def once(folder: Path, prepare: Callable[[], T]) -> T:
     """
     if peers.count() == 1:
         return prepare()
-    leads = _lowest_in(folder) == peers.index()
-    result = prepare() if leads else None
+    ours = [prepare()] if _lowest_in(folder) == peers.index() else []
     peers.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
-    return result if leads else prepare()
+    return ours[0] if ours else prepare()
 
 
 def on_process_0(act: Callable[[], T]) -> T | None:

@@ -247,5 +247,5 @@ def _dims(shape: str) -> tuple[int, ...]:
 
 
 def _size(dtype: str, dims: str) -> float:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # the first number of its name
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])  # the first number of its name
     return math.prod(int(side) for side in dims.split(",") if side) * bits / 8

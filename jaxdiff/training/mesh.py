@@ -88,10 +88,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         raise ValueError(f"mesh {shape} does not fit {slices} slices: data, or else fsdp, must be a multiple of them")
     inside = (shape.data // copies, shape.fsdp // across, shape.tensor)
     grids = [_neighbours(inside, part) for part in _parts(devices, "slice_index")]
-    if any(grid is None for grid in grids):
+    fitting = [grid for grid in grids if grid is not None]
+    if len(fitting) < len(grids):
         raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes")
     # copies × across slices, each a grid of data × fsdp × tensor.
-    grid = np.stack(grids).reshape(copies, across, *inside).transpose(0, 2, 1, 3, 4).reshape(shape.sizes)
+    grid = np.stack(fitting).reshape(copies, across, *inside).transpose(0, 2, 1, 3, 4).reshape(shape.sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

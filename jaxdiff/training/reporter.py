@@ -77,7 +77,7 @@ class Reporter:
         self._due = None
         values = jax.device_get(gathered)
         now = time.perf_counter()
-        speed = rows / (now - self._clock) if rows else None
+        speed = rows / (now - self._clock) if rows and self._clock is not None else None
         self._clock = now
         latest = values[-1]
         counters = ("skipped", "in_a_row", "worst_run")

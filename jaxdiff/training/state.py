@@ -1,5 +1,6 @@
 """Everything that training changes, as one immutable tree: parameters, their average, optimizer state, counters."""
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +19,8 @@ Metrics = dict[str, Any]  # scalars
 
 
 @runtime_checkable
-class Stage(Protocol):
-    """What can be trained: plain settings with two pure functions."""
+class Stage(Hashable, Protocol):
+    """What can be trained: plain settings, which programs are cached by, with two pure functions."""
 
     def init(self, key: Any) -> Params:
         """Parameters drawn with `key`; traced, so that no host ever holds them all."""

@@ -66,6 +66,7 @@ def load_text_encoder(
     (Stable Diffusion keeps the two apart)."""
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
     told = read_config(directory / "config.json", tower="text").text  # before the tokenizer, whose library reads it too
+    assert told is not None  # the tower that was asked for
     words = load_tokenizer(directory if tokenizer is None else tokenizer)
     check_vocabulary(words, told.vocab, str(directory))
     end = words.eos_token_id if told.eos_id is None else told.eos_id
@@ -136,7 +137,7 @@ LARGEST_ID = 2
 """What the first published configurations give as the end's id; it is a mistake, and stands for the largest id."""
 
 
-def read_config(path: Path, dtype: str = "float32", tower: Tower | None = None) -> CLIPConfig:
+def read_config(path: Path, dtype: hub.Dtype = "float32", tower: Tower | None = None) -> CLIPConfig:
     """The settings in a transformers config.json, of one `tower` or of both; what it leaves out is as in ViT-B/32.
 
     ValueError that names a setting that is not supported.
@@ -147,11 +148,11 @@ def read_config(path: Path, dtype: str = "float32", tower: Tower | None = None) 
 def _load(
     path_or_id: str | Path, dtype: str, variant: str | None, place: hub.Place, tower: Tower | None
 ) -> tuple[CLIPConfig, dict]:
-    hub.check_dtype(dtype)
+    compute_type = hub.check_dtype(dtype)
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
     path = directory / "config.json"
     values = hub.read_json(path, "CLIP")
-    config = _config(path, values, dtype, tower)
+    config = _config(path, values, compute_type, tower)
     tensors = hub.open_tensors(directory, variant)
     if tower:
         tensors = _of_tower(tensors, tower)
@@ -178,7 +179,7 @@ def _promises_projection(values: dict) -> bool:
     return values["model_type"] == "clip" or "WithProjection" in str(values.get("architectures"))
 
 
-def _config(path: Path, values: dict, dtype: str, tower: Tower | None) -> CLIPConfig:
+def _config(path: Path, values: dict, dtype: hub.Dtype, tower: Tower | None) -> CLIPConfig:
     alone = {"text": "clip_text_model", "image": "clip_vision_model"}
     if tower is None and values.get("model_type") in alone.values():
         raise ValueError(
@@ -223,8 +224,10 @@ def _tower_config(group: hub.Group, defaults: _Config, names: dict[str, str]) ->
         default = getattr(defaults, ours)
         if type(default) is int:
             given[ours] = group.size(theirs, default, *bounds[ours])
+        elif type(default) is float:
+            given[ours] = group.fraction(theirs, default)
         else:
-            given[ours] = {float: group.fraction, str: group.values.get}[type(default)](theirs, default)
+            given[ours] = group.values.get(theirs, default)
     for whole, part in (("width", "heads"), ("resolution", "patch")):
         if part in given and given[whole] % given[part]:
             wanted = f"one that divides {group.name}{names[whole]} = {given[whole]}"

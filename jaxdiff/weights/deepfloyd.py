@@ -24,9 +24,8 @@ def load_unet(
     `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
     on devices. Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
     """
-    hub.check_dtype(dtype)
-    directory = Path(directory)
-    config = read_config(directory / "config.json", dtype)
+    directory, compute_type = Path(directory), hub.check_dtype(dtype)
+    config = read_config(directory / "config.json", compute_type)
     tensors = hub.open_tensors(directory, variant)
     shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, hub_names(config, shapes), dtype, place, str(directory))
@@ -51,7 +50,7 @@ def described(config: UNetConfig, params: dict) -> dict[str, Any]:
     return told
 
 
-def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
+def read_config(path: Path, dtype: hub.Dtype = "float32") -> UNetConfig:
     """The network that a config.json of diffusers describes. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "U-Net")
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
@@ -76,7 +75,7 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
     once = told.flag("resnet_skip_time_act", False)
     told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
     scale = told.values.get("resnet_out_scale_factor")
-    if type(scale) not in (int, float) or not 0 < scale <= 1e30:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1e30:
         raise told.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
     told.require("mid_block_scale_factor", (scale,))
     config = UNetConfig(
@@ -106,8 +105,9 @@ def read_config(path: Path, dtype: str = "float32") -> UNetConfig:
 def _levels(told: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
     """A number within bounds for each of up to `sizes.LEVELS` levels; one alone stands for all of them."""
     value = told.values.get(name)
-    found = [value] * (count or 0) if type(value) is int else value
-    good = isinstance(found, list) and 0 < len(found) <= sizes.LEVELS and len(found) == (count or len(found))
+    listed = value if isinstance(value, list) else []
+    found = [value] * (count or 0) if type(value) is int else listed
+    good = 0 < len(found) <= sizes.LEVELS and len(found) == (count or len(found))
     if not good or not all(type(n) is int and bounds.least <= n <= bounds.most for n in found):
         wanted = f"whole numbers from {bounds.least} to {bounds.most}, one for each level of at most {sizes.LEVELS}"
         raise told.error(name, value, wanted)

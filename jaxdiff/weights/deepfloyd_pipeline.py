@@ -99,7 +99,12 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     given: dict[str, Any] = {"thresholding": _thresholding(told)} | _spacing(told, schedule.steps)
     if values["_class_name"] == "DDIMScheduler":
         return schedule, given | {"sampler": DDIM(), "keep_eps": True}
-    variances = {"fixed_small": 0.0, "fixed_small_log": 0.0, "fixed_large": 1.0, "fixed_large_log": 1.0}
+    variances: dict[str, float | None] = {
+        "fixed_small": 0.0,
+        "fixed_small_log": 0.0,
+        "fixed_large": 1.0,
+        "fixed_large_log": 1.0,
+    }
     variances |= {"learned_range": None} if learned else {}
     told.require("variance_type", tuple(variances), "fixed_small")
     return schedule, given | {"sampler": DDPM(variances[told.values.get("variance_type", "fixed_small")])}

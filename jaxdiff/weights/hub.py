@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,8 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 Place = Callable[[np.ndarray], Array]
 """Puts an array on its devices."""
+Dtype = Literal["float32", "bfloat16"]
+"""What parameters are loaded in."""
 
 
 def directory_of(
@@ -68,10 +70,11 @@ def _files(variant: str | None) -> list[str]:
     return [stem + name for stem in STEMS for name in dict.fromkeys(names)]
 
 
-def check_dtype(dtype: str) -> None:
-    """ValueError for a type that parameters are not loaded in."""
-    if dtype not in ("float32", "bfloat16"):
+def check_dtype(dtype: str) -> Dtype:
+    """The type itself; ValueError for one that parameters are not loaded in."""
+    if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+    return cast(Dtype, dtype)
 
 
 def read_json(path: Path, what: str = "weights") -> dict[str, Any]:

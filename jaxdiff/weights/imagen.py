@@ -11,6 +11,7 @@ with the text encoder in it; alone, or in a folder of stages under the names abo
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -52,16 +53,16 @@ def load(
     not fit.
     """
     folder = _folder(weights)
-    options = {"dtype": dtype or "float32", "variant": variant, "place": place}
+    stage = partial(deepfloyd_pipeline.load_stage, dtype=dtype or "float32", variant=variant, place=place)
     if folder is not None:
         present = [name for name in STAGES if (folder / name).is_dir()]
         lonely = [name for name, wanted in zip(present, STAGES) if name != wanted]
         if lonely:
             raise ValueError(f"{folder}: holds {lonely[0]} without the stage before it")
         places = [folder / name for name in present or STAGES[:1]]
-        models = [deepfloyd_pipeline.load_stage(p, **options) if is_pipeline(p) else load_model(p) for p in places]
+        models = [stage(p) if is_pipeline(p) else load_model(p) for p in places]
     else:
-        models = [deepfloyd_pipeline.load_stage(place, **options) for place in _pipelines(weights, variant)]
+        models = [stage(p) for p in _pipelines(weights, variant)]
     check_order(models)
     base, *others = models
     text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place) if text is None else text
@@ -81,8 +82,7 @@ def load_text(
     if folder is not None and not is_pipeline(folder / STAGES[0]):
         return t5.load_text_encoder(folder / "text", read_settings(folder / STAGES[0])[0].text_length)
     first = folder / STAGES[0] if folder is not None else _directory(_listed(weights)[0], variant, ("text_encoder",))
-    options = {"clean": clean, "variant": variant, "place": place}
-    return deepfloyd_pipeline.load_text_encoder(first, dtype or "float32", **options)
+    return deepfloyd_pipeline.load_text_encoder(first, dtype or "float32", clean=clean, variant=variant, place=place)
 
 
 def is_pipeline(directory: Path) -> bool:

@@ -38,9 +38,9 @@ def load(
     `place`, which puts them on devices.
     Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
     """
-    hub.check_dtype(dtype)
+    compute_type = hub.check_dtype(dtype)
     directory = hub.directory_of(path_or_id, "T5", variant=variant)
-    config = replace(read_config(directory / "config.json"), dtype=dtype)
+    config = replace(read_config(directory / "config.json"), dtype=compute_type)
     tensors = hub.open_tensors(directory, variant)
     if encoder_only or not any(key.startswith("decoder.") for key in tensors):
         config = replace(config, decoder_layers=0)
@@ -102,8 +102,10 @@ def read_config(path: Path) -> T5Config:
     gated = FEED_FORWARD[told.values.get("feed_forward_proj", "relu")]
     told.require("dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
     bounds = sizes.BOUNDS[T5Config]
-    required = {ours: told.size(theirs, None, *bounds[ours]) for ours, theirs in REQUIRED.items()}
-    ids = {ours: told.size(theirs, getattr(T5Config, ours), 0, required["vocab"] - 1) for ours, theirs in IDS.items()}
+    required: dict[str, Any] = {ours: told.size(theirs, None, *bounds[ours]) for ours, theirs in REQUIRED.items()}
+    ids: dict[str, Any] = {
+        ours: told.size(theirs, getattr(T5Config, ours), 0, required["vocab"] - 1) for ours, theirs in IDS.items()
+    }
     buckets = told.size(OPTIONAL["buckets"], T5Config.buckets, *bounds["buckets"])
     tied = told.flag("tie_word_embeddings", True)
     return T5Config(
