@@ -31,8 +31,10 @@ def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no classifier here (it has no {SETTINGS})")
     data = json_files.read_object(path)
+    if not {"name", "config"} <= data.keys():
+        raise ValueError(f"{path}: not the settings of a classifier")
     check_version(data, str(path))
-    name, config = data.get("name"), from_json(data.get("config"), str(path))
+    name, config = data["name"], from_json(data["config"], str(path))
     if not isinstance(name, str) or not isinstance(config, ClassifierConfig):
         raise ValueError(f"{path}: not the settings of a classifier")
     sizes.check_name(name, "name", str(path))
