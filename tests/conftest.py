@@ -6,6 +6,7 @@ Everything here happens before the first import of jax or of jaxdiff.
 import ctypes
 import gc
 import os
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -51,6 +52,15 @@ def bounded_caches():
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 1 MB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _many_programs() -> bool:

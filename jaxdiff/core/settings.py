@@ -33,7 +33,8 @@ class Table:
     """The classes that a file of settings may name, each by its tag.
 
     check: called with (class, field, value, where) for each field of a file before its class is given it, `check_whole`
-    with (settings, where) for each dataclass that came out of a file. Both raise ValueError that names `where`.
+    with (value, where) for each dataclass and enum member that came out of a file. Both raise ValueError that names
+    `where`.
     """
 
     classes: Mapping[str, type]

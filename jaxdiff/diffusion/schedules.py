@@ -9,6 +9,7 @@ A schedule is a frozen dataclass of numbers: hashable, and so a static value und
 training density.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -54,11 +55,11 @@ class _Continuous:
         return _precise(level)
 
 
-class _VariancePreserving(_Continuous):
+class _VariancePreserving(_Continuous, abc.ABC):
     """α² + σ² = 1: α² = sigmoid(λ), σ² = sigmoid(−λ), both through the stable log-sigmoid."""
 
-    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
 
     def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(self.logsnr(t)))

@@ -2,21 +2,11 @@
 
 import json
 import os
-import resource
 import subprocess
 
 import pytest
 
 from jaxdiff.core.files import is_alive, remove_leftovers, remove_leftovers_of_the_dead, replacing, write_json
-
-
-@pytest.fixture
-def small_disk():
-    """No file may grow beyond 1 MB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, small_disk):

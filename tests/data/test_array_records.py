@@ -1,21 +1,11 @@
 """Whole files or none, on a full disk too."""
 
 import os
-import resource
 
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxdiff.data.array_records import new_records
-
-
-@pytest.fixture
-def small_disk():
-    """No file may grow beyond 1 MB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_records_come_back(tmp_path):
