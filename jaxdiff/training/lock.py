@@ -16,6 +16,7 @@ read do not count, because the holder could not write then either.
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -69,6 +70,7 @@ class FolderLock:
         self._nested = self._new_folder = False
         self._ended = threading.Event()
         self._looked = time.monotonic()
+        self._waited_for: set[Path] = set()
 
     def __enter__(self) -> "FolderLock":
         if self._active:
@@ -95,7 +97,7 @@ class FolderLock:
         self._ended.set()
         self._thread.join(EVERY)  # it may hang with the file system
         with suppress(OSError):
-            if self._mine(self._read()):
+            if self._mine(self._read(self.path)):
                 self.path.unlink()
         if kind is not None:
             self._remove_new_folder()
@@ -110,7 +112,7 @@ class FolderLock:
         if not self._active:
             return
         self._looked = time.monotonic()
-        for pause in (0.2, 0.8):  # another start may have moved the lock by mistake, and is putting it back
+        for pause in (0.2, 0.8):  # a network may show a sign of life half written
             if self._problem(folders) is None:
                 return
             time.sleep(pause)
@@ -124,7 +126,7 @@ class FolderLock:
                 what = _gone(folder)
                 if what:
                     return FileNotFoundError(f"{folder}: was {what} while the run wrote to it; stopped without writing")
-            content = self._read()
+            content = self._read(self.path)
         except OSError:  # a network that is away for a moment: writing will tell
             return None
         if self._mine(content):
@@ -136,34 +138,27 @@ class FolderLock:
     # Taking it.
 
     def _take(self) -> None:
-        said, missed = False, 0
-        while not self._create():
-            content = self._read()
+        missed = 0
+        while not self._create(self.path):
+            content = self._read(self.path)
             if content is None:  # gone since; but a link that leads nowhere stays
                 missed += 1
                 if missed > 40:
                     raise OSError(f"{self.path}: can be neither created nor read")
                 time.sleep(0.05)
                 continue
-            if self._mine(content):  # it was moved by another start, and put back
+            if self._mine(content):  # a network had lost the answer to its creation
                 return
             holder = _owner_of(content)
             if holder is not None and self._held_here(holder):
                 self._owner, self._nested = holder, True
                 return
-            who = holder.words() if holder else "a run that cannot be named (the file is damaged)"
-            lives = holder.lives(self._owner) if holder else None
-            if lives is None:
-                if not said:
-                    _say(f"{self.path}: held by {who}; waiting up to {STALE:.0f} s for a sign of life")
-                    said = True
-                lives = self._shows_life(content)
+            lives = self._lives(self.path, content)
             if lives:
-                raise peers.FolderInUseError(
-                    f"{self.folder}: in use by {who}: wait until it has ended, stop it, or name another folder"
-                )
-            if lives is False and self._remove(content):
-                _say(f"{self.path}: left behind by {who}, which has ended; taken over")
+                what = "wait until it has ended, stop it, or name another folder"
+                raise peers.FolderInUseError(f"{self.folder}: in use by {_words(holder)}: {what}")
+            if lives is False and self._remove(self.path, content):
+                _say(f"{self.path}: left behind by {_words(holder)}, which has ended; taken over")
 
     def _held_here(self, holder: "_Owner") -> bool:
         """Whether this thread holds the lock already: by what the file says, or by the locks that the process has."""
@@ -175,35 +170,35 @@ class FolderLock:
             return False
         return held.is_this_thread(replace(self._owner, folder=held.folder))  # a forked child has the dict, too
 
-    def _create(self) -> bool:
-        """Whether the lock is ours now; False where there is one already."""
-        temporary = self.path.with_name(f".{self.path.name}-{self._owner.token}")
+    def _create(self, path: Path) -> bool:
+        """Whether the lock at `path` is ours now; False where there is one already."""
+        temporary = path.with_name(f".{self.path.name}-{self._owner.token}")
         try:
             temporary.write_bytes(self._owner.content(0))
             try:
-                os.link(temporary, self.path)
+                os.link(temporary, path)
                 return True
             except FileExistsError:
                 return temporary.stat().st_nlink == 2  # a network may have lost the answer to a link that was made
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return self._create_without_links()
+                return self._create_without_links(path)
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"{self.folder}: cannot be written to: {error.strerror or error}") from error
 
-    def _create_without_links(self) -> bool:
+    def _create_without_links(self, path: Path) -> bool:
         try:
-            with self.path.open("xb") as file:
+            with path.open("xb") as file:
                 file.write(self._owner.content(0))
         except FileExistsError:
             return False
         time.sleep(SETTLE)
-        return self._mine(self._read())
+        return self._mine(self._read(path))
 
-    def _shows_life(self, content: bytes) -> bool | None:
+    def _shows_life(self, path: Path, content: bytes) -> bool | None:
         """Whether the counter moves within `STALE` seconds; None where the lock has gone or changed hands meanwhile.
 
         The seconds begin again after a look that failed or took longer than `EVERY`: the network was away, and with it
@@ -214,11 +209,11 @@ class FolderLock:
             begun = time.monotonic()
             time.sleep(min(0.5, EVERY / 4))
             try:
-                now = self._read()
+                now = self._read(path)
             except OSError as error:
                 quiet_since = time.monotonic()
                 if quiet_since - seen > STALE:
-                    raise OSError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+                    raise OSError(f"{path}: cannot be read: {error.strerror or error}") from error
                 continue
             if now != content:
                 same = now is not None and _token(now) is not None and _token(now) == _token(content)
@@ -228,26 +223,39 @@ class FolderLock:
                 quiet_since = seen
         return False
 
-    def _remove(self, content: bytes) -> bool:
-        """Whether the lock with this content is gone, by us. Renamed first: of several that try, one succeeds."""
-        old = self.path.with_name(f".{self.path.name}-{self._owner.token}-stale")
-        try:
-            if self._read() != content:
-                return False
-            os.rename(self.path, old)
-        except FileNotFoundError:
+    def _remove(self, path: Path, content: bytes) -> bool:
+        """Whether the lock at `path`, which a dead run left with this content, is gone, by us.
+
+        Of several that try, one has the right: whoever creates the claim on this content, which is a lock like any
+        other. The holder of the claim alone removes this content, so that a lock which was created since, by whoever
+        was faster, stays where it is.
+        """
+        claim = path.with_name(f".{self.path.name}-{hashlib.sha256(content).hexdigest()[:16]}-claim")
+        if not self._create(claim):
+            left = self._read(claim)
+            if left is not None and self._lives(claim, left) is False:
+                self._remove(claim, left)  # its holder died within these lines
+            else:
+                time.sleep(0.01)
             return False
-        if old.read_bytes() == content:
-            old.unlink()
+        try:
+            if self._read(path) != content:
+                return False
+            path.unlink(missing_ok=True)
             return True
-        try:  # another start was faster, and this is its lock
-            os.link(old, self.path)
-            old.unlink()
-        except FileExistsError:
-            old.unlink()
-        except OSError:
-            os.rename(old, self.path)
-        return False
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _lives(self, path: Path, content: bytes) -> bool | None:
+        """Whether the holder of a lock lives; None where the lock has gone or changed hands while we looked."""
+        holder = _owner_of(content)
+        lives = holder.lives(self._owner) if holder else None
+        if lives is not None:
+            return lives
+        if path not in self._waited_for:
+            self._waited_for.add(path)
+            _say(f"{path}: held by {_words(holder)}; waiting up to {STALE:.0f} s for a sign of life")
+        return self._shows_life(path, content)
 
     # Holding it.
 
@@ -260,10 +268,10 @@ class FolderLock:
                     file.seek(0)
                     file.write(self._owner.content(count))  # of the same length
 
-    def _read(self) -> bytes | None:
+    def _read(self, path: Path) -> bytes | None:
         """The lock's content, None where there is none. Opened anew: that is when a network file system looks."""
         try:
-            return self.path.read_bytes()
+            return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -355,6 +363,10 @@ def _owner_of(content: bytes | None) -> _Owner | None:
     numbers = isinstance(owner.process, int) and isinstance(owner.thread, int)
     texts = all(isinstance(value, str) for name, value in asdict(owner).items() if name not in ("process", "thread"))
     return owner if numbers and texts else None
+
+
+def _words(holder: _Owner | None) -> str:
+    return holder.words() if holder else "a run that cannot be named (the file is damaged)"
 
 
 def _token(content: bytes) -> str | None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -246,14 +248,17 @@ def test_a_damaged_lock_is_taken_over_when_nobody_mends_it(tmp_path, content, ca
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("left", ["nothing", "a dead lock"])
-def test_of_many_that_start_at_once_one_has_it(tmp_path, monkeypatch, links, left):
+def test_of_many_that_start_at_once_one_has_it(tmp_path, monkeypatch, request, links, left):
     if not links:
 
         def refuse(*_):
             raise OSError(errno.EOPNOTSUPP, "no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
-    for number in range(5):
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-5)  # so that threads meet in the middle of a takeover
+    for number in range(50 if links else 5):
         folder = tmp_path / str(number)
         folder.mkdir()
         if left == "a dead lock":
@@ -281,6 +286,36 @@ def test_of_many_that_start_at_once_one_has_it(tmp_path, monkeypatch, links, lef
             thread.join()
         assert (len(won), len(refused)) == (1, 7)
         assert names(folder) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_takeover_that_was_killed_is_followed(tmp_path, depth, damaged):
+    dead = dataclasses.replace(lock_module._this_process(tmp_path), started="12")
+    content = b"{" if damaged else dead.content(3)
+    (tmp_path / NAME).write_bytes(content)
+    for level in range(depth):  # the claim on the lock, and one on the claim
+        claim = tmp_path / f".{NAME}-{hashlib.sha256(content).hexdigest()[:16]}-claim"
+        content = dead.content(level)
+        claim.write_bytes(content)
+    with FolderLock(tmp_path) as held:
+        held.check()
+    assert names(tmp_path) == []
+
+
+def test_who_comes_late_moves_no_living_lock(tmp_path, monkeypatch):
+    """It read the dead lock, and acts on that after another start has taken it over."""
+    dead = held_by(tmp_path, dataclasses.replace(lock_module._this_process(tmp_path), started="12"))
+    late = FolderLock(tmp_path)
+    late._owner = lock_module._this_process(tmp_path)
+    with FolderLock(tmp_path) as held:
+        seen = []
+        monkeypatch.setattr(os, "rename", lambda *paths: seen.append(paths))
+        monkeypatch.setattr(type(tmp_path), "unlink", lambda path, **_: seen.append(path.name) or os.unlink(path))
+        assert not late._remove(late.path, dead.content(0))
+        assert NAME not in seen and not [paths for paths in seen if isinstance(paths, tuple)]
+        monkeypatch.undo()
+        held.check()
 
 
 def test_a_block_in_a_block_is_the_same_lock(tmp_path):
