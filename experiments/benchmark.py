@@ -26,8 +26,8 @@ from jax.sharding import NamedSharding
 from experiments.cli import run
 from experiments.imagen import presets
 from jaxdiff.core.files import usable_file, write_json
+from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
@@ -102,12 +102,12 @@ def main(settings: Run) -> None:
         write_json(settings.json, {"device": kind, "devices": jax.device_count(), "jax": jax.__version__, "rows": rows})
 
 
-def configured(stage: Stage, settings: Run) -> Stage:
+def configured(stage: DiffusionModel, settings: Run) -> DiffusionModel:
     unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
     return dataclasses.replace(stage, unet=unet)
 
 
-def measure(name: str, stage: Stage, settings: Run) -> Row:
+def measure(name: str, stage: DiffusionModel, settings: Run) -> Row:
     """Compile and time one stage."""
     training = compile_training(name, stage, settings)
     row = training.timed(settings.steps)
@@ -130,7 +130,7 @@ class Training:
     """
 
     name: str
-    stage: Stage
+    stage: DiffusionModel
     settings: Run
     side: int
     program: Any
@@ -174,7 +174,7 @@ class Training:
             yield metrics["loss"]
 
 
-def compile_training(name: str, stage: Stage, settings: Run) -> Training:
+def compile_training(name: str, stage: DiffusionModel, settings: Run) -> Training:
     """The training step of a stage for the devices at hand, compiled; nothing runs on them."""
     side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
     check_crop(stage, side)
@@ -212,7 +212,7 @@ def _filled(shapes: Any) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def _sampling(stage: Stage, settings: Run) -> tuple[float, float, float | None]:
+def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float | None]:
     """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
     count = settings.sample_batch
     parameters = jax.eval_shape(stage.init, jax.random.key(0))
@@ -221,7 +221,7 @@ def _sampling(stage: Stage, settings: Run) -> tuple[float, float, float | None]:
     low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()
 
     def evaluate(params, x, *rest):
-        return stage.unet.module().apply({"params": params}, x, stage.schedule.position(jnp.ones(count)), *rest)
+        return stage.unet.module().apply({"params": params}, x, stage.schedule.network_time(jnp.ones(count)), *rest)
 
     inputs = jax.device_put((x, text, mask, *low_res))
     compiled, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)
@@ -232,7 +232,7 @@ def _sampling(stage: Stage, settings: Run) -> tuple[float, float, float | None]:
     return flops, compiling, _median((compiled(params, *inputs) for _ in iter(int, 1)), settings.steps)
 
 
-def made_up(stage: Stage, count: int, side: int) -> dict[str, np.ndarray]:
+def made_up(stage: DiffusionModel, count: int, side: int) -> dict[str, np.ndarray]:
     """A batch of the right shapes."""
     rng = np.random.default_rng(0)
     batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch(count, side).items()}

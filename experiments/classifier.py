@@ -18,10 +18,10 @@ import numpy as np
 from experiments.cli import run
 from experiments.cores import use_cores
 from jaxdiff.data import sources
-from jaxdiff.data.pipeline import Batches, images
+from jaxdiff.data.pipeline import Batches, image_batches
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITIONS, SIZES, Scene, scene
+from jaxdiff.models.classifier import ClassifierTraining, of_size_one
 from jaxdiff.nets.classifier import ClassifierConfig
-from jaxdiff.systems.classifier import Training, of_size_one
 from jaxdiff.training.distributed import on_process_0, once
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
@@ -84,7 +84,7 @@ def train_classifier(settings: Run) -> None:
     )
     spec = sources.Shapes(settings.examples, settings.held_out)
     source = once(settings.data_dir, lambda: sources.open(spec, settings.side, "train", settings.data_dir))
-    stream = images(source, settings.side, settings.batch, seed=settings.seed, captions=True)
+    stream = image_batches(source, settings.side, settings.batch, seed=settings.seed, captions=True)
     training = TrainConfig(
         optimizer=OptimizerConfig(
             kind=AdamW(weight_decay=0.05, decay_all=False),
@@ -99,14 +99,14 @@ def train_classifier(settings: Run) -> None:
     )
     made_of = {"examples": len(source), "batch": settings.batch}
     state = train(
-        Training(config, settings.noise),
+        ClassifierTraining(config, settings.noise),
         Labelled(stream),
         training,
         settings.out,
         data=made_of,
         description="classifier",
     )
-    some = next(images(source, settings.side, min(512, len(source)), shuffle=False, repeat=False))["image"]
+    some = next(image_batches(source, settings.side, min(512, len(source)), shuffle=False, repeat=False))["image"]
 
     def finish() -> None:
         params = of_size_one(config, jax.device_get(state.ema), jnp.asarray(some))

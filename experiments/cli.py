@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from jaxdiff.core.messages import plain
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
 COMPILED = Path("~/.cache/jaxdiff/compiled")
@@ -40,16 +40,16 @@ def run(
         try:
             code = _parsed(main, args)()
         except stopped_by as error:
-            if peers.index() == 0:
+            if multihost.index() == 0:
                 print(f"error: {_line(str(error))}", file=sys.stderr)
             code = 1
         except Exception as error:
-            peers.fail(error)  # of several processes, none returns from here
-            code, text = peers.outcome(error)
+            multihost.fail(error)  # of several processes, none returns from here
+            code, text = multihost.outcome(error)
             print(text, file=sys.stderr)
         except KeyboardInterrupt:
             code = 130
-            peers.end(code, "interrupted")
+            multihost.end(code, "interrupted")
     sys.exit(code or 0)
 
 

@@ -21,18 +21,18 @@ from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
 from jaxdiff.core import json_files
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.data import sources
-from jaxdiff.data.pictures import to_uint8
+from jaxdiff.data.images import to_uint8
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.evaluation import fid
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import Extractor
-from jaxdiff.evaluation.judges import Observed
+from jaxdiff.evaluation.metrics import Observed
 from jaxdiff.evaluation.resize import Fit
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
+from jaxdiff.models.diffusion import null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.t5 import TextEmbedding
 
 
@@ -181,19 +181,21 @@ class Grid:
         """What the classifier saw in the true pictures of a side."""
         return functools.cache(lambda side: self._look(self._held_out(side), self.bench.classifier)[0])
 
-    def _model(self, setting: Setting, seed: int) -> tuple[Text, Model]:
+    def _model(self, setting: Setting, seed: int) -> tuple[Text, TrainedModel]:
         places = self.places
         text = text_of(setting.encoder, places.out, self.training, places.clip, places.texts, places.data_dir)
         folder = places.out / "models" / f"{setting.encoder.replace('/', '--')}-{setting.unet}-s{seed}"
         source = sources.open(self._spec, self.training.resolution, "train", places.data_dir)
         return text, model_of(setting.unet, text, seed, folder, self.training, source, places.data_dir)
 
-    def _pictures(self, model: Model, text: TextEmbedding, setting: Setting, seed: int, weight: float) -> np.ndarray:
+    def _pictures(
+        self, model: TrainedModel, text: TextEmbedding, setting: Setting, seed: int, weight: float
+    ) -> np.ndarray:
         """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
         count, rows, side = len(self._captions), self.drawn.draw_batch, model.stage.resolution
         threshold = thresholding(setting.thresholding)
         guidance = Guidance(interval=self.drawn.interval)
-        sampling = Sampling(DPMSolverPP2M(), self.drawn.sampling_steps, guidance=guidance, thresholding=threshold)
+        sampling = SamplingConfig(DPMSolverPP2M(), self.drawn.sampling_steps, guidance=guidance, thresholding=threshold)
         weights, null = jnp.full(rows, weight, jnp.float32), null_text(model.stage, rows)
         larger = None
         if setting.aug is not None:
@@ -235,7 +237,7 @@ def _square(pictures: np.ndarray) -> Image.Image:
     return Image.fromarray(np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)]))
 
 
-def _enlarged(model: Model, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:
+def _enlarged(model: TrainedModel, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:
     sampling = dataclasses.replace(model.sampling, aug_level=level)
     null, side = null_text(model.stage, len(low_res)), model.stage.resolution
     return draw(model.stage, model.params, sampling, null, null, noise.fold(keys, 1), (side, side), low_res)

@@ -15,13 +15,13 @@ from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.pipeline import Batches, images
+from jaxdiff.data.pipeline import Batches, image_batches
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.t5 import T5Encoder
-from jaxdiff.systems import imagen_presets
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.systems import imagen
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text import clip, t5
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.t5 import TextEmbedding, TextEncoder
@@ -37,7 +37,7 @@ SIZES = ("micro", "tiny", "mini", "midi")
 """T5s that are pre-trained here; the largest one with random parameters is `untrained`."""
 LENGTH = 24
 """Tokens of a caption, as the presets of the base models read them."""
-ENLARGING = {32: imagen_presets.SR_64_TINY, 64: imagen_presets.SR_256_TINY}
+ENLARGING = {32: imagen.SR_64_TINY, 64: imagen.SR_256_TINY}
 """Super-resolution behind each resolution of a base."""
 
 
@@ -158,7 +158,7 @@ def _untrained(encoder: TextEncoder) -> TextEncoder:
     return dataclasses.replace(encoder, params=params)
 
 
-def stage_of(unet: str, width: int, settings: Training) -> Stage:
+def stage_of(unet: str, width: int, settings: Training) -> DiffusionModel:
     """The preset of that size, reading embeddings of this width."""
     stage = presets.stage(f"base{settings.resolution}", unet)
     return dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, text_width=width))
@@ -166,39 +166,39 @@ def stage_of(unet: str, width: int, settings: Training) -> Stage:
 
 def model_of(
     unet: str, text: Text, seed: int, folder: Path, settings: Training, source: Source, data_dir: Path
-) -> Model:
+) -> TrainedModel:
     """The base model of that size that reads this encoder, trained now if need be."""
     if not (folder / "model" / "stage.json").is_file():
         stage = stage_of(unet, text.width, settings)
         embeddings = _embedded(text, source, data_dir)
-        stream = images(source, settings.resolution, settings.batch, seed=seed, embeddings=embeddings)
+        stream = image_batches(source, settings.resolution, settings.batch, seed=seed, embeddings=embeddings)
         made_of = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
-        _train(stage, stream, folder, settings, settings.steps, seed, made_of, Sampling(DPMSolverPP2M()))
+        _train(stage, stream, folder, settings, settings.steps, seed, made_of, SamplingConfig(DPMSolverPP2M()))
     return load_model(folder / "model")
 
 
-def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: Path) -> Model:
+def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: Path) -> TrainedModel:
     """Super-resolution that knows all levels of noise on its input, trained on pictures alone, now if need be."""
     stage = dataclasses.replace(ENLARGING[settings.resolution], max_aug_level=1.0)
     folder = models / f"sr{stage.resolution}"
     if not (folder / "model" / "stage.json").is_file():
         source = sources.open(spec, stage.resolution, "train", data_dir)
         crop = min(stage.resolution, 64)
-        stream = images(source, stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop)
+        stream = image_batches(source, stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop)
         made_of = {"examples": len(source), "crop": crop}
-        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen_presets.SAMPLING_SR_TINY)
+        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen.SAMPLING_SR_TINY)
     return load_model(folder / "model")
 
 
 def _train(
-    stage: Stage,
+    stage: DiffusionModel,
     stream: Batches,
     folder: Path,
     settings: Training,
     steps: int,
     seed: int,
     made_of: dict,
-    sampling: Sampling,
+    sampling: SamplingConfig,
 ) -> None:
     rate = OptimizerConfig(kind=Muon(), learning_rate=settings.learning_rate, warmup=min(50, steps - 1), total=steps)
     config = TrainConfig(
@@ -206,7 +206,7 @@ def _train(
     )
     with locked(folder):
         state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
-        save_model(Model(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
+        save_model(TrainedModel(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 
 def _embedded(text: Text, source: Source, data_dir: Path) -> Embeddings:

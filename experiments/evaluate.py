@@ -46,24 +46,15 @@ from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources, zipped
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.example import Source
-from jaxdiff.data.pictures import Unreadable
+from jaxdiff.data.images import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.attributes import matches
-from jaxdiff.evaluation.judges import (
-    Observed,
-    Score,
-    judge,
-    judge_captions,
-    keep,
-    kept,
-    require_alike,
-    seen_by,
-)
-from jaxdiff.evaluation.judges import Settings as Scoring
+from jaxdiff.evaluation.metrics import Observed, Score, judge, judge_captions, keep, kept, require_alike, seen_by
+from jaxdiff.evaluation.metrics import Settings as Scoring
 from jaxdiff.evaluation.resize import Fit
 from jaxdiff.evaluation.statistics import Origin
-from jaxdiff.systems import cascade
+from jaxdiff.systems import pipeline
 from jaxdiff.weights.imagen import SHIPPED, load
 from jaxdiff.weights.settings import to_json
 
@@ -238,12 +229,12 @@ def _first_size(shown: PictureSet) -> tuple[int, int] | None:
         return None
 
 
-def _model(settings: Run) -> cascade.Cascade:
+def _model(settings: Run) -> pipeline.Cascade:
     model = with_dtype(load(settings.weights), settings.drawing.dtype)
     return upto(model, settings.up_to or model.resolutions[0])
 
 
-def _drawn(settings: Run, model: cascade.Cascade, spec: sources.DataSpec, split: str) -> OfFolder:
+def _drawn(settings: Run, model: pipeline.Cascade, spec: sources.DataSpec, split: str) -> OfFolder:
     """The cascade's pictures of the split's first captions, one file each, those that are there already left alone."""
     chosen = samplings(model.models, settings.drawing)
     resolution = model.resolutions[-1]
@@ -264,7 +255,7 @@ def _drawn(settings: Run, model: cascade.Cascade, spec: sources.DataSpec, split:
         for piece in pieces:
             texts = captions[piece.start : piece.stop]
             options = {"seed": settings.seed, "first": piece.start, "samplings": chosen, "progress": bars}
-            found = dict(cascade.stages(model, texts, batch=32, **options))[resolution]
+            found = dict(pipeline.stages(model, texts, batch=32, **options))[resolution]
             for number, picture, text in zip(piece, found, texts):
                 told = {"number": number, "resolution": resolution, "data": settings.data, "split": split}
                 files.save_png(paths[number], picture, Metadata(text, settings.seed, told))

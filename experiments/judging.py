@@ -18,11 +18,11 @@ from tqdm import tqdm
 from experiments.imagen import png_metadata
 from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import reason
-from jaxdiff.data import folder, pictures, zipped
+from jaxdiff.data import folder, images, zipped
 from jaxdiff.data.example import Source, caption_of
 from jaxdiff.evaluation import features
 from jaxdiff.evaluation.features import Extractor, extract
-from jaxdiff.evaluation.judges import Observed, observed
+from jaxdiff.evaluation.metrics import Observed, observed
 from jaxdiff.evaluation.resize import Fit, Resize
 from jaxdiff.evaluation.statistics import Origin
 from jaxdiff.text.clip import CLIPTextEncoder, encode
@@ -160,7 +160,7 @@ class OfFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return pictures.decode(self.files[index].read_bytes())
+        return images.decode(self.files[index].read_bytes())
 
     def caption(self, index: int) -> str | None:
         return self.captions[index]
@@ -186,7 +186,7 @@ class Cropped:
         return len(self.shown)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return pictures.resize(self.shown[index], self.side)
+        return images.resize(self.shown[index], self.side)
 
     def caption(self, index: int) -> str | None:
         return self.shown.caption(index)
@@ -194,12 +194,12 @@ class Cropped:
 
 def strictly(picture: bytes | np.ndarray, name: str, convert: bool) -> np.ndarray:
     """A picture (h w 3) as it is looked at. ValueError, unless `convert`, for one that is neither RGB nor opaque RGBA;
-    `pictures.Unreadable`."""
-    decoded = pictures.decode(picture)
+    `images.Unreadable`."""
+    decoded = images.decode(picture)
     if convert:
         return decoded
     with Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else _from_array(picture) as image:
-        transparent, mode = pictures.has_transparency(image), image.mode
+        transparent, mode = images.has_transparency(image), image.mode
     if mode not in ("RGB", "RGBA") or transparent:
         what = "transparent" if transparent else f"not RGB but {mode}"
         raise ValueError(f"{name}: {what}; --convert turns such pictures into RGB, on white")
@@ -230,7 +230,7 @@ def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fi
             example = found[number]
             caption_of(example)  # warns of characters that were replaced
             height, width, _ = strictly(example["image"], str(file), convert).shape
-        except (pictures.Unreadable, OSError) as error:
+        except (images.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({reason(error)})")
             continue
         sizes.setdefault((width, height), name)
@@ -307,7 +307,7 @@ def _readable(shown: PictureSet, places: range, unreadable: list[str]) -> Iterat
     for place in places:
         try:
             picture = shown[place]
-        except (pictures.Unreadable, OSError) as error:
+        except (images.Unreadable, OSError) as error:
             unreadable.append(f"picture {place} ({error})")
         else:
             yield picture

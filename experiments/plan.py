@@ -36,16 +36,16 @@ from experiments.plan_settings import Run, check, optimizer_of, side_of, stage_o
 from jaxdiff.core import json_files
 from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.diffusion import noise
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import draw
 from jaxdiff.nets import t5
-from jaxdiff.nets.placement import Axes
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import draw
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training import chips
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.hlo import COUNTING
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
-from jaxdiff.training.placement import bytes_on_a_device, shardings, table
+from jaxdiff.training.param_sharding import bytes_on_a_device, shardings, table
 from jaxdiff.training.plan import Costs, compiled_costs, estimated_costs, network_flops
 from jaxdiff.training.state import TrainState, abstract_state
 from jaxdiff.training.step import make_step
@@ -178,7 +178,7 @@ def mesh_of(settings: Run, topology: chips.Topology) -> AnyMesh:
     return AbstractMesh(shape.sizes, AXES)
 
 
-def _training(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
+def _training(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]:
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
     step = make_step(
         stage,
@@ -194,7 +194,7 @@ def _training(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
     return _sizes(settings, state) | {"costs": costs}
 
 
-def _drawing(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
+def _drawing(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]:
     """One step of drawing: parameters whole on every device in the compute type, pictures split over the devices."""
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     params = placed(jax.eval_shape(stage.cast, shapes), mesh)
@@ -205,7 +205,7 @@ def _drawing(settings: Run, stage: Stage, mesh: Mesh) -> dict[str, Any]:
     return {"parameters": count_of(shapes), "costs": costs}
 
 
-def _step_of_drawing(settings: Run, stage: Stage) -> tuple[Any, ...]:
+def _step_of_drawing(settings: Run, stage: DiffusionModel) -> tuple[Any, ...]:
     """The step as a function of the parameters and more, and the shapes of what is more."""
     sampling = dataclasses.replace(presets.sampling(settings.stage, settings.preset), steps=1)
     count, side = settings.batch, stage.resolution
@@ -240,9 +240,9 @@ def _encoder(settings: Run) -> tuple[t5.T5Encoder, jax.ShapeDtypeStruct, jax.Sha
     return encoder, tokens, mask, jax.eval_shape(encoder.init, jax.random.key(0), tokens, mask)
 
 
-def _estimate(settings: Run, stage: Stage, mesh: Any) -> dict[str, Any]:
+def _estimate(settings: Run, stage: DiffusionModel, mesh: Any) -> dict[str, Any]:
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
-    local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=Axes()))
+    local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=ActivationSharding()))
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     costs = estimated_costs(

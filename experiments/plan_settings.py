@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.imagen import presets
+from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets import t5
 from jaxdiff.nets.unet import EfficientUNetConfig, Remat
-from jaxdiff.systems.imagen import Stage, check_crop
 from jaxdiff.training import chips
 from jaxdiff.training.mesh import parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, OptimizerConfig
@@ -54,7 +54,7 @@ class Run:
     """List every array of the train state with its placement and bytes."""
 
 
-def stage_of(settings: Run) -> Stage:
+def stage_of(settings: Run) -> DiffusionModel:
     stage = presets.stage(settings.stage, settings.preset)
     stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype=settings.dtype))
     return presets.split(stage, settings.remat, settings.scan, settings.rows)
@@ -65,7 +65,7 @@ def optimizer_of(settings: Run) -> OptimizerConfig:
     return OptimizerConfig(kind=OPTIMIZERS[name])
 
 
-def side_of(settings: Run, stage: Stage) -> int:
+def side_of(settings: Run, stage: DiffusionModel) -> int:
     side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
     check_crop(stage, side)
     return side

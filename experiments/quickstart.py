@@ -32,8 +32,8 @@ from experiments.imagen.png_metadata import Metadata
 from experiments.quickstart_train import Training, train_cascade
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import SHIPPED, load
@@ -106,7 +106,7 @@ def draw(model: Cascade, texts: Sequence[str], seed: int, out: Path) -> tuple[Dr
     small = [resolution for resolution in model.resolutions if resolution <= 256] or [model.resolutions[0]]
     drawn: Drawn = {}
     with Bars() as bars:
-        stages = cascade.stages(model, texts, seed=seed, up_to=small[-1], progress=bars)
+        stages = pipeline.stages(model, texts, seed=seed, up_to=small[-1], progress=bars)
         usable(out)
         bars.lap()
         for resolution, found in stages:
@@ -114,7 +114,7 @@ def draw(model: Cascade, texts: Sequence[str], seed: int, out: Path) -> tuple[Dr
             bars.lap(resolution)
         if len(small) < len(model.resolutions):
             after = small[-1], drawn[small[-1]][:LARGE]
-            for resolution, found in cascade.stages(model, texts[:LARGE], seed=seed, after=after, progress=bars):
+            for resolution, found in pipeline.stages(model, texts[:LARGE], seed=seed, after=after, progress=bars):
                 drawn[resolution] = found
                 bars.lap(resolution)
         return drawn, {str(resolution): bars.seconds(resolution) for resolution in drawn}

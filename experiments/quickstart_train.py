@@ -11,7 +11,7 @@ from typing import Literal
 from experiments.cores import use_cores
 from experiments.imagen import assemble, presets, train
 from experiments.text.pretrain import pretrain
-from jaxdiff.systems.cascade import Model
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
 
@@ -124,7 +124,7 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     else:
         learned = load_model(sr256 / "model")
         stage = presets.stage("sr1024", "tiny")
-        save_model(Model(stage, learned.params, learned.sampling), sr1024 / "model")
+        save_model(TrainedModel(stage, learned.params, learned.sampling), sr1024 / "model")
     stages = {name: (out / name / "model",) for name in STAGES}
     assemble.main(assemble.Settings(text=text / "encoder", out=out / "weights", dtype=settings.stored, **stages))
     return out / "weights"

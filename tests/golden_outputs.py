@@ -24,13 +24,13 @@ import small_if
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
-from jaxdiff.diffusion.thresholding import Dynamic
+from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import all_features, clip_image
 from jaxdiff.evaluation.features import classifier as classifier_features
-from jaxdiff.systems import cascade
-from jaxdiff.systems.imagen import Stage, null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
+from jaxdiff.models.diffusion import DiffusionModel, null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.systems import pipeline
 from jaxdiff.text import clip as clip_text
 from jaxdiff.text import t5
 from jaxdiff.training.mesh import make_mesh
@@ -73,10 +73,10 @@ def of_networks() -> Outputs:
 
 def of_cascades() -> Outputs:
     """Images of the shipped cascade and of a small DeepFloyd IF, at every resolution, with the models' own settings."""
-    found = {"cascade": cascade.sample(imagen.load(), CAPTIONS, seed=7, up_to=256)}
-    found["one"] = {1024: cascade.sample(imagen.load(), CAPTIONS[:1], seed=7)[1024]}
+    found = {"cascade": pipeline.sample(imagen.load(), CAPTIONS, seed=7, up_to=256)}
+    found["one"] = {1024: pipeline.sample(imagen.load(), CAPTIONS[:1], seed=7)[1024]}
     small = small_if.cascade()
-    found["if"] = cascade.sample(small, small_if.CAPTIONS[:2], seed=7, negative="a star")
+    found["if"] = pipeline.sample(small, small_if.CAPTIONS[:2], seed=7, negative="a star")
     return {
         f"sample {name} {side}": images[:, :: max(1, side // 64), :: max(1, side // 64)]
         for name, drawn in found.items()
@@ -97,7 +97,7 @@ def of_curves() -> Outputs:
     model = imagen.load()
     captions = CAPTIONS * 2
     guidance = Guidance(interval=(-20.0, -1.0))
-    sampling = Sampling(DPMSolverPP2M(), 6, guidance=guidance, thresholding=Dynamic())
+    sampling = SamplingConfig(DPMSolverPP2M(), 6, guidance=guidance, thresholding=DynamicThreshold())
     keys = noise.fold(noise.sample_keys(jax.random.key(0), jnp.arange(4)), 0)
     null, weights = null_text(model.base.stage, 4), jnp.full(4, 4.0, jnp.float32)
     text = t5.encode(model.text, captions)
@@ -139,7 +139,7 @@ def _classifier():
     return config, params
 
 
-def _batch(stage: Stage, count: int, side: int, seed: int) -> dict[str, np.ndarray]:
+def _batch(stage: DiffusionModel, count: int, side: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     batch = {name: np.tanh(rng.normal(size=s.shape)).astype(s.dtype) for name, s in stage.batch(count, side).items()}
     batch["text_mask"] = np.arange(stage.text_length) < rng.integers(1, stage.text_length, (count, 1))
@@ -148,7 +148,7 @@ def _batch(stage: Stage, count: int, side: int, seed: int) -> dict[str, np.ndarr
     return batch
 
 
-def _evaluated(model: cascade.Model, side: int) -> np.ndarray:
+def _evaluated(model: pipeline.TrainedModel, side: int) -> np.ndarray:
     stage, batch = model.stage, _batch(model.stage, 2, side, 1)
     text = t5.TextEmbedding(jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"]))
     given = ()
@@ -159,7 +159,7 @@ def _evaluated(model: cascade.Model, side: int) -> np.ndarray:
     return np.asarray(output)[:, :: side // 16, :: side // 16]
 
 
-def _trained(model: cascade.Model, side: int) -> np.ndarray:
+def _trained(model: pipeline.TrainedModel, side: int) -> np.ndarray:
     stage, optimizer = model.stage, OptimizerConfig(AdamW(), learning_rate=1e-4, warmup=2, total=20)
     mesh = make_mesh(devices=jax.devices()[:1])
     placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, optimizer, mesh))

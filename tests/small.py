@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.unet import EfficientUNetConfig
-from jaxdiff.systems.imagen import Stage
 
 TEXT = {"text_width": 6, "context_width": 8}
 LENGTH = 4
@@ -24,8 +24,10 @@ _ONE_LEVEL = {
     **TEXT,
 }
 
-BASE = Stage(unet=EfficientUNetConfig(low_res=False, **_ONE_LEVEL), resolution=8, text_length=LENGTH)
-SR = Stage(unet=EfficientUNetConfig(low_res=True, **_ONE_LEVEL), resolution=16, low_resolution=4, text_length=LENGTH)
+BASE = DiffusionModel(unet=EfficientUNetConfig(low_res=False, **_ONE_LEVEL), resolution=8, text_length=LENGTH)
+SR = DiffusionModel(
+    unet=EfficientUNetConfig(low_res=True, **_ONE_LEVEL), resolution=16, low_resolution=4, text_length=LENGTH
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Applied:
         return self.output(*inputs)
 
 
-def random_params(stage: Stage, seed: int = 0) -> dict:
+def random_params(stage: DiffusionModel, seed: int = 0) -> dict:
     """Parameters none of which is 0, so that every path counts; drawn by numpy, since compiling `init` takes long."""
     rng = np.random.default_rng(seed)
 

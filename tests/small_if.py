@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.core import trees
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.cascade import Cascade, Model
-from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems import imagen as presets
+from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
@@ -44,7 +44,7 @@ def random_params(shapes: dict, seed: int = 0) -> dict:
     return trees.unflatten(drawn)
 
 
-def stage_params(stage: Stage, seed: int = 0) -> dict:
+def stage_params(stage: DiffusionModel, seed: int = 0) -> dict:
     return random_params(jax.eval_shape(stage.init, jax.random.key(0)), seed)
 
 
@@ -58,5 +58,5 @@ def text_encoder(captions=CAPTIONS) -> TextEncoder:
 
 def cascade() -> Cascade:
     samplings = presets.SAMPLING_IF_I, presets.SAMPLING_IF_II
-    base, large = (Model(s, stage_params(s, i), samplings[i]) for i, s in enumerate(STAGES))
+    base, large = (TrainedModel(s, stage_params(s, i), samplings[i]) for i, s in enumerate(STAGES))
     return Cascade(text_encoder(), base, (large,))

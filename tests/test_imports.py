@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "diffusion": set(),
     "training": set(),
     "text": {"nets"},
-    "systems": {"text", "nets", "diffusion"},
+    "models": {"text", "nets", "diffusion"},
+    "systems": {"models", "text", "nets", "diffusion"},
     "data": {"text"},
-    "weights": {"systems", "text", "nets", "diffusion"},
-    "evaluation": {"weights", "data", "systems", "text", "nets"},
+    "weights": {"systems", "models", "text", "nets", "diffusion", "training"},
+    "evaluation": {"weights", "data", "systems", "models", "text", "nets"},
 }
 
 
@@ -76,10 +77,10 @@ def test_imports_run_one_way(room):
     [
         ("from jaxdiff.systems import imagen", "jaxdiff.nets.unet", ["jaxdiff.systems.imagen"]),
         ("from jaxdiff.nets.blocks import Norm", "jaxdiff.nets.unet", []),
-        ("import jaxdiff.weights.tree as t", "jaxdiff.systems.imagen", ["jaxdiff.weights.tree"]),
+        ("import jaxdiff.weights.tree as t", "jaxdiff.models.diffusion", ["jaxdiff.weights.tree"]),
         ("from ..data import records", "jaxdiff.training.loop", ["jaxdiff.data.records"]),
         ("from . import step", "jaxdiff.training.loop", []),
-        ("def f():\n    from jaxdiff.training import mesh", "jaxdiff.weights.imagen", ["jaxdiff.training.mesh"]),
+        ("def f():\n    from jaxdiff.evaluation import fid", "jaxdiff.weights.imagen", ["jaxdiff.evaluation.fid"]),
         ("from jaxdiff.core import errors", "jaxdiff.nets.unet", []),
         ("from jaxdiff.nets import unet", "jaxdiff.core.errors", ["jaxdiff.nets.unet"]),
         ("import experiments.cli", "jaxdiff.data.folder", ["experiments.cli"]),

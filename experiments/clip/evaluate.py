@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments.cli import run
 from experiments.judging import embedded
 from jaxdiff.core.files import usable_file, write_json
-from jaxdiff.data import pictures, sources, tfds_sets
+from jaxdiff.data import images, sources, tfds_sets
 from jaxdiff.data.example import Example, caption_of
 from jaxdiff.data.shapes_caption import distinct_examples, held_out_examples
 from jaxdiff.data.shapes_draw import draw
@@ -135,8 +135,8 @@ def _labelled(settings: Run, spec: sources.DataSpec, side: int) -> tuple[list[st
 
 def _decoded(example: Example) -> np.ndarray:
     try:
-        return pictures.decode(example["image"])
-    except pictures.Unreadable as error:
+        return images.decode(example["image"])
+    except images.Unreadable as error:
         raise ValueError(f"{example['name']}: {error}") from error
 
 

@@ -23,10 +23,10 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.text.pretrain import captions_of, save_tokenizer
 from jaxdiff.data import sources
-from jaxdiff.data.pipeline import Batches, Reading, images
+from jaxdiff.data.pipeline import Batches, ReadAhead, image_batches
+from jaxdiff.models.clip import CLIPTraining, ContrastiveLoss, SigmoidLoss, finished
 from jaxdiff.nets import clip as nets
 from jaxdiff.nets.clip import CLIPConfig
-from jaxdiff.systems.clip import Contrastive, Sigmoid, Training, finished
 from jaxdiff.text.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
@@ -41,7 +41,7 @@ OPTIMIZERS = {
     "adam": lambda decay: AdamW(b2=0.98, eps=1e-6, weight_decay=decay, decay_all=False),
     "muon": lambda decay: Muon(weight_decay=decay, adam_for=NO_MATRICES, decay_all=False),
 }
-LOSSES = {"contrastive": Contrastive(), "sigmoid": Sigmoid()}
+LOSSES = {"contrastive": ContrastiveLoss(), "sigmoid": SigmoidLoss()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def train_clip(settings: Run, processes: int) -> None:
     config = dataclasses.replace(
         config, text=dataclasses.replace(config.text, vocab=len(words), eos_id=words.eos_token_id)
     )
-    stream = images(
+    stream = image_batches(
         source,
         side,
         settings.batch // processes,
@@ -139,13 +139,13 @@ def train_clip(settings: Run, processes: int) -> None:
         captions=True,
         process_index=jax.process_index(),
         process_count=processes,
-        reading=Reading(workers=settings.workers),
+        reading=ReadAhead(workers=settings.workers),
     )
-    stage = Training(config, LOSSES[settings.loss], settings.chunk, axes=BATCH_AXES)
+    stage = CLIPTraining(config, LOSSES[settings.loss], settings.chunk, axes=BATCH_AXES)
     made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers", "tokenizer")}
     made_of |= {"examples": len(source)}
     pairs = Pairs(stream, words, config.text.length)
-    if initial is not None and isinstance(stage.compare, Sigmoid):
+    if initial is not None and isinstance(stage.compare, SigmoidLoss):
         initial["logit_bias"] = np.float32(stage.compare.bias)
     state = train(stage, pairs, optimizing, settings.out, data=made_of, mesh=mesh, initial=initial, description="clip")
     params = gathered(state.ema)

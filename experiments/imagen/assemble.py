@@ -18,7 +18,7 @@ from typing import Literal
 from experiments.cli import run
 from jaxdiff.core.files import replacing
 from jaxdiff.data.embeddings import fingerprint
-from jaxdiff.systems.cascade import Cascade, Model, mean
+from jaxdiff.systems.pipeline import Cascade, TrainedModel, mean
 from jaxdiff.weights import hub, t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
     print(f"{settings.out}: a cascade that draws {', '.join(map(str, cascade.resolutions))}")
 
 
-def _mean(folders: tuple[Path, ...]) -> Model:
+def _mean(folders: tuple[Path, ...]) -> TrainedModel:
     models = [load_model(folder) for folder in folders]
     try:
         return mean(models)

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.imagen import presets
-from jaxdiff.diffusion.grids import Respaced
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM
-from jaxdiff.diffusion.thresholding import Dynamic
-from jaxdiff.systems.cascade import Cascade, Model
-from jaxdiff.systems.imagen_drawing import Sampling
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.diffusion.thresholding import DynamicThreshold
+from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.training.mesh import make_mesh, parse
 
 PART = 32
@@ -69,7 +69,7 @@ def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
     """The cascade with generators that compute in `dtype` (None: each in its own). Parameters and samplers stay
     float32."""
 
-    def cast(model: Model) -> Model:
+    def cast(model: TrainedModel) -> TrainedModel:
         unet = dataclasses.replace(model.stage.unet, dtype=dtype or model.stage.unet.dtype)
         return dataclasses.replace(model, stage=dataclasses.replace(model.stage, unet=unet))
 
@@ -96,7 +96,7 @@ def spread(cascade: Cascade, mesh: Mesh | None) -> Iterator[Cascade]:
         yield cascade
         return
 
-    def place(model: Model) -> Model:
+    def place(model: TrainedModel) -> TrainedModel:
         stage = presets.split(model.stage, "none", False, rows=model.stage.unet.low_res)
         params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
         return dataclasses.replace(model, stage=stage, params=params)
@@ -106,7 +106,7 @@ def spread(cascade: Cascade, mesh: Mesh | None) -> Iterator[Cascade]:
         yield dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
 
 
-def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]:
+def samplings(models: Sequence[TrainedModel], drawing: Drawing) -> tuple[SamplingConfig, ...]:
     """How each stage draws: its own settings with those of the command line put in. ValueError naming a bad one."""
     chosen = {
         "sampler": each("sampler", drawing.sampler, len(models), presets.sampler),
@@ -127,7 +127,9 @@ def samplings(models: Sequence[Model], drawing: Drawing) -> tuple[Sampling, ...]
         made.append(_dynamic(_random(dataclasses.replace(model.sampling, **given), drawing), drawing))
     if drawing.eta is not None and not any(isinstance(s.sampler, DDIM) for s in made):
         raise ValueError("--eta is for the sampler ddim, and no stage uses it here")
-    if (drawing.percentile, drawing.cap) != (None, None) and not any(isinstance(s.thresholding, Dynamic) for s in made):
+    if (drawing.percentile, drawing.cap) != (None, None) and not any(
+        isinstance(s.thresholding, DynamicThreshold) for s in made
+    ):
         raise ValueError("--percentile and --cap are for dynamic thresholding, and no stage uses it here")
     return tuple(made)
 
@@ -149,7 +151,7 @@ def _guidance(guidance: Guidance, weight: float | None, drawing: Drawing) -> Gui
     return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
 
 
-def _spaced(sampling: Sampling, given: dict[str, Any]) -> dict[str, Any]:
+def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Steps and spacing that go together: a respacing has its own number of steps, or, where another is asked for,
     takes so many evenly."""
     spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
@@ -163,25 +165,25 @@ def _spaced(sampling: Sampling, given: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps, "spacing": Respaced((steps,))}
 
 
-def _learned(model: Model, given: dict[str, Any]) -> dict[str, Any]:
+def _learned(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """ddpm with the variance that the network has learned, where it has."""
     if not isinstance(given.get("sampler"), DDPM) or not model.stage.unet.learned_variance:
         return {}
     return {"sampler": DDPM(None)}
 
 
-def _random(sampling: Sampling, drawing: Drawing) -> Sampling:
+def _random(sampling: SamplingConfig, drawing: Drawing) -> SamplingConfig:
     """With eta, where the sampler is DDIM."""
     if drawing.eta is None or not isinstance(sampling.sampler, DDIM):
         return sampling
     return dataclasses.replace(sampling, sampler=dataclasses.replace(sampling.sampler, eta=drawing.eta))
 
 
-def _dynamic(sampling: Sampling, drawing: Drawing) -> Sampling:
+def _dynamic(sampling: SamplingConfig, drawing: Drawing) -> SamplingConfig:
     """With the percentile and the cap, where the thresholding is dynamic."""
     given = {"percentile": drawing.percentile, "cap": drawing.cap}
     given = {name: value for name, value in given.items() if value is not None}
-    if not given or not isinstance(sampling.thresholding, Dynamic):
+    if not given or not isinstance(sampling.thresholding, DynamicThreshold):
         return sampling
     return dataclasses.replace(sampling, thresholding=dataclasses.replace(sampling.thresholding, **given))
 

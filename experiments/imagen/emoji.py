@@ -23,9 +23,9 @@ from experiments.data import emoji as preparation
 from experiments.imagen import pictures, train
 from experiments.text.pretrain import pretrain
 from jaxdiff.core.files import write_json
-from jaxdiff.data.pictures import decode, to_float
+from jaxdiff.data.images import decode, to_float
 from jaxdiff.evaluation.colours import dominant
-from jaxdiff.systems.cascade import Cascade, sample
+from jaxdiff.systems.pipeline import Cascade, sample
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder

@@ -23,15 +23,15 @@ import numpy as np
 from experiments.cli import run
 from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
 from jaxdiff.core.files import usable_file, write_json
-from jaxdiff.data import pictures
+from jaxdiff.data import images
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.evaluation.attributes import Verdict, matches
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.weights.imagen import SHIPPED, load
 from jaxdiff.weights.settings import to_json
 
@@ -83,7 +83,7 @@ def main(settings: Run) -> None:
         write_json(settings.json, {**scores, "made_by": _made_by(settings, chosen)})
 
 
-def _scores(settings: Run, model: Cascade, chosen: Sequence[Sampling]) -> dict:
+def _scores(settings: Run, model: Cascade, chosen: Sequence[SamplingConfig]) -> dict:
     scores = {}
     if settings.n:
         captions = {objects: held_out_captions(settings.n, objects) for objects in OBJECTS[settings.objects]}
@@ -137,11 +137,11 @@ class Tally:
 
 def verdict(picture: np.ndarray, stated: Stated) -> Verdict:
     """On the picture as a file would hold it: 8 bits."""
-    return matches(pictures.to_uint8(picture), stated)
+    return matches(images.to_uint8(picture), stated)
 
 
 def attribute_scores(
-    model: Cascade, captions: Mapping[int, Sequence[Caption]], chosen: Sequence[Sampling], seed: int, batch: int
+    model: Cascade, captions: Mapping[int, Sequence[Caption]], chosen: Sequence[SamplingConfig], seed: int, batch: int
 ) -> dict:
     """attribute_accuracy_R, attributes_R, wrong_R of captions of one object for each resolution R, the same names with
     _two_objects behind them of two; seconds_per_picture through all stages.
@@ -153,7 +153,7 @@ def attribute_scores(
     with Bars(len(pieces)) as bars:
         for objects, piece in pieces:
             part = captions[objects][piece.start : piece.stop]
-            drawn = cascade.stages(
+            drawn = pipeline.stages(
                 model,
                 [c.text for c in part],
                 seed=seed,
@@ -177,7 +177,7 @@ def attribute_scores(
 
 
 def psnr_scores(
-    model: Cascade, resolution: int, count: int, chosen: Sequence[Sampling], seed: int = 0, batch: int = 16
+    model: Cascade, resolution: int, count: int, chosen: Sequence[SamplingConfig], seed: int = 0, batch: int = 16
 ) -> dict:
     """psnr_R and psnr_R_bicubic of the stage that draws this resolution, over `count` held-out true pictures."""
     lower = model.models[model.resolutions.index(resolution) - 1].stage.resolution
@@ -187,12 +187,12 @@ def psnr_scores(
     with Bars(len(pieces)) as bars:
         for piece in pieces:
             texts, true, small = zip(*(true_picture(resolution, lower, index) for index in piece))
-            low_res = pictures.to_float(np.stack(small))
+            low_res = images.to_float(np.stack(small))
             options = {"samplings": plain, "seed": seed, "first": piece.start, "batch": batch, "progress": bars}
-            drawn = cascade.stages(model, list(texts), after=(lower, low_res), up_to=resolution, **options)
+            drawn = pipeline.stages(model, list(texts), after=(lower, low_res), up_to=resolution, **options)
             ((_, found),) = drawn
-            ours += [psnr(large, pictures.to_uint8(picture)) for large, picture in zip(true, found, strict=True)]
-            bicubic += [psnr(large, pictures.resize(picture, resolution)) for large, picture in zip(true, small)]
+            ours += [psnr(large, images.to_uint8(picture)) for large, picture in zip(true, found, strict=True)]
+            bicubic += [psnr(large, images.resize(picture, resolution)) for large, picture in zip(true, small)]
     return {f"psnr_{resolution}": statistics.mean(ours), f"psnr_{resolution}_bicubic": statistics.mean(bicubic)}
 
 
@@ -200,7 +200,7 @@ def true_picture(resolution: int, lower: int, index: int) -> tuple[str, np.ndarr
     """A held-out caption with its true picture, large and made small by Pillow's antialiased BICUBIC (uint8)."""
     true = scene("held_out", index)
     large = draw(true, resolution)
-    return caption(true, "held_out", index).text, large, pictures.resize(large, lower)
+    return caption(true, "held_out", index).text, large, images.resize(large, lower)
 
 
 def psnr(true: np.ndarray, other: np.ndarray) -> float:
@@ -209,7 +209,7 @@ def psnr(true: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 0.25)))
 
 
-def _made_by(settings: Run, chosen: Sequence[Sampling]) -> dict:
+def _made_by(settings: Run, chosen: Sequence[SamplingConfig]) -> dict:
     """What the scores depend on, for the file."""
     told = {name: getattr(settings, name) for name in ("n", "objects", "psnr_256", "psnr_1024", "seed", "batch")}
     told["dtype"] = settings.drawing.dtype

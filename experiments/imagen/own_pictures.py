@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.imagen.drawing import each
-from jaxdiff.data.pictures import Unreadable, decode, to_float
-from jaxdiff.systems.cascade import Cascade, Picture
+from jaxdiff.data.images import Unreadable, decode, to_float
+from jaxdiff.systems.pipeline import Cascade, Picture
 
 
 @dataclass(frozen=True)

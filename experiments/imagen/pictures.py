@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from experiments.imagen import png_metadata
 from experiments.imagen.png_metadata import Metadata
 from jaxdiff.core.files import replacing
-from jaxdiff.data.pictures import to_uint8
+from jaxdiff.data.images import to_uint8
 
 GAP = 8
 """Pixels between the pictures of a sheet."""

@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 
-from jaxdiff.diffusion.grids import Leading, Respaced, Spacing
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Thresholding, Unthresholded
-from jaxdiff.nets.placement import Axes
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold, Thresholding
+from jaxdiff.diffusion.time_grid import Leading, Respaced, Spacing
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import BATCH_AXES
-from jaxdiff.training.placement import Placement, Rule
+from jaxdiff.training.param_sharding import ParamSharding, Rule
 
-STAGES: dict[str, dict[str, Stage]] = {
+STAGES: dict[str, dict[str, DiffusionModel]] = {
     "base32": {
         "micro": presets.BASE_32_MICRO,
         "small": presets.BASE_32_SMALL,
@@ -49,17 +49,21 @@ RESPACINGS: dict[str, Spacing] = {
     "even": Respaced((1,)),  # as many steps as are asked for
     "leading": Leading(),
 }
-THRESHOLDINGS: dict[str, Thresholding] = {"static": Static(), "dynamic": Dynamic(), "none": Unthresholded()}
+THRESHOLDINGS: dict[str, Thresholding] = {
+    "static": StaticThreshold(),
+    "dynamic": DynamicThreshold(),
+    "none": NoThreshold(),
+}
 
 
-def stage(name: str, preset: str) -> Stage:
+def stage(name: str, preset: str) -> DiffusionModel:
     """The settings of a stage; ValueError that lists the presets it has."""
     if preset not in STAGES[name]:
         raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(STAGES[name])}")
     return STAGES[name][preset]
 
 
-def sampling(name: str, preset: str) -> Sampling:
+def sampling(name: str, preset: str) -> SamplingConfig:
     """How a stage draws unless told otherwise."""
     if name == "base32":
         return presets.SAMPLING_BASE_32
@@ -88,12 +92,12 @@ def thresholding(name: str) -> Thresholding:
     return THRESHOLDINGS[name]
 
 
-def split(stage: Stage, remat: Remat, scan: bool, rows: bool) -> Stage:
+def split(stage: DiffusionModel, remat: Remat, scan: bool, rows: bool) -> DiffusionModel:
     """The same stage, computed over a mesh; `rows`: of pictures, over its tensor axis."""
-    axes = Axes(BATCH_AXES, ("tensor",) if rows else ())
+    axes = ActivationSharding(BATCH_AXES, ("tensor",) if rows else ())
     return replace(stage, unet=replace(stage.unet, remat=remat, scan=scan, axes=axes))
 
 
-def placement(stage: Stage, rows: bool) -> Placement:
+def placement(stage: DiffusionModel, rows: bool) -> ParamSharding:
     """Layers are split over the tensor axis, unless it has the rows of pictures."""
-    return Placement() if rows else Placement(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))
+    return ParamSharding() if rows else ParamSharding(tuple(Rule(*rule) for rule in stage.unet.tensor_rules()))

@@ -24,11 +24,11 @@ from experiments.imagen import pictures, train
 from experiments.imagen.drawing import Bars
 from experiments.text.pretrain import pretrain
 from jaxdiff.core.files import write_json
-from jaxdiff.data.pictures import to_float
+from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -101,7 +101,7 @@ def main(settings: Settings) -> None:
 def _drawn(model: Cascade, places: tuple[int, ...], settings: Settings) -> np.ndarray:
     captions = [EVERY[place].caption for place in places]
     with Bars() as bars:
-        found = cascade.sample(model, captions, seed=settings.seed, batch=settings.draw_batch, progress=bars)
+        found = pipeline.sample(model, captions, seed=settings.seed, batch=settings.draw_batch, progress=bars)
     return found[model.base.stage.resolution]
 
 

@@ -41,9 +41,9 @@ from experiments.imagen.names import Named, save_all
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from experiments.imagen.png_metadata import Metadata
 from jaxdiff.core.files import usable
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade, Picture
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import Cascade, Picture
 from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
 from jaxdiff.weights import captions as captions_file
 from jaxdiff.weights.imagen import SHIPPED, load, load_text
@@ -184,14 +184,14 @@ class _Task:
 
     settings: Run
     model: Cascade
-    chosen: tuple[Sampling, ...]
+    chosen: tuple[SamplingConfig, ...]
     picture: Picture | None
     enlarged: Enlarged | None
 
     def last(self, prompts: list[str], start: int, bars: Bars) -> tuple[int, np.ndarray]:
         """The resolution and the pictures of the last stage that is asked for."""
         settings = self.settings
-        drawn = cascade.stages(
+        drawn = pipeline.stages(
             self.model,
             prompts,
             seed=settings.seed,
@@ -216,7 +216,7 @@ class _Task:
             yield Named(f"{number:04d}", prompts[number], picture, metadata)
 
 
-def _metadata(settings: Run, chosen: tuple[Sampling, ...], prompt: str, number: int, resolution: int) -> Metadata:
+def _metadata(settings: Run, chosen: tuple[SamplingConfig, ...], prompt: str, number: int, resolution: int) -> Metadata:
     """What the PNG says of itself: enough to draw it again."""
     told = {
         "number": number,

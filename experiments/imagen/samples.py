@@ -11,10 +11,10 @@ from tqdm import tqdm
 from experiments.imagen import pictures
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Example, Source, captions
-from jaxdiff.data.pipeline import images
+from jaxdiff.data.pipeline import image_batches
 from jaxdiff.diffusion import noise
-from jaxdiff.systems.imagen import Stage, null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
+from jaxdiff.models.diffusion import DiffusionModel, null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training.distributed import gathered
 
@@ -43,7 +43,12 @@ class Samples:
     COUNT = 8
 
     def __init__(
-        self, stage: Stage, sampling: Sampling, source: Source, embeddings: Embeddings | None, folder: Path
+        self,
+        stage: DiffusionModel,
+        sampling: SamplingConfig,
+        source: Source,
+        embeddings: Embeddings | None,
+        folder: Path,
     ) -> None:
         self._stage, self._sampling, self._folder = stage, sampling, folder
         self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
@@ -51,7 +56,9 @@ class Samples:
         if stage.low_resolution is not None:
             crop = min(stage.resolution, 256)
             options = {"low_resolution": stage.low_resolution, "crop": crop, "shuffle": False}
-            batch = next(images(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options))
+            batch = next(
+                image_batches(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options)
+            )
             self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
         if embeddings is not None:
             texts = list(captions(shown))

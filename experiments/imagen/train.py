@@ -28,14 +28,14 @@ from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.pipeline import Reading, images
+from jaxdiff.data.pipeline import ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused, Schedule
+from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Stage, check_crop
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.t5 import TextEncoder, encode
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
@@ -186,7 +186,7 @@ def train_stage(settings: Run, processes: int) -> None:
     params = gathered(state.ema)
 
     def finish() -> None:
-        save_model(Model(stage, params, sampling, made_by), settings.out / "model")
+        save_model(TrainedModel(stage, params, sampling, made_by), settings.out / "model")
         if summary := stream.skipped.summary(len(source)):
             share = f" (in the share of process 0 of {processes})" if processes > 1 else ""
             print(f"{summary}{share}")
@@ -195,7 +195,7 @@ def train_stage(settings: Run, processes: int) -> None:
     on_process_0(finish)
 
 
-def stage_of(settings: Run) -> Stage:
+def stage_of(settings: Run) -> DiffusionModel:
     """The preset with what the command line changes of it."""
     stage = presets.stage(settings.stage, settings.preset)
     changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype)}
@@ -216,8 +216,8 @@ def stage_of(settings: Run) -> Stage:
 def config_of(settings: Run) -> TrainConfig:
     if settings.steps < 1 or settings.batch < 1:
         raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
-    if settings.batch % peers.count():
-        raise ValueError(f"--batch {settings.batch}: does not divide over {peers.count()} processes")
+    if settings.batch % multihost.count():
+        raise ValueError(f"--batch {settings.batch}: does not divide over {multihost.count()} processes")
     for name in ("limit", "workers"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} {getattr(settings, name)}: must be 0 or more")
@@ -242,7 +242,7 @@ def config_of(settings: Run) -> TrainConfig:
     )
 
 
-def data_of(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
+def data_of(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
     """What a run's batches are made of: run again with something else, it would not be the same run."""
     made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers")}
     whole = source.source if isinstance(source, Spread) else source
@@ -250,12 +250,12 @@ def data_of(settings: Run, stage: Stage, source: Source, embeddings: Embeddings 
     return made_of | {"text": None if embeddings is None else embeddings.encoder}
 
 
-def initial_of(settings: Run, stage: Stage, mesh: Mesh | None = None) -> dict | None:
+def initial_of(settings: Run, stage: DiffusionModel, mesh: Mesh | None = None) -> dict | None:
     """The parameters to begin with, on the host, where INIT gives them; a run that goes on has its own."""
     if settings.init is None or any(path.name.isdigit() for path in (settings.out / "checkpoints").glob("*")):
         return None
     checkpoints = settings.init / "checkpoints"
-    if checkpoints.is_dir() and peers.count() > 1:  # all of them read it together
+    if checkpoints.is_dir() and multihost.count() > 1:  # all of them read it together
         parts = load_ema(checkpoints, abstract_state(stage, config_of(settings).optimizer, mesh).ema)
         return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), parts)
     if checkpoints.is_dir():
@@ -275,7 +275,7 @@ def focused(schedule: Schedule, low: float, high: float, share: float) -> Focuse
     return Focused(schedule.schedule if whole else schedule, low, high, share)
 
 
-def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
+def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> Source:
     """The pictures, at the stage's resolution where the set is drawn."""
     spec = sources.parse(settings.data)
     if isinstance(spec, sources.Shapes):
@@ -284,7 +284,7 @@ def open_source(settings: Run, stage: Stage, split: str = "train") -> Source:
     return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def text_of(settings: Run, stage: Stage) -> tuple[TextEncoder | None, Embeddings | None]:
+def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
     neither. ValueError for those that the stage cannot read, or that TEXT has not made."""
     if not stage.unet.reads_text:
@@ -312,7 +312,7 @@ def text_of(settings: Run, stage: Stage) -> tuple[TextEncoder | None, Embeddings
     return None, embeddings
 
 
-def _check_width(stage: Stage, width: int, given: str) -> None:
+def _check_width(stage: DiffusionModel, width: int, given: str) -> None:
     read = stage.unet.text_width
     if width != read:
         raise ValueError(f"{given}: embeddings of width {width}, the stage reads {read}: choose a T5 of that width")
@@ -335,9 +335,9 @@ def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Em
         )
 
 
-def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings | None):
+def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None):
     """This process's share of the batches; super-resolution on crops of a quarter of the picture's side by default."""
-    return images(
+    return image_batches(
         source,
         stage.resolution,
         settings.batch // jax.process_count(),
@@ -349,11 +349,11 @@ def batches(settings: Run, stage: Stage, source: Source, embeddings: Embeddings 
         strict=settings.strict,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        reading=Reading(workers=settings.workers),
+        reading=ReadAhead(workers=settings.workers),
     )
 
 
-def crop_of(settings: Run, stage: Stage) -> int | None:
+def crop_of(settings: Run, stage: DiffusionModel) -> int | None:
     if stage.low_resolution is None:
         return None
     return stage.resolution // 4 if settings.crop is None else settings.crop or None

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.recipes.gpu_section import Context, median_seconds
 from jaxdiff.nets.unet import UNetConfig
-from jaxdiff.systems.imagen_presets import IF_I_M
+from jaxdiff.systems.imagen import IF_I_M
 from jaxdiff.weights.deepfloyd import described
 
 BATCH, TOKENS = 16, 77

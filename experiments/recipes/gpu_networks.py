@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.recipes.gpu_section import Context, random_params
-from jaxdiff.diffusion.schedules import Cosine
+from jaxdiff.diffusion.schedules import CosineSchedule
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.attention import Kernel, attention
 from jaxdiff.nets.classifier import Classifier
 from jaxdiff.nets.clip import CLIP
 from jaxdiff.nets.inception import SIDE, Inception
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_presets import IF_I_M, IF_II_M
+from jaxdiff.systems.imagen import IF_I_M, IF_II_M
 from jaxdiff.weights import classifier, clip, t5
 from jaxdiff.weights.imagen import SHIPPED, load_model
 
@@ -122,7 +122,7 @@ def _shipped_stage(name: str, side: int) -> Build:
     return build
 
 
-def _random_stage(stage: Stage, side: int) -> Build:
+def _random_stage(stage: DiffusionModel, side: int) -> Build:
     def build(weights: Path, dtype: str):
         return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))), side, dtype)
 
@@ -148,7 +148,7 @@ def _gradient_stage(name: str) -> Build:
     return build
 
 
-def _stage(stage: Stage, params: Any, side: int, dtype: str):
+def _stage(stage: DiffusionModel, params: Any, side: int, dtype: str):
     """One evaluation of two images at different times, of which one has a short caption."""
     stage = replace(stage, unet=replace(stage.unet, dtype=dtype))
     rng = np.random.default_rng(0)
@@ -201,7 +201,7 @@ def _inception(weights: Path, dtype: str):
 
 
 _NARROW = {"channels": 64, "multipliers": (1, 2, 3), "text_width": 96, "context_width": 128, "time_width": 256}
-_PAPER_BASE = Stage(
+_PAPER_BASE = DiffusionModel(
     UNetConfig(
         blocks=(1, 2, 2),
         self_attention=(False, True, True),
@@ -210,18 +210,18 @@ _PAPER_BASE = Stage(
     ),
     text_length=77,
 )
-_PAPER_SR = Stage(
+_PAPER_SR = DiffusionModel(
     EfficientUNetConfig(
         blocks=(1, 2, 2), self_attention=(False, False, True), cross_attention=(False, True, False), **_NARROW
     ),
     resolution=256,
     low_resolution=64,
-    schedule=Cosine(),
+    schedule=CosineSchedule(),
     text_length=77,
 )
 
 
-def _small_if(stage: Stage) -> Stage:
+def _small_if(stage: DiffusionModel) -> DiffusionModel:
     """The layout of a stage of DeepFloyd IF with narrow levels."""
     widths = {"channels": 64, "time_width": 256, "context_width": 256, "text_width": 128, "pool_heads": 8}
     return replace(stage, unet=replace(stage.unet, **widths))

@@ -13,8 +13,8 @@ from experiments.imagen.drawing import with_dtype
 from experiments.imagen.pictures import grid, write
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.weights.imagen import load
 
 
@@ -49,7 +49,7 @@ def _time(context: Context, model: Cascade, captions: list[str], dtype: str, up_
 def _seconds(model: Cascade, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
     """In all, of each stage, and the images of the last one."""
     laps, images = [time.perf_counter()], []
-    for _, drawn in cascade.stages(model, captions, seed=7, up_to=up_to):
+    for _, drawn in pipeline.stages(model, captions, seed=7, up_to=up_to):
         laps.append(time.perf_counter())
         images = drawn
     return laps[-1] - laps[0], [b - a for a, b in itertools.pairwise(laps)], images
@@ -64,7 +64,7 @@ def _same(context: Context, model: Cascade, captions: list[str], up_to: int) -> 
         text = dataclasses.replace(model.text, params=jax.device_put(model.text.params, device))
         placed = Cascade(text, base, tuple(others))
         with jax.default_device(device), jax.default_matmul_precision("highest"):
-            found[name] = cascade.sample(placed, captions, seed=7, up_to=up_to)
+            found[name] = pipeline.sample(placed, captions, seed=7, up_to=up_to)
     for resolution, images in found["cpu"].items():
         error = float(np.abs(images - found["accelerator"][resolution]).max()) / 2
         context.record(resolution=resolution, largest_difference_of_range=error, within_limits=error < 1e-3)

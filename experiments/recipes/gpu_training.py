@@ -29,8 +29,8 @@ from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.schedules import Focused
-from jaxdiff.systems.cascade import Cascade, Model
-from jaxdiff.systems.imagen import Stage
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.t5 import TextEncoder, embed
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
@@ -119,7 +119,7 @@ def main(context: Context) -> None:
 class _Steps:
     """The training step, compiled for one schedule of the learning rate or another."""
 
-    stage: Stage
+    stage: DiffusionModel
     optimizer: OptimizerConfig
     settings: Settings
     mesh: Mesh
@@ -141,7 +141,7 @@ def _rehearsed(settings: Settings) -> Settings:
     return replace(settings, examples=40, batch=4, updates=5, dtype="float32", scored=4)
 
 
-def _stage(stage: Stage, settings: Settings) -> Stage:
+def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
     """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
     schedule = stage.schedule
     while isinstance(schedule, Focused):
@@ -254,12 +254,12 @@ class _Log:
         self._losses, self._flushed = [], now
 
 
-def _save(out: Path, shipped: Model, settings: Settings, ema: Any) -> None:
+def _save(out: Path, shipped: TrainedModel, settings: Settings, ema: Any) -> None:
     stage = replace(_stage(shipped.stage, settings), unet=shipped.stage.unet)
     save_model(replace(shipped, stage=stage, params=jax.device_get(ema)), out / "model", "float16")
 
 
-def _score(context: Context, cascade: Cascade, model: Model, name: str) -> None:
+def _score(context: Context, cascade: Cascade, model: TrainedModel, name: str) -> None:
     """Of held-out captions of one object and of two: the fraction of images with everything that is stated."""
     base = with_dtype(Cascade(cascade.text, model), "float32")
     count = (_rehearsed(context.training) if context.tiny else context.training).scored

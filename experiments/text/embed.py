@@ -39,7 +39,7 @@ from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.distributed import Cluster, all_done, start
 from jaxdiff.training.lock import FolderLock
 from jaxdiff.training.mesh import batch_devices, batch_sharding, make_mesh
-from jaxdiff.training.placement import shardings
+from jaxdiff.training.param_sharding import shardings
 from jaxdiff.weights.t5 import load_text_encoder
 
 SAMPLE = 1024

@@ -21,16 +21,16 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.texts import lines as read_lines
 from jaxdiff.data import example, sources
+from jaxdiff.models.t5 import T5Pretraining, span_batches
 from jaxdiff.nets import t5
-from jaxdiff.systems.t5 import Pretraining, batches
 from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
-from jaxdiff.training.feed import OwnRows
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
+from jaxdiff.training.prefetch import OwnRows
 from jaxdiff.weights import t5 as t5_weights
 
 PRESETS = {
@@ -106,7 +106,7 @@ def pretrain(
     captions += [] if texts is None else lines_of(texts, len(captions))
 
     def read_with(words: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, OwnRows]:
-        return words, OwnRows(batches(words, captions, batch, length, seed))
+        return words, OwnRows(span_batches(words, captions, batch, length, seed))
 
     def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
         if any((out / "checkpoints").glob("[0-9]*")):
@@ -120,7 +120,7 @@ def pretrain(
         config = replace(PRESETS[preset], vocab=len(words))
         made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
         made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
-        state = train(Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
+        state = train(T5Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
         params = gathered(state.ema)
 
         def finish() -> None:
@@ -135,7 +135,7 @@ def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     """Every caption of a set's training split; examples without one are left out, with one warning of how many."""
     source = sources.open(data, 64, "train", data_dir)
     read = tqdm(
-        example.captions(source), total=len(source), desc="read captions", unit="caption", disable=peers.index() > 0
+        example.captions(source), total=len(source), desc="read captions", unit="caption", disable=multihost.index() > 0
     )
     found = [caption for text in read if (caption := (text or "").strip())]
     if len(found) < len(source):

@@ -32,7 +32,7 @@ from jaxdiff.core.files import remove_leftovers, write_json
 from jaxdiff.core.json_files import read_object
 from jaxdiff.core.messages import plain
 from jaxdiff.core.settings import canonical
-from jaxdiff.data import captions, lists, pictures, remote, tar_shards
+from jaxdiff.data import captions, images, lists, remote, tar_shards
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.fault import Fault, Raw
 from jaxdiff.data.records import INDEX, is_count, pack
@@ -310,8 +310,8 @@ def _fault(image: bytes | Fault, caption: str | None, settings: Settings) -> Fau
         return Fault("unreadable", "an empty file")
     if settings.verify:
         try:
-            pictures.decode(image)
-        except pictures.Unreadable as error:
+            images.decode(image)
+        except images.Unreadable as error:
             return Fault("unreadable", str(error))
     return None
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxdiff.core.json_files import parse
 from jaxdiff.core.messages import quoted, reason
-from jaxdiff.data import pictures
+from jaxdiff.data import images
 from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.tfds_sets import quiet
 
@@ -110,7 +110,7 @@ def draw(svg: str, resolution: int) -> bytes:
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=resolution, height=resolution, background="white", skip_system_fonts=True
     )
-    return pictures.encode_png(pictures.decode(bytes(drawn)))
+    return images.encode_png(images.decode(bytes(drawn)))
 
 
 @dataclasses.dataclass(kw_only=True)

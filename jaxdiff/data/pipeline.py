@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from jaxdiff.core.errors import ProcessLostError
-from jaxdiff.data import pictures
+from jaxdiff.data import images
 from jaxdiff.data.embeddings import Embeddings, digest
 from jaxdiff.data.example import Source, cleaned
 
@@ -31,7 +31,7 @@ _REPLACED = "replaced"  # what was replaced in a caption, on its way to where it
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadAhead:
     """How the host reads ahead. Order and content of the batches do not depend on it.
 
     threads: decode in this many threads (Pillow releases the interpreter lock); 0 reads when asked.
@@ -44,7 +44,7 @@ class Reading:
     workers: int = 0
 
 
-def images(
+def image_batches(
     source: Source,
     resolution: int,
     batch: int,
@@ -60,13 +60,13 @@ def images(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-    reading: Reading = Reading(),
+    reading: ReadAhead = ReadAhead(),
 ) -> "Batches":
     """Batches of pictures, `batch` of them from this process, as dicts of numpy arrays.
 
     image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given
     low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same picture shrunk
-               by `pictures.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
+               by `images.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
     text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool, zero behind the mask
     caption, index    with `captions`: unicode strings (b,) and places in the source (b,), for the host's use
 
@@ -282,8 +282,8 @@ class _Prepare(grain.transforms.RandomMap):
         if wanted and not caption and not self.caption_optional:
             return {"rejected": (element["name"], "no caption", "no caption")}
         try:
-            picture = pictures.resize(pictures.decode(element["image"]), self.resolution)
-        except pictures.Unreadable as error:
+            picture = images.resize(images.decode(element["image"]), self.resolution)
+        except images.Unreadable as error:
             return {"rejected": (element["name"], "unreadable", str(error))}
         replaced = f"{element['name']}: {fault}" if wanted and fault is not None else ""
         return {
@@ -295,9 +295,9 @@ class _Prepare(grain.transforms.RandomMap):
     def _views(self, picture: np.ndarray, rng: np.random.Generator) -> dict:
         if self.low_resolution is None:
             return {"image": picture}
-        low = pictures.resize(picture, self.low_resolution)
+        low = images.resize(picture, self.low_resolution)
         if self.crop is not None:
-            picture, low = pictures.aligned_crops(picture, low, self.crop, rng)
+            picture, low = images.aligned_crops(picture, low, self.crop, rng)
         return {"image": picture, "low_res": low}
 
     def _text(self, name: str, index: int, caption: str) -> dict:
@@ -315,7 +315,7 @@ class _Prepare(grain.transforms.RandomMap):
 
 def _finish(batch: dict) -> dict[str, np.ndarray]:
     return {
-        key: pictures.to_float(value) if key in ("image", "low_res") else value
+        key: images.to_float(value) if key in ("image", "low_res") else value
         for key, value in batch.items()
         if key != _REPLACED
     }

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff.diffusion.grids import Grid, grid_at
 from jaxdiff.diffusion.parameterization import Prediction, log_error_ratio, target
 from jaxdiff.diffusion.samplers import ancestral_deviation
-from jaxdiff.diffusion.schedules import Discrete
+from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.time_grid import TimeGrid, time_grid_at
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class Weighting(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Simple:
+class UniformWeighting:
     """Factor 1 on the squared error of whatever is predicted (DDPM's L_simple and Imagen's loss, when that is ε)."""
 
     def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
@@ -82,7 +82,7 @@ class PowerSNR:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sigmoid:
+class SigmoidWeighting:
     """sigmoid(b − λ) on the ε error (arXiv 2303.00848; simpler diffusion, arXiv 2410.19324).
 
     Factors, with S = e^λ: ε: sigmoid(b − λ); x₀: S sigmoid(b − λ) = e^b sigmoid(λ − b); v: S sigmoid(b − λ)/(S + 1);
@@ -101,7 +101,7 @@ class Sigmoid:
 
 
 def variance_loss(
-    schedule: Discrete,
+    schedule: TabulatedSchedule,
     gamma: Float[Array, "b *s"],
     x0: Float[Array, "b *s"],
     predicted: Float[Array, "b *s"],
@@ -118,9 +118,9 @@ def variance_loss(
     """
     step = 1.0 / schedule.steps
     wide = (-1,) + (1,) * (x.ndim - 1)
-    here, before = (grid_at(schedule, jnp.maximum(time, 0.0).reshape(wide)) for time in (t, t - step))
+    here, before = (time_grid_at(schedule, jnp.maximum(time, 0.0).reshape(wide)) for time in (t, t - step))
     # The lower bound of the variance is 0 at the first entry; there the second one's stands in.
-    second = grid_at(schedule, jnp.asarray([2.0 * step, step]))
+    second = time_grid_at(schedule, jnp.asarray([2.0 * step, step]))
     least = 2.0 * jnp.log(ancestral_deviation(_point(second, 0), _point(second, 1), 0.0))
     first = (t < 1.5 * step).reshape(wide)
     low = jnp.where(first, least, 2.0 * jnp.log(ancestral_deviation(here, before, 0.0)))
@@ -143,8 +143,8 @@ def _log_density(x0: Float[Array, "b *s"], mean: Float[Array, "b *s"], log_devia
     return jnp.log(jnp.maximum(share, 1e-12))
 
 
-def _point(grid: Grid, i: int) -> Grid:
-    return Grid(*(values[i] for values in grid))
+def _point(grid: TimeGrid, i: int) -> TimeGrid:
+    return TimeGrid(*(values[i] for values in grid))
 
 
 def diffusion_loss(

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.grids import Grid
 from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance
+from jaxdiff.diffusion.time_grid import TimeGrid
 
 Denoise = Callable[[Float[Array, "b *s"], Float[Array, " b"]], Denoised | DenoisedWithVariance]
 Carry = Any
@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
     def init(self, x: Float[Array, "b *s"]) -> Carry: ...
 
-    def step(self, carry: Carry, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Carry: ...
+    def step(self, carry: Carry, i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Carry: ...
 
     def image(self, carry: Carry) -> Float[Array, "b *s"]: ...
 
@@ -55,11 +55,11 @@ def integrate(
     sampler: Sampler,
     denoise: Denoise,
     carry: Carry,
-    grid: Grid,
+    grid: TimeGrid,
     keys: Key[Array, " b"],
     start: Index,
     stop: Index,
-    keep: Callable[[Float[Array, "b *s"], Grid], Float[Array, "b *s"]] | None = None,
+    keep: Callable[[Float[Array, "b *s"], TimeGrid], Float[Array, "b *s"]] | None = None,
 ) -> Carry:
     """Steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program; the
     result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number. `keep(x,
@@ -104,7 +104,7 @@ class DDPM(_OneState):
             raise ValueError(f"DDPM's gamma must lie in [0, 1], not {self.gamma}")
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
         found = _denoise(denoise, x, here)
@@ -135,7 +135,7 @@ class DDIM(_OneState):
             raise ValueError(f"DDIM's eta must lie in [0, 1], not {self.eta}")
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
         found = _denoise(denoise, x, here)
@@ -155,7 +155,7 @@ class Euler(_OneState):
     """
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         here, there = _at(grid, i), _at(grid, i + 1)
         return _first_order(carry, _denoise(denoise, carry, here).x0, here, there)
@@ -178,7 +178,7 @@ class Heun(_OneState):
         return 2 * steps - 1
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]
+        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         here, there = _at(grid, i), _at(grid, i + 1)
         ratio = (there.sigma / there.alpha) / (here.sigma / here.alpha)
@@ -227,7 +227,7 @@ class DPMSolverPP2M:
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: Grid, keys: Key[Array, " b"]) -> Multistep:
+    def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
         x0 = _denoise(denoise, carry.x, here).x0
         # Two points beyond the clip share one log-SNR, and no slope lies between them.
@@ -238,30 +238,32 @@ class DPMSolverPP2M:
         return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))
 
 
-def ancestral_deviation(here: Grid, there: Grid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:
+def ancestral_deviation(here: TimeGrid, there: TimeGrid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:
     """The standard deviation s of DDPM's noise for the step between two points of a grid."""
     return jnp.sqrt(_fresh(here, there)) * there.sigma ** (1.0 - gamma) * here.sigma**gamma
 
 
-def _first_order(x: Float[Array, "b *s"], x0: Float[Array, "b *s"], here: Grid, there: Grid) -> Float[Array, "b *s"]:
+def _first_order(
+    x: Float[Array, "b *s"], x0: Float[Array, "b *s"], here: TimeGrid, there: TimeGrid
+) -> Float[Array, "b *s"]:
     """The exact solution of the probability-flow ODE for a constant x₀."""
     step = -jnp.expm1(-0.5 * (there.logsnr - here.logsnr))
     return (there.sigma / here.sigma) * x + there.alpha * step * x0
 
 
-def _fresh(here: Grid, there: Grid) -> Float[Array, "..."]:
+def _fresh(here: TimeGrid, there: TimeGrid) -> Float[Array, "..."]:
     """c = 1 − e^(λ_i − λ_n): the share of the noise at i that is new since n."""
     return -jnp.expm1(here.logsnr - there.logsnr)
 
 
-def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: Grid) -> Denoised | DenoisedWithVariance:
+def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: TimeGrid) -> Denoised | DenoisedWithVariance:
     found = denoise(x, jnp.broadcast_to(here.t, x.shape[:1]))
     return jax.tree.map(lambda a: a.astype(x.dtype), found)
 
 
-def _at(grid: Grid, i: Index) -> Grid:
-    return Grid(*(values[i] for values in grid))
+def _at(grid: TimeGrid, i: Index) -> TimeGrid:
+    return TimeGrid(*(values[i] for values in grid))
 
 
-def _steps(grid: Grid) -> int:
+def _steps(grid: TimeGrid) -> int:
     return grid.t.shape[0] - 1

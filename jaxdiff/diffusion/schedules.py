@@ -35,7 +35,7 @@ class Schedule(Protocol):
 
     def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]: ...
 
-    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """What networks are told of a time."""
         ...
 
@@ -47,7 +47,7 @@ class Schedule(Protocol):
 class _Continuous:
     """Time is any number in [0, 1], and a level of noise is one."""
 
-    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """1000 t: the range for which a network's sines and cosines are made."""
         return 1000.0 * _precise(t)
 
@@ -73,7 +73,7 @@ class _VariancePreserving(_Continuous, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cosine(_VariancePreserving):
+class CosineSchedule(_VariancePreserving):
     """Imagen's schedule, in continuous time: α = cos(πt/2), σ = sin(πt/2), so λ(t) = −2 log tan(πt/2) + shift.
 
     The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for pictures of d pixels a side.
@@ -87,7 +87,7 @@ class Cosine(_VariancePreserving):
         _check_finite("shift", self.shift)
 
     @classmethod
-    def shifted(cls, resolution: int, reference: int = 64) -> "Cosine":
+    def shifted(cls, resolution: int, reference: int = 64) -> "CosineSchedule":
         """The schedule that gives `resolution` the noise that `reference` has, after averaging down to `reference`."""
         return cls(shift=2.0 * math.log(reference / resolution))
 
@@ -99,7 +99,7 @@ class Cosine(_VariancePreserving):
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(_VariancePreserving):
+class LinearBetaSchedule(_VariancePreserving):
     """The linear β of DDPM in continuous time (Imagen's 256→1024 stage, F.3).
 
     Discrete: β_j = β₀ + (β₁ − β₀) j/(N−1), −log ᾱ after n steps = Σ_{j<n} −log(1 − β_j). Here that sum is taken to its
@@ -166,7 +166,7 @@ class EDM(_VariancePreserving):
 class RectifiedFlow(_Continuous):
     """Straight paths (arXiv 2209.03003): α = 1 − t, σ = t, so λ = 2 log((1−t)/t) + shift, α = sigmoid(λ/2), σ = 1 − α.
 
-    The shift is added to the log-SNR, as for `Cosine`; the factor s of Stable Diffusion 3 is shift = −2 log s.
+    The shift is added to the log-SNR, as for `CosineSchedule`; the factor s of Stable Diffusion 3 is shift = −2 log s.
     """
 
     shift: float = 0.0
@@ -192,11 +192,11 @@ class RectifiedFlow(_Continuous):
 
 
 @dataclasses.dataclass(frozen=True)
-class Discrete(_VariancePreserving):
+class TabulatedSchedule(_VariancePreserving):
     """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) laid on continuous time.
 
     Table index i (the integer timestep that such a network was trained with) lies at t = (i + 1)/N, so that t = 0 is
-    the clean picture and t = 1 the last entry; `time` and `position` convert. Between entries log ᾱ is interpolated
+    the clean picture and t = 1 the last entry; `time` and `network_time` convert. Between entries log ᾱ is interpolated
     linearly.
     """
 
@@ -210,24 +210,26 @@ class Discrete(_VariancePreserving):
             raise ValueError("a discrete schedule needs alpha_bar values that fall from below 1 to above 0")
 
     @classmethod
-    def from_betas(cls, betas: np.ndarray, clip: float = 20.0) -> "Discrete":
+    def from_betas(cls, betas: np.ndarray, clip: float = 20.0) -> "TabulatedSchedule":
         """ᾱ_i = Π_{j≤i} (1 − β_j)."""
         return cls(tuple(np.cumprod(1.0 - np.asarray(betas, np.float64)).tolist()), clip)
 
     @classmethod
-    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "Discrete":
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "TabulatedSchedule":
         """β evenly spaced (DDPM, arXiv 2006.11239)."""
         _check_betas(steps, beta_start, beta_end)
         return cls.from_betas(np.linspace(beta_start, beta_end, steps))
 
     @classmethod
-    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> "Discrete":
+    def scaled_linear(
+        cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> "TabulatedSchedule":
         """√β evenly spaced (latent diffusion)."""
         _check_betas(steps, beta_start, beta_end)
         return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2)
 
     @classmethod
-    def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> "Discrete":
+    def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> "TabulatedSchedule":
         """β_i = min(1 − f(i+1)/f(i), max_beta), f(i) = cos²(π/2 · (i/N + s)/(1 + s)) (arXiv 2102.09672, Eq. 17)."""
         _check_betas(steps, max_beta, max_beta)
         f = np.cos((np.arange(steps + 1) / steps + offset) / (1.0 + offset) * np.pi / 2.0) ** 2
@@ -242,7 +244,7 @@ class Discrete(_VariancePreserving):
         """t of a table index."""
         return (_precise(timestep) + 1.0) / self.steps
 
-    def position(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
+    def network_time(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """The table index at t (fractional between entries; −1 at t = 0)."""
         found = _precise(t) * self.steps - 1.0
         # At an entry exactly its index: what float32 loses in t would show in a network's sines of it.
@@ -275,7 +277,7 @@ class Focused:
     that the cosine schedule hardly visits.
     """
 
-    schedule: "Cosine | Linear | EDM | RectifiedFlow | Discrete | Focused"
+    schedule: "CosineSchedule | LinearBetaSchedule | EDM | RectifiedFlow | TabulatedSchedule | Focused"
     low: float
     high: float
     share: float = 1.0
@@ -295,8 +297,8 @@ class Focused:
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return self.schedule.sigma(t)
 
-    def position(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return self.schedule.position(t)
+    def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return self.schedule.network_time(t)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
         return self.schedule.level_time(level)

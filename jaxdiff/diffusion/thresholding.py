@@ -18,7 +18,7 @@ class Thresholding(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unthresholded:
+class NoThreshold:
     """x₀ as predicted."""
 
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
@@ -26,7 +26,7 @@ class Unthresholded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class StaticThreshold:
     """x₀ clipped to [-1, 1]."""
 
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
@@ -34,7 +34,7 @@ class Static:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic:
+class DynamicThreshold:
     """x₀ clipped to [-s, s] and divided by s, where s is a percentile of the sample's |x₀|, at least 1.
 
     percentile  as a fraction; 0.995 is the one that the paper prints (Fig. A.10b).

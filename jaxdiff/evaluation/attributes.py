@@ -25,7 +25,7 @@ SPECK = 0.045  # half side, in picture sides, of what is too small to be an obje
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Detection:
     """An object in a picture. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
 
     `x`, `y`, `radius` are fractions of the picture's side; `explained`: the share of its energy that its kind explains.
@@ -43,11 +43,11 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Detections:
     """The objects in a picture, the most striking first, and its background, None where it is none of the set's."""
 
     background: str | None
-    objects: tuple[Found, ...]
+    objects: tuple[Detection, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Verdict:
         return all(self.checks.values())
 
 
-def read(image: Num[np.ndarray, "h w 3"]) -> Reading:
+def read(image: Num[np.ndarray, "h w 3"]) -> Detections:
     """The objects and the background of a square picture: uint8, or float in [-1, 1]; 64 pixels a side or more."""
     picture = _working(image)
     ground, noise = _background(picture)
     fits = [f for f in explain(picture - ground, noise) if f.half > SPECK * len(picture)]
     fits.sort(key=lambda f: -f.energy)
-    return Reading(_nearest(ground, BACKGROUNDS), tuple(_found(f, ground, len(picture)) for f in fits))
+    return Detections(_nearest(ground, BACKGROUNDS), tuple(_found(f, ground, len(picture)) for f in fits))
 
 
 def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
@@ -76,7 +76,7 @@ def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
     return compare(read(image), stated)
 
 
-def compare(reading: Reading, stated: Stated) -> Verdict:
+def compare(reading: Detections, stated: Stated) -> Verdict:
     """The verdict on a reading. Objects are paired with the stated ones in the order that agrees best."""
     checks = {"count": len(reading.objects) == len(stated.objects)}
     if stated.background is not None:
@@ -86,7 +86,7 @@ def compare(reading: Reading, stated: Stated) -> Verdict:
     return Verdict(checks | max(pairings, key=lambda agreement: sum(agreement.values())))
 
 
-def _agreement(found: tuple[Found | None, ...], stated: Stated) -> dict[str, bool]:
+def _agreement(found: tuple[Detection | None, ...], stated: Stated) -> dict[str, bool]:
     checks: dict[str, bool] = {}
     for f, s in zip(found, stated.objects):
         for field in dataclasses.fields(StatedObject):
@@ -127,11 +127,11 @@ def _background(picture: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, 
     return colour, 1.48 * float(np.median(np.abs(border - colour)))
 
 
-def _found(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Found:
+def _found(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Detection:
     """A fit in the set's words."""
     known = fit.explained >= EXPLAINED
     x, y, radius = (float(v) / side for v in (fit.x, fit.y, fit.radius))
-    return Found(
+    return Detection(
         kind=fit.kind if known else None,
         colour=_colour(fit.difference, ground),
         size=min(SIZES, key=lambda name: abs(math.log(radius / math.sqrt(math.prod(SIZES[name]))))),

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.evaluation.checks import require_features
-from jaxdiff.evaluation.retrieval import unit
+from jaxdiff.evaluation.retrieval import l2_normalize
 
 WEIGHT = 2.5
 
@@ -27,5 +27,5 @@ def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"]) 
     if len(text) != len(image):
         raise ValueError(f"a CLIP score of {len(text)} captions and {len(image)} pictures")
     require_features("a CLIP score", text, image)
-    cosines = (unit(text) * unit(image)).sum(1)
+    cosines = (l2_normalize(text) * l2_normalize(image)).sum(1)
     return CLIPScore(float(WEIGHT * np.maximum(cosines, 0).mean()), float(cosines.mean()))

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdiff.evaluation.checks import require_features
-from jaxdiff.evaluation.retrieval import unit
+from jaxdiff.evaluation.retrieval import l2_normalize
 
 SIGMA = 10.0
 SCALE = 1000.0
@@ -17,7 +17,7 @@ def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], chunk: int = 
     no pictures, and for embeddings of different width, not finite, or of length 0.
     """
     require_features("CMMD", a, b)
-    a, b = unit(a), unit(b)
+    a, b = l2_normalize(a), l2_normalize(b)
     return float(SCALE * (_mean(a, a, chunk) + _mean(b, b, chunk) - 2 * _mean(a, b, chunk)))
 
 

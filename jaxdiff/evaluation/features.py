@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from jaxdiff.core.settings import canonical
 from jaxdiff.core.trees import digest_of
 from jaxdiff.evaluation.resize import Resize, resized
+from jaxdiff.models.clip import normalised
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded
 from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception, Seen
-from jaxdiff.systems.clip import normalised
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from jaxdiff.data.pictures import to_uint8
+from jaxdiff.data.images import to_uint8
 from jaxdiff.data.rainbow import EVERY, Attributes, draw
 
 EXPLAINED = 0.85

@@ -2,7 +2,7 @@
 
 First a `Fit`, the same for both sets. `SQUEEZE`: the whole image goes to the network's square, whatever its shape, as
 in pytorch-fid, clean-fid and torch-fidelity. `CROP`: the centred square is cut out and brought to one size by the
-filter of training (`jaxdiff.data.pictures.resize`), for models that were trained on such squares. Then a `Resize`:
+filter of training (`jaxdiff.data.images.resize`), for models that were trained on such squares. Then a `Resize`:
 
 `CLEAN`: Pillow's antialiased BICUBIC on floating-point channels, nothing rounded in between, and what goes beyond the
 range of a picture clipped, as clean-fid does (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the

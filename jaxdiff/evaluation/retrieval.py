@@ -26,7 +26,7 @@ def retrieval(
     if not len(text) or len(text) != len(image) or min(ks, default=0) < 1:
         raise ValueError(f"retrieval of {len(text)} captions and {len(image)} pictures at {tuple(ks)}")
     require_features("retrieval", text, image)
-    text, image = unit(text), unit(image)
+    text, image = l2_normalize(text), l2_normalize(image)
     share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
     return Recall(share(_ranks(text, image, chunk)), share(_ranks(image, text, chunk)))
 
@@ -37,11 +37,11 @@ def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e
     ValueError for no pictures, classes or prompts, and for embeddings of different width, not finite, or of length 0.
     """
     require_features("zero-shot classes", image, classes.reshape(-1, classes.shape[-1]))
-    means = unit(unit(classes).mean(1))
-    return (unit(image) @ means.T).argmax(1)
+    means = l2_normalize(l2_normalize(classes).mean(1))
+    return (l2_normalize(image) @ means.T).argmax(1)
 
 
-def unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+def l2_normalize(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
     """The same directions with length 1, in float64. ValueError for one of length 0, which has none."""
     x = np.asarray(x, np.float64)
     lengths = np.linalg.norm(x, axis=-1, keepdims=True)

@@ -153,7 +153,7 @@ class WholeTextPool(nn.Module):
         return nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(pooled)
 
 
-class Embedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """A scalar per sample (time, log-SNR, noise level; scaled to about 0…1000) to a vector: sines, then an MLP."""
 
     frequencies: int
@@ -262,6 +262,6 @@ class AttentionBlock(nn.Module):
         return x.reshape(b, h, w, c)
 
 
-def keep_precision(x: jax.Array) -> jax.Array:
+def to_float32(x: jax.Array) -> jax.Array:
     """The output of a network is float32: the sampler's arithmetic must not round to the network's compute type."""
     return x.astype(jnp.float32)

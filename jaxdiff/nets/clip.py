@@ -124,7 +124,7 @@ class CLIP(nn.Module):
 
     def __call__(self, ids: Int[Array, "b n"], image: Float[Array, "c h w 3"]) -> Float[Array, "b c"]:
         """Logits: cosines of captions and pictures, over the temperature."""
-        text, image = (unit(e.embedding) for e in (self.text(ids), self.image(image)))
+        text, image = (l2_normalize(e.embedding) for e in (self.text(ids), self.image(image)))
         return jnp.exp(self.logit_scale) * text @ image.T
 
     def embed_text(self, ids: Int[Array, "b n"]) -> Embedded:
@@ -235,5 +235,5 @@ def _projected(config: CLIPConfig, pooled: Float[Array, "b d"]) -> Float[Array, 
     return nn.Dense(config.width, use_bias=False, kernel_init=init, name="projection")(pooled)
 
 
-def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+def l2_normalize(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.nets import blocks
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.blocks import (
     Activation,
     AttentionBlock,
     AttentionPool,
-    Embedding,
     Norm,
     Resample,
     ResBlock,
     TextContext,
+    TimestepEmbedding,
     WholeTextPool,
 )
-from jaxdiff.nets.placement import Axes
 
 
 class Reading(enum.Enum):
@@ -112,7 +112,7 @@ class UNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = field(default="none", metadata=HOW)
     scan: bool = field(default=False, metadata=HOW)
-    axes: Axes = field(default=Axes(), metadata=HOW)
+    axes: ActivationSharding = field(default=ActivationSharding(), metadata=HOW)
 
     def __post_init__(self):
         levels = {len(self.multipliers), len(self.blocks), len(self.self_attention), len(self.cross_attention)}
@@ -187,7 +187,11 @@ class _Parts(nn.Module):
         """The conditioning vector (b t) and the text as attention sees it (tokens, mask; None where none is read)."""
         config, dtype = self.config, self.config.dtype
         embed = partial(
-            Embedding, config.frequencies or max(128, config.channels), config.time_width, dtype, config.activation
+            TimestepEmbedding,
+            config.frequencies or max(128, config.channels),
+            config.time_width,
+            dtype,
+            config.activation,
         )
         embedding = embed(name="time")(time)
         if config.low_res:
@@ -213,7 +217,7 @@ class _Parts(nn.Module):
         x = blocks.space_to_depth(x.astype(config.dtype), config.patch)
         if config.coordinates:
             x = jnp.concatenate([x, blocks.coordinates(x)], axis=-1)
-        return config.axes.pictures(nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x))
+        return config.axes.images(nn.Conv(config.channels, (3, 3), dtype=config.dtype, name="stem")(x))
 
     def head(self, x, embedding, noised):
         config, channels = self.config, noised.shape[-1] * (2 if self.config.learned_variance else 1)
@@ -223,15 +227,15 @@ class _Parts(nn.Module):
         x = config.activation(x)
         zeros = nn.initializers.zeros
         x = nn.Conv(channels * config.patch**2, (3, 3), dtype=config.dtype, kernel_init=zeros, name="head")(x)
-        x = blocks.keep_precision(blocks.depth_to_space(x, config.patch))
+        x = blocks.to_float32(blocks.depth_to_space(x, config.patch))
         if config.input_skip:
             factor = nn.Dense(channels, dtype=config.dtype, kernel_init=zeros, name="input_skip")(nn.silu(embedding))
-            x += blocks.keep_precision(factor)[:, None, None, :] * noised
+            x += blocks.to_float32(factor)[:, None, None, :] * noised
         return x
 
     def res(self, x, embedding, width, name, resample=Resample.NONE, project=False):
         block = self._remat(nn.remat, ResBlock)(width, resample, project, *self._style(), name=name)
-        return self.config.axes.pictures(block(x, embedding))
+        return self.config.axes.images(block(x, embedding))
 
     def repeated(self, x, embedding, width, prefix, count):
         """`count` residual blocks of one shape, one after the other."""
@@ -246,7 +250,7 @@ class _Parts(nn.Module):
         block = ResBlock(width, Resample.NONE, True, *self._style(), parent=None)
 
         def body(x, params):
-            return self.config.axes.pictures(block.apply({"params": params}, x, embedding)), None
+            return self.config.axes.images(block.apply({"params": params}, x, embedding)), None
 
         return jax.lax.scan(self._remat(jax.checkpoint, body), x, stacked)[0]
 
@@ -261,7 +265,7 @@ class _Parts(nn.Module):
                 style = config.norm_groups, config.reading is Reading.WHOLE
                 heads = config.heads_at(level)
                 layer = block(heads, itself, config.feed_forward, config.dtype, *style, name=f"{name}_{kind}")
-                x = config.axes.pictures(layer(x, tokens, mask))
+                x = config.axes.images(layer(x, tokens, mask))
         return x
 
     def _style(self):

@@ -1,241 +1,247 @@
-"""Imagen (arXiv 2205.11487): one stage of the cascade, trained on its own.
+"""Imagen's published stages as plain values, DeepFloyd IF's, and a tiny cascade that trains on a laptop.
 
-A stage is a diffusion model of pictures: the base draws 64×64 from text, a super-resolution stage enlarges fourfold,
-from the low-resolution picture and, where it has one, the text. How it draws is `systems/imagen_drawing.py`, joining
-stages `systems/cascade.py`; the paper's settings and the tiny ones are `systems/imagen_presets.py`.
+Where the paper prints no value, a convention stands in: 128 text tokens, the sampling steps, the guidance of each
+stage. Parameter counts are tested.
 """
 
-import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.losses import MinSNR, PowerSNR
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDPM, DPMSolverPP2M
+from jaxdiff.diffusion.schedules import CosineSchedule, Focused, LinearBetaSchedule, TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.diffusion import DiffusionModel, Enlargement, NullText
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.nets.blocks import Activation
+from jaxdiff.nets.unet import EfficientUNetConfig, Reading, UNetConfig
 
-from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.augmentation import augment
-from jaxdiff.diffusion.losses import Simple, Weighting, diffusion_loss, variance_loss
-from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
-from jaxdiff.diffusion.schedules import Cosine, Discrete, Schedule
-from jaxdiff.nets.placement import Axes
-from jaxdiff.nets.unet import UNetConfig
-from jaxdiff.text.t5 import TextEmbedding
+BASE_64_2B = DiffusionModel(unet=UNetConfig())
+"""The base model (F.1): 2.26 B parameters with the text projected to 2048 inside the network."""
 
+BASE_64_500M = DiffusionModel(unet=UNetConfig(channels=256, time_width=1024, context_width=512))
+"""Half the width, as in NVIDIA NeMo's 500M configuration."""
 
-class NullText(enum.Enum):
-    """What stands for no text: in training in place of dropped captions, in drawing what guidance leads away from.
+BASE_64_300M = DiffusionModel(unet=UNetConfig(channels=192, time_width=768, context_width=512))
+"""The size of the paper's ablations (Fig. 4a). Its width is not published; this one comes to about 300 M."""
 
-    ZEROS: embeddings of zeros, all of them masked (Imagen). EMPTY: the encoder's embedding of the empty caption
-    (DeepFloyd IF).
-    """
+SR_256 = DiffusionModel(
+    unet=EfficientUNetConfig(),
+    resolution=256,
+    low_resolution=64,
+)
+"""64→256 (F.2): the Efficient U-Net with self-attention, and text beside it, in its 1024-channel block."""
 
-    ZEROS = "zeros"
-    EMPTY = "empty"
+SR_1024 = DiffusionModel(
+    unet=EfficientUNetConfig(
+        time_width=1024,
+        context_width=1024,
+        self_attention=(False, False, False, False),
+        cross_attention=(False, False, False, True),
+        pool_text=False,
+    ),
+    resolution=1024,
+    low_resolution=256,
+    schedule=LinearBetaSchedule(),
+)
+"""256→1024 (F.3): no self-attention, explicit cross-attention, the linear schedule in continuous time.
 
+The paper says 400 M parameters, but the configuration that it prints for this stage has F.2's channels and blocks and
+leaves out attention alone, which is a small part of them: what it describes has 478 to 536 M, depending on the widths
+that it does not print.
+"""
 
-class Enlargement(enum.Enum):
-    """How the low-resolution input of super-resolution comes to the output's size.
+_TINY_UNET = EfficientUNetConfig(
+    channels=32,
+    multipliers=(2, 4),
+    blocks=(1, 3),
+    outer_blocks=1,
+    self_attention=(False, True),
+    cross_attention=(False, True),
+    heads=4,
+    time_width=256,
+    text_width=128,
+    context_width=128,
+    patch=2,
+    coordinates=True,
+    conditioned_head=True,
+    input_skip=True,
+    low_res=False,
+)
 
-    CUBIC: noised, then enlarged as Pillow's BICUBIC does. BILINEAR: enlarged, the corner pixels of both sizes in one
-    place, and then noised (DeepFloyd IF).
-    """
+BASE_64_TINY = DiffusionModel(
+    unet=_TINY_UNET,
+    schedule=Focused(CosineSchedule(shift=-2.5), -11.0, 4.0),
+    prediction=Prediction.X0,
+    weighting=PowerSNR(0.2, lowest=-11.0),
+    text_length=24,
+)
+"""For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
 
-    CUBIC = "cubic"
-    BILINEAR = "bilinear"
+The schedule is shifted towards noise: of a flat picture, 4096 pixels of a background say its colour through any noise
+that Imagen's schedule spends time on, and the text would have nothing left to decide. Colours are decided at log-SNRs
+of -10 to -5, places and sizes at -9 to -4, forms at -5 to 0; all get the same share of the training.
+It predicts x₀: ε or v would have to carry a patch's noise through few channels; a picture's content is less."""
 
+BASE_64_QUICK = replace(
+    BASE_64_TINY,
+    unet=replace(
+        _TINY_UNET,
+        channels=64,
+        multipliers=(2,),
+        blocks=(1,),
+        outer_blocks=0,
+        self_attention=(True,),
+        cross_attention=(True,),
+        patch=4,
+    ),
+)
+"""For minutes of training: twice as fast for each picture, because colours take many pictures to learn from and no fine
+patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
 
-@dataclass(frozen=True)
-class Stage:
-    """Settings of one stage. `low_resolution` makes it a super-resolution stage.
+BASE_32_TINY = replace(
+    BASE_64_TINY,
+    resolution=32,
+    schedule=Focused(CosineSchedule(shift=-1.1), -9.6, 5.4),
+    weighting=PowerSNR(0.2, lowest=-9.6),
+)
+"""The same network on a quarter of the pixels, so a quarter of the work: for sets of 32×32 and for ablations.
 
-    resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
-    schedule, prediction, weighting: the diffusion process; Imagen's are cosine, ε and the plain squared error.
-    augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4). max_aug_level: the
-    highest level in training, where levels are uniform from 0. enlargement: how that input is enlarged, and when.
-    residual: the network says what to add to the enlarged input (x₀ prediction only): flat areas come out exact.
-    text_length: tokens per caption. text_dropout: share of captions replaced by the null text.
-    """
+A quarter of the pixels say as much through noise that is 1.4 less in log-SNR: the schedule is shifted by that."""
 
-    unet: UNetConfig = UNetConfig()
-    resolution: int = 64
-    low_resolution: int | None = None
-    schedule: Schedule = Cosine()
-    prediction: Prediction = Prediction.EPSILON
-    weighting: Weighting = Simple()
-    augmentation: Schedule = Cosine()
-    max_aug_level: float = 1.0
-    enlargement: Enlargement = Enlargement.CUBIC
-    residual: bool = False
-    text_length: int = 128
-    text_dropout: float = 0.1
-    null_text: NullText = NullText.ZEROS
+BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=8))
+BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=16))
+BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=24))
+"""A quarter, half and three quarters of its width."""
 
-    def __post_init__(self):
-        check_size(self, self.resolution)
-        if (self.low_resolution is not None) != self.unet.low_res:
-            raise ValueError("low_resolution is for networks with low_res, and they need it")
-        if self.low_resolution is not None and (self.low_resolution < 1 or self.resolution % self.low_resolution):
-            raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {self.low_resolution}")
-        if self.residual and (self.prediction is not Prediction.X0 or not self.unet.low_res):
-            raise ValueError("residual is for super-resolution stages that predict x0")
-        if self.unet.learned_variance and not isinstance(self.schedule, Discrete):
-            raise ValueError("a variance is learned between the entries of a discrete schedule")
-        if not 0 <= self.max_aug_level <= 1:
-            raise ValueError(f"max_aug_level must lie in [0, 1], not {self.max_aug_level}")
-        if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"text_dropout must be a share between 0 and 1, not {self.text_dropout}")
+SR_256_TINY = DiffusionModel(
+    unet=EfficientUNetConfig(
+        channels=32,
+        multipliers=(1,),
+        blocks=(3,),
+        self_attention=(False,),
+        cross_attention=(False,),
+        pool_text=False,
+        time_width=128,
+        text_width=128,
+        context_width=128,
+        patch=2,
+    ),
+    resolution=256,
+    low_resolution=64,
+    schedule=CosineSchedule.shifted(256),
+    prediction=Prediction.X0,
+    weighting=MinSNR(floor=1.0),
+    max_aug_level=0.3,
+    residual=True,
+    text_length=24,
+)
+"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on pictures alone."""
 
-    @property
-    def factor(self) -> int:
-        """How many times a super-resolution stage enlarges; 1 for a base stage."""
-        return self.resolution // (self.low_resolution or self.resolution)
+SR_1024_TINY = replace(SR_256_TINY, resolution=1024, low_resolution=256)
+"""The same network and schedule: enlarging edges fourfold is the same task again, so it may start from SR_256_TINY."""
 
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Fresh parameters, float32. Widths alone decide their shapes, so the smallest picture does."""
-        side = self.unet.stride
-        x, ones = jnp.zeros((1, side, side, 3)), jnp.ones(1)
-        low_res = (x, ones) if self.unet.low_res else ()
-        text = null_text(self, 1)
-        unet = replace(self.unet, axes=Axes())  # one picture cannot be split
-        return unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
+SR_64_TINY = replace(SR_256_TINY, resolution=64, low_resolution=32, schedule=CosineSchedule.shifted(64))
+"""Twofold, behind BASE_32_TINY."""
 
-    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict]:
-        """The weighted squared error, averaged over the batch.
+SAMPLING_BASE = SamplingConfig(sampler=DDPM(), steps=256, guidance=Guidance(1.35), thresholding=DynamicThreshold())
+"""w = 1.35 is that of the paper's best FID (7.27)."""
 
-        `batch`: image (b h w 3) in [-1, 1]; for super-resolution low_res (b h/f w/f 3); text (b n d) and text_mask
-        (b n) where there are captions, and null_text (n d), the embedding of the empty caption, where that is the null
-        text; without captions the stage trains on pictures alone.
-        """
-        image = batch["image"].astype(jnp.float32)
-        count = image.shape[0]
-        keys = noise.sample_keys(key, jnp.arange(count))
-        # Times are spread evenly over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, a loss of less variance.
-        u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
-        t = self.schedule.sample_time(jax.random.permutation(jax.random.fold_in(key, count), u))
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        eps = noise.normal_like(noise.fold(keys, 0), image.shape[1:])
-        x = noised(image, eps, alpha, sigma)
-        text = self._dropped_text(batch, keys)
-        low_res = self._augmented(batch, image.shape, keys)
-        output, gamma = self.parts(self.predict(params, x, t, text, *low_res))
-        losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
-        if gamma is not None:
-            x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
-            assert isinstance(self.schedule, Discrete)  # see __post_init__
-            losses += variance_loss(self.schedule, gamma, image, x0, x, t)
-        return losses.mean(), {}
+SAMPLING_SR = SamplingConfig(sampler=DDPM(), steps=128, guidance=Guidance(8.0), thresholding=DynamicThreshold())
+"""w = 8 at augmentation level 0: the super-resolution setting of the same figure."""
 
-    def batch(self, count: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of a training batch of pictures of that side, with captions."""
-        shapes: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]] = {
-            "image": ((count, side, side, 3), jnp.float32),
-            "text": ((count, self.text_length, self.unet.text_width), jnp.float16),
-            "text_mask": ((count, self.text_length), jnp.bool_),
-        }
-        if self.low_resolution is not None:
-            shapes["low_res"] = ((count, side // self.factor, side // self.factor, 3), jnp.float32)
-        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
-
-    def cast(self, params: dict) -> dict:
-        """The kernels in the type that the network computes in, which its layers would give them anyway."""
-        return jax.tree.map(lambda leaf: leaf.astype(self.unet.dtype) if leaf.ndim > 1 else leaf, params)
-
-    def parts(self, output: Float[Array, "b h w o"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
-        """Of a network's output: what `prediction` says and, where it is learned, γ of the variance (`DDPM`)."""
-        if not self.unet.learned_variance:
-            return output, None
-        output, variance = jnp.split(output, 2, axis=-1)
-        return output, 0.5 * (variance + 1.0)
-
-    def predict(
-        self,
-        params: dict,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        text: TextEmbedding,
-        low_res: Float[Array, "b h w c"] | None = None,
-        level: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w o"]:
-        """The network's output at the noised pictures x; `low_res` is enlarged and noised to its level already."""
-        given = () if low_res is None else (low_res, level)
-        position = self.schedule.position(t)
-        inputs = x, position, text.embeddings, text.mask, *given
-        output = cast(Array, self.unet.module().apply({"params": params}, *inputs))
-        if self.residual:
-            assert low_res is not None and level is not None  # residual is for super-resolution alone
-            alpha = self.augmentation.alpha(self.augmentation.level_time(level))
-            output += alpha[:, None, None, None] * low_res
-        return output
-
-    def _dropped_text(self, batch: Mapping, keys: Key[Array, " b"]) -> TextEmbedding:
-        if "text" not in batch:
-            return null_text(self, batch["image"].shape[0])
-        kept = noise.uniform(noise.fold(keys, 1)) >= self.text_dropout
-        text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
-        if self.null_text is NullText.EMPTY:
-            if "null_text" not in batch:
-                raise ValueError("this stage's null text is the empty caption: a batch needs null_text, its embedding")
-            # Nothing of either is masked.
-            return TextEmbedding(jnp.where(kept[:, None, None], text, batch["null_text"].astype(jnp.float32)), mask)
-        mask = mask & kept[:, None]
-        return TextEmbedding(jnp.where(mask[..., None], text, 0.0), mask)
-
-    def _augmented(self, batch: Mapping, shape: tuple, keys: Key[Array, " b"]) -> tuple:
-        """The enlarged low-resolution input with noise of a random level each, and the levels."""
-        if not self.unet.low_res:
-            return ()
-        level = self.max_aug_level * noise.uniform(noise.fold(keys, 2))
-        return low_res_input(self, batch["low_res"], level, noise.fold(keys, 3), shape[1:3])
+SAMPLING_BASE_TINY = SamplingConfig(
+    sampler=DDPM(), steps=36, guidance=Guidance(3.0, (-20.0, -1.0)), thresholding=StaticThreshold()
+)
+"""Guided from the noisiest level until forms are decided. Beyond that, guidance makes the edges wobble; many steps make
+them straighter. Figures are in the model card (jaxdiff/weights/tiny/README.md)."""
+SAMPLING_BASE_QUICK = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(3.0, (-8.0, -2.0)))
+"""Guided only where colours are decided: beyond that it makes them brighter than any of the set's."""
+SAMPLING_BASE_32 = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(2.0, (-20.0, 0.4)))
+SAMPLING_SR_TINY = SamplingConfig(sampler=DPMSolverPP2M(), steps=6, thresholding=StaticThreshold())
+"""No guidance: these stages read no text."""
 
 
-def low_res_input(
-    stage: Stage,
-    low_res: Float[Array, "b h w c"],
-    level: Float[Array, " b"],
-    keys: Key[Array, " b"],
-    size: tuple[int, int],
-) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, " b"]]:
-    """The low-resolution pictures as the network sees them, noised and enlarged, and the level that it is told."""
-    low_res, schedule = low_res.astype(jnp.float32), stage.augmentation
-    if stage.enlargement is Enlargement.CUBIC:
-        seen = enlarge(augment(low_res, level, keys, schedule), size)
-    else:
-        seen = augment(enlarge_between_corners(low_res, size), level, keys, schedule)
-    return seen, schedule.position(schedule.level_time(level)) / 1000.0
+def _if_unet(channels: int, multipliers: tuple[int, ...], **settings) -> UNetConfig:
+    top = channels * multipliers[-1]
+    return UNetConfig(
+        channels=channels,
+        multipliers=multipliers,
+        time_width=top,
+        context_width=top,
+        learned_variance=True,
+        reading=Reading.WHOLE,
+        pool_heads=64,
+        activation=Activation.GELU,
+        norm_groups=32,
+        frequencies=channels,
+        **settings,
+    )
 
 
-def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """The low-resolution input at the output's size, bicubic (Keys, a = −1/2: Pillow's BICUBIC)."""
-    shape = (low_res.shape[0], *size, low_res.shape[3])
-    return jax.image.resize(low_res, shape, jax.image.ResizeMethod.CUBIC, antialias=False)
+def if_stage(unet: UNetConfig, resolution: int) -> DiffusionModel:
+    """DeepFloyd IF's conventions around one of its U-Nets: 1000 cosine steps, learned variance, the empty caption as
+    null text, 77 tokens; super-resolution sees its input enlarged bilinearly, then noised."""
+    return DiffusionModel(
+        unet=unet,
+        resolution=resolution,
+        low_resolution=resolution // 4 if unet.low_res else None,
+        schedule=TabulatedSchedule.cosine(),
+        augmentation=TabulatedSchedule.cosine(),
+        enlargement=Enlargement.BILINEAR,
+        text_length=77,
+        null_text=NullText.EMPTY,
+    )
 
 
-def enlarge_between_corners(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """Bilinear, the centres of the corner pixels of both sizes in one place (PyTorch's align_corners)."""
-    shape = (low_res.shape[0], *size, low_res.shape[3])
-    scale = jnp.asarray([(after - 1) / max(before - 1, 1) for before, after in zip(low_res.shape[1:3], size)])
-    shift = 0.5 - 0.5 * scale
-    return jax.image.scale_and_translate(low_res, shape, (1, 2), scale, shift, "linear", antialias=False)
+def _if_ii_unet(channels: int) -> UNetConfig:
+    return _if_unet(
+        channels,
+        (1, 1, 2, 3, 4),
+        blocks=(2, 2, 3, 5, 5),
+        self_attention=(False,) * 5,
+        cross_attention=(False, False, False, True, True),
+        low_res=True,
+        residual_scale=0.7071,
+    )
 
 
-def null_text(stage: Stage, count: int) -> TextEmbedding:
-    """Zeros, all of it masked: NullText.ZEROS, and what a stage is given that reads no text."""
-    shape = (count, stage.text_length)
-    return TextEmbedding(jnp.zeros((*shape, stage.unet.text_width)), jnp.zeros(shape, bool))
+IF_I_M = if_stage(_if_unet(192, (1, 2, 3, 4)), 64)
+IF_I_L = if_stage(_if_unet(320, (1, 2, 3, 4)), 64)
+IF_I_XL = if_stage(_if_unet(704, (1, 2, 3, 4)), 64)
+"""372, 935 and 4305 M parameters."""
+IF_II_M = if_stage(_if_ii_unet(192), 256)
+IF_II_L = if_stage(_if_ii_unet(320), 256)
+"""466 and 1198 M parameters. Their widths are not printed anywhere: these are those of stage I's M and L, and come to
+the published 450 M and 1.2 B. What is loaded has the widths of its own config.json."""
 
+FAST27 = Respaced((10, 10, 3, 2, 2), offset=2)
+SMART27 = Respaced((7, 4, 2, 1, 2, 4, 7))
+SMART50 = Respaced((10, 6, 4, 3, 2, 2, 3, 4, 6, 10))
+SMART100 = Respaced((1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 13))
+SMART185 = Respaced((1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20))
+SUPER27 = Respaced((1, 1, 1, 1, 1, 1, 1, 2, 5, 13))
+SUPER40 = Respaced((2, 2, 2, 2, 2, 2, 3, 4, 6, 15))
+SUPER100 = Respaced((4, 4, 6, 6, 8, 8, 10, 10, 14, 30))
+"""DeepFloyd IF's respacings of its 1000 steps; the super ones are for super-resolution to 1024."""
 
-def check_size(stage: Stage, *sides: int, name: str = "side") -> None:
-    """ValueError where a side (`name` says of what) is not a multiple of the network's stride."""
-    for side in sides:
-        if side < 1 or side % stage.unet.stride:
-            raise ValueError(f"a {name} of {side} pixels is not a multiple of the network's stride {stage.unet.stride}")
-
-
-def check_crop(stage: Stage, side: int) -> None:
-    """ValueError where the stage cannot be trained on crops of this side: one that the network does not take, or that
-    is larger than its images."""
-    check_size(stage, side, name="crop")
-    if side > stage.resolution:
-        raise ValueError(f"--crop {side}: larger than the pictures, {stage.resolution}")
+SAMPLING_IF_I = SamplingConfig(
+    sampler=DDPM(None),
+    steps=100,
+    spacing=Respaced((100,)),
+    guidance=Guidance(7.0),
+    thresholding=DynamicThreshold(0.95, cap=1.5),
+    clean_known=True,
+)
+SAMPLING_IF_II = SamplingConfig(
+    sampler=DDPM(None),
+    steps=50,
+    spacing=SMART50,
+    guidance=Guidance(4.0),
+    thresholding=DynamicThreshold(0.95, cap=1.0),
+    aug_level=0.25,
+    clean_known=True,
+)
+"""The cap of 1 makes its thresholding static."""

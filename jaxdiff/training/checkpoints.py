@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jaxdiff.core.settings import difference
 from jaxdiff.training import manifest
 from jaxdiff.training.agreement import barrier, gather
-from jaxdiff.training.peers import FolderInUseError
+from jaxdiff.training.multihost import FolderInUseError
 from jaxdiff.training.state import Params, TrainState
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax, and so we, put behind the name of what is being written

@@ -23,7 +23,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.core.jax_internals import backends_are_initialized, cloud_tpu_init, global_state
-from jaxdiff.training import lost_peer, peers
+from jaxdiff.training import lost_peer, multihost
 from jaxdiff.training.interruption import unheard
 
 T = TypeVar("T")
@@ -75,12 +75,13 @@ class Cluster:
 def start(cluster: Cluster) -> int:
     """Join the run's other processes and return how many there are; 1, and nothing is called, for one alone.
 
-    To be called before the first use of a device. From here on the failure of one process ends them all (`peers`).
-    Raises ValueError for what cannot be right, `peers.Lost` where the cluster around cannot be read. Where the others
-    do not come in time, this process ends with one line and `peers.BROKEN_OFF`: jaxlib would abort it with a stack.
+    To be called before the first use of a device. From here on the failure of one process ends them all (`multihost`).
+    Raises ValueError for what cannot be right, `multihost.PeerLostError` where the cluster around cannot be read. Where
+    the others do not come in time, this process ends with one line and `multihost.BROKEN_OFF`: jaxlib would abort it
+    with a stack.
     """
     if jax.distributed.is_initialized():
-        return peers.count()
+        return multihost.count()
     if cluster.coordinator is None and (cluster.join == "none" or not _one_of_several(os.environ)):
         return 1
     if cluster.processes == 1:
@@ -106,21 +107,23 @@ def start(cluster: Cluster) -> int:
             )
         except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise peers.Lost(
+            raise multihost.PeerLostError(
                 f"the other processes were not found: {reason}; say where they are with --coordinator HOST:PORT "
                 "--processes N --process I, or --join none to run on this machine alone"
             ) from error
-    if peers.count() > 1:
-        peers.watch()
+    if multihost.count() > 1:
+        multihost.watch()
         unheard()
-    return peers.count()
+    return multihost.count()
 
 
 def agree(name: str, values: Mapping[str, Any], seconds: float = 3600.0) -> None:
     """ValueError, on every process, where these (flat, JSON-able) are not the same on all; `name` says of what."""
-    if peers.count() == 1:
+    if multihost.count() == 1:
         return
-    everyone = {int(key): json.loads(text) for key, text in peers.exchange(name, json.dumps(values), seconds).items()}
+    everyone = {
+        int(key): json.loads(text) for key, text in multihost.exchange(name, json.dumps(values), seconds).items()
+    }
     first = everyone[0]
     for process, theirs in sorted(everyone.items()):
         if theirs != first:
@@ -142,23 +145,23 @@ def once(folder: Path, prepare: Callable[[], T]) -> T:
     `prepare` finds what is there already, as it does in a run that is started again. Folders of hosts that share none
     are prepared once a host.
     """
-    if peers.count() == 1:
+    if multihost.count() == 1:
         return prepare()
-    ours = [prepare()] if _lowest_in(folder) == peers.index() else []
-    peers.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
+    ours = [prepare()] if _lowest_in(folder) == multihost.index() else []
+    multihost.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
     return ours[0] if ours else prepare()
 
 
 def on_process_0(act: Callable[[], T]) -> T | None:
     """`act()` on process 0, while the others wait for it and get None."""
-    result = act() if peers.index() == 0 else None
-    peers.barrier("process 0 is done", _DAY)
+    result = act() if multihost.index() == 0 else None
+    multihost.barrier("process 0 is done", _DAY)
     return result
 
 
 def all_done() -> None:
     """Wait for the others at the end: one that leaves a minute before them would be taken for lost, and end them."""
-    peers.barrier("all are done", _DAY)
+    multihost.barrier("all are done", _DAY)
 
 
 def gathered(tree: Any) -> Any:
@@ -166,7 +169,7 @@ def gathered(tree: Any) -> Any:
 
     To be called by all of them. Array by array, so that no device holds more than one of them whole.
     """
-    if peers.count() == 1:
+    if multihost.count() == 1:
         return jax.device_get(tree)
 
     def whole(leaf: Any) -> Any:
@@ -174,7 +177,7 @@ def gathered(tree: Any) -> Any:
             copy = leaf
         else:
             copy = jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-        return jax.device_get(copy.addressable_data(0)) if peers.index() == 0 else None
+        return jax.device_get(copy.addressable_data(0)) if multihost.index() == 0 else None
 
     return jax.tree.map(whole, tree)
 
@@ -185,9 +188,9 @@ def _itself(x: Any) -> Any:
 
 def check_shared(folder: Path) -> None:
     """ValueError on a process that does not see what process 0 writes into the folder."""
-    if peers.count() > 1 and _lowest_in(folder) != 0:
+    if multihost.count() > 1 and _lowest_in(folder) != 0:
         raise ValueError(
-            f"{folder.absolute()} on {peers.name()} is not the folder that process 0 writes to: give one that all "
+            f"{folder.absolute()} on {multihost.name()} is not the folder that process 0 writes to: give one that all "
             "processes share, such as a network file system"
         )
 
@@ -195,12 +198,12 @@ def check_shared(folder: Path) -> None:
 def _lowest_in(folder: Path) -> int:
     """The lowest process that shares this folder: each leaves a file there, and looks for those of the others."""
     folder.mkdir(parents=True, exist_ok=True)
-    token = f".process-{peers.index()}-{secrets.token_hex(8)}"
+    token = f".process-{multihost.index()}-{secrets.token_hex(8)}"
     (folder / token).touch()
     try:
-        tokens = peers.exchange("tokens", token, _DAY)
-        lowest = next(number for number in range(peers.count()) if (folder / tokens[str(number)]).exists())
-        peers.barrier("tokens seen", _DAY)
+        tokens = multihost.exchange("tokens", token, _DAY)
+        lowest = next(number for number in range(multihost.count()) if (folder / tokens[str(number)]).exists())
+        multihost.barrier("tokens seen", _DAY)
     finally:
         (folder / token).unlink(missing_ok=True)
     return lowest
@@ -253,7 +256,7 @@ def _patience(cluster: Cluster) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(peers.BROKEN_OFF)
+        os._exit(multihost.BROKEN_OFF)
 
     timer = threading.Timer(cluster.join_timeout, give_up)
     timer.daemon = True

@@ -16,7 +16,7 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 
 _c_signal = ctypes.CDLL(None).signal
 _c_signal.restype, _c_signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
@@ -41,7 +41,7 @@ class Preempted(SystemExit):
         self.message = message
 
 
-class Told(BaseException):
+class InterruptRequested(BaseException):
     """Raised by a signal where `Interruption.at_once` allows it; no `except Exception` on its way stops it."""
 
 
@@ -51,7 +51,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self.name = ""  # of the signal, once there was one
         self._at_once = False
-        self._several = peers.count() > 1
+        self._several = multihost.count() > 1
         mine = threading.current_thread() is threading.main_thread()
         # With several processes SIGTERM is jax's: it begins the agreement.
         handlers = {signal.SIGINT: self._forward} if self._several else {}
@@ -80,7 +80,7 @@ class Interruption:
         self._at_once = not self._several
         try:
             if self._at_once and self.name:
-                raise Told
+                raise InterruptRequested
             yield
         finally:
             self._at_once = False
@@ -90,7 +90,7 @@ class Interruption:
         self._once_only(number)
         if self._at_once:
             self._at_once = False
-            raise Told
+            raise InterruptRequested
 
     def _forward(self, number: int, _: Any) -> None:
         self.name = signal.Signals(number).name

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdiff.core.files import is_alive
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 
 NAME = "run.lock"
 EVERY = 10.0
@@ -54,9 +54,9 @@ def locked(folder: str | Path) -> Iterator["FolderLock"]:
     """The lock of a run's folder, which process 0 holds until the block ends; the folder is made where it is missing.
 
     Within a block of the same folder, in the same thread, a second one is the same lock. Raises
-    `peers.FolderInUseError` where another run has the folder; OSError where nothing can be written to it.
+    `multihost.FolderInUseError` where another run has the folder; OSError where nothing can be written to it.
     """
-    with FolderLock(folder, active=peers.index() == 0) as lock:
+    with FolderLock(folder, active=multihost.index() == 0) as lock:
         yield lock
 
 
@@ -108,7 +108,8 @@ class FolderLock:
 
     def check(self, *folders: Path) -> None:
         """Raises FileNotFoundError where the folder, or one of `folders` in it, is gone, and
-        `peers.FolderInUseError` where the lock is not this run's any more. To be called before anything is written."""
+        `multihost.FolderInUseError` where the lock is not this run's any more. To be called before anything is
+        written."""
         if not self._active:
             return
         self._looked = time.monotonic()
@@ -133,7 +134,9 @@ class FolderLock:
             return None
         holder = _owner_of(content)
         what = f"is held by {holder.words()} now" if holder else "was removed or damaged"
-        return peers.FolderInUseError(f"{self.path}: {what}, and another run may write here; stopped without writing")
+        return multihost.FolderInUseError(
+            f"{self.path}: {what}, and another run may write here; stopped without writing"
+        )
 
     # Taking it.
 
@@ -156,7 +159,7 @@ class FolderLock:
             lives = self._lives(self.path, content)
             if lives:
                 what = "wait until it has ended, stop it, or name another folder"
-                raise peers.FolderInUseError(f"{self.folder}: in use by {_words(holder)}: {what}")
+                raise multihost.FolderInUseError(f"{self.folder}: in use by {_words(holder)}: {what}")
             if lives is False and self._remove(self.path, content):
                 _say(f"{self.path}: left behind by {_words(holder)}, which has ended; taken over")
 

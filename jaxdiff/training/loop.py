@@ -16,16 +16,16 @@ import jax
 from jax.sharding import Mesh
 
 from jaxdiff.core.settings import flatten
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.distributed import agree, check_shared
-from jaxdiff.training.feed import Batches, Feed
-from jaxdiff.training.interruption import Interruption, Preempted, Told
+from jaxdiff.training.interruption import Interruption, InterruptRequested, Preempted
 from jaxdiff.training.lock import FolderLock, locked
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.optimizer import OptimizerConfig
-from jaxdiff.training.placement import BY_SHAPE, Placement
+from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding
+from jaxdiff.training.prefetch import Batches, Prefetch
 from jaxdiff.training.reporter import Diverged, Reporter
 from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
 from jaxdiff.training.step import Step, make_step
@@ -75,7 +75,7 @@ def train(
     *,
     data: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
-    placement: Placement = BY_SHAPE,
+    placement: ParamSharding = BY_SHAPE,
     sample_hook: Callable[[int, Params], None] | None = None,
     initial: Params | None = None,
     progress: bool = True,
@@ -93,8 +93,8 @@ def train(
 
     Raises Diverged; Preempted, after saving; ValueError for a checkpoint of other settings or that cannot be read, a
     batch that does not divide over the devices, data that ends, processes that differ; OSError where saving fails or
-    `out` is deleted meanwhile; peers.FolderInUseError where another run has `out` or takes it over; peers.Lost where
-    another process is gone. Where one process raises, the others end too.
+    `out` is deleted meanwhile; multihost.FolderInUseError where another run has `out` or takes it over;
+    multihost.PeerLostError where another process is gone. Where one process raises, the others end too.
     """
     out = Path(out)
     with locked(out) as lock:  # before anything is read, deleted or written there
@@ -140,7 +140,7 @@ def train(
                     ema_warmup=config.ema_warmup,
                 )
                 first = int(state.step)
-                feed = Feed(batches, mesh, config.accumulate, config.steps - first)
+                feed = Prefetch(batches, mesh, config.accumulate, config.steps - first)
             reporter = Reporter(out, config.log_every, config.steps, first, progress, description)
             try:
                 loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog, lock)
@@ -149,13 +149,13 @@ def train(
                 lock.check(folder)  # where the folder is gone, that is what to say
                 raise
             except Diverged:
-                if peers.index() == 0:
+                if multihost.index() == 0:
                     plot(out)
                 raise
             finally:
                 reporter.close()
         lock.check(folder)
-        if peers.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
+        if multihost.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
             plot(out)
         return state
 
@@ -168,7 +168,7 @@ class _Loop:
     number: int  # of the state's step
     step: Step
     key: Any
-    feed: Feed
+    feed: Prefetch
     config: TrainConfig
     checkpoints: Checkpoints
     reporter: Reporter
@@ -186,7 +186,7 @@ class _Loop:
             try:
                 with self.interruption.at_once():
                     batch, rows, place = next(self.feed)
-            except Told:
+            except InterruptRequested:
                 self.stop(self.interruption.name)
             metrics = self.advance(batch, rows)
             self.place = place
@@ -197,7 +197,7 @@ class _Loop:
             save_due |= self.number % config.save_every == 0
             # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
             # must not be of those. It is saved after the first good step, or where the run ends.
-            if last or stop or (save_due and int(metrics["in_a_row"]) == 0):
+            if last or stop or (save_due and int(metrics["consecutive_skips"]) == 0):
                 self.save()
                 save_due = False
             if stop and not last:
@@ -239,7 +239,7 @@ class _Loop:
         try:
             with self.interruption.at_once():
                 hook(self.number, self.state.ema)
-        except Told:
+        except InterruptRequested:
             self.stop(self.interruption.name)
         self.reporter.restart_clock()
 
@@ -257,7 +257,7 @@ def _announced() -> Iterator[None]:
     try:
         yield
     except Preempted as stop:
-        if peers.index() == 0:
+        if multihost.index() == 0:
             print(stop.message, file=sys.stderr)
         raise
 
@@ -268,7 +268,7 @@ def _stopped_early(interruption: Interruption) -> Iterator[None]:
     try:
         with interruption.at_once():
             yield
-    except Told:
+    except InterruptRequested:
         raise Preempted(f"stopped by {interruption.name} before a step was taken; run again to go on") from None
 
 
@@ -279,10 +279,10 @@ def _ended_together() -> Iterator[None]:
     Diverged is none: it is raised by all, after the same step.
     """
     try:
-        with peers.together():
+        with multihost.together():
             yield
     except Diverged:
         raise
     except Exception as error:
-        peers.end_soon(error)
+        multihost.end_soon(error)
         raise

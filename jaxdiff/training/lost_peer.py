@@ -1,4 +1,4 @@
-"""Where jax's coordination service finds that other processes are gone, this one ends with `peers.BROKEN_OFF`.
+"""Where jax's coordination service finds that other processes are gone, this one ends with `multihost.BROKEN_OFF`.
 
 By itself jaxlib aborts the process then: exit code 134 and a stack of C++, as for a bug. It accepts a callback, but
 cannot convert its own status into an argument for one that is written in Python (jaxlib 0.10.1 to 0.12.0): it throws
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxdiff.core.jax_internals import jaxlib_module
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 
 _RUNTIMES = ("libstdc++.so.6", "libc++.so.1", "libc++abi.dylib")
 _BAD_CAST = b"St8bad_cast"  # the name that the ABI of C++ gives the type
@@ -24,7 +24,7 @@ def ends_this_process() -> Iterator[None]:
     """To join other processes in: what is said above holds for the client that is made inside."""
     make = jaxlib_module.get_distributed_runtime_client
     jaxlib_module.get_distributed_runtime_client = functools.partial(
-        make, missed_heartbeat_callback=lambda *_: peers.lose_contact()
+        make, missed_heartbeat_callback=lambda *_: multihost.lose_contact()
     )
     try:
         runtime = _runtime()
@@ -45,7 +45,7 @@ def _terminate() -> None:
     # A type_info: the address of its functions, and that of its name.
     name = ctypes.cast(kind, ctypes.POINTER(ctypes.c_char_p))[1] if kind else b""
     if name == _BAD_CAST:
-        peers.lose_contact()
+        multihost.lose_contact()
     ctypes.CFUNCTYPE(None)(_default_handler(runtime))()
 
 

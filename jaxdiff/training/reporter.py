@@ -80,7 +80,7 @@ class Reporter:
         speed = rows / (now - self._clock) if rows and self._clock is not None else None
         self._clock = now
         latest = values[-1]
-        counters = ("skipped", "in_a_row", "worst_run")
+        counters = ("skipped", "consecutive_skips", "max_consecutive_skips")
         line: dict[str, Any] = {"step": step}
         for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", "learning_rate", *counters})):
             line[name] = _mean([float(value[name]) for value in values])
@@ -90,11 +90,11 @@ class Reporter:
             self._log.write(line)
         loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
         self._bar.set_postfix_str(f"loss {loss}, {speed or 0:.3g} images/s", refresh=False)
-        if int(latest["worst_run"]) >= TOO_MANY:
+        if int(latest["max_consecutive_skips"]) >= TOO_MANY:
             raise Diverged(
-                f"{int(latest['worst_run'])} steps in a row by step {step} had a loss, gradient or update that was not "
-                "finite: stopped, the last checkpoint is as it was; begin a new run from it with a lower learning rate "
-                "or look at the data"
+                f"{int(latest['max_consecutive_skips'])} steps in a row by step {step} had a loss, gradient or update "
+                "that was not finite: stopped, the last checkpoint is as it was; begin a new run from it with a lower "
+                "learning rate or look at the data"
             )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding
 from jaxdiff.core.trees import check_tree
 from jaxdiff.training.mesh import AnyMesh
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer
-from jaxdiff.training.placement import BY_SHAPE, Placement, following, shardings
+from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding, following, shardings
 
 Params = Any  # nested dicts of arrays
 Metrics = dict[str, Any]  # scalars
@@ -47,8 +47,8 @@ class TrainState:
     ema: Params  # exponential moving average of params, float32
     opt_state: Any
     skipped: Any  # steps whose loss or gradient was not finite: nothing but the counters changed
-    in_a_row: Any  # such steps since the last finite one
-    worst_run: Any  # the largest `in_a_row` so far
+    consecutive_skips: Any  # such steps since the last finite one
+    max_consecutive_skips: Any  # the largest `consecutive_skips` so far
 
 
 def create_state(params: Params, config: OptimizerConfig) -> TrainState:
@@ -64,7 +64,9 @@ def abstract_params(stage: Stage) -> Params:
     return jax.eval_shape(stage.init, jax.random.key(0))
 
 
-def abstract_state(stage: Stage, config: OptimizerConfig, mesh: AnyMesh, placement: Placement = BY_SHAPE) -> TrainState:
+def abstract_state(
+    stage: Stage, config: OptimizerConfig, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE
+) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
     shapes = jax.eval_shape(lambda params: create_state(params, config), abstract_params(stage))
     placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))
@@ -78,7 +80,7 @@ def init_state(
     key: Any,
     mesh: Mesh,
     params: Params | None = None,
-    placement: Placement = BY_SHAPE,
+    placement: ParamSharding = BY_SHAPE,
 ) -> TrainState:
     """The state before the first step, each device computing its own part.
 

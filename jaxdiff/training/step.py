@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.optimizer import OptimizerConfig, optimizer, schedule
-from jaxdiff.training.placement import without_fsdp
+from jaxdiff.training.param_sharding import without_fsdp
 from jaxdiff.training.state import Casting, Metrics, Params, Stage, TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
@@ -42,7 +42,8 @@ def make_step(
     key is folded with i). `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
 
     A loss, gradient or update that is not finite changes the counters only. Metrics are scalars on the devices: the
-    stage's own, and loss, grad_norm (before clipping), learning_rate, skipped, in_a_row, worst_run.
+    stage's own, and loss, grad_norm (before clipping), learning_rate, skipped, consecutive_skips and
+    max_consecutive_skips.
     """
     update = optimizer(config)
     rate = schedule(config)
@@ -64,17 +65,21 @@ def make_step(
         changed = (params, ema, opt_state)
         kept = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
+        consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
         new = TrainState(
             step=state.step + 1,
             params=params,
             ema=ema,
             opt_state=opt_state,
             skipped=state.skipped + jnp.where(finite, 0, 1),
-            in_a_row=in_a_row,
-            worst_run=jnp.maximum(state.worst_run, in_a_row),
+            consecutive_skips=consecutive_skips,
+            max_consecutive_skips=jnp.maximum(state.max_consecutive_skips, consecutive_skips),
         )
-        counters = {"skipped": new.skipped, "in_a_row": new.in_a_row, "worst_run": new.worst_run}
+        counters = {
+            "skipped": new.skipped,
+            "consecutive_skips": new.consecutive_skips,
+            "max_consecutive_skips": new.max_consecutive_skips,
+        }
         metrics = {**stage_metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate(made), **counters}
         return new, metrics
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 
 COMPILES = 6
 """How many times as long something may take that compiles."""
@@ -25,7 +25,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, after: float, exit_after: float = 0.0) -> None:
-        self._path = folder / f"stall-{peers.index()}.txt"
+        self._path = folder / f"stall-{multihost.index()}.txt"
         self._after, self._exit_after = after, exit_after
         self._changed = threading.Condition()
         self._what, self._patience, self._since = "starting", COMPILES, time.monotonic()
@@ -49,7 +49,7 @@ class Watchdog:
         """What begins now, as it should stand in `process 0 stalled for 600 s while …`."""
         with self._changed:
             if self._reported:
-                tell(f"{peers.name()} goes on after {time.monotonic() - self._since:.0f} s {self._what}")
+                tell(f"{multihost.name()} goes on after {time.monotonic() - self._since:.0f} s {self._what}")
             patience = COMPILES if compiles else 1
             if patience < self._patience:
                 self._changed.notify()  # the thread waits for longer than it now should
@@ -66,8 +66,8 @@ class Watchdog:
                     continue
                 self._reported = due
             if over:
-                self._end(f"{peers.name()} ends, having stalled for {now:.0f} s {what}")
-            self._report(f"{peers.name()} stalled for {now:.0f} s {what}")
+                self._end(f"{multihost.name()} ends, having stalled for {now:.0f} s {what}")
+            self._report(f"{multihost.name()} stalled for {now:.0f} s {what}")
 
     def _due(self) -> float:
         """Seconds after which this is to be reported next; 0: never."""
@@ -93,8 +93,8 @@ class Watchdog:
 
     def _end(self, line: str) -> None:
         self._report(line)
-        peers.end(peers.BROKEN_OFF, f"error: {line}")
-        peers.leave(peers.BROKEN_OFF, f"error: {line}")
+        multihost.end(multihost.BROKEN_OFF, f"error: {line}")
+        multihost.leave(multihost.BROKEN_OFF, f"error: {line}")
 
 
 def tell(line: str) -> None:

@@ -4,7 +4,7 @@
     STAGE_II/  model_index.json  unet/  scheduler/  image_noising_scheduler/
 
 What a scheduler's settings say is how the stage draws; what they do not say (guidance, steps, the level of noise on the
-input of stage II) is as in `systems/imagen_presets.py`.
+input of stage II) is as in `systems/imagen.py`.
 """
 
 from dataclasses import replace
@@ -14,15 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxdiff.core.messages import quoted
-from jaxdiff.diffusion.grids import Leading, Linspace, Spacing, Trailing
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM
-from jaxdiff.diffusion.schedules import Discrete
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Enlargement, NullText
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, Trailing
+from jaxdiff.models.diffusion import Enlargement, NullText
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems import imagen as presets
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.weights import deepfloyd, hub, sizes, t5
@@ -34,7 +34,7 @@ LENGTH = 77
 
 def load_stage(
     directory: Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
-) -> Model:
+) -> TrainedModel:
     """The stage in a pipeline's folder; parameters and compute type in `dtype`, "float32" or "bfloat16".
 
     Raises FileNotFoundError, or ValueError that names the file and the setting or tensors at fault.
@@ -59,7 +59,7 @@ def load_stage(
                 stage, sampling = replace(stage, schedule=schedule), replace(sampling, **given)
             else:
                 stage = replace(stage, augmentation=schedule)
-    return Model(stage, params, sampling)
+    return TrainedModel(stage, params, sampling)
 
 
 def load_text_encoder(
@@ -83,9 +83,9 @@ def lowered(caption: str) -> str:
     return caption.lower().strip()
 
 
-def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]:
-    """The schedule, and the settings of `Sampling` that a scheduler_config.json decides, of a network that has learned
-    the variance or not. ValueError that names a setting that is not supported."""
+def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[str, Any]]:
+    """The schedule, and the settings of `SamplingConfig` that a scheduler_config.json decides, of a network that has
+    learned the variance or not. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "scheduler")
     told = hub.Group(path, {name: value for name, value in values.items() if value is not None})
     told.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
@@ -95,7 +95,7 @@ def read_scheduler(path: Path, learned: bool) -> tuple[Discrete, dict[str, Any]]
     for name, (default, *allowed) in SCHEDULER.items():
         if allowed:
             told.require(name, tuple(allowed), default)
-    schedule = Discrete.cosine(told.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
+    schedule = TabulatedSchedule.cosine(told.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
     given: dict[str, Any] = {"thresholding": _thresholding(told)} | _spacing(told, schedule.steps)
     if values["_class_name"] == "DDIMScheduler":
         return schedule, given | {"sampler": DDIM(), "keep_eps": True}
@@ -138,7 +138,7 @@ SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_or
 
 
 def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
-    """Where the steps lie, if a file says so. The published ones do not: `systems/imagen_presets.py` does.
+    """Where the steps lie, if a file says so. The published ones do not: `systems/imagen.py` does.
 
     `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
     diffusers those of DDIM are N // k entries long, whatever the spacing.
@@ -150,19 +150,19 @@ def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
     return {"spacing": Leading(offset) if kind is Leading else kind()}
 
 
-def _thresholding(told: hub.Group) -> Dynamic | Static | Unthresholded:
+def _thresholding(told: hub.Group) -> DynamicThreshold | StaticThreshold | NoThreshold:
     if not told.flag("thresholding", False):
-        return Static() if told.flag("clip_sample", True) else Unthresholded()
+        return StaticThreshold() if told.flag("clip_sample", True) else NoThreshold()
     found = []
     for name, most in (("dynamic_thresholding_ratio", 1.0), ("sample_max_value", 1e9)):
         value = told.values.get(name, *SCHEDULER[name])
         if type(value) not in (int, float) or not 0.0 < value <= most:
             raise told.error(name, value, f"a number above 0 and up to {most:g}")
         found.append(float(value))
-    return Dynamic(*found)
+    return DynamicThreshold(*found)
 
 
-def described(model: Model) -> dict[str, dict[str, Any]]:
+def described(model: TrainedModel) -> dict[str, dict[str, Any]]:
     """The settings of each part that `export_stage` writes. ValueError where diffusers has no words for one of ours."""
     stage, sampling = model.stage, model.sampling
     for name, fits in {
@@ -182,7 +182,7 @@ def described(model: Model) -> dict[str, dict[str, Any]]:
     return told | {"unet": deepfloyd.described(stage.unet, model.params) | {"sample_size": stage.resolution}}
 
 
-def export_stage(model: Model, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+def export_stage(model: TrainedModel, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
     """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
 
     ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
@@ -208,7 +208,7 @@ def export_stage(model: Model, directory: Path, text: TextEncoder | None = None,
 
 
 def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
-    if not isinstance(schedule, Discrete) or schedule != Discrete.cosine(schedule.steps):
+    if not isinstance(schedule, TabulatedSchedule) or schedule != TabulatedSchedule.cosine(schedule.steps):
         raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be Discrete.cosine()")
     return {
         "_class_name": "DDPMScheduler",
@@ -218,13 +218,13 @@ def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _drawing(sampling: Sampling, learned: bool) -> dict[str, Any]:
+def _drawing(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
     threshold, sampler = sampling.thresholding, sampling.sampler
-    told: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, Static)}
+    told: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, StaticThreshold)}
     spacings = [name for name, kind in SPACINGS.items() if isinstance(sampling.spacing, kind)]
     told |= {"timestep_spacing": spacings[0]} if spacings else {}
     told |= {"steps_offset": sampling.spacing.offset} if isinstance(sampling.spacing, Leading) else {}
-    if isinstance(threshold, Dynamic):
+    if isinstance(threshold, DynamicThreshold):
         told["thresholding"] = True
         cap = 1e6 if threshold.cap is None else threshold.cap
         told |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}

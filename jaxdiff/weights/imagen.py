@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from jaxdiff.core import json_files
 from jaxdiff.core.files import replacing
-from jaxdiff.systems.cascade import Cascade, Model, check_order
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems.pipeline import Cascade, TrainedModel, check_order
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
@@ -124,14 +124,14 @@ def _directory(place: str | Path, variant: str | None, folders: tuple[str, ...])
     return directory
 
 
-def load_model(directory: str | Path) -> Model:
+def load_model(directory: str | Path) -> TrainedModel:
     """One stage: its settings, its parameters as float32, and how it draws."""
     directory = Path(directory)
     stage, sampling, text = read_settings(directory)
-    return Model(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
+    return TrainedModel(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
 
 
-def read_settings(directory: Path) -> tuple[Stage, Sampling, str | None]:
+def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str | None]:
     """Of one stage, with the fingerprint of the text encoder that it was trained with, where that is known."""
     settings = directory / "stage.json"
     if not settings.is_file():
@@ -142,13 +142,17 @@ def read_settings(directory: Path) -> tuple[Stage, Sampling, str | None]:
     check_version(data, str(settings))
     stage, sampling = (from_json(data[name], str(settings)) for name in ("stage", "sampling"))
     text = data.get("text")
-    if not isinstance(stage, Stage) or not isinstance(sampling, Sampling) or not isinstance(text, str | None):
+    if (
+        not isinstance(stage, DiffusionModel)
+        or not isinstance(sampling, SamplingConfig)
+        or not isinstance(text, str | None)
+    ):
         raise ValueError(f"{settings}: not the settings of a stage")
     sizes.check_name(text or "", "text", str(settings))
     return stage, sampling, text
 
 
-def load_params(stage: Stage, path: Path) -> dict:
+def load_params(stage: DiffusionModel, path: Path) -> dict:
     """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
     params = tree.load_expected(path, sizes.shapes(lambda: stage.init(jax.random.key(0)), str(path.parent)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -169,7 +173,7 @@ def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> N
         deepfloyd_pipeline.export_stage(model, Path(directory) / name, text, dtype)
 
 
-def save_model(model: Model, directory: str | Path, dtype: str = "float32") -> None:
+def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32") -> None:
     """Writes one stage; `dtype` "float16" or "bfloat16" halves the file. OSError where the disk is full.
 
     Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.

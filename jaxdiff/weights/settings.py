@@ -5,9 +5,9 @@ from typing import Any
 
 from jaxdiff.core.messages import quoted
 from jaxdiff.core.settings import Table
-from jaxdiff.diffusion import grids, guidance, losses, parameterization, samplers, schedules, thresholding
+from jaxdiff.diffusion import guidance, losses, parameterization, samplers, schedules, thresholding, time_grid
+from jaxdiff.models import diffusion, sampling, tiles
 from jaxdiff.nets import blocks, classifier, unet
-from jaxdiff.systems import imagen, imagen_drawing, tiles
 from jaxdiff.weights import sizes
 
 VERSION = 2
@@ -21,43 +21,43 @@ def _check_whole(settings: Any, where: str) -> None:
 
 TABLE = Table(
     {
-        "imagen.Stage": imagen.Stage,
-        "imagen.Sampling": imagen_drawing.Sampling,
-        "imagen.NullText": imagen.NullText,
-        "imagen.Enlargement": imagen.Enlargement,
+        "imagen.Stage": diffusion.DiffusionModel,
+        "imagen.Sampling": sampling.SamplingConfig,
+        "imagen.NullText": diffusion.NullText,
+        "imagen.Enlargement": diffusion.Enlargement,
         "imagen.Tiles": tiles.Tiles,
         "nets.UNet": unet.UNetConfig,
         "nets.EfficientUNet": unet.EfficientUNetConfig,
         "nets.Reading": unet.Reading,
         "nets.Activation": blocks.Activation,
         "nets.Classifier": classifier.ClassifierConfig,
-        "diffusion.CosineSchedule": schedules.Cosine,
-        "diffusion.LinearBetaSchedule": schedules.Linear,
+        "diffusion.CosineSchedule": schedules.CosineSchedule,
+        "diffusion.LinearBetaSchedule": schedules.LinearBetaSchedule,
         "diffusion.EDM": schedules.EDM,
         "diffusion.RectifiedFlow": schedules.RectifiedFlow,
-        "diffusion.TabulatedSchedule": schedules.Discrete,
+        "diffusion.TabulatedSchedule": schedules.TabulatedSchedule,
         "diffusion.Focused": schedules.Focused,
         "diffusion.Prediction": parameterization.Prediction,
         "diffusion.Guidance": guidance.Guidance,
-        "diffusion.UniformWeighting": losses.Simple,
+        "diffusion.UniformWeighting": losses.UniformWeighting,
         "diffusion.MinSNR": losses.MinSNR,
         "diffusion.PowerSNR": losses.PowerSNR,
-        "diffusion.SigmoidWeighting": losses.Sigmoid,
+        "diffusion.SigmoidWeighting": losses.SigmoidWeighting,
         "diffusion.DDPM": samplers.DDPM,
         "diffusion.DDIM": samplers.DDIM,
         "diffusion.DPMSolverPP2M": samplers.DPMSolverPP2M,
         "diffusion.Heun": samplers.Heun,
         "diffusion.Euler": samplers.Euler,
-        "diffusion.UniformTime": grids.UniformTime,
-        "diffusion.UniformLogSNR": grids.UniformLogSNR,
-        "diffusion.Karras": grids.Karras,
-        "diffusion.Leading": grids.Leading,
-        "diffusion.Trailing": grids.Trailing,
-        "diffusion.Linspace": grids.Linspace,
-        "diffusion.Respaced": grids.Respaced,
-        "diffusion.NoThreshold": thresholding.Unthresholded,
-        "diffusion.StaticThreshold": thresholding.Static,
-        "diffusion.DynamicThreshold": thresholding.Dynamic,
+        "diffusion.UniformTime": time_grid.UniformTime,
+        "diffusion.UniformLogSNR": time_grid.UniformLogSNR,
+        "diffusion.Karras": time_grid.Karras,
+        "diffusion.Leading": time_grid.Leading,
+        "diffusion.Trailing": time_grid.Trailing,
+        "diffusion.Linspace": time_grid.Linspace,
+        "diffusion.Respaced": time_grid.Respaced,
+        "diffusion.NoThreshold": thresholding.NoThreshold,
+        "diffusion.StaticThreshold": thresholding.StaticThreshold,
+        "diffusion.DynamicThreshold": thresholding.DynamicThreshold,
     },
     sizes.check,
     _check_whole,

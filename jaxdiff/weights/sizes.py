@@ -12,14 +12,14 @@ import jax
 
 from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
-from jaxdiff.diffusion import grids, schedules
+from jaxdiff.diffusion import schedules, time_grid
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import Sampling
-from jaxdiff.systems.tiles import Tiles
 
 
 class Bounds(NamedTuple):
@@ -63,12 +63,12 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
     CLIPConfig: {"width": SIZE},
     ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
-    Stage: {"resolution": SIDE, "low_resolution": SIDE, "text_length": STEPS},
-    Sampling: {"steps": STEPS},
+    DiffusionModel: {"resolution": SIDE, "low_resolution": SIDE, "text_length": STEPS},
+    SamplingConfig: {"steps": STEPS},
     Tiles: {"side": SIDE, "overlap": SIDE},
-    schedules.Linear: {"steps": STEPS},
-    grids.Leading: {"offset": Bounds(0, STEPS.most)},
-    grids.Respaced: {"counts": STEPS, "offset": Bounds(0, STEPS.most)},
+    schedules.LinearBetaSchedule: {"steps": STEPS},
+    time_grid.Leading: {"offset": Bounds(0, STEPS.most)},
+    time_grid.Respaced: {"counts": STEPS, "offset": Bounds(0, STEPS.most)},
 }
 """Of every whole number in settings."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdiff.core.settings import Table, canonical, difference, flatten
 from jaxdiff.diffusion import losses
-from jaxdiff.systems import clip
+from jaxdiff.models import clip
 
 
 class Colour(enum.Enum):
@@ -104,8 +104,8 @@ def test_flat_settings_are_compared_by_name():
 
 
 def test_namesakes_of_ours_differ():
-    assert difference(flatten({"a": losses.Sigmoid()}), flatten({"a": clip.Sigmoid()})).startswith(
-        "a was 'jaxdiff.diffusion.losses.Sigmoid'"
+    assert difference(flatten({"a": losses.SigmoidWeighting()}), flatten({"a": clip.SigmoidLoss()})).startswith(
+        "a was 'jaxdiff.diffusion.losses.SigmoidWeighting'"
     )
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxdiff.data import emoji, pictures
+from jaxdiff.data import emoji, images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def make_source(count: int, height: int, width: int) -> Listed:
     return Listed(
         tuple(
             {
-                "image": pictures.encode_png(smooth(rng, height, width)),
+                "image": images.encode_png(smooth(rng, height, width)),
                 "caption": f"picture number {i}",
                 "name": f"set/{i}.png",
             }

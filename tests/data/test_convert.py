@@ -17,10 +17,10 @@ import pytest
 from experiments.cli import run
 from experiments.data import convert as command
 from jaxdiff.core import files
-from jaxdiff.data import convert, pictures, records, remote
+from jaxdiff.data import convert, images, records, remote
 from jaxdiff.data.convert import Settings
 
-PNG = pictures.encode_png(np.full((8, 8, 3), 7, np.uint8))
+PNG = images.encode_png(np.full((8, 8, 3), 7, np.uint8))
 
 
 def write_tar(path, members: dict[str, bytes]) -> str:
@@ -175,7 +175,7 @@ def test_processes_give_the_same_set_in_the_same_order(tmp_path):
 def test_a_killed_conversion_continues(tmp_path):
     """SIGKILL in the middle; the second run keeps what was whole, does the rest, and the set has everything once."""
     rng = np.random.default_rng(0)
-    png = pictures.encode_png(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    png = images.encode_png(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
     tars, out = write_tars(tmp_path / "tars", 30, 20, png), tmp_path / "out"
     code = f"from pathlib import Path; from jaxdiff.data import convert; convert.convert({tars!r}, Path({str(out)!r}))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -227,7 +227,7 @@ def test_a_torn_tar_file_keeps_what_came_before(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     pairs = {}
     for i, each in enumerate(noise):
-        pairs |= {f"{i}.png": pictures.encode_png(each), f"{i}.txt": b"x"}
+        pairs |= {f"{i}.png": images.encode_png(each), f"{i}.txt": b"x"}
     path = Path(write_tar(tmp_path / name, pairs))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     index = convert.convert([str(path)], tmp_path / "out")

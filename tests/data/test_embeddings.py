@@ -18,7 +18,7 @@ import pytest
 from jaxdiff.data import embeddings, parts
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings, store_embeddings, store_rows
-from jaxdiff.data.pipeline import images
+from jaxdiff.data.pipeline import image_batches
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
@@ -177,7 +177,7 @@ def test_the_sidecar_can_be_read_by_people(tmp_path):
 def test_batches_join_each_picture_with_its_text(tmp_path, source):
     captions = [example["caption"] for example in source.examples]
     stored = store(tmp_path, captions=captions)
-    batch = next(images(source, 32, 8, embeddings=stored, captions=True))
+    batch = next(image_batches(source, 32, 8, embeddings=stored, captions=True))
     assert batch["text"].shape == (8, LENGTH, WIDTH) and batch["text"].dtype == np.float16
     text, mask = map(np.asarray, Encoder()(batch["caption"].tolist()))
     np.testing.assert_array_equal(batch["text_mask"], mask)
@@ -187,16 +187,16 @@ def test_batches_join_each_picture_with_its_text(tmp_path, source):
 def test_embeddings_of_another_set_are_refused(tmp_path, source):
     captions = [example["caption"] for example in source.examples]
     with pytest.raises(ValueError, match="holds 10 embeddings for 11 examples"):
-        images(source, 32, 2, embeddings=store(tmp_path / "short", captions=captions[:10]))
+        image_batches(source, 32, 2, embeddings=store(tmp_path / "short", captions=captions[:10]))
     swapped = store(tmp_path / "swapped", captions=[*captions[:9], captions[10], captions[9]])
     with pytest.raises(ValueError, match=r"embedding 9 was made from another caption than that of set/9\.png"):
-        list(images(source, 32, 1, embeddings=swapped, shuffle=False, repeat=False))
+        list(image_batches(source, 32, 1, embeddings=swapped, shuffle=False, repeat=False))
 
 
 def test_optional_captions_become_empty_text(tmp_path, source, listed):
     one = listed(({**source.examples[0], "caption": None},))
     stored = store(tmp_path, captions=[None])
-    batch = next(images(one, 32, 1, embeddings=stored, caption_optional=True))
+    batch = next(image_batches(one, 32, 1, embeddings=stored, caption_optional=True))
     assert not batch["text_mask"].any() and not batch["text"].any()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.data import emoji as command
-from jaxdiff.data import emoji, pictures, sources
+from jaxdiff.data import emoji, images, sources
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def test_flags_skin_tones_and_undrawn_ones_are_left_out(packages):
 def test_drawings_are_right_at_any_size(packages):
     hand, _, heart = emoji.read(packages)
     for side in (64, 256):
-        drawn = pictures.decode(emoji.draw(hand.svg, side))
+        drawn = images.decode(emoji.draw(hand.svg, side))
         assert drawn.shape == (side, side, 3)
         np.testing.assert_array_equal(drawn[side // 4, side // 2], (255, 0, 0))
         np.testing.assert_array_equal(drawn[side // 16, side // 16], (255, 255, 255))
-    blue = pictures.decode(emoji.draw(heart.svg, 64))  # its own view box is the square itself
+    blue = images.decode(emoji.draw(heart.svg, 64))  # its own view box is the square itself
     np.testing.assert_array_equal(blue, np.broadcast_to(np.uint8([0, 0, 255]), blue.shape))
 
 

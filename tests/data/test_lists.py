@@ -12,7 +12,7 @@ import pytest
 from experiments.cli import run
 from experiments.data import convert as command
 from jaxdiff.core.errors import ProcessLostError
-from jaxdiff.data import convert, lists, pictures
+from jaxdiff.data import convert, images, lists
 
 COLUMNS = lists.Columns("path", "caption")
 
@@ -205,7 +205,7 @@ def _killed(*_):
 
 def test_a_killed_process_of_the_conversion_is_worth_another_start(tmp_path, monkeypatch):
     """Exit code 71; what is done is kept."""
-    (tmp_path / "a.png").write_bytes(pictures.encode_png(np.zeros((4, 4, 3), np.uint8)))
+    (tmp_path / "a.png").write_bytes(images.encode_png(np.zeros((4, 4, 3), np.uint8)))
     (tmp_path / "list.csv").write_text("path,caption\na.png,x\n")
     monkeypatch.setattr(convert, "convert_piece", _killed)
     with pytest.raises(ProcessLostError, match="a process of the conversion was killed"):

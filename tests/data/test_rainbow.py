@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxdiff.data import pictures, rainbow, sources
+from jaxdiff.data import images, rainbow, sources
 from jaxdiff.data.rainbow import EVERY, Attributes
 
 
@@ -94,7 +94,7 @@ def test_the_set_is_read_as_it_was_drawn(tmp_path):
     place = rainbow.split("test")[7]
     source = sources.open(sources.parse("rainbow"), 32, "test", tmp_path)
     assert source[7]["caption"] == EVERY[place].caption
-    assert (pictures.decode(source[7]["image"]) == rainbow.draw(EVERY[place])).all()
+    assert (images.decode(source[7]["image"]) == rainbow.draw(EVERY[place])).all()
     decoded = builder.as_data_source("test")[7]
     labels = builder.info.features
     assert decoded["index"] == place and isinstance(labels["shape"], tfds.features.ClassLabel)

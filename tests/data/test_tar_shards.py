@@ -12,10 +12,10 @@ import pytest
 
 from experiments.cli import run
 from experiments.data import convert as command
-from jaxdiff.data import convert, pictures, records, tar_shards
+from jaxdiff.data import convert, images, records, tar_shards
 from jaxdiff.data.fault import Fault
 
-PNG = {name: pictures.encode_png(np.full((8, 8, 3), value, np.uint8)) for value, name in enumerate("ABCD")}
+PNG = {name: images.encode_png(np.full((8, 8, 3), value, np.uint8)) for value, name in enumerate("ABCD")}
 
 
 def tar(members, mode="w", form=tarfile.GNU_FORMAT) -> bytes:

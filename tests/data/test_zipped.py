@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxdiff.data import zipped
-from jaxdiff.data.pictures import decode
+from jaxdiff.data.images import decode
 
 
 def png(shade):

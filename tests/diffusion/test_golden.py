@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion import grids, noise, samplers, thresholding
+from jaxdiff.diffusion import noise, samplers, thresholding, time_grid
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
-from jaxdiff.diffusion.schedules import EDM, Discrete
+from jaxdiff.diffusion.schedules import EDM, TabulatedSchedule
 
 STEPS = 10
-UNTHRESHOLDED = thresholding.Unthresholded()
+UNTHRESHOLDED = thresholding.NoThreshold()
 
 
 def _layout(values):
@@ -41,7 +41,7 @@ def _run(sampler, grid, schedule, x, prediction=Prediction.EPSILON, threshold=UN
 
     def denoise(x, t):
         here = jnp.argmin(jnp.abs(grid.t - t[0]))
-        found = denoised(prediction, _network(x, schedule.position(t)), x, grid.alpha[here], grid.sigma[here])
+        found = denoised(prediction, _network(x, schedule.network_time(t)), x, grid.alpha[here], grid.sigma[here])
         return found._replace(x0=threshold.apply(found.x0))
 
     steps = grid.t.shape[0] - 1
@@ -64,7 +64,7 @@ def _run_shrinking(sampler, grid, schedule, x, prediction=Prediction.EPSILON):
             here = jnp.where(first, i, i + 1)
             alpha, sigma = grid.alpha[here], grid.sigma[here]
             shrunk = jnp.where(first, x, alpha * x)
-            output = _network(shrunk / alpha, schedule.position(t))
+            output = _network(shrunk / alpha, schedule.network_time(t))
             eps = denoised(prediction, output, shrunk, alpha, sigma).eps
             return denoised(Prediction.EPSILON, eps, x, alpha, sigma)
 
@@ -78,7 +78,7 @@ def _run_shrinking(sampler, grid, schedule, x, prediction=Prediction.EPSILON):
 def _leading(schedule, last):
     """Timesteps 900, 800, …, 0, then `last` (−1: the clean end, ᾱ = 1)."""
     timesteps = np.append(np.arange(0, 1000, 100)[::-1], last)
-    return grids.grid_at(schedule, schedule.time(jnp.asarray(timesteps, jnp.float32)))
+    return time_grid.time_grid_at(schedule, schedule.time(jnp.asarray(timesteps, jnp.float32)))
 
 
 def _of_ratios(schedule, timesteps, ratios, last):
@@ -86,7 +86,7 @@ def _of_ratios(schedule, timesteps, ratios, last):
     ratios = np.append(ratios, last)
     alpha = 1.0 / np.sqrt(1.0 + ratios**2)
     t = np.append(np.asarray(schedule.time(jnp.asarray(timesteps, jnp.float32))), 0.0)
-    return grids.grid_of(*(jnp.asarray(v, jnp.float32) for v in (t, alpha, alpha * ratios)))
+    return time_grid.time_grid_of(*(jnp.asarray(v, jnp.float32) for v in (t, alpha, alpha * ratios)))
 
 
 def _table_ratios(schedule):
@@ -122,19 +122,21 @@ DDIM_CASES = {
 @pytest.mark.parametrize("case", DDIM_CASES)
 def test_ddim(case):
     beta_start, last, prediction, expected = DDIM_CASES[case]
-    schedule = Discrete(Discrete.linear(1000, beta_start).alpha_bar, clip=40.0)
-    got = _run(samplers.DDIM(), _leading(schedule, last), schedule, _start(), prediction, thresholding.Static())
+    schedule = TabulatedSchedule(TabulatedSchedule.linear(1000, beta_start).alpha_bar, clip=40.0)
+    got = _run(
+        samplers.DDIM(), _leading(schedule, last), schedule, _start(), prediction, thresholding.StaticThreshold()
+    )
     assert got == pytest.approx(expected, abs=1e-2)
 
 
 def test_ddim_from_a_noised_start():
     """As "epsilon", begun at the ninth of the ten timesteps (100) from x₀ noised there with the reversed ramp."""
-    schedule = Discrete(Discrete.linear().alpha_bar, clip=40.0)
+    schedule = TabulatedSchedule(TabulatedSchedule.linear().alpha_bar, clip=40.0)
     grid = _leading(schedule, -1)
-    grid = grids.Grid(*(values[8:] for values in grid))
+    grid = time_grid.TimeGrid(*(values[8:] for values in grid))
     ramp = _layout(np.arange(768)[::-1] / 768)
     x = noised(_start(), ramp, grid.alpha[0], grid.sigma[0])
-    got = _run(samplers.DDIM(), grid, schedule, x, Prediction.EPSILON, thresholding.Static())
+    got = _run(samplers.DDIM(), grid, schedule, x, Prediction.EPSILON, thresholding.StaticThreshold())
     assert got == pytest.approx(354.5418, abs=1e-2)
 
 
@@ -154,7 +156,7 @@ EULER_CASES = {
 def test_euler(case, sampler):
     """DDIM(0) is the same integrator where x₀ is not thresholded."""
     prediction, karras, expected = EULER_CASES[case]
-    schedule = Discrete.linear(1100)
+    schedule = TabulatedSchedule.linear(1100)
     grid = _karras(schedule, 0.0) if karras else _interpolated(schedule, np.linspace(1099, 0, STEPS), 0.0)
     got = _run_shrinking(sampler, grid, schedule, _start() * grid.sigma[0], prediction)
     assert got == pytest.approx(expected, rel=2e-3)
@@ -171,7 +173,7 @@ HEUN_CASES = {
 @pytest.mark.parametrize("case", HEUN_CASES)
 def test_heun(case):
     prediction, karras, expected = HEUN_CASES[case]
-    schedule = Discrete.linear(1100)
+    schedule = TabulatedSchedule.linear(1100)
     grid = _karras(schedule, 0.0) if karras else _interpolated(schedule, np.linspace(1099, 0, STEPS), 0.0)
     got = _run_shrinking(samplers.Heun(in_sigma=True), grid, schedule, _start() * grid.sigma[0], prediction)
     assert got == pytest.approx(expected, rel=2e-3)
@@ -183,7 +185,7 @@ DPM_CASES = {
     "epsilon": (Prediction.EPSILON, UNTHRESHOLDED, False, 0.3301),
     "thresholding=True, dynamic_thresholding_ratio=0.87, sample_max_value=0.5": (
         Prediction.EPSILON,
-        thresholding.Dynamic(percentile=0.87, cap=0.5),
+        thresholding.DynamicThreshold(percentile=0.87, cap=0.5),
         False,
         1.1364,
     ),
@@ -195,7 +197,7 @@ DPM_CASES = {
 @pytest.mark.parametrize("case", DPM_CASES)
 def test_dpm_solver(case):
     prediction, threshold, karras, expected = DPM_CASES[case]
-    schedule = Discrete.linear()
+    schedule = TabulatedSchedule.linear()
     last = _table_ratios(schedule)[0]
     spaced = np.linspace(999, 0, STEPS + 1).round()[:-1]
     grid = _karras(schedule, last, rounded=True) if karras else _interpolated(schedule, spaced, last)
@@ -207,8 +209,8 @@ def test_edm_euler():
     """sigma_min=0.002, sigma_max=80, ρ = 7, then σ = 0; EDM's preconditioning with sigma_data=0.5, the network told
     log(s)/4; the start scaled by √(80² + 1), i.e. by 1 in our scaling."""
     schedule = EDM()
-    points = grids.grid(schedule, STEPS - 1)  # evenly spaced times are EDM's own noise levels
-    grid = grids.grid_of(*(jnp.append(v, end) for v, end in zip(points[:3], (-1.0, 1.0, 0.0))))
+    points = time_grid.time_grid(schedule, STEPS - 1)  # evenly spaced times are EDM's own noise levels
+    grid = time_grid.time_grid_of(*(jnp.append(v, end) for v, end in zip(points[:3], (-1.0, 1.0, 0.0))))
 
     def denoise(x, t):
         s = schedule.sigma(t[0]) / schedule.alpha(t[0])

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdiff.diffusion.guidance import Guidance, guide
 from jaxdiff.diffusion.parameterization import Prediction, denoised
-from jaxdiff.diffusion.schedules import Cosine
+from jaxdiff.diffusion.schedules import CosineSchedule
 
 COND, UNCOND = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 3))
 AT = jnp.array([-3.0, 0.0, 4.0])
@@ -40,7 +40,7 @@ def test_a_weight_for_each_sample():
 def test_the_same_in_every_parameterization():
     """Guiding ε, x₀, v or velocity at the same x is one and the same."""
     t = jnp.array([0.2, 0.5, 0.8])
-    alpha, sigma = Cosine().alpha(t), Cosine().sigma(t)
+    alpha, sigma = CosineSchedule().alpha(t), CosineSchedule().sigma(t)
     x = jax.random.normal(jax.random.key(1), COND.shape)
     outer = denoised(Prediction.V, guide(COND, UNCOND, 5.0), x, alpha, sigma)
     branches = (denoised(Prediction.V, branch, x, alpha, sigma) for branch in (COND, UNCOND))

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.losses import MinSNR, PowerSNR, Sigmoid, Simple, Weighting, diffusion_loss, variance_loss
+from jaxdiff.diffusion.losses import (
+    MinSNR,
+    PowerSNR,
+    SigmoidWeighting,
+    UniformWeighting,
+    Weighting,
+    diffusion_loss,
+    variance_loss,
+)
 from jaxdiff.diffusion.parameterization import Prediction, from_x0, noised, target
-from jaxdiff.diffusion.schedules import Cosine, Discrete, RectifiedFlow
+from jaxdiff.diffusion.schedules import CosineSchedule, RectifiedFlow, TabulatedSchedule
 
 LOGSNR = jnp.linspace(-20.0, 20.0, 41)
 SNR = np.exp(np.asarray(LOGSNR, np.float64))
@@ -37,9 +45,9 @@ def test_min_snr_floor():
 
 def test_sigmoid_closed_forms():
     gate = 1 / (1 + np.exp(np.asarray(LOGSNR, np.float64) + 2.0))  # sigmoid(b − λ) with b = −2
-    np.testing.assert_allclose(Sigmoid(-2.0).weight(LOGSNR, Prediction.EPSILON), gate, rtol=1e-4)
+    np.testing.assert_allclose(SigmoidWeighting(-2.0).weight(LOGSNR, Prediction.EPSILON), gate, rtol=1e-4)
     flipped = np.exp(-2.0) / (1 + np.exp(-2.0 - np.asarray(LOGSNR, np.float64)))  # e^b sigmoid(λ − b)
-    np.testing.assert_allclose(Sigmoid(-2.0).weight(LOGSNR, Prediction.X0), flipped, rtol=1e-4)
+    np.testing.assert_allclose(SigmoidWeighting(-2.0).weight(LOGSNR, Prediction.X0), flipped, rtol=1e-4)
 
 
 def test_power_snr_lies_between_the_plain_errors():
@@ -51,7 +59,7 @@ def test_power_snr_lies_between_the_plain_errors():
     np.testing.assert_allclose(PowerSNR(1.0, -20.0, 20.0).weight(LOGSNR, Prediction.EPSILON), 1.0, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weighting", [Simple(), MinSNR(), PowerSNR(), Sigmoid()], ids=str)
+@pytest.mark.parametrize("weighting", [UniformWeighting(), MinSNR(), PowerSNR(), SigmoidWeighting()], ids=str)
 def test_finite_at_the_clipped_ends(weighting):
     assert isinstance(weighting, Weighting)
     for prediction in Prediction:
@@ -68,8 +76,8 @@ def _losses(weighting, schedule):
     return {p: diffusion_loss(target(p, *guess, alpha, sigma), p, x0, eps, alpha, sigma, weighting) for p in Prediction}
 
 
-@pytest.mark.parametrize("weighting", [MinSNR(), PowerSNR(), Sigmoid()], ids=str)
-@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=str)
+@pytest.mark.parametrize("weighting", [MinSNR(), PowerSNR(), SigmoidWeighting()], ids=str)
+@pytest.mark.parametrize("schedule", [CosineSchedule(), RectifiedFlow()], ids=str)
 def test_same_loss_whatever_is_predicted(weighting, schedule):
     losses = _losses(weighting, schedule)
     for prediction in Prediction:
@@ -77,7 +85,7 @@ def test_same_loss_whatever_is_predicted(weighting, schedule):
 
 
 def test_simple_is_not_the_same_for_all():
-    losses = _losses(Simple(), Cosine())
+    losses = _losses(UniformWeighting(), CosineSchedule())
     assert np.all(np.abs(losses[Prediction.EPSILON] / losses[Prediction.X0] - 1) > 0.1)
 
 
@@ -85,7 +93,7 @@ def test_loss_is_the_mean_of_squares_of_each_sample():
     x0, eps = jnp.zeros((2, 4, 4, 3)), jnp.stack([jnp.ones((4, 4, 3)), 2 * jnp.ones((4, 4, 3))])
     half = jnp.full((2,), 0.5**0.5)
     output = jnp.zeros((2, 4, 4, 3), jnp.bfloat16)
-    loss = diffusion_loss(output, Prediction.EPSILON, x0, eps, half, half, Simple())
+    loss = diffusion_loss(output, Prediction.EPSILON, x0, eps, half, half, UniformWeighting())
     np.testing.assert_allclose(loss, [1.0, 4.0])
     assert loss.dtype == jnp.float32
 
@@ -96,7 +104,7 @@ def test_settings_out_of_range_are_named():
     with pytest.raises(ValueError, match="floor"):
         MinSNR(1.0, floor=2.0)
     with pytest.raises(ValueError, match="bias"):
-        Sigmoid(float("inf"))
+        SigmoidWeighting(float("inf"))
     with pytest.raises(ValueError, match="power"):
         PowerSNR(float("nan"))
     with pytest.raises(ValueError, match="log-SNR"):
@@ -106,7 +114,7 @@ def test_settings_out_of_range_are_named():
 # The variance
 
 
-TABLE = Discrete.cosine()
+TABLE = TabulatedSchedule.cosine()
 
 
 def _variance_loss(entry, gamma, x0, predicted, schedule=TABLE):
@@ -128,7 +136,7 @@ def test_variance_loss_is_the_divergence_of_two_steps(entry):
     """KL(N(m, v) ‖ N(m', v')) in bits, averaged over values, times 0.001 and the number of steps that a picture has."""
     rng = np.random.default_rng(entry)
     gamma, x0, wrong = rng.uniform(size=(4, 4, 3)), rng.uniform(-1, 1, (4, 4, 3)), 0.3 * rng.normal(size=(4, 4, 3))
-    for schedule in (TABLE, Discrete.cosine(4000)):
+    for schedule in (TABLE, TabulatedSchedule.cosine(4000)):
         small, beta, factor = _steps(entry, schedule)
         variance = small ** (1 - gamma) * beta**gamma
         bits = (np.log(variance / small) + (small + (factor * wrong) ** 2) / variance - 1) / (2 * np.log(2))

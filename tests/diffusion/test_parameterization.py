@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion.parameterization import Prediction, denoised, from_x0, log_error_ratio, noised, target
-from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Linear, RectifiedFlow
+from jaxdiff.diffusion.schedules import EDM, CosineSchedule, LinearBetaSchedule, RectifiedFlow, TabulatedSchedule
 
-SCHEDULES = [Cosine(), Linear(), EDM(), RectifiedFlow(), Discrete.cosine()]
+SCHEDULES = [CosineSchedule(), LinearBetaSchedule(), EDM(), RectifiedFlow(), TabulatedSchedule.cosine()]
 TIMES = jnp.array([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])
 
 
@@ -37,7 +37,7 @@ def test_round_trip(prediction, schedule):
 def test_one_prediction_into_another_and_back(a, b):
     """Any output, not only a true target: through x₀ and ε into b's terms, and back."""
     t = jnp.array([0.2, 0.5, 0.8])
-    alpha, sigma = Cosine().alpha(t), Cosine().sigma(t)
+    alpha, sigma = CosineSchedule().alpha(t), CosineSchedule().sigma(t)
     x, output = _pair(3)
     there = denoised(a, output, x, alpha, sigma)
     np.testing.assert_allclose(noised(*there, alpha, sigma), x, atol=3e-6)
@@ -62,13 +62,13 @@ def test_error_ratio_is_the_ratio_of_errors(prediction):
     """|error of the target|² / |error of x₀|² when a network errs in x₀ at a given x."""
     t = jnp.array([0.05, 0.4, 0.7, 0.97])
     x0, eps = _pair(4)
-    alpha, sigma = Cosine().alpha(t), Cosine().sigma(t)
+    alpha, sigma = CosineSchedule().alpha(t), CosineSchedule().sigma(t)
     x, wrong = noised(x0, eps, alpha, sigma), x0 + 0.1 * eps[::-1]
     error = target(prediction, *from_x0(wrong, x, alpha, sigma), alpha, sigma) - target(
         prediction, x0, eps, alpha, sigma
     )
     ratio = jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum((wrong - x0) ** 2, axis=(1, 2, 3))
-    np.testing.assert_allclose(jnp.log(ratio), log_error_ratio(prediction, Cosine().logsnr(t)), atol=2e-3)
+    np.testing.assert_allclose(jnp.log(ratio), log_error_ratio(prediction, CosineSchedule().logsnr(t)), atol=2e-3)
 
 
 @pytest.mark.parametrize("prediction", Prediction)

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxdiff.diffusion import grids, noise, samplers
+from jaxdiff.diffusion import noise, samplers, time_grid
 from jaxdiff.diffusion.parameterization import Denoised, from_x0
-from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Linear, RectifiedFlow, time_of
+from jaxdiff.diffusion.schedules import (
+    EDM,
+    CosineSchedule,
+    LinearBetaSchedule,
+    RectifiedFlow,
+    TabulatedSchedule,
+    time_of,
+)
 
 DETERMINISTIC = [
     samplers.DDIM(),
@@ -80,10 +87,10 @@ def _draw(sampler, denoise, x, grid, keys=None):
 
 def _even_grid(schedule, steps, low=-6.0, high=6.0):
     """Even log-SNR between two moderate ends, so that the error has a clean power of the step."""
-    return grids.grid_at(schedule, time_of(schedule, jnp.linspace(low, high, steps + 1)))
+    return time_grid.time_grid_at(schedule, time_of(schedule, jnp.linspace(low, high, steps + 1)))
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()], ids=["cosine", "flow"])
+@pytest.mark.parametrize("schedule", [CosineSchedule(), RectifiedFlow()], ids=["cosine", "flow"])
 @pytest.mark.parametrize("sampler,order", list(zip(DETERMINISTIC, ORDERS)), ids=str)
 def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
     """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
@@ -102,12 +109,21 @@ def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", [Cosine(), Cosine.shifted(256), Linear(), EDM(), RectifiedFlow(), Discrete.scaled_linear()], ids=repr
+    "schedule",
+    [
+        CosineSchedule(),
+        CosineSchedule.shifted(256),
+        LinearBetaSchedule(),
+        EDM(),
+        RectifiedFlow(),
+        TabulatedSchedule.scaled_linear(),
+    ],
+    ids=repr,
 )
 def test_closed_form_for_gaussian_data(schedule):
     """For data N(m, s²) the ODE carries x = α m + √(α² s² + σ²) z along at constant z, on every schedule."""
     data = Mixture((0.4,), (0.5,), (1.0,))
-    grid = grids.grid(schedule, 200, grids.UniformLogSNR())
+    grid = time_grid.time_grid(schedule, 200, time_grid.UniformLogSNR())
     z = jnp.linspace(-2.0, 2.0, 9)[None]
 
     def path(i):
@@ -122,15 +138,15 @@ def test_closed_form_for_gaussian_data(schedule):
 @functools.cache
 def _mean_error(sampler, steps, spacing):
     """Against 1000 steps of Heun on the same spacing, over 33 starting points."""
-    schedule, denoise, x = Cosine(), Mixture().denoise(Cosine()), jnp.linspace(-2.0, 2.0, 33)[None]
-    exact = _draw(samplers.Heun(), denoise, x, grids.grid(schedule, 1000, spacing))
-    return float(jnp.mean(jnp.abs(_draw(sampler, denoise, x, grids.grid(schedule, steps, spacing)) - exact)))
+    schedule, denoise, x = CosineSchedule(), Mixture().denoise(CosineSchedule()), jnp.linspace(-2.0, 2.0, 33)[None]
+    exact = _draw(samplers.Heun(), denoise, x, time_grid.time_grid(schedule, 1000, spacing))
+    return float(jnp.mean(jnp.abs(_draw(sampler, denoise, x, time_grid.time_grid(schedule, steps, spacing)) - exact)))
 
 
 @pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()], ids=str)
 def test_default_grid_from_clipped_end_to_clipped_end(sampler):
     """Between the ends of the clipped cosine, where the step in log-SNR is huge, every sampler still converges."""
-    few, many = (_mean_error(sampler, steps, grids.UniformTime()) for steps in (16, 64))
+    few, many = (_mean_error(sampler, steps, time_grid.UniformTime()) for steps in (16, 64))
     assert many < (0.03 if isinstance(sampler, samplers.DDIM) else 0.004)
     assert many < 0.35 * few
 
@@ -138,19 +154,19 @@ def test_default_grid_from_clipped_end_to_clipped_end(sampler):
 def test_what_the_docstrings_warn_of():
     """EDM's Heun needs EDM's spacing, where it is good; 2M must not extrapolate the last step to the clean end."""
     heun = samplers.Heun(in_sigma=True)
-    assert _mean_error(heun, 32, grids.UniformTime()) > 0.5
-    assert _mean_error(heun, 32, grids.Karras()) < 0.4 * _mean_error(samplers.Euler(), 64, grids.Karras())
+    assert _mean_error(heun, 32, time_grid.UniformTime()) > 0.5
+    assert _mean_error(heun, 32, time_grid.Karras()) < 0.4 * _mean_error(samplers.Euler(), 64, time_grid.Karras())
     plain, extrapolated = samplers.DPMSolverPP2M(), samplers.DPMSolverPP2M(lower_order_final=False)
-    assert _mean_error(extrapolated, 16, grids.UniformTime()) > 3 * _mean_error(plain, 16, grids.UniformTime())
+    assert _mean_error(extrapolated, 16, time_grid.UniformTime()) > 3 * _mean_error(plain, 16, time_grid.UniformTime())
 
 
 @pytest.mark.parametrize("sampler", [*RANDOM, samplers.DDPM(gamma=1.0), samplers.DDIM(eta=0.5)], ids=str)
 def test_moments_of_random_samplers(sampler):
     """Mean, variance and the share of each component are the mixture's, within the error of 16384 draws."""
-    data, schedule, b, d = Mixture(), Cosine(), 512, 32
+    data, schedule, b, d = Mixture(), CosineSchedule(), 512, 32
     keys = _keys(b)
     start = noise.normal_like(noise.fold(keys, 10**6), (d,))
-    grid = grids.grid(schedule, 400)
+    grid = time_grid.time_grid(schedule, 400)
     x = np.asarray(_draw(sampler, data.denoise(schedule), start, grid, keys))
     error = (data.variance / x.size) ** 0.5
     assert abs(x.mean() - data.mean) < 4 * error
@@ -162,8 +178,8 @@ def test_moments_of_random_samplers(sampler):
 
 def test_ancestral_variance_lies_between_its_bounds():
     """γ = 0 is the posterior variance β̃ of DDPM, γ = 1 β itself; between them the log interpolates."""
-    table = Discrete.linear()
-    point = lambda i: grids.grid_at(table, table.time(jnp.asarray([float(i)])))  # noqa: E731
+    table = TabulatedSchedule.linear()
+    point = lambda i: time_grid.time_grid_at(table, table.time(jnp.asarray([float(i)])))  # noqa: E731
     bars = np.asarray(table.alpha_bar)
     for i in (1, 487, 999):
         beta = 1.0 - bars[i] / bars[i - 1]
@@ -179,10 +195,10 @@ def test_ancestral_variance_lies_between_its_bounds():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_noise_of_a_ddim_step(eta):
     """With x₀ = ε = 0 a step leaves its own noise: η times DDPM's lower bound (arXiv 2010.02502, Eq. 16)."""
-    grid = grids.grid(Cosine(), 4)
+    grid = time_grid.time_grid(CosineSchedule(), 4)
     nothing = lambda x, t: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
     left = samplers.DDIM(eta=eta).step(jnp.ones((4, 50, 50)), 1, nothing, grid, _keys(4))
-    here, there = (grids.Grid(*(values[i] for values in grid)) for i in (1, 2))
+    here, there = (time_grid.TimeGrid(*(values[i] for values in grid)) for i in (1, 2))
     expected = eta * samplers.ancestral_deviation(here, there, 0.0).item()
     assert float(jnp.std(left)) == pytest.approx(expected, rel=0.03)
 
@@ -190,9 +206,9 @@ def test_noise_of_a_ddim_step(eta):
 @pytest.mark.parametrize("sampler", DETERMINISTIC + RANDOM, ids=str)
 def test_chunks_do_not_change_the_result(sampler):
     """One program, called for steps 0–10 or in chunks of 3, 1 and 6, gives the same bits."""
-    grid, keys = grids.grid(Cosine(), 10), _keys(2)
+    grid, keys = time_grid.time_grid(CosineSchedule(), 10), _keys(2)
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
-    denoise = Mixture().denoise(Cosine())
+    denoise = Mixture().denoise(CosineSchedule())
     whole = _sample(sampler, denoise, sampler.init(x), grid, keys, 0, 10)
     carry = sampler.init(x)
     for start, stop in ((0, 3), (3, 4), (4, 10)):
@@ -203,7 +219,7 @@ def test_chunks_do_not_change_the_result(sampler):
 
 def test_a_run_begun_in_the_middle_has_no_step_before():
     """DPM-Solver++(2M), handed a fresh state at step 3, takes a first-order step, not extrapolating from zeros."""
-    grid, keys, denoise = grids.grid(Cosine(), 10), _keys(2), Mixture().denoise(Cosine())
+    grid, keys, denoise = time_grid.time_grid(CosineSchedule(), 10), _keys(2), Mixture().denoise(CosineSchedule())
     x = noise.normal_like(keys, (5,))
     first = {
         s: s.image(_sample(s, denoise, s.init(x), grid, keys, 3, 4))
@@ -215,7 +231,7 @@ def test_a_run_begun_in_the_middle_has_no_step_before():
 @pytest.mark.parametrize("sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(gamma=0.3)], ids=str)
 def test_samples_do_not_depend_on_their_batch_or_mesh(sampler):
     """Sample i of a batch of eight, of a batch of one, and of a batch spread over eight devices."""
-    grid, keys, denoise = grids.grid(Cosine(), 12), _keys(8), Mixture().denoise(Cosine())
+    grid, keys, denoise = time_grid.time_grid(CosineSchedule(), 12), _keys(8), Mixture().denoise(CosineSchedule())
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
     whole = _draw(sampler, denoise, x, grid, keys)
     for i in (0, 5):
@@ -233,7 +249,7 @@ def test_memory_does_not_grow_with_the_steps(sampler):
     x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
     def temporaries(steps):
-        grid = grids.grid(Cosine(), steps)
+        grid = time_grid.time_grid(CosineSchedule(), steps)
         denoise = lambda x, t: from_x0(0.9 * x, x, 1.0, 0.5)  # noqa: E731
         draw = lambda x: sampler.image(  # noqa: E731
             samplers.integrate(sampler, denoise, sampler.init(x), grid, _keys(1), 0, steps)
@@ -250,7 +266,7 @@ def test_memory_does_not_grow_with_the_steps(sampler):
     "sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(), samplers.DDIM(1.0)], ids=str
 )
 def test_state_stays_float32_when_the_network_is_bfloat16(sampler):
-    schedule, data = Cosine(), Mixture()
+    schedule, data = CosineSchedule(), Mixture()
     seen = []
 
     def denoise(x, t):
@@ -259,7 +275,7 @@ def test_state_stays_float32_when_the_network_is_bfloat16(sampler):
         return Denoised(x0.astype(jnp.bfloat16), eps.astype(jnp.bfloat16))
 
     x = noise.normal_like(_keys(2), (4,), jnp.bfloat16)
-    image = _draw(sampler, denoise, x, grids.grid(schedule, 8))
+    image = _draw(sampler, denoise, x, time_grid.time_grid(schedule, 8))
     assert image.dtype == jnp.float32
     assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), (2,))}
 
@@ -272,7 +288,7 @@ def test_evaluations_are_counted_as_they_happen():
             jax.debug.callback(lambda: calls.append(1))
             return from_x0(0.5 * x, x, 1.0, 1.0)
 
-        jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), grids.grid(Cosine(), 6)))
+        jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), time_grid.time_grid(CosineSchedule(), 6)))
         jax.effects_barrier()
         assert len(calls) == sampler.evaluations(6)
 
@@ -285,8 +301,8 @@ def test_settings_out_of_range_are_named(make):
 
 def test_a_grid_that_begins_beyond_the_clip():
     """Its first points share one log-SNR, and DPM-Solver++(2M) divides by the distance between them."""
-    schedule = Cosine(clip=5.0)
-    grid, keys = grids.grid(schedule, 24), _keys(2)
+    schedule = CosineSchedule(clip=5.0)
+    grid, keys = time_grid.time_grid(schedule, 24), _keys(2)
     assert grid.logsnr[0] == grid.logsnr[1]
     x = noise.normal_like(keys, (5,))
     for sampler in (*DETERMINISTIC, *RANDOM):

@@ -5,18 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, Focused, Linear, RectifiedFlow, Schedule, time_of
+from jaxdiff.diffusion.schedules import (
+    EDM,
+    CosineSchedule,
+    Focused,
+    LinearBetaSchedule,
+    RectifiedFlow,
+    Schedule,
+    TabulatedSchedule,
+    time_of,
+)
 
 SCHEDULES = [
-    Cosine(),
-    Cosine.shifted(256),
-    Linear(),
+    CosineSchedule(),
+    CosineSchedule.shifted(256),
+    LinearBetaSchedule(),
     EDM(),
     RectifiedFlow(),
     RectifiedFlow(shift=-1.0),
-    Discrete.linear(),
-    Discrete.scaled_linear(),
-    Discrete.cosine(),
+    TabulatedSchedule.linear(),
+    TabulatedSchedule.scaled_linear(),
+    TabulatedSchedule.cosine(),
 ]
 every = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{type(s).__name__}{SCHEDULES.index(s)}")
 
@@ -52,20 +61,22 @@ def test_clip_is_a_setting(schedule):
 
 def test_cosine_is_a_quarter_turn():
     t = jnp.linspace(0.01, 0.99, 99)
-    np.testing.assert_allclose(Cosine().alpha(t), np.cos(np.pi * np.asarray(t) / 2), atol=1e-6)
-    np.testing.assert_allclose(Cosine().sigma(t), np.sin(np.pi * np.asarray(t) / 2), atol=1e-6)
+    np.testing.assert_allclose(CosineSchedule().alpha(t), np.cos(np.pi * np.asarray(t) / 2), atol=1e-6)
+    np.testing.assert_allclose(CosineSchedule().sigma(t), np.sin(np.pi * np.asarray(t) / 2), atol=1e-6)
 
 
 def test_shift_is_that_of_the_resolution():
     """Averaging 256 → 64 pixels multiplies the SNR by 16; the shift takes that back."""
     t = jnp.linspace(0.1, 0.9, 9)
-    np.testing.assert_allclose(Cosine.shifted(256).logsnr(t) + np.log(16.0), Cosine().logsnr(t), atol=1e-5)
-    assert Cosine.shifted(64) == Cosine()
+    np.testing.assert_allclose(
+        CosineSchedule.shifted(256).logsnr(t) + np.log(16.0), CosineSchedule().logsnr(t), atol=1e-5
+    )
+    assert CosineSchedule.shifted(64) == CosineSchedule()
 
 
 @pytest.mark.parametrize("start,end", [(1e-4, 0.02), (1e-3, 0.01)])
 def test_continuous_linear_is_the_table_at_its_entries(start, end):
-    continuous, table = Linear(start, end), Discrete.linear(1000, start, end)
+    continuous, table = LinearBetaSchedule(start, end), TabulatedSchedule.linear(1000, start, end)
     t = (jnp.arange(1000) + 1.0) / 1000
     np.testing.assert_allclose(continuous.logsnr(t), table.logsnr(t), atol=1e-3)
     np.testing.assert_allclose(continuous.alpha(t) ** 2, np.asarray(table.alpha_bar), atol=2e-4)
@@ -89,7 +100,7 @@ def test_rectified_flow_is_a_straight_path():
 def test_discrete_entries_and_timesteps(table):
     timesteps = jnp.arange(0.0, 1000.0)
     t = table.time(timesteps)
-    np.testing.assert_allclose(table.position(t), timesteps, atol=1e-3)
+    np.testing.assert_allclose(table.network_time(t), timesteps, atol=1e-3)
     kept = np.asarray(table.alpha_bar) > 1e-8  # beyond lies the clip
     np.testing.assert_allclose((table.alpha(t) ** 2)[kept], np.asarray(table.alpha_bar)[kept], rtol=1e-3)
     between = table.alpha(table.time(timesteps[:-1] + 0.5))
@@ -100,33 +111,41 @@ def test_discrete_entries_and_timesteps(table):
 def test_networks_are_told_whole_entries(table):
     """Bit-equal to the integers that they were trained with, from times as grids and training have them."""
     timesteps = np.arange(1000.0)
-    np.testing.assert_array_equal(table.position(table.time(jnp.asarray(timesteps, jnp.float32))), timesteps)
-    np.testing.assert_array_equal(jax.jit(lambda i: table.position(table.time(i)))(timesteps), timesteps)
+    np.testing.assert_array_equal(table.network_time(table.time(jnp.asarray(timesteps, jnp.float32))), timesteps)
+    np.testing.assert_array_equal(jax.jit(lambda i: table.network_time(table.time(i)))(timesteps), timesteps)
     drawn = table.sample_time(jnp.asarray((timesteps + 0.5) / 1000, jnp.float32))
-    np.testing.assert_array_equal(table.position(drawn), timesteps)
-    np.testing.assert_allclose(table.position(table.time(jnp.asarray([0.5, 20.25]))), [0.5, 20.25], atol=1e-3)
-    assert table.position(jnp.zeros(())) == -1.0
+    np.testing.assert_array_equal(table.network_time(drawn), timesteps)
+    np.testing.assert_allclose(table.network_time(table.time(jnp.asarray([0.5, 20.25]))), [0.5, 20.25], atol=1e-3)
+    assert table.network_time(jnp.zeros(())) == -1.0
 
 
 def test_levels_of_noise():
     """A share of a table's entries; for a continuous schedule it is the time itself."""
-    table = Discrete.cosine()
-    found = table.position(table.level_time(jnp.asarray([0.0, 0.25, 0.2504, 0.999, 1.0])))
+    table = TabulatedSchedule.cosine()
+    found = table.network_time(table.level_time(jnp.asarray([0.0, 0.25, 0.2504, 0.999, 1.0])))
     np.testing.assert_array_equal(found, [0, 250, 250, 999, 999])
-    small = Discrete.cosine(8)
-    np.testing.assert_array_equal(small.position(small.level_time(jnp.asarray([0.0, 0.5, 1.0]))), [0, 4, 7])
+    small = TabulatedSchedule.cosine(8)
+    np.testing.assert_array_equal(small.network_time(small.level_time(jnp.asarray([0.0, 0.5, 1.0]))), [0, 4, 7])
     level = jnp.linspace(0.0, 1.0, 11)
-    for schedule in (Cosine(), Linear(), EDM(), RectifiedFlow(), Focused(Cosine(), -2.0, 2.0)):
+    for schedule in (
+        CosineSchedule(),
+        LinearBetaSchedule(),
+        EDM(),
+        RectifiedFlow(),
+        Focused(CosineSchedule(), -2.0, 2.0),
+    ):
         np.testing.assert_array_equal(schedule.level_time(level), level)
-        np.testing.assert_allclose(schedule.position(level), 1000.0 * level)
+        np.testing.assert_allclose(schedule.network_time(level), 1000.0 * level)
     np.testing.assert_array_equal(Focused(table, -2.0, 2.0).level_time(level), table.level_time(level))
 
 
 def test_published_ends_of_the_tables():
     """ᾱ_999: DDPM's 4.0358e-05, Stable Diffusion's 0.0047 (scaled linear)."""
-    assert Discrete.linear().alpha_bar[-1] == pytest.approx(4.0358e-05, rel=1e-3)
-    assert Discrete.scaled_linear().alpha_bar[-1] == pytest.approx(0.00466, rel=2e-3)
-    assert Discrete.cosine().alpha_bar[499] == pytest.approx(np.cos((0.508 / 1.008) * np.pi / 2) ** 2, rel=1e-3)
+    assert TabulatedSchedule.linear().alpha_bar[-1] == pytest.approx(4.0358e-05, rel=1e-3)
+    assert TabulatedSchedule.scaled_linear().alpha_bar[-1] == pytest.approx(0.00466, rel=2e-3)
+    assert TabulatedSchedule.cosine().alpha_bar[499] == pytest.approx(
+        np.cos((0.508 / 1.008) * np.pi / 2) ** 2, rel=1e-3
+    )
 
 
 @every
@@ -141,7 +160,7 @@ def test_training_times_lie_in_range_and_rise_with_the_draw(schedule):
     u = jnp.linspace(0.0, 1.0, 4001)
     t = schedule.sample_time(u)
     assert np.all((t >= 0) & (t <= 1)) and np.all(np.diff(t) >= 0)
-    if not isinstance(schedule, EDM | Discrete):
+    if not isinstance(schedule, EDM | TabulatedSchedule):
         np.testing.assert_array_equal(t, u)
 
 
@@ -153,8 +172,8 @@ def test_edm_trains_on_log_normal_noise():
 
 
 def test_discrete_trains_on_each_entry_equally():
-    table = Discrete.linear()
-    timesteps = table.position(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
+    table = TabulatedSchedule.linear()
+    timesteps = table.network_time(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
     counts = np.bincount(np.round(np.asarray(timesteps)).astype(int), minlength=1000)
     assert len(counts) == 1000 and counts.min() > 50 and counts.max() < 160
     np.testing.assert_allclose(timesteps, np.round(timesteps), atol=1e-3)
@@ -168,13 +187,13 @@ def test_focus_changes_where_training_looks_and_nothing_else(schedule):
         np.testing.assert_array_equal(getattr(focused, name)(t), getattr(schedule, name)(t))
     found = focused.logsnr(focused.sample_time(t))
     np.testing.assert_allclose(
-        found, np.linspace(3.0, -2.5, 101), atol=2e-2 if isinstance(schedule, Discrete) else 1e-3
+        found, np.linspace(3.0, -2.5, 101), atol=2e-2 if isinstance(schedule, TabulatedSchedule) else 1e-3
     )
     assert focused.sample_time(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
 
     # Three quarters in the range, and the last quarter as the schedule itself would have it.
     partly = Focused(schedule, -2.5, 3.0, share=0.75).sample_time(jnp.linspace(0.0, 1.0, 401))
-    atol = 1.001e-3 if isinstance(schedule, Discrete) else 1e-5  # a step of the table may fall to either side
+    atol = 1.001e-3 if isinstance(schedule, TabulatedSchedule) else 1e-5  # a step of the table may fall to either side
     np.testing.assert_allclose(partly[:300], focused.sample_time(jnp.arange(300) / 300), atol=atol)
     np.testing.assert_allclose(partly[300:], schedule.sample_time(t), atol=atol)
 
@@ -195,15 +214,15 @@ def test_a_static_value_under_jit(schedule):
 @pytest.mark.parametrize(
     "make,words",
     [
-        (lambda: Cosine(clip=0.0), "clip"),
-        (lambda: Cosine(shift=float("nan")), "shift must be finite"),
-        (lambda: Linear(beta_start=0.1, beta_end=0.01), "beta_start"),
+        (lambda: CosineSchedule(clip=0.0), "clip"),
+        (lambda: CosineSchedule(shift=float("nan")), "shift must be finite"),
+        (lambda: LinearBetaSchedule(beta_start=0.1, beta_end=0.01), "beta_start"),
         (lambda: EDM(sigma_min=1.0, sigma_max=0.5), "sigma_min"),
         (lambda: EDM(p_std=0.0), "p_std"),
-        (lambda: Discrete((0.5, 0.6)), "alpha_bar"),
-        (lambda: Discrete.linear(1), "at least 2 steps"),
-        (lambda: Focused(Cosine(), 1.0, -1.0), "low < high"),
-        (lambda: Focused(Cosine(), -1.0, 1.0, share=0.0), "share"),
+        (lambda: TabulatedSchedule((0.5, 0.6)), "alpha_bar"),
+        (lambda: TabulatedSchedule.linear(1), "at least 2 steps"),
+        (lambda: Focused(CosineSchedule(), 1.0, -1.0), "low < high"),
+        (lambda: Focused(CosineSchedule(), -1.0, 1.0, share=0.0), "share"),
     ],
 )
 def test_settings_out_of_range_are_named(make, words):

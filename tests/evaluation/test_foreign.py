@@ -7,8 +7,8 @@ import pytest
 
 from jaxdiff.evaluation import fid, foreign
 from jaxdiff.evaluation.features import INCEPTION
-from jaxdiff.evaluation.judges import Settings, judge, keep, kept, observed, seen_by
 from jaxdiff.evaluation.kid import kid
+from jaxdiff.evaluation.metrics import Settings, judge, keep, kept, observed, seen_by
 from jaxdiff.evaluation.statistics import Moments, Origin
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdiff.data.pictures import to_float
+from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw
 from jaxdiff.evaluation.rainbow import NAMES, read
 

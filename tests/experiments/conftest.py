@@ -14,9 +14,9 @@ from experiments.imagen import presets
 from experiments.text import pretrain
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.t5 import T5Encoder
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.tokenizer import train_tokenizer
 from jaxdiff.weights.imagen import save_model
 from jaxdiff.weights.t5 import export
@@ -33,8 +33,8 @@ def standin(tmp_path_factory) -> Path:
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
     export(config, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes), folder / "text")
     for number, (name, stage) in enumerate(STAGES.items()):
-        sampling = Sampling(presets.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
-        save_model(Model(stage, random_params(stage, number), sampling), folder / name)
+        sampling = SamplingConfig(presets.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
+        save_model(TrainedModel(stage, random_params(stage, number), sampling), folder / name)
     return folder
 
 
@@ -45,7 +45,7 @@ def small_presets(monkeypatch) -> None:
         monkeypatch.setitem(presets.STAGES, name, {"tiny": stage, "quick": stage})
     monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
     for name in ("SAMPLING_BASE_TINY", "SAMPLING_BASE_QUICK", "SAMPLING_SR_TINY"):
-        monkeypatch.setattr(presets.presets, name, Sampling(presets.SAMPLERS["ddim"], steps=2))
+        monkeypatch.setattr(presets.presets, name, SamplingConfig(presets.SAMPLERS["ddim"], steps=2))
 
 
 @dataclasses.dataclass(frozen=True)

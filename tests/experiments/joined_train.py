@@ -9,10 +9,10 @@ from small_cascade import STAGES
 
 from experiments.cli import run
 from experiments.imagen import presets, train
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.training.loop import Diverged
 
 if __name__ == "__main__":
     presets.STAGES = {name: {"tiny": stage} for name, stage in STAGES.items()}
-    presets.presets.SAMPLING_BASE_TINY = Sampling(presets.SAMPLERS["ddim"], steps=2)
+    presets.presets.SAMPLING_BASE_TINY = SamplingConfig(presets.SAMPLERS["ddim"], steps=2)
     run(train.main, stopped_by=(Diverged,))

@@ -3,9 +3,9 @@
 import dataclasses
 
 from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import EfficientUNetConfig
-from jaxdiff.systems.imagen import Stage
 
 WIDTH = 8
 NET = EfficientUNetConfig(
@@ -23,8 +23,8 @@ NET = EfficientUNetConfig(
     low_res=False,
 )
 PLAIN = dataclasses.replace(NET, self_attention=(False,), pool_text=False, patch=16, low_res=True)
-BASE = Stage(NET, resolution=64, prediction=Prediction.X0, text_length=16)
-SR_256 = Stage(
+BASE = DiffusionModel(NET, resolution=64, prediction=Prediction.X0, text_length=16)
+SR_256 = DiffusionModel(
     PLAIN, resolution=256, low_resolution=64, prediction=Prediction.X0, residual=True, max_aug_level=0.3, text_length=16
 )
 SR_1024 = dataclasses.replace(SR_256, resolution=1024, low_resolution=256)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from experiments.cli import run
-from jaxdiff.training.peers import FolderInUseError, Lost
+from jaxdiff.training.multihost import FolderInUseError, PeerLostError
 
 
 class Stopped(RuntimeError):
@@ -18,7 +18,7 @@ class Stopped(RuntimeError):
         (ValueError("a\n  b"), 2, "error: a b\n"),
         (FileNotFoundError("no such file"), 2, "error: no such file\n"),
         (FolderInUseError("runs/a: in use"), 73, "error: runs/a: in use\n"),
-        (Lost("another process is gone"), 71, "error: another process is gone\n"),
+        (PeerLostError("another process is gone"), 71, "error: another process is gone\n"),
         (Stopped("it diverged"), 1, "error: it diverged\n"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(75), 75, ""),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.text import embed
-from jaxdiff.data import pictures, sources
+from jaxdiff.data import images, sources
 from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.t5 import encode
@@ -24,7 +24,7 @@ from jaxdiff.weights.t5 import export, load_text_encoder
 
 ROOT = Path(__file__).parents[2]
 COUNT = 150
-PICTURE = pictures.encode_png(np.zeros((32, 32, 3), np.uint8))
+PICTURE = images.encode_png(np.zeros((32, 32, 3), np.uint8))
 
 
 @pytest.fixture

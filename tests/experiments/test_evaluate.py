@@ -10,11 +10,11 @@ from small_cascade import SR_256
 
 from experiments.imagen import evaluate
 from experiments.imagen.evaluate import Tally, psnr, psnr_scores, true_picture
-from jaxdiff.data.pictures import resize, to_float
+from jaxdiff.data.images import resize, to_float
 from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
-from jaxdiff.diffusion.thresholding import Static
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.diffusion.thresholding import StaticThreshold
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.weights.imagen import load
 
 
@@ -51,7 +51,7 @@ def test_enlarging_alone_scores_like_bicubic(standin):
     """Our input is aligned with the true picture, and our filter is Pillow's: a stage that adds nothing is bicubic."""
     model = without_weights(load(standin))
     # Augmentation is switched off by the score itself; dynamic thresholding would take bicubic's overshoot as a scale.
-    noisy = [dataclasses.replace(m.sampling, aug_level=0.3, thresholding=Static()) for m in model.models]
+    noisy = [dataclasses.replace(m.sampling, aug_level=0.3, thresholding=StaticThreshold()) for m in model.models]
     for resolution in (256, 1024):
         scores = psnr_scores(model, resolution, 2, noisy)
         ours, bicubic = scores[f"psnr_{resolution}"], scores[f"psnr_{resolution}_bicubic"]

@@ -10,7 +10,7 @@ from small_judges import write_judges
 
 from experiments import evaluate, judging
 from experiments.judging import Cropped, OfSource, open_folder
-from jaxdiff.data.pictures import resize
+from jaxdiff.data.images import resize
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene

@@ -7,8 +7,8 @@ from PIL import Image
 from small_cascade import BASE, SR_256, WIDTH
 
 from experiments.imagen.own_pictures import OwnPictures, enlarged, read
-from jaxdiff.systems.cascade import Cascade, Model
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 
 # Upright it is 24 wide and 16 high, its left half white; stored as a camera on its side does, it is 16 wide.
@@ -27,7 +27,7 @@ SIDEWAYS = {
 def model() -> Cascade:
     """No parameters: nothing is drawn."""
     text = EmbeddedCaptions(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
-    return Cascade(text, Model(BASE, {}, Sampling()), (Model(SR_256, {}, Sampling()),))
+    return Cascade(text, TrainedModel(BASE, {}, SamplingConfig()), (TrainedModel(SR_256, {}, SamplingConfig()),))
 
 
 def saved(path, options: dict):

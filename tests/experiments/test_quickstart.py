@@ -14,7 +14,7 @@ from experiments import quickstart
 from experiments.imagen import png_metadata
 from experiments.imagen.pictures import to_uint8
 from experiments.quickstart_train import train_cascade
-from jaxdiff.systems import cascade
+from jaxdiff.systems import pipeline
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.t5 import load_text_encoder
 from jaxdiff.weights.tree import load_tree
@@ -45,14 +45,14 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     assert Image.open(tmp_path / "grid.png").size > (4 * (128 + 256), 4 * 256)
     # It draws what the library draws.
     first = next((tmp_path / "pictures").glob("00-*-1024.png"))
-    expected = cascade.sample(load(standin), report["captions"][:2])[1024][0]
+    expected = pipeline.sample(load(standin), report["captions"][:2])[1024][0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
     metadata = png_metadata.read(first.read_bytes())
     assert metadata.prompt == report["captions"][0] and metadata.settings["resolution"] == 1024
 
 
 def test_one_object_and_two_are_scored_apart():
-    from jaxdiff.data.pictures import to_float
+    from jaxdiff.data.images import to_float
     from jaxdiff.data.shapes_caption import held_out_examples
     from jaxdiff.data.shapes_draw import draw
 

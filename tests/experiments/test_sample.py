@@ -11,9 +11,9 @@ from PIL import Image
 from experiments.imagen import png_metadata, sample
 from experiments.imagen.drawing import Drawing, mesh_of, parts, samplings, spread
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
-from jaxdiff.systems import cascade
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.systems import pipeline
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.settings import from_json, to_json
 
@@ -41,7 +41,7 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     assert [sampling.steps for sampling in samplings] == [2, 2, 1]
     # What the file says draws the same picture again.
     options = {"seed": 7, "per_prompt": 2, "negative": "a square", "up_to": 256, "samplings": samplings}
-    again = cascade.sample(load(standin), ["a red circle", "a blue star"], **options)[256][3]
+    again = pipeline.sample(load(standin), ["a red circle", "a blue star"], **options)[256][3]
     difference = np.asarray(found["0003-a-blue-star.png"], int) - sample.pictures.to_uint8(again)
     assert np.abs(difference).max() <= 1  # another batch rounds differently
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 2 * 256
@@ -49,10 +49,10 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
 
 def test_a_picture_does_not_depend_on_the_batch_or_its_neighbours(standin):
     model, prompts = load(standin), ["a red circle", "a blue star", "a yellow cross", "two green hearts"]
-    whole = cascade.sample(model, prompts, seed=3, batch=16)
+    whole = pipeline.sample(model, prompts, seed=3, batch=16)
     assert list(whole) == [64, 256, 1024]
-    in_twos = cascade.sample(model, prompts, seed=3, batch=2)
-    alone = dict(cascade.stages(model, prompts[3:], seed=3, first=3))
+    in_twos = pipeline.sample(model, prompts, seed=3, batch=2)
+    alone = dict(pipeline.stages(model, prompts[3:], seed=3, first=3))
     for resolution, expected in whole.items():
         assert np.ptp(expected) > 0.5
         np.testing.assert_allclose(in_twos[resolution], expected, atol=2e-3)
@@ -67,7 +67,7 @@ def test_large_lists_are_drawn_in_parts(standin, tmp_path, command, monkeypatch)
     assert done.code == 0, done.err
     found = pictures_in(tmp_path / "out")
     assert list(found) == ["0000-a-red-circle.png", "0001-a-blue-star.png", "0002-a-green-heart.png"]
-    expected = cascade.sample(load(standin), ["a red circle", "a blue star", "a green heart"], up_to=64)[64]
+    expected = pipeline.sample(load(standin), ["a red circle", "a blue star", "a green heart"], up_to=64)[64]
     for image, picture in zip(found.values(), expected):
         assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
 
@@ -91,7 +91,7 @@ def test_a_mesh_compiles_each_stage_once(standin, caplog):
     """The sampler's state lies before the first steps as it does after them."""
     with spread(load(standin), mesh_of("data=2,tensor=4")) as model, jax.log_compiles():
         chosen = [dataclasses.replace(each.sampling, steps=9) for each in model.models]
-        drawn = cascade.sample(
+        drawn = pipeline.sample(
             model, ["a red circle"], up_to=256, samplings=chosen, seed=5, progress=lambda resolution, done, total: None
         )
     assert drawn[256].shape == (1, 256, 256, 3)
@@ -148,9 +148,13 @@ def test_settings_for_all_stages_or_each(standin):
     each = samplings(model.models, Drawing(sampler="euler,,ddim", steps="9,,3", thresholding="static,none,dynamic"))
     assert [s.sampler for s in each] == [Euler(), own[1].sampler, DDIM()]
     assert [s.steps for s in each] == [9, own[1].steps, 3]
-    assert [s.thresholding for s in each] == [Static(), Unthresholded(), Dynamic()]
+    assert [s.thresholding for s in each] == [StaticThreshold(), NoThreshold(), DynamicThreshold()]
     capped = samplings(model.models, Drawing(thresholding="static,dynamic,dynamic", percentile=0.9, cap=2.0))
-    assert [s.thresholding for s in capped] == [Static(), Dynamic(0.9, 2.0), Dynamic(0.9, 2.0)]
+    assert [s.thresholding for s in capped] == [
+        StaticThreshold(),
+        DynamicThreshold(0.9, 2.0),
+        DynamicThreshold(0.9, 2.0),
+    ]
     tiled = samplings(model.models, Drawing(tile=256))
     assert [s.tiles for s in tiled] == [None, Tiles(256, 32), Tiles(256, 32)]
 
@@ -176,6 +180,6 @@ def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
 def test_an_empty_prompt_is_the_null_text(standin):
     model = load(standin)
     with pytest.warns(UserWarning, match="without text"):
-        blank = cascade.sample(model, ["  "], up_to=64)[64]
-    named = cascade.sample(model, ["a red circle"], up_to=64)[64]
+        blank = pipeline.sample(model, ["  "], up_to=64)[64]
+    named = pipeline.sample(model, ["a red circle"], up_to=64)[64]
     assert np.abs(blank - named).max() > 0.01

@@ -9,8 +9,8 @@ import small_if
 from PIL import Image
 
 from experiments.imagen import png_metadata, sample
-from jaxdiff.systems import cascade
-from jaxdiff.systems.imagen_presets import SAMPLING_IF_I
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.imagen import SAMPLING_IF_I
 from jaxdiff.weights import imagen
 from jaxdiff.weights.settings import from_json
 
@@ -50,7 +50,7 @@ def test_text_to_image(exported, tmp_path, command):
     told = settings_of(image)
     samplings = [from_json(stage, "the PNG") for stage in told["stages"]]
     assert [s.steps for s in samplings] == [3, 2] and samplings[0].sampler == SAMPLING_IF_I.sampler
-    again = cascade.sample(imagen.load(exported), [CAPTION], seed=5, samplings=samplings)[64][0]
+    again = pipeline.sample(imagen.load(exported), [CAPTION], seed=5, samplings=samplings)[64][0]
     assert image.size == (64, 64) and np.ptp(np.asarray(image)) > 100
     # Not bit by bit: the encoder read other captions beside this one, and a network at random makes much of little.
     assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(again)).mean() < 0.1

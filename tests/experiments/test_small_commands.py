@@ -15,12 +15,12 @@ from experiments.imagen import presets, rainbow
 from experiments.imagen.rainbow import scores_of
 from experiments.text.pretrain import lines_of
 from jaxdiff.data import shapes_draw
-from jaxdiff.data.pictures import to_float
+from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, draw, split
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.rainbow import read
+from jaxdiff.models.classifier import of_size_one
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
-from jaxdiff.systems.classifier import of_size_one
 from jaxdiff.training import metrics
 from jaxdiff.weights import classifier
 

@@ -161,4 +161,4 @@ def test_attention_block_reads_pixels_and_written_text():
 
 
 def test_output_is_float32():
-    assert blocks.keep_precision(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32
+    assert blocks.to_float32(jnp.ones(2, jnp.bfloat16)).dtype == jnp.float32

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from small import BASE, SR, random_params
 
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import Stage
+from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import batch_sharding, make_mesh
-from jaxdiff.training.placement import Placement, shardings
+from jaxdiff.training.param_sharding import ParamSharding, shardings
 
 TWO_LEVELS = {"channels": 8, "multipliers": (1, 2), "blocks": (1, 1), "time_width": 16, "text_width": 6}
 NETWORKS = {
@@ -67,7 +67,7 @@ def inputs_of(config, count=B, height=H, width=W, seed=0):
 
 def stage_of(config):
     side = config.stride * 2
-    return Stage(unet=config, resolution=side, low_resolution=side // 2 if config.low_res else None)
+    return DiffusionModel(unet=config, resolution=side, low_resolution=side // 2 if config.low_res else None)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -246,7 +246,7 @@ def test_a_mesh_changes_nothing():
     compiled = jax.jit(BASE.unet.module().apply)
     wanted = compiled({"params": params}, **inputs)
     mesh = make_mesh(data=4, fsdp=2)
-    placed = jax.device_put(params, shardings(params, mesh, Placement(minimum=1)))
+    placed = jax.device_put(params, shardings(params, mesh, ParamSharding(minimum=1)))
     assert not placed["stem"]["kernel"].sharding.is_fully_replicated
     with jax.set_mesh(mesh):
         found = compiled({"params": placed}, **jax.device_put(inputs, batch_sharding(mesh)))

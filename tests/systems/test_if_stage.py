@@ -12,17 +12,17 @@ from small import Formula, random_params
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDPM
-from jaxdiff.diffusion.schedules import Cosine, Discrete
+from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
+from jaxdiff.models.diffusion import enlarge_between_corners
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import Reading, UNetConfig
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import enlarge_between_corners
-from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.systems import imagen as presets
 from jaxdiff.text.t5 import TextEmbedding
 
 KEY, COUNT, WIDTH = jax.random.key(1), 64, 6
-TABLE = Discrete.cosine()
+TABLE = TabulatedSchedule.cosine()
 RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(-1, 1, (COUNT, 16, 16, 3)).astype("f4")
 NULL = RNG.normal(size=(77, WIDTH)).astype("f4")
@@ -177,7 +177,7 @@ def drawn(stage, params, count=2, side=16, **settings):
     keys = noise.sample_keys(KEY, jnp.arange(count))
     text = TextEmbedding(BATCH["text"][:count], BATCH["text_mask"][:count])
     null = TextEmbedding(jnp.broadcast_to(NULL, (count, 77, WIDTH)), BATCH["text_mask"][:count])
-    return np.asarray(draw(stage, params, Sampling(**settings), text, null, keys, (side, side)))
+    return np.asarray(draw(stage, params, SamplingConfig(**settings), text, null, keys, (side, side)))
 
 
 def test_drawing_with_the_learned_variance():
@@ -209,7 +209,7 @@ def test_drawing_in_tiles():
 
 def test_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="a variance is learned between the entries of a discrete schedule"):
-        replace(stage_of(), schedule=Cosine())
+        replace(stage_of(), schedule=CosineSchedule())
     fixed = stage_of(lambda x, *rest: x)
     fixed = replace(fixed, unet=replace(fixed.unet, learned_variance=False))
     with pytest.raises(ValueError, match="the 16 stage has learned no variance, so its DDPM needs a gamma"):

@@ -14,7 +14,7 @@ from jaxdiff.text.bulk import BulkEncoder, batches
 from jaxdiff.text.t5 import TextEncoder, encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.mesh import batch_sharding, make_mesh
-from jaxdiff.training.placement import Placement, shardings
+from jaxdiff.training.param_sharding import ParamSharding, shardings
 
 CONFIG = T5Config(vocab=384, d_model=32, d_kv=8, d_ff=64, layers=2, decoder_layers=0, heads=4)
 CAPTIONS = ["a star", "", "x" * 19, "red", "  ", "a circle, cut", *(f"{'o' * (i % 17)} {i}" for i in range(30))]
@@ -80,7 +80,7 @@ def test_batches_take_each_caption_once_and_waste_little():
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 def test_the_encoder_over_a_mesh(encoder, expected, fsdp):
     mesh = make_mesh(fsdp=fsdp)
-    params = jax.device_put(encoder.params, shardings(encoder.params, mesh, Placement(minimum=0)))
+    params = jax.device_put(encoder.params, shardings(encoder.params, mesh, ParamSharding(minimum=0)))
     kernel = params["encoder"]["block_0"]["feed_forward"]["wo"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // fsdp
     program = BulkEncoder(dataclasses.replace(encoder, params=params), 8, (8,), batch_sharding(mesh))
@@ -98,7 +98,7 @@ def test_a_split_encoder_is_never_whole_on_a_device():
         config = dataclasses.replace(CONFIG, d_model=256, d_ff=512, layers=layers)
         shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, mask)["params"]
         size = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes["encoder"]["block_0"]))
-        places = shardings(shapes, mesh, Placement(minimum=1024))
+        places = shardings(shapes, mesh, ParamSharding(minimum=1024))
         params = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )

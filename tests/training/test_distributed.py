@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import free_port
 
-from jaxdiff.training import distributed, peers
+from jaxdiff.training import distributed, multihost
 from jaxdiff.training.distributed import Cluster, agree, check_shared, gathered, on_process_0, once, start
 
 
@@ -56,7 +56,7 @@ def test_alone_nothing_is_called(initialized, monkeypatch, tmp_path):
     agree("anything", {"a": 1})
     check_shared(tmp_path)
     assert once(tmp_path, lambda: 3) == 3 and on_process_0(lambda: 4) == 4
-    assert peers.end(2, "nothing") is None
+    assert multihost.end(2, "nothing") is None
     np.testing.assert_array_equal(gathered({"a": jax.numpy.arange(3)})["a"], np.arange(3))
     assert not list(tmp_path.iterdir())
 
@@ -117,7 +117,9 @@ def test_a_cluster_that_cannot_be_read_is_one_line_that_says_what_to_do(initiali
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
-    with pytest.raises(peers.Lost, match=r"cluster, jobs must be indexed; say where .* --join none") as caught:
+    with pytest.raises(
+        multihost.PeerLostError, match=r"cluster, jobs must be indexed; say where .* --join none"
+    ) as caught:
         start(Cluster())
     assert "\n" not in str(caught.value)
 
@@ -132,10 +134,10 @@ def test_a_port_that_is_taken_is_named(initialized):
 
 
 def test_what_an_error_means_for_the_exit_code():
-    assert peers.outcome(ValueError("a\n b")) == (2, "error: a b")
-    assert peers.outcome(FileNotFoundError("gone")) == (2, "error: gone")
-    assert peers.outcome(peers.Lost("lost")) == (71, "error: lost")
-    code, text = peers.outcome(RuntimeError("a bug"))
+    assert multihost.outcome(ValueError("a\n b")) == (2, "error: a b")
+    assert multihost.outcome(FileNotFoundError("gone")) == (2, "error: gone")
+    assert multihost.outcome(multihost.PeerLostError("lost")) == (71, "error: lost")
+    code, text = multihost.outcome(RuntimeError("a bug"))
     assert code == 70 and text.endswith("RuntimeError: a bug")
 
 
@@ -149,9 +151,9 @@ def test_what_an_error_means_for_the_exit_code():
     ],
 )
 def test_what_may_be_an_error_of_this_process_is_shown(message, ours, monkeypatch):
-    monkeypatch.setattr(peers, "count", lambda: 2)
-    with pytest.raises(peers.Lost) as caught, peers.together():
+    monkeypatch.setattr(multihost, "count", lambda: 2)
+    with pytest.raises(multihost.PeerLostError) as caught, multihost.together():
         raise RuntimeError(message)
-    code, text = peers.outcome(caught.value)
+    code, text = multihost.outcome(caught.value)
     assert code == 71 and text.splitlines()[-1].startswith("error: another process is gone") and message in text
     assert ("Traceback" in text, "or it is this" in text) == (ours, ours)

@@ -9,9 +9,9 @@ import jax
 import pytest
 from training_toy import Stream, Toy, config
 
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
-from jaxdiff.training.interruption import Interruption, Preempted, Told
+from jaxdiff.training.interruption import Interruption, InterruptRequested, Preempted
 from jaxdiff.training.loop import train
 from jaxdiff.training.mesh import make_mesh
 
@@ -95,10 +95,10 @@ def test_a_second_interrupt_from_the_keyboard_is_one(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             tell(signal.SIGINT)
     with Interruption() as interruption:
-        with pytest.raises(Told), interruption.at_once():
+        with pytest.raises(InterruptRequested), interruption.at_once():
             tell()
         tell()  # noted only, outside
-        with pytest.raises(Told), interruption.at_once():
+        with pytest.raises(InterruptRequested), interruption.at_once():
             pytest.fail("went on")
 
 
@@ -106,7 +106,7 @@ def test_processes_that_joined_without_us_keep_their_handler(monkeypatch):
     """Of `jax.distributed.initialize` alone: SIGTERM is still jax's."""
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    monkeypatch.setattr(peers, "count", lambda: 2)
+    monkeypatch.setattr(multihost, "count", lambda: 2)
     try:
         with Interruption():
             tell()

@@ -14,7 +14,7 @@ import pytest
 
 from jaxdiff.training import lock as lock_module
 from jaxdiff.training.lock import NAME, FolderLock, locked
-from jaxdiff.training.peers import FolderInUseError
+from jaxdiff.training.multihost import FolderInUseError
 
 
 @pytest.fixture(autouse=True)

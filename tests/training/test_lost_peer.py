@@ -7,7 +7,7 @@ import sys
 import pytest
 from jax._src.lib import _jax
 
-from jaxdiff.training import lost_peer, peers
+from jaxdiff.training import lost_peer, multihost
 
 THROWS = """
 import ctypes, sys
@@ -38,7 +38,7 @@ def test_the_exception_of_a_lost_peer_alone_is_taken_for_one(function, code, wor
 def test_a_jaxlib_that_can_call_back_is_answered(monkeypatch):
     made, ended = [], []
     monkeypatch.setattr(_jax, "get_distributed_runtime_client", lambda *_, **given: made.append(given))
-    monkeypatch.setattr(peers, "lose_contact", lambda: ended.append(1))
+    monkeypatch.setattr(multihost, "lose_contact", lambda: ended.append(1))
     with lost_peer.ends_this_process():
         _jax.get_distributed_runtime_client("address", 0, heartbeat_timeout=5)
     made[0]["missed_heartbeat_callback"]("UNAVAILABLE: a task is gone")

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxdiff.training.mesh import MeshShape, batch_devices, make_mesh, parse, to_devices
-from jaxdiff.training.placement import Placement, shardings
+from jaxdiff.training.param_sharding import ParamSharding, shardings
 
 
 def test_one_size_is_what_the_others_leave():
@@ -45,7 +45,7 @@ def test_the_largest_divisible_axis_is_split():
     assert specs["square"] == PartitionSpec(None, "fsdp")
     assert specs["none"] == PartitionSpec()
     assert specs["small"] == PartitionSpec()
-    assert shardings(tree, mesh, Placement(minimum=1))["small"].spec == PartitionSpec(None, "fsdp")
+    assert shardings(tree, mesh, ParamSharding(minimum=1))["small"].spec == PartitionSpec(None, "fsdp")
 
 
 def test_without_fsdp_everything_is_copied():

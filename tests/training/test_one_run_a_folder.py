@@ -22,8 +22,8 @@ from jaxdiff.training.lock import NAME, FolderLock
 from jaxdiff.training.loop import train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
+from jaxdiff.training.multihost import FolderInUseError
 from jaxdiff.training.optimizer import OptimizerConfig
-from jaxdiff.training.peers import FolderInUseError
 from jaxdiff.training.state import init_state
 
 ONE = make_mesh(devices=jax.devices()[:1])

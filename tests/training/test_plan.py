@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import SR
 
-from jaxdiff.nets.placement import Axes
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.training import chips, plan
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -186,7 +186,7 @@ def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 
     def of(rows, remat="none", **options):
-        stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=Axes()))
+        stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=ActivationSharding()))
         return estimated_costs(stage.loss, state, params, stage.batch(rows, 16), key, parts=4, copies=2, **options)
 
     small, large = of(2), of(8)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small import random_params
 
-from jaxdiff.nets.placement import Axes
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import EfficientUNetConfig
-from jaxdiff.systems.imagen import Stage
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import SGD, Adafactor, AdamW, Decay, OptimizerConfig
-from jaxdiff.training.placement import Placement, Rule
+from jaxdiff.training.param_sharding import ParamSharding, Rule
 from jaxdiff.training.state import abstract_state, init_state
 from jaxdiff.training.step import make_step
 
@@ -28,11 +28,11 @@ UNET = EfficientUNetConfig(
     text_width=6,
     context_width=8,
 )
-STAGE = Stage(unet=UNET, resolution=16, low_resolution=4, text_length=4)
+STAGE = DiffusionModel(unet=UNET, resolution=16, low_resolution=4, text_length=4)
 RATE = 0.05
 PLAIN = OptimizerConfig(kind=SGD(), learning_rate=RATE, warmup=0, decay=Decay.CONSTANT, clip=None)
 RULES = tuple(Rule(*rule) for rule in UNET.tensor_rules())
-ROWS = Axes(BATCH_AXES, ("tensor",))
+ROWS = ActivationSharding(BATCH_AXES, ("tensor",))
 
 
 def batches(count, rows=32):
@@ -45,9 +45,9 @@ def batches(count, rows=32):
 def trained(sizes, steps=10, axes=None, optimizer=PLAIN, accumulate=1, **how):
     """Losses of so many steps, and the parameters before, after the first and after the last."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    axes = Axes(BATCH_AXES) if axes is None else axes
+    axes = ActivationSharding(BATCH_AXES) if axes is None else axes
     stage = replace(STAGE, unet=replace(UNET, axes=axes, **how))
-    placement = Placement(() if axes.rows else RULES, minimum=64)
+    placement = ParamSharding(() if axes.rows else RULES, minimum=64)
     state = init_state(stage, optimizer, jax.random.key(0), mesh, random_params(STAGE), placement)
     abstract = abstract_state(stage, optimizer, mesh, placement)
     step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract), accumulate=accumulate)
@@ -69,7 +69,7 @@ def one_device():
     def of(**settings):
         key = repr(settings)
         if key not in kept:
-            kept[key] = trained((1, 1, 1), axes=Axes(), **settings)
+            kept[key] = trained((1, 1, 1), axes=ActivationSharding(), **settings)
         return kept[key]
 
     return of

@@ -169,7 +169,9 @@ def test_a_loss_that_is_not_finite_changes_counters_only():
         same = all(jax.tree.leaves(jax.tree.map(np.array_equal, kept, now)))
         assert same == (index in stream.bad), index
         assert np.isfinite(metrics["loss"]) == (index not in stream.bad)
-        counts.append((int(state.step), int(state.skipped), int(state.in_a_row), int(state.worst_run)))
+        counts.append(
+            (int(state.step), int(state.skipped), int(state.consecutive_skips), int(state.max_consecutive_skips))
+        )
     assert counts == [(1, 0, 0, 0), (2, 0, 0, 0), (3, 1, 1, 1), (4, 2, 2, 2), (5, 2, 0, 2), (6, 3, 1, 2), (7, 3, 0, 2)]
 
 

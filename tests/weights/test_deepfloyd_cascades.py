@@ -11,8 +11,8 @@ import small_if
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from jaxdiff.core import trees
-from jaxdiff.diffusion.grids import Leading
-from jaxdiff.systems.cascade import Cascade
+from jaxdiff.diffusion.time_grid import Leading
+from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import embed_captions
 from jaxdiff.weights import hub, imagen

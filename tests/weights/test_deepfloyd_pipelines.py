@@ -13,10 +13,10 @@ import pytest
 import small_if
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.grids import Leading, Respaced
 from jaxdiff.diffusion.samplers import DDIM
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Picture
+from jaxdiff.diffusion.time_grid import Leading, Respaced
+from jaxdiff.systems import pipeline as systems_pipeline
+from jaxdiff.systems.pipeline import Picture
 from jaxdiff.text.t5 import encode
 from jaxdiff.weights import imagen
 
@@ -100,7 +100,7 @@ def drawn(ours, clean_known=True, **options):
         replace(m.sampling, sampler=DDIM(), steps=STEPS, spacing=Leading(), keep_eps=True, clean_known=clean_known)
         for m in ours.models
     ]
-    return list(dict(cascade.stages(ours, CAPTIONS, seed=SEED, samplings=samplings, **options)).values())
+    return list(dict(systems_pipeline.stages(ours, CAPTIONS, seed=SEED, samplings=samplings, **options)).values())
 
 
 def assert_same(found, wanted):
@@ -171,7 +171,7 @@ def test_ddpm_with_the_variance_that_the_network_has_learned(folder, ours, monke
     timesteps = spacing.entries(1000)[::-1]
     pictures = base(CAPTIONS, timesteps=timesteps, guidance_scale=GUIDANCE[0], output_type="pt").images
     samplings = [replace(model.sampling, steps=spacing.steps, spacing=spacing) for model in ours.models]
-    found = cascade.sample(ours, CAPTIONS, seed=SEED, samplings=samplings, up_to=SIDES[0])
+    found = systems_pipeline.sample(ours, CAPTIONS, seed=SEED, samplings=samplings, up_to=SIDES[0])
     assert_same(found.values(), [np.moveaxis(pictures.clamp(-1, 1).numpy(), 1, -1)])
 
 

@@ -11,14 +11,14 @@ import pytest
 import small
 import small_if
 
-from jaxdiff.diffusion.grids import Leading, Linspace, Trailing
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
-from jaxdiff.diffusion.schedules import Cosine, Discrete
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
-from jaxdiff.systems import cascade
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen import Enlargement, NullText
+from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
+from jaxdiff.models.diffusion import Enlargement, NullText
+from jaxdiff.systems import pipeline
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, embed_captions, encode
 from jaxdiff.weights import captions, deepfloyd_pipeline, imagen, tree
 
@@ -132,9 +132,9 @@ def changed(model, number=0, **changes):
         (1, {"null_text": NullText.ZEROS}, "no stage with null_text = NullText.ZEROS"),
         (0, {"prediction": Prediction.V}, "no stage with prediction = Prediction.V"),
         (1, {"enlargement": Enlargement.CUBIC}, "no stage with enlargement = Enlargement.CUBIC"),
-        (0, {"schedule": Discrete.linear()}, r"no schedule = Discrete\(.*: it has to be Discrete.cosine"),
-        (0, {"schedule": Discrete.cosine(offset=0.01)}, "no schedule = Discrete"),
-        (1, {"augmentation": Cosine()}, "no augmentation = Cosine"),
+        (0, {"schedule": TabulatedSchedule.linear()}, r"no schedule = Discrete\(.*: it has to be Discrete.cosine"),
+        (0, {"schedule": TabulatedSchedule.cosine(offset=0.01)}, "no schedule = Discrete"),
+        (1, {"augmentation": CosineSchedule()}, "no augmentation = Cosine"),
         (0, {"sampler": Euler()}, r"no sampler = Euler\(\)"),
         (0, {"sampler": DDPM(0.5)}, r"no sampler = DDPM\(gamma=0.5\)"),
         (0, {"sampler": DDIM(0.5), "keep_eps": True}, r"no sampler = DDIM\(eta=0.5\)"),
@@ -152,7 +152,7 @@ def test_networks_of_another_kind(exported, tmp_path):
     model = exported[0]
     efficient = replace(small.BASE, resolution=16)
     for other, message in (
-        (Model(efficient, small.random_params(efficient), small_sampling()), "no schedule|null_text"),
+        (TrainedModel(efficient, small.random_params(efficient), small_sampling()), "no schedule|null_text"),
         (replace(model.base, stage=replace(model.base.stage, text_length=12)), "no stage with text_length = 12"),
         (replace(model.base, params={}), "the U-Net to export does not fit the settings"),
     ):
@@ -172,11 +172,11 @@ def small_sampling():
     "changes",
     [
         {"sampler": DDIM(), "keep_eps": True},
-        {"sampler": DDPM(0.0), "thresholding": Static()},
-        {"sampler": DDPM(1.0), "thresholding": Unthresholded()},
-        {"thresholding": Dynamic(0.9, 2.0)},
-        {"thresholding": Dynamic(1.0, 1e6)},
-        {"schedule": Discrete.cosine(50)},
+        {"sampler": DDPM(0.0), "thresholding": StaticThreshold()},
+        {"sampler": DDPM(1.0), "thresholding": NoThreshold()},
+        {"thresholding": DynamicThreshold(0.9, 2.0)},
+        {"thresholding": DynamicThreshold(1.0, 1e6)},
+        {"schedule": TabulatedSchedule.cosine(50)},
         {"spacing": Leading()},
         {"spacing": Leading(1)},
         {"spacing": Trailing()},
@@ -217,13 +217,13 @@ def test_the_same_pictures_without_the_encoder(exported, embedded):
     sampling = replace(model.base.sampling, sampler=DDIM(), steps=2, spacing=Leading())
     samplings = [sampling, model.super_resolution[0].sampling]
     options = {"samplings": samplings, "seed": 4, "up_to": 16}
-    wanted = cascade.sample(model, small_if.CAPTIONS[:2], **options)[16]
+    wanted = pipeline.sample(model, small_if.CAPTIONS[:2], **options)[16]
     without = replace(model, text=embedded)
-    np.testing.assert_allclose(cascade.sample(without, small_if.CAPTIONS[:2], **options)[16], wanted, atol=1e-4)
+    np.testing.assert_allclose(pipeline.sample(without, small_if.CAPTIONS[:2], **options)[16], wanted, atol=1e-4)
     assert wanted.std() > 0.1 and np.abs(wanted[0] - wanted[1]).max() > 0.1
     for asked in ({"prompts": ["a dog"]}, {"prompts": small_if.CAPTIONS[:2], "negative": "a dog"}):
         with pytest.raises(ValueError, match="no embedding of 'a dog' among those of 4 captions") as error:
-            cascade.sample(without, asked.pop("prompts"), **asked, **options)
+            pipeline.sample(without, asked.pop("prompts"), **asked, **options)
         assert "\n" not in str(error.value)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.grids import Leading, Respaced, Trailing, grid
 from jaxdiff.diffusion.parameterization import DenoisedWithVariance, Prediction, denoised
 from jaxdiff.diffusion.samplers import DDIM, DDPM, integrate
-from jaxdiff.diffusion.schedules import Discrete
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
-from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Leading, Respaced, Trailing, time_grid
+from jaxdiff.systems import imagen as presets
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 
 NAMES = ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")
@@ -29,8 +29,8 @@ def test_named_respacings(name):
         assert wanted[0] == 999
         wanted[0] = 997
     assert respacing.entries(1000)[::-1] == wanted
-    points = grid(Discrete.cosine(), respacing.steps, respacing)
-    np.testing.assert_array_equal(Discrete.cosine().position(points.t), [*wanted, -1])
+    points = time_grid(TabulatedSchedule.cosine(), respacing.steps, respacing)
+    np.testing.assert_array_equal(TabulatedSchedule.cosine().network_time(points.t), [*wanted, -1])
 
 
 def test_ends_of_the_respacings():
@@ -53,10 +53,10 @@ VARIANCES = {
     "learned_range": DDPM(None),
 }
 THRESHOLDS = {
-    Dynamic(0.95, 1.5): {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5},
-    Dynamic(0.995, 1.0): {"thresholding": True},
-    Static(): {},
-    Unthresholded(): {"clip_sample": False},
+    DynamicThreshold(0.95, 1.5): {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5},
+    DynamicThreshold(0.995, 1.0): {"thresholding": True},
+    StaticThreshold(): {},
+    NoThreshold(): {"clip_sample": False},
 }
 SHAPE = (2, 6, 4, 3)
 
@@ -74,7 +74,7 @@ def scheduler_of(folder, **settings):
 def test_schedulers_are_read(tmp_path, variance, threshold):
     pytest.importorskip("torch", reason="diffusers' schedulers are PyTorch's")
     _, (schedule, given) = scheduler_of(tmp_path, variance_type=variance, **THRESHOLDS[threshold])
-    assert schedule == Discrete.cosine() and given == {
+    assert schedule == TabulatedSchedule.cosine() and given == {
         "sampler": VARIANCES[variance],
         "thresholding": threshold,
         "spacing": Leading(),  # diffusers writes it, the published files do not have it
@@ -88,7 +88,7 @@ def test_schedulers_are_read(tmp_path, variance, threshold):
 def test_steps_of_ddpm(tmp_path, variance, spacing, monkeypatch):
     """Each from the same state, with the same random output of a network and the same noise."""
     torch = pytest.importorskip("torch", reason="diffusers' schedulers are PyTorch's")
-    settings = THRESHOLDS[Dynamic(0.95, 1.5)] | {"variance_type": variance}
+    settings = THRESHOLDS[DynamicThreshold(0.95, 1.5)] | {"variance_type": variance}
     plain = {Leading: "leading", Trailing: "trailing"}.get(type(spacing))
     scheduler, (schedule, given) = scheduler_of(tmp_path, **settings, **({"timestep_spacing": plain} if plain else {}))
     assert given["sampler"] == VARIANCES[variance] and given["spacing"] == (spacing if plain else Leading())
@@ -97,7 +97,7 @@ def test_steps_of_ddpm(tmp_path, variance, spacing, monkeypatch):
         scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(timesteps=spacing.entries(1000)[::-1])
-    points, keys = grid(schedule, steps, spacing), noise.sample_keys(jax.random.key(0), jnp.arange(2))
+    points, keys = time_grid(schedule, steps, spacing), noise.sample_keys(jax.random.key(0), jnp.arange(2))
     rng = np.random.default_rng(0)
     outputs = rng.normal(size=(steps, *SHAPE)).astype("f4"), rng.uniform(-1, 1, (steps, *SHAPE)).astype("f4")
 
@@ -117,7 +117,7 @@ def test_steps_of_ddpm(tmp_path, variance, spacing, monkeypatch):
     for i, t in enumerate(scheduler.timesteps):
         drawn = there(noise.normal_like(noise.fold(keys, i), SHAPE[1:]))
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, drawn=drawn, **_: drawn)
-        assert schedule.position(points.t[i]) == int(t)
+        assert schedule.network_time(points.t[i]) == int(t)
         output = torch.cat([there(values[i]) for values in outputs], 1)
         output = output if variance == "learned_range" else output[:, :3]
         wanted = scheduler.step(output, t, there(x)).prev_sample.numpy()
@@ -135,5 +135,5 @@ def test_ddim_schedulers_are_read(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="compared with diffusers' scheduler")
     diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50).save_pretrained(tmp_path)
     schedule, given = read_scheduler(tmp_path / "scheduler_config.json", learned=True)
-    assert schedule == Discrete.cosine(50)
-    assert given == {"sampler": DDIM(), "keep_eps": True, "thresholding": Static(), "spacing": Leading()}
+    assert schedule == TabulatedSchedule.cosine(50)
+    assert given == {"sampler": DDIM(), "keep_eps": True, "thresholding": StaticThreshold(), "spacing": Leading()}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import small_if
 
-from jaxdiff.diffusion.grids import Leading, Linspace, Trailing
 from jaxdiff.diffusion.samplers import DDIM, DDPM
-from jaxdiff.diffusion.schedules import Discrete
-from jaxdiff.diffusion.thresholding import Dynamic, Static, Unthresholded
-from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
+from jaxdiff.systems import imagen as presets
 from jaxdiff.weights import deepfloyd
 from jaxdiff.weights.deepfloyd_pipeline import SCHEDULER, read_scheduler
 
@@ -177,18 +177,24 @@ def scheduler(path, learned=True, **changes):
 
 def test_schedulers(tmp_path):
     path = tmp_path / "scheduler_config.json"
-    assert scheduler(path) == (Discrete.cosine(), {"sampler": DDPM(None), "thresholding": Dynamic(0.95, 1.5)})
+    assert scheduler(path) == (
+        TabulatedSchedule.cosine(),
+        {"sampler": DDPM(None), "thresholding": DynamicThreshold(0.95, 1.5)},
+    )
     fixed = {"variance_type": "fixed_large", "thresholding": False, "num_train_timesteps": 50}
     assert scheduler(path, False, **fixed) == (
-        Discrete.cosine(50),
-        {"sampler": DDPM(1.0), "thresholding": Static()},
+        TabulatedSchedule.cosine(50),
+        {"sampler": DDPM(1.0), "thresholding": StaticThreshold()},
     )
     ddim = scheduler(path, False, _class_name="DDIMScheduler", thresholding=False, clip_sample=False)[1]
-    assert ddim == {"sampler": DDIM(), "keep_eps": True, "thresholding": Unthresholded()}
-    assert scheduler(path, sample_max_value=1)[1]["thresholding"] == Dynamic(0.95, 1.0)
+    assert ddim == {"sampler": DDIM(), "keep_eps": True, "thresholding": NoThreshold()}
+    assert scheduler(path, sample_max_value=1)[1]["thresholding"] == DynamicThreshold(0.95, 1.0)
     # What is left out is diffusers' own.
     path.write_text(json.dumps({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}))
-    assert read_scheduler(path, True) == (Discrete.cosine(), {"sampler": DDPM(0.0), "thresholding": Static()})
+    assert read_scheduler(path, True) == (
+        TabulatedSchedule.cosine(),
+        {"sampler": DDPM(0.0), "thresholding": StaticThreshold()},
+    )
 
 
 def test_where_the_steps_lie(tmp_path):

@@ -18,9 +18,9 @@ from jaxdiff.core.settings import flatten
 from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.systems.cascade import Model
-from jaxdiff.systems.imagen_drawing import Sampling
+from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.checkpoints import Checkpoints
@@ -30,13 +30,13 @@ from jaxdiff.weights import t5 as t5_weights
 from jaxdiff.weights import tree
 from jaxdiff.weights.imagen import load, load_model, save_model
 
-SAMPLING = Sampling(DDIM(0.5), 7, guidance=Guidance(2.5, interval=(-3.0, 4.0)))
+SAMPLING = SamplingConfig(DDIM(0.5), 7, guidance=Guidance(2.5, interval=(-3.0, 4.0)))
 BASE = replace(EIGHT, resolution=4)
 LARGEST = replace(SR, resolution=64, low_resolution=16)
 
 
 def model(stage, seed=0):
-    return Model(stage, random_params(stage, seed), SAMPLING)
+    return TrainedModel(stage, random_params(stage, seed), SAMPLING)
 
 
 def assert_equal(found, wanted, **tolerance):
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, full, ov
 def test_settings_that_no_file_can_hold(tmp_path):
     """Refused before a byte is written."""
     with pytest.raises(ValueError, match="Formula cannot be written"):
-        save_model(Model(replace(BASE, unet=Formula()), {}, SAMPLING), tmp_path / "stage")
+        save_model(TrainedModel(replace(BASE, unet=Formula()), {}, SAMPLING), tmp_path / "stage")
     assert files_in(tmp_path) == {}
 
 

@@ -16,9 +16,9 @@ import small_if
 from safetensors.numpy import save
 from small_clip import OPENAI
 
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.systems.imagen_drawing import Sampling
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, imagen, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
@@ -51,7 +51,7 @@ SETTINGS = {
     ),
     "stage": (
         "stage.json",
-        {"version": VERSION, "stage": to_json(small.SR), "sampling": to_json(Sampling()), "text": "0123"},
+        {"version": VERSION, "stage": to_json(small.SR), "sampling": to_json(SamplingConfig()), "text": "0123"},
         lambda path: imagen.read_settings(path.parent),
     ),
     "classifier": (

@@ -17,7 +17,7 @@ from small_clip import OPEN, OPENAI
 from jaxdiff.core import trees
 from jaxdiff.nets import clip as clip_nets
 from jaxdiff.nets import t5 as t5_nets
-from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems import imagen as presets
 from jaxdiff.weights import clip, deepfloyd, hub, t5
 
 ENCODER, UNET = 1e-4, 5e-4

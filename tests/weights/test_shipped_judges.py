@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.classifier import ATTRIBUTES, labels
-from jaxdiff.data.pictures import to_float
+from jaxdiff.data.images import to_float
 from jaxdiff.data.shapes_caption import distinct_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene

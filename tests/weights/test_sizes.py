@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 import small
 
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.systems.imagen_drawing import Sampling
-from jaxdiff.systems.imagen_presets import BASE_64_2B, IF_II_L
+from jaxdiff.systems.imagen import BASE_64_2B, IF_II_L
 from jaxdiff.weights import classifier, sizes
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.settings import TABLE, VERSION, from_json, to_json
@@ -93,7 +93,7 @@ def test_stages_of_ours(name, value, tmp_path):
 def assert_refused(stage, folder):
     """Of a stage's folder, in a moment, in one line that names the file."""
     path = folder / "stage.json"
-    path.write_text(json.dumps({"version": VERSION, "stage": stage, "sampling": to_json(Sampling())}))
+    path.write_text(json.dumps({"version": VERSION, "stage": stage, "sampling": to_json(SamplingConfig())}))
     (folder / "model.safetensors").write_bytes(b"")
     start = time.monotonic()
     with pytest.raises(ValueError) as error:

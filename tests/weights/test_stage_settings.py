@@ -5,36 +5,43 @@ from dataclasses import replace
 
 import pytest
 
-from jaxdiff.diffusion import grids, losses, parameterization, samplers, schedules, thresholding
+from jaxdiff.diffusion import losses, parameterization, samplers, schedules, thresholding, time_grid
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.systems import imagen_presets
-from jaxdiff.systems.imagen import Stage
-from jaxdiff.systems.imagen_drawing import Sampling
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.systems import imagen
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
-PRESETS = {name: value for name, value in vars(imagen_presets).items() if isinstance(value, Stage | Sampling)}
-STAGE = Stage()
+PRESETS = {name: value for name, value in vars(imagen).items() if isinstance(value, DiffusionModel | SamplingConfig)}
+STAGE = DiffusionModel()
 OTHERS = [
     *(replace(STAGE, prediction=prediction) for prediction in parameterization.Prediction),
-    replace(STAGE, schedule=schedules.Cosine(shift=1.5, clip=15.0)),
-    replace(STAGE, schedule=schedules.Linear()),
+    replace(STAGE, schedule=schedules.CosineSchedule(shift=1.5, clip=15.0)),
+    replace(STAGE, schedule=schedules.LinearBetaSchedule()),
     replace(STAGE, schedule=schedules.EDM()),
     replace(STAGE, schedule=schedules.RectifiedFlow()),
-    replace(STAGE, schedule=schedules.Discrete.linear(50)),
+    replace(STAGE, schedule=schedules.TabulatedSchedule.linear(50)),
     replace(
         STAGE,
-        schedule=schedules.Focused(schedules.Focused(schedules.Cosine(shift=-2.0), -9.0, 2.0), -5.0, 0.0, share=0.5),
+        schedule=schedules.Focused(
+            schedules.Focused(schedules.CosineSchedule(shift=-2.0), -9.0, 2.0), -5.0, 0.0, share=0.5
+        ),
     ),
     *(
         replace(STAGE, weighting=weighting)
-        for weighting in (losses.Simple(), losses.MinSNR(3.0), losses.PowerSNR(0.7), losses.Sigmoid(2.0))
+        for weighting in (
+            losses.UniformWeighting(),
+            losses.MinSNR(3.0),
+            losses.PowerSNR(0.7),
+            losses.SigmoidWeighting(2.0),
+        )
     ),
-    Sampling(samplers.DDPM(0.3), spacing=grids.Karras(5.0)),
-    Sampling(samplers.DDIM(0.5), spacing=grids.UniformLogSNR(-5.0, 6.0)),
-    Sampling(samplers.DPMSolverPP2M(), guidance=Guidance(4.0, (-2.0, 3.0), 0.7)),
-    Sampling(samplers.Heun(True), thresholding=thresholding.Dynamic(0.9, 1.5)),
-    Sampling(samplers.Euler(), thresholding=thresholding.Unthresholded(), tiles=Tiles(128, 16), aug_level=0.2),
+    SamplingConfig(samplers.DDPM(0.3), spacing=time_grid.Karras(5.0)),
+    SamplingConfig(samplers.DDIM(0.5), spacing=time_grid.UniformLogSNR(-5.0, 6.0)),
+    SamplingConfig(samplers.DPMSolverPP2M(), guidance=Guidance(4.0, (-2.0, 3.0), 0.7)),
+    SamplingConfig(samplers.Heun(True), thresholding=thresholding.DynamicThreshold(0.9, 1.5)),
+    SamplingConfig(samplers.Euler(), thresholding=thresholding.NoThreshold(), tiles=Tiles(128, 16), aug_level=0.2),
 ]
 
 
@@ -76,10 +83,10 @@ def changed(**changes):
         (changed(unet=5), "unet of Stage is 5"),
         (changed(unet=None), "unet of Stage is None"),
         (changed(schedule=None), "schedule of Stage is None"),
-        (to_json(Sampling()) | {"steps": 6.5}, "steps of Sampling is 6.5"),
-        (to_json(Sampling()) | {"sampler": 5}, "sampler of Sampling is 5"),
+        (to_json(SamplingConfig()) | {"steps": 6.5}, "steps of Sampling is 6.5"),
+        (to_json(SamplingConfig()) | {"sampler": 5}, "sampler of Sampling is 5"),
         (changed(text_dropout=7.0), "text_dropout"),
-        (to_json(Sampling()) | {"steps": 0}, "steps of Sampling is 0, it takes only whole numbers from 1 to"),
+        (to_json(SamplingConfig()) | {"steps": 0}, "steps of Sampling is 0, it takes only whole numbers from 1 to"),
     ],
 )
 def test_refused_in_one_line(data, message):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, unit
+from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, l2_normalize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,7 +27,7 @@ NEAR = 1e-4
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class ContrastiveLoss:
     """CLIP's loss (Figure 3): the cross-entropy of finding each caption's picture in the batch, and the other way
     round. `scale`: the inverse temperature in the beginning."""
 
@@ -41,7 +41,7 @@ class Contrastive:
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class SigmoidLoss:
     """SigLIP's loss (arXiv 2303.15343, 3.2): of each pair alone, whether it belongs together; its sum over pairs is
     divided by the batch. `scale` and `bias`: of the logits in the beginning, when nearly all pairs do not."""
 
@@ -49,14 +49,14 @@ class Sigmoid:
     bias: float = -10.0
 
     def __call__(self, text: Array, image: Array, scale: Array, bias: Array | None, columns: "_Columns") -> "_Compared":
-        assert bias is not None  # `Training.init` makes one
+        assert bias is not None  # `CLIPTraining.init` makes one
         ours = scale * (text * image).sum(-1) + bias
         apart, most = columns.softplus(scale * text, image, bias)
         return _Compared((apart - ours).mean(), ours > most + bias + NEAR * scale)
 
 
 @dataclass(frozen=True)
-class Training:
+class CLIPTraining:
     """The stage: both towers, the temperature and, for the sigmoid loss, its bias.
 
     chunk: columns of logits that are made at a time. max_scale: what the inverse temperature is clipped at (2.5).
@@ -64,7 +64,7 @@ class Training:
     """
 
     config: CLIPConfig = CLIPConfig()
-    compare: Contrastive | Sigmoid = Contrastive()
+    compare: ContrastiveLoss | SigmoidLoss = ContrastiveLoss()
     chunk: int = 1024
     max_scale: float = 100.0
     axes: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Training:
         side = self.config.image.resolution
         params = CLIP(self.config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
         params["logit_scale"] = jnp.full((), np.log(self.compare.scale), jnp.float32)
-        if isinstance(self.compare, Sigmoid):
+        if isinstance(self.compare, SigmoidLoss):
             params["logit_bias"] = jnp.full((), self.compare.bias, jnp.float32)
         return params
 
@@ -97,7 +97,7 @@ class Training:
         seen = normalised(batch["image"].astype(jnp.float32))
         image = cast(Embedded, network.apply(whole, seen, method="embed_image")).embedding
         assert text is not None and image is not None  # two towers have a projection
-        text, image = unit(text), unit(image)
+        text, image = l2_normalize(text), l2_normalize(image)
         scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))
         loss, first = self.compare(text, image, scale, params.get("logit_bias"), _Columns(self.chunk, self.axes))
         return loss, {"loss": loss, "accuracy": first.astype(jnp.float32).mean(), "scale": scale}
@@ -191,7 +191,7 @@ def clip_params(params: dict) -> dict:
     return {name: value for name, value in params.items() if name != "logit_bias"}
 
 
-def finished(stage: Training, params: dict) -> dict:
+def finished(stage: CLIPTraining, params: dict) -> dict:
     """What is kept of a stage's parameters, on the host: CLIP's, its temperature clipped."""
     kept = clip_params(params)
     return kept | {"logit_scale": np.minimum(np.asarray(kept["logit_scale"]), np.float32(np.log(stage.max_scale)))}

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from jaxdiff.data import pictures
+from jaxdiff.data import images
 
 
 def test_resize_is_pillows_antialiased_bicubic():
     picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(picture).resize((24, 24), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(pictures.resize(picture, 24), expected)
+    np.testing.assert_array_equal(images.resize(picture, 24), expected)
 
 
 def test_resize_averages_what_it_shrinks():
     """A one-pixel checkerboard is grey from afar; a filter without antialiasing picks black or white."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
     picture = np.repeat(board[..., None], 3, -1).astype(np.uint8)
-    assert np.abs(pictures.resize(picture, 16).astype(int) - 127).max() <= 3
+    assert np.abs(images.resize(picture, 16).astype(int) - 127).max() <= 3
 
 
 def test_resize_keeps_the_centre_of_the_long_side():
@@ -29,20 +29,20 @@ def test_resize_keeps_the_centre_of_the_long_side():
     picture = np.random.default_rng(4).integers(0, 256, (20, 60, 3), dtype=np.uint8)
     whole = Image.fromarray(picture).resize((30, 10), Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((10, 0, 20, 10)))
-    np.testing.assert_array_equal(pictures.resize(picture, 10), expected)
-    sideways = pictures.resize(picture.transpose(1, 0, 2).copy(), 10).transpose(1, 0, 2).astype(int)
+    np.testing.assert_array_equal(images.resize(picture, 10), expected)
+    sideways = images.resize(picture.transpose(1, 0, 2).copy(), 10).transpose(1, 0, 2).astype(int)
     assert np.abs(sideways - expected).max() <= 2  # Pillow rounds between its two passes
 
 
 def test_resize_is_centred_for_odd_differences():
     picture = np.random.default_rng(1).integers(0, 256, (17, 30, 3), dtype=np.uint8)
-    mirrored = pictures.resize(picture[:, ::-1].copy(), 8)[:, ::-1]
-    assert np.abs(pictures.resize(picture, 8).astype(int) - mirrored).max() <= 1
+    mirrored = images.resize(picture[:, ::-1].copy(), 8)[:, ::-1]
+    assert np.abs(images.resize(picture, 8).astype(int) - mirrored).max() <= 1
 
 
 def test_resize_leaves_the_right_size_alone():
     picture = np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(pictures.resize(picture, 16), picture)
+    np.testing.assert_array_equal(images.resize(picture, 16), picture)
 
 
 def test_windows_are_aligned_and_go_everywhere():
@@ -52,7 +52,7 @@ def test_windows_are_aligned_and_go_everywhere():
     large = small.repeat(factor, 0).repeat(factor, 1)
     corners = set()
     for seed in range(300):
-        high, low = pictures.aligned_crops(large, small, 12, np.random.default_rng(seed))
+        high, low = images.aligned_crops(large, small, 12, np.random.default_rng(seed))
         assert high.shape == (12, 12, 3) and low.shape == (3, 3, 3)
         np.testing.assert_array_equal(high, low.repeat(factor, 0).repeat(factor, 1))
         corners.add(tuple(low[0, 0, :2]))
@@ -61,10 +61,10 @@ def test_windows_are_aligned_and_go_everywhere():
 
 def test_float_and_back():
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    values = pictures.to_float(every)
+    values = images.to_float(every)
     assert values.dtype == np.float32 and values.min() == -1 and values.max() == 1
-    np.testing.assert_array_equal(pictures.to_uint8(values), every)
-    np.testing.assert_array_equal(pictures.to_uint8(np.full((1, 1, 3), 7.0)), 255)
+    np.testing.assert_array_equal(images.to_uint8(values), every)
+    np.testing.assert_array_equal(images.to_uint8(np.full((1, 1, 3), 7.0)), 255)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **settings) -> bytes:
@@ -76,13 +76,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **settings) -> bytes:
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "RGB"])
 def test_decode_reads_any_mode(mode):
     image = Image.new("RGB", (5, 4), "white").convert(mode)
-    np.testing.assert_array_equal(pictures.decode(encoded(image)), np.full((4, 5, 3), 255))
+    np.testing.assert_array_equal(images.decode(encoded(image)), np.full((4, 5, 3), 255))
 
 
 def test_decode_lays_transparency_on_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (255, 0, 0, 0))
-    np.testing.assert_array_equal(pictures.decode(encoded(image)), [[[255, 0, 0], [255, 255, 255]]])
+    np.testing.assert_array_equal(images.decode(encoded(image)), [[[255, 0, 0], [255, 255, 255]]])
 
 
 # The corners of the upright image, one colour each: they tell all eight orientations apart.
@@ -125,7 +125,7 @@ def test_every_format_is_turned_upright(kind, orientation, tmp_path):
     stored.save(tmp_path / "photo", kind, exif=sideways(orientation), **FORMATS[kind])
     content = (tmp_path / "photo").read_bytes()
     assert Image.open(io.BytesIO(content)).format == kind
-    upright = pictures.decode(content)
+    upright = images.decode(content)
     assert upright.shape == CORNERS.shape
     assert np.abs(upright.astype(int) - CORNERS)[2:-2, 2:10].max() < 30  # the seams may be blurred
 
@@ -135,15 +135,15 @@ def test_every_mode_is_turned_upright(mode):
     kind = "TIFF" if mode == "CMYK" else "PNG"
     ramp = np.linspace(0, 255, 6).astype(np.uint8).reshape(2, 3)
     image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
-    as_stored = pictures.decode(encoded(image, kind))
-    turned = pictures.decode(encoded(image, kind, exif=sideways(6)))
+    as_stored = images.decode(encoded(image, kind))
+    turned = images.decode(encoded(image, kind, exif=sideways(6)))
     np.testing.assert_array_equal(turned, np.rot90(as_stored, -1))
 
 
 def test_orientation_in_xmp_counts():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
     content = encoded(Image.fromarray(np.ascontiguousarray(STORED[8])), "JPEG", xmp=xmp)
-    assert pictures.decode(content).shape == CORNERS.shape
+    assert images.decode(content).shape == CORNERS.shape
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -159,25 +159,25 @@ def test_orientation_in_xmp_counts():
 )
 def test_damaged_exif_does_not_lose_the_image(kind, exif):
     options = {"lossless": True} if kind == "WEBP" else {}
-    plain = pictures.decode(encoded(Image.fromarray(CORNERS), kind, **options))
-    np.testing.assert_array_equal(pictures.decode(encoded(Image.fromarray(CORNERS), kind, exif=exif, **options)), plain)
+    plain = images.decode(encoded(Image.fromarray(CORNERS), kind, **options))
+    np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(CORNERS), kind, exif=exif, **options)), plain)
 
 
 @pytest.mark.parametrize("picture", [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 1), np.uint8)])
 def test_decode_takes_arrays(picture):
-    assert pictures.decode(picture).shape == (4, 5, 3)
+    assert images.decode(picture).shape == (4, 5, 3)
 
 
 def test_decode_says_what_is_damaged():
-    whole = pictures.encode_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    whole = images.encode_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for broken in (b"", b"no picture at all", whole[:200], whole[:40] + b"\0" * 40 + whole[80:]):
-        with pytest.raises(pictures.Unreadable):
-            pictures.decode(broken)
+        with pytest.raises(images.Unreadable):
+            images.decode(broken)
 
 
 def test_decode_scales_sixteen_bits():
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    decoded = pictures.decode(encoded(Image.fromarray(ramp)))
+    decoded = images.decode(encoded(Image.fromarray(ramp)))
     np.testing.assert_array_equal(decoded, np.arange(256).repeat(3).reshape(16, 16, 3))
 
 
@@ -215,7 +215,7 @@ def of_mode(mode: str) -> Image.Image:
 def test_every_mode_becomes_rgb(mode, tolerance):
     image = of_mode(mode)
     assert image.mode == mode
-    rgb = pictures._rgb(image)
+    rgb = images._rgb(image)
     expected = GREY[..., None].repeat(3, -1) if mode in ("L", "LA", "La") or mode[0] == "I" else PIXELS
     assert rgb.mode == "RGB"
     assert np.abs(np.asarray(rgb).astype(int) - expected).max() <= tolerance
@@ -225,20 +225,20 @@ def test_every_mode_becomes_rgb(mode, tolerance):
 def test_cmyk_files(kind):
     """JPEG stores CMYK inverted, as Adobe does; TIFF does not."""
     image = Image.fromarray(np.kron(PIXELS, np.ones((16, 16, 1), np.uint8))).convert("CMYK")
-    decoded = pictures.decode(encoded(image, kind, **({"quality": 100} if kind == "JPEG" else {})))
+    decoded = images.decode(encoded(image, kind, **({"quality": 100} if kind == "JPEG" else {})))
     assert np.abs(decoded[8::16, 8::16].astype(int) - PIXELS).max() <= 4
 
 
 def test_sixteen_bits_of_a_pgm():
     pgm = b"P5 2 2 65535\n" + (GREY.astype(">u2") * 257).tobytes()
     assert Image.open(io.BytesIO(pgm)).mode == "I"
-    np.testing.assert_array_equal(pictures.decode(pgm)[..., 0], GREY)
+    np.testing.assert_array_equal(images.decode(pgm)[..., 0], GREY)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_values_of_unknown_range_are_refused(mode):
-    with pytest.raises(pictures.Unreadable, match=f"^pixels of mode {mode}, whose range is not known$"):
-        pictures.decode(encoded(Image.new(mode, (2, 2)), "TIFF"))
+    with pytest.raises(images.Unreadable, match=f"^pixels of mode {mode}, whose range is not known$"):
+        images.decode(encoded(Image.new(mode, (2, 2)), "TIFF"))
 
 
 def raw_png(depth: int, colour: int, row: bytes, **chunks: bytes) -> bytes:
@@ -271,8 +271,8 @@ def raw_png(depth: int, colour: int, row: bytes, **chunks: bytes) -> bytes:
     ],
 )
 def test_transparency_of_every_depth_is_laid_on_white(content, expected):
-    np.testing.assert_array_equal(pictures.decode(content), np.repeat(np.reshape(expected, (1, 4, 1)), 3, -1))
-    assert pictures.has_transparency(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(images.decode(content), np.repeat(np.reshape(expected, (1, 4, 1)), 3, -1))
+    assert images.has_transparency(Image.open(io.BytesIO(content)))
 
 
 def test_an_alpha_channel_that_is_opaque_is_no_transparency():
@@ -288,6 +288,6 @@ def test_an_alpha_channel_that_is_opaque_is_no_transparency():
         (nearly.convert("RGBa"), True),
         (nearly.convert("LA").convert("La"), True),
     ]:
-        assert pictures.has_transparency(image) == expected
+        assert images.has_transparency(image) == expected
     for content in (palette, absent, encoded(opaque), encoded(Image.new("RGB", (2, 2)))):
-        assert not pictures.has_transparency(Image.open(io.BytesIO(content)))
+        assert not images.has_transparency(Image.open(io.BytesIO(content)))

@@ -26,7 +26,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ParamSharding:
     """rules: for the `tensor` axis, the first that matches a path decides. minimum: elements of an array, below which
     `fsdp` does not split it: small ones take more time to gather than they save memory."""
 
@@ -34,7 +34,7 @@ class Placement:
     minimum: int = 2**16
 
 
-BY_SHAPE = Placement()
+BY_SHAPE = ParamSharding()
 
 
 def name_of(path: Sequence[Any]) -> str:
@@ -42,7 +42,7 @@ def name_of(path: Sequence[Any]) -> str:
     return "/".join(_words(path))
 
 
-def shardings(params: Any, mesh: AnyMesh, placement: Placement = BY_SHAPE) -> Any:
+def shardings(params: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE) -> Any:
     """The placement of every parameter (arrays or shapes), as a tree of NamedSharding.
 
     Raises ValueError for a rule that matches nothing, and for one whose axis the mesh does not divide.

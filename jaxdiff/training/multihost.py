@@ -39,7 +39,7 @@ _CONNECTION = re.compile(r"connection|socket|peer|heartbeat|coordination|gloo|ti
 _ENDING = threading.Lock()  # of the threads that want to end this process, one does
 
 
-class Lost(ProcessLostError):
+class PeerLostError(ProcessLostError):
     """Other processes of the run are gone or cannot be found: no bad input, and worth starting again.
 
     unsure: what it came of may as well be an error of this process, and is shown.
@@ -93,11 +93,11 @@ def together() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OSError) as error:
         status = next((line for line in map(_first_line, _chain(error)) if _STATUS.match(line)), None)
-        if count() == 1 or status is None or isinstance(error, Lost):
+        if count() == 1 or status is None or isinstance(error, PeerLostError):
             raise
         if _OURS_PERHAPS.match(status) and not _CONNECTION.search(status):
-            raise Lost(f"another process is gone, or it is this: {status}", unsure=True) from error
-        raise Lost(f"another process is gone: {status}") from error
+            raise PeerLostError(f"another process is gone, or it is this: {status}", unsure=True) from error
+        raise PeerLostError(f"another process is gone: {status}") from error
 
 
 def watch() -> None:
@@ -121,7 +121,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
         return IN_USE, f"error: {_flat(error)}"
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {_flat(error)}"
-    if isinstance(error, Lost):
+    if isinstance(error, PeerLostError):
         return BROKEN_OFF, (_traceback(error.__cause__) + "\n") * error.unsure + f"error: {_flat(error)}"
     if isinstance(error, ProcessLostError):
         return BROKEN_OFF, f"error: {_flat(error)}"
@@ -147,12 +147,12 @@ def end(code: int, text: str, patience: float = 0.0) -> None:
 
 def fail(error: BaseException) -> None:
     """The same with what this error means; where it is that others are gone, the culprit gets a moment to be known."""
-    end(*outcome(error), 3 * _EVERY if isinstance(error, Lost) else 0.0)
+    end(*outcome(error), 3 * _EVERY if isinstance(error, PeerLostError) else 0.0)
 
 
 def end_soon(error: BaseException) -> None:
     """The same, at the latest in some seconds: leaving may itself wait for others, and for ever where they are gone."""
-    if isinstance(error, Lost):
+    if isinstance(error, PeerLostError):
         fail(error)
     if count() > 1:
         timer = threading.Timer(_PATIENCE, fail, (error,))

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdiff.models.t5 import Corruption, T5Pretraining, corrupt, span_batches, span_counts, span_mask, target_length
 from jaxdiff.nets.t5 import T5, T5Config, encoder_params
-from jaxdiff.systems.t5 import Corruption, Pretraining, batches, corrupt, span_counts, span_mask, target_length
 from jaxdiff.text.tokenizer import byte_tokenizer, train_tokenizer
 
 CAPTIONS = [f"a {a} {b} on a {c} ground" for a in ("red", "blue") for b in ("star", "ring") for c in ("white", "green")]
@@ -90,7 +90,7 @@ def test_too_few_sentinels():
 
 
 def test_batches(tokenizer):
-    stream = batches(tokenizer, [*CAPTIONS, " "], batch=4, length=12, seed=3)
+    stream = span_batches(tokenizer, [*CAPTIONS, " "], batch=4, length=12, seed=3)
     first = next(stream)
     assert first["inputs"].shape == first["input_mask"].shape == (4, 12)
     assert first["targets"].shape == first["target_mask"].shape == (4, target_length(12, PAPER))
@@ -101,7 +101,7 @@ def test_batches(tokenizer):
 
 
 def test_batches_visit_every_caption_once_an_epoch(tokenizer):
-    stream = batches(tokenizer, CAPTIONS, batch=4, length=12, seed=3)
+    stream = span_batches(tokenizer, CAPTIONS, batch=4, length=12, seed=3)
     sentinels = {f"<extra_id_{i}>": i for i in range(32)}
 
     def epoch():
@@ -125,36 +125,36 @@ def test_batches_visit_every_caption_once_an_epoch(tokenizer):
 
 
 def test_batches_resume(tokenizer):
-    stream = batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0)
+    stream = span_batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0)
     for _ in range(4):
         next(stream)
     state = stream.get_state()
     expected = [next(stream) for _ in range(3)]
-    again = batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0)
+    again = span_batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0)
     again.set_state(state)
     for one in expected:
         two = next(again)
         for name in one:
             np.testing.assert_array_equal(one[name], two[name])
-    other = next(batches(tokenizer, CAPTIONS, batch=3, length=12, seed=1))
-    first = next(batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0))
+    other = next(span_batches(tokenizer, CAPTIONS, batch=3, length=12, seed=1))
+    first = next(span_batches(tokenizer, CAPTIONS, batch=3, length=12, seed=0))
     assert (other["inputs"] != first["inputs"]).any()
 
 
 def test_batches_refuse():
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="batch must be at least 1"):
-        batches(tokenizer, CAPTIONS, 0, 12, 0)
+        span_batches(tokenizer, CAPTIONS, 0, 12, 0)
     with pytest.raises(ValueError, match="no caption with words"):
-        batches(tokenizer, ["", "  "], 2, 12, 0)
+        span_batches(tokenizer, ["", "  "], 2, 12, 0)
     with pytest.warns(UserWarning, match="lost"):
-        batches(tokenizer, CAPTIONS, 2, 12, 0)
+        span_batches(tokenizer, CAPTIONS, 2, 12, 0)
 
 
 def test_loss_is_the_masked_cross_entropy(tokenizer):
-    stage = Pretraining(CONFIG)
+    stage = T5Pretraining(CONFIG)
     params = jax.jit(stage.init)(jax.random.key(0))
-    batch = next(batches(tokenizer, CAPTIONS, batch=4, length=12, seed=0))
+    batch = next(span_batches(tokenizer, CAPTIONS, batch=4, length=12, seed=0))
     loss, metrics = jax.jit(stage.loss)(params, batch, jax.random.key(0))
     said = np.pad(batch["targets"][:, :-1], ((0, 0), (1, 0)))
     logits = jax.jit(T5(CONFIG).apply)({"params": params}, batch["inputs"], batch["input_mask"], said)
@@ -169,7 +169,7 @@ def test_loss_is_the_masked_cross_entropy(tokenizer):
 
 
 def test_training_fits_a_handful_of_captions(tokenizer):
-    stage = Pretraining(CONFIG)
+    stage = T5Pretraining(CONFIG)
     params = jax.jit(stage.init)(jax.random.key(0))
     optimizer = optax.adam(5e-3)
 
@@ -179,7 +179,7 @@ def test_training_fits_a_handful_of_captions(tokenizer):
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, metrics, gradient
 
-    batch = next(batches(tokenizer, CAPTIONS, batch=8, length=12, seed=0))
+    batch = next(span_batches(tokenizer, CAPTIONS, batch=8, length=12, seed=0))
     state, losses = optimizer.init(params), []
     for i in range(60):
         params, state, metrics, gradient = step(params, state, batch)

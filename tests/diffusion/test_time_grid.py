@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.diffusion.grids import (
+from jaxdiff.diffusion.schedules import EDM, CosineSchedule, RectifiedFlow, TabulatedSchedule
+from jaxdiff.diffusion.time_grid import (
     Karras,
     Leading,
     Linspace,
@@ -12,19 +13,20 @@ from jaxdiff.diffusion.grids import (
     Trailing,
     UniformLogSNR,
     UniformTime,
-    grid,
-    grid_of,
+    time_grid,
+    time_grid_of,
 )
-from jaxdiff.diffusion.schedules import EDM, Cosine, Discrete, RectifiedFlow
 
 SPACINGS = [UniformTime(), UniformLogSNR(), Karras()]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS, ids=str)
-@pytest.mark.parametrize("schedule", [Cosine(), EDM(), RectifiedFlow(), Discrete.scaled_linear()], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [CosineSchedule(), EDM(), RectifiedFlow(), TabulatedSchedule.scaled_linear()], ids=str
+)
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_steps_fall_strictly_to_the_clean_end(schedule, spacing, steps):
-    points = grid(schedule, steps, spacing)
+    points = time_grid(schedule, steps, spacing)
     assert all(values.shape == (steps + 1,) for values in points)
     assert np.all(np.diff(points.logsnr) > 0) and np.all(np.diff(points.t) < 0)
     assert points.t[-1] == 0.0 and points.logsnr[-1] == schedule.logsnr(0.0)
@@ -33,33 +35,33 @@ def test_steps_fall_strictly_to_the_clean_end(schedule, spacing, steps):
 
 
 def test_even_times():
-    np.testing.assert_allclose(grid(Cosine(), 4).t, [1.0, 0.75, 0.5, 0.25, 0.0])
+    np.testing.assert_allclose(time_grid(CosineSchedule(), 4).t, [1.0, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_even_log_snr():
-    points = grid(Cosine(), 5, UniformLogSNR(-8.0, 8.0))
+    points = time_grid(CosineSchedule(), 5, UniformLogSNR(-8.0, 8.0))
     np.testing.assert_allclose(points.logsnr, [-8.0, -4.0, 0.0, 4.0, 8.0, 20.0], atol=1e-4)
 
 
 def test_karras_levels_on_another_schedule():
-    points = grid(Cosine(), 10, Karras())
+    points = time_grid(CosineSchedule(), 10, Karras())
     levels = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 10) ** 7
     np.testing.assert_allclose((points.sigma / points.alpha)[:-1], levels, rtol=1e-3)
 
 
 def test_karras_on_edm_is_edm():
-    np.testing.assert_allclose(grid(EDM(), 10, Karras()).t, grid(EDM(), 10).t, atol=1e-5)
+    np.testing.assert_allclose(time_grid(EDM(), 10, Karras()).t, time_grid(EDM(), 10).t, atol=1e-5)
 
 
 def test_explicit_values_may_end_without_noise():
-    points = grid_of(jnp.array([1.0, 0.0]), jnp.array([0.6, 1.0]), jnp.array([0.8, 0.0]))
+    points = time_grid_of(jnp.array([1.0, 0.0]), jnp.array([0.6, 1.0]), jnp.array([0.8, 0.0]))
     np.testing.assert_allclose(points.logsnr, [2 * np.log(0.75), np.inf], rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_too_few_steps(steps):
     with pytest.raises(ValueError, match=f"steps must be at least 1, not {steps}"):
-        grid(Cosine(), steps)
+        time_grid(CosineSchedule(), steps)
 
 
 def test_settings_out_of_range_are_named():
@@ -74,10 +76,10 @@ def test_settings_out_of_range_are_named():
 
 def entries(spacing, steps, table=1000):
     """Those that a grid steps through, after which the clean end must come."""
-    schedule = Discrete.cosine(table)
-    points = grid(schedule, steps, spacing)
+    schedule = TabulatedSchedule.cosine(table)
+    points = time_grid(schedule, steps, spacing)
     assert points.t.shape == (steps + 1,) and points.t[-1] == 0.0 and np.all(np.diff(points.t) < 0)
-    return [int(entry) for entry in schedule.position(points.t[:-1])]
+    return [int(entry) for entry in schedule.network_time(points.t[:-1])]
 
 
 def test_leading_entries():
@@ -93,7 +95,7 @@ def test_leading_entries_with_an_offset():
     assert entries(Leading(7), 1) == [7]
     for steps, offset in ((1000, 1), (4, 250), (1, 1000)):
         with pytest.raises(ValueError, match=f"{steps} leading steps with an offset of {offset} end beyond 1000"):
-            grid(Discrete.cosine(), steps, Leading(offset))
+            time_grid(TabulatedSchedule.cosine(), steps, Leading(offset))
     with pytest.raises(ValueError, match="an offset of at least 0, not -1"):
         Leading(-1)
 
@@ -115,7 +117,7 @@ def test_entries_of_diffusers(table):
     """Every number of steps. For some (61 of 1000) diffusers' trailing steps have one more, at -1: not a step."""
     pytest.importorskip("torch", reason="diffusers' schedulers are PyTorch's")
     diffusers = pytest.importorskip("diffusers", reason="compared with diffusers' schedulers")
-    schedule = Discrete.cosine(table)
+    schedule = TabulatedSchedule.cosine(table)
     for name, spacing in (("leading", Leading()), ("leading", Leading(1)), ("trailing", Trailing())):
         settings = {"timestep_spacing": name, "steps_offset": getattr(spacing, "offset", 0)}
         for kind in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
@@ -146,17 +148,17 @@ def test_respaced_entries():
 @pytest.mark.parametrize("spacing", [Leading(), Trailing(), Linspace(), Respaced((2, 3))], ids=str)
 def test_a_table_is_needed(spacing):
     with pytest.raises(ValueError, match="the table of a discrete schedule, not Cosine"):
-        grid(Cosine(), 5, spacing)
+        time_grid(CosineSchedule(), 5, spacing)
     with pytest.raises(ValueError, match="5 steps, but the schedule has 4"):
-        grid(Discrete.cosine(4), 5, spacing)
+        time_grid(TabulatedSchedule.cosine(4), 5, spacing)
 
 
 def test_steps_that_no_respacing_has():
     for steps in (4, 6):
         with pytest.raises(ValueError, match=f"this respacing has 5 steps, not {steps}"):
-            grid(Discrete.cosine(), steps, Respaced((2, 3)))
+            time_grid(TabulatedSchedule.cosine(), steps, Respaced((2, 3)))
     with pytest.raises(ValueError, match="cannot take 7 entries out of 5"):
-        grid(Discrete.cosine(10), 8, Respaced((1, 7)))
+        time_grid(TabulatedSchedule.cosine(10), 8, Respaced((1, 7)))
     for counts, offset in (((), 0), ((2, 0), 0), ((2, -1), 0), ((2, 2), -1)):
         with pytest.raises(ValueError, match="counts of at least 1 and an offset of at least 0"):
             Respaced(counts, offset)

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems import imagen_presets as presets
+from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
-from jaxdiff.training.placement import (
-    Placement,
+from jaxdiff.training.param_sharding import (
+    ParamSharding,
     Rule,
     bytes_on_a_device,
     name_of,
@@ -37,22 +37,22 @@ def test_a_rule_comes_first_and_fsdp_takes_what_is_left():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     rules = (Rule("up/kernel", 1), Rule("down/kernel", -2))
     tree = shapes(**{"up/kernel": (256, 512), "down/kernel": (512, 256), "other": (256, 512)})
-    found = specs(tree, mesh, Placement(rules))
+    found = specs(tree, mesh, ParamSharding(rules))
     assert found["up/kernel"] == PartitionSpec("fsdp", "tensor")
     assert found["down/kernel"] == PartitionSpec("tensor", "fsdp")
     assert found["other"] == PartitionSpec(None, "fsdp")
     # Without a tensor axis nothing is asked of the rules.
-    assert specs(tree, make_mesh(fsdp=8), Placement((Rule("absent", 0),)))["other"] == PartitionSpec(None, "fsdp")
+    assert specs(tree, make_mesh(fsdp=8), ParamSharding((Rule("absent", 0),)))["other"] == PartitionSpec(None, "fsdp")
 
 
 def test_rules_that_do_not_fit_are_named():
     mesh = make_mesh(data=2, tensor=4)
     with pytest.raises(ValueError, match=r"placement rule 'absent' matches no array"):
-        shardings(shapes(kernel=(8, 8)), mesh, Placement((Rule("absent", 0),)))
+        shardings(shapes(kernel=(8, 8)), mesh, ParamSharding((Rule("absent", 0),)))
     with pytest.raises(ValueError, match=r"tensor=4 does not divide axis 1 \(6\) of kernel, .* 'kernel'"):
-        shardings(shapes(kernel=(8, 6)), mesh, Placement((Rule("kernel", 1),)))
+        shardings(shapes(kernel=(8, 6)), mesh, ParamSharding((Rule("kernel", 1),)))
     with pytest.raises(ValueError, match=r"axis 2 \(none\) of kernel"):
-        shardings(shapes(kernel=(8, 8)), mesh, Placement((Rule("kernel", 2),)))
+        shardings(shapes(kernel=(8, 8)), mesh, ParamSharding((Rule("kernel", 2),)))
 
 
 def like(path, tree):
@@ -75,7 +75,7 @@ class Square:
 def test_moments_and_averages_lie_where_their_parameters_do(kind):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     rules = (Rule("wide/kernel", 1),)
-    state = abstract_state(Square(), OptimizerConfig(kind=kind), mesh, Placement(rules))
+    state = abstract_state(Square(), OptimizerConfig(kind=kind), mesh, ParamSharding(rules))
     found = like("wide/kernel", state)
     same = [leaf.sharding.spec for leaf in found.values() if leaf.shape == (256, 512)]
     assert len(same) >= 3  # the parameter, its average, its moments
@@ -86,7 +86,7 @@ def test_moments_and_averages_lie_where_their_parameters_do(kind):
 def test_adafactors_rows_and_columns_follow():
     mesh = make_mesh(fsdp=4, tensor=2)
     state = abstract_state(
-        Square(), OptimizerConfig(kind=Adafactor()), mesh, Placement((Rule("wide/kernel", 0), Rule("square", 2)))
+        Square(), OptimizerConfig(kind=Adafactor()), mesh, ParamSharding((Rule("wide/kernel", 0), Rule("square", 2)))
     )
     assert state.params["wide"]["kernel"].sharding.spec == PartitionSpec("tensor", "fsdp")
     assert state.params["square"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
@@ -114,7 +114,7 @@ def test_the_papers_stages_are_split_evenly(name, sizes):
     stage, mesh = getattr(presets, name), make_mesh(*sizes)
     rules = tuple(Rule(*rule) for rule in stage.unet.tensor_rules())
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    placed = shardings(params, mesh, Placement(rules))
+    placed = shardings(params, mesh, ParamSharding(rules))
     held = bytes_on_a_device(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, placed))
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     # What rules do not name is copied along tensor: embeddings, strided convolutions, conditioning.

@@ -10,14 +10,14 @@ import pytest
 from small import BASE, LENGTH, Formula, random_params
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.grids import UniformLogSNR, grid
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
-from jaxdiff.diffusion.thresholding import Static, Unthresholded
-from jaxdiff.systems.cascade import Cascade, Model, Picture, stages
-from jaxdiff.systems.imagen import Stage, null_text
-from jaxdiff.systems.imagen_drawing import Given, Sampling, draw, first_step
+from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import UniformLogSNR, time_grid
+from jaxdiff.models.diffusion import DiffusionModel, null_text
+from jaxdiff.models.sampling import Given, SamplingConfig, draw, first_step
+from jaxdiff.systems.pipeline import Cascade, Picture, TrainedModel, stages
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8
@@ -34,7 +34,7 @@ def grey(x, time, text, mask):
     return 0 * x + 0.5 * jnp.tanh(text.sum((1, 2)))[:, None, None, None]
 
 
-GREY = Stage(unet=Formula(output=grey), resolution=SIDE, prediction=Prediction.X0, text_length=LENGTH)
+GREY = DiffusionModel(unet=Formula(output=grey), resolution=SIDE, prediction=Prediction.X0, text_length=LENGTH)
 WANTED = 0.5 * np.tanh(np.asarray(TEXT.embeddings).sum((1, 2)))[:, None, None, None]
 
 
@@ -52,7 +52,7 @@ def given(strength, mask=None):
 
 
 def sampling_of(sampler, steps=8, **settings):
-    return Sampling(sampler, steps, thresholding=Unthresholded(), **settings)
+    return SamplingConfig(sampler, steps, thresholding=NoThreshold(), **settings)
 
 
 def seen(stage=GREY):
@@ -74,7 +74,7 @@ def test_drawing_begins_from_the_noised_picture(strength):
     drawn(given(strength), sampling_of(DDIM(), spacing=spacing), stage)
     jax.effects_barrier()
     left = int(8 * strength)
-    points = grid(stage.schedule, 8, spacing)
+    points = time_grid(stage.schedule, 8, spacing)
     assert [time for _, time in calls] == pytest.approx([1000 * float(t) for t in points.t[8 - left : 8]], abs=1e-2)
     alpha, sigma = float(points.alpha[8 - left]), float(points.sigma[8 - left])
     eps = np.asarray(noise.normal_like(noise.fold(noise.sample_keys(KEY, jnp.arange(COUNT)), 0), (SIDE, SIDE, 3)))
@@ -139,7 +139,7 @@ def test_the_network_sees_what_is_known(clean_known):
 )
 def test_the_same_in_chunks_and_in_other_batches(sampler, real):
     stage, params = (BASE, random_params(BASE)) if real else (replace(GREY, unet=Formula(output=keeper)), {})
-    sampling = Sampling(sampler, 6, guidance=Guidance(2.0), thresholding=Static())
+    sampling = SamplingConfig(sampler, 6, guidance=Guidance(2.0), thresholding=StaticThreshold())
     picture, done = given(0.7, MASK), []
     together = drawn(picture, sampling, stage, params)
     assert together.std() > 0.1 and np.isfinite(together).all()
@@ -166,8 +166,8 @@ def enlarging(x, time, text, mask, low_res, level):
 
 def model(side, low_resolution=None):
     unet = Formula(low_res=low_resolution is not None, output=enlarging if low_resolution else grey)
-    stage = Stage(unet, side, low_resolution, prediction=Prediction.X0, text_length=LENGTH)
-    return Model(stage, {}, sampling_of(DDIM()))
+    stage = DiffusionModel(unet, side, low_resolution, prediction=Prediction.X0, text_length=LENGTH)
+    return TrainedModel(stage, {}, sampling_of(DDIM()))
 
 
 PROMPTS = ("red", "a b", "blue", "c")

@@ -13,21 +13,21 @@ import numpy as np
 from small import random_params
 
 from jaxdiff.diffusion import noise
-from jaxdiff.systems import imagen_presets as presets
-from jaxdiff.systems.imagen import null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.models.diffusion import null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.systems import imagen as presets
 
 
 def main(side: int, tile: int) -> None:
     tiles = Tiles(tile, tile // 8) if tile else None
-    base = Sampling(sampler=presets.SAMPLING_BASE_TINY.sampler, steps=2)
-    large = Sampling(sampler=presets.SAMPLING_SR_TINY.sampler, steps=2)
+    base = SamplingConfig(sampler=presets.SAMPLING_BASE_TINY.sampler, steps=2)
+    large = SamplingConfig(sampler=presets.SAMPLING_SR_TINY.sampler, steps=2)
     stages = (presets.BASE_64_TINY, base), (presets.SR_256_TINY, large), (presets.SR_1024_TINY, large)
     picture, keys = None, noise.sample_keys(jax.random.key(0), jnp.arange(1))
     for factor, (stage, sampling) in zip((16, 4, 1), stages):
         if tile and factor == 1:
-            sampling = Sampling(sampler=large.sampler, steps=2, tiles=tiles)
+            sampling = SamplingConfig(sampler=large.sampler, steps=2, tiles=tiles)
         params = jax.tree.map(jnp.asarray, random_params(stage))
         text = null_text(stage, 1)
         picture = draw(stage, params, sampling, text, text, keys, (side // factor,) * 2, picture)

@@ -1,7 +1,7 @@
 """The times at which a sampler stops: k steps are k + 1 points, from noise to picture.
 
-`grid(schedule, steps)` is what most callers want; `grid_at` takes any times, `grid_of` any α and σ (σ = 0 at the end
-included), such as the leading spacing of a published discrete sampler.
+`time_grid(schedule, steps)` is what most callers want; `time_grid_at` takes any times, `time_grid_of` any α and σ
+(σ = 0 at the end included), such as the leading spacing of a published discrete sampler.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff.diffusion.schedules import Discrete, Schedule, time_of
+from jaxdiff.diffusion.schedules import Schedule, TabulatedSchedule, time_of
 
 
-class Grid(NamedTuple):
+class TimeGrid(NamedTuple):
     """Points of a schedule, noisiest first: arrays (k + 1,), or scalars for one point."""
 
     t: Float[Array, "..."]
@@ -158,33 +158,33 @@ class Respaced:
         return [*found[:-1], found[-1] - self.offset]
 
 
-def grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> Grid:
+def time_grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> TimeGrid:
     """The grid of `steps` steps. Its ends have the schedule's clipped log-SNR: no coefficient is zero or infinite."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    return grid_at(schedule, spacing.times(schedule, steps))
+    return time_grid_at(schedule, spacing.times(schedule, steps))
 
 
-def grid_at(schedule: Schedule, t: Float[Array, "..."]) -> Grid:
+def time_grid_at(schedule: Schedule, t: Float[Array, "..."]) -> TimeGrid:
     """The schedule at these times, which for a sampler fall."""
-    return Grid(t, schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t))
+    return TimeGrid(t, schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t))
 
 
-def grid_of(t: Float[Array, " n"], alpha: Float[Array, " n"], sigma: Float[Array, " n"]) -> Grid:
+def time_grid_of(t: Float[Array, " n"], alpha: Float[Array, " n"], sigma: Float[Array, " n"]) -> TimeGrid:
     """A grid of explicit values: t is what the network is told. The last σ may be zero (log-SNR infinite)."""
-    return Grid(t, alpha, sigma, 2.0 * (jnp.log(alpha) - jnp.log(sigma)))
+    return TimeGrid(t, alpha, sigma, 2.0 * (jnp.log(alpha) - jnp.log(sigma)))
 
 
-def _table_of(schedule: Schedule, steps: int) -> Discrete:
+def _table_of(schedule: Schedule, steps: int) -> TabulatedSchedule:
     """The schedule, if it has a table of at least so many entries to step through."""
-    if not isinstance(schedule, Discrete):
+    if not isinstance(schedule, TabulatedSchedule):
         raise ValueError(f"this spacing steps through the table of a discrete schedule, not {type(schedule).__name__}")
     if steps > schedule.steps:
         raise ValueError(f"{steps} steps, but the schedule has {schedule.steps}")
     return schedule
 
 
-def _falling(schedule: Discrete, entries: list[int]) -> Float[Array, " n"]:
+def _falling(schedule: TabulatedSchedule, entries: list[int]) -> Float[Array, " n"]:
     """Times of these rising entries, noisiest first, and of the clean end."""
     return jnp.append(schedule.time(jnp.asarray(entries[::-1], jnp.float32)), 0.0)
 

@@ -15,10 +15,10 @@ from small import SR, random_params
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM
-from jaxdiff.diffusion.thresholding import Static
-from jaxdiff.systems.imagen import null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.systems.tiles import Tiles, in_tiles, ramp, starts
+from jaxdiff.diffusion.thresholding import StaticThreshold
+from jaxdiff.models.diffusion import null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.tiles import Tiles, in_tiles, ramp, starts
 
 RNG = np.random.default_rng(0)
 LAYOUTS = [
@@ -89,7 +89,7 @@ def enlarged():
     params["head"] = jax.tree.map(lambda leaf: 0.2 * leaf, params["head"])
 
     def run(tiles):
-        sampling = Sampling(DDIM(), 3, thresholding=Static(), tiles=tiles)
+        sampling = SamplingConfig(DDIM(), 3, thresholding=StaticThreshold(), tiles=tiles)
         low = jnp.asarray(low_res, jnp.float32)
         return np.asarray(draw(stage, params, sampling, null, null, keys, (SIDE, SIDE), low))
 

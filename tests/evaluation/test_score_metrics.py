@@ -9,8 +9,8 @@ from jaxdiff.evaluation import fid
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import INCEPTION
 from jaxdiff.evaluation.inception_score import inception_score
-from jaxdiff.evaluation.judges import Settings, judge, judge_captions, keep, kept, observed
 from jaxdiff.evaluation.kid import kid
+from jaxdiff.evaluation.metrics import Settings, judge, judge_captions, keep, kept, observed
 from jaxdiff.evaluation.precision_recall import precision_recall
 from jaxdiff.evaluation.statistics import Origin
 

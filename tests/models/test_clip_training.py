@@ -7,8 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.models.clip import (
+    CLIPTraining,
+    ContrastiveLoss,
+    SigmoidLoss,
+    clip_params,
+    clipped,
+    finished,
+    l2_normalize,
+    normalised,
+)
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
-from jaxdiff.systems.clip import Contrastive, Sigmoid, Training, clip_params, clipped, finished, normalised, unit
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import AdamW, Decay, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -19,7 +28,7 @@ CONFIG = CLIPConfig(
     ImageTowerConfig(width=16, layers=1, heads=2, feed_forward=32, resolution=8, patch=4),
     width=12,
 )
-LOSSES = {"contrastive": Contrastive(), "sigmoid": Sigmoid()}
+LOSSES = {"contrastive": ContrastiveLoss(), "sigmoid": SigmoidLoss()}
 ROWS = 24
 
 
@@ -35,10 +44,10 @@ def batch():
 def by_the_formula(stage, params, batch):
     """From the whole matrix of logits: cross-entropies both ways (CLIP), or of each pair (SigLIP, equation 1)."""
     network, whole = CLIP(CONFIG), {"params": clip_params(params)}
-    text = unit(network.apply(whole, batch["ids"], method="embed_text").embedding)
-    image = unit(network.apply(whole, normalised(batch["image"]), method="embed_image").embedding)
+    text = l2_normalize(network.apply(whole, batch["ids"], method="embed_text").embedding)
+    image = l2_normalize(network.apply(whole, normalised(batch["image"]), method="embed_image").embedding)
     logits = jnp.exp(params["logit_scale"]) * text @ image.T
-    if isinstance(stage.compare, Contrastive):
+    if isinstance(stage.compare, ContrastiveLoss):
         ours = jnp.diagonal(logits)
         each = [jax.nn.logsumexp(logits, axis) - ours for axis in (0, 1)]
         return (each[0].mean() + each[1].mean()) / 2
@@ -56,7 +65,7 @@ def near(found, wanted, tolerance=1e-5):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [7, 8, 100])
 def test_chunks_give_the_plain_formula(batch, name, chunk):
-    stage = Training(CONFIG, LOSSES[name], chunk=chunk)
+    stage = CLIPTraining(CONFIG, LOSSES[name], chunk=chunk)
     params = stage.init(jax.random.key(0))
     wanted, gradient = jax.value_and_grad(lambda p: by_the_formula(stage, p, batch))(params)
     found, ours = jax.value_and_grad(lambda p: stage.loss(p, batch, jax.random.key(1))[0])(params)
@@ -66,7 +75,7 @@ def test_chunks_give_the_plain_formula(batch, name, chunk):
 @pytest.mark.parametrize("name", LOSSES)
 def test_eight_devices_are_one(batch, name):
     """And none of them holds the matrix of all pairs, nor its own rows of it."""
-    stage = Training(CONFIG, LOSSES[name], chunk=6)
+    stage = CLIPTraining(CONFIG, LOSSES[name], chunk=6)
     params = stage.init(jax.random.key(0))
     wanted, gradient = jax.value_and_grad(lambda p: stage.loss(p, batch, jax.random.key(1))[0])(params)
     mesh, split = make_mesh(data=4, fsdp=2), replace(stage, axes=BATCH_AXES)
@@ -81,20 +90,20 @@ def test_eight_devices_are_one(batch, name):
 
 
 def test_accuracy_counts_captions_whose_picture_is_the_nearest(batch):
-    stage = Training(CONFIG, chunk=5)
+    stage = CLIPTraining(CONFIG, chunk=5)
     params = stage.init(jax.random.key(0))
     _, metrics = stage.loss(params, batch, jax.random.key(1))
     text = CLIP(CONFIG).apply({"params": params}, batch["ids"], method="embed_text").embedding
     seen = normalised(batch["image"])
     image = CLIP(CONFIG).apply({"params": params}, seen, method="embed_image").embedding
-    logits = np.asarray(unit(text) @ unit(image).T)
+    logits = np.asarray(l2_normalize(text) @ l2_normalize(image).T)
     assert float(metrics["accuracy"]) == pytest.approx(np.mean(logits.argmax(1) == np.arange(ROWS)), abs=1e-6)
     assert float(metrics["scale"]) == pytest.approx(1 / 0.07, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_embeddings_that_are_all_alike_find_nothing(batch, name):
-    stage = Training(CONFIG, LOSSES[name], chunk=7)
+    stage = CLIPTraining(CONFIG, LOSSES[name], chunk=7)
     params = stage.init(jax.random.key(0))
     alike = {"ids": batch["ids"][:1].repeat(ROWS, 0), "image": batch["image"][:1].repeat(ROWS, 0)}
     assert float(stage.loss(params, alike, jax.random.key(1))[1]["accuracy"]) == 0
@@ -107,13 +116,13 @@ def test_the_temperature_is_clipped_and_can_come_back():
     for at, sign, wanted in [(most + 1, 1, 1), (most + 1, -1, 0), (1.0, -1, -1)]:  # back; further on; not there yet
         found, gradient = value(jnp.float32(at), jnp.float32(sign))
         assert (float(found), float(gradient)) == (pytest.approx(sign * min(at, most)), wanted)
-    stage = Training(CONFIG)
+    stage = CLIPTraining(CONFIG)
     params = stage.init(jax.random.key(0)) | {"logit_scale": jnp.float32(9.0)}
     assert np.exp(finished(stage, params)["logit_scale"]) == pytest.approx(100, rel=1e-5)
 
 
 def test_only_kernels_and_tables_decay():
-    stage = Training(CONFIG, Sigmoid())
+    stage = CLIPTraining(CONFIG, SigmoidLoss())
     params = stage.init(jax.random.key(0))
     rule = AdamW(weight_decay=0.5, decay_all=False).transform(lambda count: 0.1)
     none = jax.tree.map(jnp.zeros_like, params)
@@ -126,7 +135,7 @@ def test_only_kernels_and_tables_decay():
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_learns_a_handful_of_pairs(batch, name):
     config = OptimizerConfig(AdamW(decay_all=False), learning_rate=3e-3, warmup=0, decay=Decay.CONSTANT)
-    stage, mesh = Training(CONFIG, LOSSES[name], axes=BATCH_AXES), make_mesh()
+    stage, mesh = CLIPTraining(CONFIG, LOSSES[name], axes=BATCH_AXES), make_mesh()
     state = init_state(stage, config, jax.random.key(0), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh))
     step = make_step(stage, config, placed)
@@ -138,6 +147,6 @@ def test_it_learns_a_handful_of_pairs(batch, name):
 
 def test_a_stage_has_two_towers():
     with pytest.raises(ValueError, match="two towers"):
-        Training(replace(CONFIG, image=None))
+        CLIPTraining(replace(CONFIG, image=None))
     with pytest.raises(ValueError, match="chunk 0"):
-        Training(CONFIG, chunk=0)
+        CLIPTraining(CONFIG, chunk=0)

@@ -17,14 +17,14 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.losses import MinSNR
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
-from jaxdiff.diffusion.schedules import Cosine
-from jaxdiff.diffusion.thresholding import Static, Unthresholded
-from jaxdiff.nets.placement import Axes
+from jaxdiff.diffusion.schedules import CosineSchedule
+from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
+from jaxdiff.models import diffusion
+from jaxdiff.models.diffusion import DiffusionModel, enlarge, null_text
+from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems import imagen
-from jaxdiff.systems.imagen import Stage, enlarge, null_text
-from jaxdiff.systems.imagen_drawing import Sampling, draw
-from jaxdiff.systems.tiles import Tiles
 from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
@@ -77,7 +77,9 @@ def test_noised_picture_and_time():
     assert 0 <= t.min() < 0.02 and 0.98 < t.max() <= 1
     np.testing.assert_allclose(np.diff(np.sort(t)), 1 / 64, atol=1e-5)  # spread evenly
     assert np.abs(np.corrcoef(t, np.arange(64))[0, 1]) < 0.5  # and not in order
-    alpha, sigma = (np.asarray(f(jnp.asarray(t)))[:, None, None, None] for f in (Cosine().alpha, Cosine().sigma))
+    alpha, sigma = (
+        np.asarray(f(jnp.asarray(t)))[:, None, None, None] for f in (CosineSchedule().alpha, CosineSchedule().sigma)
+    )
     eps = ((x - alpha * batch["image"]) / sigma)[t > 0.1]
     assert abs(eps.mean()) < 0.05 and eps.std() == pytest.approx(1, abs=0.03)
 
@@ -112,7 +114,9 @@ def test_super_resolution_sees_the_noised_low_resolution_input():
     x, *_, low_res, level = seen_in_training(stage, batch)
     assert level.shape == (64,) and 0 <= level.min() < 0.1 and 0.9 < level.max() <= 1
     assert level.mean() == pytest.approx(0.5, abs=0.12)  # one for each example, uniform
-    alpha, sigma = (np.asarray(f(jnp.asarray(level)))[:, None, None, None] for f in (Cosine().alpha, Cosine().sigma))
+    alpha, sigma = (
+        np.asarray(f(jnp.asarray(level)))[:, None, None, None] for f in (CosineSchedule().alpha, CosineSchedule().sigma)
+    )
     eps = (low_res - alpha * batch["low_res"]) / sigma
     assert eps[level > 0.1].std() == pytest.approx(1, abs=0.02)
     assert abs(np.corrcoef(x.ravel(), (sigma * eps).ravel())[0, 1]) < 0.02  # not the picture's own noise
@@ -124,7 +128,7 @@ def test_the_noise_is_enlarged_with_the_input(monkeypatch):
     noisy = []
     batch = batch_of(SR, 64)
     with monkeypatch.context() as patched:
-        patched.setattr(imagen, "augment", lambda *inputs: noisy.append(augment(*inputs)) or noisy[-1])
+        patched.setattr(diffusion, "augment", lambda *inputs: noisy.append(augment(*inputs)) or noisy[-1])
         low_res = seen_in_training(SR, batch)[-2]
     assert noisy[0].shape == (64, 4, 4, 3) and np.abs(noisy[0] - batch["low_res"]).max() > 0.1
     np.testing.assert_array_equal(low_res, enlarge(noisy[0], (16, 16)))
@@ -135,7 +139,7 @@ def test_residual_stages_add_to_the_enlarged_input():
     unet = Formula(low_res=True, output=lambda x, *rest: jnp.zeros_like(x))
     stage = replace(SR, unet=unet, prediction=Prediction.X0, residual=True)
     low_res = jnp.asarray(0.2 * pictures(2, 4))
-    sampling = Sampling(DDIM(), 3, thresholding=Static())
+    sampling = SamplingConfig(DDIM(), 3, thresholding=StaticThreshold())
     np.testing.assert_allclose(drawn(stage, sampling, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
     low_res = batch_of(SR, 64)["low_res"]
     batch = {"image": enlarge(low_res, (16, 16)), "low_res": low_res}
@@ -151,7 +155,7 @@ def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
     assert stage.loss({}, batch, KEY)[0] == before
     with monkeypatch.context() as patched:
         other = lambda low_res, level, keys, schedule: augment(low_res, level, noise.fold(keys, 9), schedule)  # noqa: E731
-        patched.setattr(imagen, "augment", other)
+        patched.setattr(diffusion, "augment", other)
         assert abs(stage.loss({}, batch, KEY)[0] - before) > 1e-4
 
 
@@ -206,10 +210,10 @@ def formula_stage(output, low_res=False):
     """x₀ is what `output` says, so one step draws it."""
     sizes = {"resolution": 16, "low_resolution": 4} if low_res else {"resolution": 8}
     unet = Formula(low_res=low_res, output=output)
-    return Stage(unet=unet, prediction=Prediction.X0, text_length=LENGTH, **sizes)
+    return DiffusionModel(unet=unet, prediction=Prediction.X0, text_length=LENGTH, **sizes)
 
 
-ONE_STEP = Sampling(sampler=Euler(), steps=1, thresholding=Unthresholded())
+ONE_STEP = SamplingConfig(sampler=Euler(), steps=1, thresholding=NoThreshold())
 
 
 def drawn(stage, sampling, count=2, size=None, **options):
@@ -233,7 +237,7 @@ def test_sampling_noises_the_low_resolution_input():
     level, low_res = 0.15, jnp.asarray(0.2 * pictures(2, 16))
     stage = replace(stage, low_resolution=16)  # no enlargement, so that the noise can be read off
     seen = drawn(stage, replace(ONE_STEP, aug_level=level), low_res=low_res)
-    eps = (seen - float(Cosine().alpha(level)) * low_res) / float(Cosine().sigma(level))
+    eps = (seen - float(CosineSchedule().alpha(level)) * low_res) / float(CosineSchedule().sigma(level))
     assert eps.std() == pytest.approx(1, abs=0.1) and abs(eps.mean()) < 0.1
     assert np.abs(eps[0] - eps[1]).max() > 0.5
     told = formula_stage(lambda x, time, text, mask, low_res, level: 0 * x + level[:, None, None, None], low_res=True)
@@ -259,7 +263,7 @@ def test_guidance_algebra_and_negative_prompt():
     stage, text, negative = formula_stage(mean_text), texts(2), texts(2, seed=1)
     grey, away = (0.5 * np.asarray(t.embeddings).mean((1, 2))[:, None, None, None] for t in (text, negative))
     for sampler, weight in ((Euler(), 1.0), (Euler(), 0.0), (DDIM(), 2.5), (DDPM(), 2.5)):
-        sampling = Sampling(sampler, 3, guidance=Guidance(weight), thresholding=Unthresholded())
+        sampling = SamplingConfig(sampler, 3, guidance=Guidance(weight), thresholding=NoThreshold())
         for options, base in (({}, 0.0), ({"negative": negative}, away)):
             wanted = np.broadcast_to(weight * grey + (1 - weight) * base, (2, 8, 8, 3))
             np.testing.assert_allclose(drawn(stage, sampling, text=text, **options), wanted, atol=2e-3)
@@ -274,7 +278,7 @@ def test_outside_its_interval_guidance_costs_nothing():
         return mean_text(x, *rest)
 
     stage, text = formula_stage(grey_and_count), texts(2)
-    sampling = Sampling(Euler(), 8, guidance=Guidance(3.0, (-20.0, 0.0)), thresholding=Unthresholded())
+    sampling = SamplingConfig(Euler(), 8, guidance=Guidance(3.0, (-20.0, 0.0)), thresholding=NoThreshold())
     found = drawn(stage, sampling, text=text)
     jax.effects_barrier()
     # Uniform in time, the cosine schedule is at log-SNR 0 halfway: points 0 to 4 of 8 are inside.
@@ -286,14 +290,14 @@ def test_outside_its_interval_guidance_costs_nothing():
 def test_time_runs_from_noise_to_picture():
     """The network is told 1000 t, from 1000 down; what is drawn is the last prediction."""
     stage = formula_stage(lambda x, time, *rest: 0 * x + time[:, None, None, None] / 1000)
-    sampling = Sampling(Euler(), 4, thresholding=Unthresholded())
+    sampling = SamplingConfig(Euler(), 4, thresholding=NoThreshold())
     np.testing.assert_allclose(drawn(stage, sampling), 0.25, atol=1e-3)
     np.testing.assert_allclose(drawn(stage, ONE_STEP), 1.0, atol=1e-3)
 
 
 def test_output_is_clipped_and_thresholded():
     stage = formula_stage(lambda x, *rest: 0 * x + 3.0)
-    for thresholding in (Unthresholded(), Static()):
+    for thresholding in (NoThreshold(), StaticThreshold()):
         found = drawn(stage, replace(ONE_STEP, thresholding=thresholding))
         assert found.max() == 1.0 and found.min() > 0.999
 
@@ -328,16 +332,16 @@ def test_enlarging_is_pillows_bicubic():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Sampling(steps=0), "steps must be at least 1, not 0"),
-        (lambda: Sampling(aug_level=1.5), r"aug_level must lie in \[0, 1\]"),
+        (lambda: SamplingConfig(steps=0), "steps must be at least 1, not 0"),
+        (lambda: SamplingConfig(aug_level=1.5), r"aug_level must lie in \[0, 1\]"),
         (lambda: replace(BASE, text_dropout=1.1), "text_dropout"),
         (lambda: replace(SR, max_aug_level=-0.1), r"max_aug_level must lie in \[0, 1\]"),
         (lambda: replace(SR, residual=True), "residual is for super-resolution stages that predict x0"),
         (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
         (lambda: replace(BASE, low_resolution=4), "low_resolution"),
-        (lambda: Stage(unet=EfficientUNetConfig(), resolution=256), "low_resolution"),
-        (lambda: Stage(unet=EfficientUNetConfig(), resolution=256, low_resolution=96), "not a multiple"),
-        (lambda: Stage(unet=UNetConfig(), resolution=100), "stride 8"),
+        (lambda: DiffusionModel(unet=EfficientUNetConfig(), resolution=256), "low_resolution"),
+        (lambda: DiffusionModel(unet=EfficientUNetConfig(), resolution=256, low_resolution=96), "not a multiple"),
+        (lambda: DiffusionModel(unet=UNetConfig(), resolution=100), "stride 8"),
     ],
 )
 def test_settings_that_make_no_sense(make, match):
@@ -355,7 +359,7 @@ TEXTS, NULL = texts(8), null_text(BASE, 8)
 @pytest.fixture(scope="module")
 def whole():
     """Eight pictures of the base network with noise at every step and guidance."""
-    sampling, params = Sampling(DDPM(), 3, thresholding=Static()), random_params(BASE)
+    sampling, params = SamplingConfig(DDPM(), 3, thresholding=StaticThreshold()), random_params(BASE)
 
     def run(rows=slice(None), put=lambda a: a, weight=3.0, interval=None, text=TEXTS, negative=NULL, **options):
         keys = noise.sample_keys(KEY, jnp.arange(8))[rows]
@@ -423,8 +427,8 @@ COLOURS = np.array([[0.8, -0.7, -0.7], [-0.7, 0.8, -0.6], [-0.8, -0.6, 0.9], [0.
 def test_four_flat_colours_are_learned_and_redrawn():
     """Loss, sampler and guidance fit together: each caption's random embedding brings its own colour back."""
     unet = replace(BASE.unet, channels=16, patch=4, self_attention=(False,), time_width=32, context_width=16)
-    process = {"schedule": Cosine(shift=-3.0), "prediction": Prediction.X0, "weighting": MinSNR(floor=1.0)}
-    stage = Stage(unet, 16, text_length=LENGTH, **process)
+    process = {"schedule": CosineSchedule(shift=-3.0), "prediction": Prediction.X0, "weighting": MinSNR(floor=1.0)}
+    stage = DiffusionModel(unet, 16, text_length=LENGTH, **process)
     text = texts(4)
     rows = np.arange(16) % 4
     image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
@@ -443,7 +447,7 @@ def test_four_flat_colours_are_learned_and_redrawn():
         params, state, loss = step(params, state, jax.random.fold_in(KEY, i))
         losses.append(float(loss))
     assert np.mean(losses[-20:]) < 0.1 * losses[0]
-    sampling = Sampling(DDIM(), 8, guidance=Guidance(2.0), thresholding=Static())
+    sampling = SamplingConfig(DDIM(), 8, guidance=Guidance(2.0), thresholding=StaticThreshold())
     found = drawn(stage, sampling, count=4, params=params, text=text)
     distance = np.abs(found.mean((1, 2))[:, None] - COLOURS[None]).max(-1)
     assert (distance.argmin(1) == np.arange(4)).all()
@@ -454,9 +458,9 @@ def test_rows_of_large_pictures_are_drawn_by_several_devices():
     """A picture too large for one: its rows over `tensor`, the pictures of the batch over `data`."""
     params, mesh = random_params(SR), make_mesh(data=2, tensor=4)
     low_res = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
-    sampling = Sampling(sampler=DDIM(), steps=3, guidance=Guidance(2.0))
+    sampling = SamplingConfig(sampler=DDIM(), steps=3, guidance=Guidance(2.0))
     alone = drawn(SR, sampling, size=(32, 32), params=params, low_res=low_res)
-    split = replace(SR, unet=replace(SR.unet, axes=Axes(BATCH_AXES, ("tensor",))))
+    split = replace(SR, unet=replace(SR.unet, axes=ActivationSharding(BATCH_AXES, ("tensor",))))
     with jax.set_mesh(mesh):
         placed = jax.device_put((params, low_res), jax.NamedSharding(mesh, jax.P()))
         together = drawn(split, sampling, size=(32, 32), params=placed[0], low_res=placed[1])

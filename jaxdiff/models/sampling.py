@@ -1,4 +1,4 @@
-"""How a stage of Imagen draws: `Sampling`, what it may begin with, and `draw`."""
+"""How a stage of Imagen draws: `SamplingConfig`, what it may begin with, and `draw`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.grids import Grid, Spacing, UniformTime, grid
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, denoised, from_x0, noised
 from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
-from jaxdiff.diffusion.thresholding import Dynamic, Thresholding
-from jaxdiff.systems.imagen import Stage, check_size, low_res_input
-from jaxdiff.systems.tiles import Tiles, in_tiles
+from jaxdiff.diffusion.thresholding import DynamicThreshold, Thresholding
+from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_grid
+from jaxdiff.models.diffusion import DiffusionModel, check_size, low_res_input
+from jaxdiff.models.tiles import Tiles, in_tiles
 from jaxdiff.text.t5 import TextEmbedding
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How a stage draws. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution.
 
     keep_eps: after thresholding x₀, ε stays the network's own, as in diffusers' DDIM, instead of that which x₀ implies.
@@ -33,7 +33,7 @@ class Sampling:
     steps: int = 256
     spacing: Spacing = UniformTime()
     guidance: Guidance = Guidance()
-    thresholding: Thresholding = Dynamic()
+    thresholding: Thresholding = DynamicThreshold()
     aug_level: float = 0.0
     tiles: Tiles | None = None
     keep_eps: bool = False
@@ -68,9 +68,9 @@ def first_step(strength: float, steps: int) -> int:
 
 
 def draw(
-    stage: Stage,
+    stage: DiffusionModel,
     params: dict,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     text: TextEmbedding,
     negative: TextEmbedding,
     keys: Key[Array, " b"],
@@ -124,7 +124,7 @@ class _Condition:
 @partial(jax.jit, static_argnums=(0, 1))
 def _begin(stage, sampling, image, eps, known, first):
     """The given picture, noised to the level where drawing begins."""
-    point = Grid(*(values[first] for values in grid(stage.schedule, sampling.steps, sampling.spacing)))
+    point = TimeGrid(*(values[first] for values in time_grid(stage.schedule, sampling.steps, sampling.spacing)))
     x = noised(image, eps, point.alpha, point.sigma)
     return _kept(sampling, known, eps, x, point) if known else x
 
@@ -141,7 +141,7 @@ def _kept(sampling, known, eps, x, point):
 def _advance(stage, sampling, params, carry, condition, keys, start, stop):
     """Steps start…stop−1, one program whatever the two are."""
     denoise = partial(_denoise, stage, sampling, params, condition)
-    points = grid(stage.schedule, sampling.steps, sampling.spacing)
+    points = time_grid(stage.schedule, sampling.steps, sampling.spacing)
     keep = None
     if condition.known:
         eps = noise.normal_like(noise.fold(keys, 0), condition.known[0].shape[1:])
@@ -149,12 +149,12 @@ def _advance(stage, sampling, params, carry, condition, keys, start, stop):
     return _split(stage, integrate(sampling.sampler, denoise, carry, points, noise.fold(keys, 1), start, stop, keep))
 
 
-def _split(stage: Stage, carry: Any) -> Any:
+def _split(stage: DiffusionModel, carry: Any) -> Any:
     """The sampler's state over the mesh, before and after a program alike, which else would be compiled for both."""
-    return jax.tree.map(lambda leaf: stage.unet.axes.pictures(leaf) if leaf.ndim == 4 else leaf, carry)
+    return jax.tree.map(lambda leaf: stage.unet.axes.images(leaf) if leaf.ndim == 4 else leaf, carry)
 
 
-def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Condition, x: Array, t: Array):
+def _denoise(stage: DiffusionModel, sampling: SamplingConfig, params: dict, condition: _Condition, x: Array, t: Array):
     """The network with guidance and thresholding around it."""
     guidance, logsnr = sampling.guidance, stage.schedule.logsnr(t)
     predict = partial(_predict, stage, sampling.tiles, params)
@@ -182,7 +182,7 @@ def _denoise(stage: Stage, sampling: Sampling, params: dict, condition: _Conditi
     return Denoised(x0, eps) if gamma is None else DenoisedWithVariance(x0, eps, gamma)
 
 
-def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbedding, x, t, *low_res) -> Array:
+def _predict(stage: DiffusionModel, tiles: Tiles | None, params: dict, text: TextEmbedding, x, t, *low_res) -> Array:
     """The stage's prediction, of the whole picture or tile by tile."""
     pictures, levels = (x, *low_res[:1]), low_res[1:]
 
@@ -196,7 +196,7 @@ def _predict(stage: Stage, tiles: Tiles | None, params: dict, text: TextEmbeddin
 def _noise_low_res(stage, sampling, low_res, keys, size):
     level = jnp.full(low_res.shape[0], sampling.aug_level, jnp.float32)
     seen, level = low_res_input(stage, low_res, level, noise.fold(keys, 2), size)
-    return stage.unet.axes.pictures(seen), level
+    return stage.unet.axes.images(seen), level
 
 
 def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
@@ -208,7 +208,7 @@ def _prepare_low_res(stage, sampling, low_res, keys, size) -> tuple:
     return _noise_low_res(stage, sampling, low_res, keys, size)
 
 
-def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
+def check(stage: DiffusionModel, sampling: SamplingConfig, size: tuple[int, int]) -> None:
     """ValueError where the stage cannot draw this size, not in tiles or not in these, or not with these settings, or
     where the rows of its smallest maps do not divide over the devices that share a picture."""
     check_size(stage, *size)
@@ -219,7 +219,7 @@ def check(stage: Stage, sampling: Sampling, size: tuple[int, int]) -> None:
             f"{height} pixels are {rows} rows in the smallest maps of the {stage.resolution} stage: {devices} devices "
             "cannot share them"
         )
-    jax.eval_shape(lambda: grid(stage.schedule, sampling.steps, sampling.spacing))
+    jax.eval_shape(lambda: time_grid(stage.schedule, sampling.steps, sampling.spacing))
     if sampling.sampler == DDPM(None) and not stage.unet.learned_variance:
         raise ValueError(f"the {stage.resolution} stage has learned no variance, so its DDPM needs a gamma")
     if sampling.tiles is not None:

@@ -15,12 +15,12 @@ from small import LENGTH, TEXT, Formula
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM
-from jaxdiff.diffusion.thresholding import Unthresholded
+from jaxdiff.diffusion.thresholding import NoThreshold
+from jaxdiff.models.diffusion import DiffusionModel, enlarge
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.systems.cascade import Cascade, Model, sample, stages
-from jaxdiff.systems.imagen import Stage, enlarge
-from jaxdiff.systems.imagen_drawing import Sampling
-from jaxdiff.systems.tiles import Tiles
+from jaxdiff.systems.pipeline import Cascade, TrainedModel, sample, stages
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
 
@@ -37,7 +37,7 @@ def larger_formula(x, time, text, mask, low_res, level):
     return 0.8 * low_res + 0.1 * jnp.tanh(x) + 0.1 * jnp.tanh(text[:, :1, :1])[..., None]
 
 
-SAMPLING = Sampling(DDPM(), 2, guidance=Guidance(2.0), thresholding=Unthresholded())
+SAMPLING = SamplingConfig(DDPM(), 2, guidance=Guidance(2.0), thresholding=NoThreshold())
 LARGER = replace(SAMPLING, sampler=DDIM())
 
 
@@ -45,8 +45,8 @@ def model(resolution, low_resolution=None, reads_text=True):
     texts = {"pool_text": reads_text, "self_attention": (reads_text,)}
     unet = Formula(low_res=low_resolution is not None, **texts)
     unet = replace(unet, output=larger_formula if low_resolution else base_formula)
-    stage = Stage(unet, resolution, low_resolution, prediction=Prediction.X0, text_length=LENGTH)
-    return Model(stage, {}, LARGER if low_resolution else SAMPLING)
+    stage = DiffusionModel(unet, resolution, low_resolution, prediction=Prediction.X0, text_length=LENGTH)
+    return TrainedModel(stage, {}, LARGER if low_resolution else SAMPLING)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 from jaxdiff.training.distributed import agree
 from jaxdiff.training.mesh import check_batch, to_devices
 
@@ -31,10 +31,10 @@ class OwnRows:
 
     def __next__(self) -> dict[str, Any]:
         def own(value: Any) -> Any:
-            if len(value) % peers.count():
-                raise ValueError(f"a batch of {len(value)} does not divide over {peers.count()} processes")
-            rows = len(value) // peers.count()
-            return value[peers.index() * rows : (peers.index() + 1) * rows]
+            if len(value) % multihost.count():
+                raise ValueError(f"a batch of {len(value)} does not divide over {multihost.count()} processes")
+            rows = len(value) // multihost.count()
+            return value[multihost.index() * rows : (multihost.index() + 1) * rows]
 
         return {name: own(value) for name, value in next(self._batches).items()}
 
@@ -45,7 +45,7 @@ class OwnRows:
         self._batches.set_state(state)
 
 
-class Feed:
+class Prefetch:
     """`next` gives a batch on the devices, its number of rows over all processes, and the stream's state after it.
 
     `count` batches in all; one more than is asked for is on its way to the devices. With several processes each must
@@ -67,7 +67,7 @@ class Feed:
         try:
             batch = next(self._batches)
         except StopIteration:
-            at = f" on {peers.name()}" if peers.count() > 1 else ""
+            at = f" on {multihost.name()}" if multihost.count() > 1 else ""
             raise ValueError(
                 f"the data ended{at} after {self._asked} batches of the {self._count} still to come: repeat it"
             ) from None
@@ -75,9 +75,9 @@ class Feed:
         rows = {np.shape(value)[0] for value in batch.values()}
         if len(rows) != 1:
             raise ValueError(f"arrays of a batch differ in their number of rows: {sorted(rows)}")
-        if peers.count() > 1:
+        if multihost.count() > 1:
             self._check_form(batch)
-        total = rows.pop() * peers.count()
+        total = rows.pop() * multihost.count()
         check_batch(total, self._mesh, self._accumulate)
         return to_devices(batch, self._mesh), total, self._batches.get_state()
 
@@ -90,6 +90,6 @@ class Feed:
         if form != self._form:
             name = next(name for name in form | self._form if form.get(name) != self._form.get(name))
             raise ValueError(
-                f"batch {self._asked} on {peers.name()}: {name} is {form.get(name)}, was {self._form.get(name)} in the "
-                "first: with several processes all batches must be alike"
+                f"batch {self._asked} on {multihost.name()}: {name} is {form.get(name)}, was {self._form.get(name)} in "
+                "the first: with several processes all batches must be alike"
             )

@@ -12,7 +12,7 @@ from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 
 
 @dataclass(frozen=True)
-class Training:
+class ClassifierTraining:
     """The stage: each attribute's cross-entropy, the same weight for all.
 
     noise: the standard deviation of the noise on the pictures, up to which (at random) they are spoilt: features that

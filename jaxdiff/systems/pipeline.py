@@ -14,26 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.diffusion import noise
+from jaxdiff.models.diffusion import DiffusionModel, NullText, null_text
+from jaxdiff.models.sampling import Given, SamplingConfig, check, draw, first_step
 from jaxdiff.nets.unet import Reading
-from jaxdiff.systems.imagen import NullText, Stage, null_text
-from jaxdiff.systems.imagen_drawing import Given, Sampling, check, draw, first_step
 from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class TrainedModel:
     """A stage, its parameters, and how it draws unless told otherwise.
 
     text: the fingerprint of the text encoder that it was trained with, where that is known.
     """
 
-    stage: Stage
+    stage: DiffusionModel
     params: dict
-    sampling: Sampling
+    sampling: SamplingConfig
     text: str | None = None
 
 
-def mean(models: Sequence[Model]) -> Model:
+def mean(models: Sequence[TrainedModel]) -> TrainedModel:
     """The first model with the mean of all parameters: stochastic weight averaging (arXiv 1803.05407).
 
     For the ends of successive runs, each begun with the parameters of the one before: each lies somewhere on the edge
@@ -53,7 +53,7 @@ def mean(models: Sequence[Model]) -> Model:
     return replace(first, params=params, text=known[0] if known else None)
 
 
-def check_order(models: Sequence[Model]) -> None:
+def check_order(models: Sequence[TrainedModel]) -> None:
     """ValueError unless the first of them draws from text, and each other one enlarges what the one before it draws."""
     first = models[0].stage
     if first.unet.low_res:
@@ -76,8 +76,8 @@ class Cascade:
     super-resolution models, in the order of their use."""
 
     text: TextEncoder | EmbeddedCaptions
-    base: Model
-    super_resolution: tuple[Model, ...] = ()
+    base: TrainedModel
+    super_resolution: tuple[TrainedModel, ...] = ()
 
     def __post_init__(self):
         check_order(self.models)
@@ -95,7 +95,7 @@ class Cascade:
                 )
 
     @property
-    def models(self) -> tuple[Model, ...]:
+    def models(self) -> tuple[TrainedModel, ...]:
         return (self.base, *self.super_resolution)
 
     @property
@@ -138,7 +138,7 @@ def sample(
     per_prompt: int = 1,
     negative: str = "",
     up_to: int | None = None,
-    samplings: Sequence[Sampling] | None = None,
+    samplings: Sequence[SamplingConfig] | None = None,
     size: tuple[int, int] | None = None,
     picture: Picture | None = None,
     batch: int = 16,
@@ -174,7 +174,7 @@ def stages(
     per_prompt: int = 1,
     negative: str = "",
     up_to: int | None = None,
-    samplings: Sequence[Sampling] | None = None,
+    samplings: Sequence[SamplingConfig] | None = None,
     size: tuple[int, int] | None = None,
     after: tuple[int, np.ndarray] | None = None,
     picture: Picture | None = None,
@@ -241,7 +241,9 @@ def stages(
     return drawn(None if after is None else after[1])
 
 
-def _check_picture(cascade: Cascade, picture: Picture, samplings: Sequence[Sampling], begin: int, end: int) -> None:
+def _check_picture(
+    cascade: Cascade, picture: Picture, samplings: Sequence[SamplingConfig], begin: int, end: int
+) -> None:
     if len(picture.strengths) != len(cascade.models):
         raise ValueError(f"{len(picture.strengths)} strengths for {len(cascade.models)} stages: give one for each")
     if picture.image.ndim != 3 or picture.image.shape[2] != 3:
@@ -274,8 +276,8 @@ def _number(cascade: Cascade, resolution: int) -> int:
 class _Task:
     """One stage's share of the work, in batches of one size so that one compiled program serves all of them."""
 
-    model: Model
-    sampling: Sampling
+    model: TrainedModel
+    sampling: SamplingConfig
     text: TextEmbedding
     away: TextEmbedding | None
     keys: jax.Array

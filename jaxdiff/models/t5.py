@@ -23,7 +23,7 @@ from jaxdiff.text.tokenizer import sentinel_ids, tokenize
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class T5Pretraining:
     """The stage: T5 trained to say what was cut out of its input."""
 
     config: T5Config = TINY
@@ -112,7 +112,7 @@ def target_length(length: int, corruption: Corruption) -> int:
     return max(sum(span_counts(n, corruption)) + 2 for n in range(2, length))
 
 
-def batches(
+def span_batches(
     tokenizer: PreTrainedTokenizerBase,
     captions: Sequence[str],
     batch: int,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True)
-class Axes:
+class ActivationSharding:
     """Names of mesh axes (`jax.set_mesh`) over which a network splits what lies between its blocks.
 
     batch: the samples. rows: the rows of pictures, for those that are too large for one device; the compiler exchanges
@@ -19,7 +19,7 @@ class Axes:
     batch: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
 
-    def pictures(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def images(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         if not self.batch and not self.rows:
             return x
         return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.rows or None))
