@@ -19,6 +19,7 @@ computes in.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -40,7 +41,7 @@ class Sampler(Protocol):
 
     def init(self, x: Float[Array, "b *s"]) -> Carry: ...
 
-    def step(self, carry: Carry, i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Carry: ...
+    def step(self, i: Index, carry: Carry, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Carry: ...
 
     def image(self, carry: Carry) -> Float[Array, "b *s"]: ...
 
@@ -65,11 +66,15 @@ def integrate(
     result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number. `keep(x,
     point)` puts what is known (inpainting) back into the state after each step, at the grid's point where it ends."""
 
-    def step(i, state):
-        state = sampler.step(state, i, denoise, grid, keys)
-        return state if keep is None else sampler.replace(state, keep(sampler.image(state), _at(grid, i + 1)))
+    step = partial(sampler.step, denoise=denoise, grid=grid, keys=keys)
+    if keep is None:
+        return jax.lax.fori_loop(start, stop, step, carry)
 
-    return jax.lax.fori_loop(start, stop, step, carry)
+    def keeping(i: Index, state: Carry) -> Carry:
+        state = step(i, state)
+        return sampler.replace(state, keep(sampler.image(state), _at(grid, i + 1)))
+
+    return jax.lax.fori_loop(start, stop, keeping, carry)
 
 
 class _OneState:
@@ -104,10 +109,10 @@ class DDPM(_OneState):
             raise ValueError(f"DDPM's gamma must lie in [0, 1], not {self.gamma}")
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
+        self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        found = _denoise(denoise, x, here)
+        found = _cast(denoise(x, _times(x, here)), x)
         gamma: float | Array
         if self.gamma is not None:
             gamma = self.gamma
@@ -135,10 +140,10 @@ class DDIM(_OneState):
             raise ValueError(f"DDIM's eta must lie in [0, 1], not {self.eta}")
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
+        self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        found = _denoise(denoise, x, here)
+        found = _cast(denoise(x, _times(x, here)), x)
         x0, eps = found.x0, found.eps
         if self.eta == 0.0:
             return there.alpha * x0 + there.sigma * eps
@@ -155,10 +160,10 @@ class Euler(_OneState):
     """
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
+        self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         here, there = _at(grid, i), _at(grid, i + 1)
-        return _first_order(carry, _denoise(denoise, carry, here).x0, here, there)
+        return _first_order(carry, _cast(denoise(carry, _times(carry, here)), carry).x0, here, there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,7 @@ class Heun(_OneState):
         return 2 * steps - 1
 
     def step(
-        self, carry: Float[Array, "b *s"], i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
+        self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         here, there = _at(grid, i), _at(grid, i + 1)
         ratio = (there.sigma / there.alpha) / (here.sigma / here.alpha)
@@ -186,7 +191,7 @@ class Heun(_OneState):
 
         def stage(j, state):
             x, before = state
-            x0 = _denoise(denoise, x, _at(grid, i + j)).x0
+            x0 = _cast(denoise(x, _times(x, _at(grid, i + j))), x).x0
             corrected = x + there.alpha * q * (x0 - before)
             return jnp.where(j == 0, _first_order(x, x0, here, there), corrected), x0
 
@@ -227,9 +232,9 @@ class DPMSolverPP2M:
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def step(self, carry: Multistep, i: Index, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Multistep:
+    def step(self, i: Index, carry: Multistep, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
-        x0 = _denoise(denoise, carry.x, here).x0
+        x0 = _cast(denoise(carry.x, _times(carry.x, here)), carry.x).x0
         # Two points beyond the clip share one log-SNR, and no slope lies between them.
         moved = here.logsnr > before.logsnr
         extrapolate = carry.ready & moved & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
@@ -256,8 +261,11 @@ def _fresh(here: TimeGrid, there: TimeGrid) -> Float[Array, "..."]:
     return -jnp.expm1(here.logsnr - there.logsnr)
 
 
-def _denoise(denoise: Denoise, x: Float[Array, "b *s"], here: TimeGrid) -> Denoised | DenoisedWithVariance:
-    found = denoise(x, jnp.broadcast_to(here.t, x.shape[:1]))
+def _times(x: Float[Array, "b *s"], here: TimeGrid) -> Float[Array, " b"]:
+    return jnp.broadcast_to(here.t, x.shape[:1])
+
+
+def _cast(found: Denoised | DenoisedWithVariance, x: Float[Array, "b *s"]) -> Denoised | DenoisedWithVariance:
     return jax.tree.map(lambda a: a.astype(x.dtype), found)
 
 

@@ -1,7 +1,7 @@
 """The blocks that every U-Net here is built from.
 
-Conditioning on time, noise level and text; the residual block with scale-shift norm and BigGAN resampling;
-attention over the picture and the text. Shapes: pictures `b h w c`, text `b n e`, embeddings `b t`.
+The embedding of times and noise levels; the residual block with scale-shift norm and BigGAN resampling; attention over
+the picture and the text. Shapes: pictures `b h w c`, text `b n e`, embeddings `b t`.
 """
 
 import enum
@@ -85,72 +85,6 @@ class Norm(nn.Module):
         while not self.groups and channels // groups < 4 and groups > 1:
             groups //= 2
         return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, use_fast_variance=not self.exact)(x)
-
-
-class TextContext(nn.Module):
-    """Text as attention sees it: LayerNorm, projection, and one learned token that is always present.
-
-    The extra token gives a picture without text (every position masked) something to attend to, so that no softmax
-    runs over nothing; it also serves as the attention sink that padding would otherwise become. LayerNorm on the
-    text embeddings is Imagen 2.5.
-    """
-
-    width: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, text: Float[Array, "b n d"], mask: Bool[Array, "b n"]
-    ) -> tuple[Float[Array, "b m e"], Bool[Array, "b m"]]:
-        text = nn.LayerNorm(dtype=self.dtype)(jnp.where(mask[..., None], text, 0))
-        tokens = nn.Dense(self.width, dtype=self.dtype)(text)
-        null = self.param("null", nn.initializers.normal(0.02), (self.width,)).astype(self.dtype)
-        null = jnp.broadcast_to(null, (text.shape[0], 1, self.width))
-        always = jnp.ones((mask.shape[0], 1), bool)
-        return jnp.concatenate([null, tokens], axis=1), jnp.concatenate([always, mask], axis=1)
-
-
-class AttentionPool(nn.Module):
-    """Text tokens to one vector by attention, the query being their mean (`feature_pooling_type: attention`, F.1)."""
-
-    heads: int
-    features: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "b n e"], mask: Bool[Array, "b n"]) -> Float[Array, "b t"]:
-        b, n, width = tokens.shape
-        tokens = nn.LayerNorm(dtype=self.dtype)(tokens)
-        weight = mask[..., None].astype(self.dtype)
-        mean = (tokens * weight).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
-        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
-        k = nn.Dense(width, dtype=self.dtype, name="k")(tokens).reshape(b, n, self.heads, -1)
-        v = nn.Dense(width, dtype=self.dtype, name="v")(tokens).reshape(b, n, self.heads, -1)
-        pooled = attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, width)
-        return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
-
-
-class WholeTextPool(nn.Module):
-    """Text tokens to one vector as DeepFloyd IF does: padding counts, and the query, the tokens' mean with a learned
-    offset, is also the first key and value. LayerNorm before and behind."""
-
-    heads: int
-    features: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, text: Float[Array, "b n d"]) -> Float[Array, "b t"]:
-        b, _, width = text.shape
-        text = nn.LayerNorm(1e-5, dtype=self.dtype, name="text_norm")(text)
-        offset = self.param("offset", nn.initializers.normal(width**-0.5), (1, width)).astype(self.dtype)
-        mean = text.mean(1, keepdims=True) + offset
-        text = jnp.concatenate([mean, text], axis=1)
-        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
-        k = nn.Dense(width, dtype=self.dtype, name="k")(text).reshape(b, -1, self.heads, width // self.heads)
-        v = nn.Dense(width, dtype=self.dtype, name="v")(text).reshape(b, -1, self.heads, width // self.heads)
-        pooled = attention(q, k, v).reshape(b, width)
-        pooled = nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
-        return nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(pooled)
 
 
 class TimestepEmbedding(nn.Module):

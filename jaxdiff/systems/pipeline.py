@@ -1,326 +1,392 @@
-"""The Imagen cascade: text → T5 → 64×64 → 256×256 → 1024×1024.
+"""The diagram as one dataclass: text → text encoder → generator → intermediate product → decoders → image.
 
-drawn = cascade.sample(model, ["a red circle"], seed=0)     # {64: (1 64 64 3), 256: …, 1024: …}
+    pipeline = weights.imagen.load()
+    base, sr256, sr1024 = pipeline.sample(["a red circle"], SampleOptions(seed=0))  # (1 64 64 3), (1 256 256 3), …
+
+A *box* is the generator or a decoder. Sample i of a seed is the same whatever else is sampled with it.
 """
 
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from jaxdiff.core.products import ImageSpec, ProductSpec, check_product, same_kind
 from jaxdiff.diffusion import noise
-from jaxdiff.models.diffusion import DiffusionModel, NullText, null_text
-from jaxdiff.models.sampling import Given, SamplingConfig, check, draw, first_step
-from jaxdiff.nets.unet import Reading
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
+from jaxdiff.models.sampling import InitProduct, SampleRequest, first_step
+from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedModel:
-    """A stage, its parameters, and how it draws unless told otherwise.
+class Box(Protocol):
+    """What generators and decoders have in common.
 
-    text: the fingerprint of the text encoder that it was trained with, where that is known.
+    side: of the square products that it is made for. steps: of which it reports progress. reads: length and width of
+    the text embeddings that it reads; None where it reads none. reads_padding: it reads what the text encoder gives for
+    padding and for the empty caption.
     """
 
-    stage: DiffusionModel
-    params: dict
-    sampling: SamplingConfig
-    text: str | None = None
+    @property
+    def produces(self) -> ProductSpec: ...
+
+    @property
+    def side(self) -> int: ...
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    @property
+    def reads(self) -> tuple[int, int] | None:
+        return None
+
+    @property
+    def reads_padding(self) -> bool:
+        return False
+
+    def batch_size(self, wanted: int) -> int:
+        """The smallest batch of at least `wanted` that it takes."""
+        return wanted
+
+    def check(self, size: tuple[int, int]) -> None:
+        """ValueError where it cannot produce this height and width, before anything runs."""
 
 
-def mean(models: Sequence[TrainedModel]) -> TrainedModel:
-    """The first model with the mean of all parameters: stochastic weight averaging (arXiv 1803.05407).
+class Generator(Box, Protocol):
+    """From text to a product. A class that names it as its base has the defaults of `Box`."""
 
-    For the ends of successive runs, each begun with the parameters of the one before: each lies somewhere on the edge
-    of what suits the data, their mean nearer its middle. Models that began apart have no useful mean.
-
-    Raises ValueError where networks, predictions or text encoders differ.
-    """
-    first, *others = models
-    for other in others:
-        for part in ("unet", "prediction", "residual"):
-            if getattr(other.stage, part) != getattr(first.stage, part):
-                raise ValueError(f"models whose {part} differs have no mean")
-    known = sorted({model.text for model in models if model.text is not None})
-    if len(known) > 1:
-        raise ValueError(f"models trained with the text encoders {' and '.join(known)} have no mean")
-    params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(model.params for model in models))
-    return replace(first, params=params, text=known[0] if known else None)
+    def generate(self, request: SampleRequest) -> Array: ...
 
 
-def check_order(models: Sequence[TrainedModel]) -> None:
-    """ValueError unless the first of them draws from text, and each other one enlarges what the one before it draws."""
-    first = models[0].stage
-    if first.unet.low_res:
-        raise ValueError(
-            f"the first stage enlarges {first.low_resolution} pixels to {first.resolution}: "
-            "the one that draws them from text has to come before it"
-        )
-    for lower, upper in itertools.pairwise(models):
-        if upper.stage.low_resolution != lower.stage.resolution:
-            takes = f"{upper.stage.low_resolution} pixels" if upper.stage.unet.low_res else "nothing"
-            raise ValueError(
-                f"the {upper.stage.resolution} stage enlarges {takes}, "
-                f"but the stage before it draws {lower.stage.resolution}"
-            )
+class Decoder(Box, Protocol):
+    """From a product to one that is `factor` times as high and wide, nearer to the image; it may read the text too."""
+
+    @property
+    def consumes(self) -> ProductSpec: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    def decode(self, product: Array, request: SampleRequest) -> Array: ...
+
+
+class Encoding(Protocol):
+    """A decoder that knows the way back: with it, what comes before can begin with an image."""
+
+    def encode(self, image: Array) -> Array: ...
+
+
+Progress = Callable[[int, int, int], None]
+"""Called with (number of the box, samples × steps done, samples × steps in all)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Cascade:
-    """A frozen text encoder (or what it has said of the captions that will be drawn), a base model and any number of
-    super-resolution models, in the order of their use."""
+class InitImage:
+    """An image to begin with (image to image) and, with a mask, to keep in part (inpainting), for every box.
 
-    text: TextEncoder | EmbeddedCaptions
-    base: TrainedModel
-    super_resolution: tuple[TrainedModel, ...] = ()
-
-    def __post_init__(self):
-        check_order(self.models)
-        have = self.text.width, self.text.length
-        for stage in (model.stage for model in self.models if model.stage.unet.reads_text):
-            want = stage.unet.text_width, stage.text_length
-            if have != want:
-                raise ValueError(
-                    f"the text encoder gives embeddings of width {have[0]}, {have[1]} of them; "
-                    f"the {stage.resolution} stage reads {want[0]}, {want[1]} of them"
-                )
-            if not self.text.whole and (stage.unet.reading is Reading.WHOLE or stage.null_text is NullText.EMPTY):
-                raise ValueError(
-                    f"the {stage.resolution} stage reads padding and empty captions too, which this text encoder masks"
-                )
-
-    @property
-    def models(self) -> tuple[TrainedModel, ...]:
-        return (self.base, *self.super_resolution)
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        return tuple(model.stage.resolution for model in self.models)
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A picture to begin with (image to image) and, with a mask, to keep in part (inpainting), for all that is drawn.
-
-    image: (h, w, 3) in [-1, 1], of any size: each stage sees it at its own. strengths: for each stage, the share of its
-    steps that are drawn, above 0 and up to 1. mask: (h, w), True where is drawn and False where the picture is kept.
+    image: (h, w, c) in [-1, 1], of any size: each box sees it at its own, or as the decoder behind it encodes it.
+    strengths: for each box, the fraction of its steps that are taken, above 0 and up to 1. mask: (h, w), True where is
+    sampled and False where the image is kept.
     """
 
     image: np.ndarray
     strengths: tuple[float, ...]
     mask: np.ndarray | None = None
 
-    def given(self, number: int, count: int, size: tuple[int, int]) -> Given:
-        """For a stage that draws pictures of this size."""
-        image = jax.image.resize(jnp.asarray(self.image, jnp.float32), (*size, 3), "cubic")
-        image = jnp.broadcast_to(jnp.clip(image, -1.0, 1.0), (count, *size, 3))
-        if self.mask is None:
-            return Given(image, self.strengths[number])
-        mask = jax.image.resize(jnp.asarray(self.mask, jnp.float32)[..., None], (*size, 1), "linear")
-        mask = jnp.broadcast_to((mask >= 0.5).astype(jnp.float32), (count, *size, 1))
-        return Given(image, self.strengths[number], mask)
+
+class After(NamedTuple):
+    """Products to go on from, as if the box of that number had produced them."""
+
+    box: int
+    product: np.ndarray
 
 
-Progress = Callable[[int, int, int], None]
-"""Called with (resolution, pictures × steps done, pictures × steps in all)."""
+@dataclass(frozen=True, eq=False)
+class SampleOptions:
+    """What is asked for beside the prompts.
 
-
-def sample(
-    cascade: Cascade,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    per_prompt: int = 1,
-    negative: str = "",
-    up_to: int | None = None,
-    samplings: Sequence[SamplingConfig] | None = None,
-    size: tuple[int, int] | None = None,
-    picture: Picture | None = None,
-    batch: int = 16,
-    progress: Progress | None = None,
-) -> dict[int, np.ndarray]:
-    """Pictures of every stage: {resolution: float32 (n · per_prompt, h, w, 3) in [-1, 1]}.
-
-    Arguments as in `stages`, which yields the same one stage at a time.
+    first: number of the first sample, so that a long list can be sampled in parts. negative: what guidance leads away
+    from; empty is the null text. size: height and width of the generator's product; its own side by default.
+    last: number of the last box that runs; None: all. init: what every box begins with, or keeps in part.
+    batch: samples in one program of the generator; a larger product takes the place of as many as it has of its pixels.
     """
-    return dict(
-        stages(
-            cascade,
-            prompts,
-            seed=seed,
-            per_prompt=per_prompt,
-            negative=negative,
-            up_to=up_to,
-            samplings=samplings,
-            size=size,
-            picture=picture,
-            batch=batch,
-            progress=progress,
+
+    seed: int = 0
+    first: int = 0
+    per_prompt: int = 1
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    last: int | None = None
+    batch: int = 16
+    init: InitImage | None = None
+    after: After | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:  # beyond, jax's keys would begin again from 0
+            raise ValueError(f"seed {self.seed}: must be at least 0 and below 2**32")
+
+
+class Batch(NamedTuple):
+    """first: number of the first sample of this batch within the call. products: of each box that ran, one for each
+    sample, float32."""
+
+    first: int
+    products: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A text encoder (or what it gave for the captions that will be sampled), a generator, and decoders in the order of
+    their use. Raises ValueError for parts that do not fit."""
+
+    text_encoder: TextEncoder | None
+    generator: Generator
+    decoders: tuple[Decoder, ...] = ()
+
+    def __post_init__(self):
+        check_order(self.boxes)
+        for box in self.boxes:
+            _check_text(self.text_encoder, box)
+
+    @property
+    def boxes(self) -> tuple[Generator | Decoder, ...]:
+        return (self.generator, *self.decoders)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of each box's product, in pixels of its own."""
+        return tuple(box.side for box in self.boxes)
+
+    def sample(
+        self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """The products of each box that ran, the image last: float32 (n · per_prompt, …). ValueError as `batches`."""
+        found = [batch.products for batch in self.batches(prompts, options, progress)]
+        return tuple(parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*found))
+
+    def batches(
+        self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
+    ) -> Iterator[Batch]:
+        """The same, one batch after another, so that large images need not be held all together.
+
+        ValueError, before anything is sampled, for a box that is not there, a size, tiles or strength that a box cannot
+        sample; and for a box that gives values that are not finite. An empty prompt is sampled without text, with a
+        warning.
+        """
+        return _run(self, _planned(self, prompts, options), progress)
+
+
+def check_order(boxes: Sequence[Generator | Decoder]) -> None:
+    """ValueError unless the first box needs no product, and each other one decodes what the one before it produces."""
+    if getattr(boxes[0], "consumes", None) is not None:
+        first = boxes[0]
+        raise ValueError(
+            f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
+            "the one that draws them from text has to come before it"
         )
-    )
+    for lower, upper in itertools.pairwise(boxes):
+        consumes = getattr(upper, "consumes", None)
+        if consumes is None:
+            raise ValueError(f"the {upper.side} stage enlarges nothing, but the stage before it draws {lower.side}")
+        if not same_kind(lower.produces, consumes):
+            raise ValueError(f"the {upper.side} stage decodes {consumes}, the one before it produces {lower.produces}")
+        if upper.side // upper.factor != lower.side:
+            raise ValueError(
+                f"the {upper.side} stage enlarges {upper.side // upper.factor} pixels, "
+                f"but the stage before it draws {lower.side}"
+            )
 
 
-def stages(
-    cascade: Cascade,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    first: int = 0,
-    per_prompt: int = 1,
-    negative: str = "",
-    up_to: int | None = None,
-    samplings: Sequence[SamplingConfig] | None = None,
-    size: tuple[int, int] | None = None,
-    after: tuple[int, np.ndarray] | None = None,
-    picture: Picture | None = None,
-    batch: int = 16,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(resolution, pictures) of each stage in turn, up to the resolution `up_to`.
+def _check_text(encoder: TextEncoder | None, box: Box) -> None:
+    if box.reads is None:
+        return
+    if encoder is None:
+        raise ValueError(f"the {box.side} stage reads text, and there is no text encoder")
+    if (encoder.length, encoder.width) != box.reads:
+        raise ValueError(
+            f"the text encoder gives embeddings of width {encoder.width}, {encoder.length} of them; "
+            f"the {box.side} stage reads {box.reads[1]}, {box.reads[0]} of them"
+        )
+    if box.reads_padding and not encoder.padding_is_read:
+        raise ValueError(f"the {box.side} stage reads padding and empty captions too, which this text encoder masks")
 
-    Picture i of seed s is the same whatever else is drawn with it; `first` is the number of the first one here, so that
-    a long list can be drawn in parts. `negative`: what guidance leads away from; empty is the null text. `samplings`:
-    one for each stage, in place of the models' own. `size`: height and width of the base's pictures, which every stage
-    enlarges; its resolution by default. `after`: (resolution, pictures) to go on from, as if that stage had drawn them.
-    `picture`: what every stage begins with, or keeps in part.
-    `batch`: pictures in one program at the base; a larger picture takes the place of as many as it has of their pixels,
-    up to the one that is left. Stages with `axes` draw on the ambient mesh, at least one picture on each of its parts.
 
-    ValueError, before anything is drawn, for an `up_to` or `after` that is no stage's, a size, tiles or strength that a
-    stage cannot draw, a seed below 0 or from 2³² on; and for a stage that draws values that are not finite. An empty
-    prompt is drawn without text, with a warning.
-    """
+class _Stage(NamedTuple):
+    """One box, the height and width that it produces, and samples in one program of it."""
+
+    number: int
+    size: tuple[int, int]
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is the same for every batch."""
+
+    options: SampleOptions
+    stages: tuple[_Stage, ...]
+    keys: Array
+    text: TextEmbedding | None
+    negative: TextEmbedding | None
+    rows: int
+    """Samples that go through the boxes together."""
+
+
+def _planned(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) -> _Plan:
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, not one string")
-    if not 0 <= seed < 2**32:  # beyond, jax's keys would begin again from 0
-        raise ValueError(f"seed {seed}: must be at least 0 and below 2**32")
-    count = len(prompts) * per_prompt
-    if count < 1 or batch < 1:
-        raise ValueError(f"nothing to draw: {len(prompts)} prompts, {per_prompt} of each, in batches of {batch}")
-    samplings = samplings or [model.sampling for model in cascade.models]
-    if len(samplings) != len(cascade.models):
-        raise ValueError(f"{len(samplings)} samplings for {len(cascade.models)} stages: give one for each")
-    begin = 0 if after is None else _number(cascade, after[0]) + 1
-    end = len(cascade.models) if up_to is None else _number(cascade, up_to) + 1
-    if after is None:
-        nominal = cascade.base.stage.resolution
-        height, width = size or (nominal, nominal)
-    else:
-        if len(after[1]) != count:
-            raise ValueError(f"{len(after[1])} pictures to go on from, for {count} to draw")
-        if up_to is not None and begin >= end:
-            raise ValueError(f"nothing to draw: going on from {after[0]} pixels, up to {up_to}")
-        nominal, (height, width) = after[0], after[1].shape[1:3]
-    for model, sampling in list(zip(cascade.models, samplings))[begin:end]:
-        side = model.stage.resolution
-        check(model.stage, sampling, (height * side // nominal, width * side // nominal))
-    if picture is not None:
-        _check_picture(cascade, picture, samplings, begin, end)
-    _warn_of_blanks(prompts)
-    text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), encode(cascade.text, list(prompts)))
-    empty = any(model.stage.null_text is NullText.EMPTY for model in cascade.models)
-    away = encode(cascade.text, [negative]) if negative.strip() or empty else None
-    keys = noise.sample_keys(jax.random.key(seed), jnp.arange(first, first + count))
-
-    def drawn(pictures: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
-        for number in range(begin, end):
-            model, sampling, folded = cascade.models[number], samplings[number], noise.fold(keys, number)
-            rows = max(1, batch * cascade.base.stage.resolution**2 // model.stage.resolution**2)
-            parts, _ = model.stage.unet.axes.sizes()
-            rows = -(-min(rows, count) // parts) * parts
-            draws = _Task(model, sampling, text, away, folded, pictures, (height, width), rows)
-            task = draws if picture is None else replace(draws, begin=partial(picture.given, number))
-            pictures = task.run(progress)
-            yield model.stage.resolution, pictures
-
-    return drawn(None if after is None else after[1])
+    count = len(prompts) * options.per_prompt
+    if count < 1 or options.batch < 1:
+        raise ValueError(
+            f"nothing to draw: {len(prompts)} prompts, {options.per_prompt} of each, in batches of {options.batch}"
+        )
+    stages = tuple(_stages(pipeline, options, count))
+    if options.init is not None:
+        _check_init(pipeline, options.init, stages)
+    if not all(prompt.strip() for prompt in prompts):
+        warnings.warn("an empty prompt is drawn without text", stacklevel=4)
+    keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
+    text = negative = None
+    if pipeline.text_encoder is not None:
+        text = pipeline.text_encoder.encode(list(prompts))
+        text = jax.tree.map(lambda a: jnp.repeat(a, options.per_prompt, axis=0), text)
+        if options.negative.strip() or any(box.reads_padding for box in pipeline.boxes):
+            negative = pipeline.text_encoder.encode([options.negative])
+    together = pipeline.generator.batch_size(min(options.batch, count))
+    return _Plan(options, stages, keys, text, negative, together)
 
 
-def _check_picture(
-    cascade: Cascade, picture: Picture, samplings: Sequence[SamplingConfig], begin: int, end: int
-) -> None:
-    if len(picture.strengths) != len(cascade.models):
-        raise ValueError(f"{len(picture.strengths)} strengths for {len(cascade.models)} stages: give one for each")
-    if picture.image.ndim != 3 or picture.image.shape[2] != 3:
-        raise ValueError(f"a picture to begin with is of h×w×3 values, not of {_times(picture.image.shape)}")
-    if picture.mask is not None and picture.mask.shape != picture.image.shape[:2]:
-        have, want = _times(picture.mask.shape), _times(picture.image.shape[:2])
-        raise ValueError(f"a mask of {have} pixels for a picture of {want}")
+def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[_Stage]:
+    boxes, after = pipeline.boxes, options.after
+    end = len(boxes) if options.last is None else options.last + 1
+    for number in (end - 1, *(() if after is None else (after.box,))):
+        if not 0 <= number < len(boxes):
+            raise ValueError(f"no box {number}: this pipeline has {len(boxes)}")
+    begin = 0
+    size = options.size or (boxes[0].side,) * 2
+    if after is not None:
+        check_product(boxes[after.box].produces, after.product, "what to go on from")
+        if len(after.product) != count:
+            raise ValueError(f"{len(after.product)} pictures to go on from, for {count} to draw")
+        begin, size = after.box + 1, after.product.shape[1:3]
+        if begin >= end:
+            raise ValueError(
+                f"nothing to draw: going on from {boxes[after.box].side} pixels, up to {boxes[end - 1].side}"
+            )
     for number in range(begin, end):
-        first_step(picture.strengths[number], samplings[number].steps)
+        box = boxes[number]
+        if number:
+            size = size[0] * box.factor, size[1] * box.factor
+        box.check(size)
+        rows = max(1, options.batch * boxes[0].side ** 2 // box.side**2)
+        yield _Stage(number, size, box.batch_size(min(rows, count)))
+
+
+def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator[Batch]:
+    """Each batch of samples through all boxes; a box takes it in parts of one size, so that one compiled program serves
+    all of them."""
+    count = len(plan.keys)
+    for first in range(0, count, plan.rows):
+        last = min(first + plan.rows, count)
+        product = None if plan.options.after is None else plan.options.after.product[first:last]
+        products = []
+        for stage in plan.stages:
+            box, result = pipeline.boxes[stage.number], None
+            for start in range(first, last, stage.rows):
+                # The last part is filled up with repeats of its last sample, which are dropped again.
+                rows = np.minimum(np.arange(start, start + stage.rows), last - 1)
+                request = _request(pipeline, plan, stage, rows, progress)
+                if stage.number == 0:
+                    found = box.generate(request)
+                else:
+                    found = box.decode(jnp.asarray(product[rows - first]), request)
+                part = np.asarray(found)[: last - start]
+                if not np.isfinite(part).all():
+                    raise ValueError(
+                        f"the {box.side} stage drew values that are not finite: its weights, or its sampler's "
+                        "settings, lead there"
+                    )
+                if result is None:  # one array for all, so that large images are never held twice
+                    result = np.empty((last - first, *part.shape[1:]), part.dtype)
+                result[start - first : start - first + len(part)] = part
+            product = result
+            products.append(result)
+        yield Batch(first, tuple(products))
+
+
+def _request(
+    pipeline: Pipeline, plan: _Plan, stage: _Stage, rows: np.ndarray, progress: Progress | None
+) -> SampleRequest:
+    """What a box is asked for these samples."""
+    box = pipeline.boxes[stage.number]
+    text = negative = None
+    if box.reads is not None:
+        text = jax.tree.map(lambda a: a[rows], plan.text)
+        if plan.negative is not None:
+            negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rows), *a.shape[1:])), plan.negative)
+    report = None
+    if progress is not None:
+        each = box.steps * stage.rows
+        total, before = (_parts(plan, stage, samples) * each for samples in (len(plan.keys), int(rows[0])))
+
+        def report(step: int) -> None:
+            progress(stage.number, before + step * stage.rows, total)
+
+    init = plan.options.init and _init(pipeline, plan.options.init, stage, len(rows))
+    return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report)
+
+
+def _parts(plan: _Plan, stage: _Stage, samples: int) -> int:
+    """How often the box runs for the first `samples` samples."""
+    batches, rest = divmod(samples, plan.rows)
+    return batches * -(-plan.rows // stage.rows) - (-rest // stage.rows)
+
+
+def _init(pipeline: Pipeline, init: InitImage, stage: _Stage, count: int) -> InitProduct:
+    """What a box begins with, for each of `count` samples."""
+    value = _encoded(pipeline, init, stage.number, stage.size)
+    value = jnp.broadcast_to(value, (count, *value.shape))
+    if init.mask is None:
+        return InitProduct(value, init.strengths[stage.number])
+    mask = jax.image.resize(jnp.asarray(init.mask, jnp.float32)[..., None], (*stage.size, 1), "linear")
+    mask = jnp.broadcast_to((mask >= 0.5).astype(jnp.float32), (count, *stage.size, 1))
+    return InitProduct(value, init.strengths[stage.number], mask)
+
+
+def _encoded(pipeline: Pipeline, init: InitImage, number: int, size: tuple[int, int]) -> Array:
+    """The image as a product of a box: at its size, or as the decoder behind it encodes it."""
+    if isinstance(pipeline.boxes[number].produces, ImageSpec):
+        image = jax.image.resize(jnp.asarray(init.image, jnp.float32), (*size, init.image.shape[2]), "cubic")
+        return jnp.clip(image, -1.0, 1.0)
+    decoder = pipeline.decoders[number]
+    assert hasattr(decoder, "encode")  # see `_check_init`
+    image = _encoded(pipeline, init, number + 1, (size[0] * decoder.factor, size[1] * decoder.factor))
+    return decoder.encode(image[None])[0]
+
+
+def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -> None:
+    if len(init.strengths) != len(pipeline.boxes):
+        raise ValueError(f"{len(init.strengths)} strengths for {len(pipeline.boxes)} stages: give one for each")
+    if init.image.ndim != 3 or init.image.shape[2] != 3:
+        raise ValueError(f"a picture to begin with is of h×w×3 values, not of {_times(init.image.shape)}")
+    if init.mask is not None and init.mask.shape != init.image.shape[:2]:
+        have, want = _times(init.mask.shape), _times(init.image.shape[:2])
+        raise ValueError(f"a mask of {have} pixels for a picture of {want}")
+    for stage in stages:
+        box = pipeline.boxes[stage.number]
+        first_step(init.strengths[stage.number], box.steps)
+        if not isinstance(box.produces, ImageSpec):
+            behind = pipeline.decoders[stage.number : stage.number + 1]
+            if not behind or not hasattr(behind[0], "encode"):
+                raise ValueError(
+                    f"the {box.side} stage produces {box.produces}, and no decoder encodes an image to them"
+                )
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def _warn_of_blanks(prompts: Sequence[str]) -> None:
-    if not all(prompt.strip() for prompt in prompts):
-        warnings.warn("an empty prompt is drawn without text", stacklevel=3)
-
-
-def _number(cascade: Cascade, resolution: int) -> int:
-    """Which stage draws pictures of this resolution."""
-    if resolution not in cascade.resolutions:
-        drawn = ", ".join(map(str, cascade.resolutions))
-        raise ValueError(f"no stage draws {resolution} pixels; this cascade draws {drawn}")
-    return cascade.resolutions.index(resolution)
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """One stage's share of the work, in batches of one size so that one compiled program serves all of them."""
-
-    model: TrainedModel
-    sampling: SamplingConfig
-    text: TextEmbedding
-    away: TextEmbedding | None
-    keys: jax.Array
-    low_res: np.ndarray | None
-    size: tuple[int, int]
-    batch: int
-    begin: Callable[[int, tuple[int, int]], Given] | None = None
-
-    def run(self, progress: Progress | None) -> np.ndarray:
-        count, resolution = len(self.keys), self.model.stage.resolution
-        total = -(-count // self.batch) * self.batch * self.sampling.steps
-        pictures = None  # one array for all, so that large pictures are never held twice
-        for first in range(0, count, self.batch):
-            # The last batch is filled up with repeats of its last picture, which are dropped again.
-            rows = np.minimum(np.arange(first, first + self.batch), count - 1)
-            report = None
-            if progress is not None:
-
-                def report(step, before=first * self.sampling.steps):
-                    progress(resolution, before + step * self.batch, total)
-
-            part = np.asarray(self._draw(rows, report))[: count - first]
-            if not np.isfinite(part).all():
-                raise ValueError(
-                    f"the {resolution} stage drew values that are not finite: its weights, or its sampler's settings, "
-                    "lead there"
-                )
-            pictures = np.empty((count, *part.shape[1:]), part.dtype) if pictures is None else pictures
-            pictures[first : first + len(part)] = part
-        assert pictures is not None  # there is at least one key
-        return pictures
-
-    def _draw(self, rows: np.ndarray, report: Callable[[int], None] | None) -> jax.Array:
-        stage = self.model.stage
-        text = negative = null_text(stage, len(rows))
-        if stage.unet.reads_text:
-            text = jax.tree.map(lambda a: a[rows], self.text)
-            if self.away is not None:
-                negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rows), *a.shape[1:])), self.away)
-        low_res = None if self.low_res is None else jnp.asarray(self.low_res[rows])
-        size = self.size
-        if low_res is not None:
-            size = low_res.shape[1] * stage.factor, low_res.shape[2] * stage.factor
-        given = None if self.begin is None else self.begin(len(rows), size)
-        inputs = text, negative, self.keys[rows], size, low_res, report
-        return draw(stage, self.model.params, self.sampling, *inputs, given=given)

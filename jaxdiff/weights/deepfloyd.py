@@ -5,20 +5,30 @@ class is read, or it must have the one value that IF has.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdiff.core import trees
 from jaxdiff.nets.blocks import Activation
-from jaxdiff.nets.unet import Reading, UNetConfig
+from jaxdiff.nets.conditioning import Conditioning, WholeText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, ExecutionConfig, UNetConfig
 from jaxdiff.weights import hub, sizes
+
+
+class Network(NamedTuple):
+    """One of IF's U-Nets: what it is, the width of the text embeddings that it reads, and whether it is
+    super-resolution."""
+
+    unet: UNetConfig
+    text_width: int
+    low_res: bool
 
 
 def load_unet(
     directory: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
-) -> tuple[UNetConfig, dict]:
+) -> tuple[Network, dict]:
     """Configuration and parameters of a directory; floating leaves in `dtype`, "float32" or "bfloat16".
 
     `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
@@ -28,7 +38,7 @@ def load_unet(
     config = read_config(directory / "config.json", compute_type)
     tensors = hub.open_tensors(directory, variant)
     shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
-    return config, hub.load_params(tensors, shapes, hub_names(config, shapes), dtype, place, str(directory))
+    return config, hub.load_params(tensors, shapes, hub_names(config.unet, shapes), dtype, place, str(directory))
 
 
 def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
@@ -45,12 +55,16 @@ def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: 
 
 def described(config: UNetConfig, params: dict) -> dict[str, Any]:
     """The settings that `export_unet` writes. ValueError as there."""
-    told = _hub_config(config)
-    trees.check_tree(params, _shapes(config), "the U-Net to export")
+    try:
+        network = Network(config, params["text"]["kernel"].shape[0], "aug_level" in params)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError("the U-Net to export: its parameters have no text/kernel, which DeepFloyd IF's have") from error
+    told = _hub_config(network)
+    trees.check_tree(params, _shapes(network), "the U-Net to export")
     return told
 
 
-def read_config(path: Path, dtype: hub.Dtype = "float32") -> UNetConfig:
+def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     """The network that a config.json of diffusers describes. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "U-Net")
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
@@ -78,28 +92,31 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> UNetConfig:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1e30:
         raise told.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
     told.require("mid_block_scale_factor", (scale,))
+    text_width, context = told.size("encoder_hid_dim"), _of_groups(told, "cross_attention_dim")
+    attention = AttentionConfig(
+        self_attention=tuple(attend and not cross for attend in attends),
+        cross_attention=tuple(attend and cross for attend in attends),
+        head_channels=_divisor(told, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
+        group_text=True,
+    )
     config = UNetConfig(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
         blocks=_levels(told, "layers_per_block", sizes.DEPTH, len(widths)),
-        self_attention=tuple(attend and not cross for attend in attends),
-        cross_attention=tuple(attend and cross for attend in attends),
-        head_channels=_divisor(told, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
-        time_width=told.size("time_embedding_dim", 4 * widths[0]),
-        text_width=told.size("encoder_hid_dim"),
-        context_width=_of_groups(told, "cross_attention_dim"),
-        low_res=low_res,
+        attention=attention,
+        conditioning=ConditioningConfig(
+            width=told.size("time_embedding_dim", 4 * widths[0]),
+            text=WholeText(context, pool_heads=_divisor(told, "addition_embed_type_num_heads", text_width)),
+            frequencies=widths[0],
+        ),
         learned_variance=told.values["out_channels"] == 6,
-        reading=Reading.WHOLE,
-        pool_heads=_divisor(told, "addition_embed_type_num_heads", told.size("encoder_hid_dim")),
         activation=Activation(told.values["act_fn"]),
         norm_groups=NORM_GROUPS,
-        frequencies=widths[0],
         residual_scale=1.0 / scale,
-        dtype=dtype,
+        execution=ExecutionConfig(dtype=dtype),
     )
     sizes.check_network(config, str(path))
-    return config
+    return Network(config, text_width, low_res)
 
 
 def _levels(told: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
@@ -201,39 +218,19 @@ READ = {
 """The settings that differ between IF's stages and sizes, with diffusers' defaults."""
 
 
-def _hub_config(config: UNetConfig) -> dict[str, Any]:
+def _hub_config(network: Network) -> dict[str, Any]:
     """diffusers' settings of a network. ValueError naming one that diffusers' class has no word for."""
-    attends = [a or b for a, b in zip(config.self_attention, config.cross_attention)]
-    cross = any(config.cross_attention)
-    wanted = {
-        "reading": (config.reading is Reading.WHOLE, "Reading.WHOLE"),
-        "pool_text": (config.pool_text, True),
-        "norm_groups": (config.norm_groups == NORM_GROUPS, NORM_GROUPS),
-        "frequencies": (config.frequencies == config.channels, "that of channels"),
-        "heads": (config.heads == 0, 0),
-        "feed_forward": (config.feed_forward == 0, 0),
-        "patch": (config.patch == 1, 1),
-        "skip_scale": (config.skip_scale == 1.0, 1.0),
-        "coordinates": (not config.coordinates, False),
-        "conditioned_head": (not config.conditioned_head, False),
-        "input_skip": (not config.input_skip, False),
-        "multipliers": (config.multipliers[0] == 1, "1 at first"),
-        "cross_attention": (
-            attends[-1] and not (cross and any(config.self_attention)),
-            "on, or self_attention, not both",
-        ),
-        "unet": (type(config) is UNetConfig, "UNetConfig"),
-    }
-    for name, (fits, only) in wanted.items():
-        if not fits:
-            value = getattr(config, name, type(config).__name__)
-            raise ValueError(f"diffusers' layout of DeepFloyd IF has no {name} = {value}: it has to be {only}")
+    config, attention, text = network.unet, network.unet.attention, network.unet.conditioning.text
+    attends = [a or b for a, b in zip(attention.self_attention, attention.cross_attention)]
+    cross = any(attention.cross_attention)
+    _check_described(config, attends)
+    assert isinstance(text, WholeText)  # see `_check_described`
     kinds = ["SimpleCrossAttn" if a else "Resnet" for a in attends]
     plain, attending = ("DownsampleBlock2D", "UpsampleBlock2D"), ("DownBlock2D", "UpBlock2D")
     down, up = ([kind + (attending if a else plain)[i] for kind, a in zip(kinds, attends)] for i in (0, 1))
     scale = 1.0 / config.residual_scale
     given = {
-        "in_channels": 6 if config.low_res else 3,
+        "in_channels": 6 if network.low_res else 3,
         "out_channels": 6 if config.learned_variance else 3,
         "down_block_types": down,
         "up_block_types": up[::-1],
@@ -241,19 +238,53 @@ def _hub_config(config: UNetConfig) -> dict[str, Any]:
         "block_out_channels": [config.width(level) for level in range(len(config.blocks))],
         "layers_per_block": list(config.blocks),
         "act_fn": config.activation.value,
-        "attention_head_dim": config.head_channels,
-        "cross_attention_dim": config.context_width,
-        "encoder_hid_dim": config.text_width,
-        "addition_embed_type_num_heads": config.pool_heads or max(1, config.text_width // 64),
-        "class_embed_type": "timestep" if config.low_res else None,
-        "resnet_skip_time_act": config.low_res,
-        "time_embedding_act_fn": config.activation.value if config.low_res else None,
+        "attention_head_dim": attention.head_channels,
+        "cross_attention_dim": text.width,
+        "encoder_hid_dim": network.text_width,
+        "addition_embed_type_num_heads": text.pool_heads or max(1, network.text_width // 64),
+        "class_embed_type": "timestep" if network.low_res else None,
+        "resnet_skip_time_act": network.low_res,
+        "time_embedding_act_fn": config.activation.value if network.low_res else None,
         "resnet_out_scale_factor": scale,
         "mid_block_scale_factor": scale,
-        "time_embedding_dim": config.time_width,
+        "time_embedding_dim": config.conditioning.width,
     }
     fixed = {name: allowed[0] for name, (_, *allowed) in FIXED.items()}
     return {"_class_name": "UNet2DConditionModel"} | fixed | READ | given
+
+
+def _check_described(config: UNetConfig, attends: list[bool]) -> None:
+    attention, conditioning = config.attention, config.conditioning
+    whole = isinstance(conditioning.text, WholeText)
+    mixed = any(attention.cross_attention) and any(attention.self_attention)
+    wanted = {
+        "conditioning.text": (whole, "WholeText", conditioning.text),
+        "conditioning.text.pool": (whole and conditioning.text.pool, True, False),
+        "attention.group_text": (attention.group_text, True, False),
+        "norm_groups": (config.norm_groups == NORM_GROUPS, NORM_GROUPS, config.norm_groups),
+        "conditioning.frequencies": (
+            conditioning.frequencies == config.channels,
+            "that of channels",
+            conditioning.frequencies,
+        ),
+        "attention.heads": (attention.heads == 0, 0, attention.heads),
+        "attention.feed_forward": (attention.feed_forward == 0, 0, attention.feed_forward),
+        "patch": (config.patch == 1, 1, config.patch),
+        "skip_scale": (config.skip_scale == 1.0, 1.0, config.skip_scale),
+        "coordinates": (not config.coordinates, False, config.coordinates),
+        "conditioned_head": (not config.conditioned_head, False, config.conditioned_head),
+        "input_skip": (not config.input_skip, False, config.input_skip),
+        "multipliers": (config.multipliers[0] == 1, "1 at first", config.multipliers),
+        "attention.cross_attention": (
+            attends[-1] and not mixed,
+            "on, or self_attention, not both",
+            attention.cross_attention,
+        ),
+        "unet": (type(config) is UNetConfig, "UNetConfig", type(config).__name__),
+    }
+    for name, (fits, only, value) in wanted.items():
+        if not fits:
+            raise ValueError(f"diffusers' layout of DeepFloyd IF has no {name} = {value}: it has to be {only}")
 
 
 def hub_names(config: UNetConfig, params: dict) -> dict[str, str]:
@@ -319,13 +350,14 @@ TOP = (
 WORDS = {"kernel": "weight", "scale": "weight", "Dense_0": "linear_1", "Dense_1": "linear_2"}
 
 
-def _shapes(config: UNetConfig) -> dict:
-    return jax.eval_shape(lambda: _init(config))
+def _shapes(network: Network) -> dict:
+    return jax.eval_shape(lambda: _init(network))
 
 
-def _init(config: UNetConfig) -> dict:
-    side = config.stride
+def _init(network: Network) -> dict:
+    side = network.unet.stride
     image, one = jnp.zeros((1, side, side, 3)), jnp.zeros(1)
-    text, mask = jnp.zeros((1, 2, config.text_width)), jnp.ones((1, 2), bool)
-    low_res = (image, one) if config.low_res else ()
-    return config.module().init(jax.random.key(0), image, one, text, mask, *low_res)["params"]
+    given = Conditioning(jnp.zeros((1, 2, network.text_width)), jnp.ones((1, 2), bool))
+    if network.low_res:
+        given = given._replace(concat=image, aug_level=one)
+    return network.unet.module().init(jax.random.key(0), image, one, given)["params"]

@@ -4,7 +4,7 @@
     STAGE_II/  model_index.json  unet/  scheduler/  image_noising_scheduler/
 
 What a scheduler's settings say is how the stage draws; what they do not say (guidance, steps, the level of noise on the
-input of stage II) is as in `systems/imagen.py`.
+input of stage II) is as in `systems/deepfloyd.py`.
 """
 
 from dataclasses import replace
@@ -19,10 +19,9 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, Trailing
-from jaxdiff.models.diffusion import Enlargement, NullText
-from jaxdiff.models.sampling import SamplingConfig
-from jaxdiff.systems import imagen as presets
-from jaxdiff.systems.pipeline import TrainedModel
+from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import TextEncoder
 from jaxdiff.weights import deepfloyd, hub, sizes, t5
@@ -45,21 +44,25 @@ def load_stage(
             raise ValueError(f"{directory / INDEX}: _class_name = {quoted(kind)} is not supported, only IF's pipelines")
     config = directory / "unet" / "config.json"
     side = hub.Group(config, hub.read_json(config, "U-Net")).size("sample_size", None, *sizes.SIDE)
-    unet, params = deepfloyd.load_unet(directory / "unet", dtype, variant=variant, place=place)
+    network, params = deepfloyd.load_unet(directory / "unet", dtype, variant=variant, place=place)
     try:
-        stage = presets.if_stage(unet, side)
+        model = presets.if_model(network.unet, side, low_res=network.low_res).reading(LENGTH, network.text_width)
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from error
-    sampling = presets.SAMPLING_IF_II if unet.low_res else presets.SAMPLING_IF_I
+    sampling = presets.SAMPLING_II if network.low_res else presets.SAMPLING_I
     for name in ("scheduler", "image_noising_scheduler"):
         path = directory / name / "scheduler_config.json"
         if path.is_file():
-            schedule, given = read_scheduler(path, unet.learned_variance)
+            schedule, given = read_scheduler(path, network.unet.learned_variance)
             if name == "scheduler":
-                stage, sampling = replace(stage, schedule=schedule), replace(sampling, **given)
+                model, sampling = replace(model, schedule=schedule), replace(sampling, **given)
             else:
-                stage = replace(stage, augmentation=schedule)
-    return TrainedModel(stage, params, sampling)
+                model = replace(model, conditioners=tuple(_noised_by(schedule, each) for each in model.conditioners))
+    return TrainedModel(model, params, sampling)
+
+
+def _noised_by(schedule: TabulatedSchedule, conditioner: Any) -> Any:
+    return replace(conditioner, augmentation=schedule) if isinstance(conditioner, LowResConditioner) else conditioner
 
 
 def load_text_encoder(
@@ -138,7 +141,7 @@ SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_or
 
 
 def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
-    """Where the steps lie, if a file says so. The published ones do not: `systems/imagen.py` does.
+    """Where the steps lie, if a file says so. The published ones do not: `systems/deepfloyd.py` does.
 
     `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
     diffusers those of DDIM are N // k entries long, whatever the spacing.
@@ -162,35 +165,36 @@ def _thresholding(told: hub.Group) -> DynamicThreshold | StaticThreshold | NoThr
     return DynamicThreshold(*found)
 
 
-def described(model: TrainedModel) -> dict[str, dict[str, Any]]:
+def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     """The settings of each part that `export_stage` writes. ValueError where diffusers has no words for one of ours."""
-    stage, sampling = model.stage, model.sampling
-    for name, fits in {
-        "prediction": stage.prediction is Prediction.EPSILON,
-        "enlargement": stage.enlargement is Enlargement.BILINEAR or not stage.unet.low_res,
-        "null_text": stage.null_text is NullText.EMPTY,
-        "text_length": stage.text_length == LENGTH,
-        "residual": not stage.residual,
-        "low_resolution": not stage.unet.low_res or stage.factor == 4,
-    }.items():
+    model, sampling = trained.model, trained.sampling
+    text, low_res = model.text, model.low_res
+    for name, fits, value in (
+        ("prediction", model.prediction is Prediction.EPSILON, model.prediction),
+        ("enlargement", low_res is None or low_res.enlargement is Enlargement.BILINEAR, low_res and low_res.enlargement),
+        ("null text", text is not None and text.null is NullText.EMPTY, text and text.null),
+        ("text length", text is not None and text.length == LENGTH, text and text.length),
+        ("residual", not model.residual, model.residual),
+        ("factor", low_res is None or model.factor == 4, model.factor),
+    ):
         if not fits:
-            raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {getattr(stage, name)}")
-    drawing = _drawing(sampling, stage.unet.learned_variance)
-    told = {"scheduler": _scheduler(stage.schedule, "schedule") | drawing}
-    if stage.unet.low_res:
-        told["image_noising_scheduler"] = _scheduler(stage.augmentation, "augmentation")
-    return told | {"unet": deepfloyd.described(stage.unet, model.params) | {"sample_size": stage.resolution}}
+            raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {value}")
+    drawing = _drawing(sampling, model.unet.learned_variance)
+    told = {"scheduler": _scheduler(model.schedule, "schedule") | drawing}
+    if low_res is not None:
+        told["image_noising_scheduler"] = _scheduler(low_res.augmentation, "augmentation")
+    return told | {"unet": deepfloyd.described(model.unet, trained.params) | {"sample_size": model.side}}
 
 
-def export_stage(model: TrainedModel, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+def export_stage(trained: TrainedModel, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
     """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
 
     ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
     written.
     """
-    told = described(model)
+    told = described(trained)
     unet = told.pop("unet")
-    deepfloyd.export_unet(model.stage.unet, model.params, directory / "unet", dtype)
+    deepfloyd.export_unet(trained.model.unet, trained.params, directory / "unet", dtype)
     hub.write_json(directory / "unet" / "config.json", unet)
     parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
     parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
@@ -203,13 +207,13 @@ def export_stage(model: TrainedModel, directory: Path, text: TextEncoder | None 
         text.tokenizer.save_pretrained(str(directory / "tokenizer"))
         parts |= {"text_encoder": ("transformers", "T5EncoderModel")}
         parts |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
-    name = "IFSuperResolutionPipeline" if model.stage.unet.low_res else "IFPipeline"
+    name = "IFSuperResolutionPipeline" if trained.model.low_res is not None else "IFPipeline"
     hub.write_json(directory / INDEX, {"_class_name": name} | parts)
 
 
 def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
     if not isinstance(schedule, TabulatedSchedule) or schedule != TabulatedSchedule.cosine(schedule.steps):
-        raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be Discrete.cosine()")
+        raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be TabulatedSchedule.cosine()")
     return {
         "_class_name": "DDPMScheduler",
         "beta_schedule": "squaredcos_cap_v2",

@@ -1,0 +1,69 @@
+"""What passes from one box of a system to the next: the types of intermediate products and of images.
+
+A product is an array with the batch in front. Its specification says what it is made of; height and width are free.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Images (b h w channels), float32 in [-1, 1]. Heights and widths are multiples of `stride`."""
+
+    channels: int = 3
+    stride: int = 1
+
+    def __str__(self) -> str:
+        return f"images of {self.channels} channels"
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """An autoencoder's latents (b h w channels), float32, scaled to about unit variance. A latent stands for a square
+    of `stride` pixels a side."""
+
+    channels: int = 4
+    stride: int = 8
+
+    def __str__(self) -> str:
+        return f"latents of {self.channels} channels"
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """A grid of codes (b h w), int32 in [0, classes). A code stands for a square of `stride` pixels a side."""
+
+    classes: int = 8192
+    stride: int = 8
+
+    def __str__(self) -> str:
+        return f"codes of {self.classes} classes"
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Embeddings (b width), float32."""
+
+    width: int = 768
+
+    def __str__(self) -> str:
+        return f"embeddings of width {self.width}"
+
+
+ProductSpec = ImageSpec | LatentSpec | TokenSpec | EmbeddingSpec
+
+
+def same_kind(produced: ProductSpec, consumed: ProductSpec) -> bool:
+    """Whether what one box produces is what another consumes. Strides are of sides, which are checked with them."""
+    strideless = [{**vars(spec), "stride": 0} for spec in (produced, consumed)]
+    return type(produced) is type(consumed) and strideless[0] == strideless[1]
+
+
+def check_product(spec: ProductSpec, array: Any, what: str = "the product") -> None:
+    """ValueError unless the array, a batch, is of this kind; its values are not looked at."""
+    grid = isinstance(spec, ImageSpec | LatentSpec)
+    axes = 4 if grid else 3 if isinstance(spec, TokenSpec) else 2
+    last = spec.channels if isinstance(spec, ImageSpec | LatentSpec) else getattr(spec, "width", None)
+    if array.ndim != axes or (last is not None and array.shape[-1] != last):
+        raise ValueError(f"{what} has the shape {'×'.join(map(str, array.shape))}, which is no batch of {spec}")

@@ -1,0 +1,233 @@
+"""What a diffusion model is conditioned on, as settings: each makes its part of a network's `Conditioning`.
+
+In training from a batch, with dropped conditions and augmentation; in sampling from what is asked for, once as it is and
+once as guidance leads away from it.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.augmentation import augment
+from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
+from jaxdiff.nets.conditioning import Conditioning
+from jaxdiff.text.encoder import TextEmbedding
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class NullText(enum.Enum):
+    """What stands for no text: in training in place of dropped captions, in sampling what guidance leads away from.
+
+    ZEROS: embeddings of zeros, all of them masked (Imagen). EMPTY: the encoder's embedding of the empty caption
+    (DeepFloyd IF).
+    """
+
+    ZEROS = "zeros"
+    EMPTY = "empty"
+
+
+class Enlargement(enum.Enum):
+    """How a low-resolution image comes to the output's size.
+
+    CUBIC: noised, then enlarged as Pillow's BICUBIC does. BILINEAR: enlarged, the corner pixels of both sizes in one
+    place, and then noised (DeepFloyd IF).
+    """
+
+    CUBIC = "cubic"
+    BILINEAR = "bilinear"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleInputs:
+    """What a batch of samples is conditioned on.
+
+    text: the embedded prompts (b n d); None: no text. negative: what guidance leads away from; None: the null text.
+    low_res: (b h w c). aug_level in [0, 1]: the noise on it.
+    """
+
+    text: TextEmbedding | None = None
+    negative: TextEmbedding | None = None
+    low_res: Float[Array, "b h w c"] | None = None
+    aug_level: Float[Array, ""] | float = 0.0
+
+
+class Branches(NamedTuple):
+    """The two conditionings that guidance compares."""
+
+    conditional: Conditioning
+    unconditional: Conditioning
+
+
+class Conditioner(Protocol):
+    """A frozen dataclass of settings. Sizes are (height, width) of what the network denoises."""
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        """What training batches hold for it, for square images of that side."""
+        ...
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        """A batch of one with its shapes: which parts of the `Conditioning` are there."""
+        ...
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning: ...
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches: ...
+
+
+@dataclass(frozen=True)
+class TextConditioner:
+    """Embedded captions, attended to.
+
+    width, length: of the text encoder's embeddings; None until it is known (`DiffusionModel.reading`).
+    dropout: fraction of captions replaced by the null text in training.
+    """
+
+    width: int | None = None
+    length: int | None = None
+    dropout: float = 0.1
+    null: NullText = NullText.ZEROS
+
+    def __post_init__(self):
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"text dropout must be a fraction between 0 and 1, not {self.dropout}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Length and width; ValueError where the text encoder is not known yet."""
+        if self.width is None or self.length is None:
+            raise ValueError("the text encoder of this model is not known: name it with `DiffusionModel.reading`")
+        return self.length, self.width
+
+    def null_text(self, count: int) -> TextEmbedding:
+        """Zeros, all of it masked."""
+        return TextEmbedding(jnp.zeros((count, *self.shape)), jnp.zeros((count, self.shape[0]), bool))
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        return {
+            "text": jax.ShapeDtypeStruct((batch_size, *self.shape), jnp.float16),
+            "text_mask": jax.ShapeDtypeStruct((batch_size, self.shape[0]), jnp.bool_),
+        }
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        return _attended(self.null_text(1))
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
+        """From text (b n d) and text_mask (b n), and null_text (n d), the embedding of the empty caption, where that is
+        the null text. A batch without captions trains on images alone."""
+        if "text" not in batch:
+            return _attended(self.null_text(keys.shape[0]))
+        kept = noise.uniform(noise.fold(keys, 1)) >= self.dropout
+        text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
+        if self.null is NullText.EMPTY:
+            if "null_text" not in batch:
+                raise ValueError("the null text of this model is the empty caption: a batch needs null_text")
+            # Nothing of either is masked.
+            null = batch["null_text"].astype(jnp.float32)
+            return Conditioning(tokens=jnp.where(kept[:, None, None], text, null), token_mask=mask)
+        mask = mask & kept[:, None]
+        return Conditioning(tokens=jnp.where(mask[..., None], text, 0.0), token_mask=mask)
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
+        null = self.null_text(keys.shape[0]) if inputs.text is None or inputs.negative is None else None
+        text, negative = (null if given is None else given for given in (inputs.text, inputs.negative))
+        assert text is not None and negative is not None  # the null text stands in
+        return Branches(_attended(text), _attended(negative))
+
+
+@dataclass(frozen=True)
+class LowResConditioner:
+    """A low-resolution image, enlarged and noised to a known level (Imagen 2.4).
+
+    factor: how many times it is enlarged. augmentation: the schedule of the noise, whose time is the level. max_level:
+    the highest level in training, where levels are uniform from 0. enlargement: how the image is enlarged, and when.
+    """
+
+    factor: int = 4
+    augmentation: Schedule = CosineSchedule()
+    max_level: float = 1.0
+    enlargement: Enlargement = Enlargement.CUBIC
+    channels: int = 3
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, not {self.factor}")
+        if not 0 <= self.max_level <= 1:
+            raise ValueError(f"max_level must lie in [0, 1], not {self.max_level}")
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        lower = side // self.factor
+        return {"low_res": jax.ShapeDtypeStruct((batch_size, lower, lower, self.channels), jnp.float32)}
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        return Conditioning(concat=jnp.zeros((1, *size, self.channels)), aug_level=jnp.ones(1))
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
+        """From low_res (b h/f w/f c), at a level of each example's own."""
+        level = self.max_level * noise.uniform(noise.fold(keys, 2))
+        return self.seen(batch["low_res"], level, noise.fold(keys, 3), size)
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
+        assert inputs.low_res is not None  # checked before sampling begins
+        level = jnp.full(inputs.low_res.shape[0], inputs.aug_level, jnp.float32)
+        both = self.seen(inputs.low_res, level, noise.fold(keys, 2), size)
+        return Branches(both, both)
+
+    def seen(
+        self, low_res: Float[Array, "b h w c"], level: Float[Array, " b"], keys: Key[Array, " b"], size: tuple[int, int]
+    ) -> Conditioning:
+        """The images as the network sees them, noised and enlarged, and the level that it is told."""
+        low_res, schedule = low_res.astype(jnp.float32), self.augmentation
+        if self.enlargement is Enlargement.CUBIC:
+            seen = enlarge(augment(low_res, level, keys, schedule), size)
+        else:
+            seen = augment(enlarge_between_corners(low_res, size), level, keys, schedule)
+        return Conditioning(concat=seen, aug_level=schedule.network_time(schedule.level_time(level)) / 1000.0)
+
+    def kept(self, given: Conditioning) -> Float[Array, "b h w c"]:
+        """α of the level times the noised image: what a residual network adds its output to."""
+        assert given.concat is not None and given.aug_level is not None  # `seen` makes both
+        alpha = self.augmentation.alpha(self.augmentation.level_time(given.aug_level))
+        return alpha[:, None, None, None] * given.concat
+
+
+def joined(parts: list[Conditioning]) -> Conditioning:
+    """One conditioning of several: tokens one after the other, channels and vectors side by side, levels as given once.
+
+    ValueError for two that give a noise level, residuals or an interval.
+    """
+    found: dict[str, Any] = {}
+    for name in Conditioning._fields:
+        values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        if len(values) > 1 and name not in _AXIS:
+            raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
+        found[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
+    return Conditioning(**found)
+
+
+_AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}
+
+
+def _attended(text: TextEmbedding) -> Conditioning:
+    return Conditioning(tokens=text.tokens, token_mask=text.mask)
+
+
+def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """The low-resolution input at the output's size, bicubic (Keys, a = −1/2: Pillow's BICUBIC)."""
+    shape = (low_res.shape[0], *size, low_res.shape[3])
+    return jax.image.resize(low_res, shape, jax.image.ResizeMethod.CUBIC, antialias=False)
+
+
+def enlarge_between_corners(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """Bilinear, the centres of the corner pixels of both sizes in one place (PyTorch's align_corners)."""
+    shape = (low_res.shape[0], *size, low_res.shape[3])
+    scale = jnp.asarray([(after - 1) / max(before - 1, 1) for before, after in zip(low_res.shape[1:3], size)])
+    shift = 0.5 - 0.5 * scale
+    return jax.image.scale_and_translate(low_res, shape, (1, 2), scale, shift, "linear", antialias=False)

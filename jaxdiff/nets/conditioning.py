@@ -1,0 +1,170 @@
+"""What a diffusion network may be conditioned on, and how networks read text.
+
+`Conditioning` is one pytree into every network. A part that is None is not there: which parts a network has is decided
+by what it is initialized with. A *text reader* is a setting of a network; its `read` makes of the text encoder's tokens
+what attention sees, and a vector that joins the time embedding.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxdiff.nets.attention import attention
+from jaxdiff.nets.blocks import Dtype
+
+
+class Conditioning(NamedTuple):
+    """All that a diffusion network may be conditioned on; None where it is not.
+
+    tokens, token_mask: attended to; a mask of None shows all tokens. vector: added to the time embedding, after a
+    projection. concat: stacked onto the channels of the network's input, of its height and width; aug_level in [0, 1]:
+    the noise on it. residuals: feature maps that are added, one for each skip connection in the order of the way down,
+    and one for the middle (ControlNet, arXiv 2302.05543). interval in [0, 1]: the step in time that a distilled network
+    jumps over.
+    """
+
+    tokens: Float[Array, "b n d"] | None = None
+    token_mask: Bool[Array, "b n"] | None = None
+    vector: Float[Array, "b v"] | None = None
+    concat: Float[Array, "b h w c"] | None = None
+    aug_level: Float[Array, " b"] | None = None
+    residuals: tuple[Any, ...] | None = None
+    interval: Float[Array, " b"] | None = None
+
+
+UNCONDITIONED = Conditioning()
+
+
+class TextRead(NamedTuple):
+    """The text as attention sees it, and its vector (None where nothing is pooled)."""
+
+    tokens: Float[Array, "b m e"]
+    mask: Bool[Array, "b m"] | None
+    vector: Float[Array, "b t"] | None
+
+
+class TextReader(Protocol):
+    """How a network reads text. `read` is called inside the network's module and makes its layers there."""
+
+    def read(
+        self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
+    ) -> TextRead: ...
+
+    def pooling(self, text_width: int) -> tuple[int, int] | None:
+        """Heads and width of the attention that pools; None where nothing is pooled."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """Imagen: padding is not seen. Tokens are normalized one by one and projected to `width`; a learned token stands
+    beside them, so that captions without words have something to be attended to. `pool`: attention pools them into a
+    vector, after the projection. `pool_heads` 0: one for 64 channels."""
+
+    width: int = 2048
+    pool: bool = True
+    pool_heads: int = 0
+
+    def read(
+        self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
+    ) -> TextRead:
+        mask = jnp.ones(tokens.shape[:2], bool) if mask is None else mask
+        tokens, mask = TextContext(self.width, dtype, name="text")(tokens, mask)
+        if not self.pool:
+            return TextRead(tokens, mask, None)
+        heads = self.pool_heads or max(1, self.width // 64)
+        return TextRead(tokens, mask, AttentionPool(heads, features, dtype, name="pool")(tokens, mask))
+
+    def pooling(self, text_width: int) -> tuple[int, int] | None:
+        return (self.pool_heads or max(1, self.width // 64), self.width) if self.pool else None
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """DeepFloyd IF: all tokens are seen as they come, padding included. They are pooled before they are projected to
+    `width`. `pool_heads` 0: one for 64 channels of the text encoder."""
+
+    width: int = 2048
+    pool: bool = True
+    pool_heads: int = 0
+
+    def read(
+        self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
+    ) -> TextRead:
+        vector = None
+        if self.pool:
+            heads = self.pool_heads or max(1, tokens.shape[-1] // 64)
+            vector = WholeTextPool(heads, features, dtype, name="pool")(tokens)
+        return TextRead(nn.Dense(self.width, dtype=dtype, name="text")(tokens), None, vector)
+
+    def pooling(self, text_width: int) -> tuple[int, int] | None:
+        return (self.pool_heads or max(1, text_width // 64), text_width) if self.pool else None
+
+
+class TextContext(nn.Module):
+    """Text as attention sees it: LayerNorm, projection, and one learned token that is always present.
+
+    The extra token gives a picture without text (every position masked) something to attend to, so that no softmax
+    runs over nothing; it also serves as the attention sink that padding would otherwise become. LayerNorm on the
+    text embeddings is Imagen 2.5.
+    """
+
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b n d"], mask: Bool[Array, "b n"]
+    ) -> tuple[Float[Array, "b m e"], Bool[Array, "b m"]]:
+        text = nn.LayerNorm(dtype=self.dtype)(jnp.where(mask[..., None], text, 0))
+        tokens = nn.Dense(self.width, dtype=self.dtype)(text)
+        null = self.param("null", nn.initializers.normal(0.02), (self.width,)).astype(self.dtype)
+        null = jnp.broadcast_to(null, (text.shape[0], 1, self.width))
+        always = jnp.ones((mask.shape[0], 1), bool)
+        return jnp.concatenate([null, tokens], axis=1), jnp.concatenate([always, mask], axis=1)
+
+
+class AttentionPool(nn.Module):
+    """Text tokens to one vector by attention, the query being their mean (`feature_pooling_type: attention`, F.1)."""
+
+    heads: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n e"], mask: Bool[Array, "b n"]) -> Float[Array, "b t"]:
+        b, n, width = tokens.shape
+        tokens = nn.LayerNorm(dtype=self.dtype)(tokens)
+        weight = mask[..., None].astype(self.dtype)
+        mean = (tokens * weight).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
+        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
+        k = nn.Dense(width, dtype=self.dtype, name="k")(tokens).reshape(b, n, self.heads, -1)
+        v = nn.Dense(width, dtype=self.dtype, name="v")(tokens).reshape(b, n, self.heads, -1)
+        pooled = attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, width)
+        return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
+
+
+class WholeTextPool(nn.Module):
+    """Text tokens to one vector as DeepFloyd IF does: padding counts, and the query, the tokens' mean with a learned
+    offset, is also the first key and value. LayerNorm before and behind."""
+
+    heads: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, text: Float[Array, "b n d"]) -> Float[Array, "b t"]:
+        b, _, width = text.shape
+        text = nn.LayerNorm(1e-5, dtype=self.dtype, name="text_norm")(text)
+        offset = self.param("offset", nn.initializers.normal(width**-0.5), (1, width)).astype(self.dtype)
+        mean = text.mean(1, keepdims=True) + offset
+        text = jnp.concatenate([mean, text], axis=1)
+        q = nn.Dense(width, dtype=self.dtype, name="q")(mean).reshape(b, 1, self.heads, -1)
+        k = nn.Dense(width, dtype=self.dtype, name="k")(text).reshape(b, -1, self.heads, width // self.heads)
+        v = nn.Dense(width, dtype=self.dtype, name="v")(text).reshape(b, -1, self.heads, width // self.heads)
+        pooled = attention(q, k, v).reshape(b, width)
+        pooled = nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
+        return nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(pooled)
