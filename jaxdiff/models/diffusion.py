@@ -21,7 +21,7 @@ from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import UNetConfig
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 
 
 class NullText(enum.Enum):
@@ -99,7 +99,7 @@ class DiffusionModel:
         low_res = (x, ones) if self.unet.low_res else ()
         text = null_text(self, 1)
         unet = replace(self.unet, axes=ActivationSharding())  # one picture cannot be split
-        return unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
+        return unet.module().init(key, x, ones, text.tokens, text.mask, *low_res)["params"]
 
     def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict]:
         """The weighted squared error, averaged over the batch.
@@ -161,7 +161,7 @@ class DiffusionModel:
         """The network's output at the noised pictures x; `low_res` is enlarged and noised to its level already."""
         given = () if low_res is None else (low_res, level)
         position = self.schedule.network_time(t)
-        inputs = x, position, text.embeddings, text.mask, *given
+        inputs = x, position, text.tokens, text.mask, *given
         output = cast(Array, self.unet.module().apply({"params": params}, *inputs))
         if self.residual:
             assert low_res is not None and level is not None  # residual is for super-resolution alone

@@ -17,7 +17,7 @@ from jaxdiff.diffusion.thresholding import DynamicThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_grid
 from jaxdiff.models.diffusion import DiffusionModel, check_size, low_res_input
 from jaxdiff.models.tiles import Tiles, in_tiles
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def draw(
         sampling, weights = replace(sampling, guidance=Guidance()), None
     first = 0 if given is None else first_step(given.strength, sampling.steps)
     known = () if given is None or given.mask is None else (given.image, given.mask)
+    text, negative = (TextEmbedding(read.tokens, read.mask) for read in (text, negative))  # what the network reads
     condition = _Condition(text, negative, _prepare_low_res(stage, sampling, low_res, keys, size), known, weights)
     x = noise.normal_like(noise.fold(keys, 0), (*size, 3))
     if given is not None:

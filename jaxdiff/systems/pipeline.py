@@ -17,7 +17,8 @@ from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel, NullText, null_text
 from jaxdiff.models.sampling import Given, SamplingConfig, check, draw, first_step
 from jaxdiff.nets.unet import Reading
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, TextEncoder, encode
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions, T5TextEncoder, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Cascade:
     """A frozen text encoder (or what it has said of the captions that will be drawn), a base model and any number of
     super-resolution models, in the order of their use."""
 
-    text: TextEncoder | EmbeddedCaptions
+    text: T5TextEncoder | EmbeddedCaptions
     base: TrainedModel
     super_resolution: tuple[TrainedModel, ...] = ()
 

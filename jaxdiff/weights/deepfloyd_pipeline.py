@@ -24,7 +24,7 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems import imagen as presets
 from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.cleaning import clean_caption
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import deepfloyd, hub, sizes, t5
 
 INDEX = "model_index.json"
@@ -69,7 +69,7 @@ def load_text_encoder(
     clean: bool = True,
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
-) -> TextEncoder:
+) -> T5TextEncoder:
     """The frozen T5 of stage I. Captions are cleaned as IF's were in training, or with `clean=False` only put in lower
     case."""
     encoder = t5.load_text_encoder(
@@ -182,7 +182,9 @@ def described(model: TrainedModel) -> dict[str, dict[str, Any]]:
     return told | {"unet": deepfloyd.described(stage.unet, model.params) | {"sample_size": stage.resolution}}
 
 
-def export_stage(model: TrainedModel, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+def export_stage(
+    model: TrainedModel, directory: Path, text: T5TextEncoder | None = None, dtype: str = "float32"
+) -> None:
     """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
 
     ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
