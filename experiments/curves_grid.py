@@ -33,7 +33,7 @@ from jaxdiff.evaluation.resize import Fit
 from jaxdiff.models.diffusion import null_text
 from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Grid:
         for first in range(0, count, rows):
             part = np.minimum(np.arange(first, first + rows), count - 1)
             keys = noise.sample_keys(jax.random.key(seed), jnp.asarray(part))
-            said = TextEmbedding(text.embeddings[part], text.mask[part])
+            said = TextEmbedding(text.tokens[part], text.mask[part])
             base = noise.fold(keys, 0)  # and super-resolution's 1, as in a cascade
             found = draw(model.stage, model.params, sampling, said, null, base, (side, side), weights=weights)
             if larger is not None:

@@ -24,7 +24,8 @@ from jaxdiff.systems import imagen
 from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text import clip, t5
 from jaxdiff.text.clip import CLIPTextEncoder
-from jaxdiff.text.t5 import TextEmbedding, TextEncoder
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
@@ -97,7 +98,7 @@ class CLIPText:
 class T5Text:
     """A frozen T5."""
 
-    def __init__(self, encoder: TextEncoder):
+    def __init__(self, encoder: T5TextEncoder):
         self._encoder = encoder
         self.width = encoder.width
 
@@ -124,7 +125,7 @@ def text_of(name: str, out: Path, settings: Training, clip_weights: str, texts: 
     return T5Text(load_text_encoder(name, LENGTH))
 
 
-def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir: Path) -> TextEncoder:
+def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir: Path) -> T5TextEncoder:
     """A T5 of our own; the smallest trains the tokenizer that all of them share."""
     folder = out / "t5" / name
     if not (folder / "encoder" / "model.safetensors").is_file():
@@ -152,7 +153,7 @@ def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir:
     return load_text_encoder(folder / "encoder", LENGTH)
 
 
-def _untrained(encoder: TextEncoder) -> TextEncoder:
+def _untrained(encoder: T5TextEncoder) -> T5TextEncoder:
     ids = jnp.zeros((1, 2), jnp.int32)
     params = T5Encoder(encoder.config).init(jax.random.key(0), ids, ids > 0)["params"]
     return dataclasses.replace(encoder, params=params)

@@ -40,7 +40,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import draw
 from jaxdiff.nets import t5
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training import chips
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.hlo import COUNTING

@@ -33,6 +33,7 @@ from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.systems import pipeline
 from jaxdiff.text import clip as clip_text
 from jaxdiff.text import t5
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -53,7 +54,7 @@ def of_text_encoders() -> Outputs:
     images = _uint8((2, 64, 64, 3))
     text = clip_text.encode(tower, CAPTIONS)
     return {
-        "t5": np.asarray(embedded.embeddings)[:, :, ::4],
+        "t5": np.asarray(embedded.tokens)[:, :, ::4],
         "t5 mask": np.asarray(embedded.mask),
         "clip text": np.asarray(text.embedding),
         "clip text states": np.asarray(text.states)[:, :, ::8],
@@ -150,7 +151,7 @@ def _batch(stage: DiffusionModel, count: int, side: int, seed: int) -> dict[str,
 
 def _evaluated(model: pipeline.TrainedModel, side: int) -> np.ndarray:
     stage, batch = model.stage, _batch(model.stage, 2, side, 1)
-    text = t5.TextEmbedding(jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"]))
+    text = TextEmbedding(jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"]))
     given = ()
     if stage.unet.low_res:
         given = (jnp.asarray(batch["image"][::-1]), jnp.array([0.1, 0.3], jnp.float32))

@@ -12,7 +12,7 @@ from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems import imagen as presets
 from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.cleaning import clean_caption
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
 
 _SMALL = {
@@ -48,12 +48,12 @@ def stage_params(stage: DiffusionModel, seed: int = 0) -> dict:
     return random_params(jax.eval_shape(stage.init, jax.random.key(0)), seed)
 
 
-def text_encoder(captions=CAPTIONS) -> TextEncoder:
+def text_encoder(captions=CAPTIONS) -> T5TextEncoder:
     words = train_tokenizer([*captions, "a small yellow square"] * 20, 450)
     config = T5Config(vocab=len(words), d_model=24, d_kv=8, d_ff=40, layers=2, decoder_layers=0, heads=2)
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, jax.ShapeDtypeStruct((1, 2), bool))
-    return TextEncoder(config, random_params(shapes["params"], 7), words, 77, whole=True, prepare=clean_caption)
+    return T5TextEncoder(config, random_params(shapes["params"], 7), words, 77, whole=True, prepare=clean_caption)
 
 
 def cascade() -> Cascade:

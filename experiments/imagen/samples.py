@@ -15,7 +15,7 @@ from jaxdiff.data.pipeline import image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel, null_text
 from jaxdiff.models.sampling import SamplingConfig, draw
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.distributed import gathered
 
 

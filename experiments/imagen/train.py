@@ -34,7 +34,7 @@ from jaxdiff.diffusion.schedules import Focused, Schedule
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.t5 import TextEncoder, encode
+from jaxdiff.text.t5 import T5TextEncoder, encode
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
@@ -284,7 +284,7 @@ def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> S
     return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, Embeddings | None]:
+def text_of(settings: Run, stage: DiffusionModel) -> tuple[T5TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
     neither. ValueError for those that the stage cannot read, or that TEXT has not made."""
     if not stage.unet.reads_text:
@@ -318,7 +318,7 @@ def _check_width(stage: DiffusionModel, width: int, given: str) -> None:
         raise ValueError(f"{given}: embeddings of width {width}, the stage reads {read}: choose a T5 of that width")
 
 
-def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
+def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
     made_by = fingerprint(encoder)
     name = "".join(c if c.isalnum() else "-" for c in settings.data)

@@ -29,7 +29,7 @@ from jaxdiff.core.settings import canonical
 from jaxdiff.core.trees import update_digest
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.parts import DamagedRecordError, Parts, damage_is_a_value_error, damaged, open_part, part_size
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 
 SIDECAR = "embeddings.json"
 _DIGEST = 16
@@ -92,7 +92,7 @@ def digest(caption: str | None) -> bytes:
     return hashlib.blake2b((caption or "").strip().encode(), digest_size=_DIGEST).digest()
 
 
-def fingerprint(encoder: TextEncoder) -> str:
+def fingerprint(encoder: T5TextEncoder) -> str:
     """16 hexadecimal digits that change with anything that changes an encoder's embeddings: settings, vocabulary,
     parameters, tokens per caption, what is done with a caption before.
     """
@@ -368,7 +368,7 @@ _PART = re.compile(r"part-\d{5,}\.array_record")
 
 def _without_padding(encode: Encode, batch: int, captions: list[str]) -> tuple[list[np.ndarray], int]:
     """Padded to a full batch, so that a compiled encoder sees one shape."""
-    text, mask = encode(captions + [""] * (batch - len(captions)))
+    text, mask, *_ = encode(captions + [""] * (batch - len(captions)))
     with np.errstate(over="ignore"):  # what is not finite is found later
         text, mask = np.asarray(text, np.float16)[: len(captions)], np.asarray(mask, bool)[: len(captions)]
     if (mask[:, 1:] & ~mask[:, :-1]).any():

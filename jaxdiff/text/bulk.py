@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float16, Int
 
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.text.t5 import TextEncoder, tokens_of
+from jaxdiff.text.t5 import T5TextEncoder, tokens_of
 from jaxdiff.text.tokenizer import Tokens
 
 LENGTHS = (16, 32, 64, 128, 256)
@@ -31,7 +31,7 @@ class BulkEncoder:
     a batch lie, which it must divide evenly; the encoder's parameters lie where they were put.
     """
 
-    encoder: TextEncoder
+    encoder: T5TextEncoder
     batch: int = 64
     lengths: tuple[int, ...] = LENGTHS
     sharding: jax.sharding.Sharding | None = None

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.core.messages import quoted
 from jaxdiff.nets.t5 import T5Config, T5Encoder
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.tokenizer import Tokens, tokenize
 
 BLOCK = 64
 """Captions per call of the compiled program; fewer are padded to the next power of two."""
 
 
-class TextEmbedding(NamedTuple):
-    """What a generator is conditioned on. Embeddings are zero wherever the mask is False."""
-
-    embeddings: Float[Array, "b n d"]
-    mask: Bool[Array, "b n"]
-
-
 @dataclass(frozen=True, eq=False)
-class TextEncoder:
+class T5TextEncoder:
     """A frozen encoder: settings, parameters (the `shared` and `encoder` subtrees), tokenizer, tokens per caption.
 
     whole: what the encoder says of padding counts too, and a blank caption is one like any other (DeepFloyd IF);
@@ -61,21 +55,21 @@ class EmbeddedCaptions:
 
     @property
     def width(self) -> int:
-        return self.embedding.embeddings.shape[2]
+        return self.embedding.tokens.shape[2]
 
     @property
     def length(self) -> int:
-        return self.embedding.embeddings.shape[1]
+        return self.embedding.tokens.shape[1]
 
 
-def embed_captions(encoder: TextEncoder, captions: Sequence[str], made_by: str = "") -> EmbeddedCaptions:
+def embed_captions(encoder: T5TextEncoder, captions: Sequence[str], made_by: str = "") -> EmbeddedCaptions:
     """Each caption once, and the empty one."""
     each = tuple(dict.fromkeys(["", *captions]))
     # On the host, so that nothing of it stays on the encoder's devices.
     return EmbeddedCaptions(each, jax.tree.map(np.asarray, encode(encoder, each)), encoder.whole, made_by)
 
 
-def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
+def encode(encoder: T5TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding:
     """Float32 embeddings (b, length, width) of `captions`.
 
     A blank caption becomes the null text: zeros, nothing to attend to; or the embedding of the empty one, where the
@@ -91,7 +85,7 @@ def encode(encoder: TextEncoder | EmbeddedCaptions, captions: Sequence[str]) -> 
     return embed(encoder, tokens)
 
 
-def tokens_of(encoder: TextEncoder, captions: Sequence[str]) -> Tokens:
+def tokens_of(encoder: T5TextEncoder, captions: Sequence[str]) -> Tokens:
     """What the encoder reads of `captions`; nothing of a blank one, unless its embeddings are `whole`."""
     prepared = [encoder.prepare(caption) for caption in captions]
     emptied = [before for before, after in zip(captions, prepared) if before.strip() and not after.strip()]
@@ -111,16 +105,16 @@ def _found(embedded: EmbeddedCaptions, captions: Sequence[str]) -> TextEmbedding
     if lacking:
         raise ValueError(f"no embedding of {quoted(lacking[0], 200)} among those of {len(places)} captions")
     rows = np.array([places[caption] for caption in captions], int)
-    return TextEmbedding(*(jnp.asarray(array[rows]) for array in embedded.embedding))
+    return jax.tree.map(lambda array: jnp.asarray(array[rows]), embedded.embedding)
 
 
-def null_text(encoder: TextEncoder, count: int) -> TextEmbedding:
+def null_text(encoder: T5TextEncoder, count: int) -> TextEmbedding:
     """The embedding of `count` captions that say nothing."""
     shape = (count, encoder.length)
     return TextEmbedding(jnp.zeros((*shape, encoder.config.d_model)), jnp.zeros(shape, bool))
 
 
-def embed(encoder: TextEncoder, tokens: Tokens) -> TextEmbedding:
+def embed(encoder: T5TextEncoder, tokens: Tokens) -> TextEmbedding:
     """Embeddings of tokens, in blocks of one size so that the compiled program is reused."""
     if not len(tokens.ids):
         return null_text(encoder, 0)
@@ -128,7 +122,7 @@ def embed(encoder: TextEncoder, tokens: Tokens) -> TextEmbedding:
     return TextEmbedding(jnp.where(tokens.mask[..., None], embeddings, 0.0), jnp.asarray(tokens.mask))
 
 
-def _in_blocks(encoder: TextEncoder, tokens: Tokens) -> Float[Array, "b n d"]:
+def _in_blocks(encoder: T5TextEncoder, tokens: Tokens) -> Float[Array, "b n d"]:
     return in_blocks(partial(_embed, encoder.config, encoder.params), tokens.ids, tokens.mask)
 
 

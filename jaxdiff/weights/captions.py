@@ -8,15 +8,16 @@ import numpy as np
 
 from jaxdiff.core import json_files
 from jaxdiff.core.messages import reason
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions
 from jaxdiff.weights import tree
 
 
 def save(path: str | Path, embedded: EmbeddedCaptions) -> None:
     """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
     told = {"captions": json.dumps(embedded.captions), "whole": json.dumps(embedded.whole), "made_by": embedded.made_by}
-    text, mask = (np.asarray(array) for array in embedded.embedding)
-    tree.save_tree(path, {"embeddings": text, "mask": mask}, {"format": "jaxdiff captions"} | told)
+    tensors = {"embeddings": np.asarray(embedded.embedding.tokens), "mask": np.asarray(embedded.embedding.mask)}
+    tree.save_tree(path, tensors, {"format": "jaxdiff captions"} | told)
 
 
 def load(path: str | Path) -> EmbeddedCaptions:

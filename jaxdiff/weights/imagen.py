@@ -22,7 +22,7 @@ from jaxdiff.core.files import replacing
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.pipeline import Cascade, TrainedModel, check_order
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEncoder
+from jaxdiff.text.t5 import EmbeddedCaptions, T5TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
@@ -41,7 +41,7 @@ def load(
     dtype: str | None = None,
     variant: str | None = None,
     clean: bool = True,
-    text: TextEncoder | EmbeddedCaptions | None = None,
+    text: T5TextEncoder | EmbeddedCaptions | None = None,
     place: hub.Place = jnp.asarray,
 ) -> Cascade:
     """The cascade in a folder, where super-resolution may be missing from its end; or of one or several pipelines.
@@ -76,7 +76,7 @@ def load_text(
     variant: str | None = None,
     clean: bool = True,
     place: hub.Place = jnp.asarray,
-) -> TextEncoder:
+) -> T5TextEncoder:
     """The text encoder of a cascade alone, as `load` has it: to embed captions and leave before the rest is loaded."""
     folder = _folder(weights)
     if folder is not None and not is_pipeline(folder / STAGES[0]):
@@ -169,7 +169,7 @@ def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> N
     for model in cascade.models:
         deepfloyd_pipeline.described(model)
     for name, model in zip(STAGES, cascade.models):
-        text = cascade.text if model is cascade.base and isinstance(cascade.text, TextEncoder) else None
+        text = cascade.text if model is cascade.base and isinstance(cascade.text, T5TextEncoder) else None
         deepfloyd_pipeline.export_stage(model, Path(directory) / name, text, dtype)
 
 

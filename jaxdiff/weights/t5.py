@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdiff.core import trees
 from jaxdiff.nets.t5 import T5, T5Config, T5Encoder
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
 from jaxdiff.weights import hub, sizes
 
@@ -61,7 +61,7 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
-) -> TextEncoder:
+) -> T5TextEncoder:
     """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption.
 
     `tokenizer`: where it is, if not beside the weights. One that names no padding or no end takes those of config.json.
@@ -72,7 +72,7 @@ def load_text_encoder(
     check_vocabulary(words, told.vocab, str(directory))
     words = with_special_tokens(words, told.pad_id, told.eos_id)
     config, params = load(directory, dtype, encoder_only=True, variant=variant, place=place)
-    return TextEncoder(config, params, words, length)
+    return T5TextEncoder(config, params, words, length)
 
 
 def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "float32") -> None:

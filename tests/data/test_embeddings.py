@@ -20,7 +20,7 @@ from jaxdiff.data.array_records import new_records
 from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings, store_embeddings, store_rows
 from jaxdiff.data.pipeline import image_batches
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
 
 LENGTH, WIDTH = 6, 5
@@ -202,7 +202,7 @@ def test_optional_captions_become_empty_text(tmp_path, source, listed):
 
 def test_the_fingerprint_tells_encoders_apart():
     config = T5Config(vocab=384, d_model=8, d_kv=4, d_ff=8, layers=1, heads=2)
-    encoder = TextEncoder(config, {"shared": np.zeros((3, 2), np.float32)}, byte_tokenizer(), 16)
+    encoder = T5TextEncoder(config, {"shared": np.zeros((3, 2), np.float32)}, byte_tokenizer(), 16)
     told = {
         fingerprint(encoder),
         fingerprint(dataclasses.replace(encoder, length=32)),

@@ -145,9 +145,9 @@ def test_clips_text_tower_stands_in_for_a_t5(judges, tmp_path, data_dir):
     text = text_of("clip", tmp_path, Training(), judges["clip"], None, data_dir)
     assert isinstance(text, CLIPText) and text.width == 8
     found = text(["a red star", "a large red star on a black background"])
-    assert found.embeddings.shape == (2, 24, 8)
+    assert found.tokens.shape == (2, 24, 8)
     counts = np.asarray(found.mask).sum(1)
     assert 0 < counts[0] < counts[1] < 24
-    assert not np.asarray(found.embeddings)[~np.asarray(found.mask)].any()
+    assert not np.asarray(found.tokens)[~np.asarray(found.mask)].any()
     encoder = clip.load_text_encoder(judges["clip"])
     assert text.fingerprint == CLIPText(encoder, 24).fingerprint

@@ -54,7 +54,7 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys)
     for i in range(len(sources.open(sources.Folder(photos), 64, "train", ""))):
         text, mask, _ = stored[i]
         np.testing.assert_array_equal(mask, expected.mask[i])
-        np.testing.assert_allclose(text, expected.embeddings[i], atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(text, expected.tokens[i], atol=2e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="use a new path"):
         embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=13)
 

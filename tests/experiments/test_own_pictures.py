@@ -9,7 +9,8 @@ from small_cascade import BASE, SR_256, WIDTH
 from experiments.imagen.own_pictures import OwnPictures, enlarged, read
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.pipeline import Cascade, TrainedModel
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions
 
 # Upright it is 24 wide and 16 high, its left half white; stored as a camera on its side does, it is 16 wide.
 UPRIGHT = np.zeros((16, 24, 3), np.uint8)

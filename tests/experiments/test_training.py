@@ -126,7 +126,7 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     shades = np.round((np.asarray(samples._low_res)[:, 0, 0, 0] + 1) * 127.5 / 25).astype(int)
     assert 3 not in shades
     assert samples._captions == [f"a dark red square number {i}" if i else "" for i in shades]
-    assert samples._text.embeddings[:, 0, 0].tolist() == shades.tolist()
+    assert samples._text.tokens[:, 0, 0].tolist() == shades.tolist()
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, command, monkeypatch):

@@ -25,7 +25,7 @@ from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
 RNG = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def batch_of(stage, count, text=True):
     if stage.low_resolution:
         batch["low_res"] = pictures(count, stage.low_resolution, seed=1)
     if text:
-        embeddings, mask = texts(count)
+        embeddings, mask, *_ = texts(count)
         batch |= {"text": embeddings, "text_mask": mask}
     return jax.tree.map(jnp.asarray, batch)
 
@@ -89,7 +89,7 @@ def test_text_is_dropped_at_the_stated_rate():
     stage = replace(BASE, unet=Formula(), resolution=2)
     for share in (0.0, 0.1, 1.0):
         batch = {"image": np.zeros((4000, 2, 2, 3), np.float32)}
-        embeddings, mask = (np.asarray(a) for a in texts(4000))
+        embeddings, mask = (np.asarray(a) for a in texts(4000)[:2])
         batch |= {"text": embeddings, "text_mask": mask}
         _, _, text, kept = seen_in_training(replace(stage, text_dropout=share), batch)
         dropped = ~kept.any(1)
@@ -174,7 +174,7 @@ def test_training_on_pictures_alone():
         batch = batch_of(stage, 64, text=False)
         _, _, text, mask = seen_in_training(stage, batch)[:4]
         null = null_text(stage, 64)
-        np.testing.assert_array_equal(text, null.embeddings)
+        np.testing.assert_array_equal(text, null.tokens)
         np.testing.assert_array_equal(mask, null.mask)
         shapes = jax.eval_shape(stage.init, KEY)
         (loss, _), grads = jax.eval_shape(jax.value_and_grad(stage.loss, has_aux=True), shapes, batch, KEY)
@@ -261,7 +261,7 @@ def mean_text(x, time, text, mask, *low_res):
 def test_guidance_algebra_and_negative_prompt():
     """ε̃ = w ε(c) + (1 − w) ε(n), in x₀ too: the grey is exactly that mixture, whatever the sampler."""
     stage, text, negative = formula_stage(mean_text), texts(2), texts(2, seed=1)
-    grey, away = (0.5 * np.asarray(t.embeddings).mean((1, 2))[:, None, None, None] for t in (text, negative))
+    grey, away = (0.5 * np.asarray(t.tokens).mean((1, 2))[:, None, None, None] for t in (text, negative))
     for sampler, weight in ((Euler(), 1.0), (Euler(), 0.0), (DDIM(), 2.5), (DDPM(), 2.5)):
         sampling = SamplingConfig(sampler, 3, guidance=Guidance(weight), thresholding=NoThreshold())
         for options, base in (({}, 0.0), ({"negative": negative}, away)):
@@ -283,7 +283,7 @@ def test_outside_its_interval_guidance_costs_nothing():
     jax.effects_barrier()
     # Uniform in time, the cosine schedule is at log-SNR 0 halfway: points 0 to 4 of 8 are inside.
     assert batches == [4] * 5 + [2] * 3
-    grey = 0.5 * np.asarray(text.embeddings).mean((1, 2))[:, None, None, None]
+    grey = 0.5 * np.asarray(text.tokens).mean((1, 2))[:, None, None, None]
     np.testing.assert_allclose(found, np.broadcast_to(grey, found.shape), atol=2e-3)
 
 
@@ -432,7 +432,7 @@ def test_four_flat_colours_are_learned_and_redrawn():
     text = texts(4)
     rows = np.arange(16) % 4
     image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
-    batch = {"image": jnp.asarray(image), "text": text.embeddings[rows], "text_mask": text.mask[rows]}
+    batch = {"image": jnp.asarray(image), "text": text.tokens[rows], "text_mask": text.mask[rows]}
     params = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
     optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
 

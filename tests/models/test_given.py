@@ -18,7 +18,8 @@ from jaxdiff.diffusion.time_grid import UniformLogSNR, time_grid
 from jaxdiff.models.diffusion import DiffusionModel, null_text
 from jaxdiff.models.sampling import Given, SamplingConfig, draw, first_step
 from jaxdiff.systems.pipeline import Cascade, Picture, TrainedModel, stages
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8
 SAMPLERS = [DDIM(), DDPM(), DPMSolverPP2M(), Heun()]
@@ -35,7 +36,7 @@ def grey(x, time, text, mask):
 
 
 GREY = DiffusionModel(unet=Formula(output=grey), resolution=SIDE, prediction=Prediction.X0, text_length=LENGTH)
-WANTED = 0.5 * np.tanh(np.asarray(TEXT.embeddings).sum((1, 2)))[:, None, None, None]
+WANTED = 0.5 * np.tanh(np.asarray(TEXT.tokens).sum((1, 2)))[:, None, None, None]
 
 
 def drawn(given, sampling, stage=GREY, params=None, rows=slice(None), **options):

@@ -21,7 +21,7 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems.pipeline import Cascade, TrainedModel, sample, stages
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
 
 PROMPTS = ["red", "blue", "a b", "c", "green"]
@@ -56,7 +56,7 @@ def encoder():
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    return TextEncoder(config, params, byte_tokenizer(), LENGTH)
+    return T5TextEncoder(config, params, byte_tokenizer(), LENGTH)
 
 
 @pytest.fixture(scope="module")

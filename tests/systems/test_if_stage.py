@@ -19,7 +19,7 @@ from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.unet import Reading, UNetConfig
 from jaxdiff.systems import imagen as presets
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
 
 KEY, COUNT, WIDTH = jax.random.key(1), 64, 6
 TABLE = TabulatedSchedule.cosine()

@@ -11,7 +11,7 @@ import pytest
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text import bulk
 from jaxdiff.text.bulk import BulkEncoder, batches
-from jaxdiff.text.t5 import TextEncoder, encode
+from jaxdiff.text.t5 import T5TextEncoder, encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.mesh import batch_sharding, make_mesh
 from jaxdiff.training.param_sharding import ParamSharding, shardings
@@ -25,13 +25,13 @@ def encoder():
     ids, rng = jnp.zeros((1, 2), jnp.int32), np.random.default_rng(0)
     shapes = jax.eval_shape(T5Encoder(CONFIG).init, jax.random.key(0), ids, ids == 0)["params"]
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
-    return TextEncoder(CONFIG, params, byte_tokenizer(), 20)
+    return T5TextEncoder(CONFIG, params, byte_tokenizer(), 20)
 
 
 @pytest.fixture(scope="module")
 def expected(encoder):
-    text, mask = map(np.asarray, encode(encoder, CAPTIONS))
-    return [row[kept] for row, kept in zip(text, mask)]
+    text = jax.tree.map(np.asarray, encode(encoder, CAPTIONS))
+    return [row[kept] for row, kept in zip(text.tokens, text.mask)]
 
 
 def close(rows, expected):

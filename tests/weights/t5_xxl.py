@@ -58,9 +58,9 @@ def encode_one(directory):
     loaded = time.perf_counter()
     size = sum(leaf.nbytes for leaf in trees.flatten(encoder.params).values())
     after = memory()
-    embeddings, mask = encode(encoder, ["a red star above a blue ring"])
-    finite = bool(np.isfinite(embeddings).all()) and float(np.abs(embeddings).max()) > 0
-    told = {"parameters": size, "loading": after, "peak": memory(), "finite": finite, "tokens": int(mask.sum())}
+    text = encode(encoder, ["a red star above a blue ring"])
+    finite = bool(np.isfinite(text.tokens).all()) and float(np.abs(text.tokens).max()) > 0
+    told = {"parameters": size, "loading": after, "peak": memory(), "finite": finite, "tokens": int(text.mask.sum())}
     told |= {"seconds_to_load": loaded - start, "seconds_to_encode": time.perf_counter() - loaded}
     print(json.dumps(told))
 

@@ -186,11 +186,11 @@ def test_captions(folder, ours, parts, clean):
         wanted, negative = pipeline.encode_prompt(MESSY, True, clean_caption=clean)
     encoder = ours.text if clean else imagen.load_text(folder, clean=False)
     found = encode(encoder, MESSY)
-    assert found.embeddings.shape == (4, 77, 24) and found.mask.all()
-    np.testing.assert_allclose(found.embeddings, wanted, atol=2e-5)
-    np.testing.assert_allclose(encode(encoder, ["", " \n"]).embeddings, negative[:2], atol=2e-5)
-    np.testing.assert_allclose(found.embeddings[2], negative[0], atol=2e-5)
-    assert (np.abs(np.asarray(found.embeddings)).max(-1) > 0.1).all()
+    assert found.tokens.shape == (4, 77, 24) and found.mask.all()
+    np.testing.assert_allclose(found.tokens, wanted, atol=2e-5)
+    np.testing.assert_allclose(encode(encoder, ["", " \n"]).tokens, negative[:2], atol=2e-5)
+    np.testing.assert_allclose(found.tokens[2], negative[0], atol=2e-5)
+    assert (np.abs(np.asarray(found.tokens)).max(-1) > 0.1).all()
     other = imagen.load_text(folder, clean=not clean)
-    differ = np.abs(encode(other, MESSY).embeddings - found.embeddings).max((1, 2)) > 0.1
+    differ = np.abs(encode(other, MESSY).tokens - found.tokens).max((1, 2)) > 0.1
     assert list(differ) == [True, True, False, False]

@@ -19,7 +19,8 @@ from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
 from jaxdiff.models.diffusion import Enlargement, NullText
 from jaxdiff.systems import pipeline
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding, embed_captions, encode
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions, encode
 from jaxdiff.weights import captions, deepfloyd_pipeline, imagen, tree
 
 
@@ -204,11 +205,11 @@ def test_captions_are_written_and_read(exported, embedded, tmp_path):
     found = captions.load(tmp_path / "captions.safetensors")
     assert found.captions == ("", *small_if.CAPTIONS) and found.whole is True
     assert (found.width, found.length) == (24, 77) == (exported[0].text.width, exported[0].text.length)
-    np.testing.assert_array_equal(found.embedding.embeddings, embedded.embedding.embeddings)
+    np.testing.assert_array_equal(found.embedding.tokens, embedded.embedding.tokens)
     np.testing.assert_array_equal(found.embedding.mask, embedded.embedding.mask)
     twice = [small_if.CAPTIONS[2], "", small_if.CAPTIONS[2]]
-    np.testing.assert_allclose(encode(found, twice).embeddings, encode(exported[0].text, twice).embeddings, atol=1e-5)
-    assert encode(found, []).embeddings.shape == (0, 77, 24)
+    np.testing.assert_allclose(encode(found, twice).tokens, encode(exported[0].text, twice).tokens, atol=1e-5)
+    assert encode(found, []).tokens.shape == (0, 77, 24)
 
 
 def test_the_same_pictures_without_the_encoder(exported, embedded):
@@ -229,7 +230,7 @@ def test_the_same_pictures_without_the_encoder(exported, embedded):
 
 def test_embeddings_of_another_encoder(exported, embedded):
     """Of another width or length, or with padding masked: the cascade says so before anything is drawn."""
-    text, mask = embedded.embedding
+    text, mask, *_ = embedded.embedding
     for other, message in (
         (TextEmbedding(text[..., :8], mask), "embeddings of width 8, 77 of them; the 16 stage reads 24, 77 of them"),
         (TextEmbedding(text[:, :70], mask[:, :70]), "embeddings of width 24, 70 of them"),
@@ -277,9 +278,9 @@ def test_files_that_hold_no_captions(embedded, tmp_path):
 
 def test_captions_in_bfloat16(embedded, tmp_path):
     """Half the file; they are float32 when they come back."""
-    text, mask = embedded.embedding
+    text, mask, *_ = embedded.embedding
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), jnp.asarray(text))
     captions.save(tmp_path / "half.safetensors", EmbeddedCaptions(embedded.captions, TextEmbedding(half, mask), True))
-    found = captions.load(tmp_path / "half.safetensors").embedding.embeddings
+    found = captions.load(tmp_path / "half.safetensors").embedding.tokens
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, text, rtol=2**-8)

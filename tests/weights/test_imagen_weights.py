@@ -100,8 +100,8 @@ def test_the_whole_cascade(saved):
         assert_equal(found, wanted)
     assert cascade.text.length == LENGTH
     jax.tree.map(np.testing.assert_array_equal, cascade.text.params, text)
-    embeddings, mask = encode(cascade.text, ["ab"])
-    assert embeddings.shape == (1, LENGTH, 6) and mask.sum() == 3
+    embedding = encode(cascade.text, ["ab"])
+    assert embedding.tokens.shape == (1, LENGTH, 6) and embedding.mask.sum() == 3
 
 
 def test_stages_may_be_missing_from_the_end(copy):

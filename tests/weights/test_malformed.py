@@ -19,7 +19,8 @@ from small_clip import OPENAI
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.text.t5 import EmbeddedCaptions, TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import EmbeddedCaptions
 from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, imagen, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 from jaxdiff.weights.settings import VERSION, to_json

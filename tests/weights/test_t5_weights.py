@@ -320,7 +320,7 @@ def test_text_encoder(exported, make):
     got = encode(encoder, ["a ring", ""])
     ids = jnp.asarray([tokenizer("a ring")["input_ids"]], jnp.int32)
     expected = jax.jit(nets.T5Encoder(config).apply)({"params": nets.encoder_params(params)}, ids, ids > 0)
-    np.testing.assert_allclose(got.embeddings[0, : ids.shape[1]], expected[0], atol=1e-5)
+    np.testing.assert_allclose(got.tokens[0, : ids.shape[1]], expected[0], atol=1e-5)
     assert got.mask.sum(1).tolist() == [ids.shape[1], 0]
 
 
@@ -380,7 +380,7 @@ def test_a_tokenizer_without_padding_or_end(lacking, tmp_path):
         encoder = t5.load_text_encoder(tmp_path, 5)
         assert (encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id) == (0, 1)
         with pytest.warns(UserWarning, match="prompt longer than 5 tokens cut short"):
-            found.append(encode(replace(encoder, whole=True), captions).embeddings)
+            found.append(encode(replace(encoder, whole=True), captions).tokens)
     np.testing.assert_array_equal(*found)
 
 
