@@ -12,13 +12,14 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss, variance_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.text.t5 import TextEmbedding
@@ -47,7 +48,7 @@ class Enlargement(enum.Enum):
 
 
 @dataclass(frozen=True)
-class DiffusionModel:
+class DiffusionModel(SingleOptimizer):
     """Settings of one stage. `low_resolution` makes it a super-resolution stage.
 
     resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
@@ -92,16 +93,18 @@ class DiffusionModel:
         """How many times a super-resolution stage enlarges; 1 for a base stage."""
         return self.resolution // (self.low_resolution or self.resolution)
 
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Fresh parameters, float32. Widths alone decide their shapes, so the smallest picture does."""
+    def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
+        """Fresh parameters, float32, and no extra. Widths alone decide their shapes, so the smallest picture does."""
         side = self.unet.stride
         x, ones = jnp.zeros((1, side, side, 3)), jnp.ones(1)
         low_res = (x, ones) if self.unet.low_res else ()
         text = null_text(self, 1)
         unet = replace(self.unet, axes=ActivationSharding())  # one picture cannot be split
-        return unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"]
+        return unet.module().init(key, x, ones, text.embeddings, text.mask, *low_res)["params"], ()
 
-    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict]:
+    def loss(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Array, tuple[dict, tuple]]:
         """The weighted squared error, averaged over the batch.
 
         `batch`: image (b h w 3) in [-1, 1]; for super-resolution low_res (b h/f w/f 3); text (b n d) and text_mask
@@ -125,17 +128,17 @@ class DiffusionModel:
             x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
             assert isinstance(self.schedule, TabulatedSchedule)  # see __post_init__
             losses += variance_loss(self.schedule, gamma, image, x0, x, t)
-        return losses.mean(), {}
+        return losses.mean(), ({}, extra)
 
-    def batch(self, count: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a training batch of pictures of that side, with captions."""
         shapes: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]] = {
-            "image": ((count, side, side, 3), jnp.float32),
-            "text": ((count, self.text_length, self.unet.text_width), jnp.float16),
-            "text_mask": ((count, self.text_length), jnp.bool_),
+            "image": ((batch_size, side, side, 3), jnp.float32),
+            "text": ((batch_size, self.text_length, self.unet.text_width), jnp.float16),
+            "text_mask": ((batch_size, self.text_length), jnp.bool_),
         }
         if self.low_resolution is not None:
-            shapes["low_res"] = ((count, side // self.factor, side // self.factor, 3), jnp.float32)
+            shapes["low_res"] = ((batch_size, side // self.factor, side // self.factor, 3), jnp.float32)
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
     def cast(self, params: dict) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small import BASE, LENGTH, SR, Formula, random_params
+from small import BASE, LENGTH, SR, Formula, loss_of, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
@@ -61,7 +61,7 @@ def seen_in_training(stage, batch, key=KEY):
         return jnp.zeros_like(inputs[0])
 
     spied = replace(stage, unet=Formula(low_res=stage.unet.low_res, output=record))
-    spied.loss({}, jax.tree.map(jnp.asarray, batch), key)
+    loss_of(spied, {}, jax.tree.map(jnp.asarray, batch), key)
     (inputs,) = calls
     return inputs
 
@@ -143,29 +143,29 @@ def test_residual_stages_add_to_the_enlarged_input():
     np.testing.assert_allclose(drawn(stage, sampling, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
     low_res = batch_of(SR, 64)["low_res"]
     batch = {"image": enlarge(low_res, (16, 16)), "low_res": low_res}
-    assert replace(stage, max_aug_level=0.0).loss({}, batch, KEY)[0] < 1e-8
-    assert stage.loss({}, batch, KEY)[0] > 1e-4
+    assert loss_of(replace(stage, max_aug_level=0.0), {}, batch, KEY)[0] < 1e-8
+    assert loss_of(stage, {}, batch, KEY)[0] > 1e-4
 
 
 def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
     """Nothing else is changed: times, levels and the picture's noise stay as they were."""
     stage = replace(SR, unet=Formula(low_res=True, output=see_low_res))
     batch = batch_of(SR, 64)
-    before = stage.loss({}, batch, KEY)[0]
-    assert stage.loss({}, batch, KEY)[0] == before
+    before = loss_of(stage, {}, batch, KEY)[0]
+    assert loss_of(stage, {}, batch, KEY)[0] == before
     with monkeypatch.context() as patched:
         other = lambda low_res, level, keys, schedule: augment(low_res, level, noise.fold(keys, 9), schedule)  # noqa: E731
         patched.setattr(diffusion, "augment", other)
-        assert abs(stage.loss({}, batch, KEY)[0] - before) > 1e-4
+        assert abs(loss_of(stage, {}, batch, KEY)[0] - before) > 1e-4
 
 
 def test_a_perfect_network_has_no_loss():
     batch = batch_of(BASE, 64)
     unet = Formula(output=lambda *inputs: batch["image"])
     stage = replace(BASE, prediction=Prediction.X0, unet=unet)
-    assert stage.loss({}, batch, KEY)[0] == 0.0
+    assert loss_of(stage, {}, batch, KEY)[0] == 0.0
     stage = replace(BASE, unet=Formula(output=lambda x, *inputs: jnp.zeros_like(x)))
-    assert stage.loss({}, batch, KEY)[0] == pytest.approx(1, abs=0.15)  # ε, squared
+    assert loss_of(stage, {}, batch, KEY)[0] == pytest.approx(1, abs=0.15)  # ε, squared
 
 
 def test_training_on_pictures_alone():
@@ -176,15 +176,15 @@ def test_training_on_pictures_alone():
         null = null_text(stage, 64)
         np.testing.assert_array_equal(text, null.embeddings)
         np.testing.assert_array_equal(mask, null.mask)
-        shapes = jax.eval_shape(stage.init, KEY)
-        (loss, _), grads = jax.eval_shape(jax.value_and_grad(stage.loss, has_aux=True), shapes, batch, KEY)
+        shapes = jax.eval_shape(stage.init, KEY)[0]
+        (loss, _), grads = jax.eval_shape(jax.value_and_grad(partial(loss_of, stage), has_aux=True), shapes, batch, KEY)
         assert loss.shape == () and jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, shapes)
 
 
 def test_crops_of_any_size_train_a_super_resolution_stage():
-    shapes = jax.eval_shape(SR.init, KEY)
+    shapes = jax.eval_shape(SR.init, KEY)[0]
     batch = {"image": np.zeros((2, 8, 24, 3), np.float32), "low_res": np.zeros((2, 2, 6, 3), np.float32)}
-    assert jax.eval_shape(SR.loss, shapes, batch, KEY)[0].shape == ()
+    assert jax.eval_shape(partial(loss_of, SR), shapes, batch, KEY)[0].shape == ()
 
 
 def test_loss_is_equal_on_every_mesh():
@@ -194,7 +194,7 @@ def test_loss_is_equal_on_every_mesh():
         return jnp.tanh(x * low_res + (text.mean((1, 2)) + time / 1000 + level)[:, None, None, None])
 
     stage, batch = replace(SR, unet=Formula(low_res=True, output=network)), batch_of(SR, 64)
-    loss = jax.jit(lambda batch, key: stage.loss({}, batch, key)[0])
+    loss = jax.jit(lambda batch, key: loss_of(stage, {}, batch, key)[0])
     alone = loss(batch, KEY)
     assert loss(batch, jax.random.key(2)) != alone
     mesh = make_mesh(data=4, fsdp=2)
@@ -433,12 +433,12 @@ def test_four_flat_colours_are_learned_and_redrawn():
     rows = np.arange(16) % 4
     image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
     batch = {"image": jnp.asarray(image), "text": text.embeddings[rows], "text_mask": text.mask[rows]}
-    params = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
+    params, _ = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
     optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled in half the time
     def step(params, state, key):
-        (loss, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
+        (loss, _), grads = jax.value_and_grad(partial(loss_of, stage), has_aux=True)(params, batch, key)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss
 
