@@ -33,7 +33,7 @@ from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.plan import network_flops
-from jaxdiff.training.state import TrainState, abstract_state
+from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs
 from jaxdiff.training.step import make_step
 
 
@@ -186,7 +186,7 @@ def compile_training(name: str, stage: DiffusionModel, settings: Run) -> Trainin
         compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
     # A gradient multiplies twice where the loss multiplies once. What cuDNN's attention does (GPUs in bfloat16) cannot
     # be counted: there the share of the peak is a lower bound.
-    flops = 3 * network_flops(lambda *given: stage.loss(*given)[0], abstract.params, shapes, jax.random.key(1))
+    flops = 3 * network_flops(stage.loss, *loss_inputs(stage, shapes))
     return Training(name, stage, settings, side, compiled, abstract, batch, flops, compiling)
 
 
@@ -215,7 +215,7 @@ def _filled(shapes: Any) -> Any:
 def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float | None]:
     """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
     count = settings.sample_batch
-    parameters = jax.eval_shape(stage.init, jax.random.key(0))
+    parameters = abstract_params(stage)
     batch = made_up(stage, count, stage.resolution)
     x, text, mask = batch["image"], batch["text"].astype(np.float32), batch["text_mask"]
     low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()
@@ -228,14 +228,16 @@ def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float
     flops = network_flops(evaluate, parameters, *inputs)
     if not settings.steps:
         return flops, compiling, None
-    params = jax.jit(stage.init)(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))[0]
     return flops, compiling, _median((compiled(params, *inputs) for _ in iter(int, 1)), settings.steps)
 
 
 def made_up(stage: DiffusionModel, count: int, side: int) -> dict[str, np.ndarray]:
     """A batch of the right shapes."""
     rng = np.random.default_rng(0)
-    batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch(count, side).items()}
+    batch = {
+        name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch_spec(count, side).items()
+    }
     return batch | {"text_mask": np.ones_like(batch["text_mask"])}
 
 

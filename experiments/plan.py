@@ -47,7 +47,7 @@ from jaxdiff.training.hlo import COUNTING
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.param_sharding import bytes_on_a_device, shardings, table
 from jaxdiff.training.plan import Costs, compiled_costs, estimated_costs, network_flops
-from jaxdiff.training.state import TrainState, abstract_state
+from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs
 from jaxdiff.training.step import make_step
 
 
@@ -155,12 +155,11 @@ def useful_flops(settings: Run) -> float:
         encoder, tokens, mask, shapes = _encoder(settings)
         return network_flops(encoder.apply, shapes, tokens, mask)
     stage = presets.stage(settings.stage, settings.preset)
-    shapes, key = jax.eval_shape(stage.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
     if settings.sample:
         step, *given = _step_of_drawing(settings, stage)
-        return network_flops(step, shapes, *given)
-    batch = stage.batch(settings.batch, side_of(settings, stage))
-    return 3 * network_flops(lambda *given: stage.loss(*given)[0], shapes, batch, key)
+        return network_flops(step, abstract_params(stage), *given)
+    batch = stage.batch_spec(settings.batch, side_of(settings, stage))
+    return 3 * network_flops(stage.loss, *loss_inputs(stage, batch))
 
 
 def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
@@ -186,7 +185,7 @@ def _training(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any
         jax.tree.map(lambda leaf: leaf.sharding, state),
         accumulate=settings.accumulate,
     )
-    batch = stage.batch(settings.batch, side_of(settings, stage))
+    batch = stage.batch_spec(settings.batch, side_of(settings, stage))
     with jax.set_mesh(mesh):
         costs = _compiled(
             step, state, placed(batch, mesh, BATCH_AXES), key_shape(mesh), name=name_of(settings), hlo=settings.hlo
@@ -196,7 +195,7 @@ def _training(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any
 
 def _drawing(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]:
     """One step of drawing: parameters whole on every device in the compute type, pictures split over the devices."""
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    shapes = abstract_params(stage)
     params = placed(jax.eval_shape(stage.cast, shapes), mesh)
     step, *given = _step_of_drawing(settings, stage)
     with jax.set_mesh(mesh):
@@ -210,7 +209,7 @@ def _step_of_drawing(settings: Run, stage: DiffusionModel) -> tuple[Any, ...]:
     sampling = dataclasses.replace(presets.sampling(settings.stage, settings.preset), steps=1)
     count, side = settings.batch, stage.resolution
     keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
-    batch = stage.batch(count, side)
+    batch = stage.batch_spec(count, side)
     text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
 
     def step(params, text, negative, keys, low_res):
@@ -244,17 +243,7 @@ def _estimate(settings: Run, stage: DiffusionModel, mesh: Any) -> dict[str, Any]
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
     local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=ActivationSharding()))
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    costs = estimated_costs(
-        local.loss,
-        state,
-        jax.eval_shape(local.cast, shapes),
-        stage.batch(rows, side_of(settings, stage)),
-        jax.eval_shape(lambda: jax.random.key(0)),
-        mesh.shape["fsdp"],
-        mesh.shape["data"],
-        settings.accumulate,
-    )
+    costs = estimated_costs(local, state, stage.batch_spec(rows, side_of(settings, stage)), settings.accumulate)
     return _sizes(settings, state) | {"costs": costs}
 
 

@@ -119,7 +119,7 @@ def _check_memory(settings: Run, topology: chips.Topology, parts: int) -> None:
         row = 128 * t5.XXL.d_model * 2  # the embedding of a caption
     else:
         stage = stage_of(settings)
-        shapes = stage.batch(1, stage.resolution if settings.sample else side_of(settings, stage))
+        shapes = stage.batch_spec(1, stage.resolution if settings.sample else side_of(settings, stage))
         row = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
     size, memory = settings.batch * row // parts, topology.chip.memory / topology.chip.devices
     if size > memory:

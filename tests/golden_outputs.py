@@ -142,7 +142,9 @@ def _classifier():
 
 def _batch(stage: DiffusionModel, count: int, side: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    batch = {name: np.tanh(rng.normal(size=s.shape)).astype(s.dtype) for name, s in stage.batch(count, side).items()}
+    batch = {
+        name: np.tanh(rng.normal(size=s.shape)).astype(s.dtype) for name, s in stage.batch_spec(count, side).items()
+    }
     batch["text_mask"] = np.arange(stage.text_length) < rng.integers(1, stage.text_length, (count, 1))
     if stage.null_text is type(stage.null_text).EMPTY:
         batch["null_text"] = np.zeros(batch["text"].shape[1:], np.float32)

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.models.diffusion import DiffusionModel
@@ -70,4 +72,11 @@ def random_params(stage: DiffusionModel, seed: int = 0) -> dict:
             values = 0.2 * values + (path[-1].key == "scale")
         return values.astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(stage.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(stage.init, jax.random.key(0))[0])
+
+
+def loss_of(trainable: Any, params: Any, batch: Any, key: Any) -> tuple[Any, dict]:
+    """Loss and metrics of a trainable that has no extra and reads nothing frozen."""
+    loss, (metrics, extra) = trainable.loss(params, (), (), batch, key, jnp.int32(0))
+    assert extra == ()
+    return loss, metrics

@@ -45,7 +45,7 @@ def random_params(shapes: dict, seed: int = 0) -> dict:
 
 
 def stage_params(stage: DiffusionModel, seed: int = 0) -> dict:
-    return random_params(jax.eval_shape(stage.init, jax.random.key(0)), seed)
+    return random_params(jax.eval_shape(stage.init, jax.random.key(0))[0], seed)
 
 
 def text_encoder(captions=CAPTIONS) -> T5TextEncoder:

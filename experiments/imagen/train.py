@@ -42,7 +42,7 @@ from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, TrainConfig, train
 from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
-from jaxdiff.training.state import abstract_state
+from jaxdiff.training.state import abstract_params, abstract_state
 from jaxdiff.weights.imagen import SHIPPED, load_params, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 
@@ -260,7 +260,7 @@ def initial_of(settings: Run, stage: DiffusionModel, mesh: Mesh | None = None) -
         return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), parts)
     if checkpoints.is_dir():
         params = load_ema(checkpoints)
-        check_tree(params, jax.eval_shape(stage.init, jax.random.key(0)), str(checkpoints))
+        check_tree(params, abstract_params(stage), str(checkpoints))
     else:
         params = load_params(stage, settings.init / "model.safetensors")
     return jax.tree.map(np.asarray, params)

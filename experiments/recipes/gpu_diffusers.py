@@ -36,7 +36,7 @@ def main(context: Context) -> None:
     inputs = _inputs(config, batch, side)
     stage = replace(IF_I_M, unet=config, resolution=side)
     # Parameters of one value each are enough: no test of numbers here. Zeros would be faster than what is trained.
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))[0]
     context.attempt("jaxdiff", partial(_ours, context, config, shapes, inputs, runs))
     context.attempt("diffusers", partial(_diffusers, context, config, shapes, inputs, runs))
 

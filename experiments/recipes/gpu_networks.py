@@ -124,7 +124,7 @@ def _shipped_stage(name: str, side: int) -> Build:
 
 def _random_stage(stage: DiffusionModel, side: int) -> Build:
     def build(weights: Path, dtype: str):
-        return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))), side, dtype)
+        return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))[0]), side, dtype)
 
     return build
 
@@ -136,9 +136,12 @@ def _gradient_stage(name: str) -> Build:
         model = load_model(weights / name)
         stage = replace(model.stage, unet=replace(model.stage.unet, dtype=dtype))
         rng = np.random.default_rng(0)
-        batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch(4, stage.resolution).items()}
+        batch = {
+            n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.resolution).items()
+        }
         batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
-        grad = jax.grad(lambda params, batch: stage.loss(params, batch, jax.random.key(0))[0])
+        key, step = jax.random.key(0), jnp.int32(0)
+        grad = jax.grad(lambda params, batch: stage.loss(params, (), (), batch, key, step)[0])
         return (
             lambda params, batch: jnp.concatenate([g.ravel() for g in jax.tree.leaves(grad(params, batch))]),
             (model.params),
@@ -152,7 +155,7 @@ def _stage(stage: DiffusionModel, params: Any, side: int, dtype: str):
     """One evaluation of two images at different times, of which one has a short caption."""
     stage = replace(stage, unet=replace(stage.unet, dtype=dtype))
     rng = np.random.default_rng(0)
-    batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch(2, side).items()}
+    batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch_spec(2, side).items()}
     mask = np.arange(stage.text_length) < np.array([[5], [stage.text_length]])
     inputs = [batch["image"], np.array([300.0, 800.0], np.float32), batch["text"], mask]
     if stage.unet.low_res:

@@ -133,7 +133,7 @@ class _Steps:
         placements = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         with jax.set_mesh(self.mesh):
             step = make_step(self.stage, optimizer, placements, ema_decay=self.settings.ema_decay)
-            batch = self.stage.batch(self.settings.batch, self.stage.resolution)
+            batch = self.stage.batch_spec(self.settings.batch, self.stage.resolution)
             return step.lower(self.state, batch, jax.random.key(0)).compile()
 
 

@@ -120,7 +120,7 @@ def pretrain(
         config = replace(PRESETS[preset], vocab=len(words))
         made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
         made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
-        state = train(T5Pretraining(config), stream, settings, out, data=made_of, mesh=mesh, description="t5")
+        state = train(T5Pretraining(config, length), stream, settings, out, data=made_of, mesh=mesh, description="t5")
         params = gathered(state.ema)
 
         def finish() -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 
 
 @dataclass(frozen=True)
-class ClassifierTraining:
+class ClassifierTraining(SingleOptimizer):
     """The stage: each attribute's cross-entropy, the same weight for all.
 
     noise: the standard deviation of the noise on the pictures, up to which (at random) they are spoilt: features that
@@ -22,11 +23,13 @@ class ClassifierTraining:
     config: ClassifierConfig
     noise: float = 0.1
 
-    def init(self, key: Key[Array, ""]) -> dict:
+    def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
         side = self.config.side
-        return Classifier(self.config).init(key, jnp.zeros((1, side, side, 3)))["params"]
+        return Classifier(self.config).init(key, jnp.zeros((1, side, side, 3)))["params"], ()
 
-    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
         """`batch`: image (b s s 3) in [-1, 1] and labels (b a), a class of each attribute or -1 for none, which costs
         nothing. Metrics: the accuracy of each attribute among the labelled."""
         image, labels = batch["image"], batch["labels"]
@@ -41,7 +44,14 @@ class ClassifierTraining:
             each = optax.softmax_cross_entropy_with_integer_labels(logits[name], jnp.maximum(wanted, 0))
             losses.append((each * known).sum() / count)
             metrics[name] = ((logits[name].argmax(-1) == wanted) * known).sum() / count
-        return sum(losses) / len(losses), metrics
+        return sum(losses) / len(losses), (metrics, extra)
+
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a training batch; `side` is that of `config`."""
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),
+            "labels": jax.ShapeDtypeStruct((batch_size, len(self.config.names)), jnp.int32),
+        }
 
 
 def of_size_one(config: ClassifierConfig, params: dict, image: Float[Array, "b s s 3"]) -> dict:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, l2_normalize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -56,7 +57,7 @@ class SigmoidLoss:
 
 
 @dataclass(frozen=True)
-class CLIPTraining:
+class CLIPTraining(SingleOptimizer):
     """The stage: both towers, the temperature and, for the sigmoid loss, its bias.
 
     chunk: columns of logits that are made at a time. max_scale: what the inverse temperature is clipped at (2.5).
@@ -75,23 +76,24 @@ class CLIPTraining:
         if self.chunk < 1 or self.max_scale <= 0:
             raise ValueError(f"chunk {self.chunk}, max_scale {self.max_scale}: both must be positive")
 
-    def init(self, key: Key[Array, ""]) -> dict:
-        """Fresh parameters: those of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`."""
+    def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
+        """Fresh parameters, those of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`; and no extra."""
         assert self.config.image is not None  # see __post_init__
         side = self.config.image.resolution
         params = CLIP(self.config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
         params["logit_scale"] = jnp.full((), np.log(self.compare.scale), jnp.float32)
         if isinstance(self.compare, SigmoidLoss):
             params["logit_bias"] = jnp.full((), self.compare.bias, jnp.float32)
-        return params
+        return params, ()
 
-    def loss(self, params: dict, batch: Mapping, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
         """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its picture.
 
         Metrics: `accuracy`, the share of captions whose picture is nearer than all others of the batch; `scale`. `key`
         is not used.
         """
-        del key
         network, whole = CLIP(self.config), {"params": clip_params(params)}
         text = cast(Embedded, network.apply(whole, batch["ids"], method="embed_text")).embedding
         seen = normalised(batch["image"].astype(jnp.float32))
@@ -100,7 +102,15 @@ class CLIPTraining:
         text, image = l2_normalize(text), l2_normalize(image)
         scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))
         loss, first = self.compare(text, image, scale, params.get("logit_bias"), _Columns(self.chunk, self.axes))
-        return loss, {"loss": loss, "accuracy": first.astype(jnp.float32).mean(), "scale": scale}
+        return loss, ({"loss": loss, "accuracy": first.astype(jnp.float32).mean(), "scale": scale}, extra)
+
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a training batch of captions and images of that side."""
+        assert self.config.text is not None  # see __post_init__
+        return {
+            "ids": jax.ShapeDtypeStruct((batch_size, self.config.text.length), jnp.int32),
+            "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),
+        }
 
 
 class _Compared(NamedTuple):

@@ -12,40 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int
 from transformers import PreTrainedTokenizerBase
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.t5 import T5, TINY, T5Config, shift_right
 from jaxdiff.text.tokenizer import sentinel_ids, tokenize
-
-
-@dataclass(frozen=True)
-class T5Pretraining:
-    """The stage: T5 trained to say what was cut out of its input."""
-
-    config: T5Config = TINY
-
-    def init(self, key: Array) -> dict:
-        ids = jnp.zeros((1, 2), jnp.int32)
-        return T5(self.config).init(key, ids, ids > 0, ids)["params"]
-
-    def loss(self, params: dict, batch: Mapping, key: Array) -> tuple[Array, dict[str, Array]]:
-        """Mean cross-entropy (nats) of the target tokens, padding left out; `batch` as `SpanBatches` makes it.
-
-        Metrics: `accuracy`, the share of target tokens whose logit is the greatest. `key` is not used: there is no
-        dropout, and the corruption is in the batch.
-        """
-        del key
-        targets, mask = batch["targets"], batch["target_mask"]
-        start = shift_right(targets, self.config.decoder_start_id)
-        logits = cast(Array, T5(self.config).apply({"params": params}, batch["inputs"], batch["input_mask"], start))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        loss = _masked_mean(losses, mask)
-        accuracy = _masked_mean((logits.argmax(-1) == targets).astype(jnp.float32), mask)
-        return loss, {"loss": loss, "accuracy": accuracy}
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,45 @@ class Corruption:
             raise ValueError(f"density must lie between 0 and 1, not {self.density}")
         if not self.mean_span >= 1:
             raise ValueError(f"mean_span must be at least 1 token, not {self.mean_span}")
+
+
+@dataclass(frozen=True)
+class T5Pretraining(SingleOptimizer):
+    """T5 trained to say what was cut out of its input. length: most tokens of a caption, its end included."""
+
+    config: T5Config = TINY
+    length: int = 64
+    corruption: Corruption = Corruption()
+
+    def init(self, key: Array) -> tuple[dict, tuple]:
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return T5(self.config).init(key, ids, ids > 0, ids)["params"], ()
+
+    def loss(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Array, step: Int[Array, ""]
+    ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
+        """Mean cross-entropy (nats) of the target tokens, padding left out; `batch` as `SpanBatches` makes it.
+
+        Metrics: `accuracy`, the share of target tokens whose logit is the greatest. `key` is not used: there is no
+        dropout, and the corruption is in the batch.
+        """
+        targets, mask = batch["targets"], batch["target_mask"]
+        start = shift_right(targets, self.config.decoder_start_id)
+        logits = cast(Array, T5(self.config).apply({"params": params}, batch["inputs"], batch["input_mask"], start))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        loss = _masked_mean(losses, mask)
+        accuracy = _masked_mean((logits.argmax(-1) == targets).astype(jnp.float32), mask)
+        return loss, ({"loss": loss, "accuracy": accuracy}, extra)
+
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a training batch; there are no images, `side` is not used."""
+        inputs, targets = (batch_size, self.length), (batch_size, target_length(self.length, self.corruption))
+        return {
+            "inputs": jax.ShapeDtypeStruct(inputs, jnp.int32),
+            "input_mask": jax.ShapeDtypeStruct(inputs, jnp.bool_),
+            "targets": jax.ShapeDtypeStruct(targets, jnp.int32),
+            "target_mask": jax.ShapeDtypeStruct(targets, jnp.bool_),
+        }
 
 
 def span_counts(length: int, corruption: Corruption) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Train a stage: the loop around the compiled step, with logs, samples, checkpoints, and resumption by running again.
+"""The loop around the compiled step, with logs, samples, checkpoints, and resumption by running again.
 
 The host only hands over batches. It keeps at most two steps in flight, reads a log interval's metrics while the next
 step already runs, and learns of losses that are not finite from counters that live on the devices.
@@ -27,12 +27,13 @@ from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding
 from jaxdiff.training.prefetch import Batches, Prefetch
 from jaxdiff.training.reporter import Diverged, Reporter
-from jaxdiff.training.state import Params, Stage, TrainState, abstract_state, init_state
+from jaxdiff.training.state import Params, Trainable, TrainState, abstract_state, init_state
 from jaxdiff.training.step import Step, make_step
 from jaxdiff.training.watchdog import Watchdog
 
-VERSION = 2
-"""Of what a checkpoint holds. 1, which did not say so, named settings by the bare names of their classes."""
+VERSION = 3
+"""Of what a checkpoint holds. 1, which did not say so, named settings by the bare names of their classes; 2 had no
+`extra`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TrainConfig:
 
 
 def train(
-    stage: Stage,
+    trainable: Trainable,
     batches: Batches,
     config: TrainConfig,
     out: str | Path,
@@ -87,7 +88,7 @@ def train(
     (the set, its size, the batch): to go on with other data than the run began with is refused. `mesh`: all devices
     along `data` by default. `placement`: of the parameters on it. Both may change from one start to the next.
     `sample_hook(step, averaged parameters)` is called every `sample_every` steps and after the last; it must not keep
-    the parameters. `initial`: parameters to start from in place of the stage's own.
+    the parameters. `initial`: parameters to start from in place of its own.
     Of several processes (`distributed.start`) all call this alike, with a folder that they share; the hook is called on
     all of them, since the parameters are spread over them.
 
@@ -102,7 +103,7 @@ def train(
         check_processes(mesh)
         fixed = {
             "version": VERSION,
-            "stage": stage,
+            "stage": trainable,
             "optimizer": config.optimizer,
             "accumulate": config.accumulate,
             "ema_decay": config.ema_decay,
@@ -112,7 +113,7 @@ def train(
         }
         agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
         check_shared(out)
-        abstract = abstract_state(stage, config.optimizer, mesh, placement)
+        abstract = abstract_state(trainable, config.optimizer, mesh, placement)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         folder = out / "checkpoints"
         # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
@@ -127,12 +128,12 @@ def train(
             with _stopped_early(interruption):
                 latest = checkpoints.latest()
                 if latest is None:
-                    state = init_state(stage, config.optimizer, init_key, mesh, initial, placement)
+                    state = init_state(trainable, config.optimizer, init_key, mesh, initial, placement)
                 else:
                     state, place = checkpoints.restore(abstract)
                     batches.set_state(place)
                 step = make_step(
-                    stage,
+                    trainable,
                     config.optimizer,
                     jax.tree.map(lambda leaf: leaf.sharding, abstract),
                     accumulate=config.accumulate,

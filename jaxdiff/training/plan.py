@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxdiff.training import hlo
 from jaxdiff.training.chips import Topology
+from jaxdiff.training.state import Trainable, TrainState, loss_inputs
 
 
 @dataclass(frozen=True)
@@ -161,22 +162,23 @@ def network_flops(function: Callable[..., Any], *shapes: Any) -> float:
     return _counted(jax.make_jaxpr(function)(*shapes).jaxpr)[0]
 
 
-def estimated_costs(
-    loss: Callable[..., Any], state: Any, whole: Any, batch: Any, key: Any, parts: int, copies: int, accumulate: int = 1
-) -> Costs:
-    """Of a training step by shapes alone. `loss(params, batch, key)`, with aux; `batch`: what one device takes at a
-    time, `accumulate` times a step.
+def estimated_costs(trainable: Trainable, state: TrainState, batch: Any, accumulate: int = 1) -> Costs:
+    """Of a training step by shapes alone. `batch`: what one device takes at a time, `accumulate` times a step.
 
-    `state`: the train state, shapes with shardings; `whole`: the parameters as the loss takes them. Parameters are
-    split over `parts` devices, of which there are `copies`. Counted are: the FLOPs of convolutions and matrix products;
-    what is kept for the backward pass, without any fusion; each array that they read or write once through memory.
+    `state`: shapes with shardings; parameters are split over the `fsdp` axis of their mesh and copied along `data`.
+    Counted are: the FLOPs of convolutions and matrix products; what is kept for the backward pass, without any fusion;
+    each array that they read or write once through memory.
     """
 
-    def backward(params: Any, batch: Any, key: Any) -> Any:
-        return jax.vjp(lambda params: loss(params, batch, key)[0], params)[1]
+    def backward(params: Any, *rest: Any) -> Any:
+        return jax.vjp(lambda params: trainable.loss(params, *rest)[0], params)[1]
 
-    kept = _bytes(jax.eval_shape(backward, whole, batch, key))  # the parameters are among them
-    gradient = jax.make_jaxpr(lambda *given: jax.grad(loss, has_aux=True)(*given)[0])(whole, batch, key)
+    params, *rest = loss_inputs(trainable, batch)
+    whole = jax.eval_shape(trainable.cast, params)
+    sizes = state.step.sharding.mesh.shape
+    parts, copies = sizes["fsdp"], sizes["data"]
+    kept = _bytes(jax.eval_shape(backward, whole, *rest))  # the parameters are among them
+    gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(whole, *rest)
     flops, moved = _counted(gradient.jaxpr)
     arguments = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves(state))
     size = _bytes(whole)

@@ -1,4 +1,4 @@
-"""Everything that training changes, as one immutable tree: parameters, their average, optimizer state, counters."""
+"""What can be trained, and all that training changes as one immutable tree."""
 
 from collections.abc import Hashable
 from functools import lru_cache
@@ -15,27 +15,41 @@ from jaxdiff.training.optimizer import OptimizerConfig, optimizer
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding, following, shardings
 
 Params = Any  # nested dicts of arrays
+Extra = Any  # a tree of arrays, often ()
+Labels = Any  # the tree of parameters with a string for each array
 Metrics = dict[str, Any]  # scalars
 
 
 @runtime_checkable
-class Stage(Hashable, Protocol):
-    """What can be trained: plain settings, which programs are cached by, with two pure functions."""
+class Trainable(Hashable, Protocol):
+    """What can be trained: plain settings, which programs are cached by, with pure functions."""
 
-    def init(self, key: Any) -> Params:
-        """Parameters drawn with `key`; traced, so that no host ever holds them all."""
+    def init(self, key: Any) -> tuple[Params, Extra]:
+        """Parameters (float32) drawn with `key`, and what is updated without a gradient: an EMA codebook, counters.
+        Traced, so that no host ever holds them all."""
         ...
 
-    def loss(self, params: Params, batch: Any, key: Any) -> tuple[Any, Metrics]:
-        """The mean loss over the batch, and further scalars to log (means over the batch too)."""
+    def loss(
+        self, params: Params, extra: Extra, frozen: Any, batch: Any, key: Any, step: Any
+    ) -> tuple[Any, tuple[Metrics, Extra]]:
+        """The mean loss over the batch; further scalars to log (means over the batch too) and the next `extra`.
+
+        `frozen`: arrays that the loss reads and that are never updated, such as a teacher, or (). `step`: int32 scalar,
+        the steps that were taken before this one.
+        """
         ...
 
+    def labels(self, params: Params) -> Labels:
+        """Which optimizer updates which array: a string for each; "none": the array stays as it is."""
+        ...
 
-@runtime_checkable
-class Casting(Protocol):
-    """A stage that computes with parameters of another type than it keeps: they travel between devices in that type."""
+    def cast(self, params: Params) -> Params:
+        """Parameters in the types that the network computes in, in which they travel between devices."""
+        ...
 
-    def cast(self, params: Params) -> Params: ...
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a batch; `side` of images, in pixels."""
+        ...
 
 
 @struct.dataclass
@@ -44,6 +58,7 @@ class TrainState:
 
     step: Any  # steps taken, skipped ones included
     params: Params
+    extra: Extra
     ema: Params  # exponential moving average of params, float32
     opt_state: Any
     skipped: Any  # steps whose loss or gradient was not finite: nothing but the counters changed
@@ -51,31 +66,42 @@ class TrainState:
     max_consecutive_skips: Any  # the largest `consecutive_skips` so far
 
 
-def create_state(params: Params, config: OptimizerConfig) -> TrainState:
+def create_state(params: Params, extra: Extra, config: OptimizerConfig) -> TrainState:
     """The state before the first step. The average starts at the parameters."""
     counter = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    return TrainState(counter, params, ema, optimizer(config).init(params), counter, counter, counter)
+    return TrainState(counter, params, extra, ema, optimizer(config).init(params), counter, counter, counter)
 
 
 @lru_cache(maxsize=32)
-def abstract_params(stage: Stage) -> Params:
-    """Shapes and types of the parameters; traced once for each of the last stages, as a large one takes seconds."""
-    return jax.eval_shape(stage.init, jax.random.key(0))
+def abstract_init(trainable: Trainable) -> tuple[Params, Extra]:
+    """Shapes and types of parameters and extra; traced once for each of the last ones, as a large one takes seconds."""
+    return jax.eval_shape(trainable.init, jax.random.key(0))
+
+
+def abstract_params(trainable: Trainable) -> Params:
+    """Shapes and types of the parameters."""
+    return abstract_init(trainable)[0]
+
+
+def loss_inputs(trainable: Trainable, batch: Any, frozen: Any = ()) -> tuple[Any, ...]:
+    """Shapes and types of what `trainable.loss` takes, for a batch (arrays or shapes)."""
+    key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    return *abstract_init(trainable), frozen, batch, key, step
 
 
 def abstract_state(
-    stage: Stage, config: OptimizerConfig, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE
+    trainable: Trainable, config: OptimizerConfig, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE
 ) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
-    shapes = jax.eval_shape(lambda params: create_state(params, config), abstract_params(stage))
+    shapes = jax.eval_shape(lambda params, extra: create_state(params, extra, config), *abstract_init(trainable))
     placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, shapes, placements)
 
 
 def init_state(
-    stage: Stage,
+    trainable: Trainable,
     config: OptimizerConfig,
     key: Any,
     mesh: Mesh,
@@ -84,16 +110,20 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, each device computing its own part.
 
-    `params` (host arrays or devices' own) start from other parameters than `stage.init(key)`. Raises ValueError where
-    their names or shapes are not the stage's.
+    `params` (host arrays or devices' own) start from other parameters than `trainable.init(key)`, extra is from there
+    all the same. Raises ValueError where their names or shapes are not those of `trainable`.
     """
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh, placement))
+    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, config, mesh, placement))
     with jax.set_mesh(mesh):
         if params is None:
-            return jax.jit(lambda key: create_state(stage.init(key), config), out_shardings=placements)(key)
-        check_tree(params, abstract_params(stage), "the tree of initial parameters")
+            return jax.jit(lambda key: create_state(*trainable.init(key), config), out_shardings=placements)(key)
+        check_tree(params, abstract_params(trainable), "the tree of initial parameters")
         placed = jax.tree.map(_placed, params, placements.params)
-        return jax.jit(lambda params: create_state(params, config), out_shardings=placements)(placed)
+        extra = placements.extra
+        if jax.tree.leaves(extra):
+            extra = jax.jit(lambda key: trainable.init(key)[1], out_shardings=placements.extra)(key)
+        create = lambda params, extra: create_state(params, extra, config)  # noqa: E731
+        return jax.jit(create, out_shardings=placements)(placed, extra)
 
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:

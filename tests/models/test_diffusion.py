@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small import BASE, LENGTH, SR, Formula, random_params
+from small import BASE, LENGTH, SR, Formula, loss_of, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
@@ -25,7 +25,7 @@ from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.t5 import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
 RNG = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def batch_of(stage, count, text=True):
     if stage.low_resolution:
         batch["low_res"] = pictures(count, stage.low_resolution, seed=1)
     if text:
-        embeddings, mask, *_ = texts(count)
+        embeddings, mask = texts(count)
         batch |= {"text": embeddings, "text_mask": mask}
     return jax.tree.map(jnp.asarray, batch)
 
@@ -61,7 +61,7 @@ def seen_in_training(stage, batch, key=KEY):
         return jnp.zeros_like(inputs[0])
 
     spied = replace(stage, unet=Formula(low_res=stage.unet.low_res, output=record))
-    spied.loss({}, jax.tree.map(jnp.asarray, batch), key)
+    loss_of(spied, {}, jax.tree.map(jnp.asarray, batch), key)
     (inputs,) = calls
     return inputs
 
@@ -89,7 +89,7 @@ def test_text_is_dropped_at_the_stated_rate():
     stage = replace(BASE, unet=Formula(), resolution=2)
     for share in (0.0, 0.1, 1.0):
         batch = {"image": np.zeros((4000, 2, 2, 3), np.float32)}
-        embeddings, mask = (np.asarray(a) for a in texts(4000)[:2])
+        embeddings, mask = (np.asarray(a) for a in texts(4000))
         batch |= {"text": embeddings, "text_mask": mask}
         _, _, text, kept = seen_in_training(replace(stage, text_dropout=share), batch)
         dropped = ~kept.any(1)
@@ -143,29 +143,29 @@ def test_residual_stages_add_to_the_enlarged_input():
     np.testing.assert_allclose(drawn(stage, sampling, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
     low_res = batch_of(SR, 64)["low_res"]
     batch = {"image": enlarge(low_res, (16, 16)), "low_res": low_res}
-    assert replace(stage, max_aug_level=0.0).loss({}, batch, KEY)[0] < 1e-8
-    assert stage.loss({}, batch, KEY)[0] > 1e-4
+    assert loss_of(replace(stage, max_aug_level=0.0), {}, batch, KEY)[0] < 1e-8
+    assert loss_of(stage, {}, batch, KEY)[0] > 1e-4
 
 
 def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
     """Nothing else is changed: times, levels and the picture's noise stay as they were."""
     stage = replace(SR, unet=Formula(low_res=True, output=see_low_res))
     batch = batch_of(SR, 64)
-    before = stage.loss({}, batch, KEY)[0]
-    assert stage.loss({}, batch, KEY)[0] == before
+    before = loss_of(stage, {}, batch, KEY)[0]
+    assert loss_of(stage, {}, batch, KEY)[0] == before
     with monkeypatch.context() as patched:
         other = lambda low_res, level, keys, schedule: augment(low_res, level, noise.fold(keys, 9), schedule)  # noqa: E731
         patched.setattr(diffusion, "augment", other)
-        assert abs(stage.loss({}, batch, KEY)[0] - before) > 1e-4
+        assert abs(loss_of(stage, {}, batch, KEY)[0] - before) > 1e-4
 
 
 def test_a_perfect_network_has_no_loss():
     batch = batch_of(BASE, 64)
     unet = Formula(output=lambda *inputs: batch["image"])
     stage = replace(BASE, prediction=Prediction.X0, unet=unet)
-    assert stage.loss({}, batch, KEY)[0] == 0.0
+    assert loss_of(stage, {}, batch, KEY)[0] == 0.0
     stage = replace(BASE, unet=Formula(output=lambda x, *inputs: jnp.zeros_like(x)))
-    assert stage.loss({}, batch, KEY)[0] == pytest.approx(1, abs=0.15)  # ε, squared
+    assert loss_of(stage, {}, batch, KEY)[0] == pytest.approx(1, abs=0.15)  # ε, squared
 
 
 def test_training_on_pictures_alone():
@@ -174,17 +174,17 @@ def test_training_on_pictures_alone():
         batch = batch_of(stage, 64, text=False)
         _, _, text, mask = seen_in_training(stage, batch)[:4]
         null = null_text(stage, 64)
-        np.testing.assert_array_equal(text, null.tokens)
+        np.testing.assert_array_equal(text, null.embeddings)
         np.testing.assert_array_equal(mask, null.mask)
-        shapes = jax.eval_shape(stage.init, KEY)
-        (loss, _), grads = jax.eval_shape(jax.value_and_grad(stage.loss, has_aux=True), shapes, batch, KEY)
+        shapes = jax.eval_shape(stage.init, KEY)[0]
+        (loss, _), grads = jax.eval_shape(jax.value_and_grad(partial(loss_of, stage), has_aux=True), shapes, batch, KEY)
         assert loss.shape == () and jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, shapes)
 
 
 def test_crops_of_any_size_train_a_super_resolution_stage():
-    shapes = jax.eval_shape(SR.init, KEY)
+    shapes = jax.eval_shape(SR.init, KEY)[0]
     batch = {"image": np.zeros((2, 8, 24, 3), np.float32), "low_res": np.zeros((2, 2, 6, 3), np.float32)}
-    assert jax.eval_shape(SR.loss, shapes, batch, KEY)[0].shape == ()
+    assert jax.eval_shape(partial(loss_of, SR), shapes, batch, KEY)[0].shape == ()
 
 
 def test_loss_is_equal_on_every_mesh():
@@ -194,7 +194,7 @@ def test_loss_is_equal_on_every_mesh():
         return jnp.tanh(x * low_res + (text.mean((1, 2)) + time / 1000 + level)[:, None, None, None])
 
     stage, batch = replace(SR, unet=Formula(low_res=True, output=network)), batch_of(SR, 64)
-    loss = jax.jit(lambda batch, key: stage.loss({}, batch, key)[0])
+    loss = jax.jit(lambda batch, key: loss_of(stage, {}, batch, key)[0])
     alone = loss(batch, KEY)
     assert loss(batch, jax.random.key(2)) != alone
     mesh = make_mesh(data=4, fsdp=2)
@@ -261,7 +261,7 @@ def mean_text(x, time, text, mask, *low_res):
 def test_guidance_algebra_and_negative_prompt():
     """ε̃ = w ε(c) + (1 − w) ε(n), in x₀ too: the grey is exactly that mixture, whatever the sampler."""
     stage, text, negative = formula_stage(mean_text), texts(2), texts(2, seed=1)
-    grey, away = (0.5 * np.asarray(t.tokens).mean((1, 2))[:, None, None, None] for t in (text, negative))
+    grey, away = (0.5 * np.asarray(t.embeddings).mean((1, 2))[:, None, None, None] for t in (text, negative))
     for sampler, weight in ((Euler(), 1.0), (Euler(), 0.0), (DDIM(), 2.5), (DDPM(), 2.5)):
         sampling = SamplingConfig(sampler, 3, guidance=Guidance(weight), thresholding=NoThreshold())
         for options, base in (({}, 0.0), ({"negative": negative}, away)):
@@ -283,7 +283,7 @@ def test_outside_its_interval_guidance_costs_nothing():
     jax.effects_barrier()
     # Uniform in time, the cosine schedule is at log-SNR 0 halfway: points 0 to 4 of 8 are inside.
     assert batches == [4] * 5 + [2] * 3
-    grey = 0.5 * np.asarray(text.tokens).mean((1, 2))[:, None, None, None]
+    grey = 0.5 * np.asarray(text.embeddings).mean((1, 2))[:, None, None, None]
     np.testing.assert_allclose(found, np.broadcast_to(grey, found.shape), atol=2e-3)
 
 
@@ -432,13 +432,13 @@ def test_four_flat_colours_are_learned_and_redrawn():
     text = texts(4)
     rows = np.arange(16) % 4
     image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
-    batch = {"image": jnp.asarray(image), "text": text.tokens[rows], "text_mask": text.mask[rows]}
-    params = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
+    batch = {"image": jnp.asarray(image), "text": text.embeddings[rows], "text_mask": text.mask[rows]}
+    params, _ = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
     optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled in half the time
     def step(params, state, key):
-        (loss, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, batch, key)
+        (loss, _), grads = jax.value_and_grad(partial(loss_of, stage), has_aux=True)(params, batch, key)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss
 

@@ -95,7 +95,7 @@ COUNTS = {  # millions; the ranges that the published settings leave open (refer
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_of_the_papers_sizes(name):
-    shapes = jax.eval_shape(getattr(presets, name).init, jax.random.key(0))
+    shapes = jax.eval_shape(getattr(presets, name).init, jax.random.key(0))[0]
     leaves = jax.tree.leaves(shapes)
     low, high = COUNTS[name]
     assert low <= sum(math.prod(leaf.shape) for leaf in leaves) / 1e6 <= high
@@ -105,7 +105,7 @@ def test_parameter_counts_of_the_papers_sizes(name):
 def test_bf16_presets_keep_float32_parameters_and_output():
     for stage in (presets.BASE_64_2B, presets.SR_256, presets.SR_1024):
         config = replace(stage.unet, dtype="bfloat16", remat="blocks")
-        params = jax.eval_shape(replace(stage, unet=config).init, jax.random.key(0))
+        params = jax.eval_shape(replace(stage, unet=config).init, jax.random.key(0))[0]
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         # Super-resolution trains on crops of 64 of the 256 or 1024 pixels.
         inputs = inputs_of(config, 2, 64, 64)
@@ -119,7 +119,7 @@ def test_output_has_the_pictures_shape(network):
     assert np.isfinite(out).all() and out.std() > 0.01
     for height, width in ((config.stride, config.stride), (config.stride, 3 * config.stride), (40, 24)):
         sized = inputs_of(config, 1, height, width)
-        params = jax.eval_shape(stage_of(config).init, jax.random.key(0))
+        params = jax.eval_shape(stage_of(config).init, jax.random.key(0))[0]
         found = jax.eval_shape(lambda p, i: config.module().apply({"params": p}, **i), params, sized)
         assert found.shape == (1, height, width, 3)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import Formula, random_params
+from small import Formula, loss_of, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
@@ -48,7 +48,7 @@ def seen_in_training(low_res=False, batch=BATCH, **settings):
         calls.append([np.asarray(value) for value in (x, *rest)])
         return jnp.concatenate([x, x], -1)
 
-    replace(stage_of(record, low_res), **settings).loss({}, batch, KEY)
+    loss_of(replace(stage_of(record, low_res), **settings), {}, batch, KEY)
     (inputs,) = calls
     return inputs
 
@@ -112,9 +112,9 @@ def test_loss_of_the_mean_and_of_the_variance():
         return jnp.concatenate([(x - alpha * IMAGE) / sigma, jnp.full(shape, 2.0 * gamma - 1.0)], -1)
 
     for gamma in (0.0, 0.5, 1.0):
-        steps[gamma] = float(stage_of(partial(right, gamma)).loss({}, BATCH, KEY)[0])
+        steps[gamma] = float(loss_of(stage_of(partial(right, gamma)), {}, BATCH, KEY)[0])
     assert -1e-3 < steps[0.0] < steps[0.5] < steps[1.0] < 1.0
-    wrong = stage_of(lambda x, *rest: jnp.zeros((*shape[:3], 6))).loss({}, BATCH, KEY)[0]
+    wrong = loss_of(stage_of(lambda x, *rest: jnp.zeros((*shape[:3], 6))), {}, BATCH, KEY)[0]
     assert wrong == pytest.approx(1 + steps[0.5], abs=0.5)  # of ε, squared, and a bound that knows no picture
 
 
@@ -145,7 +145,7 @@ def test_a_step_of_training(network):
     """Nothing is NaN, all parameters have a gradient, the head's of the variance too, and the loss falls."""
     stage, params = network
     batch = jax.tree.map(lambda a: a[:8] if a.shape[0] == COUNT else a, BATCH)
-    loss = jax.jit(jax.value_and_grad(lambda params: stage.loss(params, batch, KEY)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda params: loss_of(stage, params, batch, KEY)[0]))
     before, gradient = loss(params)
     assert np.isfinite(before)
     for leaf in jax.tree.leaves(gradient):
@@ -166,7 +166,7 @@ def test_the_variance_teaches_nothing_of_the_mean():
 
         stage = stage_of(output)
         stage = stage if learned else replace(stage, unet=replace(stage.unet, learned_variance=False))
-        return stage.loss({}, BATCH, KEY)[0]
+        return loss_of(stage, {}, BATCH, KEY)[0]
 
     both, alone = (jax.grad(loss)(jnp.asarray([0.7, 0.2]), learned) for learned in (True, False))
     np.testing.assert_allclose(both[0], alone[0], rtol=1e-5)

@@ -31,7 +31,8 @@ class Deep:
     width: int = 256
 
     def init(self, key):
-        return Toy(self.width).init(key) | {"middle": {"kernel": jax.random.normal(key, (self.width, self.width)) / 16}}
+        params, extra = Toy(self.width).init(key)
+        return params | {"middle": {"kernel": jax.random.normal(key, (self.width, self.width)) / 16}}, extra
 
     def loss(self, params, batch, key):
         hidden = jax.numpy.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import make_mesh
@@ -61,14 +62,21 @@ def like(path, tree):
     return {name_of(p).removesuffix(path): leaf for p, leaf in leaves if name_of(p).endswith(path)}
 
 
-class Square:
+class Square(SingleOptimizer):
     """A parameter of two equal large axes, one of two others, and a small one."""
 
     def init(self, key):
-        return {"square": jnp.zeros((3, 256, 256)), "wide": {"kernel": jnp.zeros((256, 512))}, "bias": jnp.zeros(512)}
+        return {
+            "square": jnp.zeros((3, 256, 256)),
+            "wide": {"kernel": jnp.zeros((256, 512))},
+            "bias": jnp.zeros(512),
+        }, ()
 
-    def loss(self, params, batch, key):
-        return jnp.zeros(()), {}
+    def loss(self, params, extra, frozen, batch, key, step):
+        return jnp.zeros(()), ({}, extra)
+
+    def batch_spec(self, batch_size, side):
+        return {}
 
 
 @pytest.mark.parametrize("kind", [AdamW(), Muon()])
@@ -113,7 +121,7 @@ def test_the_papers_stages_are_split_evenly(name, sizes):
     """All that is large is split; every rule of the networks finds its arrays."""
     stage, mesh = getattr(presets, name), make_mesh(*sizes)
     rules = tuple(Rule(*rule) for rule in stage.unet.tensor_rules())
-    params = jax.eval_shape(stage.init, jax.random.key(0))
+    params = jax.eval_shape(stage.init, jax.random.key(0))[0]
     placed = shardings(params, mesh, ParamSharding(rules))
     held = bytes_on_a_device(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, placed))
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

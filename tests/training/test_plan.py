@@ -14,7 +14,7 @@ from jaxdiff.training import chips, plan
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.plan import Costs, estimated_costs, roofline
-from jaxdiff.training.state import abstract_state
+from jaxdiff.training.state import abstract_state, loss_inputs
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -126,8 +126,7 @@ def test_other_topologies_are_refused(text):
 
 
 def test_flops_by_shapes_are_those_that_the_compiler_counts():
-    params = jax.eval_shape(SR.init, jax.random.key(0))
-    given = params, SR.batch(4, 16), jax.eval_shape(lambda: jax.random.key(0))
+    given = loss_inputs(SR, SR.batch_spec(4, 16))
     gradient = jax.grad(SR.loss, has_aux=True)
     flops, moved = plan._counted(jax.make_jaxpr(gradient)(*given).jaxpr)
     compiled = jax.jit(gradient).lower(*given).cost_analysis()
@@ -159,12 +158,12 @@ def test_convolutions_count_no_borders(left, right, options):
 
 def test_what_is_computed_again_is_not_useful():
     """The loss three times is the gradient, and remat, loops and placement change nothing of the network."""
-    shapes = jax.eval_shape(SR.init, jax.random.key(0)), SR.batch(4, 16), jax.eval_shape(lambda: jax.random.key(0))
-    once = plan.network_flops(lambda *given: SR.loss(*given)[0], *shapes)
+    shapes = loss_inputs(SR, SR.batch_spec(4, 16))
+    once = plan.network_flops(SR.loss, *shapes)
     backward = lambda stage: jax.grad(lambda *given: stage.loss(*given)[0])  # noqa: E731
     assert plan.network_flops(backward(SR), *shapes) == pytest.approx(3 * once, rel=0.1)
     again = replace(SR, unet=replace(SR.unet, remat="blocks"))
-    assert plan.network_flops(lambda *given: again.loss(*given)[0], *shapes) == once
+    assert plan.network_flops(again.loss, *shapes) == once
     assert plan.network_flops(backward(again), *shapes) > 1.1 * plan.network_flops(backward(SR), *shapes)
 
 
@@ -182,12 +181,11 @@ def test_loops_and_recomputation_are_counted_by_shapes_too():
 def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     mesh = make_mesh(data=2, fsdp=4)
     state = abstract_state(SR, OptimizerConfig(), mesh)
-    params, key = jax.eval_shape(SR.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
-    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
 
     def of(rows, remat="none", **options):
         stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=ActivationSharding()))
-        return estimated_costs(stage.loss, state, params, stage.batch(rows, 16), key, parts=4, copies=2, **options)
+        return estimated_costs(stage, state, stage.batch_spec(rows, 16), **options)
 
     small, large = of(2), of(8)
     assert large.flops == pytest.approx(4 * small.flops, rel=0.05)

@@ -38,7 +38,9 @@ ROWS = ActivationSharding(BATCH_AXES, ("tensor",))
 def batches(count, rows=32):
     rng = np.random.default_rng(0)
     for _ in range(count):
-        batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in STAGE.batch(rows, 16).items()}
+        batch = {
+            name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in STAGE.batch_spec(rows, 16).items()
+        }
         yield batch | {"text_mask": np.arange(4) < rng.integers(0, 5, (rows, 1))}
 
 

@@ -14,6 +14,7 @@ import pytest
 import small
 from training_toy import Stream, Toy
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import Adafactor, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -93,7 +94,7 @@ def test_the_gradient_is_that_of_the_global_mean():
     stage = Toy(draws=False)
     mesh = mesh_of(8, 1)
     params = jax.device_get(init_state(stage, UNCLIPPED, jax.random.key(1), mesh).params)
-    expected = jax.grad(lambda p: stage.loss(p, {k: batch[k] for k in ("x", "noise")}, None)[0])(params)
+    expected = jax.grad(lambda p: small.loss_of(stage, p, {k: batch[k] for k in ("x", "noise")}, None)[0])(params)
     _, moment, _ = one_step(stage, UNCLIPPED, mesh, batch)
     assert relative(moment, jax.tree.map(lambda g: 0.1 * g, expected)) < 1e-5
 
@@ -176,14 +177,17 @@ def test_a_loss_that_is_not_finite_changes_counters_only():
 
 
 @dataclass(frozen=True)
-class Cusp:
+class Cusp(SingleOptimizer):
     """A finite loss whose gradient is not: sqrt at 0."""
 
     def init(self, key):
-        return {"w": jnp.ones(4)}
+        return {"w": jnp.ones(4)}, ()
 
-    def loss(self, params, batch, key):
-        return jnp.sqrt(jnp.sum(0.0 * params["w"])) + jnp.mean(batch["x"]), {}
+    def loss(self, params, extra, frozen, batch, key, step):
+        return jnp.sqrt(jnp.sum(0.0 * params["w"])) + jnp.mean(batch["x"]), ({}, extra)
+
+    def batch_spec(self, batch_size, side):
+        return Toy().batch_spec(batch_size, side)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too():
@@ -219,7 +223,7 @@ def test_adafactor_trains_split_over_devices():
 
 def test_other_parameters_to_start_from():
     mesh, config = mesh_of(1, 8), UNCLIPPED
-    given = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), WIDE.init(jax.random.key(0)))
+    given = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), WIDE.init(jax.random.key(0))[0])
     state = init_state(WIDE, config, jax.random.key(1), mesh, given)
     np.testing.assert_array_equal(state.params["first"]["kernel"], 0.5)
     np.testing.assert_array_equal(state.ema["second"]["kernel"], 0.5)

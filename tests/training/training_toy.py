@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.models.single_optimizer import SingleOptimizer
+
 FEATURES = 8
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(SingleOptimizer):
     """A two-layer denoiser. `draws`: noise from the step's key; otherwise it is in the batch."""
 
     width: int = 16
@@ -31,13 +33,17 @@ class Toy:
                 "bias": jnp.zeros(self.width),
             },
             "second": {"kernel": jax.random.normal(second, (self.width, FEATURES)) / self.width**0.5},
-        }
+        }, ()
 
-    def loss(self, params: Any, batch: Any, key: Any) -> Any:
+    def loss(self, params: Any, extra: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
         noise = jax.random.normal(key, batch["x"].shape) if self.draws else batch["noise"]
         hidden = jnp.tanh((batch["x"] + noise) @ params["first"]["kernel"] + params["first"]["bias"])
         error = (hidden @ params["second"]["kernel"] - noise) ** 2
-        return jnp.mean(error), {"largest_error": jnp.mean(jnp.max(error, axis=-1))}
+        return jnp.mean(error), ({"largest_error": jnp.mean(jnp.max(error, axis=-1))}, extra)
+
+    def batch_spec(self, batch_size: int, side: int) -> Any:
+        row = jax.ShapeDtypeStruct((batch_size, FEATURES), jnp.float32)
+        return {"x": row, "noise": row}
 
 
 @dataclass
