@@ -1,7 +1,7 @@
 """What a diffusion model is conditioned on, as settings: each makes its part of a network's `Conditioning`.
 
-In training from a batch, with dropped conditions and augmentation; in sampling from what is asked for, once as it is and
-once as guidance leads away from it.
+In training from a batch, with dropped conditions and augmentation; in sampling from what is asked for, once as it is
+and once as guidance leads away from it.
 """
 
 import enum

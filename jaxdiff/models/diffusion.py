@@ -1,4 +1,4 @@
-"""A diffusion model of images or latents, trained on its own: one stage of Imagen, or the generator of latent diffusion.
+"""A diffusion model of images or latents, trained on its own: a stage of Imagen, or the generator of latent diffusion.
 
 What it is conditioned on is a tuple of conditioners (`models/conditioners.py`): text, a low-resolution image. How it
 samples is `models/sampling.py`; presets are in `systems/`.
@@ -6,11 +6,11 @@ samples is `models/sampling.py`; presets are in `systems/`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.core.products import ImageSpec, LatentSpec
 from jaxdiff.diffusion import noise
@@ -19,13 +19,14 @@ from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
 from jaxdiff.diffusion.time_samplers import TimeSampler, UniformTimes
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, joined
+from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.unet import UNetConfig
 
 
 @dataclass(frozen=True)
-class DiffusionModel:
+class DiffusionModel(SingleOptimizer):
     """Settings of a diffusion model.
 
     side: of the images that it is trained for; sampling takes any multiples of the network's stride. product: what it
@@ -78,7 +79,7 @@ class DiffusionModel:
         return replace(self, conditioners=tuple(told))
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
-        """Fresh parameters, float32. Widths alone decide their shapes, so the smallest image does."""
+        """Fresh parameters, float32, and no extra. Widths alone decide their shapes, so the smallest image does."""
         size = (self.unet.stride, self.unet.stride)
         given = joined([conditioner.example(size) for conditioner in self.conditioners])
         whole = replace(self.unet.execution, sharding=ActivationSharding())  # one image cannot be split
@@ -86,7 +87,7 @@ class DiffusionModel:
         return network.init(key, jnp.zeros((1, *size, self.product.channels)), jnp.ones(1), given)["params"], ()
 
     def loss(
-        self, params: dict, extra: tuple, frozen: Any, batch: Mapping, key: Key[Array, ""], step: Array
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict, tuple]]:
         """The weighted squared error, averaged over the batch.
 

@@ -53,10 +53,6 @@ class TextReader(Protocol):
         self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
     ) -> TextRead: ...
 
-    def pooling(self, text_width: int) -> tuple[int, int] | None:
-        """Heads and width of the attention that pools; None where nothing is pooled."""
-        ...
-
 
 @dataclass(frozen=True)
 class MaskedText:
@@ -75,11 +71,12 @@ class MaskedText:
         tokens, mask = TextContext(self.width, dtype, name="text")(tokens, mask)
         if not self.pool:
             return TextRead(tokens, mask, None)
-        heads = self.pool_heads or max(1, self.width // 64)
-        return TextRead(tokens, mask, AttentionPool(heads, features, dtype, name="pool")(tokens, mask))
+        pool = AttentionPool(self.heads(self.width), features, dtype, name="pool")
+        return TextRead(tokens, mask, pool(tokens, mask))
 
-    def pooling(self, text_width: int) -> tuple[int, int] | None:
-        return (self.pool_heads or max(1, self.width // 64), self.width) if self.pool else None
+    def heads(self, width: int) -> int:
+        """Of the attention that pools tokens of this width."""
+        return self.pool_heads or max(1, width // 64)
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,12 @@ class WholeText:
     ) -> TextRead:
         vector = None
         if self.pool:
-            heads = self.pool_heads or max(1, tokens.shape[-1] // 64)
-            vector = WholeTextPool(heads, features, dtype, name="pool")(tokens)
+            vector = WholeTextPool(self.heads(tokens.shape[-1]), features, dtype, name="pool")(tokens)
         return TextRead(nn.Dense(self.width, dtype=dtype, name="text")(tokens), None, vector)
 
-    def pooling(self, text_width: int) -> tuple[int, int] | None:
-        return (self.pool_heads or max(1, text_width // 64), text_width) if self.pool else None
+    def heads(self, width: int) -> int:
+        """Of the attention that pools tokens of this width."""
+        return self.pool_heads or max(1, width // 64)
 
 
 class TextContext(nn.Module):

@@ -26,9 +26,10 @@ from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 class Box(Protocol):
     """What generators and decoders have in common.
 
-    side: of the square products that it is made for. steps: of which it reports progress. reads: length and width of
-    the text embeddings that it reads; None where it reads none. reads_padding: it reads what the text encoder gives for
-    padding and for the empty caption.
+    side: of the square products that it is made for. consumes: what a decoder decodes; None for a generator. factor:
+    how many times a decoder's product is as high and wide as what it consumes. steps: of which it reports progress.
+    reads: length and width of the text embeddings that it reads; None where it reads none. reads_padding: it reads what
+    the text encoder gives for padding and for the empty caption.
     """
 
     @property
@@ -36,6 +37,14 @@ class Box(Protocol):
 
     @property
     def side(self) -> int: ...
+
+    @property
+    def consumes(self) -> ProductSpec | None:
+        return None
+
+    @property
+    def factor(self) -> int:
+        return 1
 
     @property
     def steps(self) -> int:
@@ -64,13 +73,7 @@ class Generator(Box, Protocol):
 
 
 class Decoder(Box, Protocol):
-    """From a product to one that is `factor` times as high and wide, nearer to the image; it may read the text too."""
-
-    @property
-    def consumes(self) -> ProductSpec: ...
-
-    @property
-    def factor(self) -> int: ...
+    """From a product to one that is nearer to the image; it may read the text too."""
 
     def decode(self, product: Array, request: SampleRequest) -> Array: ...
 
@@ -183,18 +186,19 @@ class Pipeline:
 
 def check_order(boxes: Sequence[Generator | Decoder]) -> None:
     """ValueError unless the first box needs no product, and each other one decodes what the one before it produces."""
-    if getattr(boxes[0], "consumes", None) is not None:
-        first = boxes[0]
+    first = boxes[0]
+    if first.consumes is not None:
         raise ValueError(
             f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
             "the one that draws them from text has to come before it"
         )
     for lower, upper in itertools.pairwise(boxes):
-        consumes = getattr(upper, "consumes", None)
-        if consumes is None:
+        if upper.consumes is None:
             raise ValueError(f"the {upper.side} stage enlarges nothing, but the stage before it draws {lower.side}")
-        if not same_kind(lower.produces, consumes):
-            raise ValueError(f"the {upper.side} stage decodes {consumes}, the one before it produces {lower.produces}")
+        if not same_kind(lower.produces, upper.consumes):
+            raise ValueError(
+                f"the {upper.side} stage decodes {upper.consumes}, the one before it produces {lower.produces}"
+            )
         if upper.side // upper.factor != lower.side:
             raise ValueError(
                 f"the {upper.side} stage enlarges {upper.side // upper.factor} pixels, "
@@ -294,17 +298,18 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
     for first in range(0, count, plan.rows):
         last = min(first + plan.rows, count)
         product = None if plan.options.after is None else plan.options.after.product[first:last]
-        products = []
+        products: list[np.ndarray] = []
         for stage in plan.stages:
-            box, result = pipeline.boxes[stage.number], None
+            box = pipeline.boxes[stage.number]
+            result: np.ndarray | None = None
             for start in range(first, last, stage.rows):
                 # The last part is filled up with repeats of its last sample, which are dropped again.
                 rows = np.minimum(np.arange(start, start + stage.rows), last - 1)
                 request = _request(pipeline, plan, stage, rows, progress)
-                if stage.number == 0:
-                    found = box.generate(request)
+                if product is None:
+                    found = pipeline.generator.generate(request)
                 else:
-                    found = box.decode(jnp.asarray(product[rows - first]), request)
+                    found = pipeline.decoders[stage.number - 1].decode(jnp.asarray(product[rows - first]), request)
                 part = np.asarray(found)[: last - start]
                 if not np.isfinite(part).all():
                     raise ValueError(
@@ -314,6 +319,7 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
                 if result is None:  # one array for all, so that large images are never held twice
                     result = np.empty((last - first, *part.shape[1:]), part.dtype)
                 result[start - first : start - first + len(part)] = part
+            assert result is not None  # there is at least one sample
             product = result
             products.append(result)
         yield Batch(first, tuple(products))
@@ -337,7 +343,7 @@ def _request(
         def report(step: int) -> None:
             progress(stage.number, before + step * stage.rows, total)
 
-    init = plan.options.init and _init(pipeline, plan.options.init, stage, len(rows))
+    init = None if plan.options.init is None else _init(pipeline, plan.options.init, stage, len(rows))
     return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report)
 
 

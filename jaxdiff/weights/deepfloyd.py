@@ -58,7 +58,7 @@ def described(config: UNetConfig, params: dict) -> dict[str, Any]:
     try:
         network = Network(config, params["text"]["kernel"].shape[0], "aug_level" in params)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("the U-Net to export: its parameters have no text/kernel, which DeepFloyd IF's have") from error
+        raise ValueError("the U-Net to export: its parameters have no text/kernel as DeepFloyd IF's have") from error
     told = _hub_config(network)
     trees.check_tree(params, _shapes(network), "the U-Net to export")
     return told
@@ -255,11 +255,11 @@ def _hub_config(network: Network) -> dict[str, Any]:
 
 def _check_described(config: UNetConfig, attends: list[bool]) -> None:
     attention, conditioning = config.attention, config.conditioning
-    whole = isinstance(conditioning.text, WholeText)
+    text = conditioning.text
     mixed = any(attention.cross_attention) and any(attention.self_attention)
     wanted = {
-        "conditioning.text": (whole, "WholeText", conditioning.text),
-        "conditioning.text.pool": (whole and conditioning.text.pool, True, False),
+        "conditioning.text": (isinstance(text, WholeText), "WholeText", text),
+        "conditioning.text.pool": (isinstance(text, WholeText) and text.pool, True, False),
         "attention.group_text": (attention.group_text, True, False),
         "norm_groups": (config.norm_groups == NORM_GROUPS, NORM_GROUPS, config.norm_groups),
         "conditioning.frequencies": (

@@ -23,7 +23,7 @@ from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.cleaning import clean_caption
-from jaxdiff.text.t5 import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import deepfloyd, hub, sizes, t5
 
 INDEX = "model_index.json"
@@ -72,7 +72,7 @@ def load_text_encoder(
     clean: bool = True,
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
-) -> TextEncoder:
+) -> T5TextEncoder:
     """The frozen T5 of stage I. Captions are cleaned as IF's were in training, or with `clean=False` only put in lower
     case."""
     encoder = t5.load_text_encoder(
@@ -169,9 +169,10 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     """The settings of each part that `export_stage` writes. ValueError where diffusers has no words for one of ours."""
     model, sampling = trained.model, trained.sampling
     text, low_res = model.text, model.low_res
+    enlargement = None if low_res is None else low_res.enlargement
     for name, fits, value in (
         ("prediction", model.prediction is Prediction.EPSILON, model.prediction),
-        ("enlargement", low_res is None or low_res.enlargement is Enlargement.BILINEAR, low_res and low_res.enlargement),
+        ("enlargement", enlargement in (None, Enlargement.BILINEAR), enlargement),
         ("null text", text is not None and text.null is NullText.EMPTY, text and text.null),
         ("text length", text is not None and text.length == LENGTH, text and text.length),
         ("residual", not model.residual, model.residual),
@@ -186,7 +187,9 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     return told | {"unet": deepfloyd.described(model.unet, trained.params) | {"sample_size": model.side}}
 
 
-def export_stage(trained: TrainedModel, directory: Path, text: TextEncoder | None = None, dtype: str = "float32") -> None:
+def export_stage(
+    trained: TrainedModel, directory: Path, text: T5TextEncoder | None = None, dtype: str = "float32"
+) -> None:
     """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
 
     ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jaxdiff.core import json_files
 from jaxdiff.core.files import replacing
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import SamplingConfig
-from jaxdiff.systems.pipeline import Cascade, TrainedModel, check_order
-from jaxdiff.text.t5 import EmbeddedCaptions, T5TextEncoder
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import Pipeline, check_order
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
@@ -41,9 +43,9 @@ def load(
     dtype: str | None = None,
     variant: str | None = None,
     clean: bool = True,
-    text: T5TextEncoder | EmbeddedCaptions | None = None,
+    text: TextEncoder | None = None,
     place: hub.Place = jnp.asarray,
-) -> Cascade:
+) -> Pipeline:
     """The cascade in a folder, where super-resolution may be missing from its end; or of one or several pipelines.
 
     `load("DeepFloyd/IF-I-XL-v1.0")` brings the stage II that belongs to it. `text`: in place of the text encoder, which
@@ -65,8 +67,9 @@ def load(
         models = [stage(p) for p in _pipelines(weights, variant)]
     check_order(models)
     base, *others = models
-    text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place) if text is None else text
-    return Cascade(text, base, tuple(others))
+    if text is None:
+        text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place)
+    return imagen(text, base, *others)
 
 
 def load_text(
@@ -80,7 +83,10 @@ def load_text(
     """The text encoder of a cascade alone, as `load` has it: to embed captions and leave before the rest is loaded."""
     folder = _folder(weights)
     if folder is not None and not is_pipeline(folder / STAGES[0]):
-        return t5.load_text_encoder(folder / "text", read_settings(folder / STAGES[0])[0].text_length)
+        base = read_settings(folder / STAGES[0])[0]
+        if base.text is None:
+            raise ValueError(f"{folder / STAGES[0]}: a stage that reads no text")
+        return t5.load_text_encoder(folder / "text", base.text.shape[0])
     first = folder / STAGES[0] if folder is not None else _directory(_listed(weights)[0], variant, ("text_encoder",))
     return deepfloyd_pipeline.load_text_encoder(first, dtype or "float32", clean=clean, variant=variant, place=place)
 
@@ -158,19 +164,28 @@ def load_params(stage: DiffusionModel, path: Path) -> dict:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
-def export(cascade: Cascade, directory: str | Path, dtype: str = "float32") -> None:
+def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
     """Writes a cascade of IF's kind as pipelines in a folder of stages: diffusers opens each, `load` all of them.
 
     ValueError where diffusers has no words for a setting of a stage, before anything is written; OSError where
     something cannot be written.
     """
-    if len(cascade.models) > len(STAGES):
-        raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(cascade.models)}")
-    for model in cascade.models:
+    models = trained(pipeline)
+    if len(models) > len(STAGES):
+        raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")
+    for model in models:
         deepfloyd_pipeline.described(model)
-    for name, model in zip(STAGES, cascade.models):
-        text = cascade.text if model is cascade.base and isinstance(cascade.text, T5TextEncoder) else None
-        deepfloyd_pipeline.export_stage(model, Path(directory) / name, text, dtype)
+    encoder = pipeline.text_encoder if isinstance(pipeline.text_encoder, T5TextEncoder) else None
+    for number, (name, model) in enumerate(zip(STAGES, models)):
+        deepfloyd_pipeline.export_stage(model, Path(directory) / name, None if number else encoder, dtype)
+
+
+def trained(pipeline: Pipeline) -> tuple[TrainedModel, ...]:
+    """The boxes of a pipeline whose boxes are all trained diffusion models; ValueError for any other."""
+    models = tuple(box for box in pipeline.boxes if isinstance(box, TrainedModel))
+    if len(models) < len(pipeline.boxes):
+        raise ValueError("a pipeline with boxes that are no diffusion models")
+    return models
 
 
 def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32") -> None:
@@ -179,8 +194,9 @@ def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32
     Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
     """
     directory = Path(directory)
-    told = {"version": VERSION, "stage": to_json(model.stage), "sampling": to_json(model.sampling)}
-    settings = json.dumps(told if model.text is None else told | {"text": model.text}, indent=1)
+    told = {"version": VERSION, "stage": to_json(model.model), "sampling": to_json(model.sampling)}
+    text = {} if model.text_fingerprint is None else {"text": model.text_fingerprint}
+    settings = json.dumps(told | text, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "stage.json"
     with tree.saving(path), replacing(path) as temporary:

@@ -3,11 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdiff.core import products
 from jaxdiff.core.messages import quoted
 from jaxdiff.core.settings import Table
-from jaxdiff.diffusion import guidance, losses, parameterization, samplers, schedules, thresholding, time_grid
-from jaxdiff.models import diffusion, sampling, tiles
-from jaxdiff.nets import blocks, classifier, unet
+from jaxdiff.diffusion import (
+    guidance,
+    losses,
+    parameterization,
+    samplers,
+    schedules,
+    thresholding,
+    time_grid,
+    time_samplers,
+)
+from jaxdiff.models import conditioners, diffusion, sampling, tiles
+from jaxdiff.nets import blocks, classifier, conditioning, unet
 from jaxdiff.weights import sizes
 
 VERSION = 2
@@ -17,18 +27,28 @@ VERSION = 2
 def _check_whole(settings: Any, where: str) -> None:
     if isinstance(settings, unet.UNetConfig):
         sizes.check_network(settings, where)
+    if isinstance(settings, diffusion.DiffusionModel):
+        sizes.check_model(settings, where)
 
 
 TABLE = Table(
     {
-        "imagen.Stage": diffusion.DiffusionModel,
-        "imagen.Sampling": sampling.SamplingConfig,
-        "imagen.NullText": diffusion.NullText,
-        "imagen.Enlargement": diffusion.Enlargement,
-        "imagen.Tiles": tiles.Tiles,
+        "core.Image": products.ImageSpec,
+        "core.Latent": products.LatentSpec,
+        "models.Diffusion": diffusion.DiffusionModel,
+        "models.TextConditioner": conditioners.TextConditioner,
+        "models.NullText": conditioners.NullText,
+        "models.LowResConditioner": conditioners.LowResConditioner,
+        "models.Enlargement": conditioners.Enlargement,
+        "models.Sampling": sampling.SamplingConfig,
+        "models.Tiles": tiles.Tiles,
         "nets.UNet": unet.UNetConfig,
         "nets.EfficientUNet": unet.EfficientUNetConfig,
-        "nets.Reading": unet.Reading,
+        "nets.Attention": unet.AttentionConfig,
+        "nets.Conditioning": unet.ConditioningConfig,
+        "nets.Execution": unet.ExecutionConfig,
+        "nets.MaskedText": conditioning.MaskedText,
+        "nets.WholeText": conditioning.WholeText,
         "nets.Activation": blocks.Activation,
         "nets.Classifier": classifier.ClassifierConfig,
         "diffusion.CosineSchedule": schedules.CosineSchedule,
@@ -36,7 +56,10 @@ TABLE = Table(
         "diffusion.EDM": schedules.EDM,
         "diffusion.RectifiedFlow": schedules.RectifiedFlow,
         "diffusion.TabulatedSchedule": schedules.TabulatedSchedule,
-        "diffusion.Focused": schedules.Focused,
+        "diffusion.UniformTimes": time_samplers.UniformTimes,
+        "diffusion.LogSNRRange": time_samplers.LogSNRRange,
+        "diffusion.LogNormalTimes": time_samplers.LogNormalTimes,
+        "diffusion.LogitNormalTimes": time_samplers.LogitNormalTimes,
         "diffusion.Prediction": parameterization.Prediction,
         "diffusion.Guidance": guidance.Guidance,
         "diffusion.UniformWeighting": losses.UniformWeighting,

@@ -12,14 +12,17 @@ import jax
 
 from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
+from jaxdiff.core.products import ImageSpec, LatentSpec
 from jaxdiff.diffusion import schedules, time_grid
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
 
 
 class Bounds(NamedTuple):
@@ -37,16 +40,14 @@ CHARACTERS = 200
 PARAMETERS = 2**40
 
 _UNET = {
-    **dict.fromkeys(("channels", "head_channels", "time_width", "text_width", "context_width"), SIZE),
+    "channels": SIZE,
     "multipliers": Bounds(1, 2**10),
     "blocks": Bounds(0, DEPTH.most),
     "patch": Bounds(1, 2**6),
-    "heads": HEADS,
-    "pool_heads": HEADS,
-    "feed_forward": FACTOR,
     "norm_groups": OPTIONAL,
-    "frequencies": OPTIONAL,
 }
+_PRODUCT = {"channels": SIZE, "stride": SIDE}
+_READER = {"width": SIZE, "pool_heads": HEADS}
 _TOWER = {"width": SIZE, "layers": DEPTH, "heads": SIZE, "feed_forward": SIZE}
 BOUNDS: dict[type, dict[str, Bounds]] = {
     UNetConfig: _UNET,
@@ -63,7 +64,15 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
     CLIPConfig: {"width": SIZE},
     ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
-    DiffusionModel: {"resolution": SIDE, "low_resolution": SIDE, "text_length": STEPS},
+    AttentionConfig: {"head_channels": SIZE, "heads": HEADS, "feed_forward": FACTOR},
+    ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL},
+    MaskedText: _READER,
+    WholeText: _READER,
+    ImageSpec: _PRODUCT,
+    LatentSpec: _PRODUCT,
+    DiffusionModel: {"side": SIDE},
+    TextConditioner: {"width": SIZE, "length": STEPS},
+    LowResConditioner: {"factor": SIDE, "channels": SIZE},
     SamplingConfig: {"steps": STEPS},
     Tiles: {"side": SIDE, "overlap": SIDE},
     schedules.LinearBetaSchedule: {"steps": STEPS},
@@ -119,12 +128,19 @@ def check_network(config: UNetConfig, where: str) -> None:
 
 
 def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:
-    for level, attends in enumerate(zip(config.self_attention, config.cross_attention)):
+    for level, attends in enumerate(zip(config.attention.self_attention, config.attention.cross_attention)):
         if any(attends):
             yield f"attention at level {level}", config.heads_at(level), config.width(level)
-    if config.pool_text:
-        width = config.text_width if config.reading is config.reading.WHOLE else config.context_width
-        yield "pool_heads", config.pool_heads or max(1, width // 64), width
+    text = config.conditioning.text
+    if isinstance(text, MaskedText) and text.pool:
+        yield "pool_heads", text.heads(text.width), text.width
+
+
+def check_model(model: DiffusionModel, where: str) -> None:
+    """ValueError where the heads that pool a text do not divide its width."""
+    reader, width = model.unet.conditioning.text, None if model.text is None else model.text.width
+    if isinstance(reader, WholeText) and reader.pool and width is not None and width % reader.heads(width):
+        raise ValueError(f"{where}: pool_heads: {reader.heads(width)} heads do not divide a width of {width}")
 
 
 def shapes(init: Callable[[], dict], where: str) -> dict:
