@@ -19,6 +19,7 @@ from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss, variance_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
+from jaxdiff.diffusion.time_samplers import TimeSampler, UniformTimes
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.text.t5 import TextEmbedding
@@ -52,6 +53,7 @@ class DiffusionModel:
 
     resolution: sides of the pictures that it is trained for, in pixels; sampling takes any multiple of the stride.
     schedule, prediction, weighting: the diffusion process; Imagen's are cosine, ε and the plain squared error.
+    time_sampler: where training spends its time; Imagen's is uniform.
     augmentation: schedule of the noise on the low-resolution input, whose time is the level (2.4). max_aug_level: the
     highest level in training, where levels are uniform from 0. enlargement: how that input is enlarged, and when.
     residual: the network says what to add to the enlarged input (x₀ prediction only): flat areas come out exact.
@@ -62,6 +64,7 @@ class DiffusionModel:
     resolution: int = 64
     low_resolution: int | None = None
     schedule: Schedule = CosineSchedule()
+    time_sampler: TimeSampler = UniformTimes()
     prediction: Prediction = Prediction.EPSILON
     weighting: Weighting = UniformWeighting()
     augmentation: Schedule = CosineSchedule()
@@ -113,7 +116,7 @@ class DiffusionModel:
         keys = noise.sample_keys(key, jnp.arange(count))
         # Times are spread evenly over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, a loss of less variance.
         u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
-        t = self.schedule.sample_time(jax.random.permutation(jax.random.fold_in(key, count), u))
+        t = self.time_sampler.times(jax.random.permutation(jax.random.fold_in(key, count), u), self.schedule)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         eps = noise.normal_like(noise.fold(keys, 0), image.shape[1:])
         x = noised(image, eps, alpha, sigma)

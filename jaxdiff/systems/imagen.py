@@ -10,9 +10,10 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.losses import MinSNR, PowerSNR
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDPM, DPMSolverPP2M
-from jaxdiff.diffusion.schedules import CosineSchedule, Focused, LinearBetaSchedule, TabulatedSchedule
+from jaxdiff.diffusion.schedules import CosineSchedule, LinearBetaSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.models.diffusion import DiffusionModel, Enlargement, NullText
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.blocks import Activation
@@ -73,7 +74,8 @@ _TINY_UNET = EfficientUNetConfig(
 
 BASE_64_TINY = DiffusionModel(
     unet=_TINY_UNET,
-    schedule=Focused(CosineSchedule(shift=-2.5), -11.0, 4.0),
+    schedule=CosineSchedule(shift=-2.5),
+    time_sampler=LogSNRRange(-11.0, 4.0),
     prediction=Prediction.X0,
     weighting=PowerSNR(0.2, lowest=-11.0),
     text_length=24,
@@ -104,7 +106,8 @@ patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hour
 BASE_32_TINY = replace(
     BASE_64_TINY,
     resolution=32,
-    schedule=Focused(CosineSchedule(shift=-1.1), -9.6, 5.4),
+    schedule=CosineSchedule(shift=-1.1),
+    time_sampler=LogSNRRange(-9.6, 5.4),
     weighting=PowerSNR(0.2, lowest=-9.6),
 )
 """The same network on a quarter of the pixels, so a quarter of the work: for sets of 32×32 and for ablations.

@@ -5,7 +5,16 @@ from typing import Any
 
 from jaxdiff.core.messages import quoted
 from jaxdiff.core.settings import Table
-from jaxdiff.diffusion import guidance, losses, parameterization, samplers, schedules, thresholding, time_grid
+from jaxdiff.diffusion import (
+    guidance,
+    losses,
+    parameterization,
+    samplers,
+    schedules,
+    thresholding,
+    time_grid,
+    time_samplers,
+)
 from jaxdiff.models import diffusion, sampling, tiles
 from jaxdiff.nets import blocks, classifier, unet
 from jaxdiff.weights import sizes
@@ -36,7 +45,10 @@ TABLE = Table(
         "diffusion.EDM": schedules.EDM,
         "diffusion.RectifiedFlow": schedules.RectifiedFlow,
         "diffusion.TabulatedSchedule": schedules.TabulatedSchedule,
-        "diffusion.Focused": schedules.Focused,
+        "diffusion.UniformTimes": time_samplers.UniformTimes,
+        "diffusion.LogSNRRange": time_samplers.LogSNRRange,
+        "diffusion.LogNormalTimes": time_samplers.LogNormalTimes,
+        "diffusion.LogitNormalTimes": time_samplers.LogitNormalTimes,
         "diffusion.Prediction": parameterization.Prediction,
         "diffusion.Guidance": guidance.Guidance,
         "diffusion.UniformWeighting": losses.UniformWeighting,
