@@ -43,8 +43,8 @@ class Training:
     base_logsnr: tuple[float, float] | None = (-7.0, -2.0)
     """Log-SNRs where the base model trains most: there an object can be seen, but not yet its colour, and only the
     caption says it. None: wherever the preset trains."""
-    base_logsnr_share: float = 0.5
-    """Share of the base model's training there; with more, what it draws stays blurred and noisy."""
+    base_logsnr_fraction: float = 0.5
+    """Fraction of the base model's training there; with more, what it draws stays blurred and noisy."""
     base_snr_power: float | None = 0.1
     """Power of the SNR that weights its error; 0: no noise level counts for more. None: the preset's weights."""
     sr256_steps: int = 400
@@ -98,7 +98,7 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
         learning_rate=settings.base_learning_rate,
         ema_decay=settings.base_ema_decay,
         logsnr=settings.base_logsnr,
-        logsnr_share=settings.base_logsnr_share,
+        logsnr_fraction=settings.base_logsnr_fraction,
         snr_power=settings.base_snr_power,
         warmup=30,
         examples=settings.examples,

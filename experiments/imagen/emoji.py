@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
         steps=settings.steps,
         batch=settings.batch,
         logsnr=(-9.0, 0.0),  # where a name decides what there is to see
-        logsnr_share=0.75,
+        logsnr_fraction=0.75,
         snr_power=0.0,
         optimizer="muon",
         learning_rate=settings.learning_rate,

@@ -30,7 +30,7 @@ from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, st
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
-from jaxdiff.diffusion.schedules import Focused, Schedule
+from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.pipeline import TrainedModel
@@ -77,8 +77,8 @@ class Run:
     logsnr: tuple[float, float] | None = None
     """Train at log-SNRs spread evenly over this range; left out: where the preset trains. A stage that draws well but
     does not do what its captions say learns it faster where that is decided: -5.5 to 0 for forms at 64 pixels."""
-    logsnr_share: float = 1.0
-    """Share of the training that is spent in that range; the rest is where the preset trains."""
+    logsnr_fraction: float = 1.0
+    """Fraction of the training that is spent in that range; the rest is where the preset trains."""
     snr_power: float | None = None
     """Weight the x0 error by SNR to this power (0: the same at every noise level); left out: the preset's weights."""
     text_dropout: float | None = None
@@ -200,7 +200,7 @@ def stage_of(settings: Run) -> DiffusionModel:
     stage = presets.stage(settings.stage, settings.preset)
     changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype)}
     if settings.logsnr is not None:
-        changes["schedule"] = focused(stage.schedule, *settings.logsnr, settings.logsnr_share)
+        changes["time_sampler"] = time_sampler(stage, *settings.logsnr, settings.logsnr_fraction)
     if settings.snr_power is not None:
         power = stage.weighting if isinstance(stage.weighting, PowerSNR) else PowerSNR()
         changes["weighting"] = dataclasses.replace(power, power=settings.snr_power)
@@ -266,13 +266,14 @@ def initial_of(settings: Run, stage: DiffusionModel, mesh: Mesh | None = None) -
     return jax.tree.map(np.asarray, params)
 
 
-def focused(schedule: Schedule, low: float, high: float, share: float) -> Focused:
-    """The schedule with a share of its training in another range. ValueError where it has no such log-SNRs."""
-    lowest, highest = float(schedule.logsnr(1.0)), float(schedule.logsnr(0.0))
+def time_sampler(stage: DiffusionModel, low: float, high: float, fraction: float) -> LogSNRRange:
+    """A fraction of the training in another range, the rest where the stage has it. ValueError where its schedule has
+    no such log-SNRs."""
+    lowest, highest = float(stage.schedule.logsnr(1.0)), float(stage.schedule.logsnr(0.0))
     if not (low < highest and high > lowest):
         raise ValueError(f"--logsnr {low:g} {high:g}: the schedule's lie between {lowest:.3g} and {highest:.3g}")
-    whole = share == 1.0 and isinstance(schedule, Focused)
-    return Focused(schedule.schedule if whole else schedule, low, high, share)
+    rest: TimeSampler = UniformTimes() if fraction == 1.0 else stage.time_sampler
+    return LogSNRRange(low, high, fraction, rest)
 
 
 def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> Source:

@@ -28,7 +28,7 @@ from experiments.recipes.gpu_examples import DONE, IDS, IMAGES, MASK
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.losses import PowerSNR
-from jaxdiff.diffusion.schedules import Focused
+from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.t5 import T5TextEncoder, embed
@@ -143,14 +143,10 @@ def _rehearsed(settings: Settings) -> Settings:
 
 def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
     """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
-    schedule = stage.schedule
-    while isinstance(schedule, Focused):
-        schedule = schedule.schedule
-    everywhere = Focused(schedule, -11.0, 4.0)
     return replace(
         stage,
         unet=replace(stage.unet, dtype=settings.dtype),
-        schedule=Focused(everywhere, -6.0, 2.0, settings.focus),
+        time_sampler=LogSNRRange(-6.0, 2.0, settings.focus, rest=LogSNRRange(-11.0, 4.0)),
         weighting=PowerSNR(0.0),
     )
 

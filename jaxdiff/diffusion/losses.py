@@ -1,7 +1,7 @@
 """The training loss: a weighted mean-squared error of what the network predicts.
 
 A weighting is a frozen dataclass whose `weight(logsnr, prediction)` is the factor on the squared error of that
-prediction's target, at times drawn from the schedule's training density. Min-SNR and sigmoid are one weighting of the
+prediction's target, at the times that a `TimeSampler` chooses. Min-SNR and sigmoid are one weighting of the
 x₀ error whatever the network predicts: `parameterization.log_error_ratio` turns it into each target's factor.
 """
 
@@ -86,8 +86,8 @@ class SigmoidWeighting:
     """sigmoid(b − λ) on the ε error (arXiv 2303.00848; simpler diffusion, arXiv 2410.19324).
 
     Factors, with S = e^λ: ε: sigmoid(b − λ); x₀: S sigmoid(b − λ) = e^b sigmoid(λ − b); v: S sigmoid(b − λ)/(S + 1);
-    velocity: S sigmoid(b − λ)/(1 + √S)². The papers write their loss as an integral over λ; drawn at the schedule's own
-    times, as here, it lacks their factor −dλ/dt.
+    velocity: S sigmoid(b − λ)/(1 + √S)². The papers write their loss as an integral over λ; at uniform times it
+    lacks their factor −dλ/dt.
     """
 
     bias: float = -1.0

@@ -5,8 +5,8 @@ the log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each s
 otherwise) and recomputes α and σ from the clipped value, so that neither is zero and no conversion divides by zero.
 
 A schedule is a frozen dataclass of numbers: hashable, and so a static value under `jax.jit`. Results are float32
-(float64 where t is), whatever the network computes in. `sample_time` maps uniform draws to training times: the
-training density.
+(float64 where t is), whatever the network computes in. Where training spends its time is no part of it: that is a
+`TimeSampler` (`time_samplers.py`).
 """
 
 import abc
@@ -33,8 +33,6 @@ class Schedule(Protocol):
 
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
 
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]: ...
-
     def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """What networks are told of a time."""
         ...
@@ -43,16 +41,23 @@ class Schedule(Protocol):
         """The time of a level of noise in [0, 1], for augmentation."""
         ...
 
+    def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The time of the table's entry that t belongs to; t itself where there is no table."""
+        ...
+
 
 class _Continuous:
     """Time is any number in [0, 1], and a level of noise is one."""
 
     def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """1000 t: the range for which a network's sines and cosines are made."""
-        return 1000.0 * _precise(t)
+        return 1000.0 * at_least_float32(t)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return _precise(level)
+        return at_least_float32(level)
+
+    def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        return at_least_float32(t)
 
 
 class _VariancePreserving(_Continuous, abc.ABC):
@@ -66,10 +71,6 @@ class _VariancePreserving(_Continuous, abc.ABC):
 
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.logsnr(t)))
-
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Training times from u ~ U(0, 1): here t = u, as Imagen trains."""
-        return _precise(u)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class CosineSchedule(_VariancePreserving):
         return cls(shift=2.0 * math.log(reference / resolution))
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        t = _precise(t)
+        t = at_least_float32(t)
         # cos(πt/2) as the sine of the complement: the float32 cosine of π/2 is negative.
         sine, cosine = jnp.sin(0.5 * jnp.pi * t), jnp.sin(0.5 * jnp.pi * (1.0 - t))
         return _clipped(2.0 * (_log(cosine) - _log(sine)) + self.shift, self.clip)
@@ -117,7 +118,7 @@ class LinearBetaSchedule(_VariancePreserving):
         _check_betas(self.steps, self.beta_start, self.beta_end)
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        n = self.steps * _precise(t)
+        n = self.steps * at_least_float32(t)
         first, slope = self.beta_start, (self.beta_end - self.beta_start) / (self.steps - 1)
         pairs, pyramid = n * (n - 1.0) / 2.0, (n - 1.0) * n * (2.0 * n - 1.0) / 6.0  # Σ j and Σ j² over j < n
         sum_beta = first * n + slope * pairs
@@ -130,36 +131,25 @@ class EDM(_VariancePreserving):
     """EDM (arXiv 2206.00364): noise of standard deviation s added to x₀, scaled here to unit variance.
 
     s(t) = (s_min^(1/ρ) + t (s_max^(1/ρ) − s_min^(1/ρ)))^ρ (Eq. 5), α = 1/√(1+s²), σ = s/√(1+s²), λ = −2 log s. Even
-    steps in t are therefore EDM's own sampling steps. Training draws log s ~ N(p_mean, p_std²) (Table 1), limited to
-    [s_min, s_max]. Its clean end t = 0 is s_min, not 0: a thousandth of the picture's range.
+    steps in t are therefore EDM's own sampling steps. EDM trains with `LogNormalTimes()`. The clean end t = 0 is s_min,
+    not 0: a thousandth of the image's range.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
     clip: float = 20.0
 
     def __post_init__(self):
         _check_clip(self.clip)
         if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"EDM needs 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
-        if not (0.0 < self.rho < math.inf and 0.0 < self.p_std < math.inf and math.isfinite(self.p_mean)):
-            raise ValueError(f"EDM needs rho > 0, p_std > 0, p_mean finite: {self.rho}, {self.p_std}, {self.p_mean}")
+        if not 0.0 < self.rho < math.inf:
+            raise ValueError(f"EDM needs a finite rho above 0, not {self.rho}")
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        low, high = self._ends()
-        return _clipped(-2.0 * self.rho * jnp.log(low + _precise(t) * (high - low)), self.clip)
-
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Times whose s(t) is log-normal, from u ~ U(0, 1) through the inverse of the normal distribution function."""
-        low, high = self._ends()
-        log_s = self.p_mean + self.p_std * jax.scipy.special.ndtri(_precise(u))
-        return jnp.clip((jnp.exp(log_s / self.rho) - low) / (high - low), 0.0, 1.0)
-
-    def _ends(self) -> tuple[float, float]:
-        return self.sigma_min ** (1.0 / self.rho), self.sigma_max ** (1.0 / self.rho)
+        low, high = self.sigma_min ** (1.0 / self.rho), self.sigma_max ** (1.0 / self.rho)
+        return _clipped(-2.0 * self.rho * jnp.log(low + at_least_float32(t) * (high - low)), self.clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +167,7 @@ class RectifiedFlow(_Continuous):
         _check_finite("shift", self.shift)
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        t = _precise(t)
+        t = at_least_float32(t)
         return _clipped(2.0 * (_log(1.0 - t) - _log(t)) + self.shift, self.clip)
 
     def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
@@ -185,10 +175,6 @@ class RectifiedFlow(_Continuous):
 
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         return jax.nn.sigmoid(-0.5 * self.logsnr(t))
-
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Training times from u ~ U(0, 1): t = u."""
-        return _precise(u)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,80 +228,33 @@ class TabulatedSchedule(_VariancePreserving):
 
     def time(self, timestep: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """t of a table index."""
-        return (_precise(timestep) + 1.0) / self.steps
+        return (at_least_float32(timestep) + 1.0) / self.steps
 
     def network_time(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """The table index at t (fractional between entries; −1 at t = 0)."""
-        found = _precise(t) * self.steps - 1.0
+        found = at_least_float32(t) * self.steps - 1.0
         # At an entry exactly its index: what float32 loses in t would show in a network's sines of it.
         nearest = jnp.round(found)
         return jnp.where(jnp.abs(found - nearest) < 1e-3, nearest, found)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """That of the table's entry `level` · N, so that 0 is the first one and not the clean picture."""
-        return self.time(jnp.clip(jnp.round(_precise(level) * self.steps), 0.0, self.steps - 1.0))
+        return self.time(jnp.clip(jnp.round(at_least_float32(level) * self.steps), 0.0, self.steps - 1.0))
+
+    def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """That of entry i where i/N ≤ t < (i + 1)/N, and of the last one at t = 1."""
+        return jnp.minimum(jnp.floor(at_least_float32(t) * self.steps) + 1.0, self.steps) / self.steps
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        t = _precise(t)
+        t = at_least_float32(t)
         knots, values = _table(self.alpha_bar)
         minus_log = jnp.interp(t * self.steps, jnp.asarray(knots, t.dtype), jnp.asarray(values, t.dtype))
         return _clipped(_logsnr_of_log_alpha_bar(minus_log), self.clip)
 
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Training times from u ~ U(0, 1): each of the N entries equally often."""
-        return jnp.minimum(jnp.floor(_precise(u) * self.steps) + 1.0, self.steps) / self.steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Focused:
-    """The process of another schedule, a `share` of its training at log-SNRs spread evenly over [low, high].
-
-    The rest of the training, if any, is where that schedule has it (which may be another focus).
-
-    The schedule's own density gives each noise level a share that was found good for ε on photographs. What a caption
-    decides about a flat picture (where, how large, which colour) is decided at log-SNRs far below those, in a few units
-    that the cosine schedule hardly visits.
-    """
-
-    schedule: "CosineSchedule | LinearBetaSchedule | EDM | RectifiedFlow | TabulatedSchedule | Focused"
-    low: float
-    high: float
-    share: float = 1.0
-
-    def __post_init__(self):
-        if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"a range of log-SNRs has low < high, not {self.low} and {self.high}")
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"the share of training in a range of log-SNRs lies in (0, 1], not {self.share}")
-
-    def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        return self.schedule.logsnr(t)
-
-    def alpha(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        return self.schedule.alpha(t)
-
-    def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        return self.schedule.sigma(t)
-
-    def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return self.schedule.network_time(t)
-
-    def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        return self.schedule.level_time(level)
-
-    def sample_time(self, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """Training times from u ~ U(0, 1): the log-SNR falls from high to low until u = share, then the rest."""
-        u = _precise(u)
-        inside = time_of(self.schedule, self.high - jnp.minimum(u / self.share, 1.0) * (self.high - self.low))
-        if self.share == 1.0:
-            return inside
-        rest = self.schedule.sample_time(jnp.clip((u - self.share) / (1.0 - self.share), 0.0, 1.0))
-        return jnp.where(u < self.share, inside, rest)
-
 
 def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The t at which the schedule has this log-SNR (the nearer end outside its range), by bisection."""
-    logsnr = _precise(logsnr)
+    logsnr = at_least_float32(logsnr)
 
     def halve(_, bounds):
         low, high = bounds
@@ -329,6 +268,12 @@ def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"
     return jnp.where(logsnr <= schedule.logsnr(jnp.ones_like(logsnr)), 1.0, ends)
 
 
+def at_least_float32(value) -> Array:
+    """As an array of at least float32: schedules never run in the network's bfloat16."""
+    value = jnp.asarray(value)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
 @functools.lru_cache(maxsize=32)
 def _table(alpha_bar: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Knots 0…N and −log ᾱ there, beginning with the clean picture."""
@@ -338,12 +283,6 @@ def _table(alpha_bar: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
 def _logsnr_of_log_alpha_bar(minus_log: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """λ = log(ᾱ/(1 − ᾱ)) from a = −log ᾱ: −a − log(1 − e^(−a)), exact to rounding for small and for large a."""
     return -minus_log - _log(-jnp.expm1(-minus_log))
-
-
-def _precise(value) -> Array:
-    """As an array of at least float32: schedules never run in the network's bfloat16."""
-    value = jnp.asarray(value)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 def _log(value: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -1,4 +1,4 @@
-"""Schedules: ends, monotony, closed forms, the tables, the training densities, precision."""
+"""Schedules: ends, monotony, closed forms, the tables, precision."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import pytest
 from jaxdiff.diffusion.schedules import (
     EDM,
     CosineSchedule,
-    Focused,
     LinearBetaSchedule,
     RectifiedFlow,
     Schedule,
@@ -113,8 +112,8 @@ def test_networks_are_told_whole_entries(table):
     timesteps = np.arange(1000.0)
     np.testing.assert_array_equal(table.network_time(table.time(jnp.asarray(timesteps, jnp.float32))), timesteps)
     np.testing.assert_array_equal(jax.jit(lambda i: table.network_time(table.time(i)))(timesteps), timesteps)
-    drawn = table.sample_time(jnp.asarray((timesteps + 0.5) / 1000, jnp.float32))
-    np.testing.assert_array_equal(table.network_time(drawn), timesteps)
+    within = table.entry_time(jnp.asarray((timesteps + 0.5) / 1000, jnp.float32))
+    np.testing.assert_array_equal(table.network_time(within), timesteps)
     np.testing.assert_allclose(table.network_time(table.time(jnp.asarray([0.5, 20.25]))), [0.5, 20.25], atol=1e-3)
     assert table.network_time(jnp.zeros(())) == -1.0
 
@@ -127,16 +126,9 @@ def test_levels_of_noise():
     small = TabulatedSchedule.cosine(8)
     np.testing.assert_array_equal(small.network_time(small.level_time(jnp.asarray([0.0, 0.5, 1.0]))), [0, 4, 7])
     level = jnp.linspace(0.0, 1.0, 11)
-    for schedule in (
-        CosineSchedule(),
-        LinearBetaSchedule(),
-        EDM(),
-        RectifiedFlow(),
-        Focused(CosineSchedule(), -2.0, 2.0),
-    ):
+    for schedule in (CosineSchedule(), LinearBetaSchedule(), EDM(), RectifiedFlow()):
         np.testing.assert_array_equal(schedule.level_time(level), level)
         np.testing.assert_allclose(schedule.network_time(level), 1000.0 * level)
-    np.testing.assert_array_equal(Focused(table, -2.0, 2.0).level_time(level), table.level_time(level))
 
 
 def test_published_ends_of_the_tables():
@@ -155,52 +147,17 @@ def test_inverse(schedule):
     np.testing.assert_array_equal(time_of(schedule, jnp.array([25.0, -25.0])), [0.0, 1.0])
 
 
-@every
-def test_training_times_lie_in_range_and_rise_with_the_draw(schedule):
-    u = jnp.linspace(0.0, 1.0, 4001)
-    t = schedule.sample_time(u)
-    assert np.all((t >= 0) & (t <= 1)) and np.all(np.diff(t) >= 0)
-    if not isinstance(schedule, EDM | TabulatedSchedule):
-        np.testing.assert_array_equal(t, u)
-
-
-def test_edm_trains_on_log_normal_noise():
-    u = (jnp.arange(20000) + 0.5) / 20000
-    log_s = -0.5 * EDM().logsnr(EDM().sample_time(u))
-    assert float(jnp.mean(log_s)) == pytest.approx(-1.2, abs=1e-2)
-    assert float(jnp.std(log_s)) == pytest.approx(1.2, abs=1e-2)
-
-
-def test_discrete_trains_on_each_entry_equally():
-    table = TabulatedSchedule.linear()
-    timesteps = table.network_time(table.sample_time(jax.random.uniform(jax.random.key(0), (100_000,))))
-    counts = np.bincount(np.round(np.asarray(timesteps)).astype(int), minlength=1000)
-    assert len(counts) == 1000 and counts.min() > 50 and counts.max() < 160
-    np.testing.assert_allclose(timesteps, np.round(timesteps), atol=1e-3)
-
-
-@every
-def test_focus_changes_where_training_looks_and_nothing_else(schedule):
-    focused, t = Focused(schedule, -2.5, 3.0), jnp.linspace(0.0, 1.0, 101)
-    assert isinstance(focused, Schedule)
-    for name in ("logsnr", "alpha", "sigma"):
-        np.testing.assert_array_equal(getattr(focused, name)(t), getattr(schedule, name)(t))
-    found = focused.logsnr(focused.sample_time(t))
-    np.testing.assert_allclose(
-        found, np.linspace(3.0, -2.5, 101), atol=2e-2 if isinstance(schedule, TabulatedSchedule) else 1e-3
-    )
-    assert focused.sample_time(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
-
-    # Three quarters in the range, and the last quarter as the schedule itself would have it.
-    partly = Focused(schedule, -2.5, 3.0, share=0.75).sample_time(jnp.linspace(0.0, 1.0, 401))
-    atol = 1.001e-3 if isinstance(schedule, TabulatedSchedule) else 1e-5  # a step of the table may fall to either side
-    np.testing.assert_allclose(partly[:300], focused.sample_time(jnp.arange(300) / 300), atol=atol)
-    np.testing.assert_allclose(partly[300:], schedule.sample_time(t), atol=atol)
+def test_entries_of_times():
+    """The entry whose step holds t, half open; a continuous schedule keeps t."""
+    t = jnp.asarray([0.0, 0.1, 0.25, 0.3, 0.5, 0.99, 1.0])
+    np.testing.assert_array_equal(TabulatedSchedule.linear(4).entry_time(t), [0.25, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0])
+    for schedule in (CosineSchedule(), LinearBetaSchedule(), EDM(), RectifiedFlow()):
+        np.testing.assert_array_equal(schedule.entry_time(t), t)
 
 
 @every
 def test_float32_whatever_the_network_computes_in(schedule):
-    for function in (schedule.logsnr, schedule.alpha, schedule.sigma, schedule.sample_time):
+    for function in (schedule.logsnr, schedule.alpha, schedule.sigma, schedule.entry_time):
         assert function(jnp.linspace(0.0, 1.0, 5, dtype=jnp.bfloat16)).dtype == jnp.float32
 
 
@@ -218,11 +175,9 @@ def test_a_static_value_under_jit(schedule):
         (lambda: CosineSchedule(shift=float("nan")), "shift must be finite"),
         (lambda: LinearBetaSchedule(beta_start=0.1, beta_end=0.01), "beta_start"),
         (lambda: EDM(sigma_min=1.0, sigma_max=0.5), "sigma_min"),
-        (lambda: EDM(p_std=0.0), "p_std"),
+        (lambda: EDM(rho=0.0), "rho"),
         (lambda: TabulatedSchedule((0.5, 0.6)), "alpha_bar"),
         (lambda: TabulatedSchedule.linear(1), "at least 2 steps"),
-        (lambda: Focused(CosineSchedule(), 1.0, -1.0), "low < high"),
-        (lambda: Focused(CosineSchedule(), -1.0, 1.0, share=0.0), "share"),
     ],
 )
 def test_settings_out_of_range_are_named(make, words):

@@ -240,7 +240,7 @@ def test_training_arguments(standin, tmp_path, command):
         (("--stage", "sr256", "--learning-rate", "nan"), "learning_rate"),
         (("--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels"),
         (("--stage", "base64", "--logsnr", 1, -1), "low < high"),
-        (("--stage", "base64", "--logsnr", -1, 1, "--logsnr-share", 2), "share"),
+        (("--stage", "base64", "--logsnr", -1, 1, "--logsnr-fraction", 2), "fraction"),
     ):
         one_line(command(train.main, *arguments, *out, "--data-dir", tmp_path / "data", "--examples", 8), culprit)
         assert list(tmp_path.iterdir()) == []

@@ -106,8 +106,8 @@ def assert_refused(stage, folder):
 
 def test_settings_nested_deeply(tmp_path):
     """Lists, objects, and classes of ours in one another."""
-    focused = '{"class": "Focused", "low": -5.0, "high": 0.0, "schedule": '
-    for stage in ("[" * 10**5 + "]" * 10**5, '{"a":' * 10**5 + "1" + "}" * 10**5, focused * 500 + "1" + "}" * 500):
+    ranges = '{"class": "diffusion.LogSNRRange", "low": -5.0, "high": 0.0, "rest": '
+    for stage in ("[" * 10**5 + "]" * 10**5, '{"a":' * 10**5 + "1" + "}" * 10**5, ranges * 500 + "1" + "}" * 500):
         (tmp_path / "stage.json").write_text(f'{{"stage": {stage}, "sampling": 1}}')
         with pytest.raises(ValueError, match=r"stage\.json is not JSON with settings: it is nested"):
             load_model(tmp_path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxdiff.diffusion import losses, parameterization, samplers, schedules, thresholding, time_grid
+from jaxdiff.diffusion import losses, parameterization, samplers, schedules, thresholding, time_grid, time_samplers
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
@@ -22,11 +22,14 @@ OTHERS = [
     replace(STAGE, schedule=schedules.EDM()),
     replace(STAGE, schedule=schedules.RectifiedFlow()),
     replace(STAGE, schedule=schedules.TabulatedSchedule.linear(50)),
-    replace(
-        STAGE,
-        schedule=schedules.Focused(
-            schedules.Focused(schedules.CosineSchedule(shift=-2.0), -9.0, 2.0), -5.0, 0.0, share=0.5
-        ),
+    *(
+        replace(STAGE, time_sampler=sampler)
+        for sampler in (
+            time_samplers.UniformTimes(),
+            time_samplers.LogSNRRange(-5.0, 0.0, 0.5, rest=time_samplers.LogSNRRange(-9.0, 2.0)),
+            time_samplers.LogNormalTimes(-0.4, 1.0),
+            time_samplers.LogitNormalTimes(0.5, 1.5),
+        )
     ),
     *(
         replace(STAGE, weighting=weighting)
@@ -78,15 +81,20 @@ def changed(**changes):
         (changed(prediction={"class": "diffusion.Prediction", "member": "MAGIC"}), "MAGIC"),
         (changed(prediction={"class": "diffusion.Prediction"}), "member"),
         (changed(resolution=63), "63"),
-        (changed(resolution="64"), "resolution of Stage is '64'"),
+        (changed(resolution="64"), "resolution of DiffusionModel is '64'"),
         (changed(low_resolution=0), "low_resolution"),
-        (changed(unet=5), "unet of Stage is 5"),
-        (changed(unet=None), "unet of Stage is None"),
-        (changed(schedule=None), "schedule of Stage is None"),
-        (to_json(SamplingConfig()) | {"steps": 6.5}, "steps of Sampling is 6.5"),
-        (to_json(SamplingConfig()) | {"sampler": 5}, "sampler of Sampling is 5"),
+        (changed(unet=5), "unet of DiffusionModel is 5"),
+        (changed(unet=None), "unet of DiffusionModel is None"),
+        (changed(time_sampler=None), "time_sampler of DiffusionModel is None"),
+        (
+            changed(time_sampler={"class": "diffusion.LogSNRRange", "low": 1.0, "high": -1.0}),
+            "a range of log-SNRs has low < high",
+        ),
+        (changed(schedule=None), "schedule of DiffusionModel is None"),
+        (to_json(SamplingConfig()) | {"steps": 6.5}, "steps of SamplingConfig is 6.5"),
+        (to_json(SamplingConfig()) | {"sampler": 5}, "sampler of SamplingConfig is 5"),
         (changed(text_dropout=7.0), "text_dropout"),
-        (to_json(SamplingConfig()) | {"steps": 0}, "steps of Sampling is 0, it takes only whole numbers from 1 to"),
+        (to_json(SamplingConfig()) | {"steps": 0}, "steps of SamplingConfig is 0, it takes only whole numbers from 1 to"),
     ],
 )
 def test_refused_in_one_line(data, message):
