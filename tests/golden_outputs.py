@@ -11,6 +11,7 @@ arrays are thinned out. Everything goes through public functions, with the shipp
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -28,12 +29,12 @@ from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import all_features, clip_image
 from jaxdiff.evaluation.features import classifier as classifier_features
-from jaxdiff.models.diffusion import DiffusionModel, null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
-from jaxdiff.systems import pipeline
+from jaxdiff.models.conditioners import NullText
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.nets.conditioning import Conditioning
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text import clip as clip_text
-from jaxdiff.text import t5
-from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -48,7 +49,7 @@ Outputs = dict[str, np.ndarray]
 
 def of_text_encoders() -> Outputs:
     """T5's embeddings, CLIP's of captions and of images."""
-    embedded = t5.encode(imagen.load_text(), CAPTIONS)
+    embedded = imagen.load_text().encode(CAPTIONS)
     tower = clip.load_text_encoder(imagen.SHIPPED / "clip")
     config, params = clip.load(imagen.SHIPPED / "clip")
     images = _uint8((2, 64, 64, 3))
@@ -66,18 +67,21 @@ def of_text_encoders() -> Outputs:
 def of_networks() -> Outputs:
     """One evaluation of each shipped stage, and of each stage of a small DeepFloyd IF."""
     shipped = imagen.load()
-    stages = {"base64": (shipped.base, 64), "sr256": (shipped.models[1], 128), "sr1024": (shipped.models[2], 128)}
+    base, sr256, sr1024 = shipped.boxes
+    stages = {"base64": (base, 64), "sr256": (sr256, 128), "sr1024": (sr1024, 128)}
     small = small_if.cascade()
-    stages |= {"if-1": (small.base, 16), "if-2": (small.models[1], 64)}
+    stages |= {"if-1": (small.boxes[0], 16), "if-2": (small.boxes[1], 64)}
     return {f"network {name}": _evaluated(model, side) for name, (model, side) in stages.items()}
 
 
 def of_cascades() -> Outputs:
     """Images of the shipped cascade and of a small DeepFloyd IF, at every resolution, with the models' own settings."""
-    found = {"cascade": pipeline.sample(imagen.load(), CAPTIONS, seed=7, up_to=256)}
-    found["one"] = {1024: pipeline.sample(imagen.load(), CAPTIONS[:1], seed=7)[1024]}
-    small = small_if.cascade()
-    found["if"] = pipeline.sample(small, small_if.CAPTIONS[:2], seed=7, negative="a star")
+    shipped, small = imagen.load(), small_if.cascade()
+    images = shipped.sample(CAPTIONS, SampleOptions(seed=7, last=1))
+    found = {"cascade": dict(zip(shipped.sides, images))}
+    found["one"] = {1024: shipped.sample(CAPTIONS[:1], SampleOptions(seed=7))[2]}
+    images = small.sample(small_if.CAPTIONS[:2], SampleOptions(seed=7, negative="a star"))
+    found["if"] = dict(zip(small.sides, images))
     return {
         f"sample {name} {side}": images[:, :: max(1, side // 64), :: max(1, side // 64)]
         for name, drawn in found.items()
@@ -88,8 +92,9 @@ def of_cascades() -> Outputs:
 def of_training() -> Outputs:
     """Loss and gradient norm of ten training steps of each stage, on batches of noise."""
     shipped, small = imagen.load(), small_if.cascade()
-    stages = {"base64": (shipped.base, 64), "sr256": (shipped.models[1], 64), "sr1024": (shipped.models[2], 64)}
-    stages |= {"if-1": (small.base, 16), "if-2": (small.models[1], 32)}
+    base, sr256, sr1024 = shipped.boxes
+    stages = {"base64": (base, 64), "sr256": (sr256, 64), "sr1024": (sr1024, 64)}
+    stages |= {"if-1": (small.boxes[0], 16), "if-2": (small.boxes[1], 32)}
     return {f"training {name}": _trained(model, side) for name, (model, side) in stages.items()}
 
 
@@ -97,12 +102,11 @@ def of_curves() -> Outputs:
     """One point of the curves: images of one guidance weight, and how the metrics see them."""
     model = imagen.load()
     captions = CAPTIONS * 2
-    guidance = Guidance(interval=(-20.0, -1.0))
+    guidance = Guidance(4.0, interval=(-20.0, -1.0))
     sampling = SamplingConfig(DPMSolverPP2M(), 6, guidance=guidance, thresholding=DynamicThreshold())
+    base = replace(model.boxes[0], sampling=sampling)
     keys = noise.fold(noise.sample_keys(jax.random.key(0), jnp.arange(4)), 0)
-    null, weights = null_text(model.base.stage, 4), jnp.full(4, 4.0, jnp.float32)
-    text = t5.encode(model.text, captions)
-    images = draw(model.base.stage, model.base.params, sampling, text, null, keys, (64, 64), weights=weights)
+    images = base.generate(SampleRequest(keys, (64, 64), model.text_encoder.encode(captions)))
     seen = np.clip(np.rint((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)
     config, params = clip.load(imagen.SHIPPED / "clip")
     said = clip_text.encode(clip.load_text_encoder(imagen.SHIPPED / "clip"), captions).embedding
@@ -140,38 +144,44 @@ def _classifier():
     return config, params
 
 
-def _batch(stage: DiffusionModel, count: int, side: int, seed: int) -> dict[str, np.ndarray]:
+def _batch(model: DiffusionModel, count: int, side: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    batch = {
-        name: np.tanh(rng.normal(size=s.shape)).astype(s.dtype) for name, s in stage.batch_spec(count, side).items()
-    }
-    batch["text_mask"] = np.arange(stage.text_length) < rng.integers(1, stage.text_length, (count, 1))
-    if stage.null_text is type(stage.null_text).EMPTY:
+    spec = model.batch_spec(count, side)
+    # Numbers are drawn for text that is not read, too, in the order in which the stored ones were.
+    shapes = {"image": spec["image"].shape, "text": (count, 24, 128), "text_mask": (count, 24)}
+    shapes |= {name: each.shape for name, each in spec.items()}
+    length = shapes["text_mask"][1]
+    values = {name: np.tanh(rng.normal(size=shape)) for name, shape in shapes.items()}
+    values["text_mask"] = np.arange(length) < rng.integers(1, length, (count, 1))
+    batch = {name: values[name].astype(each.dtype) for name, each in spec.items()}
+    if model.text is not None and model.text.null is NullText.EMPTY:
         batch["null_text"] = np.zeros(batch["text"].shape[1:], np.float32)
     return batch
 
 
-def _evaluated(model: pipeline.TrainedModel, side: int) -> np.ndarray:
-    stage, batch = model.stage, _batch(model.stage, 2, side, 1)
-    text = TextEmbedding(jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"]))
-    given = ()
-    if stage.unet.low_res:
-        given = (jnp.asarray(batch["image"][::-1]), jnp.array([0.1, 0.3], jnp.float32))
+def _evaluated(trained: TrainedModel, side: int) -> np.ndarray:
+    model, batch = trained.model, _batch(trained.model, 2, side, 1)
+    given = Conditioning()
+    if model.text is not None:
+        given = Conditioning(jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"]))
+    if model.low_res is not None:
+        level = jnp.array([0.1, 0.3], jnp.float32)
+        given = given._replace(concat=jnp.asarray(batch["image"][::-1]), aug_level=level)
     t = jnp.array([0.3, 0.8], jnp.float32)
-    output = jax.jit(stage.predict)(model.params, jnp.asarray(batch["image"]), t, text, *given)
+    output = jax.jit(model.predict)(trained.params, jnp.asarray(batch["image"]), t, given)
     return np.asarray(output)[:, :: side // 16, :: side // 16]
 
 
-def _trained(model: pipeline.TrainedModel, side: int) -> np.ndarray:
-    stage, optimizer = model.stage, OptimizerConfig(AdamW(), learning_rate=1e-4, warmup=2, total=20)
+def _trained(trained: TrainedModel, side: int) -> np.ndarray:
+    model, optimizer = trained.model, OptimizerConfig(AdamW(), learning_rate=1e-4, warmup=2, total=20)
     mesh = make_mesh(devices=jax.devices()[:1])
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, optimizer, mesh))
+    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
     losses = []
     with jax.set_mesh(mesh):
-        state = init_state(stage, optimizer, jax.random.key(0), mesh, jax.tree.map(np.asarray, model.params))
-        step = make_step(stage, optimizer, placements)
+        state = init_state(model, optimizer, jax.random.key(0), mesh, jax.tree.map(np.asarray, trained.params))
+        step = make_step(model, optimizer, placements)
         for number in range(10):
-            state, metrics = step(state, _batch(stage, 4, side, number), jax.random.key(3))
+            state, metrics = step(state, _batch(model, 4, side, number), jax.random.key(3))
             losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return np.array(losses)
 

@@ -9,40 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.nets.unet import EfficientUNetConfig
+from jaxdiff.nets.conditioning import MaskedText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig
 
-TEXT = {"text_width": 6, "context_width": 8}
-LENGTH = 4
-_ONE_LEVEL = {
-    "channels": 8,
-    "multipliers": (1,),
-    "blocks": (1,),
-    "self_attention": (True,),
-    "cross_attention": (False,),
-    "heads": 2,
-    "feed_forward": 0,
-    "time_width": 16,
-    **TEXT,
-}
-
-BASE = DiffusionModel(unet=EfficientUNetConfig(low_res=False, **_ONE_LEVEL), resolution=8, text_length=LENGTH)
-SR = DiffusionModel(
-    unet=EfficientUNetConfig(low_res=True, **_ONE_LEVEL), resolution=16, low_resolution=4, text_length=LENGTH
+LENGTH, WIDTH = 4, 6
+"""Of the embeddings that these models read."""
+UNET = EfficientUNetConfig(
+    channels=8,
+    multipliers=(1,),
+    blocks=(1,),
+    attention=AttentionConfig((True,), (False,), heads=2),
+    conditioning=ConditioningConfig(16, MaskedText(8)),
 )
+TEXT = TextConditioner(WIDTH, LENGTH)
+
+BASE = DiffusionModel(unet=UNET, side=8, conditioners=(TEXT,))
+SR = DiffusionModel(unet=UNET, side=16, conditioners=(TEXT, LowResConditioner()))
 
 
 @dataclass(frozen=True)
 class Formula(EfficientUNetConfig):
-    """A network that is a function: `output(x, time, text, mask)`, or with `low_res, aug_level` behind them."""
+    """A network that is a function: `output(x, time, conditioning)`."""
 
     channels: int = 8
     multipliers: tuple[int, ...] = (1,)
     blocks: tuple[int, ...] = (1,)
-    self_attention: tuple[bool, ...] = (True,)
-    cross_attention: tuple[bool, ...] = (False,)
-    text_width: int = 6
-    low_res: bool = False
+    attention: AttentionConfig = AttentionConfig((True,), (False,))
     output: Callable | None = None
 
     def module(self):

@@ -8,27 +8,35 @@ import numpy as np
 
 from jaxdiff.core import trees
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.nets.conditioning import WholeText
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.systems import imagen as presets
-from jaxdiff.systems.pipeline import Cascade, TrainedModel
+from jaxdiff.nets.unet import ConditioningConfig, UNetConfig
+from jaxdiff.systems import deepfloyd
+from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
 
-_SMALL = {
-    "channels": 32,
-    "multipliers": (1, 2),
-    "blocks": (1, 1),
-    "head_channels": 16,
-    "time_width": 64,
-    "text_width": 24,
-    "context_width": 32,
-    "pool_heads": 4,
-    "frequencies": 32,
-}
-BASE = replace(presets.IF_I_M.unet, self_attention=(False, True), cross_attention=(False, False), **_SMALL)
-SR = replace(presets.IF_II_M.unet, self_attention=(False, False), cross_attention=(False, True), **_SMALL)
-STAGES = presets.if_stage(BASE, 16), presets.if_stage(SR, 64)
+TEXT = 77, 24
+"""Length and width of what the text encoder gives."""
+
+
+def _small(unet: UNetConfig, self_attention: tuple[bool, bool], cross_attention: tuple[bool, bool]) -> UNetConfig:
+    attends = {"self_attention": self_attention, "cross_attention": cross_attention, "head_channels": 16}
+    return replace(
+        unet,
+        channels=32,
+        multipliers=(1, 2),
+        blocks=(1, 1),
+        attention=replace(unet.attention, **attends),
+        conditioning=ConditioningConfig(64, WholeText(32, pool_heads=4), frequencies=32),
+    )
+
+
+BASE = _small(deepfloyd.IF_I_M.unet, (False, True), (False, False))
+SR = _small(deepfloyd.IF_II_M.unet, (False, False), (False, True))
+STAGES = deepfloyd.if_model(BASE, 16).reading(*TEXT), deepfloyd.if_model(SR, 64, low_res=True).reading(*TEXT)
 CAPTIONS = ["a large red circle on a white background", "two blue stars left of a green heart", "A pink Cross!"]
 
 
@@ -56,7 +64,7 @@ def text_encoder(captions=CAPTIONS) -> T5TextEncoder:
     return T5TextEncoder(config, random_params(shapes["params"], 7), words, 77, whole=True, prepare=clean_caption)
 
 
-def cascade() -> Cascade:
-    samplings = presets.SAMPLING_IF_I, presets.SAMPLING_IF_II
+def cascade() -> Pipeline:
+    samplings = deepfloyd.SAMPLING_I, deepfloyd.SAMPLING_II
     base, large = (TrainedModel(s, stage_params(s, i), samplings[i]) for i, s in enumerate(STAGES))
-    return Cascade(text_encoder(), base, (large,))
+    return deepfloyd.deepfloyd(text_encoder(), base, large)
