@@ -18,7 +18,7 @@ import numpy as np
 from experiments.cli import run
 from experiments.cores import use_cores
 from jaxdiff.data import sources
-from jaxdiff.data.pipeline import Batches, image_batches
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITIONS, SIZES, Scene, scene
 from jaxdiff.models.classifier import ClassifierTraining, of_size_one
 from jaxdiff.nets.classifier import ClassifierConfig
@@ -84,7 +84,7 @@ def train_classifier(settings: Run) -> None:
     )
     spec = sources.Shapes(settings.examples, settings.held_out)
     source = once(settings.data_dir, lambda: sources.open(spec, settings.side, "train", settings.data_dir))
-    stream = image_batches(source, settings.side, settings.batch, seed=settings.seed, captions=True)
+    stream = image_batches(source, DataConfig(settings.side, settings.batch, seed=settings.seed, captions=True))
     training = TrainConfig(
         optimizer=OptimizerConfig(
             kind=AdamW(weight_decay=0.05, decay_all=False),
@@ -106,7 +106,8 @@ def train_classifier(settings: Run) -> None:
         data=made_of,
         description="classifier",
     )
-    some = next(image_batches(source, settings.side, min(512, len(source)), shuffle=False, repeat=False))["image"]
+    in_order = DataConfig(settings.side, min(512, len(source)), shuffle=False, repeat=False)
+    some = next(image_batches(source, in_order))["image"]
 
     def finish() -> None:
         params = of_size_one(config, jax.device_get(state.ema), jnp.asarray(some))

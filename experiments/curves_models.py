@@ -15,7 +15,7 @@ from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.pipeline import Batches, image_batches
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
@@ -133,9 +133,9 @@ def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir:
         if name != SIZES[0]:
             _own(SIZES[0], out, settings, texts, data_dir)
             words = str(out / "t5" / SIZES[0] / "encoder")
-        pretrain.pretrain(
-            "shapes",
-            folder,
+        of_t5 = pretrain.Pretraining(
+            data="shapes",
+            out=folder,
             preset=name,
             texts=texts,
             tokenizer=words,
@@ -150,6 +150,7 @@ def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir:
             held_out=settings.held_out,
             data_dir=data_dir,
         )
+        pretrain.pretrain(of_t5)
     return load_text_encoder(folder / "encoder", LENGTH)
 
 
@@ -172,7 +173,7 @@ def model_of(
     if not (folder / "model" / "stage.json").is_file():
         stage = stage_of(unet, text.width, settings)
         embeddings = _embedded(text, source, data_dir)
-        stream = image_batches(source, settings.resolution, settings.batch, seed=seed, embeddings=embeddings)
+        stream = image_batches(source, DataConfig(settings.resolution, settings.batch, seed=seed), embeddings)
         made_of = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
         _train(stage, stream, folder, settings, settings.steps, seed, made_of, SamplingConfig(DPMSolverPP2M()))
     return load_model(folder / "model")
@@ -185,7 +186,7 @@ def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: P
     if not (folder / "model" / "stage.json").is_file():
         source = sources.open(spec, stage.resolution, "train", data_dir)
         crop = min(stage.resolution, 64)
-        stream = image_batches(source, stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop)
+        stream = image_batches(source, DataConfig(stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop))
         made_of = {"examples": len(source), "crop": crop}
         _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen.SAMPLING_SR_TINY)
     return load_model(folder / "model")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from experiments.cores import use_cores
 from experiments.imagen import assemble, presets, train
-from experiments.text.pretrain import pretrain
+from experiments.text.pretrain import Pretraining, pretrain
 from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
@@ -78,13 +78,15 @@ def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     data, text = out / "data", out / "t5"
     common = {"seed": seed, "save_every": settings.save_every, "data_dir": data}
     pretrain(
-        "shapes",
-        text,
-        steps=settings.t5_steps,
-        batch=settings.t5_batch,
-        examples=settings.examples,
-        held_out=1,
-        **common,
+        Pretraining(
+            data="shapes",
+            out=text,
+            steps=settings.t5_steps,
+            batch=settings.t5_batch,
+            examples=settings.examples,
+            held_out=1,
+            **common,
+        )
     )
     common |= {"text": str(text / "encoder"), "held_out": 1, "sample_every": settings.sample_every}
     common |= {"dtype": settings.dtype, "workers": settings.workers}

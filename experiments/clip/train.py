@@ -23,7 +23,7 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.text.pretrain import captions_of, save_tokenizer
 from jaxdiff.data import sources
-from jaxdiff.data.pipeline import Batches, ReadAhead, image_batches
+from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
 from jaxdiff.models.clip import CLIPTraining, ContrastiveLoss, SigmoidLoss, finished
 from jaxdiff.nets import clip as nets
 from jaxdiff.nets.clip import CLIPConfig
@@ -133,13 +133,10 @@ def train_clip(settings: Run, processes: int) -> None:
     )
     stream = image_batches(
         source,
-        side,
-        settings.batch // processes,
-        seed=settings.seed,
-        captions=True,
+        DataConfig(side, settings.batch // processes, seed=settings.seed, captions=True),
         process_index=jax.process_index(),
         process_count=processes,
-        reading=ReadAhead(workers=settings.workers),
+        read_ahead=ReadAhead(workers=settings.workers),
     )
     stage = CLIPTraining(config, LOSSES[settings.loss], settings.chunk, axes=BATCH_AXES)
     made_of = {name: getattr(settings, name) for name in ("data", "batch", "workers", "tokenizer")}

@@ -21,7 +21,7 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.data import emoji as preparation
 from experiments.imagen import pictures, train
-from experiments.text.pretrain import pretrain
+from experiments.text.pretrain import Pretraining, pretrain
 from jaxdiff.core.files import write_json
 from jaxdiff.data.images import decode, to_float
 from jaxdiff.evaluation.colours import dominant
@@ -66,13 +66,15 @@ def main(settings: Settings) -> None:
     preparation.main(settings.data_dir, resolutions=(64,))
     text = settings.out / "t5"
     pretrain(
-        "emoji",
-        text,
-        vocab=2048,
-        batch=TEXT_BATCH,
-        steps=settings.text_steps,
-        save_every=100,
-        data_dir=settings.data_dir,
+        Pretraining(
+            data="emoji",
+            out=text,
+            vocab=2048,
+            batch=TEXT_BATCH,
+            steps=settings.text_steps,
+            save_every=100,
+            data_dir=settings.data_dir,
+        )
     )
     run_settings = train.Run(
         stage="base64",

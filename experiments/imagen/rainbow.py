@@ -22,7 +22,7 @@ from experiments.cli import run
 from experiments.cores import use_cores
 from experiments.imagen import pictures, train
 from experiments.imagen.drawing import Bars
-from experiments.text.pretrain import pretrain
+from experiments.text.pretrain import Pretraining, pretrain
 from jaxdiff.core.files import write_json
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
@@ -70,7 +70,16 @@ def main(settings: Settings) -> None:
     use_cores(TEXT_BATCH, settings.batch)
     started = time.monotonic()
     text = settings.out / "t5"
-    pretrain("rainbow", text, batch=TEXT_BATCH, steps=settings.text_steps, save_every=200, data_dir=settings.data_dir)
+    pretrain(
+        Pretraining(
+            data="rainbow",
+            out=text,
+            batch=TEXT_BATCH,
+            steps=settings.text_steps,
+            save_every=200,
+            data_dir=settings.data_dir,
+        )
+    )
     base = train.Run(
         stage="base32",
         preset=settings.preset,

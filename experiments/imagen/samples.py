@@ -11,7 +11,7 @@ from tqdm import tqdm
 from experiments.imagen import pictures
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Example, Source, captions
-from jaxdiff.data.pipeline import image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel, null_text
 from jaxdiff.models.sampling import SamplingConfig, draw
@@ -55,10 +55,16 @@ class Samples:
         shown, found = Spread(source, self.COUNT), range(self.COUNT)
         if stage.low_resolution is not None:
             crop = min(stage.resolution, 256)
-            options = {"low_resolution": stage.low_resolution, "crop": crop, "shuffle": False}
-            batch = next(
-                image_batches(shown, stage.resolution, self.COUNT, captions=True, caption_optional=True, **options)
+            config = DataConfig(
+                stage.resolution,
+                self.COUNT,
+                low_resolution=stage.low_resolution,
+                crop=crop,
+                captions=True,
+                caption_optional=True,
+                shuffle=False,
             )
+            batch = next(image_batches(shown, config))
             self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
         if embeddings is not None:
             texts = list(captions(shown))

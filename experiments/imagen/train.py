@@ -28,7 +28,7 @@ from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
-from jaxdiff.data.pipeline import ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
@@ -338,19 +338,22 @@ def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> 
 
 def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None):
     """This process's share of the batches; super-resolution on crops of a quarter of the picture's side by default."""
-    return image_batches(
-        source,
+    config = DataConfig(
         stage.resolution,
         settings.batch // jax.process_count(),
         low_resolution=stage.low_resolution,
         crop=crop_of(settings, stage),
         seed=settings.seed,
-        embeddings=embeddings,
         caption_optional=stage.low_resolution is not None,
         strict=settings.strict,
+    )
+    return image_batches(
+        source,
+        config,
+        embeddings,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        reading=ReadAhead(workers=settings.workers),
+        read_ahead=ReadAhead(workers=settings.workers),
     )
 
 

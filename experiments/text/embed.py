@@ -18,6 +18,7 @@ Cost: one pass of the encoder over the captions; a caption takes 2 bytes × its 
 embeddings.json, which names the encoder by a fingerprint, so that a model made for another one refuses them.
 """
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, Shard, fingerprint, store_rows
+from jaxdiff.data.embeddings import Embeddings, RowEncoder, Shard, StoreProgress, fingerprint, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
@@ -46,67 +47,78 @@ SAMPLE = 1024
 """Captions that the estimate is made from."""
 
 
-def main(
-    data: str,
-    text_encoder: str,
-    out: Path,
-    length: int = 128,
-    split: str = "train",
-    resolution: int = 64,
-    batch: int = 64,
-    lengths: tuple[int, ...] = LENGTHS,
-    part: int = 8192,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    fsdp: int = 1,
-    shard: str | None = None,
-    verify: bool = False,
-    data_dir: Path = Path("runs/data"),
-) -> None:
-    """Store the text embeddings of a data set.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is embedded, by which encoder, and how it is stored."""
 
-    Args:
-        data: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH
-        text_encoder: directory or hub id (id@revision) of a T5 in the transformers layout
-        out: the folder to write
-        length: tokens per caption; longer ones are cut
-        split: the split of the data
-        resolution: which stored size of shapes or emoji to open: the captions are the same in all of them
-        batch: captions of full length encoded at a time, of all devices together; of shorter ones as many more
-        lengths: what captions are padded to, beside the full length; a program is compiled for each
-        part: captions a file. Larger for very large sets, of which training keeps 512 files open
-        dtype: what the encoder is kept and computed in; bfloat16 halves the memory of a large one
-        fsdp: devices that share each parameter
-        shard: I/N: make every N-th part, from the I-th (0 … N-1), beside other processes that make the others
-        verify: read again all that is stored already, not only the end of each part
-        data_dir: where prepared data sets live
-    """
-    if shard is None:
+    data: str
+    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    text_encoder: str
+    """Directory or hub id (id@revision) of a T5 in the transformers layout."""
+    out: Path
+    """The folder to write."""
+    length: int = 128
+    """Tokens per caption; longer ones are cut."""
+    split: str = "train"
+    """The split of the data."""
+    resolution: int = 64
+    """Which stored size of shapes or emoji to open: the captions are the same in all of them."""
+    batch: int = 64
+    """Captions of full length encoded at a time, of all devices together; of shorter ones as many more."""
+    lengths: tuple[int, ...] = LENGTHS
+    """What captions are padded to, beside the full length; a program is compiled for each."""
+    part: int = 8192
+    """Captions a file. Larger for very large sets, of which training keeps 512 files open."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the encoder is kept and computed in; bfloat16 halves the memory of a large one."""
+    fsdp: int = 1
+    """Devices that share each parameter."""
+    shard: str | None = None
+    """I/N: make every N-th part, from the I-th (0 … N-1), beside other processes that make the others."""
+    verify: bool = False
+    """Read again all that is stored already, not only the end of each part."""
+    data_dir: Path = Path("runs/data")
+    """Where prepared data sets live."""
+
+
+def main(settings: Settings) -> None:
+    """Store the text embeddings of a data set."""
+    if settings.shard is None:
         start(Cluster())  # of processes that were started together each takes its share
-    share = _shard(shard)
-    if part < 1:
-        raise ValueError(f"part {part}: at least one caption a file")
-    source = captions(sources.open(sources.parse(data), resolution, split, data_dir))
-    mesh = make_mesh(fsdp=fsdp, devices=jax.local_devices())
-    encoder = load_text_encoder(text_encoder, length, dtype, place=lambda a: jax.device_put(a, shardings(a, mesh)))
-    rows = -(-batch // batch_devices(mesh)) * batch_devices(mesh)
-    bulk = BulkEncoder(encoder, rows, lengths, batch_sharding(mesh))
-    made_by = fingerprint(encoder)
+    share = _shard(settings.shard)
+    if settings.part < 1:
+        raise ValueError(f"part {settings.part}: at least one caption a file")
+    spec = sources.parse(settings.data)
+    source = captions(sources.open(spec, settings.resolution, settings.split, settings.data_dir))
+    bulk = _bulk(settings)
+    made_by = fingerprint(bulk.encoder)
     # Other shards may be written at the same time; a second start of this one would do its work twice.
-    lock = FolderLock(out, f"shard-{share.index}-of-{share.count}.lock")
-    with lock, _Progress(bulk, source, out) as progress:
+    lock = FolderLock(settings.out, f"shard-{share.index}-of-{share.count}.lock")
+    with lock, _Progress(bulk, source, settings.out) as progress:
         stored = store_rows(
             source,
-            progress.encode,
-            out,
-            encoder=made_by,
-            prepare=bulk.prepare,
-            part=part,
+            RowEncoder(progress.encode, made_by, bulk.prepare),
+            settings.out,
+            part=settings.part,
             shard=share,
-            verify=verify,
-            begun=progress.begun,
+            verify=settings.verify,
+            progress=StoreProgress(progress.begun),
         )
-    print(_told(stored, out, progress.tokens, share))
+    print(_told(stored, settings.out, progress.tokens, share))
     all_done()
+
+
+def _bulk(settings: Settings) -> BulkEncoder:
+    """The encoder on all devices of this process, a batch of which divides over them."""
+    mesh = make_mesh(fsdp=settings.fsdp, devices=jax.local_devices())
+    encoder = load_text_encoder(
+        settings.text_encoder,
+        settings.length,
+        settings.dtype,
+        place=lambda a: jax.device_put(a, shardings(a, mesh)),
+    )
+    rows = -(-settings.batch // batch_devices(mesh)) * batch_devices(mesh)
+    return BulkEncoder(encoder, rows, settings.lengths, batch_sharding(mesh))
 
 
 def _shard(text: str | None) -> Shard:

@@ -10,7 +10,7 @@ the defaults; run again with the same folder to go on after an interruption.
 import os
 import tempfile
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,90 +45,122 @@ PRESETS = {
     "xxl": t5.XXL,
 }
 OPTIMIZERS = {"adam": AdamW(), "muon": Muon()}
-ALONE = Cluster()
-"""Unless this machine or the command line says otherwise."""
 
 
-def pretrain(
-    data: str = "shapes",
-    out: Path = Path("runs/t5"),
-    preset: Literal["micro", "tiny", "mini", "midi", "small", "base", "large", "xl", "xxl"] = "tiny",
-    texts: Path | None = None,
-    tokenizer: str = "trained",
-    vocab: int = 512,
-    length: int = 24,
-    steps: int = 2000,
-    batch: int = 64,
-    optimizer: Literal["adam", "muon"] = "adam",
-    learning_rate: float = 2e-3,
-    save_every: int = 500,
-    seed: int = 0,
-    fsdp: int = 1,
-    examples: int = 20_000,
-    held_out: int = 1_000,
-    data_dir: Path = Path("runs/data"),
-    cluster: Cluster = ALONE,
-) -> None:
-    """Pre-train a T5 on the captions of a data set and write its encoder.
+@dataclass(frozen=True)
+class Pretraining:
+    """The settings of one pre-training run."""
 
-    Args:
-        data: shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH
-        out: folder of the run
-        preset: size of the network
-        texts: a file of further texts, one a line (experiments.data.glosses writes one): as many of them as there are
-            captions, spread over the file, are learned beside these
-        tokenizer: `trained` (a new unigram one, from these captions), `bytes` (ByT5's), or a directory or hub id
-        vocab: number of ids of a newly trained tokenizer
-        length: tokens per caption, the end token included
-        steps: updates
-        batch: captions per update
-        optimizer: adam | muon; in a short run of a wide T5, Muon gets as far in a quarter of the updates
-        learning_rate: at its peak, after a warm-up of a tenth of the steps; it falls to 0 at the end
-        save_every: steps between checkpoints
-        seed: of the initial parameters and the order of the data
-        fsdp: devices that share each parameter
-        examples: how many pictures of shapes to draw; the same as for the base model draws them only once
-        held_out: how many held-out ones beside them
-        data_dir: where prepared data sets live
-        cluster: the other processes of the run
-    """
-    given = dict(locals())
-    if steps < 1 or batch < 1:
-        raise ValueError(f"steps {steps}, batch {batch}: both must be at least 1")
-    use_cores(batch // start(cluster))
-    alike(given)
-    rates = OptimizerConfig(kind=OPTIMIZERS[optimizer], learning_rate=learning_rate, warmup=steps // 10, total=steps)
-    settings = TrainConfig(optimizer=rates, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed)
-    settings = replace(settings, stall=cluster.stall, stall_exit=cluster.stall_exit)
-    spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
-    spec = sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec
-    captions = once(data_dir, lambda: captions_of(spec, data_dir))
-    captions += [] if texts is None else lines_of(texts, len(captions))
+    data: str = "shapes"
+    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    out: Path = Path("runs/t5")
+    """Folder of the run."""
+    preset: Literal["micro", "tiny", "mini", "midi", "small", "base", "large", "xl", "xxl"] = "tiny"
+    """Size of the network."""
+    texts: Path | None = None
+    """A file of further texts, one a line (experiments.data.glosses writes one): as many of them as there are captions,
+    spread over the file, are learned beside these."""
+    tokenizer: str = "trained"
+    """`trained` (a new unigram one, from these captions), `bytes` (ByT5's), or a directory or hub id."""
+    vocab: int = 512
+    """Number of ids of a newly trained tokenizer."""
+    length: int = 24
+    """Tokens per caption, the end token included."""
+    steps: int = 2000
+    """Updates."""
+    batch: int = 64
+    """Captions per update."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam | muon; in a short run of a wide T5, Muon gets as far in a quarter of the updates."""
+    learning_rate: float = 2e-3
+    """At its peak, after a warm-up of a tenth of the steps; it falls to 0 at the end."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the initial parameters and the order of the data."""
+    fsdp: int = 1
+    """Devices that share each parameter."""
+    examples: int = 20_000
+    """How many pictures of shapes to draw; the same as for the base model draws them only once."""
+    held_out: int = 1_000
+    """How many held-out ones beside them."""
+    data_dir: Path = Path("runs/data")
+    """Where prepared data sets live."""
+    cluster: Cluster = Cluster()
+    """The other processes of the run."""
 
-    def read_with(words: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, OwnRows]:
-        return words, OwnRows(span_batches(words, captions, batch, length, seed))
 
-    def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
-        if any((out / "checkpoints").glob("[0-9]*")):
-            return read_with(load_tokenizer(out / "encoder"))
-        words, stream = read_with(_tokenizer(tokenizer, captions, vocab))
-        save_tokenizer(words, out / "encoder")
-        return words, stream
-
-    with locked(out):
-        words, stream = on_process_0(begin) or read_with(load_tokenizer(out / "encoder"))
-        config = replace(PRESETS[preset], vocab=len(words))
-        made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
-        made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
-        state = train(T5Pretraining(config, length), stream, settings, out, data=made_of, mesh=mesh, description="t5")
-        params = gathered(state.ema)
+def pretrain(settings: Pretraining) -> None:
+    """Pre-train a T5 on the captions of a data set and write its encoder."""
+    if settings.steps < 1 or settings.batch < 1:
+        raise ValueError(f"steps {settings.steps}, batch {settings.batch}: both must be at least 1")
+    use_cores(settings.batch // start(settings.cluster))
+    alike(vars(settings))
+    mesh = make_mesh(fsdp=settings.fsdp)
+    captions = _captions(settings)
+    with locked(settings.out):
+        words, stream = _stream(settings, captions)
+        config = replace(PRESETS[settings.preset], vocab=len(words))
+        made_of = {name: getattr(settings, name) for name in ("data", "batch", "length", "tokenizer", "vocab")}
+        made_of |= {"captions": len(captions)} | ({} if settings.texts is None else {"texts": str(settings.texts)})
+        state = train(
+            T5Pretraining(config, settings.length), stream, config_of(settings), settings.out, data=made_of, mesh=mesh, description="t5"
+        )
+        params, encoder = gathered(state.ema), settings.out / "encoder"
 
         def finish() -> None:
-            t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), out / "encoder")
-            reads = f"{len(words)} ids, {length} tokens per caption"
-            print(f"{out / 'encoder'}: an encoder of width {config.d_model}, {reads}")
+            t5_weights.export(replace(config, decoder_layers=0), t5.encoder_params(params), encoder)
+            reads = f"{len(words)} ids, {settings.length} tokens per caption"
+            print(f"{encoder}: an encoder of width {config.d_model}, {reads}")
 
         on_process_0(finish)
+
+
+def config_of(settings: Pretraining) -> TrainConfig:
+    rates = OptimizerConfig(
+        kind=OPTIMIZERS[settings.optimizer],
+        learning_rate=settings.learning_rate,
+        warmup=settings.steps // 10,
+        total=settings.steps,
+    )
+    return TrainConfig(
+        optimizer=rates,
+        steps=settings.steps,
+        ema_decay=0.99,
+        log_every=50,
+        save_every=settings.save_every,
+        seed=settings.seed,
+        stall=settings.cluster.stall,
+        stall_exit=settings.cluster.stall_exit,
+    )
+
+
+def _captions(settings: Pretraining) -> list[str]:
+    """The captions of the data, and the further texts behind them."""
+    spec = sources.parse(settings.data)
+    spec = sources.Shapes(settings.examples, settings.held_out) if isinstance(spec, sources.Shapes) else spec
+    captions = once(settings.data_dir, lambda: captions_of(spec, settings.data_dir))
+    return captions if settings.texts is None else captions + lines_of(settings.texts, len(captions))
+
+
+def _stream(settings: Pretraining, captions: list[str]) -> tuple[PreTrainedTokenizerBase, OwnRows]:
+    """The tokenizer, which process 0 trains or loads once (a run that goes on has the same), and batches made with it.
+
+    It is written when a stream could be made of it: one that cannot be used leaves nothing behind.
+    """
+    folder = settings.out / "encoder"
+
+    def read_with(words: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, OwnRows]:
+        return words, OwnRows(span_batches(words, captions, settings.batch, settings.length, settings.seed))
+
+    def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
+        if any((settings.out / "checkpoints").glob("[0-9]*")):
+            return read_with(load_tokenizer(folder))
+        words, stream = read_with(_tokenizer(settings.tokenizer, captions, settings.vocab))
+        save_tokenizer(words, folder)
+        return words, stream
+
+    return on_process_0(begin) or read_with(load_tokenizer(folder))
 
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:

@@ -42,6 +42,33 @@ EncodeRows = Callable[[Any], tuple[list[np.ndarray], int]]
 
 
 @dataclasses.dataclass(frozen=True)
+class RowEncoder:
+    """What turns captions into embeddings without padding.
+
+    rows: gets at most `window` captions, or what `prepare` makes of them.
+    fingerprint: changes with anything that changes the embeddings; a store holds those of one encoder alone.
+    prepare: what is done with a window of captions on the host first, while the window before it is encoded.
+    """
+
+    rows: EncodeRows
+    fingerprint: str
+    prepare: Callable[[list[str]], Any] = list
+    window: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreProgress:
+    """Who is called while embeddings are stored.
+
+    begun: once, with how many captions of this shard are stored already and how many it has.
+    encoded: with how many more captions are, again and again.
+    """
+
+    begun: Callable[[int, int], None] = lambda stored, total: None
+    encoded: Callable[[int], None] = lambda count: None
+
+
+@dataclasses.dataclass(frozen=True)
 class Shard:
     """Of `count` processes that fill a store together, the one that makes the parts index, index + count, …"""
 
@@ -136,28 +163,28 @@ def store_embeddings(
     part: int = 8192,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Embeddings:
-    """`store_rows` with an encoder that pads: `batch` captions at a time, in one process."""
-    rows = functools.partial(_without_padding, encode, batch)
-    stored = store_rows(captions, rows, path, encoder=encoder, part=part, window=batch, progress=progress)
+    """`store_rows` with an encoder that pads: `batch` captions at a time, in one process.
+
+    `progress` is called with how many captions are stored already, then with how many more are.
+    """
+    rows = RowEncoder(functools.partial(_without_padding, encode, batch), encoder, window=batch)
+    told = StoreProgress(lambda stored, total: progress(stored), progress)
+    stored = store_rows(captions, rows, path, part=part, progress=told)
     assert stored is not None  # one process makes all parts
     return stored
 
 
 def store_rows(
     captions: Sequence[str | None],
-    rows: EncodeRows,
+    encoder: RowEncoder,
     path: Path | str,
     *,
-    encoder: str,
-    prepare: Callable[[list[str]], Any] = list,
     part: int = 8192,
-    window: int = 4096,
     shard: Shard = Shard(),
     verify: bool = False,
-    begun: Callable[[int, int], None] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: StoreProgress = StoreProgress(),
 ) -> Embeddings | None:
-    """Encodes every caption and stores the result under `path`. `encoder` is the encoder's fingerprint.
+    """Encodes every caption and stores the result under `path`.
 
     Parts of `part` captions are written whole (temporary name, then renamed), so a killed run loses at most one and
     the same call continues. Of several processes each gives its `shard`; the one that finds all parts there finishes
@@ -165,28 +192,23 @@ def store_rows(
     nothing is overwritten. Of parts that are there already the size and the last caption are checked; with `verify` all
     that they hold.
 
-    `rows` gets at most `window` captions, or what `prepare` makes of them. Reading and `prepare`, `rows`, and writing
-    go on at the same time, each a window ahead of the next; the embeddings of two windows are in memory. `begun` is
-    told how many captions of this shard are stored and how many it has (without it `progress` is told the former),
-    `progress` how many were done, as they are.
+    Reading and `encoder.prepare`, `encoder.rows`, and writing go on at the same time, each a window ahead of the next;
+    the embeddings of two windows are in memory.
     """
     path = Path(path)
     if not len(captions):
         raise ValueError(f"{path}: no captions to encode")
     there = _stored(path)  # before the settings, which are written before any part
-    settings = _begin(path, there, encoder, part, len(captions))
+    settings = _begin(path, there, encoder.fingerprint, part, len(captions))
     mine = range(shard.index, settings.parts, shard.count)
     done = [number for number in mine if _name(number) in there]
     _check_stored(path, settings, done, captions, verify)
     path.mkdir(parents=True, exist_ok=True)
     remove_leftovers_of_the_dead(path)
     kept, whole = (sum(map(settings.size, numbers)) for numbers in (done, mine))
-    if begun is None:
-        progress(kept)
-    else:
-        begun(kept, whole)
+    progress.begun(kept, whole)
     todo = [number for number in mine if _name(number) not in there]
-    _store_parts(path, settings, todo, _Steps(captions, prepare, rows, window), progress)
+    _store_parts(path, settings, todo, _Steps(captions, encoder), progress.encoded)
     return _finish(path, settings)
 
 
@@ -260,7 +282,7 @@ def _check_stored(
 
 
 def _store_parts(
-    path: Path, settings: _Settings, todo: list[int], steps: "_Steps", progress: Callable[[int], None]
+    path: Path, settings: _Settings, todo: list[int], steps: "_Steps", encoded: Callable[[int], None]
 ) -> None:
     windows = {number: steps.windows(number * settings.part, settings.size(number)) for number in todo}
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as encoding:
@@ -273,7 +295,7 @@ def _store_parts(
                     settings = _of_shape(path, settings, rows, length)
                     for text, row in zip(texts, rows, strict=True):
                         write(digest(text) + _bytes_of(row if text else row[:0]))
-                    progress(len(texts))
+                    encoded(len(texts))
                 _settle(path, settings)
 
 
@@ -282,21 +304,20 @@ class _Steps:
     """From the places of a window of captions to their embeddings, in two steps that can go on at the same time."""
 
     captions: Sequence[str | None]
-    prepare: Callable[[list[str]], Any]
-    rows: EncodeRows
-    window: int
+    encoder: RowEncoder
 
     def windows(self, first: int, size: int) -> list[range]:
         places = range(first, first + size)
-        return [places[start : start + self.window] for start in range(0, size, self.window)]
+        window = self.encoder.window
+        return [places[start : start + window] for start in range(0, size, window)]
 
     def read(self, places: range) -> tuple[list[str], Any]:
         texts = [(self.captions[place] or "").strip() for place in places]
-        return texts, self.prepare(texts)
+        return texts, self.encoder.prepare(texts)
 
     def encode(self, read: tuple[list[str], Any]) -> tuple[list[str], list[np.ndarray], int]:
         texts, prepared = read
-        return texts, *self.rows(prepared)
+        return texts, *self.encoder.rows(prepared)
 
 
 def _ahead(thread: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:

@@ -44,66 +44,108 @@ class ReadAhead:
     workers: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the batches hold, and in which order. ValueError for sizes that do not fit together.
+
+    resolution: side in pixels of the images; those that are not square lose the ends of their long side.
+    batch: images per batch of this process.
+    low_resolution: side of the same image shrunk, for super-resolution; the resolution is a multiple of it.
+    crop: side of a random window of the image, a multiple of the factor between both resolutions.
+    captions: the batches hold the captions.
+    caption_optional: an example without a caption is used where captions or embeddings are asked for.
+    strict: an example that would be skipped, or whose caption would be repaired, is a ValueError.
+    shuffle, seed: a new order every epoch; the seed decides it and the windows.
+    repeat: without end; otherwise one epoch, whose last batch may be short.
+    """
+
+    resolution: int
+    batch: int
+    low_resolution: int | None = None
+    crop: int | None = None
+    captions: bool = False
+    caption_optional: bool = False
+    strict: bool = False
+    shuffle: bool = True
+    seed: int = 0
+    repeat: bool = True
+
+    def __post_init__(self):
+        if self.resolution < 1 or self.batch < 1:
+            raise ValueError(f"resolution and batch must be positive, got {self.resolution} and {self.batch}")
+        low = self.low_resolution
+        if low is not None and (low < 1 or self.resolution % low):
+            raise ValueError(f"resolution {self.resolution} is not a multiple of the low resolution {low}")
+        if self.crop is not None:
+            if low is None:
+                raise ValueError("crop is for super-resolution: give low_resolution too")
+            factor = self.resolution // low
+            if not factor <= self.crop <= self.resolution or self.crop % factor:
+                raise ValueError(
+                    f"crop {self.crop} must be a multiple of the factor {factor}, at most {self.resolution}"
+                )
+
+
 def image_batches(
     source: Source,
-    resolution: int,
-    batch: int,
-    *,
-    low_resolution: int | None = None,
-    crop: int | None = None,
-    shuffle: bool = True,
-    seed: int = 0,
-    repeat: bool = True,
+    config: DataConfig,
     embeddings: Embeddings | None = None,
-    captions: bool = False,
-    caption_optional: bool = False,
-    strict: bool = False,
+    *,
     process_index: int = 0,
     process_count: int = 1,
-    reading: ReadAhead = ReadAhead(),
+    read_ahead: ReadAhead = ReadAhead(),
 ) -> "Batches":
-    """Batches of pictures, `batch` of them from this process, as dicts of numpy arrays.
+    """Batches of images, `config.batch` of them from this process, as dicts of numpy arrays.
 
     image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given
-    low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same picture shrunk
+    low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same image shrunk
                by `images.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
     text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool, zero behind the mask
     caption, index    with `captions`: unicode strings (b,) and places in the source (b,), for the host's use
 
-    Pictures that are not square lose the ends of their long side. A picture that cannot be read, or (where `captions`
-    or `embeddings` ask for it, unless `caption_optional`) one without a caption, is skipped: counted in `.skipped` and
-    warned of in one line; under `strict` it is a ValueError. A caption in which characters were replaced is used, but
-    counted, warned of and refused alike. `repeat` goes on for ever, in a new order every epoch; otherwise the last
-    batch may be short. Of `process_count` processes each gets a disjoint share; while it repeats,
-    their batches one after the other are the batch that one process would get (until something is skipped).
+    An image that cannot be read, or (where `captions` or `embeddings` ask for it, unless `caption_optional`) one
+    without a caption, is skipped: counted in `.skipped` and warned of in one line. A caption in which characters were
+    replaced is used, but counted and warned of alike. Of `process_count` processes each gets a disjoint share; while
+    it repeats, their batches one after the other are the batch that one process would get (until something is
+    skipped). ValueError for an empty source, and for embeddings of another number of examples.
     """
-    _check(source, resolution, batch, low_resolution, crop, process_index, process_count)
+    if not len(source):
+        raise ValueError(f"{source}: no examples")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}: the index must lie in 0…{process_count - 1}")
     if embeddings is not None and embeddings.count != len(source):
         raise ValueError(
             f"{embeddings.path}: holds {embeddings.count} embeddings for {len(source)} examples; store them again"
         )
-    prepare = _Prepare(resolution, low_resolution, crop, embeddings, captions, caption_optional)
-    examples = grain.MapDataset.source(_Numbered(source)).seed(seed)
-    if shuffle:
-        examples = _ShuffleSmall(examples, seed) if len(source) < _SMALL else examples.shuffle()
-    if repeat:
-        examples = examples.repeat()
+    examples = _ordered(source, config).random_map(_Prepare(config, embeddings))
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
-    examples = examples.random_map(prepare)
-    if process_count > 1 and repeat:
-        examples = _Share(examples, batch, process_index, process_count)
+    if process_count > 1 and config.repeat:
+        examples = _Share(examples, config.batch, process_index, process_count)
     elif process_count > 1:
         examples = examples[process_index::process_count]
-    report = Skipped(len(source), strict)
-    stream = examples.to_iter_dataset(grain.ReadOptions(reading.threads, reading.ahead if reading.threads else 0))
-    if reading.workers:
-        if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which only absl's own main parses
-            absl.flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=8))
+    report = Skipped(len(source), config.strict)
     # The rejects are counted here, in the main process, whoever did the decoding.
-    stream = stream.filter(report.keep).batch(batch, drop_remainder=False).map(_finish)
+    stream = _read(examples, read_ahead).filter(report.keep).batch(config.batch, drop_remainder=False).map(_finish)
     options = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
     return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report)
+
+
+def _ordered(source: Source, config: DataConfig) -> grain.MapDataset:
+    """The source's examples in the order in which they are used."""
+    examples = grain.MapDataset.source(_Numbered(source)).seed(config.seed)
+    if config.shuffle:
+        examples = _ShuffleSmall(examples, config.seed) if len(source) < _SMALL else examples.shuffle()
+    return examples.repeat() if config.repeat else examples
+
+
+def _read(examples: grain.MapDataset, read_ahead: ReadAhead) -> grain.IterDataset:
+    options = grain.ReadOptions(read_ahead.threads, read_ahead.ahead if read_ahead.threads else 0)
+    stream = examples.to_iter_dataset(options)
+    if not read_ahead.workers:
+        return stream
+    if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which only absl's own main parses
+        absl.flags.FLAGS.mark_as_parsed()
+    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=read_ahead.workers, per_worker_buffer_size=8))
 
 
 class Batches:
@@ -266,23 +308,19 @@ class _Numbered:
 class _Prepare(grain.transforms.RandomMap):
     """One example of a source → one entry of a batch (uint8 still, which is cheaper to pass on), or a reject."""
 
-    resolution: int
-    low_resolution: int | None
-    crop: int | None
+    config: DataConfig
     embeddings: Embeddings | None
-    captions: bool
-    caption_optional: bool
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         if "rejected" in element:
             return element
         text, fault = cleaned(element["caption"], element.get("caption_fault"))
         caption = text or ""
-        wanted = self.captions or self.embeddings is not None
-        if wanted and not caption and not self.caption_optional:
+        wanted = self.config.captions or self.embeddings is not None
+        if wanted and not caption and not self.config.caption_optional:
             return {"rejected": (element["name"], "no caption", "no caption")}
         try:
-            picture = images.resize(images.decode(element["image"]), self.resolution)
+            picture = images.resize(images.decode(element["image"]), self.config.resolution)
         except images.Unreadable as error:
             return {"rejected": (element["name"], "unreadable", str(error))}
         replaced = f"{element['name']}: {fault}" if wanted and fault is not None else ""
@@ -293,15 +331,15 @@ class _Prepare(grain.transforms.RandomMap):
         }
 
     def _views(self, picture: np.ndarray, rng: np.random.Generator) -> dict:
-        if self.low_resolution is None:
+        if self.config.low_resolution is None:
             return {"image": picture}
-        low = images.resize(picture, self.low_resolution)
-        if self.crop is not None:
-            picture, low = images.aligned_crops(picture, low, self.crop, rng)
+        low = images.resize(picture, self.config.low_resolution)
+        if self.config.crop is not None:
+            picture, low = images.aligned_crops(picture, low, self.config.crop, rng)
         return {"image": picture, "low_res": low}
 
     def _text(self, name: str, index: int, caption: str) -> dict:
-        joined = {"caption": caption, "index": index} if self.captions else {}
+        joined = {"caption": caption, "index": index} if self.config.captions else {}
         if self.embeddings is not None:
             text, mask, stored = self.embeddings[index]
             if stored != digest(caption):
@@ -319,28 +357,3 @@ def _finish(batch: dict) -> dict[str, np.ndarray]:
         for key, value in batch.items()
         if key != _REPLACED
     }
-
-
-def _check(
-    source: Source,
-    resolution: int,
-    batch: int,
-    low_resolution: int | None,
-    crop: int | None,
-    process_index: int,
-    process_count: int,
-) -> None:
-    if not len(source):
-        raise ValueError(f"{source}: no examples")
-    if resolution < 1 or batch < 1:
-        raise ValueError(f"resolution and batch must be positive, got {resolution} and {batch}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}: the index must lie in 0…{process_count - 1}")
-    if low_resolution is not None and (low_resolution < 1 or resolution % low_resolution):
-        raise ValueError(f"resolution {resolution} is not a multiple of the low resolution {low_resolution}")
-    if crop is not None:
-        if low_resolution is None:
-            raise ValueError("crop is for super-resolution: give low_resolution too")
-        factor = resolution // low_resolution
-        if not factor <= crop <= resolution or crop % factor:
-            raise ValueError(f"crop {crop} must be a multiple of the factor {factor}, at most {resolution}")

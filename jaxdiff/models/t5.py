@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.t5 import T5, TINY, T5Config, shift_right
-from jaxdiff.text.tokenizer import sentinel_ids, tokenize
+from jaxdiff.text.tokenizer import Tokens, sentinel_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -148,40 +148,30 @@ def span_batches(
     sentinels = sentinel_ids(tokenizer)
     if not sentinels:
         raise ValueError("the tokenizer has no sentinels <extra_id_0>, …, which span corruption needs")
-    tokens = tokenize(tokenizer, captions, length)
-    return SpanBatches(
-        rows=tokens.ids,
-        lengths=tokens.mask.sum(1) - 1,
-        batch=batch,
-        seed=seed,
-        sentinels=tuple(sentinels),
-        pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
-        corruption=corruption or Corruption(),
-    )
+    special = SpecialIds(tuple(sentinels), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return SpanBatches(tokenize(tokenizer, captions, length), special, batch, seed, corruption or Corruption())
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The tokenizer's ids that stand for no text: the sentinels in their order, the padding, the end."""
+
+    sentinels: tuple[int, ...]
+    pad: int
+    eos: int
 
 
 class SpanBatches:
     """Iterator of dicts of numpy arrays: inputs (b n), input_mask, targets (b m), target_mask.
 
-    Batch i is a function of the seed and i alone, so the state is one number.
+    `tokens` holds the captions (c n), each with its `</s>`. Batch i is a function of the seed and i alone, so the state
+    is one number.
     """
 
-    def __init__(
-        self,
-        rows: Int[np.ndarray, "c n"],
-        lengths: Int[np.ndarray, "c"],
-        batch: int,
-        seed: int,
-        sentinels: tuple[int, ...],
-        pad_id: int,
-        eos_id: int,
-        corruption: Corruption,
-    ):
-        self._rows, self._lengths = rows, lengths
-        self._batch, self._seed, self._corruption = batch, seed, corruption
-        self._sentinels, self._pad_id, self._eos_id = sentinels, pad_id, eos_id
-        self._widths = (rows.shape[1], target_length(rows.shape[1], corruption))
+    def __init__(self, tokens: Tokens, special: SpecialIds, batch: int, seed: int, corruption: Corruption):
+        self._rows, self._lengths = tokens.ids, tokens.mask.sum(1) - 1
+        self._batch, self._seed, self._corruption, self._special = batch, seed, corruption, special
+        self._widths = (tokens.ids.shape[1], target_length(tokens.ids.shape[1], corruption))
         self._next = 0
         self._epoch, self._order = -1, np.empty(0, int)
 
@@ -211,12 +201,12 @@ class SpanBatches:
 
     def _corrupted(self, caption: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids = self._rows[caption, : self._lengths[caption]]
-        return corrupt(ids, span_mask(len(ids), self._corruption, rng), self._sentinels, self._eos_id)
+        return corrupt(ids, span_mask(len(ids), self._corruption, rng), self._special.sentinels, self._special.eos)
 
     def _padded(self, rows: list[np.ndarray], width: int) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(width) < lengths[:, None]
-        padded = np.full(mask.shape, self._pad_id, np.int32)
+        padded = np.full(mask.shape, self._special.pad, np.int32)
         padded[mask] = np.concatenate(rows)
         return padded, mask
 

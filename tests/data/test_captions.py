@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.data import captions, embeddings, example, folder
-from jaxdiff.data.pipeline import ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -108,9 +108,8 @@ def photos(tmp_path, source):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_replaced_captions_are_used_counted_and_named(photos, workers):
-    batches = image_batches(
-        folder.read(photos), 8, 3, captions=True, shuffle=False, repeat=False, reading=ReadAhead(workers=workers)
-    )
+    config = DataConfig(8, 3, captions=True, shuffle=False, repeat=False)
+    batches = image_batches(folder.read(photos), config, read_ahead=ReadAhead(workers=workers))
     with pytest.warns(UserWarning) as caught:
         (batch,) = batches
     assert batch["caption"].tolist() == ["caf\ufffd", "half \ufffd", "whole 😀"] and set(batch) >= {"image", "index"}
@@ -120,7 +119,7 @@ def test_replaced_captions_are_used_counted_and_named(photos, workers):
 
 
 def test_each_replaced_caption_is_counted_once(photos):
-    batches = image_batches(folder.read(photos), 8, 3, captions=True, seed=1)
+    batches = image_batches(folder.read(photos), DataConfig(8, 3, captions=True, seed=1))
     with pytest.warns(UserWarning):
         for _ in range(4):
             next(batches)
@@ -129,11 +128,11 @@ def test_each_replaced_caption_is_counted_once(photos):
 
 def test_strict_refuses_replaced_captions(photos):
     with pytest.raises(ValueError, match=r"0\.png: 1 character of the caption replaced .*\(strict\)"):
-        next(image_batches(folder.read(photos), 8, 3, captions=True, shuffle=False, strict=True))
+        next(image_batches(folder.read(photos), DataConfig(8, 3, captions=True, shuffle=False, strict=True)))
 
 
 def test_captions_that_nobody_asks_for_are_not_counted(photos):
-    batches = image_batches(folder.read(photos), 8, 3, shuffle=False, repeat=False, strict=True)
+    batches = image_batches(folder.read(photos), DataConfig(8, 3, shuffle=False, repeat=False, strict=True))
     assert len(list(batches)) == 1 and batches.skipped.summary(3) == ""
 
 
@@ -147,14 +146,14 @@ def test_half_an_emoji_does_not_stop_the_encoding_of_a_dataset(tmp_path, source)
     assert texts == ["half \ufffd"]
     stored = embeddings.store_embeddings(texts, encode, tmp_path / "text", encoder="ones")
     with pytest.warns(UserWarning):
-        batch = next(image_batches(found, 8, 1, embeddings=stored))
+        batch = next(image_batches(found, DataConfig(8, 1), stored))
     assert batch["text"].shape == (1, 2, 3)
 
 
 def test_a_source_that_cleans_nothing_is_cleaned(listed, source):
     """Whatever source captions come from, none that cannot be encoded reaches a tokenizer."""
     raw = dataclasses.replace(source, examples=({**source.examples[0], "caption": "\ud83d\0 \udce9"},))
-    batches = image_batches(raw, 8, 1, captions=True)
+    batches = image_batches(raw, DataConfig(8, 1, captions=True))
     with pytest.warns(UserWarning, match="set/0.png: 3 characters"):
         assert next(batches)["caption"].tolist() == ["\ufffd\ufffd \ufffd"]
     with pytest.warns(UserWarning, match="set/0.png: 3 characters"):

@@ -17,8 +17,16 @@ import pytest
 
 from jaxdiff.data import embeddings, parts
 from jaxdiff.data.array_records import new_records
-from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings, store_embeddings, store_rows
-from jaxdiff.data.pipeline import image_batches
+from jaxdiff.data.embeddings import (
+    RowEncoder,
+    Shard,
+    StoreProgress,
+    fingerprint,
+    open_embeddings,
+    store_embeddings,
+    store_rows,
+)
+from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
@@ -60,8 +68,9 @@ def unused(captions):
     raise AssertionError(f"{len(captions)} captions are encoded again")
 
 
-def store_shard(path, index, count, captions=CAPTIONS, encoder=rows, name="t5", **settings):
-    return store_rows(captions, encoder, path, encoder=name, shard=Shard(index, count), **{"part": 4, **settings})
+def store_shard(path, index, count, captions=CAPTIONS, encoder=rows, name="t5", window=4096, **settings):
+    made = RowEncoder(encoder, name, window=window)
+    return store_rows(captions, made, path, shard=Shard(index, count), **{"part": 4, **settings})
 
 
 def files(path):
@@ -177,7 +186,7 @@ def test_the_sidecar_can_be_read_by_people(tmp_path):
 def test_batches_join_each_picture_with_its_text(tmp_path, source):
     captions = [example["caption"] for example in source.examples]
     stored = store(tmp_path, captions=captions)
-    batch = next(image_batches(source, 32, 8, embeddings=stored, captions=True))
+    batch = next(image_batches(source, DataConfig(32, 8, captions=True), stored))
     assert batch["text"].shape == (8, LENGTH, WIDTH) and batch["text"].dtype == np.float16
     text, mask = map(np.asarray, Encoder()(batch["caption"].tolist()))
     np.testing.assert_array_equal(batch["text_mask"], mask)
@@ -187,16 +196,16 @@ def test_batches_join_each_picture_with_its_text(tmp_path, source):
 def test_embeddings_of_another_set_are_refused(tmp_path, source):
     captions = [example["caption"] for example in source.examples]
     with pytest.raises(ValueError, match="holds 10 embeddings for 11 examples"):
-        image_batches(source, 32, 2, embeddings=store(tmp_path / "short", captions=captions[:10]))
+        image_batches(source, DataConfig(32, 2), store(tmp_path / "short", captions=captions[:10]))
     swapped = store(tmp_path / "swapped", captions=[*captions[:9], captions[10], captions[9]])
     with pytest.raises(ValueError, match=r"embedding 9 was made from another caption than that of set/9\.png"):
-        list(image_batches(source, 32, 1, embeddings=swapped, shuffle=False, repeat=False))
+        list(image_batches(source, DataConfig(32, 1, shuffle=False, repeat=False), swapped))
 
 
 def test_optional_captions_become_empty_text(tmp_path, source, listed):
     one = listed(({**source.examples[0], "caption": None},))
     stored = store(tmp_path, captions=[None])
-    batch = next(image_batches(one, 32, 1, embeddings=stored, caption_optional=True))
+    batch = next(image_batches(one, DataConfig(32, 1, caption_optional=True), stored))
     assert not batch["text_mask"].any() and not batch["text"].any()
 
 
@@ -223,7 +232,8 @@ def test_shards_make_the_store_that_one_process_makes(tmp_path):
     told = []
     for index in (2, 0, 1):
         assert not (tmp_path / "shards" / "part-00001.array_record").exists()
-        found = store_shard(tmp_path / "shards", index, 3, begun=lambda *both: told.append(both), window=3)
+        progress = StoreProgress(lambda *both: told.append(both))
+        found = store_shard(tmp_path / "shards", index, 3, window=3, progress=progress)
         if index != 1:
             assert found is None
             with pytest.raises(ValueError, match="parts, the rest is not stored"):
@@ -231,7 +241,8 @@ def test_shards_make_the_store_that_one_process_makes(tmp_path):
     assert told == [(0, 7), (0, 8), (0, 8)]  # of six parts the last has three captions
     assert len(found) == 23 and files(tmp_path / "shards") == files(tmp_path / "whole")
     done = []
-    again = store_shard(tmp_path / "shards", 2, 3, encoder=unused, begun=lambda *both: done.append(both))
+    progress = StoreProgress(lambda *both: done.append(both))
+    again = store_shard(tmp_path / "shards", 2, 3, encoder=unused, progress=progress)
     assert len(again) == 23 and done == [(7, 7)]
 
 

@@ -17,7 +17,7 @@ from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import convert, embeddings, images, parts, pipeline, records, shapes, sources, tfds_sets
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.example import captions
-from jaxdiff.data.pipeline import ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 
 COUNT = 8
 DATA = 20_000  # a byte in the middle of record 1: each holds 12 kB of noise
@@ -57,7 +57,7 @@ def flip(file, *places):
 def everything(folder, **settings):
     """The captions that come out in one epoch, and what was skipped."""
     source = sources.open(sources.Records(folder), 64, "train", "")
-    batches = image_batches(source, 64, 3, repeat=False, shuffle=False, captions=True, **settings)
+    batches = image_batches(source, DataConfig(64, 3, repeat=False, shuffle=False, captions=True, **settings))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         seen = [caption for batch in batches for caption in batch["caption"].tolist()]
@@ -157,7 +157,7 @@ def test_a_file_that_goes_after_the_start_ends_the_run(copy):
     source = records.read(copy)
     shards(copy)[1].unlink()
     with pytest.raises(ValueError, match=r"array_record: missing"):
-        list(image_batches(source, 64, 3, repeat=False))
+        list(image_batches(source, DataConfig(64, 3, repeat=False)))
 
 
 def test_records_of_another_program_are_named(copy):
@@ -177,7 +177,7 @@ def test_a_failing_disk_is_no_damage(copy, monkeypatch):
     reader = SimpleNamespace(read=lambda places: exec("raise RuntimeError('Input/output error; reading')"))
     monkeypatch.setattr(parts.Parts, "_reader", lambda *_: reader)
     with pytest.raises(ValueError, match=r"array_record: cannot be read \(Input/output error\)"):
-        list(image_batches(source, 64, 3, repeat=False))
+        list(image_batches(source, DataConfig(64, 3, repeat=False)))
 
 
 def test_captions_of_damaged_records_are_missing(copy):
@@ -197,7 +197,7 @@ def test_damaged_embeddings_name_the_file_and_the_record(copy):
     stored = embeddings.store_embeddings(captions(source), encode, path, encoder="ones", batch=4, part=5)
     flip(path / "part-00001.array_record", 100_000)
     with pytest.raises(ValueError, match=r"part-00001\.array_record, record 1: damaged .*run the command that made it"):
-        list(image_batches(source, 64, 3, repeat=False, embeddings=stored))
+        list(image_batches(source, DataConfig(64, 3, repeat=False), stored))
 
 
 @pytest.fixture
@@ -212,19 +212,19 @@ def prepared(tmp_path):
 def test_a_damaged_record_of_tfds_is_skipped_and_counted(prepared):
     source, file = prepared
     flip(file, 70_000)
-    batches = image_batches(source, 64, 5, repeat=False)
+    batches = image_batches(source, DataConfig(64, 5, repeat=False))
     with pytest.warns(UserWarning, match=r"train.*array_record.*, record \d+: damaged .*prepared again"):
         assert sum(len(batch["image"]) for batch in batches) == 19
     assert batches.skipped.reasons == {"unreadable": 1}
     with pytest.raises(ValueError, match=r"record \d+: damaged .*\(strict\)"):
-        list(image_batches(source, 64, 5, repeat=False, strict=True))
+        list(image_batches(source, DataConfig(64, 5, repeat=False, strict=True)))
 
 
 def test_a_cut_file_of_tfds_is_an_error(prepared):
     source, file = prepared
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(ValueError, match=rf"{file.name}: damaged \(no records found\); delete the set's folder"):
-        list(image_batches(source, 64, 5, repeat=False))
+        list(image_batches(source, DataConfig(64, 5, repeat=False)))
 
 
 def ended_by(code):
@@ -252,7 +252,7 @@ def test_a_killed_worker_process_is_worth_another_start(whole, capsys):
     """Exit code 71 and one line, of a real one; what it had read before is used first."""
 
     def main() -> None:
-        batches = image_batches(records.read(whole), 64, 3, reading=ReadAhead(workers=1))
+        batches = image_batches(records.read(whole), DataConfig(64, 3), read_ahead=ReadAhead(workers=1))
         next(batches)
         (worker,) = [child for child in multiprocessing.active_children() if "grain" in child.name]
         os.kill(worker.pid, signal.SIGKILL)

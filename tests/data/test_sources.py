@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxdiff.data import convert, embeddings, images, sources, tfds_sets
-from jaxdiff.data.pipeline import image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,8 @@ def test_all_sources_end_in_the_same_pipeline(kind, every_source, data_dir, tmp_
         encoder="ones",
         batch=4,
     )
-    batch = next(
-        image_batches(
-            source, 64, 5, low_resolution=16, crop=32, captions=True, embeddings=stored, strict=True, shuffle=False
-        )
-    )
+    config = DataConfig(64, 5, low_resolution=16, crop=32, captions=True, strict=True, shuffle=False)
+    batch = next(image_batches(source, config, stored))
     shapes = {key: value.shape for key, value in batch.items()}
     assert shapes == {
         "image": (5, 32, 32, 3),
@@ -143,7 +140,7 @@ def test_a_folder_with_metadata(tmp_path, source):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     read = sources.open(sources.Folder(tmp_path), 64, "train", "")
     assert [read[i]["caption"] for i in range(len(read))] == ["why", "ex"]
-    (batch,) = image_batches(read, 32, 2, captions=True, shuffle=False, repeat=False, strict=True)
+    (batch,) = image_batches(read, DataConfig(32, 2, captions=True, shuffle=False, repeat=False, strict=True))
     np.testing.assert_array_equal(images.to_uint8(batch["image"][1]), images.decode(source.examples[0]["image"]))
 
 
@@ -159,7 +156,7 @@ def test_a_folder_without_a_caption_or_a_picture(tmp_path, source):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_name": "gone.png", "text": "gone"}\n')
     read = sources.open(sources.Folder(tmp_path), 64, "train", "")
     assert read[0]["caption"] is None
-    batches = image_batches(read, 32, 1, repeat=False)
+    batches = image_batches(read, DataConfig(32, 1, repeat=False))
     with pytest.warns(UserWarning, match=r"gone\.png"):
         assert len(list(batches)) == 1
     assert batches.skipped.count == 1
@@ -247,7 +244,7 @@ def test_a_tfds_name_is_prepared_and_read(tmp_path):
     assert len(source) == 3 and (tmp_path / "several_captions").is_dir()
     whole = sources.open(sources.Tfds("several_captions:1.0.0"), 64, "validation", tmp_path)
     assert sorted(str(whole[i]["caption"]) for i in range(4)) == ["1a", "2a", "3a", "None"]
-    batches = image_batches(whole, 16, 4, captions=True, repeat=False)
+    batches = image_batches(whole, DataConfig(16, 4, captions=True, repeat=False))
     with pytest.warns(UserWarning, match=r"several_captions/validation\[\d\]: no caption"):
         (batch,) = batches
     for picture, caption in zip(images.to_uint8(batch["image"]), batch["caption"], strict=True):

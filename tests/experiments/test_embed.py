@@ -45,7 +45,7 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys)
         (photos / f"{i}.png").write_bytes(PICTURE)
     (photos / "0.txt").write_text("a cat")
     (photos / "2.txt").write_text("two dogs")
-    embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=12, batch=2)
+    embed.main(embed.Settings(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=12, batch=2))
     assert "3 embeddings of 12 × 16" in capsys.readouterr().out
     encoder = load_text_encoder(encoder_dir, 12)
     stored = open_embeddings(tmp_path / "text", fingerprint(encoder))
@@ -56,7 +56,7 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys)
         np.testing.assert_array_equal(mask, expected.mask[i])
         np.testing.assert_allclose(text, expected.tokens[i], atol=2e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="use a new path"):
-        embed.main(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=13)
+        embed.main(embed.Settings(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=13))
 
 
 @pytest.fixture
