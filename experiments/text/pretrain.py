@@ -27,7 +27,7 @@ from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokeniz
 from jaxdiff.training import multihost
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
-from jaxdiff.training.loop import Diverged, TrainConfig, train
+from jaxdiff.training.loop import Diverged, Layout, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
 from jaxdiff.training.prefetch import OwnRows
@@ -99,7 +99,7 @@ def pretrain(
     alike(given)
     rates = OptimizerConfig(kind=OPTIMIZERS[optimizer], learning_rate=learning_rate, warmup=steps // 10, total=steps)
     settings = TrainConfig(optimizer=rates, steps=steps, ema_decay=0.99, log_every=50, save_every=save_every, seed=seed)
-    settings = replace(settings, stall=cluster.stall, stall_exit=cluster.stall_exit)
+    settings = replace(settings, stall=cluster.stall, stall_exit=cluster.stall_exit, description="t5")
     spec, mesh = sources.parse(data), make_mesh(fsdp=fsdp)
     spec = sources.Shapes(examples, held_out) if isinstance(spec, sources.Shapes) else spec
     captions = once(data_dir, lambda: captions_of(spec, data_dir))
@@ -120,7 +120,7 @@ def pretrain(
         config = replace(PRESETS[preset], vocab=len(words))
         made_of = {"data": data, "captions": len(captions), "batch": batch, "length": length}
         made_of |= {"tokenizer": tokenizer, "vocab": vocab} | ({} if texts is None else {"texts": str(texts)})
-        state = train(T5Pretraining(config, length), stream, settings, out, data=made_of, mesh=mesh, description="t5")
+        state = train(T5Pretraining(config, length), stream, settings, out, data=made_of, layout=Layout(mesh))
         params = gathered(state.ema)
 
         def finish() -> None:
