@@ -33,7 +33,7 @@ from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.plan import network_flops
-from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs
+from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs, placements_of
 from jaxdiff.training.step import make_step
 
 
@@ -181,7 +181,7 @@ def compile_training(name: str, stage: DiffusionModel, settings: Run) -> Trainin
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
     abstract, batch = abstract_state(stage, optimizer, mesh), made_up(stage, settings.batch, side)
     with jax.set_mesh(mesh):
-        step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        step = make_step(stage, optimizer, placements_of(abstract))
         shapes = {name: _shape(array, batch_sharding(mesh)) for name, array in batch.items()}
         compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
     # A gradient multiplies twice where the loss multiplies once. What cuDNN's attention does (GPUs in bfloat16) cannot

@@ -96,6 +96,7 @@ def train_classifier(settings: Run) -> None:
         ema_decay=0.995,
         save_every=settings.save_every,
         seed=settings.seed,
+        description="classifier",
     )
     made_of = {"examples": len(source), "batch": settings.batch}
     state = train(
@@ -104,7 +105,6 @@ def train_classifier(settings: Run) -> None:
         training,
         settings.out,
         data=made_of,
-        description="classifier",
     )
     in_order = DataConfig(settings.side, min(512, len(source)), shuffle=False, repeat=False)
     some = next(image_batches(source, in_order))["image"]

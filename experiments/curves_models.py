@@ -28,7 +28,6 @@ from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import TrainConfig, train
-from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Muon, OptimizerConfig
 from jaxdiff.weights.clip import load_text_encoder as load_clip
 from jaxdiff.weights.imagen import load_model, save_model
@@ -204,10 +203,16 @@ def _train(
 ) -> None:
     rate = OptimizerConfig(kind=Muon(), learning_rate=settings.learning_rate, warmup=min(50, steps - 1), total=steps)
     config = TrainConfig(
-        optimizer=rate, steps=steps, ema_decay=0.995, log_every=100, save_every=settings.save_every, seed=seed
+        optimizer=rate,
+        steps=steps,
+        ema_decay=0.995,
+        log_every=100,
+        save_every=settings.save_every,
+        seed=seed,
+        description=folder.name,
     )
     with locked(folder):
-        state = train(stage, stream, config, folder, data=made_of, mesh=make_mesh(), description=folder.name)
+        state = train(stage, stream, config, folder, data=made_of)
         save_model(TrainedModel(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 

@@ -47,7 +47,7 @@ from jaxdiff.training.hlo import COUNTING
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.param_sharding import bytes_on_a_device, shardings, table
 from jaxdiff.training.plan import Costs, compiled_costs, estimated_costs, network_flops
-from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs
+from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs, placements_of
 from jaxdiff.training.step import make_step
 
 
@@ -182,7 +182,7 @@ def _training(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any
     step = make_step(
         stage,
         optimizer_of(settings),
-        jax.tree.map(lambda leaf: leaf.sharding, state),
+        placements_of(state),
         accumulate=settings.accumulate,
     )
     batch = stage.batch_spec(settings.batch, side_of(settings, stage))
@@ -243,7 +243,9 @@ def _estimate(settings: Run, stage: DiffusionModel, mesh: Any) -> dict[str, Any]
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
     local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=ActivationSharding()))
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
-    costs = estimated_costs(local, state, stage.batch_spec(rows, side_of(settings, stage)), settings.accumulate)
+    costs = estimated_costs(
+        local, state, stage.batch_spec(rows, side_of(settings, stage)), accumulate=settings.accumulate
+    )
     return _sizes(settings, state) | {"costs": costs}
 
 

@@ -37,7 +37,7 @@ from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text import clip as clip_text
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
 from jaxdiff.weights import classifier, clip, imagen
 
@@ -175,7 +175,7 @@ def _evaluated(trained: TrainedModel, side: int) -> np.ndarray:
 def _trained(trained: TrainedModel, side: int) -> np.ndarray:
     model, optimizer = trained.model, OptimizerConfig(AdamW(), learning_rate=1e-4, warmup=2, total=20)
     mesh = make_mesh(devices=jax.devices()[:1])
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    placements = placements_of(abstract_state(model, optimizer, mesh))
     losses = []
     with jax.set_mesh(mesh):
         state = init_state(model, optimizer, jax.random.key(0), mesh, jax.tree.map(np.asarray, trained.params))

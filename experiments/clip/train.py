@@ -30,7 +30,7 @@ from jaxdiff.nets.clip import CLIPConfig
 from jaxdiff.text.tokenizer import load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
-from jaxdiff.training.loop import Diverged, TrainConfig, train
+from jaxdiff.training.loop import Diverged, Layout, Loaded, TrainConfig, train
 from jaxdiff.training.mesh import BATCH_AXES, check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
 from jaxdiff.weights import clip as weights
@@ -144,7 +144,7 @@ def train_clip(settings: Run, processes: int) -> None:
     pairs = Pairs(stream, words, config.text.length)
     if initial is not None and isinstance(stage.compare, SigmoidLoss):
         initial["logit_bias"] = np.float32(stage.compare.bias)
-    state = train(stage, pairs, optimizing, settings.out, data=made_of, mesh=mesh, initial=initial, description="clip")
+    state = train(stage, pairs, optimizing, settings.out, data=made_of, layout=Layout(mesh), loaded=Loaded(initial))
     params = gathered(state.ema)
 
     def finish() -> None:
@@ -187,6 +187,7 @@ def config_of(settings: Run) -> TrainConfig:
         log_every=settings.log_every,
         save_every=settings.save_every,
         seed=settings.seed,
+        description="clip",
         stall=settings.cluster.stall,
         stall_exit=settings.cluster.stall_exit,
     )

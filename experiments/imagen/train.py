@@ -39,7 +39,7 @@ from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
-from jaxdiff.training.loop import Diverged, TrainConfig, train
+from jaxdiff.training.loop import Diverged, Layout, Loaded, TrainConfig, train
 from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.state import abstract_params, abstract_state
@@ -174,11 +174,9 @@ def train_stage(settings: Run, processes: int) -> None:
         config,
         settings.out,
         data=data_of(settings, stage, source, embeddings),
-        mesh=mesh,
-        placement=presets.placement(stage, settings.rows),
-        initial=initial,
+        layout=Layout(mesh, presets.placement(stage, settings.rows)),
+        loaded=Loaded(initial),
         sample_hook=Samples(stage, sampling, source, embeddings, settings.out / "samples"),
-        description=settings.stage,
     )
     # How it was computed in training is no part of what was learned.
     stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32"))
@@ -237,6 +235,7 @@ def config_of(settings: Run) -> TrainConfig:
         save_every=settings.save_every,
         keep=settings.keep,
         seed=settings.seed,
+        description=settings.stage,
         stall=settings.cluster.stall,
         stall_exit=settings.cluster.stall_exit,
     )

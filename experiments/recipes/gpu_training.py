@@ -35,7 +35,7 @@ from jaxdiff.text.t5 import T5TextEncoder, embed
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig
-from jaxdiff.training.state import TrainState, abstract_state, init_state
+from jaxdiff.training.state import TrainState, abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
 from jaxdiff.weights.imagen import load, save_model
 
@@ -130,7 +130,7 @@ class _Steps:
         optimizer = self.optimizer
         if total:
             optimizer = replace(optimizer, decay=Decay.COSINE, warmup=fall, total=total)
-        placements = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        placements = placements_of(self.state)
         with jax.set_mesh(self.mesh):
             step = make_step(self.stage, optimizer, placements, ema_decay=self.settings.ema_decay)
             batch = self.stage.batch_spec(self.settings.batch, self.stage.resolution)

@@ -27,7 +27,7 @@ from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokeniz
 from jaxdiff.training import multihost
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
-from jaxdiff.training.loop import Diverged, TrainConfig, train
+from jaxdiff.training.loop import Diverged, Layout, TrainConfig, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, Muon, OptimizerConfig
 from jaxdiff.training.prefetch import OwnRows
@@ -103,9 +103,8 @@ def pretrain(settings: Pretraining) -> None:
         config = replace(PRESETS[settings.preset], vocab=len(words))
         made_of = {name: getattr(settings, name) for name in ("data", "batch", "length", "tokenizer", "vocab")}
         made_of |= {"captions": len(captions)} | ({} if settings.texts is None else {"texts": str(settings.texts)})
-        state = train(
-            T5Pretraining(config, settings.length), stream, config_of(settings), settings.out, data=made_of, mesh=mesh, description="t5"
-        )
+        model, layout = T5Pretraining(config, settings.length), Layout(mesh)
+        state = train(model, stream, config_of(settings), settings.out, data=made_of, layout=layout)
         params, encoder = gathered(state.ema), settings.out / "encoder"
 
         def finish() -> None:
@@ -132,6 +131,7 @@ def config_of(settings: Pretraining) -> TrainConfig:
         seed=settings.seed,
         stall=settings.cluster.stall,
         stall_exit=settings.cluster.stall_exit,
+        description="t5",
     )
 
 

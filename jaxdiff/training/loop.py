@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxdiff.core.settings import flatten
+from jaxdiff.core.trees import digest_of
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.distributed import agree, check_shared
@@ -23,12 +24,21 @@ from jaxdiff.training.interruption import Interruption, InterruptRequested, Pree
 from jaxdiff.training.lock import FolderLock, locked
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.metrics import PLOT, plot
-from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.optimizer import OptimizerConfig, Optimizers
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding
 from jaxdiff.training.prefetch import Batches, Prefetch
 from jaxdiff.training.reporter import Diverged, Reporter
-from jaxdiff.training.state import Params, Trainable, TrainState, abstract_state, init_state
-from jaxdiff.training.step import Step, make_step
+from jaxdiff.training.state import (
+    Metrics,
+    Params,
+    Trainable,
+    TrainState,
+    abstract_state,
+    init_state,
+    place_frozen,
+    placements_of,
+)
+from jaxdiff.training.step import make_step
 from jaxdiff.training.watchdog import Watchdog
 
 VERSION = 3
@@ -40,7 +50,7 @@ VERSION = 3
 class TrainConfig:
     """How long and how to train. Raises ValueError for a setting that makes no sense."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: Optimizers = field(default_factory=OptimizerConfig)  # of all arrays, or one for each label
     steps: int = 2_500_000
     accumulate: int = 1  # parts that a batch is taken in
     ema_decay: float = 0.9999  # a convention; the paper prints none
@@ -52,6 +62,8 @@ class TrainConfig:
     seed: int = 0
     stall: float = 0.0  # seconds without progress after which that is reported with stacks; 0: never
     stall_exit: float = 0.0  # and after which the process ends, and with it the others of the run; 0: never
+    progress: bool = True  # show a bar
+    description: str = ""  # on the bar
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
@@ -68,6 +80,25 @@ class TrainConfig:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and below 1")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The mesh, all devices along `data` where it is None, and how parameters are split over it."""
+
+    mesh: Mesh | None = None
+    sharding: ParamSharding = BY_SHAPE
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Arrays from elsewhere, on the host or on devices, with several processes all of them in each.
+
+    params: to start from in place of the trainable's own. frozen: what its loss reads and never updates.
+    """
+
+    params: Params | None = None
+    frozen: Any = ()
+
+
 def train(
     trainable: Trainable,
     batches: Batches,
@@ -75,20 +106,16 @@ def train(
     out: str | Path,
     *,
     data: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
-    placement: ParamSharding = BY_SHAPE,
+    layout: Layout = Layout(),
+    loaded: Loaded = Loaded(),
     sample_hook: Callable[[int, Params], None] | None = None,
-    initial: Params | None = None,
-    progress: bool = True,
-    description: str = "",
 ) -> TrainState:
     """Train until `config.steps` and return the last state; run again with the same folder, it goes on from there.
 
     Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` says what the batches are made of
-    (the set, its size, the batch): to go on with other data than the run began with is refused. `mesh`: all devices
-    along `data` by default. `placement`: of the parameters on it. Both may change from one start to the next.
-    `sample_hook(step, averaged parameters)` is called every `sample_every` steps and after the last; it must not keep
-    the parameters. `initial`: parameters to start from in place of its own.
+    (the dataset, its size, the batch): to go on with other data than the run began with is refused, and so are other
+    frozen arrays. `layout` may change from one start to the next. `sample_hook(step, averaged parameters)` is called
+    every `sample_every` steps and after the last; it must not keep the parameters.
     Of several processes (`distributed.start`) all call this alike, with a folder that they share; the hook is called on
     all of them, since the parameters are spread over them.
 
@@ -99,22 +126,11 @@ def train(
     """
     out = Path(out)
     with locked(out) as lock:  # before anything is read, deleted or written there
-        mesh = make_mesh() if mesh is None else mesh
+        mesh = make_mesh() if layout.mesh is None else layout.mesh
         check_processes(mesh)
-        fixed = {
-            "version": VERSION,
-            "stage": trainable,
-            "optimizer": config.optimizer,
-            "accumulate": config.accumulate,
-            "ema_decay": config.ema_decay,
-            "ema_warmup": config.ema_warmup,
-            "seed": config.seed,
-            "data": dict(data or {}),
-        }
+        fixed = _fixed(trainable, config, data, loaded.frozen)
         agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
         check_shared(out)
-        abstract = abstract_state(trainable, config.optimizer, mesh, placement)
-        init_key, key = jax.random.split(jax.random.key(config.seed))
         folder = out / "checkpoints"
         # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
         with (
@@ -126,39 +142,63 @@ def train(
             _ended_together(),
         ):
             with _stopped_early(interruption):
-                latest = checkpoints.latest()
-                if latest is None:
-                    state = init_state(trainable, config.optimizer, init_key, mesh, initial, placement)
-                else:
-                    state, place = checkpoints.restore(abstract)
-                    batches.set_state(place)
-                step = make_step(
-                    trainable,
-                    config.optimizer,
-                    jax.tree.map(lambda leaf: leaf.sharding, abstract),
-                    accumulate=config.accumulate,
-                    ema_decay=config.ema_decay,
-                    ema_warmup=config.ema_warmup,
-                )
+                state, step = _begin(trainable, batches, config, replace(layout, mesh=mesh), loaded, checkpoints)
                 first = int(state.step)
                 feed = Prefetch(batches, mesh, config.accumulate, config.steps - first)
-            reporter = Reporter(out, config.log_every, config.steps, first, progress, description)
-            try:
-                loop = _Loop(state, first, step, key, feed, config, checkpoints, reporter, interruption, watchdog, lock)
+            reporter = Reporter(out, config.log_every, config.steps, first, config.progress, config.description)
+            loop = _Loop(state, first, step, feed, config, checkpoints, reporter, interruption, watchdog, lock)
+            with _reported(out, reporter, lambda: lock.check(folder)):
                 state = loop.run(sample_hook if config.sample_every else None)
-            except OSError:
-                lock.check(folder)  # where the folder is gone, that is what to say
-                raise
-            except Diverged:
-                if multihost.index() == 0:
-                    plot(out)
-                raise
-            finally:
-                reporter.close()
         lock.check(folder)
         if multihost.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
             plot(out)
         return state
+
+
+def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | None, frozen: Any) -> dict[str, Any]:
+    """What must be the same where a run goes on."""
+    return {
+        "version": VERSION,
+        "stage": trainable,
+        "optimizer": config.optimizer,
+        "accumulate": config.accumulate,
+        "ema_decay": config.ema_decay,
+        "ema_warmup": config.ema_warmup,
+        "seed": config.seed,
+        "data": dict(data or {}),
+        "frozen": f"arrays of hash {digest_of(frozen)}" if jax.tree.leaves(frozen) else "nothing",
+    }
+
+
+def _begin(
+    trainable: Trainable,
+    batches: Batches,
+    config: TrainConfig,
+    layout: Layout,
+    loaded: Loaded,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
+    """The first state or that of the newest checkpoint, its batches too, and the step of state and batch."""
+    assert layout.mesh is not None
+    where = layout.mesh, layout.sharding
+    abstract = abstract_state(trainable, config.optimizer, *where)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    if checkpoints.latest() is None:
+        state = init_state(trainable, config.optimizer, init_key, layout.mesh, loaded.params, layout.sharding)
+    else:
+        state, place = checkpoints.restore(abstract)
+        batches.set_state(place)
+    frozen = place_frozen(loaded.frozen, *where)
+    step = make_step(
+        trainable,
+        config.optimizer,
+        placements_of(abstract),
+        frozen=placements_of(frozen),
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        ema_warmup=config.ema_warmup,
+    )
+    return state, lambda state, batch: step(state, batch, key, frozen)
 
 
 @dataclass
@@ -167,8 +207,7 @@ class _Loop:
 
     state: TrainState
     number: int  # of the state's step
-    step: Step
-    key: Any
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     feed: Prefetch
     config: TrainConfig
     checkpoints: Checkpoints
@@ -210,7 +249,7 @@ class _Loop:
     def advance(self, batch: Any, rows: int) -> Any:
         """One step, begun; its metrics."""
         self.watchdog.doing(f"in step {self.number + 1}", compiles=self.number == self.first)
-        self.state, metrics = self.step(self.state, batch, self.key)
+        self.state, metrics = self.step(self.state, batch)
         self.number += 1
         self.reporter.add(self.number, rows, metrics)
         self.in_flight.append(metrics["loss"])
@@ -261,6 +300,23 @@ def _announced() -> Iterator[None]:
         if multihost.index() == 0:
             print(stop.message, file=sys.stderr)
         raise
+
+
+@contextmanager
+def _reported(out: Path, reporter: Reporter, check: Callable[[], None]) -> Iterator[None]:
+    """Close the logs at the end, however it comes; plot the loss where it diverged. `check` raises where the folder is
+    gone, which is then what to say of an OSError."""
+    try:
+        yield
+    except OSError:
+        check()
+        raise
+    except Diverged:
+        if multihost.index() == 0:
+            plot(out)
+        raise
+    finally:
+        reporter.close()
 
 
 @contextmanager

@@ -6,7 +6,9 @@ paper prints `end_value=2500000` for the schedule, which would raise the rate to
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -154,3 +156,40 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping by the global norm, then the update rule."""
     update = config.kind.transform(schedule(config))
     return update if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+Optimizers = OptimizerConfig | Mapping[str, OptimizerConfig]
+"""One for all arrays, or one for each label of a model whose arrays are updated by several."""
+
+STAYS = "none"
+"""The label of arrays that no optimizer updates."""
+
+
+def labelled_optimizer(config: Optimizers, labels: Any) -> optax.GradientTransformation:
+    """Each array's update by the optimizer of its label. `labels`: the tree of the parameters with a string for each.
+
+    Every optimizer clips by the norm of its own arrays. Raises ValueError where the labels are not those of `config`.
+    """
+    names = set(jax.tree.leaves(labels)) - {STAYS}
+    if isinstance(config, OptimizerConfig):
+        if len(names) > 1:
+            raise ValueError(f"one optimizer for arrays labelled {_listed(names)}: give one for each label")
+        if STAYS not in jax.tree.leaves(labels):
+            return optimizer(config)
+        config = dict.fromkeys(names, config)
+    if set(config) != names:
+        raise ValueError(f"optimizers for {_listed(config)}, and arrays labelled {_listed(names)}: give one for each")
+    rules = {name: optimizer(each) for name, each in config.items()}
+    return optax.multi_transform({**rules, STAYS: optax.set_to_zero()}, labels)
+
+
+def learning_rates(config: Optimizers, updates: Any) -> dict[str, Any]:
+    """The learning rate after so many updates, by the name of the metric: `learning_rate`, or `learning_rate_LABEL` for
+    each of several."""
+    if isinstance(config, OptimizerConfig):
+        return {"learning_rate": schedule(config)(updates)}
+    return {f"learning_rate_{label}": schedule(each)(updates) for label, each in config.items()}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -42,14 +42,15 @@ def name_of(path: Sequence[Any]) -> str:
     return "/".join(_words(path))
 
 
-def shardings(params: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE) -> Any:
+def shardings(params: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE, *, strict: bool = True) -> Any:
     """The placement of every parameter (arrays or shapes), as a tree of NamedSharding.
 
-    Raises ValueError for a rule that matches nothing, and for one whose axis the mesh does not divide.
+    Raises ValueError for a rule whose axis the mesh does not divide and, where `strict`, for one that matches nothing.
     """
     rules = placement.rules if mesh.shape["tensor"] > 1 else ()
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    _check_matched(rules, [name_of(path) for path, _ in leaves])
+    if strict:
+        _check_matched(rules, [name_of(path) for path, _ in leaves])
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         spec: list[str | None] = [None] * len(leaf.shape)

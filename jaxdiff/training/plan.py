@@ -162,31 +162,37 @@ def network_flops(function: Callable[..., Any], *shapes: Any) -> float:
     return _counted(jax.make_jaxpr(function)(*shapes).jaxpr)[0]
 
 
-def estimated_costs(trainable: Trainable, state: TrainState, batch: Any, accumulate: int = 1) -> Costs:
+def estimated_costs(
+    trainable: Trainable, state: TrainState, batch: Any, frozen: Any = (), accumulate: int = 1
+) -> Costs:
     """Of a training step by shapes alone. `batch`: what one device takes at a time, `accumulate` times a step.
 
-    `state`: shapes with shardings; parameters are split over the `fsdp` axis of their mesh and copied along `data`.
-    Counted are: the FLOPs of convolutions and matrix products; what is kept for the backward pass, without any fusion;
-    each array that they read or write once through memory.
+    `state` and `frozen`, what the loss reads and never updates: shapes with shardings, split over the `fsdp` axis of
+    their mesh and copied along `data`. Counted are: the FLOPs of convolutions and matrix products; what is kept for the
+    backward pass, without any fusion; each array that they read or write once through memory.
     """
 
     def backward(params: Any, *rest: Any) -> Any:
         return jax.vjp(lambda params: trainable.loss(params, *rest)[0], params)[1]
 
-    params, *rest = loss_inputs(trainable, batch)
+    params, *rest = loss_inputs(trainable, batch, frozen)
     whole = jax.eval_shape(trainable.cast, params)
     sizes = state.step.sharding.mesh.shape
     parts, copies = sizes["fsdp"], sizes["data"]
     kept = _bytes(jax.eval_shape(backward, whole, *rest))  # the parameters are among them
     gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(whole, *rest)
     flops, moved = _counted(gradient.jaxpr)
-    arguments = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves(state))
+    arguments = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves((state, frozen))
+    )
     size = _bytes(whole)
     collectives = {}
     if parts > 1:
         share = (parts - 1) / parts
-        each = {"count": accumulate, "bytes": accumulate * size * share}
-        collectives = {kind: dict(each) for kind in ("all-gather", "reduce-scatter")}
+        moved_bytes = {"all-gather": size + _bytes((state.extra, frozen)), "reduce-scatter": size}
+        collectives = {
+            kind: {"count": accumulate, "bytes": accumulate * bytes_ * share} for kind, bytes_ in moved_bytes.items()
+        }
     if copies > 1:
         collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / parts * (copies - 1) / copies}
     temporary = kept + size  # and the gradients

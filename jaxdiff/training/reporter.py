@@ -82,9 +82,10 @@ class Reporter:
         latest = values[-1]
         counters = ("skipped", "consecutive_skips", "max_consecutive_skips")
         line: dict[str, Any] = {"step": step}
-        for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", "learning_rate", *counters})):
+        rates = [name for name in latest if name.startswith("learning_rate")]
+        for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", *rates, *counters})):
             line[name] = _mean([float(value[name]) for value in values])
-        line |= {"learning_rate": float(latest["learning_rate"]), "images_per_second": speed}
+        line |= {name: float(latest[name]) for name in rates} | {"images_per_second": speed}
         line["skipped"] = int(latest["skipped"])
         if self._log is not None:
             self._log.write(line)

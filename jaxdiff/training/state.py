@@ -1,17 +1,18 @@
 """What can be trained, and all that training changes as one immutable tree."""
 
 from collections.abc import Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 from jax.sharding import Mesh, Sharding
 
 from jaxdiff.core.trees import check_tree
 from jaxdiff.training.mesh import AnyMesh
-from jaxdiff.training.optimizer import OptimizerConfig, optimizer
+from jaxdiff.training.optimizer import Optimizers, labelled_optimizer
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding, following, shardings
 
 Params = Any  # nested dicts of arrays
@@ -58,7 +59,7 @@ class TrainState:
 
     step: Any  # steps taken, skipped ones included
     params: Params
-    extra: Extra
+    extra: Extra  # what the loss itself updates
     ema: Params  # exponential moving average of params, float32
     opt_state: Any
     skipped: Any  # steps whose loss or gradient was not finite: nothing but the counters changed
@@ -66,11 +67,11 @@ class TrainState:
     max_consecutive_skips: Any  # the largest `consecutive_skips` so far
 
 
-def create_state(params: Params, extra: Extra, config: OptimizerConfig) -> TrainState:
+def create_state(params: Params, extra: Extra, rule: optax.GradientTransformation) -> TrainState:
     """The state before the first step. The average starts at the parameters."""
     counter = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    return TrainState(counter, params, extra, ema, optimizer(config).init(params), counter, counter, counter)
+    return TrainState(counter, params, extra, ema, rule.init(params), counter, counter, counter)
 
 
 @lru_cache(maxsize=32)
@@ -84,6 +85,11 @@ def abstract_params(trainable: Trainable) -> Params:
     return abstract_init(trainable)[0]
 
 
+def update_rule(trainable: Trainable, config: Optimizers) -> optax.GradientTransformation:
+    """The optimizers of its labels. Raises ValueError where `config` does not have each of them."""
+    return labelled_optimizer(config, trainable.labels(abstract_params(trainable)))
+
+
 def loss_inputs(trainable: Trainable, batch: Any, frozen: Any = ()) -> tuple[Any, ...]:
     """Shapes and types of what `trainable.loss` takes, for a batch (arrays or shapes)."""
     key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
@@ -91,18 +97,25 @@ def loss_inputs(trainable: Trainable, batch: Any, frozen: Any = ()) -> tuple[Any
 
 
 def abstract_state(
-    trainable: Trainable, config: OptimizerConfig, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE
+    trainable: Trainable, config: Optimizers, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE
 ) -> TrainState:
     """Shapes, types and placements of the state on `mesh`; nothing is computed."""
-    shapes = jax.eval_shape(lambda params, extra: create_state(params, extra, config), *abstract_init(trainable))
+    create = partial(create_state, rule=update_rule(trainable, config))
+    shapes = jax.eval_shape(create, *abstract_init(trainable))
     placements = following(shapes, shapes.params, shardings(shapes.params, mesh, placement))
+    placements = placements.replace(extra=shardings(shapes.extra, mesh, placement, strict=False))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, shapes, placements)
 
 
+def placements_of(tree: Any) -> Any:
+    """The placement of every array (or shape that has one) of a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def init_state(
     trainable: Trainable,
-    config: OptimizerConfig,
+    config: Optimizers,
     key: Any,
     mesh: Mesh,
     params: Params | None = None,
@@ -113,17 +126,22 @@ def init_state(
     `params` (host arrays or devices' own) start from other parameters than `trainable.init(key)`, extra is from there
     all the same. Raises ValueError where their names or shapes are not those of `trainable`.
     """
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, config, mesh, placement))
+    placements = placements_of(abstract_state(trainable, config, mesh, placement))
+    create = partial(create_state, rule=update_rule(trainable, config))
     with jax.set_mesh(mesh):
         if params is None:
-            return jax.jit(lambda key: create_state(*trainable.init(key), config), out_shardings=placements)(key)
+            return jax.jit(lambda key: create(*trainable.init(key)), out_shardings=placements)(key)
         check_tree(params, abstract_params(trainable), "the tree of initial parameters")
         placed = jax.tree.map(_placed, params, placements.params)
         extra = placements.extra
         if jax.tree.leaves(extra):
             extra = jax.jit(lambda key: trainable.init(key)[1], out_shardings=placements.extra)(key)
-        create = lambda params, extra: create_state(params, extra, config)  # noqa: E731
         return jax.jit(create, out_shardings=placements)(placed, extra)
+
+
+def place_frozen(frozen: Any, mesh: Mesh, placement: ParamSharding = BY_SHAPE) -> Any:
+    """What a loss reads and never updates (host arrays or devices' own), split over the devices like parameters."""
+    return jax.tree.map(_placed, frozen, shardings(frozen, mesh, placement, strict=False))
 
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:

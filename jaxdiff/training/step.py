@@ -11,6 +11,7 @@ kernel and the rows of the picture are split (XLA of jax 0.10 to 0.12).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,108 +20,135 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.training.mesh import BATCH_AXES
-from jaxdiff.training.optimizer import OptimizerConfig, optimizer, schedule
+from jaxdiff.training.optimizer import STAYS, Optimizers, learning_rates
 from jaxdiff.training.param_sharding import without_fsdp
-from jaxdiff.training.state import Extra, Metrics, Trainable, TrainState
+from jaxdiff.training.state import Extra, Labels, Metrics, Params, Trainable, TrainState, update_rule
 
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_step(
     trainable: Trainable,
-    config: OptimizerConfig,
+    config: Optimizers,
     placements: TrainState,
     *,
+    frozen: Any = (),
     accumulate: int = 1,
     ema_decay: float = 0.9999,
     ema_warmup: bool = True,
 ) -> Step:
-    """`step(state, batch, key) -> (state, metrics)`, compiled; the given state's memory is reused (donated).
+    """`step(state, batch, key, frozen=()) -> (state, metrics)`, compiled; the given state's memory is reused (donated).
 
-    `placements`: the state with a NamedSharding for every array. `key` is the run's, the same at every step.
-    `accumulate`: the batch is taken in that many parts, one after the other, with the mean of their gradients (part i's
-    key is folded with i). `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
+    `placements`: the state with a NamedSharding for every array; `frozen`: the same of what the loss reads and never
+    updates. `key` is the run's, the same at every step. `accumulate`: the batch is taken in that many parts, one after
+    the other, with the mean of their gradients (part i's key is folded with i); `extra` goes from part to part.
+    `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
 
-    A loss, gradient or update that is not finite changes the counters only. Metrics are scalars on the devices: the
-    trainable's own, and loss, grad_norm (before clipping), learning_rate, skipped, consecutive_skips and
-    max_consecutive_skips.
+    A loss, gradient, update or extra that is not finite changes the counters only. Metrics are scalars on the devices:
+    the trainable's own, and loss, grad_norm (before clipping, of all labels together), learning_rate (of several labels
+    learning_rate_LABEL), skipped, consecutive_skips and max_consecutive_skips.
     """
-    update = optimizer(config)
-    rate = schedule(config)
+    rule, labels = update_rule(trainable, config), trainable.labels(placements.params)
+    gradients = _Gradients(trainable, placements, frozen, accumulate)
     mesh = placements.step.mesh
 
-    def step(state: TrainState, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, key: Any, frozen: Any = ()) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        loss, own_metrics, grads, extra = _gradients(trainable, state, batch, key, accumulate, placements)
+        loss, own_metrics, grads, extra = gradients(state, frozen, batch, key)
         norm = optax.tree.norm(grads)
 
         made = state.step - state.skipped  # updates before this one
-        updates, opt_state = update.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        updates, opt_state = rule.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates)) & _finite(extra)
         params = optax.apply_updates(state.params, updates)
-        decay = _ema_decay(made + 1, ema_decay, ema_warmup)
-        as_float32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        ema = optax.incremental_update(as_float32, state.ema, 1.0 - decay)
+        ema = _averaged(state.ema, params, labels, _ema_decay(made + 1, ema_decay, ema_warmup))
 
         changed = (params, extra, ema, opt_state)
         kept = (state.params, state.extra, state.ema, state.opt_state)
         params, extra, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            extra=extra,
-            ema=ema,
-            opt_state=opt_state,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-            consecutive_skips=consecutive_skips,
-            max_consecutive_skips=jnp.maximum(state.max_consecutive_skips, consecutive_skips),
-        )
-        counters = {
-            "skipped": new.skipped,
-            "consecutive_skips": new.consecutive_skips,
-            "max_consecutive_skips": new.max_consecutive_skips,
-        }
-        metrics = {**own_metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate(made), **counters}
+        counters = _counted(state, finite)
+        new = TrainState(state.step + 1, params, extra, ema, opt_state, **counters)
+        metrics = {**own_metrics, "loss": loss, "grad_norm": norm, **learning_rates(config, made), **counters}
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(placements, NamedSharding(mesh, PartitionSpec())))
 
 
-def _gradients(
-    trainable: Trainable, state: TrainState, batch: Any, key: Any, accumulate: int, placements: TrainState
-) -> tuple[Any, Metrics, Any, Extra]:
+@dataclass(frozen=True)
+class _Gradients:
     """Loss, metrics and gradient (placed like the parameters): means over the `accumulate` parts of the batch; and what
     they make of `extra`, one after the other."""
 
-    def part(extra: Extra, rows: Any, key: Any) -> tuple[tuple[Any, Metrics, Any], Extra]:
-        gradient = jax.value_and_grad(trainable.loss, has_aux=True)
-        (loss, (metrics, extra)), grads = gradient(whole, extra, (), rows, key, state.step)
-        grads = jax.lax.with_sharding_constraint(grads, placements.params)
-        return (loss, metrics, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)), extra
+    trainable: Trainable
+    placements: TrainState
+    frozen: Any  # placements
+    accumulate: int
 
-    mesh = placements.step.mesh
-    cast = trainable.cast(state.params)
-    whole = jax.lax.with_sharding_constraint(cast, jax.tree.map(without_fsdp, placements.params))
-    if accumulate == 1:
-        result, extra = part(state.extra, batch, key)
-        return *result, extra
+    def __call__(self, state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Any, Metrics, Any, Extra]:
+        whole = _gathered(self.trainable.cast(state.params), self.placements.params)
+        frozen = _gathered(frozen, self.frozen)
 
-    def split(x: Any) -> Any:
+        def part(extra: Extra, rows: Any, key: Any) -> tuple[tuple[Any, Metrics, Any], Extra]:
+            gradient = jax.value_and_grad(self._loss, has_aux=True)
+            extra = _gathered(extra, self.placements.extra)
+            (loss, (metrics, extra)), grads = gradient(whole, extra, frozen, rows, key, state.step)
+            grads = jax.lax.with_sharding_constraint(grads, self.placements.params)
+            extra = jax.lax.with_sharding_constraint(extra, self.placements.extra)
+            grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+            return (loss, metrics, grads), extra
+
+        if self.accumulate == 1:
+            result, extra = part(state.extra, batch, key)
+            return *result, extra
+
+        def add(carry: tuple[Any, Extra], indexed: tuple[Any, Any]) -> tuple[tuple[Any, Extra], None]:
+            (total, extra), (index, rows) = carry, indexed
+            result, extra = part(extra, rows, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, total, result), extra), None
+
+        parts = jax.tree.map(self._split, batch)
+        shapes, _ = jax.eval_shape(part, state.extra, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (total, extra), _ = jax.lax.scan(add, (zeros, state.extra), (jnp.arange(self.accumulate), parts))
+        return *jax.tree.map(lambda x: x / self.accumulate, total), extra
+
+    def _loss(self, params: Params, *rest: Any) -> tuple[Any, tuple[Metrics, Extra]]:
+        """The loss, with no gradient for what stays."""
+        held = lambda leaf, label: jax.lax.stop_gradient(leaf) if label == STAYS else leaf  # noqa: E731
+        return self.trainable.loss(jax.tree.map(held, params, self.trainable.labels(params)), *rest)
+
+    def _split(self, x: Any) -> Any:
         # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.
-        parts = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+        parts = jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
+        sharding = NamedSharding(self.placements.step.mesh, PartitionSpec(None, BATCH_AXES))
+        return jax.lax.with_sharding_constraint(parts, sharding)
 
-    def add(carry: tuple[Any, Extra], indexed: tuple[Any, Any]) -> tuple[tuple[Any, Extra], None]:
-        (total, extra), (index, rows) = carry, indexed
-        result, extra = part(extra, rows, jax.random.fold_in(key, index))
-        return (jax.tree.map(jnp.add, total, result), extra), None
 
-    parts = jax.tree.map(split, batch)
-    shapes, _ = jax.eval_shape(part, state.extra, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (total, extra), _ = jax.lax.scan(add, (zeros, state.extra), (jnp.arange(accumulate), parts))
-    return *jax.tree.map(lambda x: x / accumulate, total), extra
+def _gathered(tree: Any, placements: Any) -> Any:
+    """The same, whole along `fsdp`."""
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(without_fsdp, placements))
+
+
+def _averaged(ema: Params, params: Params, labels: Labels, decay: Any) -> Params:
+    """The next average, float32; of what stays, exactly the same."""
+    as_float32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    new = optax.incremental_update(as_float32, ema, 1.0 - decay)
+    return jax.tree.map(lambda label, new, old: old if label == STAYS else new, labels, new, ema)
+
+
+def _finite(tree: Any) -> Any:
+    """Whether all numbers of a tree are finite."""
+    return jax.tree.reduce(lambda total, leaf: total & jnp.isfinite(leaf).all(), tree, jnp.bool_(True))
+
+
+def _counted(state: TrainState, finite: Any) -> dict[str, Any]:
+    """The counters of steps that were skipped, after this one."""
+    consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
+    return {
+        "skipped": state.skipped + jnp.where(finite, 0, 1),
+        "consecutive_skips": consecutive_skips,
+        "max_consecutive_skips": jnp.maximum(state.max_consecutive_skips, consecutive_skips),
+    }
 
 
 def _ema_decay(updates: Any, decay: float, warmup: bool) -> Any:

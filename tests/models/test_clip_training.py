@@ -21,7 +21,7 @@ from jaxdiff.models.clip import (
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import AdamW, Decay, OptimizerConfig
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
 
 CONFIG = CLIPConfig(
@@ -138,7 +138,7 @@ def test_it_learns_a_handful_of_pairs(batch, name):
     config = OptimizerConfig(AdamW(decay_all=False), learning_rate=3e-3, warmup=0, decay=Decay.CONSTANT)
     stage, mesh = CLIPTraining(CONFIG, LOSSES[name], axes=BATCH_AXES), make_mesh()
     state = init_state(stage, config, jax.random.key(0), mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh))
+    placed = placements_of(abstract_state(stage, config, mesh))
     step = make_step(stage, config, placed)
     with jax.set_mesh(mesh):
         for _ in range(120):

@@ -76,7 +76,7 @@ def main(
     stream = Share(process=jax.process_index(), count=count, fault=fault if mine else "", at=at)
     changes = {"seed": 1} if mine and fault == "seed" else {}
     settings = config(steps=steps, stall_exit=stall_exit, stall=stall, **changes)
-    train(Toy(), stream, settings, out, progress=False)
+    train(Toy(), stream, settings, out)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def _child(out: Path, places: Path, steps: int, stage: str, count: int) -> None:
     import jax
     from training_toy import Stream, Toy, config
 
-    from jaxdiff.training.loop import train
+    from jaxdiff.training.loop import Layout, train
     from jaxdiff.training.mesh import make_mesh
 
     class Recorded(Stream):
@@ -161,7 +161,7 @@ def _child(out: Path, places: Path, steps: int, stage: str, count: int) -> None:
     _arm(out / "checkpoints", stage, left)
     stream = Recorded(before=(lambda _: left.down()) if stage == "step" else None)
     mesh = make_mesh(devices=jax.devices()[:1])
-    train(Toy(width=4096), stream, config(steps=steps, save_every=2, keep=2), out, mesh=mesh, progress=False)
+    train(Toy(width=4096), stream, config(steps=steps, save_every=2, keep=2), out, layout=Layout(mesh))
 
 
 class _Countdown:

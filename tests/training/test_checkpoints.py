@@ -14,7 +14,7 @@ from training_toy import Stream, Toy, config
 from jaxdiff.training import checkpoints as checkpoints_module
 from jaxdiff.training import manifest
 from jaxdiff.training.checkpoints import Checkpoints, load_ema
-from jaxdiff.training.loop import train
+from jaxdiff.training.loop import Layout, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
@@ -48,7 +48,7 @@ def equal(a, b):
 def finished(tmp_path_factory):
     """A finished run of 10 steps and its last state; copied by the tests that damage it."""
     folder = tmp_path_factory.mktemp("run")
-    state = train(Toy(), Stream(), config(steps=10), folder, mesh=ONE, progress=False)
+    state = train(Toy(), Stream(), config(steps=10), folder, layout=Layout(ONE))
     return folder, state
 
 
@@ -61,7 +61,7 @@ def test_saving_does_not_tell_jax_at_which_step_the_run_is(tmp_path, monkeypatch
     """Orbax would, of a step gone by, while processes agree on the one to stop after."""
     told = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", told.append)
-    train(Toy(), Stream(), config(steps=10), tmp_path, mesh=ONE, progress=False)
+    train(Toy(), Stream(), config(steps=10), tmp_path, layout=Layout(ONE))
     assert (tmp_path / "checkpoints" / "10").is_dir() and not told
 
 
@@ -84,7 +84,7 @@ def test_state_and_data_come_back(tmp_path, data, sizes):
 
 def test_a_checkpoint_moves_to_another_mesh(finished, copied):
     mesh = make_mesh(data=2, fsdp=4)
-    state = train(Toy(), Stream(), config(steps=10), copied, mesh=mesh, progress=False)
+    state = train(Toy(), Stream(), config(steps=10), copied, layout=Layout(mesh))
     assert equal(state, finished[1])
     assert state.params["first"]["kernel"].sharding.mesh == mesh
 
@@ -96,7 +96,7 @@ def on_eight(request, tmp_path_factory):
     mesh = make_mesh(data=2, fsdp=4)
     optimizer = OptimizerConfig(request.param, 1e-2, 5, 200)
     settings = config(steps=3, save_every=3, optimizer=optimizer)
-    state = train(Deep(), Stream(), settings, folder, mesh=mesh, progress=False)
+    state = train(Deep(), Stream(), settings, folder, layout=Layout(mesh))
     assert "fsdp" in state.params["middle"]["kernel"].sharding.spec
     shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
     assert isinstance(request.param, Adafactor) == ((256, 256) not in shapes)  # factored moments, or whole ones
@@ -121,7 +121,7 @@ def test_another_mesh_gets_every_bit(on_eight, sizes):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    train(Toy(), Stream(), config(save_every=2, keep=2), tmp_path, mesh=ONE, progress=False)
+    train(Toy(), Stream(), config(save_every=2, keep=2), tmp_path, layout=Layout(ONE))
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [18, 20]
 
 
@@ -160,7 +160,7 @@ def test_no_checkpoint_is_said_so(tmp_path):
 def test_other_settings_are_named(finished, changes, words):
     stage = changes.pop("stage", Toy())
     with pytest.raises(ValueError, match=f"was saved with other settings: {words}") as caught:
-        train(stage, Stream(), config(**changes), finished[0], mesh=ONE, progress=False)
+        train(stage, Stream(), config(**changes), finished[0], layout=Layout(ONE))
     assert "\n" not in str(caught.value)
 
 
@@ -184,14 +184,14 @@ DAMAGE = {
 def test_a_restore_that_fails_raises(copied, damage):
     DAMAGE[damage](copied / "checkpoints" / "10")
     with pytest.raises(ValueError, match="checkpoint of step 10 cannot be restored") as caught:
-        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+        train(Toy(), Stream(), config(), copied, layout=Layout(ONE))
     assert "\n" not in str(caught.value)
 
 
 def test_a_directory_that_orbax_does_not_count_is_no_fresh_start(copied, monkeypatch):
     monkeypatch.setattr(checkpoints_module.ocp.CheckpointManager, "latest_step", lambda self: None)
     with pytest.raises(ValueError, match="10 is not a complete checkpoint"):
-        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+        train(Toy(), Stream(), config(), copied, layout=Layout(ONE))
 
 
 def test_rests_of_an_interrupted_save_are_ignored_and_removed(finished, copied):
@@ -199,7 +199,7 @@ def test_rests_of_an_interrupted_save_are_ignored_and_removed(finished, copied):
     shutil.copytree(copied / "checkpoints" / "10" / "state", rest / "state.orbax-checkpoint-tmp")
     assert equal(load_ema(copied / "checkpoints"), finished[1].ema)
     assert rest.exists()  # a reader leaves a running save alone
-    state = train(Toy(), Stream(), config(steps=10), copied, mesh=ONE, progress=False)
+    state = train(Toy(), Stream(), config(steps=10), copied, layout=Layout(ONE))
     assert equal(state, finished[1])
     assert not rest.exists()
 
@@ -208,7 +208,7 @@ def test_a_disk_too_full_is_said_before_writing(finished, copied, monkeypatch):
     usage = shutil.disk_usage(copied)._replace(free=1000)
     monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"disk full: the checkpoint of step 15 takes .* MB, 0 MB are free"):
-        train(Toy(), Stream(), config(), copied, mesh=ONE, progress=False)
+        train(Toy(), Stream(), config(), copied, layout=Layout(ONE))
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["10", "5"]
     assert equal(load_ema(copied / "checkpoints"), finished[1].ema)
 
@@ -239,7 +239,7 @@ def test_a_run_whose_disk_was_full_goes_on_from_the_older_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def run(steps, before=None):
-        return train(WIDE, Stream(before=before), config(steps=steps), tmp_path, mesh=ONE, progress=False)
+        return train(WIDE, Stream(before=before), config(steps=steps), tmp_path, layout=Layout(ONE))
 
     def fill(index):
         if index == 8:

@@ -12,14 +12,14 @@ from training_toy import Stream, Toy, config
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.interruption import Interruption, InterruptRequested, Preempted
-from jaxdiff.training.loop import train
+from jaxdiff.training.loop import Layout, train
 from jaxdiff.training.mesh import make_mesh
 
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def run(out, stream=None, hook=None, **changes):
-    return train(Toy(), stream or Stream(), config(**changes), out, mesh=ONE, sample_hook=hook, progress=False)
+    return train(Toy(), stream or Stream(), config(**changes), out, layout=Layout(ONE), sample_hook=hook)
 
 
 def saved(out):

@@ -19,7 +19,7 @@ from training_toy import Stream, Toy, config
 
 from jaxdiff.training.checkpoints import Checkpoints, load_ema
 from jaxdiff.training.compilation_cache import enable_compilation_cache, without_compilation_cache
-from jaxdiff.training.loop import Diverged, Preempted, train
+from jaxdiff.training.loop import Diverged, Layout, Loaded, Preempted, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
 
@@ -27,7 +27,7 @@ ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def run(out, stream=None, **changes):
-    return train(Toy(), stream or Stream(), config(**changes), out, mesh=ONE, progress=False)
+    return train(Toy(), stream or Stream(), config(**changes), out, layout=Layout(ONE))
 
 
 def losses(out):
@@ -170,7 +170,7 @@ def test_a_run_leaves_metrics_events_and_a_plot(uninterrupted):
 
 
 def test_the_progress_bar_shows_step_loss_and_speed(tmp_path, capsys):
-    train(Toy(), Stream(), config(), tmp_path, mesh=ONE, description="toy")
+    train(Toy(), Stream(), config(progress=True, description="toy"), tmp_path, layout=Layout(ONE))
     shown = capsys.readouterr().err.split("\r")[-1]
     assert re.search(r"toy: 100%.* 20/20 .*loss \d.*images/s", shown)
 
@@ -182,9 +182,8 @@ def test_samples_are_drawn_from_the_average(tmp_path):
         Stream(),
         config(sample_every=8),
         tmp_path,
-        mesh=ONE,
+        layout=Layout(ONE),
         sample_hook=lambda step, averaged: seen.append((step, jax.device_get(averaged))),
-        progress=False,
     )
     assert [step for step, _ in seen] == [8, 16, 20]
     assert same_bits(seen[-1][1], state.ema) and same_bits(seen[-1][1], load_ema(tmp_path / "checkpoints"))
@@ -193,14 +192,14 @@ def test_samples_are_drawn_from_the_average(tmp_path):
 
 def test_the_whole_loop_on_eight_devices(uninterrupted, tmp_path):
     mesh = make_mesh(data=2, fsdp=4)
-    train(Toy(), Stream(), config(steps=10), tmp_path, mesh=mesh, progress=False)
+    train(Toy(), Stream(), config(steps=10), tmp_path, layout=Layout(mesh))
     one = [loss for _, loss, _ in losses(uninterrupted[0])][:10]
     assert [loss for _, loss, _ in losses(tmp_path)] == pytest.approx(one, rel=1e-4)
 
 
 def test_training_goes_on_from_other_parameters(uninterrupted, tmp_path):
     averaged = load_ema(uninterrupted[0] / "checkpoints")
-    train(Toy(), Stream(), config(steps=1), tmp_path, mesh=ONE, initial=averaged, progress=False)
+    train(Toy(), Stream(), config(steps=1), tmp_path, layout=Layout(ONE), loaded=Loaded(averaged))
     assert losses(tmp_path)[0][1] < 0.9 * losses(uninterrupted[0])[0][1]
 
 

@@ -11,14 +11,14 @@ from training_toy import Stream, Toy, config
 
 from jaxdiff.training import checkpoints, manifest
 from jaxdiff.training.checkpoints import load_ema
-from jaxdiff.training.loop import train
+from jaxdiff.training.loop import Layout, train
 from jaxdiff.training.mesh import make_mesh
 
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def resume(out):
-    return train(Toy(), Stream(), config(save_every=5), out, mesh=ONE, progress=False)
+    return train(Toy(), Stream(), config(save_every=5), out, layout=Layout(ONE))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_training_goes_on_while_a_manifest_is_made(tmp_path, monkeypatch):
 
     monkeypatch.setattr(manifest, "write", patient)
     stream = Stream(before=lambda index: gone_on.set() if index == 8 else None)
-    train(Toy(), stream, config(steps=9, save_every=5), tmp_path, mesh=ONE, progress=False)
+    train(Toy(), stream, config(steps=9, save_every=5), tmp_path, layout=Layout(ONE))
     manifest.verify(tmp_path / "checkpoints" / "5")
 
 

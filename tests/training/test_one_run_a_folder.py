@@ -19,7 +19,7 @@ from training_toy import Stream, Toy, config
 from jaxdiff.training import lock as lock_module
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.lock import NAME, FolderLock
-from jaxdiff.training.loop import train
+from jaxdiff.training.loop import Layout, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
 from jaxdiff.training.multihost import FolderInUseError
@@ -30,7 +30,7 @@ ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def run(out, before=None, **changes):
-    return train(Toy(), Stream(before=before), config(**changes), out, mesh=ONE, progress=False)
+    return train(Toy(), Stream(before=before), config(**changes), out, layout=Layout(ONE))
 
 
 def tree(folder):
@@ -141,7 +141,7 @@ def test_a_folder_deleted_before_it_is_drawn_into(tmp_path):
     settings = config(steps=100, sample_every=7, log_every=50, save_every=50)
     with pytest.raises(FileNotFoundError, match="was deleted while the run wrote"):
         stream = Stream(before=at(10, lambda: shutil.rmtree(out)))
-        train(Toy(), stream, settings, out, mesh=ONE, sample_hook=draw, progress=False)
+        train(Toy(), stream, settings, out, layout=Layout(ONE), sample_hook=draw)
     assert drawn == [7] and not out.exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 from processes import Processes, free_port
 from training_toy import Toy, config
 
-from jaxdiff.training.loop import train
+from jaxdiff.training.loop import Layout, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
 
@@ -41,7 +41,7 @@ def one(tmp_path_factory):
     """The losses of one process that reads all rows."""
     out = tmp_path_factory.mktemp("one")
     mesh = make_mesh(devices=jax.devices()[:1])
-    train(Toy(), joined_toy.Share(count=1), config(steps=STEPS), out, mesh=mesh, progress=False)
+    train(Toy(), joined_toy.Share(count=1), config(steps=STEPS), out, layout=Layout(mesh))
     return losses(out)
 
 

@@ -13,7 +13,7 @@ from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import SGD, Adafactor, AdamW, Decay, OptimizerConfig
 from jaxdiff.training.param_sharding import ParamSharding, Rule
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
 
 UNET = EfficientUNetConfig(
@@ -52,7 +52,7 @@ def trained(sizes, steps=10, axes=None, optimizer=PLAIN, accumulate=1, **how):
     placement = ParamSharding(() if axes.rows else RULES, minimum=64)
     state = init_state(stage, optimizer, jax.random.key(0), mesh, random_params(STAGE), placement)
     abstract = abstract_state(stage, optimizer, mesh, placement)
-    step = make_step(stage, optimizer, jax.tree.map(lambda leaf: leaf.sharding, abstract), accumulate=accumulate)
+    step = make_step(stage, optimizer, placements_of(abstract), accumulate=accumulate)
     seen, losses = [jax.device_get(state.params)], []
     with jax.set_mesh(mesh):
         for batch in batches(steps):

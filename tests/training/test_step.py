@@ -17,7 +17,7 @@ from training_toy import Stream, Toy
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.training.mesh import make_mesh, to_devices
 from jaxdiff.training.optimizer import Adafactor, OptimizerConfig
-from jaxdiff.training.state import abstract_state, init_state
+from jaxdiff.training.state import abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
 
 WIDE = Toy(width=8192)  # its kernels are just large enough to be split
@@ -30,7 +30,7 @@ def mesh_of(data: int, fsdp: int):
 
 
 def start(stage, config, mesh, initial=None, **options):
-    placements = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, config, mesh))
+    placements = placements_of(abstract_state(stage, config, mesh))
     state = init_state(stage, config, jax.random.key(1), mesh, initial)
     return state, make_step(stage, config, placements, **options)
 

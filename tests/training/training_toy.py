@@ -85,13 +85,15 @@ def config(**changes: Any) -> Any:
     from jaxdiff.training.optimizer import OptimizerConfig
 
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup=5, total=200)
-    return TrainConfig(**({"optimizer": optimizer, "steps": 20, "log_every": 1, "save_every": 5} | changes))
+    return TrainConfig(
+        **({"optimizer": optimizer, "steps": 20, "log_every": 1, "save_every": 5, "progress": False} | changes)
+    )
 
 
 if __name__ == "__main__":
-    from jaxdiff.training.loop import train
+    from jaxdiff.training.loop import Layout, train
     from jaxdiff.training.mesh import make_mesh
 
     out, steps, hang = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     mesh = make_mesh(devices=jax.devices()[:1])
-    train(Toy(), Stream(before=hang_at(hang)), config(steps=steps), out, mesh=mesh, progress=False)
+    train(Toy(), Stream(before=hang_at(hang)), config(steps=steps), out, layout=Layout(mesh))
