@@ -92,7 +92,8 @@ class Table:
                 typeguard.check_type(value, hint, collection_check_strategy=every)
             except typeguard.TypeCheckError as error:
                 raise ValueError(f"{where}: {name} of {cls.__name__} is {quoted(value)}: {reason(error)}") from error
-            if isinstance(value, bool) and hint in (float, float | None):  # to Python, True is the number 1
+            kinds = {hint, *typing.get_args(hint)}
+            if isinstance(value, bool) and float in kinds and bool not in kinds:  # to Python, True is the number 1
                 raise ValueError(f"{where}: {name} of {cls.__name__} is {value}, it takes only numbers")
 
 

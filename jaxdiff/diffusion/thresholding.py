@@ -1,6 +1,8 @@
 """Thresholding of the predicted clean picture (Imagen, Sec. 2.3), so that strong guidance does not saturate it.
 
 Each is a frozen dataclass with `apply(x0) -> x0`, of the samples one by one: nothing couples the samples of a batch.
+Each is a pytree whose numbers are leaves, so that `jax.jit` may trace them; arrays may hold a number for each sample
+(b,). With plain numbers it is hashable, and ValueError names one that is out of range.
 """
 
 import dataclasses
@@ -9,7 +11,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.diffusion.numbers import Number, is_plain, pytree_of_numbers
 
 
 @runtime_checkable
@@ -17,6 +21,7 @@ class Thresholding(Protocol):
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]: ...
 
 
+@pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class NoThreshold:
     """x₀ as predicted."""
@@ -25,6 +30,7 @@ class NoThreshold:
         return x0
 
 
+@pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class StaticThreshold:
     """x₀ clipped to [-1, 1]."""
@@ -33,6 +39,7 @@ class StaticThreshold:
         return jnp.clip(x0, -1.0, 1.0)
 
 
+@pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class DynamicThreshold:
     """x₀ clipped to [-s, s] and divided by s, where s is a percentile of the sample's |x₀|, at least 1.
@@ -42,13 +49,13 @@ class DynamicThreshold:
                 thresholding. That is the default of diffusers (`sample_max_value=1.0`) and of DeepFloyd IF's stage II.
     """
 
-    percentile: float = 0.995
-    cap: float | None = None
+    percentile: Number = 0.995
+    cap: Number | None = None
 
     def __post_init__(self):
-        if not 0.0 < self.percentile <= 1.0:
+        if is_plain(self.percentile) and not 0.0 < self.percentile <= 1.0:
             raise ValueError(f"the thresholding percentile is a fraction in (0, 1], not {self.percentile}")
-        if self.cap is not None and not 0.0 < self.cap < math.inf:
+        if is_plain(self.cap) and not 0.0 < self.cap < math.inf:
             raise ValueError(f"the thresholding cap must be above 0 and finite (or None), not {self.cap}")
 
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
@@ -58,15 +65,14 @@ class DynamicThreshold:
         return jnp.clip(x0, -scale, scale) / scale
 
 
-def _percentile(values: Float[Array, "b n"], fraction: float) -> Float[Array, " b"]:
+def _percentile(values: Float[Array, "b n"], fraction: Number) -> Float[Array, " b"]:
     """Of each row of non-negative numbers, interpolated linearly between order statistics.
 
     Without sorting, which takes seconds on the three million values of a 1024×1024 picture: the bits of a non-negative
     float32 are ordered as it is, so 31 halvings of their range, each a count, find an order statistic exactly.
     """
     values = values.astype(jnp.float32)
-    position = fraction * (values.shape[1] - 1)
-    rank = math.floor(position)
+    rank, beyond = _rank(fraction, values.shape[1] - 1)
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
 
     def halve(_, bounds):
@@ -81,4 +87,16 @@ def _percentile(values: Float[Array, "b n"], fraction: float) -> Float[Array, " 
     above = jnp.min(jnp.where(bits > found[:, None], values, jnp.inf), axis=1)
     repeated = jnp.sum(bits <= found[:, None], axis=1) > rank + 1
     following = jnp.where(repeated | jnp.isinf(above), here, above)
-    return here + (following - here) * (position - rank)
+    return here + (following - here) * beyond
+
+
+def _rank(fraction: Number, last: int) -> tuple[Int[Array, "..."] | int, Number]:
+    """The order statistic (0 to `last`) at or below a percentile, and how far beyond it that lies, in [0, 1)."""
+    if is_plain(fraction):
+        position = fraction * last
+        rank = math.floor(position)
+        return rank, position - rank
+    # Counted from the top: among millions of values, float32 has no room for the part of a position beyond its rank.
+    down = (1.0 - fraction) * last
+    steps = jnp.ceil(down)
+    return last - steps.astype(jnp.int32), steps - down

@@ -7,7 +7,7 @@ and once as guidance leads away from it.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class Branches(NamedTuple):
     unconditional: Conditioning
 
 
+@runtime_checkable
 class Conditioner(Protocol):
     """A frozen dataclass of settings. Sizes are (height, width) of what the network denoises."""
 

@@ -6,7 +6,7 @@ what attention sees, and a vector that joins the time embedding.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class TextRead(NamedTuple):
     vector: Float[Array, "b t"] | None
 
 
+@runtime_checkable
 class TextReader(Protocol):
     """How a network reads text. `read` is called inside the network's module and makes its layers there."""
 

@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxdiff.models.sampling import InitProduct, SampleRequest, first_step
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 
+@runtime_checkable
 class Box(Protocol):
     """What generators and decoders have in common.
 
@@ -66,18 +67,21 @@ class Box(Protocol):
         """ValueError where it cannot produce this height and width, before anything runs."""
 
 
+@runtime_checkable
 class Generator(Box, Protocol):
     """From text to a product. A class that names it as its base has the defaults of `Box`."""
 
     def generate(self, request: SampleRequest) -> Array: ...
 
 
+@runtime_checkable
 class Decoder(Box, Protocol):
     """From a product to one that is nearer to the image; it may read the text too."""
 
     def decode(self, product: Array, request: SampleRequest) -> Array: ...
 
 
+@runtime_checkable
 class Encoding(Protocol):
     """A decoder that knows the way back: with it, what comes before can begin with an image."""
 

@@ -1,7 +1,7 @@
 """What every text encoder is to its callers: captions in, a `TextEmbedding` out."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +19,7 @@ class TextEmbedding(NamedTuple):
     ids: Int[Array, "b n"] | None = None
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """A frozen text encoder."""
 

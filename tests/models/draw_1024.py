@@ -13,8 +13,7 @@ import numpy as np
 from small import random_params
 
 from jaxdiff.diffusion import noise
-from jaxdiff.models.diffusion import null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.systems import imagen as presets
 
@@ -25,12 +24,13 @@ def main(side: int, tile: int) -> None:
     large = SamplingConfig(sampler=presets.SAMPLING_SR_TINY.sampler, steps=2)
     stages = (presets.BASE_64_TINY, base), (presets.SR_256_TINY, large), (presets.SR_1024_TINY, large)
     picture, keys = None, noise.sample_keys(jax.random.key(0), jnp.arange(1))
-    for factor, (stage, sampling) in zip((16, 4, 1), stages):
+    for factor, (model, sampling) in zip((16, 4, 1), stages):
         if tile and factor == 1:
             sampling = SamplingConfig(sampler=large.sampler, steps=2, tiles=tiles)
-        params = jax.tree.map(jnp.asarray, random_params(stage))
-        text = null_text(stage, 1)
-        picture = draw(stage, params, sampling, text, text, keys, (side // factor,) * 2, picture)
+        model = model.reading(24, 128)
+        params = jax.tree.map(jnp.asarray, random_params(model))
+        request = SampleRequest(keys, (side // factor,) * 2)
+        picture = TrainedModel(model, params, sampling).decode(picture, request)
     picture = np.asarray(picture)
     assert picture.shape == (1, side, side, 3) and np.isfinite(picture).all() and picture.std() > 0.01
     print("peak", peak())

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small import BASE, LENGTH, SR, Formula, loss_of, random_params
+from small import BASE, LENGTH, SR, TEXT, WIDTH, Formula, changed, executed, loss_of, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
@@ -19,13 +19,16 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import CosineSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
-from jaxdiff.models import diffusion
-from jaxdiff.models.diffusion import DiffusionModel, enlarge, null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models import conditioners
+from jaxdiff.models import sampling as sampling_module
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, enlarge
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.text.t5 import TextEmbedding
+from jaxdiff.nets.conditioning import MaskedText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
 RNG = np.random.default_rng(0)
@@ -34,7 +37,7 @@ KEY = jax.random.key(1)
 
 def texts(count, seed=0):
     rng = np.random.default_rng(seed)
-    embeddings = rng.normal(size=(count, LENGTH, BASE.unet.text_width)).astype(np.float32)
+    embeddings = rng.normal(size=(count, LENGTH, WIDTH)).astype(np.float32)
     return TextEmbedding(jnp.asarray(embeddings), jnp.ones((count, LENGTH), bool))
 
 
@@ -43,12 +46,12 @@ def pictures(count, side, seed=0):
 
 
 def batch_of(stage, count, text=True):
-    batch = {"image": pictures(count, stage.resolution)}
-    if stage.low_resolution:
-        batch["low_res"] = pictures(count, stage.low_resolution, seed=1)
+    batch = {"image": pictures(count, stage.side)}
+    if stage.low_res is not None:
+        batch["low_res"] = pictures(count, stage.side // stage.factor, seed=1)
     if text:
-        embeddings, mask = texts(count)
-        batch |= {"text": embeddings, "text_mask": mask}
+        embedded = texts(count)
+        batch |= {"text": embedded.tokens, "text_mask": embedded.mask}
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -60,7 +63,7 @@ def seen_in_training(stage, batch, key=KEY):
         calls.append([np.asarray(value) for value in inputs])
         return jnp.zeros_like(inputs[0])
 
-    spied = replace(stage, unet=Formula(low_res=stage.unet.low_res, output=record))
+    spied = replace(stage, unet=Formula(output=record))
     loss_of(spied, {}, jax.tree.map(jnp.asarray, batch), key)
     (inputs,) = calls
     return inputs
@@ -86,12 +89,12 @@ def test_noised_picture_and_time():
 
 def test_text_is_dropped_at_the_stated_rate():
     """A dropped caption is the null text of sampling: zeros, all of it masked. The others are as they were."""
-    stage = replace(BASE, unet=Formula(), resolution=2)
+    stage = replace(BASE, unet=Formula(), side=2)
     for share in (0.0, 0.1, 1.0):
         batch = {"image": np.zeros((4000, 2, 2, 3), np.float32)}
-        embeddings, mask = (np.asarray(a) for a in texts(4000))
+        embeddings, mask = (np.asarray(a) for a in texts(4000)[:2])
         batch |= {"text": embeddings, "text_mask": mask}
-        _, _, text, kept = seen_in_training(replace(stage, text_dropout=share), batch)
+        _, _, text, kept = seen_in_training(changed(stage, TextConditioner, dropout=share), batch)
         dropped = ~kept.any(1)
         assert dropped.mean() == pytest.approx(share, abs=0.015 if 0 < share < 1 else 0)
         assert (text[dropped] == 0).all()
@@ -102,14 +105,14 @@ def test_text_is_dropped_at_the_stated_rate():
 def test_padding_behind_a_caption_is_zeroed():
     batch = batch_of(BASE, 64)
     batch["text_mask"] = jnp.arange(LENGTH) < jnp.where(jnp.arange(64) % 2, LENGTH, 2)[:, None]
-    _, _, text, mask = seen_in_training(replace(BASE, text_dropout=0.0), batch)
+    _, _, text, mask = seen_in_training(changed(BASE, TextConditioner, dropout=0.0), batch)
     np.testing.assert_array_equal(mask, batch["text_mask"])
     assert (text[::2, 2:] == 0).all() and (text[::2, :2] != 0).all() and (text[1::2] != 0).all()
 
 
 def test_super_resolution_sees_the_noised_low_resolution_input():
     """The bug that a test must catch: the input is noised, and the network reads the clean one."""
-    stage = replace(SR, low_resolution=16)  # no enlargement, so that the noise can be read off
+    stage = changed(SR, LowResConditioner, factor=1)  # no enlargement, so that the noise can be read off
     batch = batch_of(stage, 64)
     x, *_, low_res, level = seen_in_training(stage, batch)
     assert level.shape == (64,) and 0 <= level.min() < 0.1 and 0.9 < level.max() <= 1
@@ -120,7 +123,9 @@ def test_super_resolution_sees_the_noised_low_resolution_input():
     eps = (low_res - alpha * batch["low_res"]) / sigma
     assert eps[level > 0.1].std() == pytest.approx(1, abs=0.02)
     assert abs(np.corrcoef(x.ravel(), (sigma * eps).ravel())[0, 1]) < 0.02  # not the picture's own noise
-    assert seen_in_training(replace(stage, max_aug_level=0.2), batch)[-1].max() == pytest.approx(0.2 * level.max())
+    assert seen_in_training(changed(stage, LowResConditioner, max_level=0.2), batch)[-1].max() == pytest.approx(
+        0.2 * level.max()
+    )
 
 
 def test_the_noise_is_enlarged_with_the_input(monkeypatch):
@@ -128,7 +133,7 @@ def test_the_noise_is_enlarged_with_the_input(monkeypatch):
     noisy = []
     batch = batch_of(SR, 64)
     with monkeypatch.context() as patched:
-        patched.setattr(diffusion, "augment", lambda *inputs: noisy.append(augment(*inputs)) or noisy[-1])
+        patched.setattr(conditioners, "augment", lambda *inputs: noisy.append(augment(*inputs)) or noisy[-1])
         low_res = seen_in_training(SR, batch)[-2]
     assert noisy[0].shape == (64, 4, 4, 3) and np.abs(noisy[0] - batch["low_res"]).max() > 0.1
     np.testing.assert_array_equal(low_res, enlarge(noisy[0], (16, 16)))
@@ -136,26 +141,26 @@ def test_the_noise_is_enlarged_with_the_input(monkeypatch):
 
 def test_residual_stages_add_to_the_enlarged_input():
     """A network that says nothing draws what bicubic interpolation would; the real one learns the rest."""
-    unet = Formula(low_res=True, output=lambda x, *rest: jnp.zeros_like(x))
+    unet = Formula(output=lambda x, *rest: jnp.zeros_like(x))
     stage = replace(SR, unet=unet, prediction=Prediction.X0, residual=True)
     low_res = jnp.asarray(0.2 * pictures(2, 4))
     sampling = SamplingConfig(DDIM(), 3, thresholding=StaticThreshold())
     np.testing.assert_allclose(drawn(stage, sampling, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
     low_res = batch_of(SR, 64)["low_res"]
     batch = {"image": enlarge(low_res, (16, 16)), "low_res": low_res}
-    assert loss_of(replace(stage, max_aug_level=0.0), {}, batch, KEY)[0] < 1e-8
+    assert loss_of(changed(stage, LowResConditioner, max_level=0.0), {}, batch, KEY)[0] < 1e-8
     assert loss_of(stage, {}, batch, KEY)[0] > 1e-4
 
 
 def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
     """Nothing else is changed: times, levels and the picture's noise stay as they were."""
-    stage = replace(SR, unet=Formula(low_res=True, output=see_low_res))
+    stage = replace(SR, unet=Formula(output=see_low_res))
     batch = batch_of(SR, 64)
     before = loss_of(stage, {}, batch, KEY)[0]
     assert loss_of(stage, {}, batch, KEY)[0] == before
     with monkeypatch.context() as patched:
         other = lambda low_res, level, keys, schedule: augment(low_res, level, noise.fold(keys, 9), schedule)  # noqa: E731
-        patched.setattr(diffusion, "augment", other)
+        patched.setattr(conditioners, "augment", other)
         assert abs(loss_of(stage, {}, batch, KEY)[0] - before) > 1e-4
 
 
@@ -173,8 +178,8 @@ def test_training_on_pictures_alone():
     for stage in (BASE, SR):
         batch = batch_of(stage, 64, text=False)
         _, _, text, mask = seen_in_training(stage, batch)[:4]
-        null = null_text(stage, 64)
-        np.testing.assert_array_equal(text, null.embeddings)
+        null = TEXT.null_text(64)
+        np.testing.assert_array_equal(text, null.tokens)
         np.testing.assert_array_equal(mask, null.mask)
         shapes = jax.eval_shape(stage.init, KEY)[0]
         (loss, _), grads = jax.eval_shape(jax.value_and_grad(partial(loss_of, stage), has_aux=True), shapes, batch, KEY)
@@ -193,7 +198,7 @@ def test_loss_is_equal_on_every_mesh():
     def network(x, time, text, mask, low_res, level):
         return jnp.tanh(x * low_res + (text.mean((1, 2)) + time / 1000 + level)[:, None, None, None])
 
-    stage, batch = replace(SR, unet=Formula(low_res=True, output=network)), batch_of(SR, 64)
+    stage, batch = replace(SR, unet=Formula(output=network)), batch_of(SR, 64)
     loss = jax.jit(lambda batch, key: loss_of(stage, {}, batch, key)[0])
     alone = loss(batch, KEY)
     assert loss(batch, jax.random.key(2)) != alone
@@ -208,21 +213,16 @@ def test_loss_is_equal_on_every_mesh():
 
 def formula_stage(output, low_res=False):
     """x₀ is what `output` says, so one step draws it."""
-    sizes = {"resolution": 16, "low_resolution": 4} if low_res else {"resolution": 8}
-    unet = Formula(low_res=low_res, output=output)
-    return DiffusionModel(unet=unet, prediction=Prediction.X0, text_length=LENGTH, **sizes)
+    return replace(SR if low_res else BASE, unet=Formula(output=output), prediction=Prediction.X0)
 
 
 ONE_STEP = SamplingConfig(sampler=Euler(), steps=1, thresholding=NoThreshold())
 
 
-def drawn(stage, sampling, count=2, size=None, **options):
-    side = stage.resolution
+def drawn(stage, sampling, count=2, size=None, low_res=None, params=None, **request):
     keys = noise.sample_keys(KEY, jnp.arange(count))
-    defaults = {"text": texts(count), "negative": null_text(stage, count), "params": {}}
-    options = defaults | options
-    params, text, negative = (options.pop(name) for name in ("params", "text", "negative"))
-    return np.asarray(draw(stage, params, sampling, text, negative, keys, size or (side, side), **options))
+    request = SampleRequest(keys, size or (stage.side, stage.side), **{"text": texts(count)} | request)
+    return np.asarray(TrainedModel(stage, params or {}, sampling).decode(low_res, request))
 
 
 def see_low_res(x, time, text, mask, low_res, level):
@@ -235,7 +235,7 @@ def test_sampling_noises_the_low_resolution_input():
     stage = formula_stage(see_low_res, low_res=True)
     np.testing.assert_allclose(drawn(stage, ONE_STEP, low_res=low_res), enlarge(low_res, (16, 16)), atol=1e-3)
     level, low_res = 0.15, jnp.asarray(0.2 * pictures(2, 16))
-    stage = replace(stage, low_resolution=16)  # no enlargement, so that the noise can be read off
+    stage = changed(stage, LowResConditioner, factor=1)  # no enlargement, so that the noise can be read off
     seen = drawn(stage, replace(ONE_STEP, aug_level=level), low_res=low_res)
     eps = (seen - float(CosineSchedule().alpha(level)) * low_res) / float(CosineSchedule().sigma(level))
     assert eps.std() == pytest.approx(1, abs=0.1) and abs(eps.mean()) < 0.1
@@ -261,7 +261,7 @@ def mean_text(x, time, text, mask, *low_res):
 def test_guidance_algebra_and_negative_prompt():
     """ε̃ = w ε(c) + (1 − w) ε(n), in x₀ too: the grey is exactly that mixture, whatever the sampler."""
     stage, text, negative = formula_stage(mean_text), texts(2), texts(2, seed=1)
-    grey, away = (0.5 * np.asarray(t.embeddings).mean((1, 2))[:, None, None, None] for t in (text, negative))
+    grey, away = (0.5 * np.asarray(t.tokens).mean((1, 2))[:, None, None, None] for t in (text, negative))
     for sampler, weight in ((Euler(), 1.0), (Euler(), 0.0), (DDIM(), 2.5), (DDPM(), 2.5)):
         sampling = SamplingConfig(sampler, 3, guidance=Guidance(weight), thresholding=NoThreshold())
         for options, base in (({}, 0.0), ({"negative": negative}, away)):
@@ -283,7 +283,7 @@ def test_outside_its_interval_guidance_costs_nothing():
     jax.effects_barrier()
     # Uniform in time, the cosine schedule is at log-SNR 0 halfway: points 0 to 4 of 8 are inside.
     assert batches == [4] * 5 + [2] * 3
-    grey = 0.5 * np.asarray(text.embeddings).mean((1, 2))[:, None, None, None]
+    grey = 0.5 * np.asarray(text.tokens).mean((1, 2))[:, None, None, None]
     np.testing.assert_allclose(found, np.broadcast_to(grey, found.shape), atol=2e-3)
 
 
@@ -308,7 +308,7 @@ def test_sizes():
     with pytest.raises(ValueError, match="9 pixels is not a multiple of the network's stride 2"):
         drawn(stage, ONE_STEP, size=(8, 9))
     with pytest.raises(ValueError, match="stride 2"):
-        replace(BASE, resolution=9)
+        replace(BASE, side=9)
     larger = formula_stage(see_low_res, low_res=True)
     low_res = jnp.asarray(0.2 * pictures(2, 6)[:, :4])
     wanted = enlarge(low_res, (16, 24))
@@ -334,14 +334,17 @@ def test_enlarging_is_pillows_bicubic():
     [
         (lambda: SamplingConfig(steps=0), "steps must be at least 1, not 0"),
         (lambda: SamplingConfig(aug_level=1.5), r"aug_level must lie in \[0, 1\]"),
-        (lambda: replace(BASE, text_dropout=1.1), "text_dropout"),
-        (lambda: replace(SR, max_aug_level=-0.1), r"max_aug_level must lie in \[0, 1\]"),
-        (lambda: replace(SR, residual=True), "residual is for super-resolution stages that predict x0"),
+        (lambda: TextConditioner(dropout=1.1), "text dropout must be a fraction between 0 and 1, not 1.1"),
+        (lambda: LowResConditioner(max_level=-0.1), r"max_level must lie in \[0, 1\]"),
+        (lambda: LowResConditioner(factor=0), "factor must be at least 1, not 0"),
+        (lambda: replace(SR, residual=True), "residual is for super-resolution models that predict x0"),
         (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
-        (lambda: replace(BASE, low_resolution=4), "low_resolution"),
-        (lambda: DiffusionModel(unet=EfficientUNetConfig(), resolution=256), "low_resolution"),
-        (lambda: DiffusionModel(unet=EfficientUNetConfig(), resolution=256, low_resolution=96), "not a multiple"),
-        (lambda: DiffusionModel(unet=UNetConfig(), resolution=100), "stride 8"),
+        (lambda: replace(BASE, conditioners=(TEXT, TEXT)), "two conditioners of one kind"),
+        (lambda: replace(BASE, conditioners=()), "a network that reads text needs a TextConditioner"),
+        (lambda: replace(SR, conditioners=(TEXT, LowResConditioner(factor=3))), "16 is not a multiple of the factor 3"),
+        (lambda: DiffusionModel(unet=UNetConfig(), side=100), "stride 8"),
+        (lambda: DiffusionModel().init(KEY), "the text encoder of this model is not known"),
+        (lambda: DiffusionModel().batch_spec(1, 64), "the text encoder of this model is not known"),
     ],
 )
 def test_settings_that_make_no_sense(make, match):
@@ -353,7 +356,8 @@ def test_settings_that_make_no_sense(make, match):
 # Whole stages
 
 
-TEXTS, NULL = texts(8), null_text(BASE, 8)
+GUIDED = Guidance(3.0)
+TEXTS, NULL = texts(8), TEXT.null_text(8)
 
 
 @pytest.fixture(scope="module")
@@ -361,12 +365,12 @@ def whole():
     """Eight pictures of the base network with noise at every step and guidance."""
     sampling, params = SamplingConfig(DDPM(), 3, thresholding=StaticThreshold()), random_params(BASE)
 
-    def run(rows=slice(None), put=lambda a: a, weight=3.0, interval=None, text=TEXTS, negative=NULL, **options):
+    def run(rows=slice(None), put=lambda a: a, guidance=GUIDED, text=TEXTS, negative=NULL, progress=None):
         keys = noise.sample_keys(KEY, jnp.arange(8))[rows]
         text, negative = (jax.tree.map(lambda a: a[rows], given) for given in (text, negative))
-        arguments = jax.tree.map(put, (text, negative, keys))
-        chosen = replace(sampling, guidance=Guidance(weight, interval))
-        return np.asarray(draw(BASE, params, chosen, *arguments, (8, 8), **options))
+        keys, text, negative = jax.tree.map(put, (keys, text, negative))
+        trained = TrainedModel(BASE, params, replace(sampling, guidance=guidance))
+        return np.asarray(trained.generate(SampleRequest(keys, (8, 8), text, negative, progress=progress)))
 
     return run, run()
 
@@ -384,9 +388,10 @@ def test_a_picture_does_not_depend_on_the_mesh(whole):
     mesh = make_mesh(data=8)
     # Guidance that ends halfway is a condition, on which all devices have to agree.
     put = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
-    for interval, wanted in ((None, together), ((-20.0, 0.0), run(interval=(-20.0, 0.0)))):
+    inside = Guidance(3.0, (-20.0, 0.0))
+    for guidance, wanted in ((Guidance(3.0), together), (inside, run(guidance=inside))):
         with jax.set_mesh(mesh):
-            spread = run(put=put, interval=interval)
+            spread = run(put=put, guidance=guidance)
         np.testing.assert_allclose(spread, wanted, atol=1e-3)
     assert np.abs(wanted - together).max() > 0.01
 
@@ -402,20 +407,21 @@ def test_noise_is_bit_equal_whatever_the_batch_or_the_mesh():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_progress_does_not_change_the_pictures(whole, chunk):
+def test_progress_does_not_change_the_pictures(whole, chunk, monkeypatch):
     run, together = whole
     done = []
-    np.testing.assert_array_equal(run(progress=done.append, chunk=chunk), together)
+    monkeypatch.setattr(sampling_module, "CHUNK", chunk)
+    np.testing.assert_array_equal(run(progress=done.append), together)
     assert done == {1: [1, 2, 3], 2: [2, 3], 5: [3]}[chunk]
 
 
 def test_weight_one_is_conditional_and_weight_zero_unconditional(whole):
     """Through the whole sampler with the real network."""
     run, guided = whole
-    conditional, unconditional = run(weight=1.0), run(weight=1.0, text=NULL)
+    conditional, unconditional = run(guidance=Guidance()), run(guidance=Guidance(), text=NULL)
     assert np.abs(conditional - unconditional).max() > 0.01
     assert np.abs(conditional - guided).max() > 0.01
-    np.testing.assert_allclose(run(weight=0.0), unconditional, atol=1e-3)
+    np.testing.assert_allclose(run(guidance=Guidance(0.0)), unconditional, atol=1e-3)
     # Leading away from what is drawn leads nowhere.
     np.testing.assert_allclose(run(negative=TEXTS), conditional, atol=1e-3)
     assert np.abs(run(negative=texts(8, seed=1)) - guided).max() > 0.01
@@ -426,13 +432,16 @@ COLOURS = np.array([[0.8, -0.7, -0.7], [-0.7, 0.8, -0.6], [-0.8, -0.6, 0.9], [0.
 
 def test_four_flat_colours_are_learned_and_redrawn():
     """Loss, sampler and guidance fit together: each caption's random embedding brings its own colour back."""
-    unet = replace(BASE.unet, channels=16, patch=4, self_attention=(False,), time_width=32, context_width=16)
+    conditioning = ConditioningConfig(32, MaskedText(16))
+    unet = replace(
+        BASE.unet, channels=16, patch=4, attention=AttentionConfig((False,), (False,)), conditioning=conditioning
+    )
     process = {"schedule": CosineSchedule(shift=-3.0), "prediction": Prediction.X0, "weighting": MinSNR(floor=1.0)}
-    stage = DiffusionModel(unet, 16, text_length=LENGTH, **process)
+    stage = DiffusionModel(unet, 16, conditioners=(TEXT,), **process)
     text = texts(4)
     rows = np.arange(16) % 4
     image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
-    batch = {"image": jnp.asarray(image), "text": text.embeddings[rows], "text_mask": text.mask[rows]}
+    batch = {"image": jnp.asarray(image), "text": text.tokens[rows], "text_mask": text.mask[rows]}
     params, _ = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
     optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
 
@@ -460,7 +469,7 @@ def test_rows_of_large_pictures_are_drawn_by_several_devices():
     low_res = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
     sampling = SamplingConfig(sampler=DDIM(), steps=3, guidance=Guidance(2.0))
     alone = drawn(SR, sampling, size=(32, 32), params=params, low_res=low_res)
-    split = replace(SR, unet=replace(SR.unet, axes=ActivationSharding(BATCH_AXES, ("tensor",))))
+    split = replace(SR, unet=executed(SR.unet, sharding=ActivationSharding(BATCH_AXES, ("tensor",))))
     with jax.set_mesh(mesh):
         placed = jax.device_put((params, low_res), jax.NamedSharding(mesh, jax.P()))
         together = drawn(split, sampling, size=(32, 32), params=placed[0], low_res=placed[1])

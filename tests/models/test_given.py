@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import BASE, LENGTH, Formula, random_params
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
+from small import BASE, LENGTH, TEXT, Formula, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
@@ -15,11 +16,12 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import UniformLogSNR, time_grid
-from jaxdiff.models.diffusion import DiffusionModel, null_text
-from jaxdiff.models.sampling import Given, SamplingConfig, draw, first_step
-from jaxdiff.systems.pipeline import Cascade, Picture, TrainedModel, stages
+from jaxdiff.models import sampling as sampling_module
+from jaxdiff.models.conditioners import LowResConditioner
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel, first_step
+from jaxdiff.systems.pipeline import After, InitImage, Pipeline, SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8
 SAMPLERS = [DDIM(), DDPM(), DPMSolverPP2M(), Heun()]
@@ -27,7 +29,7 @@ RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(-1, 1, (COUNT, SIDE, SIDE, 3)).astype("f4")
 MASK = np.zeros((COUNT, SIDE, SIDE, 1), "f4")
 MASK[:, 2:6, 3:] = 1.0
-TEXT = TextEmbedding(jnp.asarray(RNG.normal(size=(COUNT, LENGTH, 6)), jnp.float32), jnp.ones((COUNT, LENGTH), bool))
+EMBEDDED = TextEmbedding(jnp.asarray(RNG.normal(size=(COUNT, LENGTH, 6)), jnp.float32), jnp.ones((COUNT, LENGTH), bool))
 
 
 def grey(x, time, text, mask):
@@ -35,21 +37,21 @@ def grey(x, time, text, mask):
     return 0 * x + 0.5 * jnp.tanh(text.sum((1, 2)))[:, None, None, None]
 
 
-GREY = DiffusionModel(unet=Formula(output=grey), resolution=SIDE, prediction=Prediction.X0, text_length=LENGTH)
-WANTED = 0.5 * np.tanh(np.asarray(TEXT.tokens).sum((1, 2)))[:, None, None, None]
+GREY = DiffusionModel(unet=Formula(output=grey), side=SIDE, conditioners=(TEXT,), prediction=Prediction.X0)
+WANTED = 0.5 * np.tanh(np.asarray(EMBEDDED.tokens).sum((1, 2)))[:, None, None, None]
 
 
-def drawn(given, sampling, stage=GREY, params=None, rows=slice(None), **options):
+def drawn(init, sampling, model=GREY, params=None, rows=slice(None), progress=None):
     keys = noise.sample_keys(KEY, jnp.arange(COUNT))[rows]
-    text = jax.tree.map(lambda a: a[rows], TEXT)
-    if given is not None:
-        given = Given(given.image[rows], given.strength, None if given.mask is None else given.mask[rows])
-    null = null_text(stage, len(keys))
-    return np.asarray(draw(stage, params or {}, sampling, text, null, keys, (SIDE, SIDE), given=given, **options))
+    text = jax.tree.map(lambda a: a[rows], EMBEDDED)
+    if init is not None:
+        init = InitProduct(init.value[rows], init.strength, None if init.mask is None else init.mask[rows])
+    request = SampleRequest(keys, (SIDE, SIDE), text, init=init, progress=progress)
+    return np.asarray(TrainedModel(model, params or {}, sampling).generate(request))
 
 
 def given(strength, mask=None):
-    return Given(jnp.asarray(IMAGE), strength, None if mask is None else jnp.asarray(mask))
+    return InitProduct(jnp.asarray(IMAGE), strength, None if mask is None else jnp.asarray(mask))
 
 
 def sampling_of(sampler, steps=8, **settings):
@@ -138,13 +140,14 @@ def test_the_network_sees_what_is_known(clean_known):
     [*((sampler, False) for sampler in SAMPLERS), (DDPM(), True)],
     ids=[*(type(sampler).__name__ for sampler in SAMPLERS), "a real network"],
 )
-def test_the_same_in_chunks_and_in_other_batches(sampler, real):
+def test_the_same_in_chunks_and_in_other_batches(sampler, real, monkeypatch):
     stage, params = (BASE, random_params(BASE)) if real else (replace(GREY, unet=Formula(output=keeper)), {})
     sampling = SamplingConfig(sampler, 6, guidance=Guidance(2.0), thresholding=StaticThreshold())
     picture, done = given(0.7, MASK), []
     together = drawn(picture, sampling, stage, params)
     assert together.std() > 0.1 and np.isfinite(together).all()
-    chunked = drawn(picture, sampling, stage, params, progress=done.append, chunk=3)
+    monkeypatch.setattr(sampling_module, "CHUNK", 3)
+    chunked = drawn(picture, sampling, stage, params, progress=done.append)
     np.testing.assert_array_equal(chunked, together)
     assert done == [5, 6]  # of six steps, four are drawn: 2 to 5
     np.testing.assert_allclose(drawn(picture, sampling, stage, params, rows=slice(2, 4)), together[2:], atol=1e-3)
@@ -165,14 +168,16 @@ def enlarging(x, time, text, mask, low_res, level):
     return 0.5 * low_res + 0.5 * grey(x, time, text, mask)
 
 
-def model(side, low_resolution=None):
-    unet = Formula(low_res=low_resolution is not None, output=enlarging if low_resolution else grey)
-    stage = DiffusionModel(unet, side, low_resolution, prediction=Prediction.X0, text_length=LENGTH)
-    return TrainedModel(stage, {}, sampling_of(DDIM()))
+def model(side, enlarges=False):
+    unet = Formula(output=enlarging if enlarges else grey)
+    lower = (LowResConditioner(factor=2),) if enlarges else ()
+    return TrainedModel(
+        DiffusionModel(unet, side, conditioners=(TEXT, *lower), prediction=Prediction.X0), {}, sampling_of(DDIM())
+    )
 
 
 PROMPTS = ("red", "a b", "blue", "c")
-CASCADE = Cascade(EmbeddedCaptions(PROMPTS, TEXT), model(8), (model(16, 8), model(32, 16)))
+CASCADE = Pipeline(PrecomputedTextEncoder(PROMPTS, EMBEDDED), model(8), (model(16, True), model(32, True)))
 
 
 @pytest.fixture(scope="module")
@@ -181,49 +186,51 @@ def picture():
     x, y = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-2, 2, 32))
     mask = np.zeros((32, 24), bool)
     mask[8:20, 12:] = True
-    return Picture(np.stack([np.sin(x), np.cos(y), np.tanh(x * y)], -1).astype("f4"), (1.0, 0.5, 0.25), mask)
+    return InitImage(np.stack([np.sin(x), np.cos(y), np.tanh(x * y)], -1).astype("f4"), (1.0, 0.5, 0.25), mask)
 
 
-def drawing(picture, **options):
-    return stages(CASCADE, PROMPTS, picture=picture, size=(8, 6), seed=3, **options)
+def drawing(init, progress=None, **options):
+    options = {"size": (8, 6)} | options
+    return CASCADE.sample(PROMPTS, SampleOptions(init=init, seed=3, **options), progress)
+
+
+def resized(init, size):
+    return np.clip(np.asarray(jax.image.resize(jnp.asarray(init.image), (*size, 3), "cubic")), -1, 1)
 
 
 def test_each_stage_sees_the_picture_at_its_size(picture):
-    """Kept there, and drawn where the mask has each stage's own pixels."""
-    found = dict(drawing(picture))
-    assert [pictures.shape for pictures in found.values()] == [(4, 8, 6, 3), (4, 16, 12, 3), (4, 32, 24, 3)]
+    """Kept there, and sampled where the mask has each stage's own pixels."""
+    found = drawing(picture)
+    assert [images.shape for images in found] == [(4, 8, 6, 3), (4, 16, 12, 3), (4, 32, 24, 3)]
     means = picture.image.reshape(8, 4, 6, 4, 3).mean((1, 3))
-    for side, pictures in found.items():
-        kept = ~picture.mask[:: 32 // side, :: 32 // side]
-        known = np.asarray(picture.given(0, 1, pictures.shape[1:3]).image[0])
-        np.testing.assert_allclose(pictures[:, kept], np.broadcast_to(known[kept], pictures[:, kept].shape), atol=5e-4)
-        assert np.abs(pictures[:, ~kept] - known[~kept]).mean() > 0.1
-        assert np.abs(np.diff(pictures[:, ~kept], axis=0)).max() > 0.05
-    assert np.abs(found[8] - means)[:, ~picture.mask[::4, ::4]].max() < 0.1
-    seen = picture.given(1, 4, (16, 12))
-    assert seen.strength == 0.5 and seen.image.shape == (4, 16, 12, 3) and seen.mask.shape == (4, 16, 12, 1)
-    np.testing.assert_array_equal(seen.mask[0, ..., 0], picture.mask[::2, ::2])
-    np.testing.assert_array_equal(picture.given(2, 1, (32, 24)).image[0], picture.image)
+    for images in found:
+        step = 32 // images.shape[1]
+        kept, known = ~picture.mask[::step, ::step], resized(picture, images.shape[1:3])
+        np.testing.assert_allclose(images[:, kept], np.broadcast_to(known[kept], images[:, kept].shape), atol=5e-4)
+        assert np.abs(images[:, ~kept] - known[~kept]).mean() > 0.1
+        assert np.abs(np.diff(images[:, ~kept], axis=0)).max() > 0.05
+    assert np.abs(found[0] - means)[:, ~picture.mask[::4, ::4]].max() < 0.1
 
 
-def test_pictures_of_a_cascade_do_not_depend_on_their_batch(picture):
-    together = dict(drawing(picture))
-    for side, pictures in drawing(picture, batch=3):
-        np.testing.assert_allclose(pictures, together[side], atol=1e-3)
+def test_images_of_a_pipeline_do_not_depend_on_their_batch(picture):
+    together = drawing(picture)
+    for images, wanted in zip(drawing(picture, batch=3), together):
+        np.testing.assert_allclose(images, wanted, atol=1e-3)
     reports = []
-    for side, pictures in drawing(picture, progress=lambda *report: reports.append(report)):
-        np.testing.assert_allclose(pictures, together[side], atol=1e-6)
-        assert reports[-1] == (side, reports[-1][2], reports[-1][2])
+    for images, wanted in zip(drawing(picture, lambda *report: reports.append(report)), together):
+        np.testing.assert_allclose(images, wanted, atol=1e-6)
+    for number in range(3):
+        last = [report for report in reports if report[0] == number][-1]
+        assert last[1] == last[2]
 
 
 def test_without_a_mask_and_from_a_later_stage(picture):
-    """The largest stage alone: at strength one it draws what it would without the picture."""
+    """The largest stage alone: at strength one it samples what it would without the image."""
     plain = replace(picture, mask=None, strengths=(1.0, 0.5, 1.0))
-    start = np.broadcast_to(np.asarray(picture.given(0, 4, (16, 12)).image), (4, 16, 12, 3))
-    found = dict(stages(CASCADE, PROMPTS, picture=plain, after=(16, start), seed=3))
-    assert list(found) == [32]
-    other = dict(stages(CASCADE, PROMPTS, after=(16, start), seed=3))
-    np.testing.assert_allclose(found[32], other[32], atol=2e-3)
+    start = After(1, np.broadcast_to(resized(picture, (16, 12)), (4, 16, 12, 3)))
+    (found,) = drawing(plain, after=start)
+    (other,) = drawing(None, after=start)
+    np.testing.assert_allclose(found, other, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +246,12 @@ def test_without_a_mask_and_from_a_later_stage(picture):
         ({"image": np.zeros((32, 24), "f4")}, "a picture to begin with is of h×w×3 values, not of 32×24"),
     ],
 )
-def test_refused_before_anything_is_drawn(picture, changes, match):
+def test_refused_before_anything_is_sampled(picture, changes, match):
     def never(*call):
-        raise AssertionError("it was drawn")
+        raise AssertionError("it was sampled")
 
+    options = SampleOptions(init=replace(picture, **changes), size=(8, 6))
     with pytest.raises(ValueError, match=match) as error, warnings.catch_warnings():
         warnings.simplefilter("error")
-        stages(CASCADE, PROMPTS, picture=replace(picture, **changes), size=(8, 6), progress=never)
+        CASCADE.batches(PROMPTS, options, never)
     assert "\n" not in str(error.value)

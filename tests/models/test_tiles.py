@@ -16,9 +16,9 @@ from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.thresholding import StaticThreshold
-from jaxdiff.models.diffusion import null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles, in_tiles, ramp, starts
+from jaxdiff.nets.unet import AttentionConfig
 
 RNG = np.random.default_rng(0)
 LAYOUTS = [
@@ -80,18 +80,18 @@ SIDE = 80
 @pytest.fixture(scope="module")
 def enlarged():
     """(untiled, tiled) pictures of a random super-resolution network, which enlarges a smooth picture."""
-    unet = replace(SR.unet, self_attention=(False,), cross_attention=(True,))
-    stage = replace(SR, unet=unet, resolution=SIDE, low_resolution=SIDE // 4, prediction=Prediction.X0, residual=True)
+    unet = replace(SR.unet, attention=AttentionConfig((False,), (True,), heads=2))
+    model = replace(SR, unet=unet, side=SIDE, prediction=Prediction.X0, residual=True)
     y, x = np.mgrid[: SIDE // 4, : SIDE // 4] / 16
     low_res = np.stack([0.7 * np.sin(3 * x + c) * np.cos(2 * y - c) for c in range(3)], -1)[None]
-    keys, null = noise.sample_keys(jax.random.key(0), jnp.arange(1)), null_text(stage, 1)
-    params = random_params(stage)
+    keys = noise.sample_keys(jax.random.key(0), jnp.arange(1))
+    params = random_params(model)
     params["head"] = jax.tree.map(lambda leaf: 0.2 * leaf, params["head"])
 
     def run(tiles):
         sampling = SamplingConfig(DDIM(), 3, thresholding=StaticThreshold(), tiles=tiles)
-        low = jnp.asarray(low_res, jnp.float32)
-        return np.asarray(draw(stage, params, sampling, null, null, keys, (SIDE, SIDE), low))
+        trained = TrainedModel(model, params, sampling)
+        return np.asarray(trained.decode(jnp.asarray(low_res, jnp.float32), SampleRequest(keys, (SIDE, SIDE))))
 
     return run(None), run(TILES)
 

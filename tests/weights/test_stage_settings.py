@@ -94,6 +94,9 @@ def changed(**changes):
         (to_json(SamplingConfig()) | {"steps": 6.5}, "steps of SamplingConfig is 6.5"),
         (to_json(SamplingConfig()) | {"sampler": 5}, "sampler of SamplingConfig is 5"),
         (changed(text_dropout=7.0), "text_dropout"),
+        (to_json(Guidance()) | {"weight": True}, "weight of Guidance is True, it takes only numbers"),
+        (to_json(Guidance()) | {"weight": "3"}, "weight of Guidance is '3'"),
+        (to_json(thresholding.DynamicThreshold()) | {"cap": True}, "cap of DynamicThreshold is True"),
         (
             to_json(SamplingConfig()) | {"steps": 0},
             "steps of SamplingConfig is 0, it takes only whole numbers from 1 to",
