@@ -26,8 +26,11 @@ from jax.sharding import NamedSharding
 from experiments.cli import run
 from experiments.imagen import presets
 from jaxdiff.core.files import usable_file, write_json
+from jaxdiff.diffusion import noise
+from jaxdiff.models.conditioners import SampleInputs, joined
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
@@ -90,7 +93,7 @@ def main(settings: Run) -> None:
     if min(settings.batch, 1) < 1 or min(settings.sample_batch, settings.steps) < 0:
         raise ValueError("--batch must be at least 1, --sample-batch and --steps at least 0")
     names = ["base64", "sr256", "sr1024"] if settings.stage == "all" else [settings.stage]
-    stages = {name: configured(presets.stage(name, settings.preset), settings) for name in names}
+    stages = {name: configured(presets.reading(name, settings.preset), settings) for name in names}
     if settings.json is not None:
         usable_file(settings.json)
     with without_compilation_cache():
@@ -103,8 +106,7 @@ def main(settings: Run) -> None:
 
 
 def configured(stage: DiffusionModel, settings: Run) -> DiffusionModel:
-    unet = dataclasses.replace(stage.unet, dtype=settings.dtype, remat=settings.remat)
-    return dataclasses.replace(stage, unet=unet)
+    return presets.executed(stage, dtype=settings.dtype, remat=settings.remat)
 
 
 def measure(name: str, stage: DiffusionModel, settings: Run) -> Row:
@@ -161,7 +163,7 @@ class Training:
             step_seconds=seconds,
             images_per_second=count / seconds if seconds else None,
             share_of_peak=share_of_peak(self.flops, seconds),
-            sampling_side=self.stage.resolution,
+            sampling_side=self.stage.side,
             sampling_flops_per_image=None,
             sampling_compile_seconds=None,
             sampling_seconds=None,
@@ -176,7 +178,7 @@ class Training:
 
 def compile_training(name: str, stage: DiffusionModel, settings: Run) -> Training:
     """The training step of a stage for the devices at hand, compiled; nothing runs on them."""
-    side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
+    side = stage.side if stage.low_res is None else settings.crop or stage.side // 4
     check_crop(stage, side)
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
     abstract, batch = abstract_state(stage, optimizer, mesh), made_up(stage, settings.batch, side)
@@ -216,14 +218,17 @@ def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float
     """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
     count = settings.sample_batch
     parameters = abstract_params(stage)
-    batch = made_up(stage, count, stage.resolution)
-    x, text, mask = batch["image"], batch["text"].astype(np.float32), batch["text_mask"]
-    low_res = (x, np.zeros(count, np.float32)) if stage.unet.low_res else ()
+    batch = made_up(stage, count, stage.side)
+    text = TextEmbedding(batch["text"].astype(np.float32), batch["text_mask"]) if "text" in batch else None
+    given = SampleInputs(text, low_res=batch.get("low_res"))
+    keys = noise.sample_keys(jax.random.key(0), jnp.arange(count))
+    sizes = stage.side, stage.side
+    conditioning = joined([each.sampling(given, keys, sizes).conditional for each in stage.conditioners])
 
-    def evaluate(params, x, *rest):
-        return stage.unet.module().apply({"params": params}, x, stage.schedule.network_time(jnp.ones(count)), *rest)
+    def evaluate(params, x, conditioning):
+        return stage.predict(params, x, jnp.ones(count), conditioning)
 
-    inputs = jax.device_put((x, text, mask, *low_res))
+    inputs = jax.device_put((batch["image"], conditioning))
     compiled, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)
     flops = network_flops(evaluate, parameters, *inputs)
     if not settings.steps:
@@ -238,7 +243,7 @@ def made_up(stage: DiffusionModel, count: int, side: int) -> dict[str, np.ndarra
     batch = {
         name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch_spec(count, side).items()
     }
-    return batch | {"text_mask": np.ones_like(batch["text_mask"])}
+    return batch | ({"text_mask": np.ones_like(batch["text_mask"])} if "text_mask" in batch else {})
 
 
 def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float]:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.curves_models import Text, Training, enlarger, model_of, text_of
+from experiments.curves_models import Training, enlarger, model_of, text_of
 from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
@@ -22,7 +21,6 @@ from jaxdiff.core import json_files
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.data import sources
 from jaxdiff.data.images import to_uint8
-from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.evaluation import fid
@@ -30,10 +28,10 @@ from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import Extractor
 from jaxdiff.evaluation.metrics import Observed
 from jaxdiff.evaluation.resize import Fit
-from jaxdiff.models.diffusion import null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
-from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions
+from jaxdiff.text.t5 import EmbeddedCaptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +114,9 @@ class Grid:
             missing = [weight for weight in self.drawn.guidance if self._kept(setting, seed, weight) is None]
             if not missing:
                 continue
-            text, model = self._model(setting, seed)
-            condition = text(self._captions)
+            model = self._model(setting, seed)
             for weight in tqdm(missing, desc=f"draw {setting} s{seed}", unit="weight"):
-                pictures = self._pictures(model, condition, setting, seed, weight)
+                pictures = self._pictures(model, seed, weight)
                 distance, cosine = self._judged(f"{setting}-s{seed}-w{weight:g}", pictures)
                 cell = {"weight": weight, "seed": seed, "fd": distance, "cosine": cosine}
                 png.write(self._file(setting, seed, weight).with_suffix(".png"), _square(pictures))
@@ -181,36 +178,31 @@ class Grid:
         """What the classifier saw in the true pictures of a side."""
         return functools.cache(lambda side: self._look(self._held_out(side), self.bench.classifier)[0])
 
-    def _model(self, setting: Setting, seed: int) -> tuple[Text, TrainedModel]:
+    def _model(self, setting: Setting, seed: int) -> Pipeline:
+        """The base model with the embedded captions, and super-resolution behind it where its level is asked for."""
         places = self.places
         text = text_of(setting.encoder, places.out, self.training, places.clip, places.texts, places.data_dir)
         folder = places.out / "models" / f"{setting.encoder.replace('/', '--')}-{setting.unet}-s{seed}"
         source = sources.open(self._spec, self.training.resolution, "train", places.data_dir)
-        return text, model_of(setting.unet, text, seed, folder, self.training, source, places.data_dir)
-
-    def _pictures(
-        self, model: TrainedModel, text: TextEmbedding, setting: Setting, seed: int, weight: float
-    ) -> np.ndarray:
-        """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
-        count, rows, side = len(self._captions), self.drawn.draw_batch, model.stage.resolution
+        base = model_of(setting.unet, text, seed, folder, self.training, source, places.data_dir)
         threshold = thresholding(setting.thresholding)
-        guidance = Guidance(interval=self.drawn.interval)
-        sampling = SamplingConfig(DPMSolverPP2M(), self.drawn.sampling_steps, guidance=guidance, thresholding=threshold)
-        weights, null = jnp.full(rows, weight, jnp.float32), null_text(model.stage, rows)
-        larger = None
+        sampling = SamplingConfig(DPMSolverPP2M(), self.drawn.sampling_steps, thresholding=threshold)
+        decoders = ()
         if setting.aug is not None:
-            larger = enlarger(self.places.out / "models", self.training, self._spec, self.places.data_dir)
-        drawn = []
-        for first in range(0, count, rows):
-            part = np.minimum(np.arange(first, first + rows), count - 1)
-            keys = noise.sample_keys(jax.random.key(seed), jnp.asarray(part))
-            said = TextEmbedding(text.tokens[part], text.mask[part])
-            base = noise.fold(keys, 0)  # and super-resolution's 1, as in a cascade
-            found = draw(model.stage, model.params, sampling, said, null, base, (side, side), weights=weights)
-            if larger is not None:
-                found = _enlarged(larger, found, keys, setting.aug)
-            drawn.append(to_uint8(np.asarray(found)[: count - first]))
-        return np.concatenate(drawn)
+            larger = enlarger(places.out / "models", self.training, self._spec, places.data_dir)
+            level = dataclasses.replace(larger.sampling, aug_level=setting.aug)
+            decoders = (dataclasses.replace(larger, sampling=level),)
+        captions = EmbeddedCaptions(tuple(self._captions), text(self._captions))
+        return imagen(captions, dataclasses.replace(base, sampling=sampling), *decoders)
+
+    def _pictures(self, model: Pipeline, seed: int, weight: float) -> np.ndarray:
+        """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
+        # As an array, the weight is traced even where it is 1, so that one program serves all weights.
+        guidance = Guidance(jnp.asarray(weight, jnp.float32), interval=self.drawn.interval)
+        sampling = dataclasses.replace(model.generator.sampling, guidance=guidance)
+        guided = dataclasses.replace(model, generator=dataclasses.replace(model.generator, sampling=sampling))
+        batches = guided.batches(self._captions, SampleOptions(seed=seed, batch=self.drawn.draw_batch))
+        return np.concatenate([to_uint8(batch.products[-1]) for batch in batches])
 
     def _judged(self, name: str, pictures: np.ndarray) -> tuple[float, float]:
         """FD of the classifier, and CLIP's mean cosine."""
@@ -235,12 +227,6 @@ def _square(pictures: np.ndarray) -> Image.Image:
     """The first four (n h w 3, uint8) as one, two by two; fewer are repeated."""
     four = np.resize(pictures[:4], (4, *pictures.shape[1:]))
     return Image.fromarray(np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)]))
-
-
-def _enlarged(model: TrainedModel, low_res: jax.Array, keys: jax.Array, level: float) -> jax.Array:
-    sampling = dataclasses.replace(model.sampling, aug_level=level)
-    null, side = null_text(model.stage, len(low_res)), model.stage.resolution
-    return draw(model.stage, model.params, sampling, null, null, noise.fold(keys, 1), (side, side), low_res)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

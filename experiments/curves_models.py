@@ -18,10 +18,9 @@ from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems import imagen
-from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text import clip, t5
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.encoder import TextEmbedding
@@ -161,8 +160,7 @@ def _untrained(encoder: T5TextEncoder) -> T5TextEncoder:
 
 def stage_of(unet: str, width: int, settings: Training) -> DiffusionModel:
     """The preset of that size, reading embeddings of this width."""
-    stage = presets.stage(f"base{settings.resolution}", unet)
-    return dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, text_width=width))
+    return presets.stage(f"base{settings.resolution}", unet).reading(LENGTH, width)
 
 
 def model_of(
@@ -180,12 +178,13 @@ def model_of(
 
 def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: Path) -> TrainedModel:
     """Super-resolution that knows all levels of noise on its input, trained on pictures alone, now if need be."""
-    stage = dataclasses.replace(ENLARGING[settings.resolution], max_aug_level=1.0)
-    folder = models / f"sr{stage.resolution}"
+    stage = ENLARGING[settings.resolution]
+    stage = dataclasses.replace(stage, conditioners=(dataclasses.replace(stage.low_res, max_level=1.0),))
+    folder = models / f"sr{stage.side}"
     if not (folder / "model" / "stage.json").is_file():
-        source = sources.open(spec, stage.resolution, "train", data_dir)
-        crop = min(stage.resolution, 64)
-        stream = image_batches(source, DataConfig(stage.resolution, 16, low_resolution=stage.low_resolution, crop=crop))
+        source = sources.open(spec, stage.side, "train", data_dir)
+        crop = min(stage.side, 64)
+        stream = image_batches(source, DataConfig(stage.side, 16, low_resolution=settings.resolution, crop=crop))
         made_of = {"examples": len(source), "crop": crop}
         _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen.SAMPLING_SR_TINY)
     return load_model(folder / "model")

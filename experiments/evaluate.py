@@ -13,8 +13,9 @@ of a classifier of `shapes` that the package ships; only Inception's is called F
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from experiments.cli import run
 from experiments.imagen import pictures as files
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, spread, with_dtype, with_samplings
 from experiments.imagen.evaluate import upto
 from experiments.imagen.png_metadata import Metadata
 from experiments.judging import (
@@ -54,8 +55,8 @@ from jaxdiff.evaluation.metrics import Observed, Score, judge, judge_captions, k
 from jaxdiff.evaluation.metrics import Settings as Scoring
 from jaxdiff.evaluation.resize import Fit
 from jaxdiff.evaluation.statistics import Origin
-from jaxdiff.systems import pipeline
-from jaxdiff.weights.imagen import SHIPPED, load
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions
+from jaxdiff.weights.imagen import SHIPPED, load, trained
 from jaxdiff.weights.settings import to_json
 
 JUDGES, DRAWING, SETTINGS = Judges(), Drawing(), Scoring()
@@ -124,7 +125,7 @@ def main(settings: Run) -> None:
         width, height = _size(shown)
     else:
         model = _model(settings)
-        width = height = model.resolutions[-1]
+        width = height = model.sides[-1]
     references = _references(settings, bench, fit, f"{width}x{height}")
     true_set = None if references else _true_set(settings, spec, split, fit, (width, height))
     usable(settings.out)
@@ -229,37 +230,44 @@ def _first_size(shown: PictureSet) -> tuple[int, int] | None:
         return None
 
 
-def _model(settings: Run) -> pipeline.Cascade:
+def _model(settings: Run) -> Pipeline:
     model = with_dtype(load(settings.weights), settings.drawing.dtype)
-    return upto(model, settings.up_to or model.resolutions[0])
+    return upto(model, settings.up_to or model.sides[0])
 
 
-def _drawn(settings: Run, model: pipeline.Cascade, spec: sources.DataSpec, split: str) -> OfFolder:
+def _drawn(settings: Run, model: Pipeline, spec: sources.DataSpec, split: str) -> OfFolder:
     """The cascade's pictures of the split's first captions, one file each, those that are there already left alone."""
-    chosen = samplings(model.models, settings.drawing)
-    resolution = model.resolutions[-1]
+    model = with_samplings(model, settings.drawing)
+    resolution = model.sides[-1]
     source = _source(settings, spec, resolution, split)
     captions = list(captions_of(OfSource(split, source, settings.n)))
     if None in captions:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to draw")
     # By what the weights are, not where: a folder may have got others since.
-    made_of = {"weights": ", ".join(digest_of(each.params) for each in model.models), "resolution": resolution}
-    made_of |= {"stages": [to_json(each.stage) for each in model.models], "dtype": settings.drawing.dtype}
-    made_of |= {"text": fingerprint(model.text)}
-    made_of |= {"seed": settings.seed, "data": settings.data, "split": split, "samplings": list(map(to_json, chosen))}
+    models = trained(model)
+    made_of = {"weights": ", ".join(digest_of(each.params) for each in models), "resolution": resolution}
+    made_of |= {"stages": [to_json(each.model) for each in models], "dtype": settings.drawing.dtype}
+    made_of |= {"text": fingerprint(model.text_encoder), "samplings": [to_json(each.sampling) for each in models]}
+    made_of |= {"seed": settings.seed, "data": settings.data, "split": split}
     folder = settings.out / "drawn"
     _same_run(folder, made_of)
     paths = [folder / f"{number:06d}.png" for number in range(len(captions))]
-    pieces = [piece for piece in parts(len(captions)) if not all(paths[i].is_file() for i in piece)]
-    with Bars(len(pieces)) as bars, spread(model, mesh_of(settings.drawing.mesh)) as model:
+    pieces = list(_runs(number for number, path in enumerate(paths) if not path.is_file()))
+    with spread(model, mesh_of(settings.drawing.mesh)) as placed, Bars(placed, len(pieces)) as bars:
         for piece in pieces:
-            texts = captions[piece.start : piece.stop]
-            options = {"seed": settings.seed, "first": piece.start, "samplings": chosen, "progress": bars}
-            found = dict(pipeline.stages(model, texts, batch=32, **options))[resolution]
-            for number, picture, text in zip(piece, found, texts):
-                told = {"number": number, "resolution": resolution, "data": settings.data, "split": split}
-                files.save_png(paths[number], picture, Metadata(text, settings.seed, told))
+            options = SampleOptions(seed=settings.seed, first=piece.start, batch=32)
+            for first, products in placed.batches(captions[piece.start : piece.stop], options, bars):
+                for number, picture in enumerate(products[-1], piece.start + first):
+                    told = {"number": number, "resolution": resolution, "data": settings.data, "split": split}
+                    files.save_png(paths[number], picture, Metadata(captions[number], settings.seed, told))
     return OfFolder(f"{settings.weights.name} at {resolution}", tuple(paths), tuple(captions), "png")
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[range]:
+    """Numbers in ascending order as ranges without gaps."""
+    for _, pairs in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        each = [number for _, number in pairs]
+        yield range(each[0], each[-1] + 1)
 
 
 def _same_run(folder: Path, made_of: dict) -> None:

@@ -37,7 +37,7 @@ from jaxdiff.core import json_files
 from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import draw
+from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.nets import t5
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.text.encoder import TextEmbedding
@@ -154,7 +154,7 @@ def useful_flops(settings: Run) -> float:
     if settings.stage == "text":
         encoder, tokens, mask, shapes = _encoder(settings)
         return network_flops(encoder.apply, shapes, tokens, mask)
-    stage = presets.stage(settings.stage, settings.preset)
+    stage = presets.reading(settings.stage, settings.preset)
     if settings.sample:
         step, *given = _step_of_drawing(settings, stage)
         return network_flops(step, abstract_params(stage), *given)
@@ -207,13 +207,15 @@ def _drawing(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]
 def _step_of_drawing(settings: Run, stage: DiffusionModel) -> tuple[Any, ...]:
     """The step as a function of the parameters and more, and the shapes of what is more."""
     sampling = dataclasses.replace(presets.sampling(settings.stage, settings.preset), steps=1)
-    count, side = settings.batch, stage.resolution
+    count, side = settings.batch, stage.side
     keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
     batch = stage.batch_spec(count, side)
-    text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
+    text = None
+    if "text" in batch:
+        text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
 
     def step(params, text, negative, keys, low_res):
-        return draw(stage, params, sampling, text, negative, keys, (side, side), low_res)
+        return TrainedModel(stage, params, sampling).decode(low_res, SampleRequest(keys, (side, side), text, negative))
 
     return step, text, text, keys, batch.get("low_res")
 
@@ -241,7 +243,7 @@ def _encoder(settings: Run) -> tuple[t5.T5Encoder, jax.ShapeDtypeStruct, jax.Sha
 
 def _estimate(settings: Run, stage: DiffusionModel, mesh: Any) -> dict[str, Any]:
     state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
-    local = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, axes=ActivationSharding()))
+    local = presets.executed(stage, sharding=ActivationSharding())
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
     costs = estimated_costs(
         local, state, stage.batch_spec(rows, side_of(settings, stage)), accumulate=settings.accumulate

@@ -55,8 +55,7 @@ class Run:
 
 
 def stage_of(settings: Run) -> DiffusionModel:
-    stage = presets.stage(settings.stage, settings.preset)
-    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype=settings.dtype))
+    stage = presets.executed(presets.reading(settings.stage, settings.preset), dtype=settings.dtype)
     return presets.split(stage, settings.remat, settings.scan, settings.rows)
 
 
@@ -66,7 +65,7 @@ def optimizer_of(settings: Run) -> OptimizerConfig:
 
 
 def side_of(settings: Run, stage: DiffusionModel) -> int:
-    side = stage.resolution if stage.low_resolution is None else settings.crop or stage.resolution // 4
+    side = stage.side if stage.low_res is None else settings.crop or stage.side // 4
     check_crop(stage, side)
     return side
 
@@ -103,7 +102,7 @@ def _without_meaning(settings: Run, topology: chips.Topology, tensor: int) -> It
     if settings.sample:
         yield ("remat", "accumulate", "crop", "optimizer", "arrays"), "drawing has no backward pass, crops or optimizer"
     stage = presets.stage(settings.stage, settings.preset)
-    if stage.low_resolution is None:
+    if stage.low_res is None:
         yield ("crop",), f"{settings.stage} trains on whole pictures"
     if not isinstance(stage.unet, EfficientUNetConfig) or max(stage.unet.blocks) < 2:
         yield ("scan",), f"the network of {settings.stage} {settings.preset} has no equal blocks in a row"
@@ -119,7 +118,7 @@ def _check_memory(settings: Run, topology: chips.Topology, parts: int) -> None:
         row = 128 * t5.XXL.d_model * 2  # the embedding of a caption
     else:
         stage = stage_of(settings)
-        shapes = stage.batch_spec(1, stage.resolution if settings.sample else side_of(settings, stage))
+        shapes = stage.batch_spec(1, stage.side if settings.sample else side_of(settings, stage))
         row = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
     size, memory = settings.batch * row // parts, topology.chip.memory / topology.chip.devices
     if size > memory:

@@ -32,8 +32,7 @@ from experiments.imagen.png_metadata import Metadata
 from experiments.quickstart_train import Training, train_cascade
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import Cascade
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import SHIPPED, load
@@ -101,23 +100,19 @@ def chosen_captions() -> list[Caption]:
     return held_out_captions(ONE_OBJECT, objects=1) + held_out_captions(TWO_OBJECTS, objects=2)
 
 
-def draw(model: Cascade, texts: Sequence[str], seed: int, out: Path) -> tuple[Drawn, dict[str, float]]:
+def draw(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple[Drawn, dict[str, float]]:
     """All captions up to 256 pixels, the first two beyond; and the seconds of each stage, compilation included."""
-    small = [resolution for resolution in model.resolutions if resolution <= 256] or [model.resolutions[0]]
-    drawn: Drawn = {}
-    with Bars() as bars:
-        stages = pipeline.stages(model, texts, seed=seed, up_to=small[-1], progress=bars)
-        usable(out)
-        bars.lap()
-        for resolution, found in stages:
-            drawn[resolution] = found
-            bars.lap(resolution)
-        if len(small) < len(model.resolutions):
-            after = small[-1], drawn[small[-1]][:LARGE]
-            for resolution, found in pipeline.stages(model, texts[:LARGE], seed=seed, after=after, progress=bars):
-                drawn[resolution] = found
-                bars.lap(resolution)
-        return drawn, {str(resolution): bars.seconds(resolution) for resolution in drawn}
+    last = max(1, sum(side <= 256 for side in model.sides)) - 1
+    with Bars(model) as bars:
+        batches = model.batches(texts, SampleOptions(seed=seed, last=last), bars)
+        usable(out)  # only now: bad settings leave no folder behind
+        bars.resume()
+        products = [np.concatenate(each) for each in zip(*(batch.products for batch in batches))]
+        if last + 1 < len(model.boxes):
+            after = After(last, products[-1][:LARGE])
+            products += model.sample(texts[:LARGE], SampleOptions(seed=seed, after=after), bars)
+    drawn = dict(zip(model.sides, products, strict=True))
+    return drawn, {str(side): bars.seconds(box) for box, side in enumerate(drawn)}
 
 
 def judged(captions: Sequence[Caption], drawn: Drawn) -> dict[int, Tally]:
@@ -159,11 +154,10 @@ def notes(tallies: Mapping[int, Tally]) -> list[str]:
     return lines
 
 
-def super_resolution_scores(model: Cascade, count: int) -> dict:
+def super_resolution_scores(model: Pipeline, count: int) -> dict:
     """PSNR of every super-resolution stage, and of bicubic, on true pictures; of the 1024 one on a quarter as many."""
-    chosen = [m.sampling for m in model.models]
-    counts = {r: count if r <= 256 else max(1, count // 4) for r in model.resolutions[1:]}
-    return {name: score for r, n in counts.items() for name, score in psnr_scores(model, r, n, chosen).items()}
+    counts = {r: count if r <= 256 else max(1, count // 4) for r in model.sides[1:]}
+    return {name: score for r, n in counts.items() for name, score in psnr_scores(model, r, n).items()}
 
 
 def named(texts: Sequence[str], drawn: Drawn, seed: int, weights: Path) -> Iterator[Named]:

@@ -11,7 +11,7 @@ from typing import Literal
 from experiments.cores import use_cores
 from experiments.imagen import assemble, presets, train
 from experiments.text.pretrain import Pretraining, pretrain
-from jaxdiff.systems.pipeline import TrainedModel
+from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
 

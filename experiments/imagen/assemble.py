@@ -18,7 +18,8 @@ from typing import Literal
 from experiments.cli import run
 from jaxdiff.core.files import replacing
 from jaxdiff.data.embeddings import fingerprint
-from jaxdiff.systems.pipeline import Cascade, TrainedModel, mean
+from jaxdiff.models.sampling import TrainedModel, mean
+from jaxdiff.systems.imagen import imagen
 from jaxdiff.weights import hub, t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
 
@@ -50,16 +51,18 @@ def main(settings: Settings) -> None:
     folders = {name: given for name in STAGES if (given := getattr(settings, name))}
     models = {name: _mean(given) for name, given in folders.items()}
     base, *super_resolution = models.values()
+    if base.model.text is None:
+        raise ValueError(f"{folders['base64'][0]}: a stage that reads no text")
     directory = hub.directory_of(settings.text, "T5")
-    encoder = t5.load_text_encoder(directory, base.stage.text_length, settings.text_dtype)
+    encoder = t5.load_text_encoder(directory, base.model.text.shape[0], settings.text_dtype)
     made_by = fingerprint(encoder)
     for name, model in models.items():
-        if model.text not in (None, made_by):
+        if model.text_fingerprint not in (None, made_by):
             raise ValueError(
-                f"{folders[name][0]} was trained with the text encoder {model.text}, {settings.text} in "
+                f"{folders[name][0]} was trained with the text encoder {model.text_fingerprint}, {settings.text} in "
                 f"{settings.text_dtype} is {made_by}"
             )
-    cascade = Cascade(encoder, base, tuple(super_resolution))
+    cascade = imagen(encoder, base, *super_resolution)
     others = [name for name in STAGES if name not in folders and (settings.out / name).exists()]
     if others:
         raise ValueError(f"{settings.out} holds {' and '.join(others)} of another cascade: choose another folder")
@@ -71,7 +74,7 @@ def main(settings: Settings) -> None:
                 shutil.copyfile(file, temporary)
     for name, model in models.items():
         save_model(model, settings.out / name, settings.dtype)
-    print(f"{settings.out}: a cascade that draws {', '.join(map(str, cascade.resolutions))}")
+    print(f"{settings.out}: a cascade that draws {', '.join(map(str, cascade.sides))}")
 
 
 def _mean(folders: tuple[Path, ...]) -> TrainedModel:

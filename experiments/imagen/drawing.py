@@ -1,7 +1,6 @@
-"""What command lines can set about drawing, and what scripts that draw share: checks, progress bars, parts."""
+"""What command lines can set about sampling, and what scripts that sample share: checks and progress bars."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,11 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.diffusion.time_grid import Respaced
-from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
-from jaxdiff.systems.pipeline import Cascade, TrainedModel
+from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.training.mesh import make_mesh, parse
-
-PART = 32
-"""Pictures that go through the stages together: at 1024 pixels they take 400 MB."""
+from jaxdiff.weights.imagen import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +62,33 @@ class Drawing:
     super-resolution on four of them, by its rows. Parameters lie on every device. Left out: one device."""
 
 
-def with_dtype(cascade: Cascade, dtype: str | None) -> Cascade:
-    """The cascade with generators that compute in `dtype` (None: each in its own). Parameters and samplers stay
-    float32."""
+def with_boxes(pipeline: Pipeline, boxes: Sequence[TrainedModel]) -> Pipeline:
+    """The pipeline with other boxes, as many as it has."""
+    generator, *decoders = boxes
+    return dataclasses.replace(pipeline, generator=generator, decoders=tuple(decoders))
 
-    def cast(model: TrainedModel) -> TrainedModel:
-        unet = dataclasses.replace(model.stage.unet, dtype=dtype or model.stage.unet.dtype)
-        return dataclasses.replace(model, stage=dataclasses.replace(model.stage, unet=unet))
 
-    base, *others = map(cast, cascade.models)
-    return dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
+def with_dtype(pipeline: Pipeline, dtype: str | None) -> Pipeline:
+    """The pipeline with boxes that compute in `dtype` (None: each in its own). Parameters and samplers stay float32."""
+    if dtype is None:
+        return pipeline
+    models = trained(pipeline)
+    cast = [presets.executed(each.model, dtype=dtype) for each in models]
+    return with_boxes(pipeline, [dataclasses.replace(each, model=model) for each, model in zip(models, cast)])
+
+
+def with_samplings(pipeline: Pipeline, drawing: Drawing) -> Pipeline:
+    """The pipeline with boxes that sample as the command line says. ValueError naming what is wrong with it."""
+    models = trained(pipeline)
+    chosen = samplings(models, drawing)
+    return with_boxes(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+
+
+def box_of(pipeline: Pipeline, side: int | None) -> int | None:
+    """Number of the box that produces images of this side; None for None."""
+    if side is None or side in pipeline.sides:
+        return None if side is None else pipeline.sides.index(side)
+    raise ValueError(f"no stage draws {side} pixels; this cascade draws {', '.join(map(str, pipeline.sides))}")
 
 
 def mesh_of(text: str) -> Mesh | None:
@@ -90,20 +104,19 @@ def mesh_of(text: str) -> Mesh | None:
 
 
 @contextmanager
-def spread(cascade: Cascade, mesh: Mesh | None) -> Iterator[Cascade]:
-    """The cascade on the devices of a mesh, within which it has to be used; as it is, where there is none."""
+def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
+    """The pipeline on the devices of a mesh, within which it has to be used; as it is, where there is none."""
     if mesh is None:
-        yield cascade
+        yield pipeline
         return
 
-    def place(model: TrainedModel) -> TrainedModel:
-        stage = presets.split(model.stage, "none", False, rows=model.stage.unet.low_res)
-        params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
-        return dataclasses.replace(model, stage=stage, params=params)
+    def place(each: TrainedModel) -> TrainedModel:
+        model = presets.split(each.model, "none", False, rows=each.model.low_res is not None)
+        params = jax.device_put(each.params, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(each, model=model, params=params)
 
-    base, *others = map(place, cascade.models)
     with jax.set_mesh(mesh):
-        yield dataclasses.replace(cascade, base=base, super_resolution=tuple(others))
+        yield with_boxes(pipeline, [place(each) for each in trained(pipeline)])
 
 
 def samplings(models: Sequence[TrainedModel], drawing: Drawing) -> tuple[SamplingConfig, ...]:
@@ -122,7 +135,7 @@ def samplings(models: Sequence[TrainedModel], drawing: Drawing) -> tuple[Samplin
         given |= _spaced(model.sampling, given)
         given |= _learned(model, given)
         given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), drawing)
-        if drawing.tile is not None and model.stage.unet.low_res:
+        if drawing.tile is not None and model.model.low_res is not None:
             given["tiles"] = Tiles(drawing.tile, drawing.tile_overlap)
         made.append(_dynamic(_random(dataclasses.replace(model.sampling, **given), drawing), drawing))
     if drawing.eta is not None and not any(isinstance(s.sampler, DDIM) for s in made):
@@ -167,7 +180,7 @@ def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
 
 def _learned(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """ddpm with the variance that the network has learned, where it has."""
-    if not isinstance(given.get("sampler"), DDPM) or not model.stage.unet.learned_variance:
+    if not isinstance(given.get("sampler"), DDPM) or not model.model.unet.learned_variance:
         return {}
     return {"sampler": DDPM(None)}
 
@@ -200,58 +213,62 @@ def size_of(text: str) -> tuple[int, int] | None:
     return height, width
 
 
-def parts(count: int) -> list[range]:
-    """0 … count−1 in parts of at most PART pictures, as even as can be, because a part much smaller than the others
-    would have to be compiled anew."""
-    pieces = -(-count // PART)
-    edges = [count * i // pieces for i in range(pieces + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
-
-
 class Bars:
-    """A progress bar for each stage, for `cascade.stages(progress=…)`, and the seconds that the stages took.
+    """A progress bar for each box of a pipeline, for `Pipeline.batches`, and the seconds that the boxes took.
 
-    `pieces`: how many times each stage will be run.
+    The time between two reports of progress belongs to the box that makes the second one. runs: how often `batches`
+    will be called, for about as many samples each.
     """
 
-    def __init__(self, pieces: int = 1):
-        self._pieces = pieces
-        self._bars: dict[int, tqdm] = {}
-        self._done: dict[int, int] = {}
-        self._laps: dict[int, list[tuple[float, int]]] = {}
+    def __init__(self, pipeline: Pipeline, runs: int = 1):
+        self._sides, self._runs = pipeline.sides, runs
+        self._boxes: dict[int, _Box] = {}
         self._clock = time.perf_counter()
 
-    def __call__(self, resolution: int, done: int, total: int) -> None:
-        if resolution not in self._bars:
+    def __call__(self, box: int, done: int, total: int) -> None:
+        if box not in self._boxes:
             # What was done before the bar was there must not count for its speed.
-            options = {"total": total * self._pieces, "desc": f"{resolution:5d} px", "unit": "step"}
-            self._bars[resolution] = tqdm(initial=done, **options)
-        else:
-            before = self._done[resolution]
-            self._bars[resolution].update(done - before if done > before else done)
-        bar, self._done[resolution] = self._bars[resolution], done
-        if bar.n >= bar.total:
-            bar.close()
+            options = {"total": total * self._runs, "desc": f"{self._sides[box]:5d} px", "unit": "step"}
+            self._boxes[box] = _Box(tqdm(initial=done, **options))
+        self._boxes[box].report(done, total, time.perf_counter() - self._clock)
+        self.resume()
 
-    def lap(self, resolution: int | None = None, count: int = 1) -> None:
-        """Books the time since the last lap on a stage that drew `count` pictures; on none, where it is not given."""
-        now = time.perf_counter()
-        if resolution is not None:
-            self._laps.setdefault(resolution, []).append((now - self._clock, count))
-        self._clock = now
+    def resume(self) -> None:
+        """The time since the last report belongs to no box."""
+        self._clock = time.perf_counter()
 
-    def seconds(self, resolution: int) -> float:
-        """All the seconds of a stage, compilation included."""
-        return sum(seconds for seconds, _ in self._laps[resolution])
+    def seconds(self, box: int) -> float:
+        """All the seconds of a box, compilation included."""
+        return sum(seconds for seconds, _ in self._boxes[box].reports)
 
-    def per_picture(self, resolution: int) -> float:
-        """Seconds a picture; the first run, which compiles, is left out where there are others."""
-        laps = self._laps[resolution][1:] or self._laps[resolution]
-        return sum(seconds for seconds, _ in laps) / sum(count for _, count in laps)
+    def per_picture(self, box: int, count: int) -> float:
+        """Seconds a picture, of `count` in all; without those of the first report, which compiles, where there are
+        others."""
+        reports = self._boxes[box].reports
+        seconds, steps = map(sum, zip(*(reports[1:] or reports)))
+        return seconds / steps * sum(steps for _, steps in reports) / count
 
     def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *_) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        for box in self._boxes.values():
+            box.bar.close()
+
+
+class _Box:
+    """A bar, and the seconds and steps of each report."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+        self.reports: list[tuple[float, int]] = []
+        self._done = 0
+
+    def report(self, done: int, total: int, seconds: float) -> None:
+        steps = done - self._done if done > self._done else done  # else another run has begun
+        if self.reports:
+            self.bar.update(steps)
+        self.reports.append((seconds, steps))
+        self._done = done
+        if self.bar.n >= self.bar.total:
+            self.bar.close()

@@ -25,7 +25,8 @@ from experiments.text.pretrain import Pretraining, pretrain
 from jaxdiff.core.files import write_json
 from jaxdiff.data.images import decode, to_float
 from jaxdiff.evaluation.colours import dominant
-from jaxdiff.systems.pipeline import Cascade, sample
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -96,12 +97,12 @@ def main(settings: Settings) -> None:
     )
     train.main(run_settings)
     model = load_model(run_settings.out / "model")
-    encoder = load_text_encoder(text / "encoder", model.stage.text_length)
-    source = train.open_source(run_settings, model.stage)
+    encoder = load_text_encoder(text / "encoder", model.model.text.shape[0])
+    source = train.open_source(run_settings, model.model)
     shown = min(settings.shown, len(source))
     chosen = [source[i * len(source) // shown] for i in range(shown)]
     names = [example["caption"] for example in chosen]
-    drawn = sample(Cascade(encoder, model), names, seed=settings.seed)[model.stage.resolution]
+    (drawn,) = imagen(encoder, model).sample(names, SampleOptions(seed=settings.seed))
     report(settings.out, names, [to_float(decode(example["image"])) for example in chosen], drawn)
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.cli import run
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, spread, with_dtype
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, spread, with_boxes, with_dtype, with_samplings
 from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.data import images
 from jaxdiff.data.shapes_caption import Caption, Stated, caption, held_out_captions
@@ -29,10 +29,9 @@ from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.evaluation.attributes import Verdict, matches
-from jaxdiff.models.sampling import SamplingConfig
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import Cascade
-from jaxdiff.weights.imagen import SHIPPED, load
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
+from jaxdiff.weights.imagen import SHIPPED, load, trained
 from jaxdiff.weights.settings import to_json
 
 OBJECTS = {"1": (1,), "2": (2,), "both": (1, 2)}
@@ -69,38 +68,38 @@ def main(settings: Run) -> None:
     """Score a cascade on held-out captions and pictures of `shapes`."""
     mesh = mesh_of(settings.drawing.mesh)
     model = upto(with_dtype(load(settings.weights), settings.drawing.dtype), settings.up_to)
-    chosen = samplings(model.models, settings.drawing)
+    model = with_samplings(model, settings.drawing)
     if min(settings.n, settings.psnr_256, settings.psnr_1024) < 0:
         raise ValueError("--n, --psnr-256 and --psnr-1024 cannot be negative")
     if settings.json is not None:
         usable_file(settings.json)
-    with spread(model, mesh) as model:
-        scores = _scores(settings, model, chosen)
+    with spread(model, mesh) as placed:
+        scores = _scores(settings, placed)
     for name, value in scores.items():
         if not name.startswith("wrong"):
             print(f"{name:37} {_readable(value)}")
     if settings.json is not None:
-        write_json(settings.json, {**scores, "made_by": _made_by(settings, chosen)})
+        write_json(settings.json, {**scores, "made_by": _made_by(settings, model)})
 
 
-def _scores(settings: Run, model: Cascade, chosen: Sequence[SamplingConfig]) -> dict:
+def _scores(settings: Run, model: Pipeline) -> dict:
     scores = {}
     if settings.n:
         captions = {objects: held_out_captions(settings.n, objects) for objects in OBJECTS[settings.objects]}
-        scores |= attribute_scores(model, captions, chosen, settings.seed, settings.batch)
+        scores |= attribute_scores(model, captions, settings.seed, settings.batch)
     for resolution, count in ((256, settings.psnr_256), (1024, settings.psnr_1024)):
-        if count and resolution in model.resolutions[1:]:
-            scores |= psnr_scores(model, resolution, count, chosen, settings.seed, settings.batch)
+        if count and resolution in model.sides[1:]:
+            scores |= psnr_scores(model, resolution, count, settings.seed, settings.batch)
     return scores
 
 
-def upto(model: Cascade, resolution: int | None) -> Cascade:
+def upto(model: Pipeline, resolution: int | None) -> Pipeline:
     """The cascade without the stages above a resolution."""
     if resolution is None:
         return model
-    if resolution not in model.resolutions:
-        raise ValueError(f"no stage draws {resolution} pixels, only {', '.join(map(str, model.resolutions))}")
-    return dataclasses.replace(model, super_resolution=model.super_resolution[: model.resolutions.index(resolution)])
+    if resolution not in model.sides:
+        raise ValueError(f"no stage draws {resolution} pixels, only {', '.join(map(str, model.sides))}")
+    return dataclasses.replace(model, decoders=model.decoders[: model.sides.index(resolution)])
 
 
 class Tally:
@@ -140,67 +139,63 @@ def verdict(picture: np.ndarray, stated: Stated) -> Verdict:
     return matches(images.to_uint8(picture), stated)
 
 
-def attribute_scores(
-    model: Cascade, captions: Mapping[int, Sequence[Caption]], chosen: Sequence[SamplingConfig], seed: int, batch: int
-) -> dict:
+def attribute_scores(model: Pipeline, captions: Mapping[int, Sequence[Caption]], seed: int, batch: int) -> dict:
     """attribute_accuracy_R, attributes_R, wrong_R of captions of one object for each resolution R, the same names with
     _two_objects behind them of two; seconds_per_picture through all stages.
 
     `captions`: by the number of objects. The noise of each kind starts at number 0, whether the other is drawn or not.
     """
     tallies = {objects: Tally() for objects in captions}
-    pieces = [(objects, piece) for objects, each in captions.items() for piece in parts(len(each))]
-    with Bars(len(pieces)) as bars:
-        for objects, piece in pieces:
-            part = captions[objects][piece.start : piece.stop]
-            drawn = pipeline.stages(
-                model,
-                [c.text for c in part],
-                seed=seed,
-                first=piece.start,
-                samplings=chosen,
-                batch=batch,
-                progress=bars,
-            )
-            bars.lap()
-            for resolution, found in drawn:
-                bars.lap(resolution, len(part))
-                tallies[objects].add(resolution, found, part)
-                bars.lap()
+    options = SampleOptions(seed=seed, batch=batch)
+    with Bars(model, len(captions)) as bars:
+        for objects, each in captions.items():
+            batches = model.batches([c.text for c in each], options, bars)
+            bars.resume()
+            for first, products in batches:
+                for resolution, found in zip(model.sides, products):
+                    tallies[objects].add(resolution, found, each[first : first + len(found)])
+                bars.resume()
     scores: dict = {}
     for objects, tally in tallies.items():
-        scores |= {f"attribute_accuracy_{r}{KINDS[objects]}": tally.accuracy(r) for r in model.resolutions}
-        scores |= {f"attributes_{r}{KINDS[objects]}": tally.attributes(r) for r in model.resolutions}
-        scores |= {f"wrong_{r}{KINDS[objects]}": tally.wrong(r) for r in model.resolutions}
-    each = {str(r): bars.per_picture(r) for r in model.resolutions}
-    return scores | {"seconds_per_picture": sum(each.values()), "seconds_per_picture_of_stage": each}
+        scores |= {f"attribute_accuracy_{r}{KINDS[objects]}": tally.accuracy(r) for r in model.sides}
+        scores |= {f"attributes_{r}{KINDS[objects]}": tally.attributes(r) for r in model.sides}
+        scores |= {f"wrong_{r}{KINDS[objects]}": tally.wrong(r) for r in model.sides}
+    count = sum(map(len, captions.values()))
+    seconds = {str(r): bars.per_picture(box, count) for box, r in enumerate(model.sides)}
+    return scores | {"seconds_per_picture": sum(seconds.values()), "seconds_per_picture_of_stage": seconds}
 
 
-def psnr_scores(
-    model: Cascade, resolution: int, count: int, chosen: Sequence[SamplingConfig], seed: int = 0, batch: int = 16
-) -> dict:
+def psnr_scores(model: Pipeline, resolution: int, count: int, seed: int = 0, batch: int = 16) -> dict:
     """psnr_R and psnr_R_bicubic of the stage that draws this resolution, over `count` held-out true pictures."""
-    lower = model.models[model.resolutions.index(resolution) - 1].stage.resolution
-    plain = [dataclasses.replace(sampling, aug_level=0.0, guidance=Guidance()) for sampling in chosen]
+    box = model.sides.index(resolution)
+    model = with_boxes(model, [_plain(each) for each in trained(model)])
+    texts, small = zip(*(small_picture(resolution, model.sides[box - 1], index) for index in range(count)))
+    after = After(box - 1, images.to_float(np.stack(small)))
     ours, bicubic = [], []
-    pieces = parts(count)
-    with Bars(len(pieces)) as bars:
-        for piece in pieces:
-            texts, true, small = zip(*(true_picture(resolution, lower, index) for index in piece))
-            low_res = images.to_float(np.stack(small))
-            options = {"samplings": plain, "seed": seed, "first": piece.start, "batch": batch, "progress": bars}
-            drawn = pipeline.stages(model, list(texts), after=(lower, low_res), up_to=resolution, **options)
-            ((_, found),) = drawn
-            ours += [psnr(large, images.to_uint8(picture)) for large, picture in zip(true, found, strict=True)]
-            bicubic += [psnr(large, images.resize(picture, resolution)) for large, picture in zip(true, small)]
+    with Bars(model) as bars:
+        options = SampleOptions(seed=seed, last=box, batch=batch, after=after)
+        for first, (found,) in model.batches(texts, options, bars):
+            for index, picture in enumerate(found, first):
+                large = true_picture(resolution, index)
+                ours.append(psnr(large, images.to_uint8(picture)))
+                bicubic.append(psnr(large, images.resize(small[index], resolution)))
     return {f"psnr_{resolution}": statistics.mean(ours), f"psnr_{resolution}_bicubic": statistics.mean(bicubic)}
 
 
-def true_picture(resolution: int, lower: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """A held-out caption with its true picture, large and made small by Pillow's antialiased BICUBIC (uint8)."""
-    true = scene("held_out", index)
-    large = draw(true, resolution)
-    return caption(true, "held_out", index).text, large, images.resize(large, lower)
+def _plain(model: TrainedModel) -> TrainedModel:
+    """The model without augmentation and guidance."""
+    return dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, aug_level=0.0, guidance=Guidance()))
+
+
+def true_picture(resolution: int, index: int) -> np.ndarray:
+    """A held-out true picture (uint8)."""
+    return draw(scene("held_out", index), resolution)
+
+
+def small_picture(resolution: int, lower: int, index: int) -> tuple[str, np.ndarray]:
+    """Its caption, and the picture made small by Pillow's antialiased BICUBIC."""
+    text = caption(scene("held_out", index), "held_out", index).text
+    return text, images.resize(true_picture(resolution, index), lower)
 
 
 def psnr(true: np.ndarray, other: np.ndarray) -> float:
@@ -209,11 +204,11 @@ def psnr(true: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 0.25)))
 
 
-def _made_by(settings: Run, chosen: Sequence[SamplingConfig]) -> dict:
+def _made_by(settings: Run, model: Pipeline) -> dict:
     """What the scores depend on, for the file."""
     told = {name: getattr(settings, name) for name in ("n", "objects", "psnr_256", "psnr_1024", "seed", "batch")}
     told["dtype"] = settings.drawing.dtype
-    stages = [to_json(sampling) for sampling in chosen]
+    stages = [to_json(each.sampling) for each in trained(model)]
     return {**told, "weights": str(settings.weights), "stages": stages, "device": jax.devices()[0].device_kind}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.imagen.drawing import each
 from jaxdiff.data.images import Unreadable, decode, to_float
-from jaxdiff.systems.pipeline import Cascade, Picture
+from jaxdiff.systems.pipeline import After, InitImage, Pipeline
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,25 @@ class OwnPictures:
             if path is not None:
                 read(path)
 
-    def begin(self, model: Cascade) -> Picture | None:
+    def begin(self, model: Pipeline) -> InitImage | None:
         """What the stages begin with. ValueError that names a picture or value that cannot be used."""
         if self.image is None:
             return None
-        strengths = each("strength", self.strength, len(model.models), float)
-        usual = [1.0 if self.mask else 0.7, *[0.8] * (len(model.models) - 1)]
+        strengths = each("strength", self.strength, len(model.boxes), float)
+        usual = [1.0 if self.mask else 0.7, *[0.8] * len(model.decoders)]
         chosen = tuple(own if given is None else given for given, own in zip(strengths, usual))
         mask = None if self.mask is None else read(self.mask).mean(-1) >= 0.0
         picture = read(self.image)
         if mask is not None and mask.shape != picture.shape[:2]:
             raise ValueError(f"--mask {self.mask}: {_size(mask)} pixels, but --image has {_size(picture)}")
-        return Picture(picture, chosen, mask)
+        return InitImage(picture, chosen, mask)
 
-    def size(self, model: Cascade) -> tuple[int, int] | None:
+    def size(self, model: Pipeline) -> tuple[int, int] | None:
         """Of the base's pictures, in the shape of the given one: its shorter side is the base's resolution."""
         if self.image is None:
             return None
         height, width = read(self.image).shape[:2]
-        side, stride = model.base.stage.resolution, model.base.stage.unet.stride
+        side, stride = model.generator.side, model.generator.produces.stride
         scale = side / min(height, width)
         return tuple(max(stride, round(length * scale / stride) * stride) for length in (height, width))
 
@@ -69,38 +69,38 @@ class OwnPictures:
 class Enlarged:
     """A picture on its way through super-resolution, its edges repeated up to a size that all stages can draw."""
 
-    resolution: int
+    box: int
     picture: np.ndarray
     height: int
     width: int
 
-    def after(self, count: int) -> tuple[int, np.ndarray]:
-        """For `cascade.stages`: the same picture for each of `count` prompts."""
-        return self.resolution, np.repeat(self.picture[None], count, axis=0)
+    def after(self, count: int) -> After:
+        """For `SampleOptions`: the same picture for each of `count` prompts, as if that box had produced it."""
+        return After(self.box, np.broadcast_to(self.picture, (count, *self.picture.shape)))
 
-    def cut(self, drawn: np.ndarray, resolution: int) -> np.ndarray:
+    def cut(self, drawn: np.ndarray) -> np.ndarray:
         """What was drawn, without the edges."""
-        factor = resolution // self.resolution
+        factor = drawn.shape[1] // self.picture.shape[0]
         return drawn[:, : self.height * factor, : self.width * factor]
 
 
-def enlarged(settings: OwnPictures, model: Cascade) -> Enlarged | None:
+def enlarged(settings: OwnPictures, model: Pipeline) -> Enlarged | None:
     """The picture to enlarge. ValueError where there is no stage for it."""
     if settings.enlarge is None:
         return None
-    resolution = model.resolutions[0] if settings.enlarge_from is None else settings.enlarge_from
-    if resolution not in model.resolutions[:-1]:
-        sizes = ", ".join(map(str, model.resolutions[:-1])) or "nothing"
-        raise ValueError(f"--enlarge: no stage enlarges {resolution}; those of this cascade enlarge {sizes}")
-    units = [1]
-    for upper in model.models[model.resolutions.index(resolution) + 1 :]:
-        factor = upper.stage.resolution // resolution
-        units.append(upper.stage.unet.stride // math.gcd(upper.stage.unet.stride, factor))
+    side = model.sides[0] if settings.enlarge_from is None else settings.enlarge_from
+    if side not in model.sides[:-1]:
+        sizes = ", ".join(map(str, model.sides[:-1])) or "nothing"
+        raise ValueError(f"--enlarge: no stage enlarges {side}; those of this cascade enlarge {sizes}")
+    units, box = [1], model.sides.index(side)
+    for upper in model.decoders[box:]:
+        stride = upper.produces.stride
+        units.append(stride // math.gcd(stride, upper.side // side))
     unit = math.lcm(*units)
     picture = read(settings.enlarge)
     height, width = picture.shape[:2]
     padded = np.pad(picture, ((0, -height % unit), (0, -width % unit), (0, 0)), mode="edge")
-    return Enlarged(resolution, padded, height, width)
+    return Enlarged(box, padded, height, width)
 
 
 def read(path: Path) -> np.ndarray:

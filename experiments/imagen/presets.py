@@ -1,6 +1,7 @@
 """The names that command lines use, and the values they stand for."""
 
 from dataclasses import replace
+from typing import Any
 
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold, Thresholding
@@ -9,6 +10,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import Remat
+from jaxdiff.systems import deepfloyd
 from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.param_sharding import ParamSharding, Rule
@@ -30,6 +32,12 @@ STAGES: dict[str, dict[str, DiffusionModel]] = {
     "sr256": {"tiny": presets.SR_256_TINY, "paper": presets.SR_256},
     "sr1024": {"tiny": presets.SR_1024_TINY, "paper": presets.SR_1024},
 }
+READS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("micro", "small", "medium", "quick", "tiny"), (24, 128)),
+    **dict.fromkeys(("300m", "500m", "2b", "paper"), presets.T5_XXL),
+}
+"""Length and width of the text embeddings that a preset is planned and measured with: those of the shipped T5, and of
+the paper's. Training takes the width of the text encoder at hand."""
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": DDPM(),
     "ddim": DDIM(),
@@ -38,14 +46,14 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Euler(),
 }
 RESPACINGS: dict[str, Spacing] = {
-    "fast27": presets.FAST27,
-    "smart27": presets.SMART27,
-    "smart50": presets.SMART50,
-    "smart100": presets.SMART100,
-    "smart185": presets.SMART185,
-    "super27": presets.SUPER27,
-    "super40": presets.SUPER40,
-    "super100": presets.SUPER100,
+    "fast27": deepfloyd.FAST27,
+    "smart27": deepfloyd.SMART27,
+    "smart50": deepfloyd.SMART50,
+    "smart100": deepfloyd.SMART100,
+    "smart185": deepfloyd.SMART185,
+    "super27": deepfloyd.SUPER27,
+    "super40": deepfloyd.SUPER40,
+    "super100": deepfloyd.SUPER100,
     "even": Respaced((1,)),  # as many steps as are asked for
     "leading": Leading(),
 }
@@ -61,6 +69,11 @@ def stage(name: str, preset: str) -> DiffusionModel:
     if preset not in STAGES[name]:
         raise ValueError(f"{name} has no preset {preset!r}: choose from {', '.join(STAGES[name])}")
     return STAGES[name][preset]
+
+
+def reading(name: str, preset: str) -> DiffusionModel:
+    """The same for text embeddings of the preset's length and width."""
+    return stage(name, preset).reading(*READS[preset])
 
 
 def sampling(name: str, preset: str) -> SamplingConfig:
@@ -95,7 +108,12 @@ def thresholding(name: str) -> Thresholding:
 def split(stage: DiffusionModel, remat: Remat, scan: bool, rows: bool) -> DiffusionModel:
     """The same stage, computed over a mesh; `rows`: of pictures, over its tensor axis."""
     axes = ActivationSharding(BATCH_AXES, ("tensor",) if rows else ())
-    return replace(stage, unet=replace(stage.unet, remat=remat, scan=scan, axes=axes))
+    return executed(stage, remat=remat, scan=scan, sharding=axes)
+
+
+def executed(stage: DiffusionModel, **how: Any) -> DiffusionModel:
+    """The same stage, computed in another way: fields of `ExecutionConfig`."""
+    return replace(stage, unet=replace(stage.unet, execution=replace(stage.unet.execution, **how)))
 
 
 def placement(stage: DiffusionModel, rows: bool) -> ParamSharding:

@@ -27,8 +27,8 @@ from jaxdiff.core.files import write_json
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import Cascade
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.training.loop import Diverged
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -99,7 +99,8 @@ def main(settings: Settings) -> None:
     trained = time.monotonic() - started
     model = load_model(base.out / "model")
     places = split("test")[: settings.n or None]
-    drawn = _drawn(Cascade(load_text_encoder(text / "encoder", model.stage.text_length), model), places, settings)
+    encoder = load_text_encoder(text / "encoder", model.model.text.shape[0])
+    drawn = _drawn(imagen(encoder, model), places, settings)
     asked = [EVERY[place] for place in places]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     made_by = {"parameters": parameters, "pictures_seen": settings.steps * settings.batch, "seed": settings.seed}
@@ -107,11 +108,11 @@ def main(settings: Settings) -> None:
     report(settings.out, asked, drawn, made_by)
 
 
-def _drawn(model: Cascade, places: tuple[int, ...], settings: Settings) -> np.ndarray:
+def _drawn(model: Pipeline, places: tuple[int, ...], settings: Settings) -> np.ndarray:
     captions = [EVERY[place].caption for place in places]
-    with Bars() as bars:
-        found = pipeline.sample(model, captions, seed=settings.seed, batch=settings.draw_batch, progress=bars)
-    return found[model.base.stage.resolution]
+    with Bars(model) as bars:
+        (drawn,) = model.sample(captions, SampleOptions(seed=settings.seed, batch=settings.draw_batch), bars)
+    return drawn
 
 
 def report(out: Path, asked: list[Attributes], drawn: np.ndarray, made_by: dict) -> None:

@@ -22,8 +22,7 @@ all of them, by its rows.
 
 import dataclasses
 import json
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -36,17 +35,25 @@ from tqdm import tqdm
 from experiments import texts
 from experiments.cli import run
 from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, parts, samplings, size_of, spread, with_dtype
+from experiments.imagen.drawing import (
+    Bars,
+    Drawing,
+    box_of,
+    mesh_of,
+    size_of,
+    spread,
+    with_dtype,
+    with_samplings,
+)
 from experiments.imagen.names import Named, save_all
 from experiments.imagen.own_pictures import Enlarged, OwnPictures, enlarged
 from experiments.imagen.png_metadata import Metadata
 from jaxdiff.core.files import usable
 from jaxdiff.models.sampling import SamplingConfig
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import Cascade, Picture
+from jaxdiff.systems.pipeline import Batch, Pipeline, SampleOptions
 from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
 from jaxdiff.weights import captions as captions_file
-from jaxdiff.weights.imagen import SHIPPED, load, load_text
+from jaxdiff.weights.imagen import SHIPPED, load, load_text, trained
 from jaxdiff.weights.settings import to_json
 
 
@@ -90,6 +97,23 @@ class Run:
 def main(settings: Run) -> None:
     """Draw pictures from captions with a trained cascade."""
     prompts = prompts_of(settings)
+    _check(settings)
+    mesh = mesh_of(settings.drawing.mesh)
+    loaded = with_dtype(_loaded(settings, prompts), settings.drawing.dtype)
+    with spread(with_samplings(loaded, settings.drawing), mesh) as model, Bars(model) as bars:
+        enlarging = enlarged(settings.own, model)
+        options = _options(settings, model, enlarging, settings.per_prompt * len(prompts))
+        batches = model.batches(prompts, options, bars)
+        output = _Output(settings, model, prompts, enlarging)
+        usable(settings.out)  # only now: bad settings leave no folder behind
+        for batch in batches:
+            if not output.save(batch):
+                break
+    output.write_sheet()
+
+
+def _check(settings: Run) -> None:
+    """ValueError for settings that do not go together, before weights are read."""
     if settings.per_prompt < 1:
         raise ValueError(f"nothing to draw: {settings.per_prompt} of each prompt")
     settings.own.check()
@@ -97,36 +121,19 @@ def main(settings: Run) -> None:
         raise ValueError("--size is for what is drawn from text or --image; --enlarge has the size of its picture")
     if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
         raise ValueError(f"--embeddings {settings.embeddings}: the file has to end in .safetensors")
-    mesh = mesh_of(settings.drawing.mesh)
-    with spread(with_dtype(_loaded(settings, prompts), settings.drawing.dtype), mesh) as model:
-        _draw(settings, model, prompts)
 
 
-def _draw(settings: Run, model: Cascade, prompts: list[str]) -> None:
-    chosen = samplings(model.models, settings.drawing)
-    task = _Task(settings, model, chosen, settings.own.begin(model), enlarged(settings.own, model))
-    prompts = [prompt for prompt in prompts for _ in range(settings.per_prompt)]
-    pieces = parts(len(prompts))
-    images: list[Image.Image] = []
-    failure: OSError | None = None
-    with Bars(len(pieces)) as bars:
-        for piece in pieces:
-            resolution, drawn = task.last(prompts[piece.start : piece.stop], piece.start, bars)
-            images += [pictures.scaled(picture, 128 if max(picture.shape) <= 128 else 256) for picture in drawn]
-            try:
-                save_all(settings.out, task.named(prompts, piece.start, resolution, drawn))
-            except OSError as error:  # nothing more is drawn, but the sheet may still have room
-                failure = error
-                break
-    captions = [prompt if prompt.strip() else "(no text)" for prompt in prompts[: len(images)]]
-    columns = settings.per_prompt if settings.per_prompt > 1 else min(4, len(images))
-    try:
-        pictures.write(settings.out / "grid.png", pictures.sheet(images, captions, max(images[0].size), columns))
-    except OSError as error:
-        failure = failure or error
-    if failure is not None:
-        raise failure
-    print(f"{settings.out / 'grid.png'}: {len(images)} pictures drawn at {resolution}, one file each beside it")
+def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: int) -> SampleOptions:
+    return SampleOptions(
+        seed=settings.seed,
+        per_prompt=settings.per_prompt,
+        negative=settings.negative,
+        size=size_of(settings.size) or settings.own.size(model),
+        last=box_of(model, settings.up_to),
+        batch=settings.batch,
+        init=settings.own.begin(model),
+        after=None if enlarging is None else enlarging.after(count),
+    )
 
 
 def prompts_of(settings: Run) -> list[str]:
@@ -146,7 +153,7 @@ def prompts_of(settings: Run) -> list[str]:
     return prompts
 
 
-def _loaded(settings: Run, prompts: list[str]) -> Cascade:
+def _loaded(settings: Run, prompts: list[str]) -> Pipeline:
     """The cascade, with its text encoder gone again: what it says of the prompts is in its place."""
     options = {"dtype": settings.drawing.dtype, "variant": settings.variant, "clean": settings.clean}
     # Large weights take minutes to read; small ones are there before the bar is. Only for people who watch.
@@ -178,45 +185,56 @@ def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCapt
     return embedded
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Task:
-    """All that is the same for every prompt."""
+class _Output:
+    """The files of the pictures that are drawn, and the sheet of all of them."""
 
-    settings: Run
-    model: Cascade
-    chosen: tuple[SamplingConfig, ...]
-    picture: Picture | None
-    enlarged: Enlarged | None
+    def __init__(self, settings: Run, model: Pipeline, prompts: list[str], enlarging: Enlarged | None):
+        self._settings, self._prompts, self._enlarging = settings, prompts, enlarging
+        self._resolution = settings.up_to or model.sides[-1]
+        self._samplings = [box.sampling for box in trained(model)]
+        self._images: list[Image.Image] = []
+        self._failure: OSError | None = None
 
-    def last(self, prompts: list[str], start: int, bars: Bars) -> tuple[int, np.ndarray]:
-        """The resolution and the pictures of the last stage that is asked for."""
-        settings = self.settings
-        drawn = pipeline.stages(
-            self.model,
-            prompts,
-            seed=settings.seed,
-            first=start,
-            negative=settings.negative,
-            up_to=settings.up_to,
-            samplings=self.chosen,
-            size=size_of(settings.size) or settings.own.size(self.model),
-            after=None if self.enlarged is None else self.enlarged.after(len(prompts)),
-            picture=self.picture,
-            batch=settings.batch,
-            progress=bars,
-        )
-        usable(settings.out)  # only now: bad settings leave no folder behind
-        resolution, pictures = deque(drawn, maxlen=1).pop()
-        return resolution, pictures if self.enlarged is None else self.enlarged.cut(pictures, resolution)
+    def save(self, batch: Batch) -> bool:
+        """Saves the last product of a batch; False where that failed and nothing more needs to be drawn."""
+        drawn = batch.products[-1]
+        if self._enlarging is not None:
+            drawn = self._enlarging.cut(drawn)
+        self._images += [pictures.scaled(each, 128 if max(each.shape) <= 128 else 256) for each in drawn]
+        try:
+            save_all(self._settings.out, self._named(batch.first, drawn))
+        except OSError as error:  # the sheet may still have room
+            self._failure = error
+        return self._failure is None
 
-    def named(self, prompts: list[str], start: int, resolution: int, drawn: np.ndarray) -> Iterator[Named]:
-        """The pictures of the prompts from number `start` on, for their files."""
-        for number, picture in enumerate(drawn, start):
-            metadata = _metadata(self.settings, self.chosen, prompts[number], number, resolution)
-            yield Named(f"{number:04d}", prompts[number], picture, metadata)
+    def write_sheet(self) -> None:
+        """Writes grid.png. OSError where that, or saving a picture before, failed."""
+        settings, images = self._settings, self._images
+        captions = [prompt if prompt.strip() else "(no text)" for prompt in map(self._prompt, range(len(images)))]
+        columns = settings.per_prompt if settings.per_prompt > 1 else min(4, len(images))
+        try:
+            pictures.write(settings.out / "grid.png", pictures.sheet(images, captions, max(images[0].size), columns))
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
+        drawn = f"{len(images)} pictures drawn at {self._resolution}"
+        print(f"{settings.out / 'grid.png'}: {drawn}, one file each beside it")
+
+    def _prompt(self, number: int) -> str:
+        return self._prompts[number // self._settings.per_prompt]
+
+    def _named(self, first: int, drawn: np.ndarray) -> Iterator[Named]:
+        """The pictures from number `first` on, for their files."""
+        for number, picture in enumerate(drawn, first):
+            prompt = self._prompt(number)
+            metadata = _metadata(self._settings, self._samplings, prompt, number, self._resolution)
+            yield Named(f"{number:04d}", prompt, picture, metadata)
 
 
-def _metadata(settings: Run, chosen: tuple[SamplingConfig, ...], prompt: str, number: int, resolution: int) -> Metadata:
+def _metadata(
+    settings: Run, samplings: Sequence[SamplingConfig], prompt: str, number: int, resolution: int
+) -> Metadata:
     """What the PNG says of itself: enough to draw it again."""
     told = {
         "number": number,
@@ -230,7 +248,7 @@ def _metadata(settings: Run, chosen: tuple[SamplingConfig, ...], prompt: str, nu
         "clean": settings.clean,
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.own).items() if value},
-        "stages": [to_json(sampling) for sampling in chosen],
+        "stages": [to_json(sampling) for sampling in samplings],
     }
     return Metadata(prompt, settings.seed, told)
 

@@ -13,8 +13,8 @@ from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Example, Source, captions
 from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.diffusion import noise
-from jaxdiff.models.diffusion import DiffusionModel, null_text
-from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.distributed import gathered
 
@@ -51,15 +51,14 @@ class Samples:
         folder: Path,
     ) -> None:
         self._stage, self._sampling, self._folder = stage, sampling, folder
-        self._captions, self._text, self._low_res = [], null_text(stage, self.COUNT), None
+        self._captions, self._text, self._low_res = [], None, None
         shown, found = Spread(source, self.COUNT), range(self.COUNT)
-        if stage.low_resolution is not None:
-            crop = min(stage.resolution, 256)
+        if stage.low_res is not None:
             config = DataConfig(
-                stage.resolution,
+                stage.side,
                 self.COUNT,
-                low_resolution=stage.low_resolution,
-                crop=crop,
+                low_resolution=stage.side // stage.factor,
+                crop=min(stage.side, 256),
                 captions=True,
                 caption_optional=True,
                 shuffle=False,
@@ -75,13 +74,10 @@ class Samples:
     def __call__(self, step: int, params: dict) -> None:
         stage = self._stage
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
-        side = stage.resolution if self._low_res is None else self._low_res.shape[1] * stage.factor
-        null = null_text(stage, self.COUNT)
-        # In pieces, so that a signal need not wait for all of it.
-        pause = lambda done: None  # noqa: E731
-        drawn = gathered(
-            draw(stage, params, self._sampling, self._text, null, keys, (side, side), self._low_res, pause)
-        )
+        side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor
+        # With reports of progress it samples in pieces, so that a signal need not wait for all of it.
+        request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None)
+        drawn = gathered(TrainedModel(stage, params, self._sampling).decode(self._low_res, request))
         if drawn is None:
             return
         shown, captions = list(drawn), self._captions or [f"drawn at step {step}"] * self.COUNT

@@ -31,9 +31,10 @@ from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
+from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.t5 import T5TextEncoder, encode
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
@@ -64,8 +65,10 @@ class Run:
     """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
     text: str | None = None
     """The frozen text encoder: a directory or hub id in the transformers layout; left out: the shipped tiny one, or
-    whichever made EMBEDDINGS. The presets for GPUs and TPUs read a T5 of width 4096 (google/flan-t5-xxl). `none`:
+    whichever made EMBEDDINGS. Any width will do; the paper's is T5-XXL's, 4096 (google/flan-t5-xxl). `none`:
     super-resolution learns from pictures alone."""
+    text_length: int | None = None
+    """Tokens a caption; left out: 24 for the tiny presets, 128 for the others, or as many as EMBEDDINGS have."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the text encoder is kept and computed in; bfloat16 halves the memory of a large one."""
     embeddings: Path | None = None
@@ -159,8 +162,9 @@ def train_stage(settings: Run, processes: int) -> None:
     mesh = make_mesh(*parse(settings.mesh).sizes)
     check_batch(settings.batch, mesh, settings.accumulate)
     check_processes(mesh)
-    initial = initial_of(settings, stage, mesh)
     encoder, embeddings = text_of(settings, stage)
+    stage = reading(settings, stage, encoder or embeddings)
+    initial = initial_of(settings, stage, mesh)
     if processes > 1 or settings.out.is_file():
         check_shared(usable(settings.out))
     source = once(settings.data_dir, lambda: open_source(settings, stage))
@@ -179,7 +183,7 @@ def train_stage(settings: Run, processes: int) -> None:
         sample_hook=Samples(stage, sampling, source, embeddings, settings.out / "samples"),
     )
     # How it was computed in training is no part of what was learned.
-    stage = dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, dtype="float32"))
+    stage = presets.executed(stage, dtype="float32")
     made_by = None if embeddings is None else embeddings.encoder
     params = gathered(state.ema)
 
@@ -195,20 +199,28 @@ def train_stage(settings: Run, processes: int) -> None:
 
 def stage_of(settings: Run) -> DiffusionModel:
     """The preset with what the command line changes of it."""
-    stage = presets.stage(settings.stage, settings.preset)
-    changes: dict[str, Any] = {"unet": dataclasses.replace(stage.unet, dtype=settings.dtype)}
+    stage = presets.executed(presets.stage(settings.stage, settings.preset), dtype=settings.dtype)
+    changes: dict[str, Any] = {"conditioners": tuple(_conditioner(each, settings) for each in stage.conditioners)}
     if settings.logsnr is not None:
         changes["time_sampler"] = time_sampler(stage, *settings.logsnr, settings.logsnr_fraction)
     if settings.snr_power is not None:
         power = stage.weighting if isinstance(stage.weighting, PowerSNR) else PowerSNR()
         changes["weighting"] = dataclasses.replace(power, power=settings.snr_power)
-    for name in ("text_dropout", "max_aug_level"):
-        if (value := getattr(settings, name)) is not None:
-            changes[name] = value
     stage = dataclasses.replace(stage, **changes)
     if crop := crop_of(settings, stage):
         check_crop(stage, crop)
     return stage
+
+
+def _conditioner(
+    conditioner: TextConditioner | LowResConditioner, settings: Run
+) -> TextConditioner | LowResConditioner:
+    """With what the command line changes of it."""
+    if isinstance(conditioner, TextConditioner):
+        changed = {"dropout": settings.text_dropout}
+    else:
+        changed = {"max_level": settings.max_aug_level}
+    return dataclasses.replace(conditioner, **{name: value for name, value in changed.items() if value is not None})
 
 
 def config_of(settings: Run) -> TrainConfig:
@@ -280,42 +292,38 @@ def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> S
     spec = sources.parse(settings.data)
     if isinstance(spec, sources.Shapes):
         spec = sources.Shapes(settings.examples, settings.held_out)
-    source = sources.open(spec, stage.resolution, split, settings.data_dir)
+    source = sources.open(spec, stage.side, split, settings.data_dir)
     return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
 def text_of(settings: Run, stage: DiffusionModel) -> tuple[T5TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
-    neither. ValueError for those that the stage cannot read, or that TEXT has not made."""
-    if not stage.unet.reads_text:
+    neither. ValueError for embeddings of another length than is asked for, or that TEXT has not made."""
+    if stage.text is None:
         return None, None
     if settings.text == "none":
-        if stage.low_resolution is None:
+        if stage.low_res is None:
             raise ValueError("--text none: only super-resolution can do without text")
         return None, None
-    text = settings.text or str(SHIPPED / "text")
     if settings.embeddings is None:
-        encoder = load_text_encoder(text, stage.text_length, settings.text_dtype)
-        _check_width(stage, encoder.config.d_model, text)
-        return encoder, None
-    made_by = None
-    if settings.text is not None:
-        encoder = load_text_encoder(text, stage.text_length, settings.text_dtype, place=np.asarray)
-        made_by = fingerprint(encoder)
-    embeddings = open_embeddings(settings.embeddings, made_by)
-    _check_width(stage, embeddings.width, str(embeddings.path))
-    if embeddings.length != stage.text_length:
+        length = settings.text_length or presets.READS[settings.preset][0]
+        return load_text_encoder(settings.text or str(SHIPPED / "text"), length, settings.text_dtype), None
+    embeddings = open_embeddings(settings.embeddings)
+    if settings.text_length not in (None, embeddings.length):
         raise ValueError(
-            f"{embeddings.path}: embeddings of {embeddings.length} tokens a caption, the stage reads "
-            f"{stage.text_length}: store them again with that length"
+            f"{embeddings.path}: embeddings of {embeddings.length} tokens a caption, not of --text-length "
+            f"{settings.text_length}: store them again with that length"
         )
+    if settings.text is not None:
+        encoder = load_text_encoder(settings.text, embeddings.length, settings.text_dtype, place=np.asarray)
+        embeddings = open_embeddings(settings.embeddings, fingerprint(encoder))
     return None, embeddings
 
 
-def _check_width(stage: DiffusionModel, width: int, given: str) -> None:
-    read = stage.unet.text_width
-    if width != read:
-        raise ValueError(f"{given}: embeddings of width {width}, the stage reads {read}: choose a T5 of that width")
+def reading(settings: Run, stage: DiffusionModel, text: T5TextEncoder | Embeddings | None) -> DiffusionModel:
+    """The stage for the text embeddings that it is trained on; without any, for those that its preset is meant for."""
+    length, width = presets.READS[settings.preset] if text is None else (text.length, text.width)
+    return stage.reading(length, width)
 
 
 def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> Embeddings:
@@ -338,12 +346,12 @@ def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> 
 def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None):
     """This process's share of the batches; super-resolution on crops of a quarter of the picture's side by default."""
     config = DataConfig(
-        stage.resolution,
+        stage.side,
         settings.batch // jax.process_count(),
-        low_resolution=stage.low_resolution,
+        low_resolution=stage.side // stage.factor if stage.low_res is not None else None,
         crop=crop_of(settings, stage),
         seed=settings.seed,
-        caption_optional=stage.low_resolution is not None,
+        caption_optional=stage.low_res is not None,
         strict=settings.strict,
     )
     return image_batches(
@@ -357,9 +365,9 @@ def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Em
 
 
 def crop_of(settings: Run, stage: DiffusionModel) -> int | None:
-    if stage.low_resolution is None:
+    if stage.low_res is None:
         return None
-    return stage.resolution // 4 if settings.crop is None else settings.crop or None
+    return stage.side // 4 if settings.crop is None else settings.crop or None
 
 
 if __name__ == "__main__":

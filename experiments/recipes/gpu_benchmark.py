@@ -65,7 +65,7 @@ def matrix_peak(side: int) -> float:
 
 
 def _compile(settings: Run) -> Training:
-    stage = presets.stage(settings.stage, settings.preset)
+    stage = presets.reading(settings.stage, settings.preset)
     return benchmark.compile_training(settings.stage, benchmark.configured(stage, settings), settings)
 
 

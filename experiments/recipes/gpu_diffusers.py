@@ -15,49 +15,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, median_seconds
-from jaxdiff.nets.unet import UNetConfig
-from jaxdiff.systems.imagen import IF_I_M
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.nets.conditioning import Conditioning, WholeText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
+from jaxdiff.systems.deepfloyd import IF_I_M, T5_XXL
 from jaxdiff.weights.deepfloyd import described
 
-BATCH, TOKENS = 16, 77
+BATCH = 16
 
 
 def main(context: Context) -> None:
     """Ours first, then diffusers' eager network, then the compiled one."""
-    config = replace(IF_I_M.unet, dtype="bfloat16")
-    side, batch, runs = 64, BATCH, 20
+    stage, batch, runs = presets.executed(IF_I_M.reading(*T5_XXL), dtype="bfloat16"), BATCH, 20
     if context.tiny:
-        small = {"channels": 32, "multipliers": (1, 2), "blocks": (1, 1), "text_width": 32, "pool_heads": 4}
-        attention = {"self_attention": (False, True), "cross_attention": (False, False), "head_channels": 32}
-        widths = {"time_width": 64, "context_width": 64, "frequencies": 32}
-        config = replace(config, dtype="float32", **small, **attention, **widths)
-        side, batch, runs = 8, 2, 2
-    inputs = _inputs(config, batch, side)
-    stage = replace(IF_I_M, unet=config, resolution=side)
+        stage, batch, runs = replace(IF_I_M, unet=_small(IF_I_M.unet), side=8).reading(T5_XXL[0], 32), 2, 2
+    config, inputs = stage.unet, _inputs(stage, batch)
     # Parameters of one value each are enough: no test of numbers here. Zeros would be faster than what is trained.
     shapes = jax.eval_shape(stage.init, jax.random.key(0))[0]
     context.attempt("jaxdiff", partial(_ours, context, config, shapes, inputs, runs))
     context.attempt("diffusers", partial(_diffusers, context, config, shapes, inputs, runs))
 
 
-def _inputs(config: UNetConfig, batch: int, side: int) -> tuple[np.ndarray, ...]:
+def _small(unet: UNetConfig) -> UNetConfig:
+    """Its topology, for a rehearsal."""
+    return replace(
+        unet,
+        channels=32,
+        multipliers=(1, 2),
+        blocks=(1, 1),
+        attention=AttentionConfig((False, True), (False, False), head_channels=32, group_text=True),
+        conditioning=ConditioningConfig(64, WholeText(64, pool_heads=4), frequencies=32),
+    )
+
+
+def _inputs(stage: DiffusionModel, batch: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(0)
-    image = rng.standard_normal((batch, side, side, 3), np.float32)
-    text = rng.standard_normal((batch, TOKENS, config.text_width), np.float32)
+    image = rng.standard_normal((batch, stage.side, stage.side, 3), np.float32)
+    text = rng.standard_normal((batch, *stage.text.shape), np.float32)
     return image, np.full(batch, 500.0, np.float32), text
 
 
 def _ours(context: Context, config: UNetConfig, shapes: Any, inputs: tuple, runs: int) -> None:
     image, time_, text = jax.device_put(inputs)
-    mask = jnp.ones(text.shape[:2], bool)
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, 1 << 16).astype(np.float32)
-    cast = lambda leaf: jnp.bfloat16 if leaf.ndim > 1 and config.dtype == "bfloat16" else jnp.float32  # noqa: E731
+    cast = lambda leaf: jnp.bfloat16 if leaf.ndim > 1 and config.execution.dtype == "bfloat16" else jnp.float32  # noqa: E731
     params = jax.tree.map(lambda leaf: jax.device_put(np.resize(noise, leaf.shape).astype(cast(leaf))), shapes)
 
     def forward(params: Any) -> jax.Array:
-        return config.module().apply({"params": params}, image, time_, text, mask)
+        return config.module().apply({"params": params}, image, time_, Conditioning(tokens=text))
 
     step = jax.jit(jax.grad(lambda params: jnp.mean(jnp.square(forward(params)))))
     for what, function in (("forward", jax.jit(forward)), ("gradient", step)):
@@ -73,7 +81,7 @@ def _diffusers(context: Context, config: UNetConfig, shapes: Any, inputs: tuple,
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if config.execution.dtype == "bfloat16" else torch.float32
     settings = {k: v for k, v in described(config, shapes).items() if not k.startswith("_")}
     network = diffusers.UNet2DConditionModel.from_config(settings).to(device, dtype)
     image, time_, text = (torch.from_numpy(a).to(device, dtype) for a in inputs)

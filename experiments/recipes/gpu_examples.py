@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
 
 
 def draw_all(settings: Settings) -> None:
-    out, length = settings.out, read_settings(settings.weights / "base64")[0].text_length
+    out, length = settings.out, read_settings(settings.weights / "base64")[0].text.shape[0]
     for name, shape, dtype in (
         (IMAGES, (64, 64, 3), np.uint8),
         (IDS, (length,), np.int32),

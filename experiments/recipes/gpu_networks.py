@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, random_params
-from jaxdiff.diffusion.schedules import CosineSchedule
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.attention import Kernel, attention
 from jaxdiff.nets.classifier import Classifier
 from jaxdiff.nets.clip import CLIP
+from jaxdiff.nets.conditioning import Conditioning, MaskedText, WholeText
 from jaxdiff.nets.inception import SIDE, Inception
 from jaxdiff.nets.t5 import T5Encoder
-from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
-from jaxdiff.systems.imagen import IF_I_M, IF_II_M
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
+from jaxdiff.systems.deepfloyd import IF_I_M, IF_II_M
 from jaxdiff.weights import classifier, clip, t5
 from jaxdiff.weights.imagen import SHIPPED, load_model
 
@@ -117,7 +119,7 @@ def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool,
 def _shipped_stage(name: str, side: int) -> Build:
     def build(weights: Path, dtype: str):
         model = load_model(weights / name)
-        return _stage(model.stage, model.params, side, dtype)
+        return _stage(model.model, model.params, side, dtype)
 
     return build
 
@@ -134,11 +136,9 @@ def _gradient_stage(name: str) -> Build:
 
     def build(weights: Path, dtype: str):
         model = load_model(weights / name)
-        stage = replace(model.stage, unet=replace(model.stage.unet, dtype=dtype))
+        stage = presets.executed(model.model, dtype=dtype)
         rng = np.random.default_rng(0)
-        batch = {
-            n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.resolution).items()
-        }
+        batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.side).items()}
         batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
         key, step = jax.random.key(0), jnp.int32(0)
         grad = jax.grad(lambda params, batch: stage.loss(params, (), (), batch, key, step)[0])
@@ -153,14 +153,17 @@ def _gradient_stage(name: str) -> Build:
 
 def _stage(stage: DiffusionModel, params: Any, side: int, dtype: str):
     """One evaluation of two images at different times, of which one has a short caption."""
-    stage = replace(stage, unet=replace(stage.unet, dtype=dtype))
+    stage = presets.executed(stage, dtype=dtype)
     rng = np.random.default_rng(0)
     batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch_spec(2, side).items()}
-    mask = np.arange(stage.text_length) < np.array([[5], [stage.text_length]])
-    inputs = [batch["image"], np.array([300.0, 800.0], np.float32), batch["text"], mask]
-    if stage.unet.low_res:
-        inputs += [batch["image"][::-1].copy(), np.array([0.1, 0.3], np.float32)]
-    return lambda params, *inputs: stage.unet.module().apply({"params": params}, *inputs), params, tuple(inputs)
+    given = Conditioning()
+    if stage.text is not None:
+        length = stage.text.shape[0]
+        given = given._replace(tokens=batch["text"], token_mask=np.arange(length) < np.array([[5], [length]]))
+    if stage.low_res is not None:
+        given = given._replace(concat=batch["image"][::-1].copy(), aug_level=np.array([0.1, 0.3], np.float32))
+    inputs = batch["image"], np.array([300.0, 800.0], np.float32), given
+    return lambda params, *inputs: stage.unet.module().apply({"params": params}, *inputs), params, inputs
 
 
 def _t5(weights: Path, dtype: str):
@@ -203,31 +206,29 @@ def _inception(weights: Path, dtype: str):
     return apply, random_params(shapes), (image,)
 
 
-_NARROW = {"channels": 64, "multipliers": (1, 2, 3), "text_width": 96, "context_width": 128, "time_width": 256}
+_NARROW = {
+    "channels": 64,
+    "multipliers": (1, 2, 3),
+    "blocks": (1, 2, 2),
+    "conditioning": ConditioningConfig(256, MaskedText(128)),
+}
+_TEXT = TextConditioner(width=96, length=77)
 _PAPER_BASE = DiffusionModel(
-    UNetConfig(
-        blocks=(1, 2, 2),
-        self_attention=(False, True, True),
-        cross_attention=(False, False, False),
-        **_NARROW,
-    ),
-    text_length=77,
+    UNetConfig(attention=AttentionConfig((False, True, True), (False, False, False)), **_NARROW), conditioners=(_TEXT,)
 )
 _PAPER_SR = DiffusionModel(
     EfficientUNetConfig(
-        blocks=(1, 2, 2), self_attention=(False, False, True), cross_attention=(False, True, False), **_NARROW
+        attention=AttentionConfig((False, False, True), (False, True, False), heads=8, feed_forward=2), **_NARROW
     ),
-    resolution=256,
-    low_resolution=64,
-    schedule=CosineSchedule(),
-    text_length=77,
+    side=256,
+    conditioners=(_TEXT, LowResConditioner()),
 )
 
 
 def _small_if(stage: DiffusionModel) -> DiffusionModel:
     """The layout of a stage of DeepFloyd IF with narrow levels."""
-    widths = {"channels": 64, "time_width": 256, "context_width": 256, "text_width": 128, "pool_heads": 8}
-    return replace(stage, unet=replace(stage.unet, **widths))
+    conditioning = replace(stage.unet.conditioning, width=256, text=WholeText(256, pool_heads=8))
+    return replace(stage, unet=replace(stage.unet, channels=64, conditioning=conditioning)).reading(77, 128)
 
 
 NETWORKS: dict[str, Build] = {

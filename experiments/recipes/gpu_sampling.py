@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.imagen.drawing import with_dtype
+from experiments.imagen.drawing import with_boxes, with_dtype
 from experiments.imagen.pictures import grid, write
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import Cascade
-from jaxdiff.weights.imagen import load
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
+from jaxdiff.text.t5 import embed_captions
+from jaxdiff.weights.imagen import load, trained
 
 
 def main(context: Context) -> None:
@@ -30,7 +30,7 @@ def main(context: Context) -> None:
     context.attempt("CPU = accelerator", partial(_same, context, model, captions[:1], 64 if context.tiny else 256))
 
 
-def _time(context: Context, model: Cascade, captions: list[str], dtype: str, up_to: int) -> None:
+def _time(context: Context, model: Pipeline, captions: list[str], dtype: str, up_to: int) -> None:
     first = _seconds(model, captions, up_to)[0]
     total, of_stages, images = _seconds(model, captions, up_to)
     context.record(
@@ -46,25 +46,27 @@ def _time(context: Context, model: Cascade, captions: list[str], dtype: str, up_
         write(context.out / f"sampled-{dtype}.png", grid(images, captions, 256, 4))
 
 
-def _seconds(model: Cascade, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
+def _seconds(model: Pipeline, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
     """In all, of each stage, and the images of the last one."""
-    laps, images = [time.perf_counter()], []
-    for _, drawn in pipeline.stages(model, captions, seed=7, up_to=up_to):
+    begun, after = time.perf_counter(), None
+    embedded = dataclasses.replace(model, text_encoder=embed_captions(model.text_encoder, captions))
+    laps = [time.perf_counter()]
+    for box in range(model.sides.index(up_to) + 1):
+        (images,) = embedded.sample(captions, SampleOptions(seed=7, last=box, after=after))
+        after = After(box, images)
         laps.append(time.perf_counter())
-        images = drawn
-    return laps[-1] - laps[0], [b - a for a, b in itertools.pairwise(laps)], images
+    return laps[-1] - begun, [b - a for a, b in itertools.pairwise(laps)], images
 
 
-def _same(context: Context, model: Cascade, captions: list[str], up_to: int) -> None:
+def _same(context: Context, model: Pipeline, captions: list[str], up_to: int) -> None:
     """The promise for one seed on different devices: within a thousandth of the range, with exact products."""
     found = {}
     for name, device in (("cpu", jax.devices("cpu")[0]), ("accelerator", jax.devices()[0])):
-        moved = jax.device_put([m.params for m in model.models], device)
-        base, *others = (dataclasses.replace(m, params=p) for m, p in zip(model.models, moved))
-        text = dataclasses.replace(model.text, params=jax.device_put(model.text.params, device))
-        placed = Cascade(text, base, tuple(others))
+        boxes = [dataclasses.replace(m, params=jax.device_put(m.params, device)) for m in trained(model)]
+        text = dataclasses.replace(model.text_encoder, params=jax.device_put(model.text_encoder.params, device))
+        placed = dataclasses.replace(with_boxes(model, boxes), text_encoder=text)
         with jax.default_device(device), jax.default_matmul_precision("highest"):
-            found[name] = pipeline.sample(placed, captions, seed=7, up_to=up_to)
-    for resolution, images in found["cpu"].items():
-        error = float(np.abs(images - found["accelerator"][resolution]).max()) / 2
+            found[name] = placed.sample(captions, SampleOptions(seed=7, last=model.sides.index(up_to)))
+    for resolution, images, others in zip(model.sides, found["cpu"], found["accelerator"]):
+        error = float(np.abs(images - others).max()) / 2
         context.record(resolution=resolution, largest_difference_of_range=error, within_limits=error < 1e-3)

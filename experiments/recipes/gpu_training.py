@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.imagen import presets
 from experiments.imagen.drawing import with_dtype
 from experiments.imagen.evaluate import KINDS, attribute_scores
 from experiments.recipes.gpu_examples import DONE, IDS, IMAGES, MASK
@@ -30,14 +31,16 @@ from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.systems.pipeline import Cascade, TrainedModel
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.t5 import T5TextEncoder, embed
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig
 from jaxdiff.training.state import TrainState, abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
-from jaxdiff.weights.imagen import load, save_model
+from jaxdiff.weights.imagen import load, save_model, trained
 
 RESERVE = 5.0
 """Seconds kept for writing the parameters at the end; each caption that is scored takes SCORE beside them."""
@@ -96,21 +99,22 @@ def main(context: Context) -> None:
     """Training, then the scores of the trained base and of the shipped one."""
     settings = _rehearsed(context.training) if context.tiny else context.training
     cascade = load(context.weights)
-    stage = _stage(cascade.base.stage, settings)
+    shipped, *_ = trained(cascade)
+    stage = _stage(shipped.model, settings)
     optimizer = OptimizerConfig(Muon(), settings.learning_rate, warmup=100, decay=Decay.CONSTANT)
     mesh = make_mesh(devices=jax.devices()[:1])
     steps = _Steps(stage, optimizer, settings, mesh, abstract_state(stage, optimizer, mesh))
     begun = time.perf_counter()
     program = steps.compiled()
     context.record(compiled_in_s=round(time.perf_counter() - begun, 1), batch=settings.batch, dtype=settings.dtype)
-    data = _on_device(context, cascade.text, settings)
-    save = partial(_save, context.out, cascade.base, settings)
+    data = _on_device(context, cascade.text_encoder, settings)
+    save = partial(_save, context.out, shipped, settings)
     with jax.set_mesh(mesh):
-        state = init_state(stage, optimizer, jax.random.key(0), mesh, cascade.base.params)
+        state = init_state(stage, optimizer, jax.random.key(0), mesh, shipped.params)
         ema = _trained(context, steps, program, state, data, save)
     save(ema)
-    trained = replace(cascade.base, params=jax.device_get(ema))
-    for name, model in (("trained", trained), ("shipped", cascade.base)):
+    longer = replace(shipped, params=jax.device_get(ema))
+    for name, model in (("trained", longer), ("shipped", shipped)):
         if settings.scored:
             context.attempt(f"scores of the {name} base", partial(_score, context, cascade, model, name))
 
@@ -133,7 +137,7 @@ class _Steps:
         placements = placements_of(self.state)
         with jax.set_mesh(self.mesh):
             step = make_step(self.stage, optimizer, placements, ema_decay=self.settings.ema_decay)
-            batch = self.stage.batch_spec(self.settings.batch, self.stage.resolution)
+            batch = self.stage.batch_spec(self.settings.batch, self.stage.side)
             return step.lower(self.state, batch, jax.random.key(0)).compile()
 
 
@@ -144,8 +148,7 @@ def _rehearsed(settings: Settings) -> Settings:
 def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
     """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
     return replace(
-        stage,
-        unet=replace(stage.unet, dtype=settings.dtype),
+        presets.executed(stage, dtype=settings.dtype),
         time_sampler=LogSNRRange(-6.0, 2.0, settings.focus, rest=LogSNRRange(-11.0, 4.0)),
         weighting=PowerSNR(0.0),
     )
@@ -251,16 +254,16 @@ class _Log:
 
 
 def _save(out: Path, shipped: TrainedModel, settings: Settings, ema: Any) -> None:
-    stage = replace(_stage(shipped.stage, settings), unet=shipped.stage.unet)
-    save_model(replace(shipped, stage=stage, params=jax.device_get(ema)), out / "model", "float16")
+    model = replace(_stage(shipped.model, settings), unet=shipped.model.unet)
+    save_model(replace(shipped, model=model, params=jax.device_get(ema)), out / "model", "float16")
 
 
-def _score(context: Context, cascade: Cascade, model: TrainedModel, name: str) -> None:
+def _score(context: Context, cascade: Pipeline, model: TrainedModel, name: str) -> None:
     """Of held-out captions of one object and of two: the fraction of images with everything that is stated."""
-    base = with_dtype(Cascade(cascade.text, model), "float32")
+    base = with_dtype(imagen(cascade.text_encoder, model), "float32")
     count = (_rehearsed(context.training) if context.tiny else context.training).scored
     captions = {objects: held_out_captions(count, objects) for objects in KINDS}
-    scores = attribute_scores(base, captions, [model.sampling], 3, 32)
+    scores = attribute_scores(base, captions, 3, 32)
     for objects, kind in KINDS.items():
         context.record(
             base=name,

@@ -14,9 +14,8 @@ from experiments.imagen import presets
 from experiments.text import pretrain
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
-from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.tokenizer import train_tokenizer
 from jaxdiff.weights.imagen import save_model
 from jaxdiff.weights.t5 import export

@@ -3,30 +3,29 @@
 import dataclasses
 
 from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.nets.conditioning import MaskedText
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.nets.unet import EfficientUNetConfig
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig
 
-WIDTH = 8
+LENGTH, WIDTH = 16, 8
+"""Of the embeddings that the base reads."""
 NET = EfficientUNetConfig(
     channels=8,
     multipliers=(1,),
     blocks=(1,),
-    self_attention=(True,),
-    cross_attention=(False,),
-    heads=2,
-    feed_forward=0,
-    time_width=16,
-    text_width=WIDTH,
-    context_width=WIDTH,
+    attention=AttentionConfig((True,), (False,), heads=2),
+    conditioning=ConditioningConfig(16, MaskedText(WIDTH)),
     patch=8,
-    low_res=False,
 )
-PLAIN = dataclasses.replace(NET, self_attention=(False,), pool_text=False, patch=16, low_res=True)
-BASE = DiffusionModel(NET, resolution=64, prediction=Prediction.X0, text_length=16)
+PLAIN = dataclasses.replace(
+    NET, attention=AttentionConfig((False,), (False,)), conditioning=ConditioningConfig(16, text=None), patch=16
+)
+BASE = DiffusionModel(NET, conditioners=(TextConditioner(WIDTH, LENGTH),), prediction=Prediction.X0)
 SR_256 = DiffusionModel(
-    PLAIN, resolution=256, low_resolution=64, prediction=Prediction.X0, residual=True, max_aug_level=0.3, text_length=16
+    PLAIN, side=256, conditioners=(LowResConditioner(max_level=0.3),), prediction=Prediction.X0, residual=True
 )
-SR_1024 = dataclasses.replace(SR_256, resolution=1024, low_resolution=256)
+SR_1024 = dataclasses.replace(SR_256, side=1024)
 STAGES = {"base64": BASE, "sr256": SR_256, "sr1024": SR_1024}
 T5 = T5Config(d_model=WIDTH, d_kv=4, d_ff=16, layers=1, decoder_layers=1, heads=2, tied=True)

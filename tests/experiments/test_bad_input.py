@@ -124,6 +124,15 @@ def with_size(**sizes):
     return change
 
 
+def with_heads(count):
+    def change(folder):
+        settings = json.loads((folder / "stage.json").read_text())
+        settings["stage"]["unet"]["attention"]["heads"] = count
+        (folder / "stage.json").write_text(json.dumps(settings))
+
+    return change
+
+
 def of_whole_numbers(folder):
     params, _ = tree.load_tree(folder / "model.safetensors")
     params["head"]["bias"] = params["head"]["bias"].astype(np.int32)
@@ -141,7 +150,7 @@ def with_a_hostile_key(folder):
         (nested, "stage.json is not JSON with settings: it is nested too deeply"),
         (with_size(patch=0), "patch of EfficientUNetConfig is 0, it takes only whole numbers from 1 to 64"),
         (with_size(blocks=[10**6]), "blocks of EfficientUNetConfig is (1000000,), it takes only whole numbers from 0"),
-        (with_size(heads=3), "attention at level 0: 3 heads do not divide a width of 8"),
+        (with_heads(3), "attention at level 0: 3 heads do not divide a width of 8"),
         (of_whole_numbers, "1 of another type (head/bias holds I32): only F16, BF16, F32, F64 are read"),
         (with_a_hostile_key, r"1 unexpected (\x1b[2J\x07xxx"),
         (without_a_key, "missing (head/bias, head/kernel)"),

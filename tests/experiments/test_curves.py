@@ -31,13 +31,14 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    stage = dataclasses.replace(BASE, resolution=32, text_length=24)
+    stage = dataclasses.replace(BASE, side=32)
+    twofold = dataclasses.replace(SR_256, side=64, conditioners=(dataclasses.replace(SR_256.low_res, factor=2),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.STAGES, "base32", {"small": stage, "medium": stage, "tiny": stage})
         patch.setitem(pretrain.PRESETS, "micro", T5)
         patch.setitem(pretrain.PRESETS, "mini", T5)
         patch.setattr(curves_models, "SIZES", ("micro", "mini"))
-        patch.setitem(curves_models.ENLARGING, 32, dataclasses.replace(SR_256, resolution=64, low_resolution=32))
+        patch.setitem(curves_models.ENLARGING, 32, twofold)
         yield
 
 

@@ -9,13 +9,14 @@ import pytest
 from small_cascade import SR_256
 
 from experiments.imagen import evaluate
-from experiments.imagen.evaluate import Tally, psnr, psnr_scores, true_picture
+from experiments.imagen.drawing import with_boxes
+from experiments.imagen.evaluate import Tally, psnr, psnr_scores, small_picture, true_picture
 from jaxdiff.data.images import resize, to_float
 from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.diffusion.thresholding import StaticThreshold
-from jaxdiff.systems.pipeline import Cascade
-from jaxdiff.weights.imagen import load
+from jaxdiff.systems.pipeline import Batch, Pipeline
+from jaxdiff.weights.imagen import load, trained
 
 
 def test_true_pictures_are_right_and_those_of_other_captions_are_not():
@@ -41,19 +42,20 @@ def test_psnr():
     assert np.isfinite(psnr(picture, picture))
 
 
-def without_weights(model: Cascade) -> Cascade:
+def without_weights(model: Pipeline) -> Pipeline:
     """Super-resolution that adds nothing to the enlarged input."""
-    nothing = [dataclasses.replace(m, params=jax.tree.map(np.zeros_like, m.params)) for m in model.super_resolution]
-    return dataclasses.replace(model, super_resolution=tuple(nothing))
+    nothing = [dataclasses.replace(m, params=jax.tree.map(np.zeros_like, m.params)) for m in model.decoders]
+    return dataclasses.replace(model, decoders=tuple(nothing))
 
 
 def test_enlarging_alone_scores_like_bicubic(standin):
     """Our input is aligned with the true picture, and our filter is Pillow's: a stage that adds nothing is bicubic."""
     model = without_weights(load(standin))
     # Augmentation is switched off by the score itself; dynamic thresholding would take bicubic's overshoot as a scale.
-    noisy = [dataclasses.replace(m.sampling, aug_level=0.3, thresholding=StaticThreshold()) for m in model.models]
+    noisy = [dataclasses.replace(m.sampling, aug_level=0.3, thresholding=StaticThreshold()) for m in trained(model)]
+    model = with_boxes(model, [dataclasses.replace(m, sampling=s) for m, s in zip(trained(model), noisy)])
     for resolution in (256, 1024):
-        scores = psnr_scores(model, resolution, 2, noisy)
+        scores = psnr_scores(model, resolution, 2)
         ours, bicubic = scores[f"psnr_{resolution}"], scores[f"psnr_{resolution}_bicubic"]
         assert ours == pytest.approx(bicubic, abs=0.05)
         assert 20 < bicubic < 45
@@ -61,7 +63,7 @@ def test_enlarging_alone_scores_like_bicubic(standin):
 
 
 def test_the_small_pictures_are_pillows():
-    text, large, small = true_picture(256, 64, 0)
+    large, (text, small) = true_picture(256, 0), small_picture(256, 64, 0)
     assert large.shape == (256, 256, 3) and isinstance(text, str)
     np.testing.assert_array_equal(small, resize(large, 64))
 
@@ -100,15 +102,18 @@ def drawn_as_told(monkeypatch):
         first = dataclasses.replace(scene, objects=scene.objects[:1])
         told[c.text] = to_float(draw(first, 64))
 
-    def stages(model, prompts, **options):
-        yield 64, np.stack([told[text] for text in prompts])
+    def batches(model, prompts, options, progress):
+        for first in range(0, len(prompts), 8):
+            part = [told[text] for text in prompts[first : first + 8]]
+            progress(0, first + len(part), len(prompts))
+            yield Batch(first, (np.stack(part),))
 
-    monkeypatch.setattr(evaluate.cascade, "stages", stages)
+    monkeypatch.setattr(Pipeline, "batches", batches)
 
 
 @pytest.mark.parametrize("objects, kinds", [("1", [""]), ("2", ["_two_objects"]), ("both", ["", "_two_objects"])])
 def test_one_object_and_two_are_scored_apart(objects, kinds, drawn_as_told, standin, tmp_path, command):
-    """No score is an average of both, in parts of several sizes."""
+    """No score is an average of both, in batches of several sizes."""
     file = tmp_path / "scores.json"
     options = "--up-to", 64, "--psnr-256", 0, "--psnr-1024", 0, "--json", file, "--weights", standin
     done = command(evaluate.main, *options, "--n", 35, "--objects", objects)
@@ -129,9 +134,8 @@ def test_the_noise_of_a_kind_does_not_depend_on_the_other(standin):
     """Two objects drawn alone are the ones that are drawn beside one object."""
     model = evaluate.upto(load(standin), 64)
     captions = {objects: held_out_captions(3, objects) for objects in (1, 2)}
-    chosen = [m.sampling for m in model.models]
-    both = evaluate.attribute_scores(model, captions, chosen, 5, 16)
-    alone = evaluate.attribute_scores(model, {2: captions[2]}, chosen, 5, 16)
+    both = evaluate.attribute_scores(model, captions, 5, 16)
+    alone = evaluate.attribute_scores(model, {2: captions[2]}, 5, 16)
     assert {name: value for name, value in both.items() if name.endswith("_two_objects")} == {
         name: value for name, value in alone.items() if "seconds" not in name
     }

@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_does(standin, tmp_path, command, small_prese
         found, wanted = ([line[name] for line in read(tmp_path / run / "metrics.jsonl")] for run in ("two", "one"))
         assert len(found) == 3 and found == pytest.approx(wanted, rel=1e-4)
     found, wanted = (load_model(tmp_path / run / "model") for run in ("two", "one"))
-    assert found.stage == wanted.stage and found.text == wanted.text
+    assert found.model == wanted.model and found.text_fingerprint == wanted.text_fingerprint
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found.params, wanted.params)
     assert not list((tmp_path / "two-data").glob(".process-*"))
 

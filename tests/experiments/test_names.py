@@ -166,10 +166,9 @@ def test_the_command_with_long_prompts_in_many_scripts(standin, tmp_path, comman
     assert Image.open(tmp_path / "out" / "grid.png").size[1] < 1_000  # captions on the sheet are cut, too
 
 
-def test_the_command_on_a_disk_that_fills_up(standin, tmp_path, command, refused, monkeypatch):
-    monkeypatch.setattr("experiments.imagen.drawing.PART", 2)
+def test_the_command_on_a_disk_that_fills_up(standin, tmp_path, command, refused):
     refused(errno.ENOSPC, "0001")
-    arguments = "--up-to", 64, "--weights", standin, "--steps", 1, "--out", tmp_path / "out"
+    arguments = "--up-to", 64, "--batch", 2, "--weights", standin, "--steps", 1, "--out", tmp_path / "out"
     done = command(sample.main, "a", "b", "c", "d", *arguments)
     assert done.code == 2
     last = done.err.strip().splitlines()[-1]

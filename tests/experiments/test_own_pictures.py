@@ -7,8 +7,9 @@ from PIL import Image
 from small_cascade import BASE, SR_256, WIDTH
 
 from experiments.imagen.own_pictures import OwnPictures, enlarged, read
-from jaxdiff.models.sampling import SamplingConfig
-from jaxdiff.systems.pipeline import Cascade, TrainedModel
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.systems.imagen import imagen
+from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.t5 import EmbeddedCaptions
 
@@ -25,10 +26,10 @@ SIDEWAYS = {
 
 
 @pytest.fixture(scope="module")
-def model() -> Cascade:
+def model() -> Pipeline:
     """No parameters: nothing is drawn."""
     text = EmbeddedCaptions(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
-    return Cascade(text, TrainedModel(BASE, {}, SamplingConfig()), (TrainedModel(SR_256, {}, SamplingConfig()),))
+    return imagen(text, TrainedModel(BASE, {}, SamplingConfig()), TrainedModel(SR_256, {}, SamplingConfig()))
 
 
 def saved(path, options: dict):

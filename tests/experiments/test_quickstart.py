@@ -14,7 +14,6 @@ from experiments import quickstart
 from experiments.imagen import png_metadata
 from experiments.imagen.pictures import to_uint8
 from experiments.quickstart_train import train_cascade
-from jaxdiff.systems import pipeline
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.t5 import load_text_encoder
 from jaxdiff.weights.tree import load_tree
@@ -45,7 +44,7 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     assert Image.open(tmp_path / "grid.png").size > (4 * (128 + 256), 4 * 256)
     # It draws what the library draws.
     first = next((tmp_path / "pictures").glob("00-*-1024.png"))
-    expected = pipeline.sample(load(standin), report["captions"][:2])[1024][0]
+    expected = load(standin).sample(report["captions"][:2])[2][0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
     metadata = png_metadata.read(first.read_bytes())
     assert metadata.prompt == report["captions"][0] and metadata.settings["resolution"] == 1024
@@ -111,7 +110,7 @@ def test_training_from_scratch(tmp_path, command):
     psnr = [report[f"psnr_{name}"] for name in ("256", "256_bicubic", "1024", "1024_bicubic")]
     assert all(10 < value < 60 for value in psnr)
     assert report["seconds"]["training"] > 0
-    assert load(tmp_path / "weights").resolutions == (64, 256, 1024)
+    assert load(tmp_path / "weights").sides == (64, 256, 1024)
     assert load_text_encoder(tmp_path / "weights" / "text", 16).config.decoder_layers == 0
     for stage in ("base64", "sr256", "sr1024"):
         files = {path.name for path in (tmp_path / stage).iterdir()}
@@ -126,5 +125,5 @@ def test_training_from_scratch(tmp_path, command):
     assert (tmp_path / "weights" / "base64" / "model.safetensors").read_bytes() == before
     # By default the last stage is the one before it again.
     train_cascade(quickstart.Training(**settings | {"sr1024_steps": 0}), tmp_path)
-    _, sr256, sr1024 = load(tmp_path / "weights").models
+    sr256, sr1024 = load(tmp_path / "weights").decoders
     jax.tree.map(np.testing.assert_array_equal, sr256.params, sr1024.params)

@@ -9,17 +9,22 @@ import pytest
 from PIL import Image
 
 from experiments.imagen import png_metadata, sample
-from experiments.imagen.drawing import Drawing, mesh_of, parts, samplings, spread
+from experiments.imagen.drawing import Drawing, mesh_of, samplings, spread, with_boxes
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.models.tiles import Tiles
-from jaxdiff.systems import pipeline
-from jaxdiff.weights.imagen import load
+from jaxdiff.systems.pipeline import SampleOptions
+from jaxdiff.weights.imagen import load, trained
 from jaxdiff.weights.settings import from_json, to_json
 
 
 def pictures_in(folder):
     return {path.name: Image.open(path) for path in sorted(folder.glob("*.png")) if path.name != "grid.png"}
+
+
+def sampled_as(model, chosen):
+    """The pipeline with these sampling settings."""
+    return with_boxes(model, [dataclasses.replace(m, sampling=s) for m, s in zip(trained(model), chosen, strict=True)])
 
 
 def metadata_of(image):
@@ -37,11 +42,11 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     assert (last.prompt, last.seed) == ("a blue star", 7)
     told = last.settings
     assert (told["number"], told["up_to"], told["negative"]) == (3, 256, "a square")
-    samplings = [from_json(stage, "the PNG") for stage in told["stages"]]
-    assert [sampling.steps for sampling in samplings] == [2, 2, 1]
+    chosen = [from_json(stage, "the PNG") for stage in told["stages"]]
+    assert [sampling.steps for sampling in chosen] == [2, 2, 1]
     # What the file says draws the same picture again.
-    options = {"seed": 7, "per_prompt": 2, "negative": "a square", "up_to": 256, "samplings": samplings}
-    again = pipeline.sample(load(standin), ["a red circle", "a blue star"], **options)[256][3]
+    options = SampleOptions(seed=7, per_prompt=2, negative="a square", last=1)
+    again = sampled_as(load(standin), chosen).sample(["a red circle", "a blue star"], options)[1][3]
     difference = np.asarray(found["0003-a-blue-star.png"], int) - sample.pictures.to_uint8(again)
     assert np.abs(difference).max() <= 1  # another batch rounds differently
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 2 * 256
@@ -49,25 +54,25 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
 
 def test_a_picture_does_not_depend_on_the_batch_or_its_neighbours(standin):
     model, prompts = load(standin), ["a red circle", "a blue star", "a yellow cross", "two green hearts"]
-    whole = pipeline.sample(model, prompts, seed=3, batch=16)
-    assert list(whole) == [64, 256, 1024]
-    in_twos = pipeline.sample(model, prompts, seed=3, batch=2)
-    alone = dict(pipeline.stages(model, prompts[3:], seed=3, first=3))
-    for resolution, expected in whole.items():
+    whole = model.sample(prompts, SampleOptions(seed=3, batch=16))
+    assert [product.shape[:2] for product in whole] == [(4, 64), (4, 256), (4, 1024)]
+    in_twos = model.sample(prompts, SampleOptions(seed=3, batch=2))
+    alone = model.sample(prompts[3:], SampleOptions(seed=3, first=3))
+    for expected, two, one in zip(whole, in_twos, alone, strict=True):
         assert np.ptp(expected) > 0.5
-        np.testing.assert_allclose(in_twos[resolution], expected, atol=2e-3)
-        np.testing.assert_allclose(alone[resolution], expected[3:], atol=2e-3)
+        np.testing.assert_allclose(two, expected, atol=2e-3)
+        np.testing.assert_allclose(one, expected[3:], atol=2e-3)
 
 
-def test_large_lists_are_drawn_in_parts(standin, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("experiments.imagen.drawing.PART", 2)
+def test_large_lists_are_drawn_in_batches(standin, tmp_path, command):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue star\n  a green heart \n")
-    done = command(sample.main, "--prompts", prompts, "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    options = "--up-to", 64, "--batch", 2, "--weights", standin
+    done = command(sample.main, "--prompts", prompts, *options, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     found = pictures_in(tmp_path / "out")
     assert list(found) == ["0000-a-red-circle.png", "0001-a-blue-star.png", "0002-a-green-heart.png"]
-    expected = pipeline.sample(load(standin), ["a red circle", "a blue star", "a green heart"], up_to=64)[64]
+    (expected,) = load(standin).sample(["a red circle", "a blue star", "a green heart"], SampleOptions(last=0))
     for image, picture in zip(found.values(), expected):
         assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
 
@@ -89,13 +94,12 @@ def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
 
 def test_a_mesh_compiles_each_stage_once(standin, caplog):
     """The sampler's state lies before the first steps as it does after them."""
-    with spread(load(standin), mesh_of("data=2,tensor=4")) as model, jax.log_compiles():
-        chosen = [dataclasses.replace(each.sampling, steps=9) for each in model.models]
-        drawn = pipeline.sample(
-            model, ["a red circle"], up_to=256, samplings=chosen, seed=5, progress=lambda resolution, done, total: None
-        )
-    assert drawn[256].shape == (1, 256, 256, 3)
-    compiled = [line for line in caplog.messages if line.startswith("Compiling jit(_advance)")]
+    model = load(standin)
+    model = sampled_as(model, [dataclasses.replace(each.sampling, steps=9) for each in trained(model)])
+    with spread(model, mesh_of("data=2,tensor=4")) as model, jax.log_compiles():
+        drawn = model.sample(["a red circle"], SampleOptions(seed=5, last=1), lambda box, done, total: None)
+    assert drawn[1].shape == (1, 256, 256, 3)
+    compiled = [line for line in caplog.messages if line.startswith("Compiling jit(integrate)")]
     assert len(compiled) == 2
 
 
@@ -139,30 +143,24 @@ def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
 
 
 def test_settings_for_all_stages_or_each(standin):
-    model = load(standin)
-    own = [m.sampling for m in model.models]
-    assert samplings(model.models, Drawing()) == tuple(own)
-    every = samplings(model.models, Drawing(sampler="heun", steps="5", guidance="4", aug_level="0.1"))
+    models = trained(load(standin))
+    own = [m.sampling for m in models]
+    assert samplings(models, Drawing()) == tuple(own)
+    every = samplings(models, Drawing(sampler="heun", steps="5", guidance="4", aug_level="0.1"))
     assert [s.sampler for s in every] == [Heun()] * 3
     assert [(s.steps, s.guidance.weight, s.aug_level) for s in every] == [(5, 4.0, 0.1)] * 3
-    each = samplings(model.models, Drawing(sampler="euler,,ddim", steps="9,,3", thresholding="static,none,dynamic"))
+    each = samplings(models, Drawing(sampler="euler,,ddim", steps="9,,3", thresholding="static,none,dynamic"))
     assert [s.sampler for s in each] == [Euler(), own[1].sampler, DDIM()]
     assert [s.steps for s in each] == [9, own[1].steps, 3]
     assert [s.thresholding for s in each] == [StaticThreshold(), NoThreshold(), DynamicThreshold()]
-    capped = samplings(model.models, Drawing(thresholding="static,dynamic,dynamic", percentile=0.9, cap=2.0))
+    capped = samplings(models, Drawing(thresholding="static,dynamic,dynamic", percentile=0.9, cap=2.0))
     assert [s.thresholding for s in capped] == [
         StaticThreshold(),
         DynamicThreshold(0.9, 2.0),
         DynamicThreshold(0.9, 2.0),
     ]
-    tiled = samplings(model.models, Drawing(tile=256))
+    tiled = samplings(models, Drawing(tile=256))
     assert [s.tiles for s in tiled] == [None, Tiles(256, 32), Tiles(256, 32)]
-
-
-def test_parts_are_even():
-    assert [len(part) for part in parts(100)] == [25] * 4
-    assert [len(part) for part in parts(33)] == [16, 17]
-    assert [i for part in parts(70) for i in part] == list(range(70))
 
 
 def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
@@ -180,6 +178,6 @@ def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
 def test_an_empty_prompt_is_the_null_text(standin):
     model = load(standin)
     with pytest.warns(UserWarning, match="without text"):
-        blank = pipeline.sample(model, ["  "], up_to=64)[64]
-    named = pipeline.sample(model, ["a red circle"], up_to=64)[64]
+        (blank,) = model.sample(["  "], SampleOptions(last=0))
+    (named,) = model.sample(["a red circle"], SampleOptions(last=0))
     assert np.abs(blank - named).max() > 0.01

@@ -1,5 +1,6 @@
 """DeepFloyd IF from the command line, on a small one in diffusers' layout: every mode, every file, bad input."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import small_if
 from PIL import Image
 
 from experiments.imagen import png_metadata, sample
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.imagen import SAMPLING_IF_I
+from experiments.imagen.drawing import Drawing, samplings, with_boxes
+from jaxdiff.systems.deepfloyd import SAMPLING_I
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.weights import imagen
 from jaxdiff.weights.settings import from_json
 
@@ -48,9 +50,11 @@ def test_text_to_image(exported, tmp_path, command):
     done = command(sample.main, CAPTION, "--weights", exported, "--out", tmp_path, "--seed", 5, *FEW)
     image = drawn(done, tmp_path)
     told = settings_of(image)
-    samplings = [from_json(stage, "the PNG") for stage in told["stages"]]
-    assert [s.steps for s in samplings] == [3, 2] and samplings[0].sampler == SAMPLING_IF_I.sampler
-    again = pipeline.sample(imagen.load(exported), [CAPTION], seed=5, samplings=samplings)[64][0]
+    chosen = [from_json(stage, "the PNG") for stage in told["stages"]]
+    assert [s.steps for s in chosen] == [3, 2] and chosen[0].sampler == SAMPLING_I.sampler
+    model = imagen.load(exported)
+    boxes = [dataclasses.replace(box, sampling=sampling) for box, sampling in zip(imagen.trained(model), chosen)]
+    again = with_boxes(model, boxes).sample([CAPTION], SampleOptions(seed=5))[1][0]
     assert image.size == (64, 64) and np.ptp(np.asarray(image)) > 100
     # Not bit by bit: the encoder read other captions beside this one, and a network at random makes much of little.
     assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(again)).mean() < 0.1
@@ -120,12 +124,12 @@ def test_ones_own_picture_is_enlarged(exported, photo, tmp_path, command):
 
 
 def test_respacings(exported):
-    models = imagen.load(exported).models
+    models = imagen.trained(imagen.load(exported))
 
     def chosen(**settings):
         return [
-            (s.steps, s.spacing.times(m.stage.schedule, s.steps).shape[0])
-            for s, m in zip(sample.samplings(models, sample.Drawing(**settings)), models)
+            (s.steps, s.spacing.times(m.model.schedule, s.steps).shape[0])
+            for s, m in zip(samplings(models, Drawing(**settings)), models)
         ]
 
     assert chosen() == [(100, 101), (50, 51)]

@@ -96,7 +96,7 @@ def test_scores_of_the_rainbow():
 
 
 def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_path):
-    stage = dataclasses.replace(BASE, resolution=32, text_length=24)
+    stage = dataclasses.replace(BASE, side=32)
     monkeypatch.setitem(presets.STAGES, "base32", {"tiny": stage})
     arguments = (
         "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--text-steps", 2, "--steps", 2, "--batch", 8,

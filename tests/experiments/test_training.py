@@ -70,7 +70,8 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     model = load_model(tmp_path / "run" / "model")
-    assert (model.stage.schedule.low, model.stage.schedule.high) == (-5.5, 0.0)
+    assert (model.model.time_sampler.low, model.model.time_sampler.high) == (-5.5, 0.0)
+    assert model.reads == (16, small_cascade.WIDTH)  # of the embeddings, whatever the preset is meant for
 
     # The encoder, where it is named too, must be the one that made them, and the model knows which that was.
     wrong = dataclasses.replace(load_text_encoder(standin / "text", 16), length=15)
@@ -79,13 +80,12 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     folder = tmp_path / "other"
     shutil.copytree(embeddings, folder)
     sidecar = folder / "embeddings.json"
-    sidecar.write_text(sidecar.read_text().replace(model.text, fingerprint(wrong)))
+    sidecar.write_text(sidecar.read_text().replace(model.text_fingerprint, fingerprint(wrong)))
     changed = (*arguments[:-4], folder, *arguments[-3:])
     done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 2 and "but the model needs" in done.err
-    sidecar.write_text(sidecar.read_text().replace('"length": 16', '"length": 15'))
-    done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run")
-    assert done.code == 2 and "15 tokens a caption, the stage reads 16" in done.err
+    done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run", "--text-length", 15)
+    assert done.code == 2 and "16 tokens a caption, not of --text-length 15" in done.err
 
 
 def test_parameters_to_begin_with(standin, photos, tmp_path, command):
@@ -93,25 +93,25 @@ def test_parameters_to_begin_with(standin, photos, tmp_path, command):
     arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
     assert command(train.main, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
     model = load_model(tmp_path / "first" / "model")
-    assert (model.stage.unet.dtype, model.stage.unet.remat) == ("float32", "none")
+    assert (model.model.unet.execution.dtype, model.model.unet.execution.remat) == ("float32", "none")
     found = []
     for init in (tmp_path / "first", tmp_path / "first" / "model"):
         settings = train.Run("sr256", tmp_path / "second", init=init)
-        found.append(train.initial_of(settings, model.stage))
+        found.append(train.initial_of(settings, model.model))
     jax.tree.map(np.testing.assert_array_equal, *found, model.params)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
-    assert train.initial_of(dataclasses.replace(settings, out=tmp_path / "first"), model.stage) is None
+    assert train.initial_of(dataclasses.replace(settings, out=tmp_path / "first"), model.model) is None
     with pytest.raises(ValueError, match="does not fit the settings"):
-        train.initial_of(settings, load_model(standin / "base64").stage)
+        train.initial_of(settings, load_model(standin / "base64").model)
 
 
 def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):
     """Its sample grids pair each enlarged picture with that picture's own caption, where there are captions."""
-    texts = {"pool_text": True, "text_width": small_cascade.BASE.unet.text_width}
+    plain, base = small_cascade.SR_256, small_cascade.BASE
     reading = dataclasses.replace(
-        small_cascade.STAGES["sr256"],
-        unet=dataclasses.replace(small_cascade.STAGES["sr256"].unet, **texts),
-        text_length=small_cascade.BASE.text_length,
+        plain,
+        unet=dataclasses.replace(plain.unet, conditioning=base.unet.conditioning),
+        conditioners=(*base.conditioners, *plain.conditioners),
     )
     monkeypatch.setitem(presets.STAGES, "sr256", {"tiny": reading})
     (photos / "3.png").write_bytes(b"no picture")
@@ -168,7 +168,7 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert done.code == 0 and "draws 64, 256, 1024" in done.out, done.err
     found, given = load(out), load(standin)
     for a, b in zip(found.models, given.models, strict=True):
-        assert (a.stage, a.sampling) == (b.stage, b.sampling)
+        assert (a.model, a.sampling) == (b.model, b.sampling)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), a.params, b.params)
     sizes = [(folder / "base64" / "model.safetensors").stat().st_size for folder in (out, standin)]
     assert sizes[0] < 0.6 * sizes[1]
