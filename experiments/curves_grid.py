@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.curves_models import Text, Training, enlarger, model_of, text_of
+from experiments.curves_models import Training, enlarger, model_of, text_of
 from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
 from experiments.imagen.presets import thresholding
@@ -33,7 +33,7 @@ from jaxdiff.evaluation.resize import Fit
 from jaxdiff.models.diffusion import null_text
 from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Grid:
             if not missing:
                 continue
             text, model = self._model(setting, seed)
-            condition = text(self._captions)
+            condition = text.encode(self._captions)
             for weight in tqdm(missing, desc=f"draw {setting} s{seed}", unit="weight"):
                 pictures = self._pictures(model, condition, setting, seed, weight)
                 distance, cosine = self._judged(f"{setting}-s{seed}-w{weight:g}", pictures)
@@ -181,7 +181,7 @@ class Grid:
         """What the classifier saw in the true pictures of a side."""
         return functools.cache(lambda side: self._look(self._held_out(side), self.bench.classifier)[0])
 
-    def _model(self, setting: Setting, seed: int) -> tuple[Text, TrainedModel]:
+    def _model(self, setting: Setting, seed: int) -> tuple[TextEncoder, TrainedModel]:
         places = self.places
         text = text_of(setting.encoder, places.out, self.training, places.clip, places.texts, places.data_dir)
         folder = places.out / "models" / f"{setting.encoder.replace('/', '--')}-{setting.unet}-s{seed}"

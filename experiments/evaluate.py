@@ -44,7 +44,6 @@ from jaxdiff.core import json_files
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources, zipped
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.example import Source
 from jaxdiff.data.images import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption
@@ -245,7 +244,7 @@ def _drawn(settings: Run, model: pipeline.Cascade, spec: sources.DataSpec, split
     # By what the weights are, not where: a folder may have got others since.
     made_of = {"weights": ", ".join(digest_of(each.params) for each in model.models), "resolution": resolution}
     made_of |= {"stages": [to_json(each.stage) for each in model.models], "dtype": settings.drawing.dtype}
-    made_of |= {"text": fingerprint(model.text)}
+    made_of |= {"text": model.text.fingerprint}
     made_of |= {"seed": settings.seed, "data": settings.data, "split": split, "samplings": list(map(to_json, chosen))}
     folder = settings.out / "drawn"
     _same_run(folder, made_of)

@@ -31,8 +31,6 @@ from jaxdiff.evaluation.features import classifier as classifier_features
 from jaxdiff.models.diffusion import DiffusionModel, null_text
 from jaxdiff.models.sampling import SamplingConfig, draw
 from jaxdiff.systems import pipeline
-from jaxdiff.text import clip as clip_text
-from jaxdiff.text import t5
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
@@ -48,16 +46,16 @@ Outputs = dict[str, np.ndarray]
 
 def of_text_encoders() -> Outputs:
     """T5's embeddings, CLIP's of captions and of images."""
-    embedded = t5.encode(imagen.load_text(), CAPTIONS)
+    embedded = imagen.load_text().encode(CAPTIONS)
     tower = clip.load_text_encoder(imagen.SHIPPED / "clip")
     config, params = clip.load(imagen.SHIPPED / "clip")
     images = _uint8((2, 64, 64, 3))
-    text = clip_text.encode(tower, CAPTIONS)
+    text = tower.encode(CAPTIONS)
     return {
         "t5": np.asarray(embedded.tokens)[:, :, ::4],
         "t5 mask": np.asarray(embedded.mask),
-        "clip text": np.asarray(text.embedding),
-        "clip text states": np.asarray(text.states)[:, :, ::8],
+        "clip text": np.asarray(text.pooled),
+        "clip text states": np.asarray(text.tokens)[:, :, ::8],
         "clip image": all_features(clip_image(config, params), images),
         "classifier": all_features(classifier_features("shapes", *_classifier()), images),
     }
@@ -101,11 +99,11 @@ def of_curves() -> Outputs:
     sampling = SamplingConfig(DPMSolverPP2M(), 6, guidance=guidance, thresholding=DynamicThreshold())
     keys = noise.fold(noise.sample_keys(jax.random.key(0), jnp.arange(4)), 0)
     null, weights = null_text(model.base.stage, 4), jnp.full(4, 4.0, jnp.float32)
-    text = t5.encode(model.text, captions)
+    text = model.text.encode(captions)
     images = draw(model.base.stage, model.base.params, sampling, text, null, keys, (64, 64), weights=weights)
     seen = np.clip(np.rint((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)
     config, params = clip.load(imagen.SHIPPED / "clip")
-    said = clip_text.encode(clip.load_text_encoder(imagen.SHIPPED / "clip"), captions).embedding
+    said = clip.load_text_encoder(imagen.SHIPPED / "clip").encode(captions).pooled
     score = clip_score(np.asarray(said), all_features(clip_image(config, params), seen))
     return {
         "sample curves": np.asarray(images)[:, ::2, ::2],

@@ -17,7 +17,6 @@ from typing import Literal
 
 from experiments.cli import run
 from jaxdiff.core.files import replacing
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.systems.pipeline import Cascade, TrainedModel, mean
 from jaxdiff.weights import hub, t5
 from jaxdiff.weights.imagen import STAGES, load_model, save_model
@@ -52,7 +51,7 @@ def main(settings: Settings) -> None:
     base, *super_resolution = models.values()
     directory = hub.directory_of(settings.text, "T5")
     encoder = t5.load_text_encoder(directory, base.stage.text_length, settings.text_dtype)
-    made_by = fingerprint(encoder)
+    made_by = encoder.fingerprint
     for name, model in models.items():
         if model.text not in (None, made_by):
             raise ValueError(

@@ -44,7 +44,7 @@ from jaxdiff.core.files import usable
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems import pipeline
 from jaxdiff.systems.pipeline import Cascade, Picture
-from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
 from jaxdiff.weights import captions as captions_file
 from jaxdiff.weights.imagen import SHIPPED, load, load_text
 from jaxdiff.weights.settings import to_json
@@ -160,7 +160,7 @@ def _loaded(settings: Run, prompts: list[str]) -> Cascade:
         return load(settings.weights, text=text, place=place, **options)
 
 
-def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCaptions:
+def _embedded(settings: Run, captions: list[str], options: dict) -> PrecomputedTextEncoder:
     told = {"weights": settings.weights[:1], "clean": settings.clean, "dtype": settings.drawing.dtype}
     made_by = json.dumps(told | {"variant": settings.variant})
     if settings.embeddings is not None and settings.embeddings.exists():

@@ -26,7 +26,7 @@ from experiments.imagen.samples import Samples, Spread
 from jaxdiff.core.files import usable
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
+from jaxdiff.data.embeddings import Embeddings, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
@@ -34,7 +34,7 @@ from jaxdiff.diffusion.schedules import Focused, Schedule
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.nets.unet import Remat
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.t5 import T5TextEncoder, encode
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
@@ -284,7 +284,7 @@ def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> S
     return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def text_of(settings: Run, stage: DiffusionModel) -> tuple[T5TextEncoder | None, Embeddings | None]:
+def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
     neither. ValueError for those that the stage cannot read, or that TEXT has not made."""
     if not stage.unet.reads_text:
@@ -296,12 +296,12 @@ def text_of(settings: Run, stage: DiffusionModel) -> tuple[T5TextEncoder | None,
     text = settings.text or str(SHIPPED / "text")
     if settings.embeddings is None:
         encoder = load_text_encoder(text, stage.text_length, settings.text_dtype)
-        _check_width(stage, encoder.config.d_model, text)
+        _check_width(stage, encoder.width, text)
         return encoder, None
     made_by = None
     if settings.text is not None:
         encoder = load_text_encoder(text, stage.text_length, settings.text_dtype, place=np.asarray)
-        made_by = fingerprint(encoder)
+        made_by = encoder.fingerprint
     embeddings = open_embeddings(settings.embeddings, made_by)
     _check_width(stage, embeddings.width, str(embeddings.path))
     if embeddings.length != stage.text_length:
@@ -318,9 +318,9 @@ def _check_width(stage: DiffusionModel, width: int, given: str) -> None:
         raise ValueError(f"{given}: embeddings of width {width}, the stage reads {read}: choose a T5 of that width")
 
 
-def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> Embeddings:
+def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
-    made_by = fingerprint(encoder)
+    made_by = encoder.fingerprint
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
     limited = f"-of-{len(source.source)}" if isinstance(source, Spread) else ""
     path = settings.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
@@ -330,9 +330,7 @@ def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> 
         except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
             pass
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
-        return store_embeddings(
-            captions(source), lambda texts: encode(encoder, texts), path, encoder=made_by, progress=bar.update
-        )
+        return store_embeddings(captions(source), encoder.encode, path, encoder=made_by, progress=bar.update)
 
 
 def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, Shard, fingerprint, store_rows
+from jaxdiff.data.embeddings import Embeddings, Shard, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
@@ -90,7 +90,7 @@ def main(
     encoder = load_text_encoder(text_encoder, length, dtype, place=lambda a: jax.device_put(a, shardings(a, mesh)))
     rows = -(-batch // batch_devices(mesh)) * batch_devices(mesh)
     bulk = BulkEncoder(encoder, rows, lengths, batch_sharding(mesh))
-    made_by = fingerprint(encoder)
+    made_by = encoder.fingerprint
     # Other shards may be written at the same time; a second start of this one would do its work twice.
     lock = FolderLock(out, f"shard-{share.index}-of-{share.count}.lock")
     with lock, _Progress(bulk, source, out) as progress:

@@ -17,8 +17,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel, NullText, null_text
 from jaxdiff.models.sampling import Given, SamplingConfig, check, draw, first_step
 from jaxdiff.nets.unet import Reading
-from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions, T5TextEncoder, encode
+from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +72,10 @@ def check_order(models: Sequence[TrainedModel]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cascade:
-    """A frozen text encoder (or what it has said of the captions that will be drawn), a base model and any number of
-    super-resolution models, in the order of their use."""
+    """A frozen text encoder (or the precomputed embeddings of the captions that will be drawn), a base model and any
+    number of super-resolution models, in the order of their use."""
 
-    text: T5TextEncoder | EmbeddedCaptions
+    text: TextEncoder
     base: TrainedModel
     super_resolution: tuple[TrainedModel, ...] = ()
 
@@ -90,7 +89,8 @@ class Cascade:
                     f"the text encoder gives embeddings of width {have[0]}, {have[1]} of them; "
                     f"the {stage.resolution} stage reads {want[0]}, {want[1]} of them"
                 )
-            if not self.text.whole and (stage.unet.reading is Reading.WHOLE or stage.null_text is NullText.EMPTY):
+            reads_all = stage.unet.reading is Reading.WHOLE or stage.null_text is NullText.EMPTY
+            if reads_all and not self.text.padding_is_read:
                 raise ValueError(
                     f"the {stage.resolution} stage reads padding and empty captions too, which this text encoder masks"
                 )
@@ -223,9 +223,9 @@ def stages(
     if picture is not None:
         _check_picture(cascade, picture, samplings, begin, end)
     _warn_of_blanks(prompts)
-    text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), encode(cascade.text, list(prompts)))
+    text = jax.tree.map(lambda a: jnp.repeat(a, per_prompt, axis=0), cascade.text.encode(prompts))
     empty = any(model.stage.null_text is NullText.EMPTY for model in cascade.models)
-    away = encode(cascade.text, [negative]) if negative.strip() or empty else None
+    away = cascade.text.encode([negative]) if negative.strip() or empty else None
     keys = noise.sample_keys(jax.random.key(seed), jnp.arange(first, first + count))
 
     def drawn(pictures: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:

@@ -22,7 +22,8 @@ from jaxdiff.core.files import replacing
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.pipeline import Cascade, TrainedModel, check_order
-from jaxdiff.text.t5 import EmbeddedCaptions, T5TextEncoder
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, sizes, t5, tree
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
@@ -41,7 +42,7 @@ def load(
     dtype: str | None = None,
     variant: str | None = None,
     clean: bool = True,
-    text: T5TextEncoder | EmbeddedCaptions | None = None,
+    text: TextEncoder | None = None,
     place: hub.Place = jnp.asarray,
 ) -> Cascade:
     """The cascade in a folder, where super-resolution may be missing from its end; or of one or several pipelines.

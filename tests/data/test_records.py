@@ -18,6 +18,7 @@ from jaxdiff.data import convert, embeddings, images, parts, pipeline, records, 
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.example import captions
 from jaxdiff.data.pipeline import ReadAhead, image_batches
+from jaxdiff.text.encoder import TextEmbedding
 
 COUNT = 8
 DATA = 20_000  # a byte in the middle of record 1: each holds 12 kB of noise
@@ -190,7 +191,7 @@ def test_damaged_embeddings_name_the_file_and_the_record(copy):
     """They can be made again, so that nothing is left out for them."""
 
     def encode(texts):
-        return np.ones((len(texts), 40, 900)), np.ones((len(texts), 40), bool)
+        return TextEmbedding(np.ones((len(texts), 40, 900)), np.ones((len(texts), 40), bool))
 
     source = records.read(copy)
     path = copy.parent / "text"

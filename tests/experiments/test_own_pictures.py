@@ -10,7 +10,7 @@ from experiments.imagen.own_pictures import OwnPictures, enlarged, read
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.pipeline import Cascade, TrainedModel
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 
 # Upright it is 24 wide and 16 high, its left half white; stored as a camera on its side does, it is 16 wide.
 UPRIGHT = np.zeros((16, 24, 3), np.uint8)
@@ -27,7 +27,7 @@ SIDEWAYS = {
 @pytest.fixture(scope="module")
 def model() -> Cascade:
     """No parameters: nothing is drawn."""
-    text = EmbeddedCaptions(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
+    text = PrecomputedTextEncoder(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
     return Cascade(text, TrainedModel(BASE, {}, SamplingConfig()), (TrainedModel(SR_256, {}, SamplingConfig()),))
 
 

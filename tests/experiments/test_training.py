@@ -18,7 +18,6 @@ from experiments.imagen import emoji as emoji_run
 from experiments.imagen.samples import Samples
 from experiments.text import embed, pretrain
 from jaxdiff.data import emoji
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.training import metrics
 from jaxdiff.weights.imagen import load, load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -79,7 +78,7 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     folder = tmp_path / "other"
     shutil.copytree(embeddings, folder)
     sidecar = folder / "embeddings.json"
-    sidecar.write_text(sidecar.read_text().replace(model.text, fingerprint(wrong)))
+    sidecar.write_text(sidecar.read_text().replace(model.text, wrong.fingerprint))
     changed = (*arguments[:-4], folder, *arguments[-3:])
     done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 2 and "but the model needs" in done.err
@@ -183,7 +182,7 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert not (tmp_path / "wrong").exists()
     # The same encoder computed in bfloat16 is another one.
     half = load_text_encoder(standin / "text", 16, "bfloat16")
-    save_model(dataclasses.replace(load_model(standin / "base64"), text=fingerprint(half)), base)
+    save_model(dataclasses.replace(load_model(standin / "base64"), text=half.fingerprint), base)
     arguments = "--text", standin / "text", "--base64", base, "--out", tmp_path / "half"
     done = command(assemble.main, *arguments)
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()

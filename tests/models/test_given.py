@@ -19,7 +19,7 @@ from jaxdiff.models.diffusion import DiffusionModel, null_text
 from jaxdiff.models.sampling import Given, SamplingConfig, draw, first_step
 from jaxdiff.systems.pipeline import Cascade, Picture, TrainedModel, stages
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8
 SAMPLERS = [DDIM(), DDPM(), DPMSolverPP2M(), Heun()]
@@ -172,7 +172,7 @@ def model(side, low_resolution=None):
 
 
 PROMPTS = ("red", "a b", "blue", "c")
-CASCADE = Cascade(EmbeddedCaptions(PROMPTS, TEXT), model(8), (model(16, 8), model(32, 16)))
+CASCADE = Cascade(PrecomputedTextEncoder(PROMPTS, TEXT), model(8), (model(16, 8), model(32, 16)))
 
 
 @pytest.fixture(scope="module")
