@@ -1,7 +1,6 @@
 """What the curves compare: text encoders of several sizes and base models that read them, trained where missing."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,9 +10,8 @@ from tqdm import tqdm
 
 from experiments.imagen import presets
 from experiments.text import pretrain
-from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, fingerprint, store_embeddings
+from jaxdiff.data.embeddings import Embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
@@ -75,52 +73,18 @@ class Training:
                 raise ValueError(f"{name} {value}: must be positive")
 
 
-class CLIPText:
-    """CLIP's text tower in the place of a T5: its states, those of padding masked."""
-
-    def __init__(self, encoder: CLIPTextEncoder, length: int):
-        self._encoder, self._length = encoder, length
-        self.width = encoder.config.text.width
-
-    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
-        encoded = clip.encode(self._encoder, texts).states[:, : self._length]
-        tokens = self._encoder.tokenizer(list(texts))["input_ids"]
-        mask = np.arange(self._length) < np.array([len(ids) for ids in tokens])[:, None]
-        return TextEmbedding(jnp.where(mask[..., None], encoded, 0.0), jnp.asarray(mask))
-
-    @property
-    def fingerprint(self) -> str:
-        return f"clip-{digest_of(self._encoder.params)}"
-
-
-class T5Text:
-    """A frozen T5."""
-
-    def __init__(self, encoder: T5TextEncoder):
-        self._encoder = encoder
-        self.width = encoder.width
-
-    def __call__(self, texts: Sequence[str]) -> TextEmbedding:
-        return t5.encode(self._encoder, texts)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self._encoder)
-
-
-Text = CLIPText | T5Text
-
-
-def text_of(name: str, out: Path, settings: Training, clip_weights: str, texts: Path | None, data_dir: Path) -> Text:
+def text_of(
+    name: str, out: Path, settings: Training, clip_weights: str, texts: Path | None, data_dir: Path
+) -> TextEncoder:
     """The encoder of that name: a size of SIZES, pre-trained now if need be, `untrained`, `clip`, or else a directory
     or hub id of a T5."""
     if name == "clip":
-        return CLIPText(load_clip(clip_weights), LENGTH)
+        return dataclasses.replace(load_clip(clip_weights), padding_is_read=False, max_length=LENGTH)
     if name == "untrained":
-        return T5Text(_untrained(_own(SIZES[-1], out, settings, texts, data_dir)))
+        return _untrained(_own(SIZES[-1], out, settings, texts, data_dir))
     if name in SIZES:
-        return T5Text(_own(name, out, settings, texts, data_dir))
-    return T5Text(load_text_encoder(name, LENGTH))
+        return _own(name, out, settings, texts, data_dir)
+    return load_text_encoder(name, LENGTH)
 
 
 def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir: Path) -> T5TextEncoder:
@@ -164,7 +128,7 @@ def stage_of(unet: str, width: int, settings: Training) -> DiffusionModel:
 
 
 def model_of(
-    unet: str, text: Text, seed: int, folder: Path, settings: Training, source: Source, data_dir: Path
+    unet: str, text: TextEncoder, seed: int, folder: Path, settings: Training, source: Source, data_dir: Path
 ) -> TrainedModel:
     """The base model of that size that reads this encoder, trained now if need be."""
     if not (folder / "model" / "stage.json").is_file():
@@ -215,8 +179,8 @@ def _train(
         save_model(TrainedModel(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 
-def _embedded(text: Text, source: Source, data_dir: Path) -> Embeddings:
+def _embedded(text: TextEncoder, source: Source, data_dir: Path) -> Embeddings:
     made_by = text.fingerprint
     path = data_dir / "embeddings" / f"curves-{len(source)}-{made_by[:24]}"
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
-        return store_embeddings(captions(source), text, path, encoder=made_by, progress=bar.update)
+        return store_embeddings(captions(source), text.encode, path, encoder=made_by, progress=bar.update)

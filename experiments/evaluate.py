@@ -45,7 +45,6 @@ from jaxdiff.core import json_files
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources, zipped
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.data.example import Source
 from jaxdiff.data.images import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption

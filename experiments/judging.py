@@ -25,7 +25,7 @@ from jaxdiff.evaluation.features import Extractor, extract
 from jaxdiff.evaluation.metrics import Observed, observed
 from jaxdiff.evaluation.resize import Fit, Resize
 from jaxdiff.evaluation.statistics import Origin
-from jaxdiff.text.clip import CLIPTextEncoder, encode
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import classifier, clip, inception
 from jaxdiff.weights.imagen import SHIPPED
 
@@ -66,7 +66,7 @@ class Bench(NamedTuple):
     inception: Extractor | None
     classifier: Extractor | None
     clip: Extractor | None
-    text: CLIPTextEncoder | None
+    text: TextEncoder | None
 
     @property
     def extractors(self) -> tuple[Extractor, ...]:
@@ -89,10 +89,10 @@ def loaded(judges: Judges) -> Bench:
     return bench
 
 
-def embedded(encoder: CLIPTextEncoder, captions: Sequence[str]) -> np.ndarray:
+def embedded(encoder: TextEncoder, captions: Sequence[str]) -> np.ndarray:
     """What a CLIP that judges makes of captions (b e): as exactly as pictures are seen, on accelerators too."""
     with jax.default_matmul_precision("highest"):
-        return np.asarray(encode(encoder, captions).embedding)
+        return np.asarray(encoder.encode(captions).pooled)
 
 
 class PictureSet(Protocol):

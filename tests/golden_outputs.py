@@ -53,12 +53,12 @@ def of_text_encoders() -> Outputs:
     tower = clip.load_text_encoder(imagen.SHIPPED / "clip")
     config, params = clip.load(imagen.SHIPPED / "clip")
     images = _uint8((2, 64, 64, 3))
-    text = clip_text.encode(tower, CAPTIONS)
+    text = tower.encode(CAPTIONS)
     return {
         "t5": np.asarray(embedded.tokens)[:, :, ::4],
         "t5 mask": np.asarray(embedded.mask),
-        "clip text": np.asarray(text.embedding),
-        "clip text states": np.asarray(text.states)[:, :, ::8],
+        "clip text": np.asarray(text.pooled),
+        "clip text states": np.asarray(text.tokens)[:, :, ::8],
         "clip image": all_features(clip_image(config, params), images),
         "classifier": all_features(classifier_features("shapes", *_classifier()), images),
     }
@@ -109,7 +109,7 @@ def of_curves() -> Outputs:
     images = base.generate(SampleRequest(keys, (64, 64), model.text_encoder.encode(captions)))
     seen = np.clip(np.rint((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)
     config, params = clip.load(imagen.SHIPPED / "clip")
-    said = clip_text.encode(clip.load_text_encoder(imagen.SHIPPED / "clip"), captions).embedding
+    said = clip.load_text_encoder(imagen.SHIPPED / "clip").encode(captions).pooled
     score = clip_score(np.asarray(said), all_features(clip_image(config, params), seen))
     return {
         "sample curves": np.asarray(images)[:, ::2, ::2],

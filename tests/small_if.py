@@ -61,7 +61,9 @@ def text_encoder(captions=CAPTIONS) -> T5TextEncoder:
     config = T5Config(vocab=len(words), d_model=24, d_kv=8, d_ff=40, layers=2, decoder_layers=0, heads=2)
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, jax.ShapeDtypeStruct((1, 2), bool))
-    return T5TextEncoder(config, random_params(shapes["params"], 7), words, 77, whole=True, prepare=clean_caption)
+    return T5TextEncoder(
+        config, random_params(shapes["params"], 7), words, 77, padding_is_read=True, prepare=clean_caption
+    )
 
 
 def cascade() -> Pipeline:

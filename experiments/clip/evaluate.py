@@ -29,7 +29,7 @@ from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES
 from jaxdiff.evaluation.features import Extractor, all_features, clip_image
 from jaxdiff.evaluation.retrieval import retrieval, zero_shot
-from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import clip as weights
 
 OF_SHAPES = {"kind": KINDS, "colour": COLOURS, "background": BACKGROUNDS, "fill": FILLS, "size": SIZES}
@@ -87,7 +87,7 @@ def main(settings: Run) -> None:
         write_json(settings.json, {**scores, "made_by": made_by})
 
 
-def _retrieval(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, image: Extractor) -> dict[str, float]:
+def _retrieval(settings: Run, spec: sources.DataSpec, text: TextEncoder, image: Extractor) -> dict[str, float]:
     if isinstance(spec, sources.Shapes):
         scenes, captions = zip(*distinct_examples(settings.n))
         shown, texts = (draw(scene, image.side) for scene in scenes), [caption.text for caption in captions]
@@ -104,7 +104,7 @@ def _retrieval(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, ima
     return by_text | {f"captions by picture, R@{k}": share for k, share in found.text.items()}
 
 
-def _zero_shot(settings: Run, spec: sources.DataSpec, text: CLIPTextEncoder, image: Extractor) -> dict[str, float]:
+def _zero_shot(settings: Run, spec: sources.DataSpec, text: TextEncoder, image: Extractor) -> dict[str, float]:
     names, shown, labels = _labelled(settings, spec, image.side)
     prompts = [prompt.replace("{}", name) for name in names for prompt in settings.prompts]
     classes = embedded(text, prompts).reshape(len(names), len(settings.prompts), -1)

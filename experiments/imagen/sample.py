@@ -167,7 +167,7 @@ def _loaded(settings: Run, prompts: list[str]) -> Pipeline:
         return load(settings.weights, text=text, place=place, **options)
 
 
-def _embedded(settings: Run, captions: list[str], options: dict) -> EmbeddedCaptions:
+def _embedded(settings: Run, captions: list[str], options: dict) -> PrecomputedTextEncoder:
     told = {"weights": settings.weights[:1], "clean": settings.clean, "dtype": settings.drawing.dtype}
     made_by = json.dumps(told | {"variant": settings.variant})
     if settings.embeddings is not None and settings.embeddings.exists():

@@ -26,7 +26,7 @@ from experiments.imagen.samples import Samples, Spread
 from jaxdiff.core.files import usable
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, fingerprint, open_embeddings, store_embeddings
+from jaxdiff.data.embeddings import Embeddings, open_embeddings, store_embeddings
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion.losses import PowerSNR
@@ -296,7 +296,7 @@ def open_source(settings: Run, stage: DiffusionModel, split: str = "train") -> S
     return Spread(source, settings.limit) if 0 < settings.limit < len(source) else source
 
 
-def text_of(settings: Run, stage: DiffusionModel) -> tuple[T5TextEncoder | None, Embeddings | None]:
+def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that EMBEDDINGS names; without text
     neither. ValueError for embeddings of another length than is asked for, or that TEXT has not made."""
     if stage.text is None:
@@ -326,9 +326,9 @@ def reading(settings: Run, stage: DiffusionModel, text: T5TextEncoder | Embeddin
     return stage.reading(length, width)
 
 
-def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> Embeddings:
+def stored_embeddings(settings: Run, source: Source, encoder: TextEncoder) -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet."""
-    made_by = fingerprint(encoder)
+    made_by = encoder.fingerprint
     name = "".join(c if c.isalnum() else "-" for c in settings.data)
     limited = f"-of-{len(source.source)}" if isinstance(source, Spread) else ""
     path = settings.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
@@ -338,9 +338,7 @@ def stored_embeddings(settings: Run, source: Source, encoder: T5TextEncoder) -> 
         except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
             pass
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
-        return store_embeddings(
-            captions(source), lambda texts: encode(encoder, texts), path, encoder=made_by, progress=bar.update
-        )
+        return store_embeddings(captions(source), encoder.encode, path, encoder=made_by, progress=bar.update)
 
 
 def batches(settings: Run, stage: DiffusionModel, source: Source, embeddings: Embeddings | None):

@@ -154,7 +154,7 @@ def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
     )
 
 
-def _on_device(context: Context, encoder: T5TextEncoder, settings: Settings) -> dict[str, jax.Array]:
+def _on_device(context: Context, encoder: NetworkTextEncoder, settings: Settings) -> dict[str, jax.Array]:
     """On the device: image (n 64 64 3) uint8, text (n l d) float16 and text_mask (n l)."""
     while not (context.out / DONE).is_file():
         if context.left() <= 0:
@@ -168,7 +168,7 @@ def _on_device(context: Context, encoder: T5TextEncoder, settings: Settings) -> 
     embeddings = []
     for first in range(0, len(ids), 16_384):
         rows = slice(first, first + 16_384)
-        embeddings.append(embed(encoder, Tokens(ids[rows], mask[rows])).tokens.astype(jnp.float16))
+        embeddings.append(encoder.embed(Tokens(ids[rows], mask[rows])).tokens.astype(jnp.float16))
     data = {"text": jnp.concatenate(embeddings), "text_mask": jnp.asarray(mask)}
     data["image"] = jnp.asarray(np.load(context.out / IMAGES, mmap_mode="r"))
     jax.block_until_ready(data)

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,18 +24,16 @@ import numpy as np
 
 from jaxdiff.core import json_files
 from jaxdiff.core.files import remove_leftovers, remove_leftovers_of_the_dead, write_json
-from jaxdiff.core.settings import canonical
-from jaxdiff.core.trees import update_digest
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.parts import DamagedRecordError, Parts, damage_is_a_value_error, damaged, open_part, part_size
-from jaxdiff.text.t5 import T5TextEncoder
+from jaxdiff.text.encoder import TextEmbedding
 
 SIDECAR = "embeddings.json"
 _DIGEST = 16
 _SETTINGS = {"encoder", "length", "width", "count", "part", "parts", "complete"}
 
-# Captions in; embeddings (b n d) and mask (b n) out, the mask true for the first tokens of each row.
-Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+# Of a text encoder that masks padding: the mask is true for the first tokens of each row.
+Encode = Callable[[list[str]], TextEmbedding]
 # Captions, prepared, in; for each its embeddings without padding, (tokens, width), and how many tokens it could have.
 EncodeRows = Callable[[Any], tuple[list[np.ndarray], int]]
 
@@ -117,19 +114,6 @@ class Embeddings:
 def digest(caption: str | None) -> bytes:
     """16 bytes that tell a caption from any other; a missing one counts as empty, outer blanks do not count."""
     return hashlib.blake2b((caption or "").strip().encode(), digest_size=_DIGEST).digest()
-
-
-def fingerprint(encoder: T5TextEncoder) -> str:
-    """16 hexadecimal digits that change with anything that changes an encoder's embeddings: settings, vocabulary,
-    parameters, tokens per caption, what is done with a caption before.
-    """
-    # What only the decoder or the memory plan depends on is left out: an exported encoder is the same encoder.
-    config = dataclasses.replace(encoder.config, decoder_layers=0, tied=False, scale_logits=False, remat=False)
-    settings = (config, encoder.length, encoder.whole, encoder.prepare.__qualname__)
-    told = hashlib.blake2b(canonical(settings), digest_size=8)
-    told.update(json.dumps(sorted(encoder.tokenizer.get_vocab().items())).encode())
-    update_digest(told, encoder.params)
-    return told.hexdigest()
 
 
 def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
@@ -389,9 +373,10 @@ _PART = re.compile(r"part-\d{5,}\.array_record")
 
 def _without_padding(encode: Encode, batch: int, captions: list[str]) -> tuple[list[np.ndarray], int]:
     """Padded to a full batch, so that a compiled encoder sees one shape."""
-    text, mask, *_ = encode(captions + [""] * (batch - len(captions)))
+    encoded = encode(captions + [""] * (batch - len(captions)))
     with np.errstate(over="ignore"):  # what is not finite is found later
-        text, mask = np.asarray(text, np.float16)[: len(captions)], np.asarray(mask, bool)[: len(captions)]
+        text = np.asarray(encoded.tokens, np.float16)[: len(captions)]
+    mask = np.asarray(encoded.mask, bool)[: len(captions)]
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("the encoder's mask has holes: only padding behind the tokens can be left out")
     return [row[:kept] for row, kept in zip(text, mask.sum(1))], text.shape[1]

@@ -98,7 +98,7 @@ TINY = CLIPConfig(
 
 
 class Embedded(NamedTuple):
-    """What a tower says: all last states, the one in which it sums up, and the embedding that CLIP compares.
+    """What a tower says: the states of one block, the one in which it sums up, and the embedding that CLIP compares.
 
     The embedding is the projection of `pooled`, not of length 1 yet; None where the tower has no projection.
     """
@@ -127,8 +127,8 @@ class CLIP(nn.Module):
         text, image = (l2_normalize(e.embedding) for e in (self.text(ids), self.image(image)))
         return jnp.exp(self.logit_scale) * text @ image.T
 
-    def embed_text(self, ids: Int[Array, "b n"]) -> Embedded:
-        return self.text(ids)
+    def embed_text(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> Embedded:
+        return self.text(ids, skip_last, final_norm)
 
     def embed_image(self, image: Float[Array, "b h w 3"]) -> Embedded:
         """Of pictures at the tower's resolution, normalised as it was trained (`systems.clip.normalised`)."""
@@ -136,12 +136,16 @@ class CLIP(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids to embeddings. No mask of padding: it lies behind the end, where a causal tower does not look."""
+    """Token ids to embeddings. No mask of padding: it lies behind the end, where a causal tower does not look.
+
+    skip_last: the states are those before so many of the last blocks. final_norm: they have gone through the last norm,
+    whichever block they come from. `pooled` and `embedding` are of the last block and normalised in any case.
+    """
 
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b n"]) -> Embedded:
+    def __call__(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> Embedded:
         config = self.config.text
         assert config is not None  # CLIP makes a tower only where there is one
         if ids.shape[1] > config.length:
@@ -149,11 +153,13 @@ class TextTower(nn.Module):
         x = nn.Embed(config.vocab, config.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(ids)
         x = x.astype(jnp.float32) + _positions(self, config.length, config.width, 0.01)[: ids.shape[1]]
         causal = jnp.broadcast_to(jnp.tri(ids.shape[1], dtype=bool), (len(ids), 1, ids.shape[1], ids.shape[1]))
-        x = _blocks(self.config, config, x, causal)
-        x = nn.LayerNorm(config.eps, name="norm")(x)
+        states, norm = _blocks(self.config, config, x, causal), nn.LayerNorm(config.eps, name="norm")
+        last, chosen = norm(states[-1]), states[-1 - skip_last]
         end = jnp.argmax(ids if config.eos_id is None else ids == config.eos_id, -1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
-        return Embedded(x, pooled, _projected(self.config, pooled))
+        pooled = jnp.take_along_axis(last, end[:, None, None], 1)[:, 0]
+        if final_norm:
+            chosen = norm(chosen) if skip_last else last
+        return Embedded(chosen, pooled, _projected(self.config, pooled))
 
 
 class ImageTower(nn.Module):
@@ -182,7 +188,7 @@ class ImageTower(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first.astype(jnp.float32), (len(x), 1, config.width)), x], 1)
         x = x + _positions(self, x.shape[1], config.width, config.width**-0.5)
         x = nn.LayerNorm(config.eps, name="first_norm")(x)
-        x = _blocks(self.config, config, x, None)
+        x = _blocks(self.config, config, x, None)[-1]
         pooled = nn.LayerNorm(config.eps, name="norm")(x[:, 0])
         return Embedded(x, pooled, _projected(self.config, pooled))
 
@@ -216,11 +222,14 @@ class Block(nn.Module):
         return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
 
 
-def _blocks(config: CLIPConfig, tower: TextTowerConfig | ImageTowerConfig, x: Array, visible: Array | None) -> Array:
-    block = nn.remat(Block) if config.remat else Block
+def _blocks(
+    config: CLIPConfig, tower: TextTowerConfig | ImageTowerConfig, x: Array, visible: Array | None
+) -> list[Array]:
+    """The states before the first block and after each."""
+    block, states = nn.remat(Block) if config.remat else Block, [x]
     for i in range(tower.layers):
-        x = block(tower, config.dtype, name=f"block_{i}")(x, visible)
-    return x
+        states.append(block(tower, config.dtype, name=f"block_{i}")(states[-1], visible))
+    return states
 
 
 def _positions(module: nn.Module, count: int, width: int, std: float) -> Float[Array, "n d"]:

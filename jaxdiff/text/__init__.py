@@ -1,1 +1,1 @@
-"""Captions to frozen embeddings: tokenizers and encode functions."""
+"""Captions to frozen embeddings: one protocol of text encoders, and tokenizers."""

@@ -1,4 +1,4 @@
-"""T5 embeddings of very many captions, to be kept: every device busy, and little of what is computed is padding.
+"""Embeddings of very many captions, to be kept: every device busy, and little of what is computed is padding.
 
 Captions are sorted by their tokens and padded to one of a few lengths, for each of which the program is compiled once;
 a batch of short ones has more rows, so that every batch holds about as many tokens. What a caption becomes does not
@@ -8,15 +8,14 @@ depend on the length that it is padded to, beyond rounding.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float16, Int
 
-from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.text.t5 import T5TextEncoder, tokens_of
+from jaxdiff.text.encoder import NetworkTextEncoder
 from jaxdiff.text.tokenizer import Tokens
 
 LENGTHS = (16, 32, 64, 128, 256)
@@ -31,7 +30,7 @@ class BulkEncoder:
     a batch lie, which it must divide evenly; the encoder's parameters lie where they were put.
     """
 
-    encoder: T5TextEncoder
+    encoder: NetworkTextEncoder
     batch: int = 64
     lengths: tuple[int, ...] = LENGTHS
     sharding: jax.sharding.Sharding | None = None
@@ -41,7 +40,7 @@ class BulkEncoder:
             raise ValueError(f"batch {self.batch}: at least one caption at a time")
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths {self.lengths}: a caption is padded to at least 1 token")
-        if self.encoder.whole:
+        if self.encoder.padding_is_read:
             raise ValueError("embeddings of which padding is a part cannot be stored without it")
 
     def __call__(self, captions: Sequence[str]) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
@@ -49,7 +48,7 @@ class BulkEncoder:
 
     def prepare(self, captions: Sequence[str]) -> Tokens:
         """What is done on the host first."""
-        return tokens_of(self.encoder, captions)
+        return self.encoder.tokenize(captions)
 
     def encode(
         self, tokens: Tokens, progress: Callable[[int, int], None] = lambda captions, tokens: None
@@ -82,7 +81,7 @@ class BulkEncoder:
 
     @functools.cached_property
     def _program(self):
-        return jax.jit(functools.partial(_embed, self.encoder.config), out_shardings=self.sharding)
+        return jax.jit(functools.partial(_embed, self.encoder), out_shardings=self.sharding)
 
 
 class Batch(NamedTuple):
@@ -125,5 +124,7 @@ def _put(
     progress(len(places), int(counts[places].sum()))
 
 
-def _embed(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float16[Array, "b n d"]:
-    return cast(Array, T5Encoder(config).apply({"params": params}, ids, mask)).astype(jnp.float16)
+def _embed(
+    encoder: NetworkTextEncoder, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]
+) -> Float16[Array, "b n d"]:
+    return encoder.states(params, ids, mask).astype(jnp.float16)

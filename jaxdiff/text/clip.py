@@ -1,56 +1,107 @@
-"""Captions to frozen CLIP embeddings: the text box of Stable Diffusion, which takes the states, and of DALL·E 2."""
+"""Captions to frozen CLIP embeddings: the text encoder of Stable Diffusion and DALL·E 2, and of the CLIP score."""
 
+import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, TextTowerConfig
-from jaxdiff.text.t5 import in_blocks
-from jaxdiff.text.tokenizer import tokenize
+from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of, in_blocks
+from jaxdiff.text.tokenizer import Tokens, tokenize
+
+
+class Pooling(enum.Enum):
+    """What `TextEmbedding.pooled` is."""
+
+    EMBEDDING = enum.auto()
+    """The projection that CLIP compares, not of length 1; the normalised state of the end where nothing projects."""
+    STATE = enum.auto()
+    """The normalised state of the end."""
+    NONE = enum.auto()
+    """None. SDXL reads no pooled vector of its first encoder."""
 
 
 @dataclass(frozen=True, eq=False)
 class CLIPTextEncoder:
-    """A frozen text tower: settings and parameters (of both towers or of this one alone), tokenizer."""
+    """A frozen text tower: settings and parameters (of both towers or of this one alone), tokenizer.
+
+    The empty caption is encoded like any other. The defaults are Stable Diffusion 1's; SDXL has `skip_last=1` and
+    `final_norm=False` for both of its encoders, Stable Diffusion 2 `skip_last=1` where its last block is not cut off.
+
+    skip_last: how many of the last blocks `tokens` are taken before. final_norm: `tokens` go through the tower's last
+    norm, whichever block they are taken from. padding_is_read: the states of padding count too; else they are masked.
+    max_length: tokens per caption, start and end included; None: as many as the tower reads.
+    """
 
     config: CLIPConfig
     params: dict
     tokenizer: PreTrainedTokenizerBase
+    skip_last: int = 0
+    final_norm: bool = True
+    padding_is_read: bool = True
+    pooling: Pooling = Pooling.EMBEDDING
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if self.config.text is None:
+            raise ValueError("this CLIP has no text tower")
+        if not 0 <= self.skip_last <= self.config.text.layers:
+            raise ValueError(f"skip_last {self.skip_last}: the tower has {self.config.text.layers} blocks")
+        if not 1 <= self.length <= self.config.text.length:
+            raise ValueError(f"max_length {self.length}: the tower reads 1 to {self.config.text.length} tokens")
+
+    @property
+    def width(self) -> int:
+        return self._tower.width
+
+    @property
+    def length(self) -> int:
+        return self._tower.length if self.max_length is None else self.max_length
+
+    @cached_property
+    def fingerprint(self) -> str:
+        # What is of the image tower alone, or of the memory plan, is left out.
+        config, params = replace(self.config, image=None, remat=False), {"text": self.params["text"]}
+        settings = (config, self.skip_last, self.final_norm, self.padding_is_read, self.pooling, self.length)
+        return fingerprint_of((*settings, self.tokenizer.pad_token_id), self.tokenizer, params)
+
+    def encode(self, captions: Sequence[str]) -> TextEmbedding:
+        return self.embed(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        return tokenize(self.tokenizer, caption_list(captions), self.length, self._tower.vocab)
+
+    def embed(self, tokens: Tokens) -> TextEmbedding:
+        settings = self.config, self.skip_last, self.final_norm, self.pooling
+        states, pooled = in_blocks(partial(_embed, *settings, self.params), tokens.ids)
+        ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+        if self.padding_is_read:
+            return TextEmbedding(states, jnp.ones_like(mask), pooled, ids)
+        return TextEmbedding(jnp.where(mask[..., None], states, 0.0), mask, pooled, ids)
+
+    def states(self, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
+        return _embed(self.config, self.skip_last, self.final_norm, Pooling.NONE, params, ids)[0]
+
+    @property
+    def _tower(self) -> TextTowerConfig:
+        assert self.config.text is not None  # see __post_init__
+        return self.config.text
 
 
-def encode(encoder: CLIPTextEncoder, captions: Sequence[str]) -> Embedded:
-    """Float32 states (b, 77, d) of `captions`, `pooled` and `embedding`; the latter None where nothing is projected.
-
-    Every token counts: what fills a caption up is read too, and the empty string is a caption like others, which
-    serves as the null text. One that is too long is cut with a warning.
-    """
-    if isinstance(captions, str):
-        raise ValueError("captions must be a list of strings, not one string")
-    text = _tower(encoder)
-    return embed(encoder, tokenize(encoder.tokenizer, captions, text.length, text.vocab).ids)
-
-
-def embed(encoder: CLIPTextEncoder, ids: Int[np.ndarray, "b n"]) -> Embedded:
-    """Embeddings of token ids, in blocks of one size so that the compiled program is reused."""
-    if not len(ids):
-        row = jax.ShapeDtypeStruct((1, _tower(encoder).length), jnp.int32)
-        shapes = jax.eval_shape(partial(_embed, encoder.config), encoder.params, row)
-        return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), shapes)
-    return in_blocks(partial(_embed, encoder.config, encoder.params), ids)
-
-
-def _tower(encoder: CLIPTextEncoder) -> TextTowerConfig:
-    assert encoder.config.text is not None  # a text encoder has that tower
-    return encoder.config.text
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed(config: CLIPConfig, params: dict, ids: Int[Array, "b n"]) -> Embedded:
-    return cast(Embedded, CLIP(config).apply({"params": params}, ids, method="embed_text"))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _embed(
+    config: CLIPConfig, skip_last: int, final_norm: bool, pooling: Pooling, params: dict, ids: Int[Array, "b n"]
+) -> tuple[Float[Array, "b n d"], Float[Array, "b e"] | None]:
+    arguments = {"params": params}, ids, skip_last, final_norm
+    embedded = cast(Embedded, CLIP(config).apply(*arguments, method="embed_text"))
+    if pooling is Pooling.NONE:
+        return embedded.states, None
+    if pooling is Pooling.STATE or embedded.embedding is None:
+        return embedded.states, embedded.pooled
+    return embedded.states, embedded.embedding

@@ -3,37 +3,49 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.core import json_files
 from jaxdiff.core.messages import reason
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 from jaxdiff.weights import tree
 
 
-def save(path: str | Path, embedded: EmbeddedCaptions) -> None:
+def save(path: str | Path, embedded: PrecomputedTextEncoder) -> None:
     """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
-    told = {"captions": json.dumps(embedded.captions), "whole": json.dumps(embedded.whole), "made_by": embedded.made_by}
-    tensors = {"embeddings": np.asarray(embedded.embedding.tokens), "mask": np.asarray(embedded.embedding.mask)}
+    told = {"captions": json.dumps(embedded.captions), "made_by": embedded.made_by}
+    told |= {"whole": json.dumps(embedded.padding_is_read)}  # the name in files of before
+    arrays = zip(("embeddings", "mask", "pooled", "ids"), embedded.embedding)
+    tensors = {name: np.asarray(array) for name, array in arrays if array is not None}
     tree.save_tree(path, tensors, {"format": "jaxdiff captions"} | told)
 
 
-def load(path: str | Path) -> EmbeddedCaptions:
+def load(path: str | Path) -> PrecomputedTextEncoder:
     """The inverse of `save`. FileNotFoundError, or ValueError in one line for any other file."""
     params, told = tree.load_tree(path)
     try:
-        captions, whole = (
+        captions, read = (
             json_files.parse(told[name], str(path), "captions", tree.LARGEST_HEADER) for name in ("captions", "whole")
         )
-        text, mask = params["embeddings"], params["mask"]
-        fits = text.ndim == 3 and mask.shape == text.shape[:2] and len(captions) == len(text)
-        fits = fits and jnp.issubdtype(text.dtype, jnp.floating) and mask.dtype == bool and isinstance(captions, list)
+        embedding = TextEmbedding(params["embeddings"], params["mask"], params.get("pooled"), params.get("ids"))
+        fits = _fits(embedding) and isinstance(captions, list) and len(captions) == len(embedding.tokens)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of embedded captions ({reason(error)})") from error
-    if not fits or not isinstance(whole, bool) or not all(isinstance(caption, str) for caption in captions):
+    if not fits or not isinstance(read, bool) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: not a file of embedded captions")
-    return EmbeddedCaptions(
-        tuple(captions), TextEmbedding(text.astype(np.float32), mask), whole, told.get("made_by", "")
-    )
+    embedding = jax.tree.map(lambda a: a.astype(np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, embedding)
+    return PrecomputedTextEncoder(tuple(captions), embedding, read, told.get("made_by", ""))
+
+
+def _fits(embedding: TextEmbedding) -> bool:
+    tokens, mask, pooled, ids = embedding
+    fits = tokens.ndim == 3 and jnp.issubdtype(tokens.dtype, jnp.floating)
+    fits = fits and mask.shape == tokens.shape[:2] and mask.dtype == bool
+    if pooled is not None:
+        fits = fits and pooled.ndim == 2 and len(pooled) == len(tokens) and jnp.issubdtype(pooled.dtype, jnp.floating)
+    if ids is not None:
+        fits = fits and ids.shape == mask.shape and jnp.issubdtype(ids.dtype, jnp.integer)
+    return fits

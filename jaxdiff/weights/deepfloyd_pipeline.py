@@ -78,7 +78,7 @@ def load_text_encoder(
     encoder = t5.load_text_encoder(
         directory / "text_encoder", LENGTH, dtype, tokenizer=directory / "tokenizer", variant=variant, place=place
     )
-    return replace(encoder, whole=True, prepare=clean_caption if clean else lowered)
+    return replace(encoder, padding_is_read=True, prepare=clean_caption if clean else lowered)
 
 
 def lowered(caption: str) -> str:

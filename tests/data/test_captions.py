@@ -140,7 +140,7 @@ def test_half_an_emoji_does_not_stop_the_encoding_of_a_dataset(tmp_path, source)
     (tmp_path / "1.png").write_bytes(source.examples[1]["image"])
     (tmp_path / "metadata.jsonl").write_text(HALF)
     found = folder.read(tmp_path)
-    encode = lambda texts: (np.ones((len(texts), 2, 3)), np.ones((len(texts), 2), bool))  # noqa: E731
+    encode = lambda texts: TextEmbedding(np.ones((len(texts), 2, 3)), np.ones((len(texts), 2), bool))  # noqa: E731
     with pytest.warns(UserWarning, match=r"1\.png: 1 character of the caption replaced by U\+FFFD \(half"):
         texts = list(example.captions(found))
     assert texts == ["half \ufffd"]

@@ -190,7 +190,7 @@ def test_damaged_embeddings_name_the_file_and_the_record(copy):
     """They can be made again, so that nothing is left out for them."""
 
     def encode(texts):
-        return np.ones((len(texts), 40, 900)), np.ones((len(texts), 40), bool)
+        return TextEmbedding(np.ones((len(texts), 40, 900)), np.ones((len(texts), 40), bool))
 
     source = records.read(copy)
     path = copy.parent / "text"

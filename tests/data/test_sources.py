@@ -93,7 +93,7 @@ def test_all_sources_end_in_the_same_pipeline(kind, every_source, data_dir, tmp_
     assert all(isinstance(caption, str) and caption for caption in captions)
     stored = embeddings.store_embeddings(
         captions,
-        lambda texts: (np.ones((len(texts), 2, 3)), np.ones((len(texts), 2), bool)),
+        lambda texts: TextEmbedding(np.ones((len(texts), 2, 3)), np.ones((len(texts), 2), bool)),
         tmp_path / "text",
         encoder="ones",
         batch=4,

@@ -16,9 +16,8 @@ import pytest
 
 from experiments.text import embed
 from jaxdiff.data import images, sources
-from jaxdiff.data.embeddings import Shard, fingerprint, open_embeddings
+from jaxdiff.data.embeddings import Shard, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.weights.t5 import export, load_text_encoder
 
@@ -48,8 +47,8 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys)
     embed.main(embed.Settings(f"folder:{photos}", str(encoder_dir), tmp_path / "text", length=12, batch=2))
     assert "3 embeddings of 12 × 16" in capsys.readouterr().out
     encoder = load_text_encoder(encoder_dir, 12)
-    stored = open_embeddings(tmp_path / "text", fingerprint(encoder))
-    pairs = [encode(encoder, texts) for texts in (["a cat", ""], ["two dogs", ""])]  # the size compiled already
+    stored = open_embeddings(tmp_path / "text", encoder.fingerprint)
+    pairs = [encoder.encode(texts) for texts in (["a cat", ""], ["two dogs", ""])]  # the size compiled already
     expected = jax.tree.map(lambda *parts: np.concatenate(parts), *pairs)
     for i in range(len(sources.open(sources.Folder(photos), 64, "train", ""))):
         text, mask, _ = stored[i]

@@ -11,7 +11,7 @@ from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 
 # Upright it is 24 wide and 16 high, its left half white; stored as a camera on its side does, it is 16 wide.
 UPRIGHT = np.zeros((16, 24, 3), np.uint8)

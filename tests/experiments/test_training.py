@@ -18,7 +18,6 @@ from experiments.imagen import emoji as emoji_run
 from experiments.imagen.samples import Samples
 from experiments.text import embed, pretrain
 from jaxdiff.data import emoji
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.training import metrics
 from jaxdiff.weights.imagen import load, load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -183,7 +182,7 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert not (tmp_path / "wrong").exists()
     # The same encoder computed in bfloat16 is another one.
     half = load_text_encoder(standin / "text", 16, "bfloat16")
-    save_model(dataclasses.replace(load_model(standin / "base64"), text=fingerprint(half)), base)
+    save_model(dataclasses.replace(load_model(standin / "base64"), text=half.fingerprint), base)
     arguments = "--text", standin / "text", "--base64", base, "--out", tmp_path / "half"
     done = command(assemble.main, *arguments)
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()

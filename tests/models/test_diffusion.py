@@ -269,6 +269,16 @@ def test_guidance_algebra_and_negative_prompt():
             np.testing.assert_allclose(drawn(stage, sampling, text=text, **options), wanted, atol=2e-3)
 
 
+def test_a_text_may_hold_more_than_the_null_text():
+    """A pooled vector and ids, which this network does not read: both branches of guidance are still one batch."""
+    text = texts(2)
+    more = text._replace(pooled=jnp.ones((2, 5)), ids=jnp.ones((2, LENGTH), jnp.int32))
+    stage, sampling = formula_stage(mean_text), replace(ONE_STEP, guidance=Guidance(2.0))
+    for negative in (null_text(stage, 2), more):
+        found = drawn(stage, sampling, text=more, negative=negative)
+        np.testing.assert_array_equal(found, drawn(stage, sampling, text=text, negative=negative))
+
+
 def test_outside_its_interval_guidance_costs_nothing():
     """The network sees doubled batches for as long as the log-SNR is inside, and plain ones after that."""
     batches = []

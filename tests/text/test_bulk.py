@@ -1,6 +1,7 @@
-"""Very many captions: the embeddings of `encode`, whatever a caption is padded to and however the encoder is split."""
+"""Very many captions: the same embeddings, whatever a caption is padded to and however the encoder is split."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text import bulk
 from jaxdiff.text.bulk import BulkEncoder, batches
-from jaxdiff.text.t5 import T5TextEncoder, encode
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.mesh import batch_sharding, make_mesh
 from jaxdiff.training.param_sharding import ParamSharding, shardings
@@ -30,7 +31,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def expected(encoder):
-    text = jax.tree.map(np.asarray, encode(encoder, CAPTIONS))
+    text = jax.tree.map(np.asarray, encoder.encode(CAPTIONS))
     return [row[kept] for row, kept in zip(text.tokens, text.mask)]
 
 
@@ -102,7 +103,9 @@ def test_a_split_encoder_is_never_whole_on_a_device():
         params = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
-        program = jax.jit(lambda p, i, m, c=config: bulk._embed(c, p, i, m), out_shardings=rows)
+        program = jax.jit(
+            functools.partial(bulk._embed, T5TextEncoder(config, {}, byte_tokenizer(), 4)), out_shardings=rows
+        )
         compiled = program.lower(params, ids, mask).compile()
         assert re.search("all-gather|all-reduce", compiled.as_text())
         extra.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -115,7 +118,7 @@ def test_what_cannot_be_done_is_said(encoder):
     with pytest.raises(ValueError, match="lengths"):
         BulkEncoder(encoder, 4, (8, 0))
     with pytest.raises(ValueError, match="padding"):
-        BulkEncoder(dataclasses.replace(encoder, whole=True))
+        BulkEncoder(dataclasses.replace(encoder, padding_is_read=True))
     with pytest.warns(UserWarning, match="longer than 20 tokens"):
         rows, _ = BulkEncoder(encoder, 4, (8,))(["o" * 50])
     assert len(rows[0]) == 20

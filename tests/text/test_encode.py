@@ -1,5 +1,7 @@
 """Captions to embeddings: zeros where nothing is said, and the same whatever the batch."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text import t5
+from jaxdiff.text.encoder import BLOCK
 from jaxdiff.text.tokenizer import byte_tokenizer
 
 CONFIG = T5Config(vocab=384, d_model=16, d_kv=8, d_ff=24, layers=1, decoder_layers=0, heads=2)
@@ -21,7 +24,7 @@ def encoder():
 
 
 def test_embeds_what_the_network_says(encoder):
-    got = t5.encode(encoder, ["red", "a star"])
+    got = encoder.encode(["red", "a star"])
     assert got.tokens.shape == (2, LENGTH, CONFIG.d_model) and got.tokens.dtype == jnp.float32
     np.testing.assert_array_equal(got.mask.sum(1), [4, 7])
     ids = jnp.array([[byte + 3 for byte in b"a star"] + [1]], jnp.int32)
@@ -32,34 +35,54 @@ def test_embeds_what_the_network_says(encoder):
 
 
 def test_a_blank_caption_is_the_null_text(encoder):
-    got = t5.encode(encoder, ["", "red", "  \n"])
-    null = t5.null_text(encoder, 1)
+    got = encoder.encode(["", "red", "  \n"])
     for i in (0, 2):
-        np.testing.assert_array_equal(got.tokens[i], null.tokens[0])
-        np.testing.assert_array_equal(got.mask[i], null.mask[0])
-    assert not null.mask.any() and not null.tokens.any()
+        assert not got.mask[i].any() and not np.asarray(got.tokens[i]).any()
     assert got.mask[1].any()
 
 
 def test_batches_change_nothing_and_reuse_the_program(encoder):
-    captions = [f"star {i}" for i in range(t5.BLOCK + 6)]
-    together = t5.encode(encoder, captions)
+    captions = [f"star {i}" for i in range(BLOCK + 6)]
+    together = encoder.encode(captions)
     assert together.tokens.shape[0] == len(captions)
-    for i in (0, 37, t5.BLOCK - 1, t5.BLOCK, t5.BLOCK + 5):
-        np.testing.assert_allclose(t5.encode(encoder, captions[i : i + 1]).tokens[0], together.tokens[i], atol=1e-5)
-    t5.encode(encoder, captions[:8])
-    compiled = t5._embed._cache_size()
+    for i in (0, 37, BLOCK - 1, BLOCK, BLOCK + 5):
+        np.testing.assert_allclose(encoder.encode(captions[i : i + 1]).tokens[0], together.tokens[i], atol=1e-5)
+    encoder.encode(captions[:8])
+    compiled = t5._states._cache_size()
     for count in (5, 6, 7, 8):
-        t5.encode(encoder, captions[:count])
-    assert t5._embed._cache_size() == compiled
+        encoder.encode(captions[:count])
+    assert t5._states._cache_size() == compiled
 
 
 def test_empty_list_and_bare_string(encoder):
-    assert t5.encode(encoder, []).tokens.shape == (0, LENGTH, CONFIG.d_model)
+    assert encoder.encode([]).tokens.shape == (0, LENGTH, CONFIG.d_model)
     with pytest.raises(ValueError, match="list of strings"):
-        t5.encode(encoder, "a star")
+        encoder.encode("a star")
+
+
+def test_the_fingerprint_tells_encoders_apart():
+    config = T5Config(vocab=384, d_model=8, d_kv=4, d_ff=8, layers=1, heads=2)
+    encoder = t5.T5TextEncoder(config, {"shared": np.zeros((3, 2), np.float32)}, byte_tokenizer(), 16)
+    other_tokenizer = byte_tokenizer()
+    other_tokenizer.add_tokens("star")
+    changed = [
+        {"length": 32},
+        {"config": replace(config, heads=4)},
+        {"params": {"shared": np.ones((3, 2), np.float32)}},
+        {"params": {"shared": jnp.zeros((3, 2), jnp.bfloat16)}},
+        {"params": {"other": np.zeros((3, 2), np.float32)}},
+        {"tokenizer": other_tokenizer},
+        {"padding_is_read": True},
+        {"prepare": str.lower},
+    ]
+    assert len({encoder.fingerprint, *(replace(encoder, **settings).fingerprint for settings in changed)}) == 9
+    # Stored embeddings and stage.json name encoders by it: it has to stay what it is.
+    assert encoder.fingerprint == "0de699146a136aff"
+    assert encoder.fingerprint == replace(encoder, params={"shared": jnp.zeros((3, 2))}).fingerprint
+    without_decoder = replace(config, decoder_layers=0, remat=True)  # neither changes an embedding
+    assert encoder.fingerprint == replace(encoder, config=without_decoder).fingerprint
 
 
 def test_over_long_prompt_warns(encoder):
     with pytest.warns(UserWarning, match="lost: 'circle'"):
-        assert t5.encode(encoder, ["a red circle"]).mask.all()
+        assert encoder.encode(["a red circle"]).mask.all()

@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxdiff.core import trees
 from jaxdiff.nets.t5 import XXL
-from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.weights import hub, t5, tree
 
@@ -58,7 +57,7 @@ def encode_one(directory):
     loaded = time.perf_counter()
     size = sum(leaf.nbytes for leaf in trees.flatten(encoder.params).values())
     after = memory()
-    text = encode(encoder, ["a red star above a blue ring"])
+    text = encoder.encode(["a red star above a blue ring"])
     finite = bool(np.isfinite(text.tokens).all()) and float(np.abs(text.tokens).max()) > 0
     told = {"parameters": size, "loading": after, "peak": memory(), "finite": finite, "tokens": int(text.mask.sum())}
     told |= {"seconds_to_load": loaded - start, "seconds_to_encode": time.perf_counter() - loaded}

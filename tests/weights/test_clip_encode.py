@@ -1,39 +1,19 @@
 """Captions to CLIP's embeddings: the tokenizer and the text tower of transformers, and ours on the same files."""
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from small_clip import CONFIGS, OPENAI, alone, close, init
-from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer
+from small_clip import CONFIGS, MERGES, OPENAI, close, fitted, init, tokenizer
 
-from jaxdiff.text import clip as text
-from jaxdiff.text import t5
-from jaxdiff.weights import clip
+from jaxdiff.text.encoder import BLOCK
+from jaxdiff.text.precomputed import embed_captions
+from jaxdiff.weights import captions, clip, tree
 
-MERGES = ["r e", "re d</w>", "s t", "a r</w>", "st ar</w>", "o n</w>", "b l", "u e</w>", "bl ue</w>", "c i"]
 CAPTIONS = ["a red star", "", "A blue   STAR, on  red!", "red star's 7 on blue", "ci co"]
 LONG = "red " * 9 + "star on blue"
 LENGTH = OPENAI.text.length
-
-
-def tokenizer(convention):
-    """Bytes, bytes that end a word, what the merges make of them, start and end; OpenCLIP's fills up with "!"."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*characters, *(character + "</w>" for character in characters), *(m.replace(" ", "") for m in MERGES)]
-    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [tuple(merge.split()) for merge in MERGES]
-    return CLIPTokenizer(vocab, merges, pad_token="!" if convention == "gelu" else "<|endoftext|>")
-
-
-def fitted(config, width):
-    """`config` of a text tower with as many ids as the tokenizer has, whose last is the end."""
-    words = tokenizer(config.text.activation)
-    eos_id = None if config.text.eos_id is None else words.eos_token_id
-    return replace(alone(config, "text", width), text=replace(config.text, vocab=len(words), eos_id=eos_id)), words
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +40,9 @@ def test_the_same_as_in_pytorch(config, width, tmp_path):
     with torch.no_grad():
         expected = model(input_ids=tokens.input_ids)  # no mask, as Stable Diffusion has none
     with pytest.warns(UserWarning, match=f"longer than {LENGTH} tokens cut short; lost: 'on blue'"):
-        found = text.encode(clip.load_text_encoder(tmp_path), [*CAPTIONS, LONG])
-    close(found.states, expected.last_hidden_state.numpy())
-    if width is None:
-        assert found.embedding is None
-        close(found.pooled, expected.pooler_output.numpy())
-    else:
-        close(found.embedding, expected.text_embeds.numpy())
+        found = clip.load_text_encoder(tmp_path).encode([*CAPTIONS, LONG])
+    close(found.tokens, expected.last_hidden_state.numpy())
+    close(found.pooled, (expected.pooler_output if width is None else expected.text_embeds).numpy())
 
 
 def test_a_vocabulary_in_two_files(directory, tmp_path):
@@ -75,33 +51,47 @@ def test_a_vocabulary_in_two_files(directory, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(words.get_vocab()))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
-    expected = text.encode(clip.load_text_encoder(directory), CAPTIONS)
-    found = text.encode(clip.load_text_encoder(directory, tokenizer=tmp_path), CAPTIONS)
+    expected = clip.load_text_encoder(directory).encode(CAPTIONS)
+    found = clip.load_text_encoder(directory, tokenizer=tmp_path).encode(CAPTIONS)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_batches_change_nothing(directory):
     encoder = clip.load_text_encoder(directory)
-    captions = [f"star {i}" for i in range(t5.BLOCK + 6)]
-    together = text.encode(encoder, captions)
-    assert together.states.shape == (len(captions), LENGTH, 48) and together.embedding.shape == (len(captions), 24)
-    for i in (0, t5.BLOCK - 1, t5.BLOCK + 5):
-        for one, all_of_them in zip(text.encode(encoder, captions[i : i + 1]), together):
+    captions = [f"star {i}" for i in range(BLOCK + 6)]
+    together = encoder.encode(captions)
+    assert together.tokens.shape == (len(captions), LENGTH, 48) and together.pooled.shape == (len(captions), 24)
+    for i in (0, BLOCK - 1, BLOCK + 5):
+        for one, all_of_them in zip(encoder.encode(captions[i : i + 1]), together):
             np.testing.assert_allclose(one[0], all_of_them[i], atol=1e-4)
 
 
 def test_no_captions_and_bare_string(directory):
     encoder = clip.load_text_encoder(directory)
-    none = text.encode(encoder, [])
-    assert none.states.shape == (0, LENGTH, 48) and none.embedding.shape == (0, 24)
+    none = encoder.encode([])
+    assert none.tokens.shape == (0, LENGTH, 48) and none.pooled.shape == (0, 24)
     with pytest.raises(ValueError, match="list of strings"):
-        text.encode(encoder, "a star")
+        encoder.encode("a star")
+
+
+def test_embedded_captions_in_a_file(directory, tmp_path):
+    """With the pooled vectors and the ids."""
+    embedded = embed_captions(clip.load_text_encoder(directory), CAPTIONS)
+    captions.save(tmp_path / "captions.safetensors", embedded)
+    found = captions.load(tmp_path / "captions.safetensors")
+    assert (found.captions, found.fingerprint) == (embedded.captions, embedded.fingerprint) and found.padding_is_read
+    jax.tree.map(np.testing.assert_array_equal, found.embedding, embedded.embedding)
+    params, told = tree.load_tree(tmp_path / "captions.safetensors")
+    for name, wrong in (("pooled", params["pooled"][1:]), ("ids", params["ids"].astype("f4")), ("ids", params["mask"])):
+        tree.save_tree(tmp_path / "wrong.safetensors", params | {name: wrong}, told)
+        with pytest.raises(ValueError, match="not a file of embedded captions"):
+            captions.load(tmp_path / "wrong.safetensors")
 
 
 @pytest.mark.parametrize(("count", "lost"), [(LENGTH - 2, None), (LENGTH - 1, "star"), (LENGTH + 1, "on on star")])
 def test_only_what_is_too_long_is_cut(directory, count, lost, recwarn):
     encoder = clip.load_text_encoder(directory)
-    text.encode(encoder, ["on " * (count - 1) + "star"])
+    encoder.encode(["on " * (count - 1) + "star"])
     assert [str(warning.message).split("lost: ")[-1] for warning in recwarn] == ([repr(lost)] if lost else [])
 
 

@@ -14,7 +14,7 @@ from jaxdiff.core import trees
 from jaxdiff.diffusion.time_grid import Leading
 from jaxdiff.systems.pipeline import Cascade
 from jaxdiff.text.cleaning import clean_caption
-from jaxdiff.text.t5 import embed_captions
+from jaxdiff.text.precomputed import embed_captions
 from jaxdiff.weights import hub, imagen
 
 
@@ -42,7 +42,7 @@ def test_a_folder_of_stages(exported):
     model, folder = exported
     found = imagen.load(folder)
     assert_same(found, model)
-    assert found.text.whole and found.text.length == 77 and found.text.prepare is clean_caption
+    assert found.text.padding_is_read and found.text.length == 77 and found.text.prepare is clean_caption
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     both = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     both |= {"scheduler/scheduler_config.json"}

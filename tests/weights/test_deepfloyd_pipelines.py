@@ -17,7 +17,6 @@ from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.time_grid import Leading, Respaced
 from jaxdiff.systems import pipeline as systems_pipeline
 from jaxdiff.systems.pipeline import Picture
-from jaxdiff.text.t5 import encode
 from jaxdiff.weights import imagen
 
 torch = pytest.importorskip("torch", reason="diffusers' IF is PyTorch's")
@@ -185,12 +184,12 @@ def test_captions(folder, ours, parts, clean):
     with torch.no_grad():
         wanted, negative = pipeline.encode_prompt(MESSY, True, clean_caption=clean)
     encoder = ours.text if clean else imagen.load_text(folder, clean=False)
-    found = encode(encoder, MESSY)
+    found = encoder.encode(MESSY)
     assert found.tokens.shape == (4, 77, 24) and found.mask.all()
     np.testing.assert_allclose(found.tokens, wanted, atol=2e-5)
-    np.testing.assert_allclose(encode(encoder, ["", " \n"]).tokens, negative[:2], atol=2e-5)
+    np.testing.assert_allclose(encoder.encode(["", " \n"]).tokens, negative[:2], atol=2e-5)
     np.testing.assert_allclose(found.tokens[2], negative[0], atol=2e-5)
     assert (np.abs(np.asarray(found.tokens)).max(-1) > 0.1).all()
     other = imagen.load_text(folder, clean=not clean)
-    differ = np.abs(encode(other, MESSY).tokens - found.tokens).max((1, 2)) > 0.1
+    differ = np.abs(other.encode(MESSY).tokens - found.tokens).max((1, 2)) > 0.1
     assert list(differ) == [True, True, False, False]

@@ -20,7 +20,7 @@ from jaxdiff.models.diffusion import Enlargement, NullText
 from jaxdiff.systems import pipeline
 from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions, encode
+from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
 from jaxdiff.weights import captions, deepfloyd_pipeline, imagen, tree
 
 
@@ -203,13 +203,13 @@ def embedded(exported):
 def test_captions_are_written_and_read(exported, embedded, tmp_path):
     captions.save(tmp_path / "captions.safetensors", embedded)
     found = captions.load(tmp_path / "captions.safetensors")
-    assert found.captions == ("", *small_if.CAPTIONS) and found.whole is True
+    assert found.captions == ("", *small_if.CAPTIONS) and found.padding_is_read is True
     assert (found.width, found.length) == (24, 77) == (exported[0].text.width, exported[0].text.length)
     np.testing.assert_array_equal(found.embedding.tokens, embedded.embedding.tokens)
     np.testing.assert_array_equal(found.embedding.mask, embedded.embedding.mask)
     twice = [small_if.CAPTIONS[2], "", small_if.CAPTIONS[2]]
-    np.testing.assert_allclose(encode(found, twice).tokens, encode(exported[0].text, twice).tokens, atol=1e-5)
-    assert encode(found, []).tokens.shape == (0, 77, 24)
+    np.testing.assert_allclose(found.encode(twice).tokens, exported[0].text.encode(twice).tokens, atol=1e-5)
+    assert found.encode([]).tokens.shape == (0, 77, 24)
 
 
 def test_the_same_pictures_without_the_encoder(exported, embedded):
@@ -238,7 +238,7 @@ def test_embeddings_of_another_encoder(exported, embedded):
         with pytest.raises(ValueError, match=message):
             replace(exported[0], text=replace(embedded, embedding=other))
     with pytest.raises(ValueError, match="the 16 stage reads padding and empty captions too"):
-        replace(exported[0], text=replace(embedded, whole=False))
+        replace(exported[0], text=replace(embedded, padding_is_read=False))
 
 
 def test_files_that_hold_no_captions(embedded, tmp_path):
@@ -280,7 +280,9 @@ def test_captions_in_bfloat16(embedded, tmp_path):
     """Half the file; they are float32 when they come back."""
     text, mask, *_ = embedded.embedding
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), jnp.asarray(text))
-    captions.save(tmp_path / "half.safetensors", EmbeddedCaptions(embedded.captions, TextEmbedding(half, mask), True))
+    captions.save(
+        tmp_path / "half.safetensors", PrecomputedTextEncoder(embedded.captions, TextEmbedding(half, mask), True)
+    )
     found = captions.load(tmp_path / "half.safetensors").embedding.tokens
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, text, rtol=2**-8)

@@ -15,13 +15,11 @@ from small import LENGTH, SR, TEXT, Formula, random_params
 
 from jaxdiff.core import trees
 from jaxdiff.core.settings import flatten
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.systems.pipeline import TrainedModel
-from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -100,7 +98,7 @@ def test_the_whole_cascade(saved):
         assert_equal(found, wanted)
     assert cascade.text.length == LENGTH
     jax.tree.map(np.testing.assert_array_equal, cascade.text.params, text)
-    embedding = encode(cascade.text, ["ab"])
+    embedding = cascade.text.encode(["ab"])
     assert embedding.tokens.shape == (1, LENGTH, 6) and embedding.mask.sum() == 3
 
 
@@ -296,6 +294,6 @@ def test_the_encoder_of_the_training_is_remembered(tmp_path):
 def test_what_is_shipped_knows_its_encoder():
     """A fingerprint is stored with stages and embeddings, so an encoder must keep it from one version to the next."""
     shipped = load()
-    made_by = fingerprint(shipped.text)
+    made_by = shipped.text.fingerprint
     assert shipped.base.text == made_by
     assert {model.text for model in shipped.super_resolution} <= {None, made_by}

@@ -20,7 +20,7 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.encoder import TextEmbedding
-from jaxdiff.text.t5 import EmbeddedCaptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, imagen, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 from jaxdiff.weights.settings import VERSION, to_json
@@ -150,7 +150,7 @@ def test_bytes(tmp_path):
 def test_embedded_captions(tmp_path):
     rng, path = random.Random(0), tmp_path / "captions.safetensors"
     embedding = TextEmbedding(jnp.zeros((2, 3, 4)), jnp.ones((2, 3), bool))
-    captions.save(path, EmbeddedCaptions(("", "a"), embedding, True, "t5"))
+    captions.save(path, PrecomputedTextEncoder(("", "a"), embedding, True, "t5"))
     params, told = tree.load_tree(path)
     for _ in range(100):
         read = {name: json.loads(text) if name in ("captions", "whole") else text for name, text in told.items()}

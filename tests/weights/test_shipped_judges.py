@@ -12,7 +12,6 @@ from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.features import all_features, clip_image
 from jaxdiff.evaluation.retrieval import retrieval
 from jaxdiff.nets.classifier import Classifier
-from jaxdiff.text.clip import encode
 from jaxdiff.weights import classifier, clip
 from jaxdiff.weights.imagen import SHIPPED
 
@@ -21,7 +20,7 @@ def r_at_1(examples):
     """Of pictures by their captions, of captions by their pictures; and the worse R@5."""
     scenes, captions = zip(*examples)
     image = clip_image(*clip.load_image(SHIPPED / "clip"))
-    text = encode(clip.load_text_encoder(SHIPPED / "clip"), [caption.text for caption in captions]).embedding
+    text = clip.load_text_encoder(SHIPPED / "clip").encode([caption.text for caption in captions]).pooled
     found = retrieval(np.asarray(text), all_features(image, [draw(s, image.side) for s in scenes]))
     return found.image[1], found.text[1], min(found.image[5], found.text[5])
 

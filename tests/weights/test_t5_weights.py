@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.nets import t5 as nets
-from jaxdiff.text.t5 import encode
 from jaxdiff.text.tokenizer import byte_tokenizer, train_tokenizer
 from jaxdiff.weights import hub, t5
 
@@ -317,7 +316,7 @@ def test_text_encoder(exported, make):
     tokenizer.save_pretrained(directory)
     encoder = t5.load_text_encoder(directory, 10)
     assert (encoder.length, encoder.config) == (10, replace(config, decoder_layers=0))
-    got = encode(encoder, ["a ring", ""])
+    got = encoder.encode(["a ring", ""])
     ids = jnp.asarray([tokenizer("a ring")["input_ids"]], jnp.int32)
     expected = jax.jit(nets.T5Encoder(config).apply)({"params": nets.encoder_params(params)}, ids, ids > 0)
     np.testing.assert_allclose(got.tokens[0, : ids.shape[1]], expected[0], atol=1e-5)
@@ -380,7 +379,7 @@ def test_a_tokenizer_without_padding_or_end(lacking, tmp_path):
         encoder = t5.load_text_encoder(tmp_path, 5)
         assert (encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id) == (0, 1)
         with pytest.warns(UserWarning, match="prompt longer than 5 tokens cut short"):
-            found.append(encode(replace(encoder, whole=True), captions).tokens)
+            found.append(replace(encoder, padding_is_read=True).encode(captions).tokens)
     np.testing.assert_array_equal(*found)
 
 
@@ -395,7 +394,7 @@ def test_ids_beyond_the_embedding(tmp_path):
         changed["post_processor"]["special_tokens"]["</s>"]["ids"] = [beyond]
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=f"the tokenizer gives the id {beyond}, the embedding has only 500"):
-            encode(t5.load_text_encoder(tmp_path, 5), ["a red star"])
+            t5.load_text_encoder(tmp_path, 5).encode(["a red star"])
         changed = json.loads(told)
         vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "red": beyond}
         changed["model"] = {"type": "WordLevel", "unk_token": "<unk>", "vocab": vocabulary}

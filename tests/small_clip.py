@@ -6,6 +6,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer
 
 from jaxdiff.core import trees
 from jaxdiff.nets import clip as nets
@@ -21,6 +23,7 @@ OPEN = replace(
     text=replace(OPENAI.text, activation="gelu", eos_id=117),
     image=replace(OPENAI.image, activation="gelu"),
 )
+MERGES = ["r e", "re d</w>", "s t", "a r</w>", "st ar</w>", "o n</w>", "b l", "u e</w>", "bl ue</w>", "c i"]
 CONFIGS = pytest.mark.parametrize("config", [OPENAI, OPEN], ids=["OpenAI", "OpenCLIP"])
 
 
@@ -35,6 +38,22 @@ def init(config):
             for path, leaf in shapes
         }
     )
+
+
+def tokenizer(convention):
+    """Bytes, bytes that end a word, what the merges make of them, start and end; OpenCLIP's fills up with "!"."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*characters, *(character + "</w>" for character in characters), *(m.replace(" ", "") for m in MERGES)]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [tuple(merge.split()) for merge in MERGES]
+    return CLIPTokenizer(vocab, merges, pad_token="!" if convention == "gelu" else "<|endoftext|>")
+
+
+def fitted(config, width):
+    """`config` of a text tower with as many ids as the tokenizer has, whose last is the end."""
+    words = tokenizer(config.text.activation)
+    eos_id = None if config.text.eos_id is None else words.eos_token_id
+    return replace(alone(config, "text", width), text=replace(config.text, vocab=len(words), eos_id=eos_id)), words
 
 
 def close(found, expected):
