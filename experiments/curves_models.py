@@ -19,9 +19,6 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems import imagen
-from jaxdiff.text import clip, t5
-from jaxdiff.text.clip import CLIPTextEncoder
-from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import TrainConfig, train

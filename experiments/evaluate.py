@@ -246,7 +246,7 @@ def _drawn(settings: Run, model: Pipeline, spec: sources.DataSpec, split: str) -
     models = trained(model)
     made_of = {"weights": ", ".join(digest_of(each.params) for each in models), "resolution": resolution}
     made_of |= {"stages": [to_json(each.model) for each in models], "dtype": settings.drawing.dtype}
-    made_of |= {"text": fingerprint(model.text_encoder), "samplings": [to_json(each.sampling) for each in models]}
+    made_of |= {"text": model.text_encoder.fingerprint, "samplings": [to_json(each.sampling) for each in models]}
     made_of |= {"seed": settings.seed, "data": settings.data, "split": split}
     folder = settings.out / "drawn"
     _same_run(folder, made_of)

@@ -34,7 +34,6 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.systems.pipeline import SampleOptions
-from jaxdiff.text import clip as clip_text
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import AdamW, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state, placements_of

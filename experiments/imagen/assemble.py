@@ -17,7 +17,6 @@ from typing import Literal
 
 from experiments.cli import run
 from jaxdiff.core.files import replacing
-from jaxdiff.data.embeddings import fingerprint
 from jaxdiff.models.sampling import TrainedModel, mean
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.weights import hub, t5
@@ -55,7 +54,7 @@ def main(settings: Settings) -> None:
         raise ValueError(f"{folders['base64'][0]}: a stage that reads no text")
     directory = hub.directory_of(settings.text, "T5")
     encoder = t5.load_text_encoder(directory, base.model.text.shape[0], settings.text_dtype)
-    made_by = fingerprint(encoder)
+    made_by = encoder.fingerprint
     for name, model in models.items():
         if model.text_fingerprint not in (None, made_by):
             raise ValueError(

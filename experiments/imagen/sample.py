@@ -51,7 +51,7 @@ from experiments.imagen.png_metadata import Metadata
 from jaxdiff.core.files import usable
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.pipeline import Batch, Pipeline, SampleOptions
-from jaxdiff.text.t5 import EmbeddedCaptions, embed_captions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
 from jaxdiff.weights import captions as captions_file
 from jaxdiff.weights.imagen import SHIPPED, load, load_text, trained
 from jaxdiff.weights.settings import to_json

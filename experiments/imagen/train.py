@@ -35,7 +35,7 @@ from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.unet import Remat
-from jaxdiff.text.t5 import T5TextEncoder, encode
+from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
@@ -316,7 +316,7 @@ def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, E
         )
     if settings.text is not None:
         encoder = load_text_encoder(settings.text, embeddings.length, settings.text_dtype, place=np.asarray)
-        embeddings = open_embeddings(settings.embeddings, fingerprint(encoder))
+        embeddings = open_embeddings(settings.embeddings, encoder.fingerprint)
     return None, embeddings
 
 

@@ -34,7 +34,6 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline
-from jaxdiff.text.t5 import T5TextEncoder, embed
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.cli import run
 from jaxdiff.data import sources
-from jaxdiff.data.embeddings import Embeddings, RowEncoder, Shard, StoreProgress, fingerprint, store_rows
+from jaxdiff.data.embeddings import Embeddings, RowEncoder, Shard, StoreProgress, store_rows
 from jaxdiff.data.example import captions
 from jaxdiff.text.bulk import LENGTHS, BulkEncoder
 from jaxdiff.text.tokenizer import Tokens
@@ -91,7 +91,7 @@ def main(settings: Settings) -> None:
     spec = sources.parse(settings.data)
     source = captions(sources.open(spec, settings.resolution, settings.split, settings.data_dir))
     bulk = _bulk(settings)
-    made_by = fingerprint(bulk.encoder)
+    made_by = bulk.encoder.fingerprint
     # Other shards may be written at the same time; a second start of this one would do its work twice.
     lock = FolderLock(settings.out, f"shard-{share.index}-of-{share.count}.lock")
     with lock, _Progress(bulk, source, settings.out) as progress:

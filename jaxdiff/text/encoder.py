@@ -1,7 +1,9 @@
 """What every text encoder is to its callers: captions in, a `TextEmbedding` out. And what all of them are made with."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp

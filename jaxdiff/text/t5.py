@@ -78,7 +78,3 @@ class T5TextEncoder:
 @partial(jax.jit, static_argnums=0)
 def _states(config: T5Config, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
     return cast(Array, T5Encoder(config).apply({"params": params}, ids, mask))
-T5TextEncoder.encode = lambda self, c: encode(self, c)  # TEMP
-T5TextEncoder.padding_is_read = property(lambda s: s.whole)  # TEMP
-EmbeddedCaptions.encode = lambda self, c: encode(self, c)  # TEMP
-EmbeddedCaptions.padding_is_read = property(lambda s: s.whole)  # TEMP

@@ -22,15 +22,11 @@ from jaxdiff.data.embeddings import (
     RowEncoder,
     Shard,
     StoreProgress,
-    fingerprint,
     open_embeddings,
     store_embeddings,
     store_rows,
 )
 from jaxdiff.data.pipeline import DataConfig, image_batches
-from jaxdiff.nets.t5 import T5Config
-from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.text.tokenizer import byte_tokenizer
 
 LENGTH, WIDTH = 6, 5
 CAPTIONS = [f"{'word ' * (i % 7)}{i}" for i in range(23)]

@@ -28,7 +28,7 @@ SIDEWAYS = {
 @pytest.fixture(scope="module")
 def model() -> Pipeline:
     """No parameters: nothing is drawn."""
-    text = EmbeddedCaptions(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
+    text = PrecomputedTextEncoder(("",), TextEmbedding(jnp.zeros((1, 16, WIDTH)), jnp.zeros((1, 16), bool)))
     return imagen(text, TrainedModel(BASE, {}, SamplingConfig()), TrainedModel(SR_256, {}, SamplingConfig()))
 
 

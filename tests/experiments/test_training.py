@@ -79,7 +79,7 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     folder = tmp_path / "other"
     shutil.copytree(embeddings, folder)
     sidecar = folder / "embeddings.json"
-    sidecar.write_text(sidecar.read_text().replace(model.text_fingerprint, fingerprint(wrong)))
+    sidecar.write_text(sidecar.read_text().replace(model.text_fingerprint, wrong.fingerprint))
     changed = (*arguments[:-4], folder, *arguments[-3:])
     done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 2 and "but the model needs" in done.err

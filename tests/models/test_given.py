@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxdiff.text.precomputed import PrecomputedTextEncoder
 from small import BASE, LENGTH, TEXT, Formula, random_params
 
 from jaxdiff.diffusion import noise
@@ -22,6 +21,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel, first_step
 from jaxdiff.systems.pipeline import After, InitImage, Pipeline, SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.precomputed import PrecomputedTextEncoder
 
 KEY, COUNT, SIDE = jax.random.key(1), 4, 8
 SAMPLERS = [DDIM(), DDPM(), DPMSolverPP2M(), Heun()]
