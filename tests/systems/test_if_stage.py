@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import Formula, loss_of, random_params
+from small import Formula, changed, loss_of, random_params
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDPM
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
-from jaxdiff.models.diffusion import enlarge_between_corners
-from jaxdiff.models.sampling import SamplingConfig, draw
+from jaxdiff.models.conditioners import TextConditioner, enlarge_between_corners
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.blocks import Activation
-from jaxdiff.nets.unet import Reading, UNetConfig
-from jaxdiff.systems import imagen as presets
+from jaxdiff.nets.conditioning import WholeText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
+from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.encoder import TextEmbedding
 
 KEY, COUNT, WIDTH = jax.random.key(1), 64, 6
@@ -37,10 +38,11 @@ BATCH = jax.tree.map(jnp.asarray, BATCH)
 
 
 def stage_of(output=None, low_res=False):
-    return presets.if_stage(Formula(learned_variance=True, low_res=low_res, output=output), 16)
+    unet = Formula(learned_variance=True, output=output)
+    return presets.if_model(unet, 16, low_res=low_res).reading(77, WIDTH)
 
 
-def seen_in_training(low_res=False, batch=BATCH, **settings):
+def seen_in_training(low_res=False, batch=BATCH, dropout=0.1):
     """What the network is given: (x, entry, text, mask[, low_res, level])."""
     calls = []
 
@@ -48,7 +50,7 @@ def seen_in_training(low_res=False, batch=BATCH, **settings):
         calls.append([np.asarray(value) for value in (x, *rest)])
         return jnp.concatenate([x, x], -1)
 
-    loss_of(replace(stage_of(record, low_res), **settings), {}, batch, KEY)
+    loss_of(changed(stage_of(record, low_res), TextConditioner, dropout=dropout), {}, batch, KEY)
     (inputs,) = calls
     return inputs
 
@@ -65,7 +67,7 @@ def test_entries_of_the_table():
 
 def test_dropped_captions_are_the_empty_one():
     for share in (0.0, 0.5, 1.0):
-        text, mask = seen_in_training(text_dropout=share)[2:4]
+        text, mask = seen_in_training(dropout=share)[2:4]
         dropped = (text == NULL).all((1, 2))
         assert dropped.mean() == pytest.approx(share, abs=0.2 if share == 0.5 else 0)
         np.testing.assert_array_equal(text[~dropped], np.asarray(BATCH["text"])[~dropped])
@@ -74,7 +76,7 @@ def test_dropped_captions_are_the_empty_one():
 
 def test_a_batch_needs_the_empty_caption():
     batch = {name: value for name, value in BATCH.items() if name != "null_text"}
-    with pytest.raises(ValueError, match="a batch needs null_text, its embedding") as error:
+    with pytest.raises(ValueError, match="the null text of this model is the empty caption") as error:
         seen_in_training(batch=batch)
     assert "\n" not in str(error.value)
 
@@ -124,21 +126,14 @@ def network():
         channels=8,
         multipliers=(1,),
         blocks=(1,),
-        self_attention=(True,),
-        cross_attention=(False,),
-        head_channels=8,
-        time_width=16,
-        text_width=WIDTH,
-        context_width=8,
+        attention=AttentionConfig((True,), (False,), head_channels=8, group_text=True),
+        conditioning=ConditioningConfig(16, WholeText(8, pool_heads=2), frequencies=8),
         learned_variance=True,
-        reading=Reading.WHOLE,
-        pool_heads=2,
         activation=Activation.GELU,
         norm_groups=4,
-        frequencies=8,
     )
-    stage = presets.if_stage(unet, 16)
-    return stage, random_params(stage)
+    model = presets.if_model(unet, 16).reading(77, WIDTH)
+    return model, random_params(model)
 
 
 def test_a_step_of_training(network):
@@ -173,11 +168,12 @@ def test_the_variance_teaches_nothing_of_the_mean():
     assert abs(both[1]) > 1e-6 and alone[1] == 0.0
 
 
-def drawn(stage, params, count=2, side=16, **settings):
+def drawn(model, params, count=2, side=16, **settings):
     keys = noise.sample_keys(KEY, jnp.arange(count))
     text = TextEmbedding(BATCH["text"][:count], BATCH["text_mask"][:count])
     null = TextEmbedding(jnp.broadcast_to(NULL, (count, 77, WIDTH)), BATCH["text_mask"][:count])
-    return np.asarray(draw(stage, params, SamplingConfig(**settings), text, null, keys, (side, side)))
+    trained = TrainedModel(model, params, SamplingConfig(**settings))
+    return np.asarray(trained.generate(SampleRequest(keys, (side, side), text, null)))
 
 
 def test_drawing_with_the_learned_variance():
@@ -208,7 +204,7 @@ def test_drawing_in_tiles():
 
 
 def test_settings_that_make_no_sense():
-    with pytest.raises(ValueError, match="a variance is learned between the entries of a discrete schedule"):
+    with pytest.raises(ValueError, match="a variance is learned between the entries of a tabulated schedule"):
         replace(stage_of(), schedule=CosineSchedule())
     fixed = stage_of(lambda x, *rest: x)
     fixed = replace(fixed, unet=replace(fixed.unet, learned_variance=False))
