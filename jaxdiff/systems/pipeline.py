@@ -52,7 +52,7 @@ class Box(Protocol):
         return 1
 
     @property
-    def reads(self) -> tuple[int, int] | None:
+    def reads(self) -> tuple[int | None, int | None] | None:
         return None
 
     @property
@@ -215,6 +215,8 @@ def _check_text(encoder: TextEncoder | None, box: Box) -> None:
         return
     if encoder is None:
         raise ValueError(f"the {box.side} stage reads text, and there is no text encoder")
+    if None in box.reads:
+        raise ValueError(f"the {box.side} stage does not know its text encoder: name it with `DiffusionModel.reading`")
     if (encoder.length, encoder.width) != box.reads:
         raise ValueError(
             f"the text encoder gives embeddings of width {encoder.width}, {encoder.length} of them; "
