@@ -62,8 +62,8 @@ class TrainConfig:
     seed: int = 0
     stall: float = 0.0  # seconds without progress after which that is reported with stacks; 0: never
     stall_exit: float = 0.0  # and after which the process ends, and with it the others of the run; 0: never
-    progress: bool = True  # show a bar
-    description: str = ""  # on the bar
+    progress: bool = True  # whether a bar is shown
+    description: str = ""  # of the bar
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
