@@ -31,7 +31,7 @@ from jaxdiff.evaluation.resize import Fit
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
-from jaxdiff.text.precomputed import PrecomputedTextEncoder
+from jaxdiff.text.precomputed import embed_captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Grid:
             larger = enlarger(places.out / "models", self.training, self._spec, places.data_dir)
             level = dataclasses.replace(larger.sampling, aug_level=setting.aug)
             decoders = (dataclasses.replace(larger, sampling=level),)
-        captions = PrecomputedTextEncoder(tuple(self._captions), text.encode(self._captions))
+        captions = embed_captions(text, self._captions)
         return imagen(captions, dataclasses.replace(base, sampling=sampling), *decoders)
 
     def _pictures(self, model: Pipeline, seed: int, weight: float) -> np.ndarray:

@@ -187,7 +187,7 @@ class TrainedModel:
         """ValueError where it cannot sample this size, not in tiles or not in these, or not with these settings."""
         _check(self.model, self.sampling, size)
 
-    def decode(self, product: Float[Array, "b h w c"] | None, request: SampleRequest) -> Float[Array, "b h w c"]:
+    def decode(self, product: Float[Array, "b h w c"] | None, request: SampleRequest) -> Float[Array, "b h2 w2 c2"]:
         """Samples (b, *size, c), clipped to [-1, 1] where they are images, from a product of the box before, which
         super-resolution enlarges; a generator has none. ValueError as from `check`."""
         model, sampling, keys, size = self.model, self.sampling, request.keys, request.size
