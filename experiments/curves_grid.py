@@ -15,6 +15,7 @@ from tqdm import tqdm
 from experiments.curves_models import Training, enlarger, model_of, text_of
 from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
+from experiments.imagen.drawing import with_boxes
 from experiments.imagen.presets import thresholding
 from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
 from jaxdiff.core import json_files
@@ -32,6 +33,7 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.text.precomputed import embed_captions
+from jaxdiff.weights.imagen import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +201,10 @@ class Grid:
         """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
         # As an array, the weight is traced even where it is 1, so that one program serves all weights.
         guidance = Guidance(jnp.asarray(weight, jnp.float32), interval=self.drawn.interval)
-        sampling = dataclasses.replace(model.generator.sampling, guidance=guidance)
-        guided = dataclasses.replace(model, generator=dataclasses.replace(model.generator, sampling=sampling))
-        batches = guided.batches(self._captions, SampleOptions(seed=seed, batch=self.drawn.draw_batch))
+        base, *larger = trained(model)
+        base = dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, guidance=guidance))
+        options = SampleOptions(seed=seed, batch=self.drawn.draw_batch)
+        batches = with_boxes(model, [base, *larger]).batches(self._captions, options)
         return np.concatenate([to_uint8(batch.products[-1]) for batch in batches])
 
     def _judged(self, name: str, pictures: np.ndarray) -> tuple[float, float]:
