@@ -15,6 +15,7 @@ from tqdm import tqdm
 from experiments.curves_models import Training, enlarger, model_of, text_of
 from experiments.curves_plot import Point
 from experiments.imagen import pictures as png
+from experiments.imagen.drawing import with_boxes
 from experiments.imagen.presets import thresholding
 from experiments.judging import Bench, OfSource, PictureSet, embedded, observe
 from jaxdiff.core import json_files
@@ -31,7 +32,8 @@ from jaxdiff.evaluation.resize import Fit
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
-from jaxdiff.text.precomputed import PrecomputedTextEncoder
+from jaxdiff.text.precomputed import embed_captions
+from jaxdiff.weights.imagen import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,16 +194,17 @@ class Grid:
             larger = enlarger(places.out / "models", self.training, self._spec, places.data_dir)
             level = dataclasses.replace(larger.sampling, aug_level=setting.aug)
             decoders = (dataclasses.replace(larger, sampling=level),)
-        captions = PrecomputedTextEncoder(tuple(self._captions), text.encode(self._captions))
+        captions = embed_captions(text, self._captions)
         return imagen(captions, dataclasses.replace(base, sampling=sampling), *decoders)
 
     def _pictures(self, model: Pipeline, seed: int, weight: float) -> np.ndarray:
         """uint8 pictures of all captions; the noise of a caption is the same whatever the weight."""
         # As an array, the weight is traced even where it is 1, so that one program serves all weights.
         guidance = Guidance(jnp.asarray(weight, jnp.float32), interval=self.drawn.interval)
-        sampling = dataclasses.replace(model.generator.sampling, guidance=guidance)
-        guided = dataclasses.replace(model, generator=dataclasses.replace(model.generator, sampling=sampling))
-        batches = guided.batches(self._captions, SampleOptions(seed=seed, batch=self.drawn.draw_batch))
+        base, *larger = trained(model)
+        base = dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, guidance=guidance))
+        options = SampleOptions(seed=seed, batch=self.drawn.draw_batch)
+        batches = with_boxes(model, [base, *larger]).batches(self._captions, options)
         return np.concatenate([to_uint8(batch.products[-1]) for batch in batches])
 
     def _judged(self, name: str, pictures: np.ndarray) -> tuple[float, float]:

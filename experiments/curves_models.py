@@ -19,6 +19,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems import imagen
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import TrainConfig, train

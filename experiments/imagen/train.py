@@ -35,7 +35,7 @@ from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.unet import Remat
-from jaxdiff.text.t5 import T5TextEncoder
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import Cluster, alike, check_shared, gathered, on_process_0, once, start
@@ -320,7 +320,7 @@ def text_of(settings: Run, stage: DiffusionModel) -> tuple[TextEncoder | None, E
     return None, embeddings
 
 
-def reading(settings: Run, stage: DiffusionModel, text: T5TextEncoder | Embeddings | None) -> DiffusionModel:
+def reading(settings: Run, stage: DiffusionModel, text: TextEncoder | Embeddings | None) -> DiffusionModel:
     """The stage for the text embeddings that it is trained on; without any, for those that its preset is meant for."""
     length, width = presets.READS[settings.preset] if text is None else (text.length, text.width)
     return stage.reading(length, width)

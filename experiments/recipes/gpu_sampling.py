@@ -14,7 +14,7 @@ from experiments.imagen.pictures import grid, write
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
-from jaxdiff.text.t5 import embed_captions
+from jaxdiff.text.precomputed import embed_captions
 from jaxdiff.weights.imagen import load, trained
 
 
@@ -49,7 +49,7 @@ def _time(context: Context, model: Pipeline, captions: list[str], dtype: str, up
 def _seconds(model: Pipeline, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
     """In all, of each stage, and the images of the last one."""
     begun, after = time.perf_counter(), None
-    embedded = dataclasses.replace(model, text_encoder=embed_captions(model.text_encoder, captions))
+    embedded = dataclasses.replace(model, text_encoder=embed_captions(model.text_encoder, captions, ""))
     laps = [time.perf_counter()]
     for box in range(model.sides.index(up_to) + 1):
         (images,) = embedded.sample(captions, SampleOptions(seed=7, last=box, after=after))

@@ -34,6 +34,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.text.encoder import NetworkTextEncoder
 from jaxdiff.text.tokenizer import Tokens
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig

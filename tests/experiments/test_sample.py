@@ -1,6 +1,7 @@
 """Prompts to pictures on disk: what is written, what it says of itself, and that settings do what they say."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -13,9 +14,12 @@ from experiments.imagen.drawing import Drawing, mesh_of, samplings, spread, with
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.models.tiles import Tiles
+from jaxdiff.nets.unet import EfficientUNet
 from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.weights.imagen import load, trained
 from jaxdiff.weights.settings import from_json, to_json
+
+ROOT = Path(__file__).parents[2]
 
 
 def pictures_in(folder):
@@ -173,6 +177,34 @@ def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
     assert "cut short" in warned[0] and "and nothing else" in warned[0]
     assert "empty prompt is drawn without text" in warned[1]
     assert "UserWarning" not in done.err
+
+
+def test_the_shipped_models_draw_what_they_drew(tmp_path, command):
+    """red_circle.png: every fourth pixel of this image on a CPU, before the library's inside became general."""
+    caption = "a large red circle on a white background"
+    done = command(sample.main, caption, "--seed", 7, "--up-to", 256, "--out", tmp_path)
+    assert done.code == 0, done.err
+    (image,) = pictures_in(tmp_path).values()
+    expected = np.asarray(Image.open(Path(__file__).with_name("red_circle.png")), int)
+    assert np.abs(np.asarray(image, int)[::4, ::4] - expected).max() <= 2
+
+
+def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, command, monkeypatch):
+    """Of this project's files, ten functions at most, the command and the network among them."""
+    network = EfficientUNet.__call__
+
+    def reached(self, *inputs):
+        if self.is_initializing():  # for the shapes of what is loaded
+            return network(self, *inputs)
+        raise RuntimeError("the network is reached")
+
+    monkeypatch.setattr(EfficientUNet, "__call__", reached)
+    done = command(sample.main, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    assert done.code == 70 and done.err.rstrip().endswith("RuntimeError: the network is reached"), done.err
+    frames = re.findall(r'File "(.+)", line \d+, in (\S+)', done.err)
+    ours = [name for file, name in frames if Path(file).is_relative_to(ROOT / "jaxdiff") or "/experiments/" in file]
+    assert (ours[0], ours[1], ours[-1]) == ("run", "main", "reached") and "guide" in ours
+    assert len(ours) <= 10, ours
 
 
 def test_an_empty_prompt_is_the_null_text(standin):
