@@ -18,6 +18,7 @@ from experiments.imagen import emoji as emoji_run
 from experiments.imagen.samples import Samples
 from experiments.text import embed, pretrain
 from jaxdiff.data import emoji
+from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.training import metrics
 from jaxdiff.weights.imagen import load, load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -85,6 +86,15 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
     assert done.code == 2 and "but the model needs" in done.err
     done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run", "--text-length", 15)
     assert done.code == 2 and "16 tokens a caption, not of --text-length 15" in done.err
+
+
+def test_log_snrs_to_train_at(tmp_path):
+    """`--logsnr` replaces where the preset trains, or, in part, stands before it; the noise schedule stays."""
+    run = train.Run(stage="base64", out=tmp_path, logsnr=(-5.0, 0.0))
+    preset, changed = presets.stage("base64", "tiny"), train.stage_of(run)
+    assert changed.time_sampler == LogSNRRange(-5.0, 0.0) and changed.schedule == preset.schedule
+    partly = train.stage_of(dataclasses.replace(run, logsnr_fraction=0.75))
+    assert partly.time_sampler == LogSNRRange(-5.0, 0.0, 0.75, rest=preset.time_sampler)
 
 
 def test_parameters_to_begin_with(standin, photos, tmp_path, command):
