@@ -25,19 +25,19 @@ WIDE = Toy(width=16_384)
 
 
 @dataclass(frozen=True)
-class Deep:
+class Deep(Toy):
     """Has a matrix large enough to be split over devices, and for Adafactor to keep a row and a column of it."""
 
     width: int = 256
 
     def init(self, key):
-        params, extra = Toy(self.width).init(key)
+        params, extra = super().init(key)
         return params | {"middle": {"kernel": jax.random.normal(key, (self.width, self.width)) / 16}}, extra
 
-    def loss(self, params, batch, key):
+    def loss(self, params, extra, frozen, batch, key, step):
         hidden = jax.numpy.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"])
         hidden = jax.numpy.tanh(hidden @ params["middle"]["kernel"])
-        return ((hidden @ params["second"]["kernel"] - batch["noise"]) ** 2).mean(), {}
+        return ((hidden @ params["second"]["kernel"] - batch["noise"]) ** 2).mean(), ({}, extra)
 
 
 def equal(a, b):
