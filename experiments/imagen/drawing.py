@@ -86,9 +86,11 @@ def with_samplings(pipeline: Pipeline, drawing: Drawing) -> Pipeline:
 
 def box_of(pipeline: Pipeline, side: int | None) -> int | None:
     """Number of the box that produces images of this side; None for None."""
-    if side is None or side in pipeline.sides:
-        return None if side is None else pipeline.sides.index(side)
-    raise ValueError(f"no stage draws {side} pixels; this cascade draws {', '.join(map(str, pipeline.sides))}")
+    if side is None:
+        return None
+    if side not in pipeline.sides:
+        raise ValueError(f"no stage draws {side} pixels; this cascade draws {', '.join(map(str, pipeline.sides))}")
+    return pipeline.sides.index(side)
 
 
 def mesh_of(text: str) -> Mesh | None:

@@ -231,6 +231,8 @@ def config_of(settings: Run) -> TrainConfig:
     for name in ("limit", "workers"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} {getattr(settings, name)}: must be 0 or more")
+    if settings.text_length is not None and settings.text_length < 1:
+        raise ValueError(f"text_length {settings.text_length}: must be at least 1")
     return TrainConfig(
         optimizer=OptimizerConfig(
             kind=dataclasses.replace(OPTIMIZERS[settings.optimizer], weight_decay=settings.weight_decay),

@@ -242,6 +242,7 @@ def test_training_arguments(standin, tmp_path, command):
         (("--stage", "sr256", "--seed", -1), "seed -1"),
         (("--stage", "sr256", "--workers", -1), "workers -1"),
         (("--stage", "sr256", "--limit", -1), "limit -1"),
+        (("--stage", "base64", "--text-length", 0), "text_length 0"),
         (("--stage", "sr256", "--crop", 512), "--crop 512"),
         (("--stage", "base64", "--embeddings", "/nowhere"), "/nowhere"),
         (("--stage", "base64", "--text", "none"), "--text none"),

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments.imagen import png_metadata, sample
-from experiments.imagen.drawing import Drawing, mesh_of, samplings, spread, with_boxes
+from experiments.imagen.drawing import Bars, Drawing, mesh_of, samplings, spread, with_boxes
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.models.tiles import Tiles
@@ -205,6 +206,29 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
     ours = [name for file, name in frames if Path(file).is_relative_to(ROOT / "jaxdiff") or "/experiments/" in file]
     assert (ours[0], ours[1], ours[-1]) == ("run", "main", "reached") and "guide" in ours
     assert len(ours) <= 10, ours
+
+
+def test_seconds_belong_to_the_box_that_reports(monkeypatch):
+    """Two runs of a generator, whose first report compiles, and a decoder; what lies between them belongs to none."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("experiments.imagen.drawing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    with Bars(SimpleNamespace(sides=(64, 256)), runs=2) as bars:
+
+        def report(now, *progress):
+            clock.now = now
+            bars(*progress)
+
+        report(10, 0, 8, 16)
+        report(12, 0, 16, 16)
+        report(15, 1, 4, 4)
+        clock.now = 100
+        bars.resume()
+        report(102, 0, 8, 16)
+        report(104, 0, 16, 16)
+        report(105, 1, 4, 4)
+    assert (bars.seconds(0), bars.seconds(1)) == (16, 4)
+    assert bars.per_picture(0, 8) == (2 + 2 + 2) / 24 * 32 / 8  # seconds a step, times steps a picture
+    assert bars.per_picture(1, 4) == 1 / 4 * 8 / 4
 
 
 def test_an_empty_prompt_is_the_null_text(standin):

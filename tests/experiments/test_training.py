@@ -138,6 +138,16 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     assert samples._text.tokens[:, 0, 0].tolist() == shades.tolist()
 
 
+def test_a_model_reads_what_its_text_encoder_gives(standin, tmp_path):
+    """Of any width, and as many tokens as are asked for; a network that learns without text keeps its preset's."""
+    base, settings = small_cascade.BASE, train.Run("base64", tmp_path, text=str(standin / "text"))
+    for length in (None, 12):
+        chosen = dataclasses.replace(settings, text_length=length)
+        encoder, _ = train.text_of(chosen, base)
+        assert train.reading(chosen, base, encoder).text.shape == (length or 24, small_cascade.WIDTH)
+    assert train.reading(dataclasses.replace(settings, preset="300m"), base, None).text.shape == (128, 4096)
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, command, monkeypatch):
     """Grain's stream, stored embeddings and a stage of Imagen: the losses are those of a run that was left alone."""
     arguments = "--stage", "base64", "--data", f"folder:{photos}", "--text", standin / "text"
