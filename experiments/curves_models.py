@@ -18,7 +18,7 @@ from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
-from jaxdiff.systems import imagen
+from jaxdiff.systems import imagen_tiny
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.training.lock import locked
@@ -32,7 +32,7 @@ SIZES = ("micro", "tiny", "mini", "midi")
 """T5s that are pre-trained here; the largest one with random parameters is `untrained`."""
 LENGTH = 24
 """Tokens of a caption, as the presets of the base models read them."""
-ENLARGING = {32: imagen.SR_64_TINY, 64: imagen.SR_256_TINY}
+ENLARGING = {32: imagen_tiny.SR_64_TINY, 64: imagen_tiny.SR_256_TINY}
 """Super-resolution behind each resolution of a base."""
 
 
@@ -148,7 +148,7 @@ def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: P
         crop = min(stage.side, 64)
         stream = image_batches(source, DataConfig(stage.side, 16, low_resolution=settings.resolution, crop=crop))
         made_of = {"examples": len(source), "crop": crop}
-        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen.SAMPLING_SR_TINY)
+        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen_tiny.SAMPLING_SR_TINY)
     return load_model(folder / "model")
 
 

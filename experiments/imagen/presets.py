@@ -10,27 +10,27 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems import deepfloyd
+from jaxdiff.systems import deepfloyd, imagen_tiny
 from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.param_sharding import ParamSharding, Rule
 
 STAGES: dict[str, dict[str, DiffusionModel]] = {
     "base32": {
-        "micro": presets.BASE_32_MICRO,
-        "small": presets.BASE_32_SMALL,
-        "medium": presets.BASE_32_MEDIUM,
-        "tiny": presets.BASE_32_TINY,
+        "micro": imagen_tiny.BASE_32_MICRO,
+        "small": imagen_tiny.BASE_32_SMALL,
+        "medium": imagen_tiny.BASE_32_MEDIUM,
+        "tiny": imagen_tiny.BASE_32_TINY,
     },
     "base64": {
-        "tiny": presets.BASE_64_TINY,
-        "quick": presets.BASE_64_QUICK,
+        "tiny": imagen_tiny.BASE_64_TINY,
+        "quick": imagen_tiny.BASE_64_QUICK,
         "300m": presets.BASE_64_300M,
         "500m": presets.BASE_64_500M,
         "2b": presets.BASE_64_2B,
     },
-    "sr256": {"tiny": presets.SR_256_TINY, "paper": presets.SR_256},
-    "sr1024": {"tiny": presets.SR_1024_TINY, "paper": presets.SR_1024},
+    "sr256": {"tiny": imagen_tiny.SR_256_TINY, "paper": presets.SR_256},
+    "sr1024": {"tiny": imagen_tiny.SR_1024_TINY, "paper": presets.SR_1024},
 }
 READS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("micro", "small", "medium", "quick", "tiny"), (24, 128)),
@@ -79,11 +79,11 @@ def reading(name: str, preset: str) -> DiffusionModel:
 def sampling(name: str, preset: str) -> SamplingConfig:
     """How a stage draws unless told otherwise."""
     if name == "base32":
-        return presets.SAMPLING_BASE_32
+        return imagen_tiny.SAMPLING_BASE_32
     if preset == "quick":
-        return presets.SAMPLING_BASE_QUICK
+        return imagen_tiny.SAMPLING_BASE_QUICK
     if preset == "tiny":
-        return presets.SAMPLING_BASE_TINY if name == "base64" else presets.SAMPLING_SR_TINY
+        return imagen_tiny.SAMPLING_BASE_TINY if name == "base64" else imagen_tiny.SAMPLING_SR_TINY
     return presets.SAMPLING_BASE if name == "base64" else presets.SAMPLING_SR
 
 

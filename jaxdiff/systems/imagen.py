@@ -2,20 +2,15 @@
 
     pipeline = imagen(text_encoder, base, sr256, sr1024)      # trained models, see `weights.imagen.load`
 
-The models are plain values: the paper's, and a tiny cascade that trains on a laptop. What a model reads of the text
+The models are plain values; a tiny cascade that trains on a laptop is `imagen_tiny.py`. What a model reads of the text
 encoder (`DiffusionModel.reading`) is no part of a preset. Where the paper prints no value, a convention stands in: the
 tokens per caption, the sampling steps, the guidance of each model. Parameter counts are tested.
 """
 
-from dataclasses import replace
-
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import MinSNR, PowerSNR
-from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.diffusion.samplers import DDPM, DPMSolverPP2M
-from jaxdiff.diffusion.schedules import CosineSchedule, LinearBetaSchedule
-from jaxdiff.diffusion.thresholding import DynamicThreshold, StaticThreshold
-from jaxdiff.diffusion.time_samplers import LogSNRRange
+from jaxdiff.diffusion.samplers import DDPM
+from jaxdiff.diffusion.schedules import LinearBetaSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
@@ -26,14 +21,6 @@ from jaxdiff.text.encoder import TextEncoder
 
 T5_XXL = 128, 4096
 """Length and width of what the paper's text encoder gives; its number of tokens is a convention."""
-
-
-def imagen(text_encoder: TextEncoder, base: TrainedModel, *super_resolution: TrainedModel) -> Pipeline:
-    """The system: text → T5 → 64×64 image → 256×256 → 1024×1024. Both decoders may read the text too.
-
-    ValueError for models that do not fit one another or the text encoder.
-    """
-    return Pipeline(text_encoder=text_encoder, generator=base, decoders=super_resolution)
 
 
 BASE_64_2B = DiffusionModel(unet=UNetConfig())
@@ -64,106 +51,16 @@ leaves out attention alone, which is a small part of them: what it describes has
 that it does not print.
 """
 
-_TINY_UNET = EfficientUNetConfig(
-    channels=32,
-    multipliers=(2, 4),
-    blocks=(1, 3),
-    outer_blocks=1,
-    attention=AttentionConfig((False, True), (False, True), heads=4, feed_forward=2),
-    conditioning=ConditioningConfig(256, MaskedText(128)),
-    patch=2,
-    coordinates=True,
-    conditioned_head=True,
-    input_skip=True,
-)
-
-BASE_64_TINY = DiffusionModel(
-    unet=_TINY_UNET,
-    schedule=CosineSchedule(shift=-2.5),
-    time_sampler=LogSNRRange(-11.0, 4.0),
-    prediction=Prediction.X0,
-    weighting=PowerSNR(0.2, lowest=-11.0),
-)
-"""For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
-
-The schedule is shifted towards noise: of a flat picture, 4096 pixels of a background say its colour through any noise
-that Imagen's schedule spends time on, and the text would have nothing left to decide. Colours are decided at log-SNRs
-of -10 to -5, places and sizes at -9 to -4, forms at -5 to 0; all get the same share of the training.
-It predicts x₀: ε or v would have to carry a patch's noise through few channels; a picture's content is less."""
-
-BASE_64_QUICK = replace(
-    BASE_64_TINY,
-    unet=replace(
-        _TINY_UNET,
-        channels=64,
-        multipliers=(2,),
-        blocks=(1,),
-        outer_blocks=0,
-        attention=AttentionConfig((True,), (True,), heads=4, feed_forward=2),
-        patch=4,
-    ),
-)
-"""For minutes of training: twice as fast for each picture, because colours take many pictures to learn from and no fine
-patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
-
-BASE_32_TINY = replace(
-    BASE_64_TINY,
-    side=32,
-    schedule=CosineSchedule(shift=-1.1),
-    time_sampler=LogSNRRange(-9.6, 5.4),
-    weighting=PowerSNR(0.2, lowest=-9.6),
-)
-"""The same network on a quarter of the pixels, so a quarter of the work: for sets of 32×32 and for ablations.
-
-A quarter of the pixels say as much through noise that is 1.4 less in log-SNR: the schedule is shifted by that."""
-
-BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=8))
-BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=16))
-BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=24))
-"""A quarter, half and three quarters of its width."""
-
-SR_256_TINY = DiffusionModel(
-    unet=EfficientUNetConfig(
-        channels=32,
-        multipliers=(1,),
-        blocks=(3,),
-        attention=AttentionConfig((False,), (False,)),
-        conditioning=ConditioningConfig(128, text=None),
-        patch=2,
-    ),
-    side=256,
-    conditioners=(LowResConditioner(max_level=0.3),),
-    schedule=CosineSchedule.shifted(256),
-    prediction=Prediction.X0,
-    weighting=MinSNR(floor=1.0),
-    residual=True,
-)
-"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on pictures alone."""
-
-SR_1024_TINY = replace(SR_256_TINY, side=1024)
-"""The same network and schedule: enlarging edges fourfold is the same task again, so it may start from SR_256_TINY."""
-
-SR_64_TINY = replace(
-    SR_256_TINY,
-    side=64,
-    conditioners=(LowResConditioner(factor=2, max_level=0.3),),
-    schedule=CosineSchedule.shifted(64),
-)
-"""Twofold, behind BASE_32_TINY."""
-
 SAMPLING_BASE = SamplingConfig(sampler=DDPM(), steps=256, guidance=Guidance(1.35), thresholding=DynamicThreshold())
 """w = 1.35 is that of the paper's best FID (7.27)."""
 
 SAMPLING_SR = SamplingConfig(sampler=DDPM(), steps=128, guidance=Guidance(8.0), thresholding=DynamicThreshold())
 """w = 8 at augmentation level 0: the super-resolution setting of the same figure."""
 
-SAMPLING_BASE_TINY = SamplingConfig(
-    sampler=DDPM(), steps=36, guidance=Guidance(3.0, (-20.0, -1.0)), thresholding=StaticThreshold()
-)
-"""Guided from the noisiest level until forms are decided. Beyond that, guidance makes the edges wobble; many steps make
-them straighter. Figures are in the model card (jaxdiff/weights/tiny/README.md)."""
-SAMPLING_BASE_QUICK = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(3.0, (-8.0, -2.0)))
-"""Guided only where colours are decided: beyond that it makes them brighter than any of the set's."""
-SAMPLING_BASE_32 = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(2.0, (-20.0, 0.4)))
-SAMPLING_SR_TINY = SamplingConfig(sampler=DPMSolverPP2M(), steps=6, thresholding=StaticThreshold())
-"""No guidance: these stages read no text."""
+
+def imagen(text_encoder: TextEncoder, base: TrainedModel, *super_resolution: TrainedModel) -> Pipeline:
+    """The system: text → T5 → 64×64 image → 256×256 → 1024×1024. Both decoders may read the text too.
+
+    ValueError for models that do not fit one another or the text encoder.
+    """
+    return Pipeline(text_encoder=text_encoder, generator=base, decoders=super_resolution)

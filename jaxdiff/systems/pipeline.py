@@ -10,83 +10,18 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.core.products import ImageSpec, ProductSpec, check_product, same_kind
+from jaxdiff.core.products import ImageSpec, check_product, same_kind
 from jaxdiff.diffusion import noise
 from jaxdiff.models.sampling import InitProduct, SampleRequest, first_step
+from jaxdiff.systems.boxes import Box, Decoder, Encoding, Generator
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
-
-
-@runtime_checkable
-class Box(Protocol):
-    """What generators and decoders have in common.
-
-    side: of the square products that it is made for. consumes: what a decoder decodes; None for a generator. factor:
-    how many times a decoder's product is as high and wide as what it consumes. steps: of which it reports progress.
-    reads: length and width of the text embeddings that it reads; None where it reads none. reads_padding: it reads what
-    the text encoder gives for padding and for the empty caption.
-    """
-
-    @property
-    def produces(self) -> ProductSpec: ...
-
-    @property
-    def side(self) -> int: ...
-
-    @property
-    def consumes(self) -> ProductSpec | None:
-        return None
-
-    @property
-    def factor(self) -> int:
-        return 1
-
-    @property
-    def steps(self) -> int:
-        return 1
-
-    @property
-    def reads(self) -> tuple[int | None, int | None] | None:
-        return None
-
-    @property
-    def reads_padding(self) -> bool:
-        return False
-
-    def batch_size(self, wanted: int) -> int:
-        """The smallest batch of at least `wanted` that it takes."""
-        return wanted
-
-    def check(self, size: tuple[int, int]) -> None:
-        """ValueError where it cannot produce this height and width, before anything runs."""
-
-
-@runtime_checkable
-class Generator(Box, Protocol):
-    """From text to a product. A class that names it as its base has the defaults of `Box`."""
-
-    def generate(self, request: SampleRequest) -> Array: ...
-
-
-@runtime_checkable
-class Decoder(Box, Protocol):
-    """From a product to one that is nearer to the image; it may read the text too."""
-
-    def decode(self, product: Array, request: SampleRequest) -> Array: ...
-
-
-@runtime_checkable
-class Encoding(Protocol):
-    """A decoder that knows the way back: with it, what comes before can begin with an image."""
-
-    def encode(self, image: Array) -> Array: ...
-
 
 Progress = Callable[[int, int, int], None]
 """Called with (number of the box, samples × steps done, samples × steps in all)."""
@@ -376,7 +311,7 @@ def _encoded(pipeline: Pipeline, init: InitImage, number: int, size: tuple[int, 
         image = jax.image.resize(jnp.asarray(init.image, jnp.float32), (*size, init.image.shape[2]), "cubic")
         return jnp.clip(image, -1.0, 1.0)
     decoder = pipeline.decoders[number]
-    assert hasattr(decoder, "encode")  # see `_check_init`
+    assert isinstance(decoder, Encoding)  # see `_check_init`
     image = _encoded(pipeline, init, number + 1, (size[0] * decoder.factor, size[1] * decoder.factor))
     return decoder.encode(image[None])[0]
 
@@ -394,7 +329,7 @@ def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -
         first_step(init.strengths[stage.number], box.steps)
         if not isinstance(box.produces, ImageSpec):
             behind = pipeline.decoders[stage.number : stage.number + 1]
-            if not behind or not hasattr(behind[0], "encode"):
+            if not behind or not isinstance(behind[0], Encoding):
                 raise ValueError(
                     f"the {box.side} stage produces {box.produces}, and no decoder encodes an image to them"
                 )

@@ -21,7 +21,7 @@ from jaxdiff.diffusion.time_samplers import (
     TimeSampler,
     UniformTimes,
 )
-from jaxdiff.systems import imagen
+from jaxdiff.systems import imagen_tiny
 
 SCHEDULES = [CosineSchedule(-1.0), LinearBetaSchedule(), EDM(), RectifiedFlow(), TabulatedSchedule.cosine()]
 RANGE = LogSNRRange(-2.5, 3.0)
@@ -148,13 +148,13 @@ def test_a_table_is_trained_at_its_entries(sampler):
     [
         (NESTED, CosineSchedule(-2.5), [0.1218445, 0.28039277, 0.5433676, 0.78080344, 0.062053643, 0.9562018]),
         (
-            imagen.BASE_64_TINY.time_sampler,
-            imagen.BASE_64_TINY.schedule,
+            imagen_tiny.BASE_64_TINY.time_sampler,
+            imagen_tiny.BASE_64_TINY.schedule,
             [0.057954296, 0.1963669, 0.53375685, 0.83948123, 0.9530957, 0.98653936],
         ),
         (
-            imagen.BASE_32_TINY.time_sampler,
-            imagen.BASE_32_TINY.schedule,
+            imagen_tiny.BASE_32_TINY.time_sampler,
+            imagen_tiny.BASE_32_TINY.schedule,
             [0.057954296, 0.1963669, 0.53375685, 0.83948123, 0.9530957, 0.98653936],
         ),
     ],

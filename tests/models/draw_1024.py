@@ -15,14 +15,14 @@ from small import random_params
 from jaxdiff.diffusion import noise
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
-from jaxdiff.systems import imagen as presets
+from jaxdiff.systems import imagen_tiny
 
 
 def main(side: int, tile: int) -> None:
     tiles = Tiles(tile, tile // 8) if tile else None
-    base = SamplingConfig(sampler=presets.SAMPLING_BASE_TINY.sampler, steps=2)
-    large = SamplingConfig(sampler=presets.SAMPLING_SR_TINY.sampler, steps=2)
-    stages = (presets.BASE_64_TINY, base), (presets.SR_256_TINY, large), (presets.SR_1024_TINY, large)
+    base = SamplingConfig(sampler=imagen_tiny.SAMPLING_BASE_TINY.sampler, steps=2)
+    large = SamplingConfig(sampler=imagen_tiny.SAMPLING_SR_TINY.sampler, steps=2)
+    stages = (imagen_tiny.BASE_64_TINY, base), (imagen_tiny.SR_256_TINY, large), (imagen_tiny.SR_1024_TINY, large)
     picture, keys = None, noise.sample_keys(jax.random.key(0), jnp.arange(1))
     for factor, (model, sampling) in zip((16, 4, 1), stages):
         if tile and factor == 1:

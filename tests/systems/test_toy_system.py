@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
-from jaxdiff.systems.pipeline import After, Decoder, Generator, InitImage, Pipeline, SampleOptions
+from jaxdiff.systems.boxes import Decoder, Generator
+from jaxdiff.systems.pipeline import After, InitImage, Pipeline, SampleOptions
 
 
 @dataclass(frozen=True, eq=False)
