@@ -209,7 +209,7 @@ def export_stage(model: TrainedModel, directory: Path, text: TextEncoder | None 
 
 def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
     if not isinstance(schedule, TabulatedSchedule) or schedule != TabulatedSchedule.cosine(schedule.steps):
-        raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be Discrete.cosine()")
+        raise ValueError(f"diffusers' DeepFloyd IF has no {name} = {schedule}: it has to be TabulatedSchedule.cosine()")
     return {
         "_class_name": "DDPMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
