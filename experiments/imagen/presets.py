@@ -10,8 +10,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import Remat
-from jaxdiff.systems import deepfloyd, imagen_tiny
-from jaxdiff.systems import imagen as presets
+from jaxdiff.systems import deepfloyd, imagen, imagen_tiny
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.param_sharding import ParamSharding, Rule
 
@@ -25,16 +24,16 @@ STAGES: dict[str, dict[str, DiffusionModel]] = {
     "base64": {
         "tiny": imagen_tiny.BASE_64_TINY,
         "quick": imagen_tiny.BASE_64_QUICK,
-        "300m": presets.BASE_64_300M,
-        "500m": presets.BASE_64_500M,
-        "2b": presets.BASE_64_2B,
+        "300m": imagen.BASE_64_300M,
+        "500m": imagen.BASE_64_500M,
+        "2b": imagen.BASE_64_2B,
     },
-    "sr256": {"tiny": imagen_tiny.SR_256_TINY, "paper": presets.SR_256},
-    "sr1024": {"tiny": imagen_tiny.SR_1024_TINY, "paper": presets.SR_1024},
+    "sr256": {"tiny": imagen_tiny.SR_256_TINY, "paper": imagen.SR_256},
+    "sr1024": {"tiny": imagen_tiny.SR_1024_TINY, "paper": imagen.SR_1024},
 }
 READS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("micro", "small", "medium", "quick", "tiny"), (24, 128)),
-    **dict.fromkeys(("300m", "500m", "2b", "paper"), presets.T5_XXL),
+    **dict.fromkeys(("300m", "500m", "2b", "paper"), imagen.T5_XXL),
 }
 """Length and width of the text embeddings that a preset is planned and measured with: those of the shipped T5, and of
 the paper's. Training takes the width of the text encoder at hand."""
@@ -84,7 +83,7 @@ def sampling(name: str, preset: str) -> SamplingConfig:
         return imagen_tiny.SAMPLING_BASE_QUICK
     if preset == "tiny":
         return imagen_tiny.SAMPLING_BASE_TINY if name == "base64" else imagen_tiny.SAMPLING_SR_TINY
-    return presets.SAMPLING_BASE if name == "base64" else presets.SAMPLING_SR
+    return imagen.SAMPLING_BASE if name == "base64" else imagen.SAMPLING_SR
 
 
 def sampler(name: str) -> Sampler:

@@ -44,7 +44,7 @@ def small_presets(monkeypatch) -> None:
         monkeypatch.setitem(presets.STAGES, name, {"tiny": stage, "quick": stage})
     monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
     for name in ("SAMPLING_BASE_TINY", "SAMPLING_BASE_QUICK", "SAMPLING_SR_TINY"):
-        monkeypatch.setattr(presets.presets, name, SamplingConfig(presets.SAMPLERS["ddim"], steps=2))
+        monkeypatch.setattr(presets.imagen_tiny, name, SamplingConfig(presets.SAMPLERS["ddim"], steps=2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,5 +14,5 @@ from jaxdiff.training.loop import Diverged
 
 if __name__ == "__main__":
     presets.STAGES = {name: {"tiny": stage} for name, stage in STAGES.items()}
-    presets.presets.SAMPLING_BASE_TINY = SamplingConfig(presets.SAMPLERS["ddim"], steps=2)
+    presets.imagen_tiny.SAMPLING_BASE_TINY = SamplingConfig(presets.SAMPLERS["ddim"], steps=2)
     run(train.main, stopped_by=(Diverged,))
