@@ -1,7 +1,9 @@
-"""The parity table: every public model that is read, beside PyTorch's own (`pytest tests/weights/test_parity.py`).
+"""The parity table: every public model that is read, beside PyTorch's own.
 
 First the numbers: models of few parameters and the public topology, filled at random and saved by transformers or
-diffusers, loaded by us. Then the names: the public sizes, whose every tensor must have its name and its shape.
+diffusers, loaded by us. Then the names: the public sizes, whose every tensor must have its name and its shape. By
+default those of the smallest size of each family, which has all kinds of tensors; of every size, with the whole
+table, by `pytest -m slow tests/weights/test_parity.py`: shapes of the largest take seconds each to trace.
 """
 
 import json
@@ -45,9 +47,11 @@ T5 = {
 
 
 def narrow(config):
+    """All levels and every kind of block; two blocks at one level, as a chain of them must keep its order."""
     top = 32 * config.multipliers[-1]
+    blocks = (1, 2) + (1,) * (len(config.blocks) - 2)
     small = {"head_channels": 16, "text_width": 48, "pool_heads": 4}
-    return replace(config, channels=32, time_width=128, context_width=top, frequencies=32, **small)
+    return replace(config, channels=32, blocks=blocks, time_width=128, context_width=top, frequencies=32, **small)
 
 
 UNETS = {"DeepFloyd IF-I": narrow(presets.IF_I_M.unet), "DeepFloyd IF-II": narrow(presets.IF_II_M.unet)}
@@ -102,7 +106,8 @@ PUBLIC_UNETS = {
 """IF-II's widths are inferred from its published sizes, 450 M and 1.2 B, of which these come nearest."""
 
 
-def test_parity(tmp_path, record_property):
+@pytest.mark.parametrize("sizes", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["smallest", "all"])
+def test_parity(sizes, tmp_path, record_property):
     pytest.importorskip("torch", reason="the models that it compares with are PyTorch's")
     pytest.importorskip("diffusers", reason="DeepFloyd IF's U-Net is diffusers'")
     numbers = []
@@ -112,7 +117,7 @@ def test_parity(tmp_path, record_property):
         numbers += [(name, *row, ENCODER) for row in compare_clip(config, tmp_path / name)]
     for name, config in UNETS.items():
         numbers += [(name, *row, UNET) for row in compare_unet(config, tmp_path / name)]
-    public = [*t5_names(tmp_path), *unet_names(tmp_path)]
+    public = [*t5_names(tmp_path, sizes), *unet_names(tmp_path, sizes)]
     lines = ["| model at random | output | largest error | tensors |", "|---|---|---|---|"]
     lines += [f"| {name} | {output} | {error:.1e} | {count} |" for name, output, error, count, _ in numbers]
     lines += ["", "| public model | parameters | tensors of the same names and shapes |", "|---|---|---|"]
@@ -240,14 +245,15 @@ def unit(embedding):
     return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
 
 
-def t5_names(directory):
-    """(name, millions of parameters, those published, our names and shapes, PyTorch's) of each public size."""
+def t5_names(directory, most):
+    """(name, millions of parameters, those published, our names and shapes, PyTorch's) of each public size, or of the
+    first few of each family."""
     import torch
     import transformers
 
     path = directory / "config.json"
     for family, (shared, sizes, published) in FAMILIES.items():
-        for (size, numbers), millions in zip(sizes.items(), published.split()):
+        for (size, numbers), millions in list(zip(sizes.items(), published.split()))[:most]:
             widths = ("d_model", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "d_kv")
             values = shared | dict(zip(widths, numbers))
             path.write_text(json.dumps(values))
@@ -262,12 +268,14 @@ def t5_names(directory):
             yield named(f"{family} {size}", millions, shapes, t5.hub_names(shapes), model, copies)
 
 
-def unet_names(directory):
+def unet_names(directory, most):
     import torch
     from diffusers import UNet2DConditionModel
 
     path = directory / "config.json"
-    for name, (config, published) in PUBLIC_UNETS.items():
+    families = [[name for name in PUBLIC_UNETS if family in name] for family in ("IF-I-", "IF-II-")]
+    for name in [name for names in families for name in names[:most]]:
+        config, published = PUBLIC_UNETS[name]
         settings = deepfloyd._hub_config(config)
         path.write_text(json.dumps(settings))
         config = replace(config, dtype="bfloat16")
