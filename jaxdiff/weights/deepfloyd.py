@@ -41,24 +41,20 @@ def load_unet(
     return config, hub.load_params(tensors, shapes, hub_names(config.unet, shapes), dtype, place, str(directory))
 
 
-def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
+def export_unet(network: Network, params: dict, directory: str | Path, dtype: str = "float32") -> None:
     """Writes config.json and diffusion_pytorch_model.safetensors as diffusers' UNet2DConditionModel opens.
 
     ValueError where the network is none of IF's kind or `params` does not fit it, OSError where something cannot be
     written; each file appears whole or not at all.
     """
     directory = Path(directory)
-    told = described(config, params)
-    hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, hub_names(config, params), dtype)
+    told, names = described(network, params), hub_names(network.unet, params)
+    hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, names, dtype)
     hub.write_json(directory / "config.json", told)
 
 
-def described(config: UNetConfig, params: dict) -> dict[str, Any]:
+def described(network: Network, params: dict) -> dict[str, Any]:
     """The settings that `export_unet` writes. ValueError as there."""
-    try:
-        network = Network(config, params["text"]["kernel"].shape[0], "aug_level" in params)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("the U-Net to export: its parameters have no text/kernel as DeepFloyd IF's have") from error
     told = _hub_config(network)
     trees.check_tree(params, _shapes(network), "the U-Net to export")
     return told
