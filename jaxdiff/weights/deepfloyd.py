@@ -38,7 +38,7 @@ def load_unet(
     config = read_config(directory / "config.json", compute_type)
     tensors = hub.open_tensors(directory, variant)
     shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
-    return config, hub.load_params(tensors, shapes, hub_names(config.unet, shapes), dtype, place, str(directory))
+    return config, hub.load_params(tensors, shapes, key_map(config.unet, shapes), dtype, place, str(directory))
 
 
 def export_unet(network: Network, params: dict, directory: str | Path, dtype: str = "float32") -> None:
@@ -48,7 +48,7 @@ def export_unet(network: Network, params: dict, directory: str | Path, dtype: st
     written; each file appears whole or not at all.
     """
     directory = Path(directory)
-    told, names = described(network, params), hub_names(network.unet, params)
+    told, names = described(network, params), key_map(network.unet, params)
     hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, names, dtype)
     hub.write_json(directory / "config.json", told)
 
@@ -283,7 +283,7 @@ def _check_described(config: UNetConfig, attends: list[bool]) -> None:
             raise ValueError(f"diffusers' layout of DeepFloyd IF has no {name} = {value}: it has to be {only}")
 
 
-def hub_names(config: UNetConfig, params: dict) -> dict[str, str]:
+def key_map(config: UNetConfig, params: dict) -> dict[str, str]:
     """diffusers' name of each of our parameters, its path joined by "/"."""
     last = len(config.blocks) - 1
     # diffusers numbers the levels of the way up from the lowest.

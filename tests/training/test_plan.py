@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SR
+from small import SR, executed
 
-from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.training import chips, plan
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -184,7 +183,7 @@ def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
 
     def of(rows, remat="none", **options):
-        stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=ActivationSharding()))
+        stage = replace(SR, unet=executed(SR.unet, remat=remat))
         return estimated_costs(stage, state, stage.batch_spec(rows, 16), **options)
 
     small, large = of(2), of(8)

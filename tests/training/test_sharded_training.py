@@ -46,7 +46,7 @@ def trained(sizes, steps=10, sharding=None, optimizer=PLAIN, accumulate=1, **how
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     sharding = ActivationSharding(BATCH_AXES) if sharding is None else sharding
     model = replace(MODEL, unet=executed(UNET, sharding=sharding, **how))
-    placement = ParamSharding(() if sharding.rows else RULES, minimum=64)
+    placement = ParamSharding(() if sharding.spatial else RULES, minimum=64)
     state = init_state(model, optimizer, jax.random.key(0), mesh, random_params(MODEL), placement)
     abstract = abstract_state(model, optimizer, mesh, placement)
     step = make_step(model, optimizer, placements_of(abstract), accumulate=accumulate)

@@ -270,7 +270,7 @@ def t5_names(directory, most):
             # What the files may hold besides, and what is then left out: the embedding under other names.
             copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
             copies |= {"lm_head.weight"} if config.tied else set()
-            yield named(f"{family} {size}", millions, shapes, t5.hub_names(shapes), model, copies)
+            yield named(f"{family} {size}", millions, shapes, t5.key_map(shapes), model, copies)
 
 
 def unet_names(directory, most):
@@ -289,7 +289,7 @@ def unet_names(directory, most):
         shapes = deepfloyd._shapes(network)
         with torch.device("meta"):
             model = UNet2DConditionModel.from_config(settings)
-        yield named(name, published, shapes, deepfloyd.hub_names(network.unet, shapes), model, set())
+        yield named(name, published, shapes, deepfloyd.key_map(network.unet, shapes), model, set())
 
 
 def named(name, published, shapes, names, model, copies):
