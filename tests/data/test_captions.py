@@ -10,6 +10,7 @@ import pytest
 
 from jaxdiff.data import captions, embeddings, example, folder
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.text.encoder import TextEmbedding
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -20,6 +20,7 @@ from jaxdiff.data import embeddings, parts
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.embeddings import RowEncoder, Shard, StoreProgress, open_embeddings, store_embeddings, store_rows
 from jaxdiff.data.pipeline import DataConfig, image_batches
+from jaxdiff.text.encoder import TextEmbedding
 
 LENGTH, WIDTH = 6, 5
 CAPTIONS = [f"{'word ' * (i % 7)}{i}" for i in range(23)]

@@ -18,6 +18,7 @@ from jaxdiff.data import convert, embeddings, images, parts, pipeline, records, 
 from jaxdiff.data.array_records import new_records
 from jaxdiff.data.example import captions
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.text.encoder import TextEmbedding
 
 COUNT = 8
 DATA = 20_000  # a byte in the middle of record 1: each holds 12 kB of noise

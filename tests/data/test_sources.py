@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxdiff.data import convert, embeddings, images, sources, tfds_sets
 from jaxdiff.data.pipeline import DataConfig, image_batches
+from jaxdiff.text.encoder import TextEmbedding
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_a_text_may_hold_more_than_the_null_text():
     text = texts(2)
     more = text._replace(pooled=jnp.ones((2, 5)), ids=jnp.ones((2, LENGTH), jnp.int32))
     stage, sampling = formula_stage(mean_text), replace(ONE_STEP, guidance=Guidance(2.0))
-    for negative in (null_text(stage, 2), more):
+    for negative in (TEXT.null_text(2), more):
         found = drawn(stage, sampling, text=more, negative=negative)
         np.testing.assert_array_equal(found, drawn(stage, sampling, text=text, negative=negative))
 
