@@ -13,8 +13,8 @@ class ActivationSharding:
     """Names of mesh axes (`jax.set_mesh`) over which a network splits what lies between its blocks.
 
     batch: the samples. spatial: the rows of images (spatial partitioning), for those that are too large for one device;
-    the compiler exchanges the borders that convolutions need. Where both are empty the compiler decides, and no mesh has
-    to be there.
+    the compiler exchanges the borders that convolutions need. Where both are empty the compiler decides, and no mesh
+    has to be there.
     """
 
     batch: tuple[str, ...] = ()

@@ -39,7 +39,7 @@ def assert_same(found, wanted, bound=0.0):
 
 
 def test_a_folder_of_stages(exported):
-    pipeline, folder = exported
+    model, folder = exported
     found = imagen.load(folder)
     assert_same(found, model)
     encoder = found.text_encoder
@@ -54,7 +54,7 @@ def test_a_folder_of_stages(exported):
 
 
 def test_stages_by_their_own_folders(exported):
-    pipeline, folder = exported
+    model, folder = exported
     assert_same(imagen.load([folder / "base64", str(folder / "sr256")]), model)
     alone = imagen.load(folder / "base64")
     assert_same(alone, Pipeline(model.text_encoder, model.generator))
@@ -64,7 +64,7 @@ def test_stages_by_their_own_folders(exported):
 
 def test_half_precision_and_variants(exported, tmp_path):
     """Files of the variant fp16, of all parts, in either compute type."""
-    pipeline, folder = exported
+    model, folder = exported
     imagen.export(model, tmp_path, "float16")
     for path in tmp_path.rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -80,7 +80,7 @@ def test_what_diffusers_pipelines_save(exported, tmp_path):
     """The same, but for the spacing of the steps: diffusers writes its own where a file had none."""
     torch = pytest.importorskip("torch", reason="diffusers' pipelines are PyTorch's")
     diffusers = pytest.importorskip("diffusers", reason="IF's pipelines are diffusers'")
-    pipeline, folder = exported
+    model, folder = exported
     models = [replace(each, sampling=replace(each.sampling, spacing=Leading())) for each in model.boxes]
     wanted = replace(model, generator=models[0], decoders=tuple(models[1:]))
     base = diffusers.IFPipeline.from_pretrained(folder / "base64")
@@ -102,14 +102,14 @@ def test_placed_by_the_caller(exported):
         placed.append(array.shape)
         return jnp.asarray(array)
 
-    pipeline, folder = exported
+    model, folder = exported
     assert_same(imagen.load(folder, place=place), model)
     parts = [*(m.params for m in model.boxes), model.text_encoder.params]
     assert len(placed) == sum(len(jax.tree.leaves(part)) for part in parts)
 
 
 def test_a_pipeline_beside_a_stage_that_was_trained_here(exported, tmp_path):
-    pipeline, folder = exported
+    model, folder = exported
     shutil.copytree(folder / "base64", tmp_path / "base64")
     imagen.save_model(model.decoders[0], tmp_path / "sr256")
     assert_same(imagen.load(tmp_path), model)
