@@ -172,14 +172,7 @@ def test_networks_of_another_kind(exported, tmp_path):
         (replace(base, model=small.changed(base.model, TextConditioner, length=12)), "no stage with text.length = 12"),
         (replace(exported[0].decoders[0], model=twofold), "no stage with low_res.factor = 2"),
         (replace(base, params={}), "the U-Net to export does not fit the settings"),
-<<<<<<< HEAD
-        (
-            replace(base, model=base.model.reading(77, 48)),
-            r"does not fit the settings: .*pool/k/kernel \(24, 24\), not \(48, 48\)",
-        ),
-=======
         (replace(base, model=base.model.reading(77, 48)), r"pool/k/kernel \(24, 24\), not \(48, 48\)"),
->>>>>>> wtests
         (replace(exported[0].decoders[0], params=base.params), r"does not fit the settings: .*missing \(aug_level"),
     ):
         with pytest.raises(ValueError, match=message):
