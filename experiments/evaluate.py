@@ -50,8 +50,8 @@ from jaxdiff.data.images import Unreadable
 from jaxdiff.data.shapes_caption import Stated, caption
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.attributes import matches
-from jaxdiff.evaluation.metrics import Observed, Score, judge, judge_captions, keep, kept, require_alike, seen_by
-from jaxdiff.evaluation.metrics import Settings as Scoring
+from jaxdiff.evaluation.metrics import MetricSettings as Scoring
+from jaxdiff.evaluation.metrics import Observed, Score, caption_metrics, keep, kept, metrics_of, require_alike, seen_by
 from jaxdiff.evaluation.resize import Fit
 from jaxdiff.evaluation.statistics import Origin
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
@@ -140,7 +140,7 @@ def main(settings: Run) -> None:
             keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
     scores = []
     for name, each in true.items():
-        scores += judge(seen[name], each, settings.score, settings.seed)
+        scores += metrics_of(seen[name], each, settings.score, settings.seed)
     scores += _of_captions(shown, bench, seen, settings.judges.before)
     if isinstance(spec, sources.Shapes):
         scores += _attributes(shown, split, settings.held_out, next(iter(seen.values())))
@@ -286,7 +286,7 @@ def _of_captions(shown: PictureSet, bench: Bench, seen: dict[str, Observed], pre
     if missing := without_captions(captions):
         return [Score(f"score-{bench.clip.name}", None, "", missing=missing)]
     text = embedded(bench.text, [prefix + caption for caption in captions])
-    return judge_captions(captions, text, seen[str(bench.clip)], prefix)
+    return caption_metrics(captions, text, seen[str(bench.clip)], prefix)
 
 
 def _attributes(shown: PictureSet, split: str, count: int, seen: Observed) -> list[Score]:

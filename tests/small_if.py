@@ -17,6 +17,7 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import train_tokenizer
+from jaxdiff.weights.deepfloyd import Network
 
 TEXT = 77, 24
 """Length and width of what the text encoder gives."""
@@ -37,6 +38,8 @@ def _small(unet: UNetConfig, self_attention: tuple[bool, bool], cross_attention:
 BASE = _small(deepfloyd.IF_I_M.unet, (False, True), (False, False))
 SR = _small(deepfloyd.IF_II_M.unet, (False, False), (False, True))
 STAGES = deepfloyd.if_model(BASE, 16).reading(*TEXT), deepfloyd.if_model(SR, 64, low_res=True).reading(*TEXT)
+NETWORKS = Network(BASE, TEXT[1], False), Network(SR, TEXT[1], True)
+"""As their files are."""
 CAPTIONS = ["a large red circle on a white background", "two blue stars left of a green heart", "A pink Cross!"]
 
 

@@ -17,8 +17,8 @@ from jaxdiff.core.trees import digest_of
 from jaxdiff.evaluation.resize import Resize, resized
 from jaxdiff.models.clip import normalised
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
-from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded
-from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception, Seen
+from jaxdiff.nets.clip import CLIP, CLIPConfig, TowerOutput
+from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception, InceptionOutputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class _SeeInception:
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
         scaled = pictures / 127.5 - 1 if self.symmetric else (pictures - 128) / 128
-        seen = cast(Seen, Inception().apply({"params": params}, scaled))
+        seen = cast(InceptionOutputs, Inception().apply({"params": params}, scaled))
         return {"features": seen.features if self.dims == WIDTH else seen.early[self.dims], "logits": seen.logits}
 
 
@@ -133,7 +133,7 @@ class _SeeCLIP:
 
     def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
         scaled = normalised(pictures / 127.5 - 1)
-        seen = cast(Embedded, CLIP(self.config).apply({"params": params}, scaled, method="embed_image"))
+        seen = cast(TowerOutput, CLIP(self.config).apply({"params": params}, scaled, method="embed_image"))
         assert seen.embedding is not None  # without a projection there is nothing to compare
         return {"features": seen.embedding}
 

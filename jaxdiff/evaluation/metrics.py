@@ -1,7 +1,7 @@
 """All numbers that can be had of drawn pictures and true ones, each with the line that says how it came about.
 
-An `Observed` is what one network saw in a set of pictures; `judge` compares two of them. A number that cannot be had
-(too few pictures, no logits) is there all the same, with the reason in place of its value.
+An `Observed` is what one network saw in a set of pictures; `metrics_of` compares two of them. A number that cannot be
+had (too few pictures, no logits) is there all the same, with the reason in place of its value.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MetricSettings:
     """force: Fréchet distances of fewer pictures than features, which then say so. kid_subsets, kid_size (at most; of
     what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
     split_seed: of its shuffle, by default torch-fidelity's; None: not shuffled.
@@ -148,7 +148,9 @@ def require_alike(drawn: Origin, true: Origin, names: Sequence[str] = ALIKE) -> 
             raise ValueError(f"{true.pictures}: {name} is {theirs}, and {ours} of {drawn.pictures}")
 
 
-def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed: int = 0) -> list[Score]:
+def metrics_of(
+    drawn: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
+) -> list[Score]:
     """Every number that this network gives; `seed` is that of KID's and the limit's subsets.
 
     ValueError where the two sets were seen by different networks, or came to their size in different ways.
@@ -175,7 +177,7 @@ def judge(drawn: Observed, true: Observed, settings: Settings = Settings(), seed
     return [*scores, write(f"recall{suffix}", lambda: _Value(near().recall), f"k {settings.neighbours}")]
 
 
-def judge_captions(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
+def caption_metrics(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
     """CLIP score, of the captions' embeddings beside those of the pictures. prefix: what stood before each caption when
     it was embedded, for the line. ValueError where they are not as many."""
     assert drawn.features is not None  # only a reference may keep sums alone
@@ -198,7 +200,7 @@ class _Writer:
 
     drawn: Observed
     true: Observed
-    settings: Settings
+    settings: MetricSettings
 
     def __call__(self, name: str, value: Callable[[], _Value], how: str = "") -> Score:
         drawn, true = self.drawn, self.true
@@ -237,28 +239,28 @@ def _both(a: Observed, b: Observed) -> tuple[np.ndarray, np.ndarray]:
     return a.features, b.features
 
 
-def _distance(drawn: Observed, true: Observed, settings: Settings) -> float:
+def _distance(drawn: Observed, true: Observed, settings: MetricSettings) -> float:
     return fid.distance(drawn.statistics, true.statistics, settings.force)
 
 
-def _limit(drawn: Observed, true: Observed, settings: Settings, seed: int) -> float:
-    assert drawn.features is not None  # see `judge`
+def _limit(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> float:
+    assert drawn.features is not None  # see `metrics_of`
     return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value
 
 
-def _size(drawn: Observed, true: Observed, settings: Settings) -> int:
+def _size(drawn: Observed, true: Observed, settings: MetricSettings) -> int:
     least = fid.fewest(drawn.statistics, true.statistics)
     return settings.kid_size if least is None else min(settings.kid_size, least // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: Settings, seed: int) -> _Value:
+def _kid(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
     found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
     error = None if found.error is None else 1000 * found.error
     return _Value(1000 * found.value, error, 1000 * found.deviation)
 
 
-def _inception_score(drawn: Observed, settings: Settings) -> _Value:
-    assert drawn.logits is not None  # see `judge`
+def _inception_score(drawn: Observed, settings: MetricSettings) -> _Value:
+    assert drawn.logits is not None  # see `metrics_of`
     found = inception_score(drawn.logits, settings.splits, settings.split_seed)
     return _Value(found.value, found.deviation)
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.models.single_optimizer import SingleOptimizer
-from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, l2_normalize
+from jaxdiff.nets.clip import CLIP, CLIPConfig, TowerOutput, l2_normalize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -95,9 +95,9 @@ class CLIPTraining(SingleOptimizer):
         is not used.
         """
         network, whole = CLIP(self.config), {"params": clip_params(params)}
-        text = cast(Embedded, network.apply(whole, batch["ids"], method="embed_text")).embedding
+        text = cast(TowerOutput, network.apply(whole, batch["ids"], method="embed_text")).embedding
         seen = normalised(batch["image"].astype(jnp.float32))
-        image = cast(Embedded, network.apply(whole, seen, method="embed_image")).embedding
+        image = cast(TowerOutput, network.apply(whole, seen, method="embed_image")).embedding
         assert text is not None and image is not None  # two towers have a projection
         text, image = l2_normalize(text), l2_normalize(image)
         scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))

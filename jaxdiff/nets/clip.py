@@ -97,7 +97,7 @@ TINY = CLIPConfig(
 """One that trains in minutes on a CPU; its vocabulary and its end are those of whatever tokenizer it is given."""
 
 
-class Embedded(NamedTuple):
+class TowerOutput(NamedTuple):
     """What a tower says: the states of one block, the one in which it sums up, and the embedding that CLIP compares.
 
     The embedding is the projection of `pooled`, not of length 1 yet; None where the tower has no projection.
@@ -127,10 +127,10 @@ class CLIP(nn.Module):
         text, image = (l2_normalize(e.embedding) for e in (self.text(ids), self.image(image)))
         return jnp.exp(self.logit_scale) * text @ image.T
 
-    def embed_text(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> Embedded:
+    def embed_text(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> TowerOutput:
         return self.text(ids, skip_last, final_norm)
 
-    def embed_image(self, image: Float[Array, "b h w 3"]) -> Embedded:
+    def embed_image(self, image: Float[Array, "b h w 3"]) -> TowerOutput:
         """Of pictures at the tower's resolution, normalised as it was trained (`systems.clip.normalised`)."""
         return self.image(image)
 
@@ -145,7 +145,7 @@ class TextTower(nn.Module):
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> Embedded:
+    def __call__(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> TowerOutput:
         config = self.config.text
         assert config is not None  # CLIP makes a tower only where there is one
         if ids.shape[1] > config.length:
@@ -159,7 +159,7 @@ class TextTower(nn.Module):
         pooled = jnp.take_along_axis(last, end[:, None, None], 1)[:, 0]
         if final_norm:
             chosen = norm(chosen) if skip_last else last
-        return Embedded(chosen, pooled, _projected(self.config, pooled))
+        return TowerOutput(chosen, pooled, _projected(self.config, pooled))
 
 
 class ImageTower(nn.Module):
@@ -168,7 +168,7 @@ class ImageTower(nn.Module):
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Embedded:
+    def __call__(self, image: Float[Array, "b h w 3"]) -> TowerOutput:
         config, dtype = self.config.image, self.config.dtype
         assert config is not None
         side = config.resolution
@@ -190,7 +190,7 @@ class ImageTower(nn.Module):
         x = nn.LayerNorm(config.eps, name="first_norm")(x)
         x = _blocks(self.config, config, x, None)[-1]
         pooled = nn.LayerNorm(config.eps, name="norm")(x[:, 0])
-        return Embedded(x, pooled, _projected(self.config, pooled))
+        return TowerOutput(x, pooled, _projected(self.config, pooled))
 
 
 class Block(nn.Module):

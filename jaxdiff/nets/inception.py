@@ -21,7 +21,7 @@ CLASSES = 1008
 ROW, COLUMN = (1, 7), (7, 1)
 
 
-class Seen(NamedTuple):
+class InceptionOutputs(NamedTuple):
     """features: what FID compares. logits: of the classifier, without its bias. early: features of earlier layers, by
     their width."""
 
@@ -34,7 +34,7 @@ class Inception(nn.Module):
     """Pictures of 299 × 299 in [-1, 1] to features; parameters are read from public weights, and never trained here."""
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b 299 299 3"]) -> Seen:
+    def __call__(self, image: Float[Array, "b 299 299 3"]) -> InceptionOutputs:
         x = _Conv(32, 3, stride=2, name="conv_1a")(image)
         x = _Conv(32, 3, padding="VALID", name="conv_2a")(x)
         x = _Conv(64, 3, name="conv_2b")(x)
@@ -54,7 +54,7 @@ class Inception(nn.Module):
         x = _Wide(maximum=False, name="mixed_7b")(x)
         x = _Wide(maximum=True, name="mixed_7c")(x)
         features = x.mean((1, 2))
-        return Seen(features, nn.Dense(CLASSES, use_bias=False, name="classes")(features), early)
+        return InceptionOutputs(features, nn.Dense(CLASSES, use_bias=False, name="classes")(features), early)
 
 
 class _Conv(nn.Module):

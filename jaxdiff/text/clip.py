@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from jaxdiff.nets.clip import CLIP, CLIPConfig, Embedded, TextTowerConfig
+from jaxdiff.nets.clip import CLIP, CLIPConfig, TextTowerConfig, TowerOutput
 from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of, in_blocks
 from jaxdiff.text.tokenizer import Tokens, tokenize
 
@@ -99,7 +99,7 @@ def _embed(
     config: CLIPConfig, skip_last: int, final_norm: bool, pooling: Pooling, params: dict, ids: Int[Array, "b n"]
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b e"] | None]:
     arguments = {"params": params}, ids, skip_last, final_norm
-    embedded = cast(Embedded, CLIP(config).apply(*arguments, method="embed_text"))
+    embedded = cast(TowerOutput, CLIP(config).apply(*arguments, method="embed_text"))
     if pooling is Pooling.NONE:
         return embedded.states, None
     if pooling is Pooling.STATE or embedded.embedding is None:

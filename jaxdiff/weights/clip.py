@@ -84,11 +84,11 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     """
     directory = Path(directory)
     trees.check_tree(params, _shapes(config), "the CLIP to export")
-    hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
+    hub.write_params(directory / "model.safetensors", params, key_map(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 
-def hub_names(params: dict) -> dict[str, str]:
+def key_map(params: dict) -> dict[str, str]:
     """transformers' name of each of our parameters, its path joined by "/"."""
     return hub.names(trees.flatten(params), RULES, WORDS)
 
@@ -160,7 +160,7 @@ def _load(
             config = replace(config, width=None)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
     shapes = sizes.shapes(lambda: _init(config), str(path))
-    return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
+    return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
 
 def _of_tower(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.Stored]:

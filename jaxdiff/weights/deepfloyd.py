@@ -38,27 +38,23 @@ def load_unet(
     config = read_config(directory / "config.json", compute_type)
     tensors = hub.open_tensors(directory, variant)
     shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
-    return config, hub.load_params(tensors, shapes, hub_names(config.unet, shapes), dtype, place, str(directory))
+    return config, hub.load_params(tensors, shapes, key_map(config.unet, shapes), dtype, place, str(directory))
 
 
-def export_unet(config: UNetConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
+def export_unet(network: Network, params: dict, directory: str | Path, dtype: str = "float32") -> None:
     """Writes config.json and diffusion_pytorch_model.safetensors as diffusers' UNet2DConditionModel opens.
 
     ValueError where the network is none of IF's kind or `params` does not fit it, OSError where something cannot be
     written; each file appears whole or not at all.
     """
     directory = Path(directory)
-    told = described(config, params)
-    hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, hub_names(config, params), dtype)
+    told, names = described(network, params), key_map(network.unet, params)
+    hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, names, dtype)
     hub.write_json(directory / "config.json", told)
 
 
-def described(config: UNetConfig, params: dict) -> dict[str, Any]:
+def described(network: Network, params: dict) -> dict[str, Any]:
     """The settings that `export_unet` writes. ValueError as there."""
-    try:
-        network = Network(config, params["text"]["kernel"].shape[0], "aug_level" in params)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("the U-Net to export: its parameters have no text/kernel as DeepFloyd IF's have") from error
     told = _hub_config(network)
     trees.check_tree(params, _shapes(network), "the U-Net to export")
     return told
@@ -287,7 +283,7 @@ def _check_described(config: UNetConfig, attends: list[bool]) -> None:
             raise ValueError(f"diffusers' layout of DeepFloyd IF has no {name} = {value}: it has to be {only}")
 
 
-def hub_names(config: UNetConfig, params: dict) -> dict[str, str]:
+def key_map(config: UNetConfig, params: dict) -> dict[str, str]:
     """diffusers' name of each of our parameters, its path joined by "/"."""
     last = len(config.blocks) - 1
     # diffusers numbers the levels of the way up from the lowest.

@@ -20,6 +20,7 @@ from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, Trailing
 from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.cleaning import clean_caption
@@ -172,19 +173,24 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     enlargement = None if low_res is None else low_res.enlargement
     for name, fits, value in (
         ("prediction", model.prediction is Prediction.EPSILON, model.prediction),
-        ("enlargement", enlargement in (None, Enlargement.BILINEAR), enlargement),
-        ("null text", text is not None and text.null is NullText.EMPTY, text and text.null),
-        ("text length", text is not None and text.length == LENGTH, text and text.length),
+        ("low_res.enlargement", enlargement in (None, Enlargement.BILINEAR), enlargement),
+        ("text.null", text is not None and text.null is NullText.EMPTY, text and text.null),
+        ("text.length", text is not None and text.length == LENGTH, text and text.length),
         ("residual", not model.residual, model.residual),
-        ("factor", low_res is None or model.factor == 4, model.factor),
+        ("low_res.factor", low_res is None or model.factor == 4, model.factor),
     ):
         if not fits:
             raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {value}")
     drawing = _drawing(sampling, model.unet.learned_variance)
     told = {"scheduler": _scheduler(model.schedule, "schedule") | drawing}
     if low_res is not None:
-        told["image_noising_scheduler"] = _scheduler(low_res.augmentation, "augmentation")
-    return told | {"unet": deepfloyd.described(model.unet, trained.params) | {"sample_size": model.side}}
+        told["image_noising_scheduler"] = _scheduler(low_res.augmentation, "low_res.augmentation")
+    return told | {"unet": deepfloyd.described(_network(model), trained.params) | {"sample_size": model.side}}
+
+
+def _network(model: DiffusionModel) -> deepfloyd.Network:
+    assert model.text is not None  # see `described`
+    return deepfloyd.Network(model.unet, model.text.shape[1], model.low_res is not None)
 
 
 def export_stage(
@@ -197,7 +203,7 @@ def export_stage(
     """
     told = described(trained)
     unet = told.pop("unet")
-    deepfloyd.export_unet(trained.model.unet, trained.params, directory / "unet", dtype)
+    deepfloyd.export_unet(_network(trained.model), trained.params, directory / "unet", dtype)
     hub.write_json(directory / "unet" / "config.json", unet)
     parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
     parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}

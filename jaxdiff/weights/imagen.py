@@ -154,6 +154,8 @@ def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str 
         or not isinstance(text, str | None)
     ):
         raise ValueError(f"{settings}: not the settings of a stage")
+    if stage.text is not None and None in (stage.text.length, stage.text.width):
+        raise ValueError(f"{settings}: length or width of TextConditioner is None, a stage has those of a text encoder")
     sizes.check_name(text or "", "text", str(settings))
     return stage, sampling, text
 

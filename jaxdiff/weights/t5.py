@@ -50,7 +50,7 @@ def load(
         config = replace(config, tied=_is_tied(config, tensors))
     tensors = _accounted(config, tensors, directory)
     shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
-    return config, hub.load_params(tensors, shapes, hub_names(shapes), dtype, place, str(directory))
+    return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
 
 def load_text_encoder(
@@ -85,7 +85,7 @@ def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "
     if "decoder" not in params:
         config = replace(config, decoder_layers=0)
     trees.check_tree(params, _shapes(config), "the T5 to export")
-    hub.write_params(directory / "model.safetensors", params, hub_names(params), dtype)
+    hub.write_params(directory / "model.safetensors", params, key_map(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 
@@ -142,7 +142,7 @@ FEED_FORWARD = {"relu": False, "gated-gelu": True}
 """transformers' name of each feed-forward that T5 was published with, and whether it is the gated one."""
 
 
-def hub_names(params: dict) -> dict[str, str]:
+def key_map(params: dict) -> dict[str, str]:
     """transformers' name of each of our parameters, its path joined by "/"."""
     return hub.names(trees.flatten(params), RULES)
 

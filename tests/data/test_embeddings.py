@@ -18,14 +18,7 @@ import pytest
 
 from jaxdiff.data import embeddings, parts
 from jaxdiff.data.array_records import new_records
-from jaxdiff.data.embeddings import (
-    RowEncoder,
-    Shard,
-    StoreProgress,
-    open_embeddings,
-    store_embeddings,
-    store_rows,
-)
+from jaxdiff.data.embeddings import RowEncoder, Shard, StoreProgress, open_embeddings, store_embeddings, store_rows
 from jaxdiff.data.pipeline import DataConfig, image_batches
 
 LENGTH, WIDTH = 6, 5

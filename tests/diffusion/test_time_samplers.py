@@ -14,13 +14,7 @@ from jaxdiff.diffusion.schedules import (
     TabulatedSchedule,
     time_of,
 )
-from jaxdiff.diffusion.time_samplers import (
-    LogitNormalTimes,
-    LogNormalTimes,
-    LogSNRRange,
-    TimeSampler,
-    UniformTimes,
-)
+from jaxdiff.diffusion.time_samplers import LogitNormalTimes, LogNormalTimes, LogSNRRange, TimeSampler, UniformTimes
 from jaxdiff.systems import imagen_tiny
 
 SCHEDULES = [CosineSchedule(-1.0), LinearBetaSchedule(), EDM(), RectifiedFlow(), TabulatedSchedule.cosine()]

@@ -13,7 +13,7 @@ from jaxdiff.evaluation.resize import Resize
 from jaxdiff.evaluation.statistics import add, empty, merge
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
-from jaxdiff.nets.inception import Seen
+from jaxdiff.nets.inception import InceptionOutputs
 from jaxdiff.training.mesh import make_mesh
 
 CONFIG = ClassifierConfig(side=16, channels=(4, 8), features=6, names=("kind", "colour", "size"), classes=(3, 4, 2))
@@ -78,7 +78,7 @@ def test_inception_sees_pixels_as_its_graph_scales_them(monkeypatch):
 
     class Sees:
         def apply(self, variables, pictures):
-            return Seen(pictures.mean((1, 2)), pictures.max((1, 2)), {64: pictures.min((1, 2))})
+            return InceptionOutputs(pictures.mean((1, 2)), pictures.max((1, 2)), {64: pictures.min((1, 2))})
 
     monkeypatch.setattr(features, "Inception", Sees)
     grey = np.full((2, 299, 299, 3), 128, np.uint8)
@@ -94,7 +94,7 @@ def test_features_of_earlier_layers_have_another_name(monkeypatch):
     class Sees:
         def apply(self, variables, pictures):
             mean = pictures.mean((1, 2))
-            return Seen(mean, mean, {width: mean[:, :1] * width for width in (64, 192, 768)})
+            return InceptionOutputs(mean, mean, {width: mean[:, :1] * width for width in (64, 192, 768)})
 
     monkeypatch.setattr(features, "Inception", Sees)
     picture = np.full((1, 299, 299, 3), 192, np.uint8)

@@ -8,7 +8,7 @@ import pytest
 from jaxdiff.evaluation import fid, foreign
 from jaxdiff.evaluation.features import INCEPTION
 from jaxdiff.evaluation.kid import kid
-from jaxdiff.evaluation.metrics import Settings, judge, keep, kept, observed, seen_by
+from jaxdiff.evaluation.metrics import MetricSettings, keep, kept, metrics_of, observed, seen_by
 from jaxdiff.evaluation.statistics import Moments, Origin
 
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def drawn():
 
 def scores(path, shown):
     reference = seen_by(kept(path), NETWORKS)
-    return {score.name: score for score in judge(shown, reference, Settings(kid_subsets=5, splits=2), 3)}
+    return {score.name: score for score in metrics_of(shown, reference, MetricSettings(kid_subsets=5, splits=2), 3)}
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32])
@@ -129,4 +129,4 @@ def test_an_unknown_way_is_no_other_network(tmp_path):
     reference = seen_by(kept(tmp_path / "fid.npz"), NETWORKS)
     other = dataclasses.replace(drawn().origin, extractor="clip abc")
     with pytest.raises(ValueError, match="extractor is inception"):
-        judge(dataclasses.replace(drawn(), origin=other), reference)
+        metrics_of(dataclasses.replace(drawn(), origin=other), reference)

@@ -10,12 +10,12 @@ from jaxdiff.evaluation.clip_score import clip_score
 from jaxdiff.evaluation.features import INCEPTION
 from jaxdiff.evaluation.inception_score import inception_score
 from jaxdiff.evaluation.kid import kid
-from jaxdiff.evaluation.metrics import Settings, judge, judge_captions, keep, kept, observed
+from jaxdiff.evaluation.metrics import MetricSettings, caption_metrics, keep, kept, metrics_of, observed
 from jaxdiff.evaluation.precision_recall import precision_recall
 from jaxdiff.evaluation.statistics import Origin
 
 ORIGIN = Origin("drawn", "0123", "classifier-shapes abc", "clean", "png", 7, size="64x64")
-HOW = Settings(kid_subsets=5, splits=2)
+HOW = MetricSettings(kid_subsets=5, splits=2)
 
 
 def seen(count=40, shift=0.0, origin=ORIGIN, logits=True, seed=0):
@@ -36,7 +36,7 @@ def by_name(scores):
 
 def test_every_number_of_a_classifier():
     drawn, reference = seen(), true()
-    found = by_name(judge(drawn, reference, HOW, 3))
+    found = by_name(metrics_of(drawn, reference, HOW, 3))
     assert set(found) == {
         "FD-shapes",
         "FD-shapes, limit",
@@ -56,22 +56,22 @@ def test_every_number_of_a_classifier():
 
 
 def test_the_line_says_how_a_number_came_about():
-    score = by_name(judge(seen(), true(), HOW, 3))["KID-shapes × 1000"]
+    score = by_name(metrics_of(seen(), true(), HOW, 3))["KID-shapes × 1000"]
     for part in ("n 40 against 60", "5 subsets of 20", "drawn 0123", "png, 64x64, seed 7", "classifier-shapes abc"):
         assert part in score.protocol
     assert "fit squeeze, resize clean" in score.protocol and "reference true 9876 (png, 64x64)" in score.protocol
-    assert "15 sizes from 12" in by_name(judge(seen(), true(), HOW, 3))["FD-shapes, limit"].protocol
+    assert "15 sizes from 12" in by_name(metrics_of(seen(), true(), HOW, 3))["FD-shapes, limit"].protocol
     assert "\n" not in score.protocol
 
 
 def test_only_inceptions_is_called_fid():
     inception = f"{INCEPTION} abc"
     drawn, reference = seen(origin=dataclasses.replace(ORIGIN, extractor=inception)), true(extractor=inception)
-    found = by_name(judge(drawn, reference, HOW, 3))
+    found = by_name(metrics_of(drawn, reference, HOW, 3))
     assert set(found) == {"FID", "FID∞", "KID × 1000", "IS", "precision", "recall"}
     early = f"{INCEPTION}-64 abc"
     drawn, reference = seen(origin=dataclasses.replace(ORIGIN, extractor=early)), true(extractor=early)
-    assert set(by_name(judge(drawn, reference, HOW, 3))) == {
+    assert set(by_name(metrics_of(drawn, reference, HOW, 3))) == {
         "FID-64",
         "FID∞-64",
         "KID-64 × 1000",
@@ -80,7 +80,7 @@ def test_only_inceptions_is_called_fid():
         "recall-64",
     }
     clip = dataclasses.replace(ORIGIN, extractor="clip abc")
-    assert set(by_name(judge(seen(origin=clip, logits=False), true(extractor="clip abc"), HOW, 3))) == {
+    assert set(by_name(metrics_of(seen(origin=clip, logits=False), true(extractor="clip abc"), HOW, 3))) == {
         "FD-clip",
         "FD-clip, limit",
         "CMMD-clip",
@@ -89,11 +89,13 @@ def test_only_inceptions_is_called_fid():
 
 def test_few_pictures_are_refused_unless_forced_and_then_it_says_so():
     few = seen(5)
-    score = by_name(judge(few, true(), HOW, 3))["FD-shapes"]
+    score = by_name(metrics_of(few, true(), HOW, 3))["FD-shapes"]
     assert score.value is None and "5 pictures for 6 features" in score.missing
-    forced = by_name(judge(few, true(), dataclasses.replace(HOW, force=True)))["FD-shapes"]
+    forced = by_name(metrics_of(few, true(), dataclasses.replace(HOW, force=True)))["FD-shapes"]
     assert forced.value > 0 and "FORCED: fewer than the 6 features" in forced.protocol
-    assert "FORCED" not in by_name(judge(seen(), true(), dataclasses.replace(HOW, force=True)))["FD-shapes"].protocol
+    assert (
+        "FORCED" not in by_name(metrics_of(seen(), true(), dataclasses.replace(HOW, force=True)))["FD-shapes"].protocol
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_few_pictures_are_refused_unless_forced_and_then_it_says_so():
 )
 def test_sets_that_were_seen_otherwise_are_not_compared(name, other):
     with pytest.raises(ValueError, match=f"{name} is {other}"):
-        judge(seen(), true(**{name: other}))
+        metrics_of(seen(), true(**{name: other}))
 
 
 def test_kept_sets_give_the_same_numbers(tmp_path):
@@ -117,13 +119,13 @@ def test_kept_sets_give_the_same_numbers(tmp_path):
     keep(tmp_path / "true.npz", reference)
     again = kept(tmp_path / "true.npz")
     assert again.origin == reference.origin
-    assert judge(seen(), again, HOW, 3) == judge(seen(), reference, HOW, 3)
+    assert metrics_of(seen(), again, HOW, 3) == metrics_of(seen(), reference, HOW, 3)
 
 
 def test_sums_alone_give_the_distance_and_reasons(tmp_path):
     keep(tmp_path / "true.npz", dataclasses.replace(true(), features=None))
-    found = by_name(judge(seen(), kept(tmp_path / "true.npz"), HOW, 3))
-    assert found["FD-shapes"].value == by_name(judge(seen(), true(), HOW, 3))["FD-shapes"].value
+    found = by_name(metrics_of(seen(), kept(tmp_path / "true.npz"), HOW, 3))
+    assert found["FD-shapes"].value == by_name(metrics_of(seen(), true(), HOW, 3))["FD-shapes"].value
     assert found["recall-shapes"].missing == "the reference keeps sums alone, no features"
 
 
@@ -157,13 +159,13 @@ def test_features_that_are_not_finite_are_refused_by_name(tmp_path):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the overflow that is asked for
 def test_results_that_are_too_large_are_none():
     large = observed(ORIGIN, true().features * np.float64(1e120), true().features)
-    score = by_name(judge(large, true(), HOW, 3))["KID-shapes × 1000"]
+    score = by_name(metrics_of(large, true(), HOW, 3))["KID-shapes × 1000"]
     assert score.value is None and "the features are too large" in score.missing
 
 
 def test_the_splits_of_the_inception_score_are_named():
     for seed, words in ((2020, "2 splits, shuffled by 2020"), (5, "shuffled by 5"), (None, "2 splits, not shuffled")):
-        score = by_name(judge(seen(), true(), dataclasses.replace(HOW, split_seed=seed), 3))["IS-shapes"]
+        score = by_name(metrics_of(seen(), true(), dataclasses.replace(HOW, split_seed=seed), 3))["IS-shapes"]
         assert words in score.protocol
         assert score.value == inception_score(seen().logits, 2, seed).value
 
@@ -180,19 +182,19 @@ def test_features_of_other_sums_are_refused_and_stale_ones_go(tmp_path):
 @pytest.mark.parametrize("name, value", [("kid_subsets", 0), ("kid_size", 1), ("neighbours", 0), ("splits", 0)])
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} {value}"):
-        Settings(**{name: value})
+        MetricSettings(**{name: value})
 
 
 def test_clip_scores_have_their_names_and_lines():
     drawn = seen(origin=dataclasses.replace(ORIGIN, extractor="clip abc"))
     text = np.random.default_rng(5).normal(size=(40, 6))
     captions = [f"caption {i}" for i in range(40)]
-    score, cosine = judge_captions(captions, text, drawn)
+    score, cosine = caption_metrics(captions, text, drawn)
     assert (score.value, cosine.value) == tuple(clip_score(text, drawn.features))
     assert (score.name, cosine.name) == ("score-clip, w 2.5", "cosine-clip")
     assert "n 40, captions " in score.protocol and ", drawn 0123 (png, 64x64, seed 7), clip abc" in score.protocol
     assert ", no prefix, " in score.protocol
-    assert "prefix 'A photo depicts '" in judge_captions(captions, text, drawn, "A photo depicts ")[0].protocol
-    assert judge_captions(captions[::-1], text, drawn)[0].protocol != score.protocol
+    assert "prefix 'A photo depicts '" in caption_metrics(captions, text, drawn, "A photo depicts ")[0].protocol
+    assert caption_metrics(captions[::-1], text, drawn)[0].protocol != score.protocol
     with pytest.raises(ValueError, match="39 captions and 40 pictures"):
-        judge_captions(captions[1:], text[1:], drawn)
+        caption_metrics(captions[1:], text[1:], drawn)

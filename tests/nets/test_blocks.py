@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxdiff.nets import blocks
-from jaxdiff.nets.blocks import AttentionBlock, AttentionPool, Norm, Resample, ResBlock, TextContext
+from jaxdiff.nets.blocks import AttentionBlock, Norm, Resample, ResBlock
+from jaxdiff.nets.conditioning import AttentionPool, TextContext
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.normal(size=(2, 4, 6, 3)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxdiff.models.single_optimizer import SingleOptimizer
-from jaxdiff.nets.unet import EfficientUNetConfig, UNetConfig
+from jaxdiff.nets.unet import AttentionConfig, EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen as presets
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
@@ -119,9 +119,9 @@ def test_adafactors_rows_and_columns_follow():
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2), (1, 1, 8)], ids=str)
 def test_the_papers_stages_are_split_evenly(name, sizes):
     """All that is large is split; every rule of the networks finds its arrays."""
-    stage, mesh = getattr(presets, name), make_mesh(*sizes)
-    rules = tuple(Rule(*rule) for rule in stage.unet.tensor_rules())
-    params = jax.eval_shape(stage.init, jax.random.key(0))[0]
+    model, mesh = getattr(presets, name).reading(*presets.T5_XXL), make_mesh(*sizes)
+    rules = tuple(Rule(*rule) for rule in model.unet.tensor_rules())
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]
     placed = shardings(params, mesh, ParamSharding(rules))
     held = bytes_on_a_device(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, placed))
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -130,7 +130,7 @@ def test_the_papers_stages_are_split_evenly(name, sizes):
 
 
 def test_rules_of_networks_without_attention():
-    config = UNetConfig(self_attention=(False,) * 4)
+    config = UNetConfig(attention=AttentionConfig((False,) * 4))
     assert all("q" not in pattern for pattern, _ in config.tensor_rules())
     assert not any("up" in pattern for pattern, _ in UNetConfig().tensor_rules())  # no feed-forward
     assert any("up" in pattern for pattern, _ in EfficientUNetConfig().tensor_rules())

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SR
+from small import SR, executed
 
-from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.training import chips, plan
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.optimizer import OptimizerConfig
@@ -162,7 +161,7 @@ def test_what_is_computed_again_is_not_useful():
     once = plan.network_flops(SR.loss, *shapes)
     backward = lambda stage: jax.grad(lambda *given: stage.loss(*given)[0])  # noqa: E731
     assert plan.network_flops(backward(SR), *shapes) == pytest.approx(3 * once, rel=0.1)
-    again = replace(SR, unet=replace(SR.unet, remat="blocks"))
+    again = replace(SR, unet=executed(SR.unet, remat="blocks"))
     assert plan.network_flops(again.loss, *shapes) == once
     assert plan.network_flops(backward(again), *shapes) > 1.1 * plan.network_flops(backward(SR), *shapes)
 
@@ -184,7 +183,7 @@ def test_an_estimate_counts_what_is_kept_for_the_backward_pass():
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
 
     def of(rows, remat="none", **options):
-        stage = replace(SR, unet=replace(SR.unet, remat=remat, axes=ActivationSharding()))
+        stage = replace(SR, unet=executed(SR.unet, remat=remat))
         return estimated_costs(stage, state, stage.batch_spec(rows, 16), **options)
 
     small, large = of(2), of(8)

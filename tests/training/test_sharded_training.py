@@ -5,11 +5,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from small import random_params
+from small import TEXT, executed, random_params
 
+from jaxdiff.models.conditioners import LowResConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.nets.unet import EfficientUNetConfig
+from jaxdiff.nets.conditioning import MaskedText
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import SGD, Adafactor, AdamW, Decay, OptimizerConfig
 from jaxdiff.training.param_sharding import ParamSharding, Rule
@@ -20,15 +22,10 @@ UNET = EfficientUNetConfig(
     channels=16,
     multipliers=(1, 2),
     blocks=(1, 2),
-    self_attention=(False, True),
-    cross_attention=(False, True),
-    heads=2,
-    feed_forward=1,
-    time_width=16,
-    text_width=6,
-    context_width=8,
+    attention=AttentionConfig((False, True), (False, True), heads=2, feed_forward=1),
+    conditioning=ConditioningConfig(16, MaskedText(8)),
 )
-STAGE = DiffusionModel(unet=UNET, resolution=16, low_resolution=4, text_length=4)
+MODEL = DiffusionModel(unet=UNET, side=16, conditioners=(TEXT, LowResConditioner()))
 RATE = 0.05
 PLAIN = OptimizerConfig(kind=SGD(), learning_rate=RATE, warmup=0, decay=Decay.CONSTANT, clip=None)
 RULES = tuple(Rule(*rule) for rule in UNET.tensor_rules())
@@ -39,20 +36,20 @@ def batches(count, rows=32):
     rng = np.random.default_rng(0)
     for _ in range(count):
         batch = {
-            name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in STAGE.batch_spec(rows, 16).items()
+            name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in MODEL.batch_spec(rows, 16).items()
         }
         yield batch | {"text_mask": np.arange(4) < rng.integers(0, 5, (rows, 1))}
 
 
-def trained(sizes, steps=10, axes=None, optimizer=PLAIN, accumulate=1, **how):
+def trained(sizes, steps=10, sharding=None, optimizer=PLAIN, accumulate=1, **how):
     """Losses of so many steps, and the parameters before, after the first and after the last."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    axes = ActivationSharding(BATCH_AXES) if axes is None else axes
-    stage = replace(STAGE, unet=replace(UNET, axes=axes, **how))
-    placement = ParamSharding(() if axes.rows else RULES, minimum=64)
-    state = init_state(stage, optimizer, jax.random.key(0), mesh, random_params(STAGE), placement)
-    abstract = abstract_state(stage, optimizer, mesh, placement)
-    step = make_step(stage, optimizer, placements_of(abstract), accumulate=accumulate)
+    sharding = ActivationSharding(BATCH_AXES) if sharding is None else sharding
+    model = replace(MODEL, unet=executed(UNET, sharding=sharding, **how))
+    placement = ParamSharding(() if sharding.spatial else RULES, minimum=64)
+    state = init_state(model, optimizer, jax.random.key(0), mesh, random_params(MODEL), placement)
+    abstract = abstract_state(model, optimizer, mesh, placement)
+    step = make_step(model, optimizer, placements_of(abstract), accumulate=accumulate)
     seen, losses = [jax.device_get(state.params)], []
     with jax.set_mesh(mesh):
         for batch in batches(steps):
@@ -71,7 +68,7 @@ def one_device():
     def of(**settings):
         key = repr(settings)
         if key not in kept:
-            kept[key] = trained((1, 1, 1), axes=ActivationSharding(), **settings)
+            kept[key] = trained((1, 1, 1), sharding=ActivationSharding(), **settings)
         return kept[key]
 
     return of
@@ -95,8 +92,8 @@ def furthest(a, b):
         ((1, 8, 1), {"accumulate": 4}),
         ((2, 2, 2), {"accumulate": 4}),
         # Rows of pictures over `tensor`: the gradient of a strided convolution is where XLA goes wrong by itself.
-        ((2, 2, 2), {"axes": ROWS}),
-        ((1, 4, 2), {"axes": ROWS, "scan": True, "remat": "outputs"}),
+        ((2, 2, 2), {"sharding": ROWS}),
+        ((1, 4, 2), {"sharding": ROWS, "scan": True, "remat": "outputs"}),
         ((1, 4, 2), {"scan": True, "remat": "blocks"}),
     ],
     ids=str,

@@ -24,7 +24,7 @@ def write(directory):
     """bfloat16 in five shards, of which one at a time is in memory."""
     config = replace(XXL, decoder_layers=0, dtype="bfloat16")
     shapes = t5._shapes(config)
-    names = t5.hub_names(shapes)
+    names = t5.key_map(shapes)
     shards = {}
     for path, leaf in trees.flatten(shapes).items():
         block = path.split("/")[1].removeprefix("block_")

@@ -77,7 +77,7 @@ def test_published_sizes(name):
     with torch.device("meta"):
         model = CLIPModel(CLIPConfig(**clip._hub_config(config, "float32")))
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in clip.UNUSED}
-    names = clip.hub_names(shapes)
+    names = clip.key_map(shapes)
     found = {names[path]: clip.hub.theirs_shape(path, leaf.shape) for path, leaf in trees.flatten(shapes).items()}
     assert found == expected
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from jaxdiff.core import trees
 from jaxdiff.diffusion.time_grid import Leading
-from jaxdiff.systems.pipeline import Cascade
+from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.precomputed import embed_captions
 from jaxdiff.weights import hub, imagen
@@ -21,17 +21,17 @@ from jaxdiff.weights import hub, imagen
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The small cascade, and the folder of its stages."""
-    model, folder = small_if.cascade(), tmp_path_factory.mktemp("if")
-    imagen.export(model, folder)
-    return model, folder
+    pipeline, folder = small_if.cascade(), tmp_path_factory.mktemp("if")
+    imagen.export(pipeline, folder)
+    return pipeline, folder
 
 
 def assert_same(found, wanted, bound=0.0):
-    assert len(found.models) == len(wanted.models)
-    pairs = [(a.params, b.params) for a, b in zip(found.models, wanted.models)]
-    for a, b in zip(found.models, wanted.models):
-        assert (a.stage, a.sampling) == (b.stage, b.sampling)
-    for a, b in [*pairs, (found.text.params, wanted.text.params)]:
+    assert len(found.boxes) == len(wanted.boxes)
+    pairs = [(a.params, b.params) for a, b in zip(found.boxes, wanted.boxes)]
+    for a, b in zip(found.boxes, wanted.boxes):
+        assert (a.model, a.sampling) == (b.model, b.sampling)
+    for a, b in [*pairs, (found.text_encoder.params, wanted.text_encoder.params)]:
         a, b = trees.flatten(a), trees.flatten(b)
         assert a.keys() == b.keys()
         for name in a:
@@ -39,10 +39,11 @@ def assert_same(found, wanted, bound=0.0):
 
 
 def test_a_folder_of_stages(exported):
-    model, folder = exported
+    pipeline, folder = exported
     found = imagen.load(folder)
     assert_same(found, model)
-    assert found.text.padding_is_read and found.text.length == 77 and found.text.prepare is clean_caption
+    encoder = found.text_encoder
+    assert encoder.padding_is_read and encoder.length == 77 and encoder.prepare is clean_caption
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     both = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     both |= {"scheduler/scheduler_config.json"}
@@ -53,24 +54,24 @@ def test_a_folder_of_stages(exported):
 
 
 def test_stages_by_their_own_folders(exported):
-    model, folder = exported
+    pipeline, folder = exported
     assert_same(imagen.load([folder / "base64", str(folder / "sr256")]), model)
     alone = imagen.load(folder / "base64")
-    assert_same(alone, Cascade(model.text, model.base))
-    lower = imagen.load(folder / "base64", clean=False).text.prepare
+    assert_same(alone, Pipeline(model.text_encoder, model.generator))
+    lower = imagen.load(folder / "base64", clean=False).text_encoder.prepare
     assert lower(" A  <b>RED</b> Circle ") == "a  <b>red</b> circle"
 
 
 def test_half_precision_and_variants(exported, tmp_path):
     """Files of the variant fp16, of all parts, in either compute type."""
-    model, folder = exported
+    pipeline, folder = exported
     imagen.export(model, tmp_path, "float16")
     for path in tmp_path.rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     assert_same(imagen.load(tmp_path, variant="fp16"), model, 2**-10)
     found = imagen.load(tmp_path, variant="fp16", dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves([m.params for m in found.models])} == {jnp.dtype("bfloat16")}
-    assert found.base.stage.unet.dtype == found.text.config.dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves([m.params for m in found.boxes])} == {jnp.dtype("bfloat16")}
+    assert found.generator.model.unet.execution.dtype == found.text_encoder.config.dtype == "bfloat16"
     with pytest.raises(FileNotFoundError, match="fp16"):
         imagen.load(folder, variant="fp16")
 
@@ -79,9 +80,9 @@ def test_what_diffusers_pipelines_save(exported, tmp_path):
     """The same, but for the spacing of the steps: diffusers writes its own where a file had none."""
     torch = pytest.importorskip("torch", reason="diffusers' pipelines are PyTorch's")
     diffusers = pytest.importorskip("diffusers", reason="IF's pipelines are diffusers'")
-    model, folder = exported
-    models = [replace(each, sampling=replace(each.sampling, spacing=Leading())) for each in model.models]
-    wanted = replace(model, base=models[0], super_resolution=tuple(models[1:]))
+    pipeline, folder = exported
+    models = [replace(each, sampling=replace(each.sampling, spacing=Leading())) for each in model.boxes]
+    wanted = replace(model, generator=models[0], decoders=tuple(models[1:]))
     base = diffusers.IFPipeline.from_pretrained(folder / "base64")
     larger = diffusers.IFSuperResolutionPipeline.from_pretrained(folder / "sr256")
     for half in (False, True):
@@ -101,16 +102,16 @@ def test_placed_by_the_caller(exported):
         placed.append(array.shape)
         return jnp.asarray(array)
 
-    model, folder = exported
+    pipeline, folder = exported
     assert_same(imagen.load(folder, place=place), model)
-    parts = [*(m.params for m in model.models), model.text.params]
+    parts = [*(m.params for m in model.boxes), model.text_encoder.params]
     assert len(placed) == sum(len(jax.tree.leaves(part)) for part in parts)
 
 
 def test_a_pipeline_beside_a_stage_that_was_trained_here(exported, tmp_path):
-    model, folder = exported
+    pipeline, folder = exported
     shutil.copytree(folder / "base64", tmp_path / "base64")
-    imagen.save_model(model.super_resolution[0], tmp_path / "sr256")
+    imagen.save_model(model.decoders[0], tmp_path / "sr256")
     assert_same(imagen.load(tmp_path), model)
     (tmp_path / "sr256").rename(tmp_path / "sr1024")
     with pytest.raises(ValueError, match="holds sr1024 without the stage before it"):
@@ -157,9 +158,9 @@ def embedded():
 def test_stages_that_are_named(asked):
     """Only those; and the text encoder alone without any of them."""
     alone = imagen.load(["some/IF-I-small"])
-    assert len(alone.models) == 1 and {hub_id for hub_id, *_ in asked} == {"some/IF-I-small"}
+    assert len(alone.boxes) == 1 and {hub_id for hub_id, *_ in asked} == {"some/IF-I-small"}
     asked.clear()
-    assert len(imagen.load(["DeepFloyd/IF-I-XL-v1.0", "some/IF-II-small@v2"], text=embedded()).models) == 2
+    assert len(imagen.load(["DeepFloyd/IF-I-XL-v1.0", "some/IF-II-small@v2"], text=embedded()).boxes) == 2
     assert asked == [("DeepFloyd/IF-I-XL-v1.0", None, {"unet"}), ("some/IF-II-small", "v2", {"unet"})]
     asked.clear()
     imagen.load_text("DeepFloyd/IF-I-XL-v1.0")

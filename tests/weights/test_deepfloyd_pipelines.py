@@ -15,8 +15,7 @@ import small_if
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.time_grid import Leading, Respaced
-from jaxdiff.systems import pipeline as systems_pipeline
-from jaxdiff.systems.pipeline import Picture
+from jaxdiff.systems.pipeline import InitImage, SampleOptions
 from jaxdiff.weights import imagen
 
 torch = pytest.importorskip("torch", reason="diffusers' IF is PyTorch's")
@@ -41,9 +40,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(folder):
     loaded = imagen.load(folder)
-    for model, weight in zip(loaded.models, GUIDANCE):
+    for model, weight in zip(loaded.boxes, GUIDANCE):
         assert model.sampling.guidance.weight == weight and model.sampling.clean_known
-    assert loaded.super_resolution[0].sampling.aug_level == LEVEL / 1000
+    assert loaded.decoders[0].sampling.aug_level == LEVEL / 1000
     return loaded
 
 
@@ -94,12 +93,15 @@ def theirs(parts, monkeypatch):
     return draw
 
 
+def sampled(ours, sampling, **options):
+    """The products of ours, all of whose boxes sample in another way."""
+    first, *others = (replace(box, sampling=replace(box.sampling, **sampling)) for box in ours.boxes)
+    return replace(ours, generator=first, decoders=tuple(others)).sample(CAPTIONS, SampleOptions(seed=SEED, **options))
+
+
 def drawn(ours, clean_known=True, **options):
-    samplings = [
-        replace(m.sampling, sampler=DDIM(), steps=STEPS, spacing=Leading(), keep_eps=True, clean_known=clean_known)
-        for m in ours.models
-    ]
-    return list(dict(systems_pipeline.stages(ours, CAPTIONS, seed=SEED, samplings=samplings, **options)).values())
+    ddim = {"sampler": DDIM(), "steps": STEPS, "spacing": Leading(), "keep_eps": True}
+    return sampled(ours, ddim | {"clean_known": clean_known}, **options)
 
 
 def assert_same(found, wanted):
@@ -120,39 +122,49 @@ def test_text_to_image(ours, theirs, negative):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def init():
     """Smooth bands, to be redrawn in the middle; half of the steps, not the nearer three quarters."""
     x, y = np.meshgrid(np.linspace(-2, 2, 64), np.linspace(-3, 3, 64))
     image = np.stack([np.sin(x + y), np.cos(2 * x), np.tanh(y)], -1).astype("f4")
     mask = np.zeros((64, 64), bool)
     mask[12:44, 20:56] = True
-    return Picture(image, (0.7, 0.7), mask)
+    return InitImage(image, (0.7, 0.7), mask)
 
 
-def test_image_to_image(ours, theirs, picture):
-    picture = replace(picture, mask=None)
-    given = [tensor(picture.given(i, COUNT, (side, side)).image) for i, side in enumerate(SIDES)]
+def seen(init, side):
+    """The image at a side, and its mask there (b h w c), as diffusers takes them: it resizes neither."""
+    size = side, side
+    image = jnp.clip(jax.image.resize(init.image, (*size, 3), "cubic"), -1, 1)
+    mask = (
+        None if init.mask is None else jax.image.resize(init.mask[..., None].astype("f4"), (*size, 1), "linear") >= 0.5
+    )
+    return [None if each is None else np.repeat(np.float32(each)[None], COUNT, 0) for each in (image, mask)]
+
+
+def test_image_to_image(ours, theirs, init):
+    init = replace(init, mask=None)
+    given = [tensor(seen(init, side)[0]) for side in SIDES]
     base = theirs(diffusers.IFImg2ImgPipeline, 0, image=given[0], strength=0.7)
     inputs = {"image": tensor(base), "original_image": given[1], "strength": 0.7}
     larger = theirs(diffusers.IFImg2ImgSuperResolutionPipeline, 1, **inputs)
-    assert_same(drawn(ours, picture=picture), (base, larger))
+    assert_same(drawn(ours, init=init), (base, larger))
 
 
-def test_inpainting(ours, theirs, picture):
+def test_inpainting(ours, theirs, init):
     """IF puts what is known back as it is; noised to each step's level, what is kept comes out the same."""
-    given = [picture.given(i, COUNT, (side, side)) for i, side in enumerate(SIDES)]
-    images, masks = ([tensor(getattr(each, name)) for each in given] for name in ("image", "mask"))
+    given = [seen(init, side) for side in SIDES]
+    images, masks = ([tensor(each[i]) for each in given] for i in (0, 1))
     base = theirs(diffusers.IFInpaintingPipeline, 0, image=images[0], mask_image=masks[0], strength=0.7)
     inputs = {"original_image": images[1], "mask_image": masks[1], "strength": 0.7}
     larger = theirs(diffusers.IFInpaintingSuperResolutionPipeline, 1, image=tensor(base), **inputs)
-    found = drawn(ours, picture=picture)
+    found = drawn(ours, init=init)
     assert_same(found, (base, larger))
-    kept = [np.broadcast_to(np.asarray(each.mask) == 0, clean.shape) for each, clean in zip(given, found)]
-    for clean, each, where in zip(found, given, kept):
+    kept = [np.broadcast_to(mask == 0, clean.shape) for (_, mask), clean in zip(given, found)]
+    for clean, (image, _), where in zip(found, given, kept):
         assert 0.5 < where.mean() < 0.9
-        np.testing.assert_allclose(clean[where], np.asarray(each.image)[where], atol=1e-6)
-    (noised,) = drawn(ours, clean_known=False, picture=picture, up_to=SIDES[0])
-    np.testing.assert_allclose(noised[kept[0]], np.asarray(given[0].image)[kept[0]], atol=1e-3)
+        np.testing.assert_allclose(clean[where], image[where], atol=1e-6)
+    (noised,) = drawn(ours, clean_known=False, init=init, last=0)
+    np.testing.assert_allclose(noised[kept[0]], given[0][0][kept[0]], atol=1e-3)
     assert np.abs(found[0] - noised)[~kept[0]].mean() > 0.01
 
 
@@ -169,9 +181,8 @@ def test_ddpm_with_the_variance_that_the_network_has_learned(folder, ours, monke
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: next(steps))
     timesteps = spacing.entries(1000)[::-1]
     pictures = base(CAPTIONS, timesteps=timesteps, guidance_scale=GUIDANCE[0], output_type="pt").images
-    samplings = [replace(model.sampling, steps=spacing.steps, spacing=spacing) for model in ours.models]
-    found = systems_pipeline.sample(ours, CAPTIONS, seed=SEED, samplings=samplings, up_to=SIDES[0])
-    assert_same(found.values(), [np.moveaxis(pictures.clamp(-1, 1).numpy(), 1, -1)])
+    found = sampled(ours, {"steps": spacing.steps, "spacing": spacing}, last=0)
+    assert_same(found, [np.moveaxis(pictures.clamp(-1, 1).numpy(), 1, -1)])
 
 
 MESSY = ["  A PINK Cross &amp; two  stars ", "a red circle: https://example.org/a.png 50x60", "", "a blue HEART"]
@@ -183,7 +194,7 @@ def test_captions(folder, ours, parts, clean):
     pipeline = diffusers.IFPipeline(**parts[0], requires_safety_checker=False)
     with torch.no_grad():
         wanted, negative = pipeline.encode_prompt(MESSY, True, clean_caption=clean)
-    encoder = ours.text if clean else imagen.load_text(folder, clean=False)
+    encoder = ours.text_encoder if clean else imagen.load_text(folder, clean=False)
     found = encoder.encode(MESSY)
     assert found.tokens.shape == (4, 77, 24) and found.mask.all()
     np.testing.assert_allclose(found.tokens, wanted, atol=2e-5)

@@ -16,9 +16,10 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
-from jaxdiff.models.diffusion import Enlargement, NullText
-from jaxdiff.systems import pipeline
-from jaxdiff.systems.pipeline import TrainedModel
+from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText, TextConditioner
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.imagen import SR_256_TINY
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
 from jaxdiff.weights import captions, deepfloyd_pipeline, imagen, tree
@@ -87,7 +88,7 @@ def test_files_that_are_missing(copy, lost, message):
 
 def test_stages_out_of_order(exported, copy):
     """A stage II alone, after none, or before its stage I; named, whatever the captions come from."""
-    text = embed_captions(exported[0].text, small_if.CAPTIONS)
+    text = embed_captions(exported[0].text_encoder, small_if.CAPTIONS)
     first, second = copy / "base64", copy / "sr256"
     missing = "the first stage enlarges 16 pixels to 64: the one that draws them from text has to come before it"
     for weights in ([second], [second, first], [second, second]):
@@ -116,30 +117,33 @@ def test_stages_out_of_order(exported, copy):
 # Export
 
 
-def changed(model, number=0, **changes):
-    """The cascade with other settings of a stage, or of how it draws."""
-    stage, sampling = model.models[number].stage, model.models[number].sampling
-    of_stage = {name: value for name, value in changes.items() if hasattr(stage, name)}
-    of_sampling = {name: value for name, value in changes.items() if hasattr(sampling, name)}
-    other = replace(model.models[number], stage=replace(stage, **of_stage), sampling=replace(sampling, **of_sampling))
-    models = [*model.models[:number], other, *model.models[number + 1 :]]
-    return replace(model, base=models[0], super_resolution=tuple(models[1:]))
+def changed(pipeline, number=0, **changes):
+    """The pipeline with other settings of a box's model, of its conditioners, or of how it samples."""
+    boxes = list(pipeline.boxes)
+    model, sampling = boxes[number].model, boxes[number].sampling
+    for kind in (TextConditioner, LowResConditioner):
+        told = {name: value for name, value in changes.items() if name in kind.__dataclass_fields__}
+        model = small.changed(model, kind, **told)
+    model = replace(model, **{name: value for name, value in changes.items() if name in vars(model)})
+    sampling = replace(sampling, **{name: value for name, value in changes.items() if name in vars(sampling)})
+    boxes[number] = replace(boxes[number], model=model, sampling=sampling)
+    return replace(pipeline, generator=boxes[0], decoders=tuple(boxes[1:]))
 
 
 @pytest.mark.parametrize(
     ("number", "changes", "message"),
     [
-        (0, {"null_text": NullText.ZEROS}, "no stage with null_text = NullText.ZEROS"),
-        (1, {"null_text": NullText.ZEROS}, "no stage with null_text = NullText.ZEROS"),
+        (0, {"null": NullText.ZEROS}, "no stage with text.null = NullText.ZEROS"),
+        (1, {"null": NullText.ZEROS}, "no stage with text.null = NullText.ZEROS"),
         (0, {"prediction": Prediction.V}, "no stage with prediction = Prediction.V"),
-        (1, {"enlargement": Enlargement.CUBIC}, "no stage with enlargement = Enlargement.CUBIC"),
+        (1, {"enlargement": Enlargement.CUBIC}, "no stage with low_res.enlargement = Enlargement.CUBIC"),
         (
             0,
             {"schedule": TabulatedSchedule.linear()},
-            r"no schedule = Tab.*\(.*: it has to be TabulatedSchedule.cosine",
+            r"no schedule = TabulatedSchedule\(.*: it has to be TabulatedSchedule.cosine",
         ),
         (0, {"schedule": TabulatedSchedule.cosine(offset=0.01)}, "no schedule = TabulatedSchedule"),
-        (1, {"augmentation": CosineSchedule()}, "no augmentation = Cosine"),
+        (1, {"augmentation": CosineSchedule()}, "no low_res.augmentation = Cosine"),
         (0, {"sampler": Euler()}, r"no sampler = Euler\(\)"),
         (0, {"sampler": DDPM(0.5)}, r"no sampler = DDPM\(gamma=0.5\)"),
         (0, {"sampler": DDIM(0.5), "keep_eps": True}, r"no sampler = DDIM\(eta=0.5\)"),
@@ -154,23 +158,36 @@ def test_what_diffusers_cannot_say(exported, tmp_path, number, changes, message)
 
 
 def test_networks_of_another_kind(exported, tmp_path):
-    model = exported[0]
-    efficient = replace(small.BASE, resolution=16)
+    base = exported[0].generator
+    efficient, silent = replace(small.BASE, side=16), SR_256_TINY
+    epsilon = replace(silent, prediction=Prediction.EPSILON, residual=False)
+    twofold = small.changed(exported[0].decoders[0].model, LowResConditioner, factor=2)
     for other, message in (
-        (TrainedModel(efficient, small.random_params(efficient), small_sampling()), "no schedule|null_text"),
-        (replace(model.base, stage=replace(model.base.stage, text_length=12)), "no stage with text_length = 12"),
-        (replace(model.base, params={}), "the U-Net to export does not fit the settings"),
+        (
+            TrainedModel(efficient, small.random_params(efficient), small_sampling()),
+            "no stage with text.null = .*ZEROS",
+        ),
+        (TrainedModel(silent, {}, small_sampling()), "no stage with prediction = Prediction.X0"),
+        (TrainedModel(epsilon, {}, small_sampling()), "no stage with low_res.enlargement = Enlargement.CUBIC"),
+        (replace(base, model=small.changed(base.model, TextConditioner, length=12)), "no stage with text.length = 12"),
+        (replace(exported[0].decoders[0], model=twofold), "no stage with low_res.factor = 2"),
+        (replace(base, params={}), "the U-Net to export does not fit the settings"),
+        (
+            replace(base, model=base.model.reading(77, 48)),
+            r"does not fit the settings: .*pool/k/kernel \(24, 24\), not \(48, 48\)",
+        ),
+        (replace(exported[0].decoders[0], params=base.params), r"does not fit the settings: .*missing \(aug_level"),
     ):
         with pytest.raises(ValueError, match=message):
             deepfloyd_pipeline.export_stage(other, tmp_path / "stage")
-    unet = replace(model.base.stage.unet, coordinates=True)
+    unet = replace(base.model.unet, coordinates=True)
     with pytest.raises(ValueError, match="no coordinates = True"):
-        deepfloyd_pipeline.export_stage(replace(model.base, stage=replace(model.base.stage, unet=unet)), tmp_path / "a")
+        deepfloyd_pipeline.export_stage(replace(base, model=replace(base.model, unet=unet)), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
 def small_sampling():
-    return replace(small_if.cascade().base.sampling, sampler=DDPM(0.0))
+    return replace(small_if.cascade().generator.sampling, sampler=DDPM(0.0))
 
 
 @pytest.mark.parametrize(
@@ -191,9 +208,9 @@ def small_sampling():
 )
 def test_what_diffusers_can_say_comes_back(exported, tmp_path, changes):
     wanted = changed(exported[0], 0, **changes)
-    deepfloyd_pipeline.export_stage(wanted.base, tmp_path)
+    deepfloyd_pipeline.export_stage(wanted.generator, tmp_path)
     found = deepfloyd_pipeline.load_stage(tmp_path)
-    assert (found.stage, found.sampling) == (wanted.base.stage, wanted.base.sampling)
+    assert (found.model, found.sampling) == (wanted.generator.model, wanted.generator.sampling)
 
 
 # Captions that were embedded before
@@ -201,34 +218,32 @@ def test_what_diffusers_can_say_comes_back(exported, tmp_path, changes):
 
 @pytest.fixture(scope="module")
 def embedded(exported):
-    return embed_captions(exported[0].text, small_if.CAPTIONS)
+    return embed_captions(exported[0].text_encoder, small_if.CAPTIONS)
 
 
 def test_captions_are_written_and_read(exported, embedded, tmp_path):
     captions.save(tmp_path / "captions.safetensors", embedded)
     found = captions.load(tmp_path / "captions.safetensors")
     assert found.captions == ("", *small_if.CAPTIONS) and found.padding_is_read is True
-    assert (found.width, found.length) == (24, 77) == (exported[0].text.width, exported[0].text.length)
+    assert (found.width, found.length) == (24, 77) == (exported[0].text_encoder.width, exported[0].text_encoder.length)
     np.testing.assert_array_equal(found.embedding.tokens, embedded.embedding.tokens)
     np.testing.assert_array_equal(found.embedding.mask, embedded.embedding.mask)
     twice = [small_if.CAPTIONS[2], "", small_if.CAPTIONS[2]]
-    np.testing.assert_allclose(found.encode(twice).tokens, exported[0].text.encode(twice).tokens, atol=1e-5)
+    np.testing.assert_allclose(found.encode(twice).tokens, exported[0].text_encoder.encode(twice).tokens, atol=1e-5)
     assert found.encode([]).tokens.shape == (0, 77, 24)
 
 
 def test_the_same_pictures_without_the_encoder(exported, embedded):
     """Of the base; and what was not embedded is named, not drawn otherwise."""
-    model = exported[0]
-    sampling = replace(model.base.sampling, sampler=DDIM(), steps=2, spacing=Leading())
-    samplings = [sampling, model.super_resolution[0].sampling]
-    options = {"samplings": samplings, "seed": 4, "up_to": 16}
-    wanted = pipeline.sample(model, small_if.CAPTIONS[:2], **options)[16]
-    without = replace(model, text=embedded)
-    np.testing.assert_allclose(pipeline.sample(without, small_if.CAPTIONS[:2], **options)[16], wanted, atol=1e-4)
+    pipeline = changed(exported[0], sampler=DDIM(), steps=2, spacing=Leading())
+    options = SampleOptions(seed=4, last=0)
+    (wanted,) = pipeline.sample(small_if.CAPTIONS[:2], options)
+    without = replace(pipeline, text_encoder=embedded)
+    np.testing.assert_allclose(without.sample(small_if.CAPTIONS[:2], options)[0], wanted, atol=1e-4)
     assert wanted.std() > 0.1 and np.abs(wanted[0] - wanted[1]).max() > 0.1
-    for asked in ({"prompts": ["a dog"]}, {"prompts": small_if.CAPTIONS[:2], "negative": "a dog"}):
+    for prompts, negative in ((["a dog"], ""), (small_if.CAPTIONS[:2], "a dog")):
         with pytest.raises(ValueError, match="no embedding of 'a dog' among those of 4 captions") as error:
-            pipeline.sample(without, asked.pop("prompts"), **asked, **options)
+            without.sample(prompts, replace(options, negative=negative))
         assert "\n" not in str(error.value)
 
 
@@ -240,9 +255,9 @@ def test_embeddings_of_another_encoder(exported, embedded):
         (TextEmbedding(text[:, :70], mask[:, :70]), "embeddings of width 24, 70 of them"),
     ):
         with pytest.raises(ValueError, match=message):
-            replace(exported[0], text=replace(embedded, embedding=other))
+            replace(exported[0], text_encoder=replace(embedded, embedding=other))
     with pytest.raises(ValueError, match="the 16 stage reads padding and empty captions too"):
-        replace(exported[0], text=replace(embedded, padding_is_read=False))
+        replace(exported[0], text_encoder=replace(embedded, padding_is_read=False))
 
 
 def test_files_that_hold_no_captions(embedded, tmp_path):

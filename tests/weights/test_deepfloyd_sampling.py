@@ -13,7 +13,7 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM, integrate
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Respaced, Trailing, time_grid
-from jaxdiff.systems import imagen as presets
+from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 
 NAMES = ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")

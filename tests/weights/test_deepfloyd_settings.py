@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import small_if
+from small import executed
 
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
-from jaxdiff.systems import imagen as presets
+from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.weights import deepfloyd
 from jaxdiff.weights.deepfloyd_pipeline import SCHEDULER, read_scheduler
 
-BASE, SR = (deepfloyd._hub_config(config) for config in (small_if.BASE, small_if.SR))
+NETWORKS = small_if.NETWORKS
+BASE, SR = (deepfloyd._hub_config(network) for network in NETWORKS)
 MISSHAPEN = ["x", [1], {"a": 1}, 7.5, -1, 12345678901]
 """Of a wrong type, or a wrong number, for whatever setting."""
 
@@ -58,7 +60,7 @@ def test_settings_of_one_value(name, tmp_path):
     left_out = {key: value for key, value in BASE.items() if key != name}
     for values in (left_out, left_out | {name: None}):
         if default in allowed:
-            assert read(tmp_path / "config.json", values) == small_if.BASE
+            assert read(tmp_path / "config.json", values) == NETWORKS[0]
         else:
             message = refused(deepfloyd.read_config, tmp_path / "config.json", values, "act_fn", "gelu")
             assert f"{name} = {default!r} is not supported" in message
@@ -125,15 +127,18 @@ def test_settings_that_do_not_fit(values, message, tmp_path):
 def test_settings_said_otherwise(tmp_path):
     """What a file may leave out, say as one number for all levels, or have for training alone."""
     path = tmp_path / "config.json"
-    assert read(path, BASE) == small_if.BASE and read(path, SR) == small_if.SR
-    assert read(path, BASE | {"layers_per_block": 1, "dropout": 0.3, "_name_or_path": 3}) == small_if.BASE
+    assert read(path, BASE) == NETWORKS[0] and read(path, SR) == NETWORKS[1]
+    assert read(path, BASE | {"layers_per_block": 1, "dropout": 0.3, "_name_or_path": 3}) == NETWORKS[0]
     for name in ("time_embedding_act_fn", "class_embed_type", "mid_block_only_cross_attention", "dropout"):
-        assert read(path, {key: value for key, value in BASE.items() if key != name}) == small_if.BASE
+        assert read(path, {key: value for key, value in BASE.items() if key != name}) == NETWORKS[0]
     wide = read(path, BASE | {"time_embedding_dim": None})
-    assert wide == replace(small_if.BASE, time_width=4 * 32)
-    assert deepfloyd.read_config(path, "bfloat16") == replace(wide, dtype="bfloat16")
+    conditioning = replace(NETWORKS[0].unet.conditioning, width=4 * 32)
+    assert wide == NETWORKS[0]._replace(unet=replace(NETWORKS[0].unet, conditioning=conditioning))
+    half = wide._replace(unet=executed(wide.unet, dtype="bfloat16"))
+    assert deepfloyd.read_config(path, "bfloat16") == half
+    assert read(path, BASE | {"encoder_hid_dim": 48}) == NETWORKS[0]._replace(text_width=48)
     once = {"resnet_skip_time_act": True, "time_embedding_act_fn": "gelu"}
-    assert read(path, BASE | once) == small_if.BASE
+    assert read(path, BASE | once) == NETWORKS[0]
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", "", "\x00"])
@@ -257,7 +262,8 @@ def test_schedulers_that_are_not_supported(changes, learned, message, tmp_path):
 @pytest.mark.parametrize("name", ["resnet_out_scale_factor", "block_out_channels", "layers_per_block", "in_channels"])
 def test_a_null_where_something_has_to_be(name, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(deepfloyd._hub_config(presets.IF_I_M.unet) | {name: None}))
+    network = deepfloyd.Network(presets.IF_I_M.unet, presets.T5_XXL[1], False)
+    path.write_text(json.dumps(deepfloyd._hub_config(network) | {name: None}))
     with pytest.raises(ValueError, match=f"{name} = None is not supported, only "):
         deepfloyd.read_config(path)
 

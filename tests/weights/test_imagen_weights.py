@@ -11,26 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import BASE as EIGHT
-from small import LENGTH, SR, TEXT, Formula, random_params
+from small import LENGTH, SR, WIDTH, Formula, changed, random_params
 
 from jaxdiff.core import trees
 from jaxdiff.core.settings import flatten
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
-from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.conditioners import TextConditioner
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Config, T5Encoder
-from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.tokenizer import byte_tokenizer
 from jaxdiff.training.checkpoints import Checkpoints
-from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.optimizer import OptimizerConfig, optimizer
 from jaxdiff.training.state import create_state
 from jaxdiff.weights import t5 as t5_weights
 from jaxdiff.weights import tree
-from jaxdiff.weights.imagen import load, load_model, save_model
+from jaxdiff.weights.imagen import load, load_model, load_text, save_model
 
 SAMPLING = SamplingConfig(DDIM(0.5), 7, guidance=Guidance(2.5, interval=(-3.0, 4.0)))
-BASE = replace(EIGHT, resolution=4)
-LARGEST = replace(SR, resolution=64, low_resolution=16)
+BASE = replace(EIGHT, side=4)
+LARGEST = replace(SR, side=64)
 
 
 def model(stage, seed=0):
@@ -38,7 +38,7 @@ def model(stage, seed=0):
 
 
 def assert_equal(found, wanted, **tolerance):
-    assert (found.stage, found.sampling) == (wanted.stage, wanted.sampling)
+    assert (found.model, found.sampling) == (wanted.model, wanted.sampling)
     a, b = trees.flatten(found.params), trees.flatten(wanted.params)
     assert a.keys() == b.keys()
     for name in a:
@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
     models = [model(BASE, 0), model(SR, 1), model(LARGEST, 2)]
     for name, each in zip(("base64", "sr256", "sr1024"), models):
         save_model(each, directory / name)
-    config = T5Config(vocab=384, d_model=TEXT["text_width"], d_kv=4, d_ff=8, layers=1, decoder_layers=0, heads=2)
+    config = T5Config(vocab=384, d_model=WIDTH, d_kv=4, d_ff=8, layers=1, decoder_layers=0, heads=2)
     ids = jnp.zeros((1, LENGTH), int)
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
     rng = np.random.default_rng(0)
@@ -92,21 +92,21 @@ def test_half_precision_files(tmp_path, dtype, bound):
 
 def test_the_whole_cascade(saved):
     directory, models, text = saved
-    cascade = load(directory)
-    assert cascade.resolutions == (4, 16, 64)
-    for found, wanted in zip(cascade.models, models):
+    pipeline = load(directory)
+    assert pipeline.sides == (4, 16, 64)
+    for found, wanted in zip(pipeline.boxes, models):
         assert_equal(found, wanted)
-    assert cascade.text.length == LENGTH
-    jax.tree.map(np.testing.assert_array_equal, cascade.text.params, text)
-    embedding = cascade.text.encode(["ab"])
+    assert pipeline.text_encoder.length == LENGTH
+    jax.tree.map(np.testing.assert_array_equal, pipeline.text_encoder.params, text)
+    embedding = pipeline.text_encoder.encode(["ab"])
     assert embedding.tokens.shape == (1, LENGTH, 6) and embedding.mask.sum() == 3
 
 
 def test_stages_may_be_missing_from_the_end(copy):
     shutil.rmtree(copy / "sr1024")
-    assert load(copy).resolutions == (4, 16)
+    assert load(copy).sides == (4, 16)
     shutil.rmtree(copy / "sr256")
-    assert load(copy).resolutions == (4,)
+    assert load(copy).sides == (4,)
 
 
 def test_a_stage_without_the_one_before_it(copy):
@@ -123,10 +123,22 @@ def test_stages_that_do_not_fit_each_other(copy):
 
 def test_an_encoder_of_another_width(copy):
     """Named when the cascade is put together, not by a shape error while drawing."""
-    unet = replace(BASE.unet, text_width=10)
-    save_model(model(replace(BASE, unet=unet)), copy / "base64")
+    save_model(model(BASE.reading(LENGTH, 10)), copy / "base64")
     with pytest.raises(ValueError, match="embeddings of width 6, 4 of them; the 4 stage reads 10, 4 of them"):
         load(copy)
+
+
+def test_an_encoder_that_is_not_known(copy):
+    """A file that says nothing of the text embeddings that its stage reads is named, whatever is loaded of it."""
+    path = copy / "base64/stage.json"
+    told = json.loads(path.read_text())
+    for name in ("length", "width"):
+        damaged = json.loads(json.dumps(told))
+        damaged["stage"]["conditioners"][0][name] = None
+        path.write_text(json.dumps(damaged))
+        for read in (load, load_text, lambda folder: load_model(folder / "base64")):
+            with pytest.raises(ValueError, match=r"base64/stage\.json: length or width of TextConditioner is None"):
+                read(copy)
 
 
 def test_missing_folders(tmp_path, copy):
@@ -245,16 +257,18 @@ def test_settings_that_no_file_can_hold(tmp_path):
 
 
 def test_a_training_checkpoint_of_another_preset_names_the_setting(tmp_path):
-    def checkpoints(stage):
-        return Checkpoints(tmp_path / "checkpoints", flatten({"stage": stage}))
+    def checkpoints(model):
+        return Checkpoints(tmp_path / "checkpoints", flatten({"model": model}))
 
-    state = create_state(jax.tree.map(jnp.asarray, random_params(BASE)), OptimizerConfig(warmup=1, total=10))
+    rule = optimizer(OptimizerConfig(warmup=1, total=10))
+    state = create_state(jax.tree.map(jnp.asarray, random_params(BASE)), (), rule)
     with checkpoints(BASE) as saving:
         saving.save(1, state, {"index": 0})
     wider = replace(BASE, unet=replace(BASE.unet, channels=16))
-    with checkpoints(wider) as other, pytest.raises(ValueError, match=r"stage\.unet\.channels was 8 and is 16 here"):
+    with checkpoints(wider) as other, pytest.raises(ValueError, match=r"model\.unet\.channels was 8 and is 16 here"):
         other.restore(state)
-    with checkpoints(replace(BASE, text_dropout=0.2)) as other, pytest.raises(ValueError, match="text_dropout was"):
+    dropping = changed(BASE, TextConditioner, dropout=0.2)
+    with checkpoints(dropping) as other, pytest.raises(ValueError, match=r"model\.conditioners\.0\.dropout was 0\.1"):
         other.restore(state)
 
 
@@ -263,10 +277,14 @@ def test_settings_are_readable(saved):
     data = json.loads((saved[0] / "base64/stage.json").read_text())
     assert (
         data["version"] == 2
-        and data["stage"]["class"] == "imagen.Stage"
+        and data["stage"]["class"] == "models.Diffusion"
         and data["stage"]["prediction"]["member"] == "EPSILON"
     )
     assert data["stage"]["unet"]["channels"] == 8 and data["sampling"]["guidance"]["weight"] == 2.5
+    assert data["stage"]["unet"]["attention"]["heads"] == 2 and data["stage"]["side"] == 4
+    assert data["stage"]["product"] == {"class": "core.Image", "channels": 3, "stride": 1}
+    (text,) = data["stage"]["conditioners"]
+    assert (text["class"], text["length"], text["width"]) == ("models.TextConditioner", LENGTH, WIDTH)
 
 
 def test_a_tensor_named_like_a_group(copy):
@@ -285,15 +303,15 @@ def test_others_may_read_what_is_saved(copy):
 
 
 def test_the_encoder_of_the_training_is_remembered(tmp_path):
-    save_model(replace(model(BASE), text="0123456789abcdef"), tmp_path)
-    assert load_model(tmp_path).text == "0123456789abcdef"
+    save_model(replace(model(BASE), text_fingerprint="0123456789abcdef"), tmp_path)
+    assert load_model(tmp_path).text_fingerprint == "0123456789abcdef"
     save_model(model(BASE), tmp_path)
-    assert load_model(tmp_path).text is None
+    assert load_model(tmp_path).text_fingerprint is None
 
 
 def test_what_is_shipped_knows_its_encoder():
     """A fingerprint is stored with stages and embeddings, so an encoder must keep it from one version to the next."""
     shipped = load()
-    made_by = shipped.text.fingerprint
-    assert shipped.base.text == made_by
-    assert {model.text for model in shipped.super_resolution} <= {None, made_by}
+    made_by = shipped.text_encoder.fingerprint
+    assert shipped.generator.text_fingerprint == made_by
+    assert {model.text_fingerprint for model in shipped.decoders} <= {None, made_by}

@@ -32,7 +32,9 @@ HOSTILE = [
         [],
         [[]],
         {},
-        {"class": "imagen.Stage"},
+        {"class": "models.Diffusion"},
+        {"class": "models.LowResConditioner"},
+        {"class": "nets.Attention"},
         {"a": {"b": {}}},
         [0] * 10**5,
         ["\x1b"],
@@ -44,7 +46,7 @@ HOSTILE = [
 SETTINGS = {
     "T5": ("config.json", t5._hub_config(T5Config(), "float32"), lambda path: t5.read_config(path)),
     "CLIP": ("config.json", clip._hub_config(OPENAI, "float32"), lambda path: clip.read_config(path)),
-    "IF": ("config.json", deepfloyd._hub_config(small_if.SR), lambda path: deepfloyd.read_config(path)),
+    "IF": ("config.json", deepfloyd._hub_config(small_if.NETWORKS[1]), lambda path: deepfloyd.read_config(path)),
     "scheduler": (
         "scheduler_config.json",
         {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "thresholding": True, "steps_offset": 1},

@@ -1,7 +1,9 @@
-"""The parity table: every public model that is read, beside PyTorch's own (`pytest tests/weights/test_parity.py`).
+"""The parity table: every public model that is read, beside PyTorch's own.
 
 First the numbers: models of few parameters and the public topology, filled at random and saved by transformers or
-diffusers, loaded by us. Then the names: the public sizes, whose every tensor must have its name and its shape.
+diffusers, loaded by us. Then the names: the public sizes, whose every tensor must have its name and its shape. By
+default those of the smallest size of each family, which has all kinds of tensors; of every size, with the whole
+table, by `pytest -m slow tests/weights/test_parity.py`: shapes of the largest take seconds each to trace.
 """
 
 import json
@@ -12,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import executed
 from small_clip import OPEN, OPENAI
 
 from jaxdiff.core import trees
 from jaxdiff.nets import clip as clip_nets
 from jaxdiff.nets import t5 as t5_nets
-from jaxdiff.systems import imagen as presets
+from jaxdiff.nets.conditioning import Conditioning, WholeText
+from jaxdiff.nets.unet import ConditioningConfig
+from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.weights import clip, deepfloyd, hub, t5
 
 ENCODER, UNET = 1e-4, 5e-4
@@ -44,13 +49,16 @@ T5 = {
 }
 
 
-def narrow(config):
-    top = 32 * config.multipliers[-1]
-    small = {"head_channels": 16, "text_width": 48, "pool_heads": 4}
-    return replace(config, channels=32, time_width=128, context_width=top, frequencies=32, **small)
+def narrow(model):
+    """All levels and every kind of block; two blocks at one level, as a chain of them must keep its order."""
+    blocks = (1, 2) + (1,) * (len(model.unet.blocks) - 2)
+    conditioning = ConditioningConfig(128, WholeText(32 * model.unet.multipliers[-1], pool_heads=4), frequencies=32)
+    attention = replace(model.unet.attention, head_channels=16)
+    unet = replace(model.unet, channels=32, blocks=blocks, attention=attention, conditioning=conditioning)
+    return deepfloyd.Network(unet, 48, model.low_res is not None)
 
 
-UNETS = {"DeepFloyd IF-I": narrow(presets.IF_I_M.unet), "DeepFloyd IF-II": narrow(presets.IF_II_M.unet)}
+UNETS = {"DeepFloyd IF-I": narrow(presets.IF_I_M), "DeepFloyd IF-II": narrow(presets.IF_II_M)}
 
 FLAN_SIZES = {
     "small": (512, 1024, 8, 8, 6, 64),
@@ -93,16 +101,17 @@ FAMILIES = {
 """The settings that a family's sizes share, the sizes, and the millions of parameters that are published of each, in as
 many digits. Of UMT5 none are: its sizes are v1.1's with more words."""
 PUBLIC_UNETS = {
-    "DeepFloyd IF-I-M": (presets.IF_I_M.unet, "371.6"),
-    "DeepFloyd IF-I-L": (presets.IF_I_L.unet, "935.4"),
-    "DeepFloyd IF-I-XL": (presets.IF_I_XL.unet, "4304.7"),
-    "DeepFloyd IF-II-M": (presets.IF_II_M.unet, "466"),
-    "DeepFloyd IF-II-L": (presets.IF_II_L.unet, "1198"),
+    "DeepFloyd IF-I-M": (presets.IF_I_M, "371.6"),
+    "DeepFloyd IF-I-L": (presets.IF_I_L, "935.4"),
+    "DeepFloyd IF-I-XL": (presets.IF_I_XL, "4304.7"),
+    "DeepFloyd IF-II-M": (presets.IF_II_M, "466"),
+    "DeepFloyd IF-II-L": (presets.IF_II_L, "1198"),
 }
 """IF-II's widths are inferred from its published sizes, 450 M and 1.2 B, of which these come nearest."""
 
 
-def test_parity(tmp_path, record_property):
+@pytest.mark.parametrize("sizes", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["smallest", "all"])
+def test_parity(sizes, tmp_path, record_property):
     pytest.importorskip("torch", reason="the models that it compares with are PyTorch's")
     pytest.importorskip("diffusers", reason="DeepFloyd IF's U-Net is diffusers'")
     numbers = []
@@ -110,9 +119,9 @@ def test_parity(tmp_path, record_property):
         numbers += [(name, *row, ENCODER) for row in compare_t5(kind, settings, tmp_path / f"t5_{i}")]
     for name, config in {"CLIP, OpenAI's": OPENAI, "CLIP, OpenCLIP's": OPEN}.items():
         numbers += [(name, *row, ENCODER) for row in compare_clip(config, tmp_path / name)]
-    for name, config in UNETS.items():
-        numbers += [(name, *row, UNET) for row in compare_unet(config, tmp_path / name)]
-    public = [*t5_names(tmp_path), *unet_names(tmp_path)]
+    for name, network in UNETS.items():
+        numbers += [(name, *row, UNET) for row in compare_unet(network, tmp_path / name)]
+    public = [*t5_names(tmp_path, sizes), *unet_names(tmp_path, sizes)]
     lines = ["| model at random | output | largest error | tensors |", "|---|---|---|---|"]
     lines += [f"| {name} | {output} | {error:.1e} | {count} |" for name, output, error, count, _ in numbers]
     lines += ["", "| public model | parameters | tensors of the same names and shapes |", "|---|---|---|"]
@@ -191,25 +200,26 @@ def _towers(network, variables, ids, image):
     return run(ids, method="embed_text"), run(image, method="embed_image"), run(ids, image)
 
 
-def compare_unet(config, directory):
+def compare_unet(network, directory):
     import torch
     from diffusers import UNet2DConditionModel
 
-    model = fill(UNet2DConditionModel.from_config(deepfloyd._hub_config(config)).eval())
+    model = fill(UNet2DConditionModel.from_config(deepfloyd._hub_config(network)).eval())
     model.save_pretrained(directory)
     found, params = deepfloyd.load_unet(directory)
-    assert found == config
+    assert found == network
     rng = np.random.default_rng(1)
     picture, low = (rng.normal(size=(2, 32, 32, 3)).astype("f4") for _ in range(2))
-    text = rng.normal(size=(2, 11, config.text_width)).astype("f4")
+    text = rng.normal(size=(2, 11, network.text_width)).astype("f4")
     time, level = np.array([3.0, 977.0], "f4"), np.array([250, 0])
     with torch.no_grad():
-        given = np.concatenate([picture, low], -1) if config.low_res else picture
-        levels = {"class_labels": torch.tensor(level)} if config.low_res else {}
+        given = np.concatenate([picture, low], -1) if network.low_res else picture
+        levels = {"class_labels": torch.tensor(level)} if network.low_res else {}
         given = torch.tensor(given).permute(0, 3, 1, 2)
         theirs = model(given, torch.tensor(time), encoder_hidden_states=torch.tensor(text), **levels).sample
-    low_res = (low, (level / 1000).astype("f4")) if config.low_res else ()
-    ours = jax.jit(config.module().apply)({"params": params}, picture, time, text, np.ones((2, 11), bool), *low_res)
+    low_res = {"concat": low, "aug_level": (level / 1000).astype("f4")} if network.low_res else {}
+    conditioning = Conditioning(text, np.ones((2, 11), bool), **low_res)
+    ours = jax.jit(network.unet.module().apply)({"params": params}, picture, time, conditioning)
     yield "prediction and variance", error(ours, theirs.permute(0, 2, 3, 1)), len(trees.flatten(params))
 
 
@@ -240,14 +250,15 @@ def unit(embedding):
     return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
 
 
-def t5_names(directory):
-    """(name, millions of parameters, those published, our names and shapes, PyTorch's) of each public size."""
+def t5_names(directory, most):
+    """(name, millions of parameters, those published, our names and shapes, PyTorch's) of each public size, or of the
+    first few of each family."""
     import torch
     import transformers
 
     path = directory / "config.json"
     for family, (shared, sizes, published) in FAMILIES.items():
-        for (size, numbers), millions in zip(sizes.items(), published.split()):
+        for (size, numbers), millions in list(zip(sizes.items(), published.split()))[:most]:
             widths = ("d_model", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "d_kv")
             values = shared | dict(zip(widths, numbers))
             path.write_text(json.dumps(values))
@@ -259,23 +270,26 @@ def t5_names(directory):
             # What the files may hold besides, and what is then left out: the embedding under other names.
             copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
             copies |= {"lm_head.weight"} if config.tied else set()
-            yield named(f"{family} {size}", millions, shapes, t5.hub_names(shapes), model, copies)
+            yield named(f"{family} {size}", millions, shapes, t5.key_map(shapes), model, copies)
 
 
-def unet_names(directory):
+def unet_names(directory, most):
     import torch
     from diffusers import UNet2DConditionModel
 
     path = directory / "config.json"
-    for name, (config, published) in PUBLIC_UNETS.items():
-        settings = deepfloyd._hub_config(config)
+    families = [[name for name in PUBLIC_UNETS if family in name] for family in ("IF-I-", "IF-II-")]
+    for name in [name for names in families for name in names[:most]]:
+        model, published = PUBLIC_UNETS[name]
+        network = deepfloyd.Network(model.unet, presets.T5_XXL[1], model.low_res is not None)
+        settings = deepfloyd._hub_config(network)
         path.write_text(json.dumps(settings))
-        config = replace(config, dtype="bfloat16")
-        assert deepfloyd.read_config(path, "bfloat16") == config
-        shapes = deepfloyd._shapes(config)
+        network = network._replace(unet=executed(model.unet, dtype="bfloat16"))
+        assert deepfloyd.read_config(path, "bfloat16") == network
+        shapes = deepfloyd._shapes(network)
         with torch.device("meta"):
             model = UNet2DConditionModel.from_config(settings)
-        yield named(name, published, shapes, deepfloyd.hub_names(config, shapes), model, set())
+        yield named(name, published, shapes, deepfloyd.key_map(network.unet, shapes), model, set())
 
 
 def named(name, published, shapes, names, model, copies):

@@ -14,7 +14,8 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.t5 import T5Config
-from jaxdiff.systems.imagen import BASE_64_2B, IF_II_L
+from jaxdiff.systems.deepfloyd import IF_II_L
+from jaxdiff.systems.imagen import BASE_64_2B, SR_256_TINY
 from jaxdiff.weights import classifier, sizes
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.settings import TABLE, VERSION, from_json, to_json
@@ -34,48 +35,107 @@ def test_every_whole_number_has_bounds():
         assert sizes.BOUNDS.get(cls, {}).keys() == whole, cls
 
 
-@pytest.mark.parametrize("stage", [BASE_64_2B, IF_II_L, small.BASE, small.SR], ids=["2b", "IF-II-L", "base", "sr"])
-def test_networks_that_are_good(stage):
-    sizes.check_network(stage.unet, "here")
-    assert from_json(to_json(stage), "here") == stage
+GOOD = {"2b": BASE_64_2B, "IF-II-L": IF_II_L, "sr-tiny": SR_256_TINY, "base": small.BASE, "sr": small.SR}
 
 
-def changed(part, **changes):
-    """The settings of a small stage with one that is wrong, in the stage or in its network."""
-    stage = to_json(small.SR)
-    (stage if part == "stage" else stage["unet"]).update(changes)
-    return stage
+@pytest.mark.parametrize("model", GOOD.values(), ids=GOOD)
+def test_networks_that_are_good(model):
+    sizes.check_network(model.unet, "here")
+    sizes.check_model(model, "here")
+    assert from_json(to_json(model), "here") == model
+
+
+def changed(setting, value):
+    """The settings of a small model with one that is wrong, by its path."""
+    found = model = to_json(small.SR)
+    *path, name = setting.split(".")
+    for part in path:
+        found = found[int(part) if part.isdigit() else part]
+    assert name in found, setting
+    found[name] = value
+    return model
 
 
 HOURS = 10**6
 BAD = [
-    *[(name, value) for name in ("channels", "time_width", "text_width", "head_channels") for value in (0, -4, 2**30)],
+    *[
+        (name, value)
+        for name in ("channels", "attention.head_channels", "conditioning.width", "conditioning.text.width")
+        for value in (0, -4, 2**30)
+    ],
     *[("patch", value) for value in (0, -1, True, 65, 1e30, 2.0)],
     *[("blocks", value) for value in ([HOURS], [-1], [True], [1.5], [0] * HOURS, [256, 1])],
     *[("outer_blocks", value) for value in (HOURS, -1)],
     *[("multipliers", value) for value in ([0], [-2], [2**20], [1, "x"], [1, None], ["1"])],
-    *[("heads", value) for value in (3, -1, 2**40, False)],
-    *[("pool_heads", value) for value in (3, -1, HOURS)],
+    *[("attention.heads", value) for value in (3, -1, 2**40, False)],
+    *[("conditioning.text.pool_heads", value) for value in (3, -1, HOURS)],
+    *[("conditioning.text.pool", value) for value in (None, 1, "yes")],
+    *[
+        ("conditioning.text", value)
+        for value in ({}, [], {"class": "core.Image"}, {"class": "nets.MaskedText", "pool": 0})
+    ],
+    *[("conditioning.frequencies", value) for value in (-1, 2**30, True, None, 1.5)],
+    *[
+        ("conditioning", value)
+        for value in (None, {}, [], {"class": "nets.Attention"}, {"class": "nets.Conditioning", "a": 1})
+    ],
     *[("norm_groups", value) for value in (-1, 3, 10**30)],
-    *[("feed_forward", value) for value in (-1, HOURS)],
+    *[("attention.feed_forward", value) for value in (-1, HOURS)],
+    *[("attention.group_text", value) for value in (1, None)],
+    *[("attention", value) for value in (None, {}, [True], {"class": "nets.Execution"}, {"class": "nets.Attention"})],
     *[("skip_scale", value) for value in (float("nan"), float("inf"), 1e999, 10**400, True, "1")],
-    *[("dtype", value) for value in ("float16", "x" * 10**6, 1)],
-    *[("self_attention", value) for value in ([1], ["yes"], [True] * HOURS)],
+    *[("execution.dtype", value) for value in ("float16", "x" * 10**6, 1)],
+    *[("execution", value) for value in (None, {}, "bfloat16", {"class": "nets.Execution", "dtype": None})],
+    *[("attention.self_attention", value) for value in ([1], ["yes"], [True] * HOURS)],
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:30])
 def test_networks_of_ours(name, value, tmp_path):
-    assert_refused(changed("unet", **{name: value}), tmp_path)
+    assert_refused(changed(f"unet.{name}", value), tmp_path)
+
+
+def test_heads_that_pool_a_text_as_it_comes():
+    """They divide the width of the text encoder, which only the whole model knows; of the reader's width nothing."""
+    for heads, width, good in ((4, 24, True), (5, 24, False), (0, 4096, True), (0, 200, False), (5, None, True)):
+        text = {"class": "models.TextConditioner", "width": width, "length": 77}
+        settings = to_json(IF_II_L) | {"conditioners": [text, to_json(IF_II_L)["conditioners"][1]]}
+        settings["unet"]["conditioning"]["text"]["pool_heads"] = heads
+        if good:
+            assert from_json(settings, "here").text.width == width
+            continue
+        with pytest.raises(
+            ValueError, match=f"^here: pool_heads: {heads or 3} heads do not divide a width of {width}$"
+        ):
+            from_json(settings, "here")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("resolution", value) for value in (0, -16, 2**30, True, 16.0)],
-        *[("low_resolution", value) for value in (0, -4, True)],
-        *[("text_length", value) for value in (0, -1, 2**40)],
-        *[("text_dropout", value) for value in (float("nan"), True, -1.0)],
+        *[("side", value) for value in (0, -16, 2**30, True, 16.0, None)],
+        *[("product", value) for value in (None, {}, [], 3, {"class": "core.Token"}, {"class": "models.Tiles"})],
+        *[("product.channels", value) for value in (0, -3, True, 2**30, 3.0, None)],
+        *[("product.stride", value) for value in (0, -1, 2**20, "8")],
+        *[("conditioners", value) for value in (None, {}, 3, [], [None], [3], [[]], [{}], [{"class": "core.Image"}])],
+        *[("conditioners", [to_json(part)] * 2) for part in small.SR.conditioners],
+        ("conditioners", [to_json(small.TEXT)] * 70_000),
+        *[("conditioners.0.width", value) for value in (0, -1, 2**40, True, None)],
+        *[("conditioners.0.length", value) for value in (0, -1, 2**40, 4.0, None)],
+        *[("conditioners.0.dropout", value) for value in (float("nan"), True, -1.0)],
+        *[
+            ("conditioners.0.null", value)
+            for value in (None, "ZEROS", {"class": "models.Enlargement", "member": "CUBIC"})
+        ],
+        *[("conditioners.1.factor", value) for value in (0, -4, True, 3, 2**20, None)],
+        *[("conditioners.1.channels", value) for value in (0, -4, True, 2**30)],
+        *[("conditioners.1.max_level", value) for value in (float("nan"), True, -0.1, 1.1, None)],
+        *[
+            ("conditioners.1.enlargement", value)
+            for value in (None, 2, {"class": "models.NullText", "member": "ZEROS"})
+        ],
+        *[("conditioners.1.augmentation", value) for value in (None, {}, {"class": "diffusion.UniformTimes"})],
+        ("conditioners.1.augmentation", {"class": "diffusion.LinearBetaSchedule", "steps": HOURS}),
         ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": HOURS}),
         ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": 1}),
         ("schedule", {"class": "diffusion.TabulatedSchedule", "alpha_bar": [0.5] * HOURS}),
@@ -87,7 +147,7 @@ def test_networks_of_ours(name, value, tmp_path):
     ids=lambda value: str(value)[:30],
 )
 def test_stages_of_ours(name, value, tmp_path):
-    assert_refused(changed("stage", **{name: value}), tmp_path)
+    assert_refused(changed(name, value), tmp_path)
 
 
 def assert_refused(stage, folder):

@@ -27,7 +27,7 @@ def test_tensors_are_read_one_at_a_time(dtype, tmp_path):
     t5.export(CONFIG, zeros("float32"), tmp_path, "bfloat16")
     shapes, tensors = t5._shapes(CONFIG), hub.open_tensors(tmp_path)
     sizes = [leaf.size * jnp.dtype(dtype).itemsize for leaf in trees.flatten(shapes).values()]
-    names, placed = t5.hub_names(shapes), []
+    names, placed = t5.key_map(shapes), []
     tracemalloc.start()
     try:
         hub.load_params(tensors, shapes, names, dtype, lambda array: placed.append(array.nbytes), "here")
