@@ -218,8 +218,8 @@ def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float
     """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
     count = settings.sample_batch
     parameters = abstract_params(stage)
-    batch = made_up(stage, count, stage.side)
-    text = TextEmbedding(batch["text"].astype(np.float32), batch["text_mask"]) if "text" in batch else None
+    batch = jax.tree.map(jnp.asarray, made_up(stage, count, stage.side))
+    text = TextEmbedding(batch["text"].astype(jnp.float32), batch["text_mask"]) if "text" in batch else None
     given = SampleInputs(text, low_res=batch.get("low_res"))
     keys = noise.sample_keys(jax.random.key(0), jnp.arange(count))
     sizes = stage.side, stage.side
@@ -228,7 +228,7 @@ def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float
     def evaluate(params, x, conditioning):
         return stage.predict(params, x, jnp.ones(count), conditioning)
 
-    inputs = jax.device_put((batch["image"], conditioning))
+    inputs = batch["image"], conditioning
     compiled, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)
     flops = network_flops(evaluate, parameters, *inputs)
     if not settings.steps:
