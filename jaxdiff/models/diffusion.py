@@ -57,6 +57,8 @@ class DiffusionModel(SingleOptimizer):
             raise ValueError(f"a side of {self.side} is not a multiple of the factor {self.low_res.factor}")
         if self.residual and (self.prediction is not Prediction.X0 or self.low_res is None):
             raise ValueError("residual is for super-resolution models that predict x0")
+        if self.residual and self.low_res is not None and self.low_res.channels != self.product.channels:
+            raise ValueError(f"residual adds {self.low_res.channels} channels to {self.product}")
         if self.unet.learned_variance and not isinstance(self.schedule, TabulatedSchedule):
             raise ValueError("a variance is learned between the entries of a tabulated schedule")
 

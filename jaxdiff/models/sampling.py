@@ -146,7 +146,8 @@ class TrainedModel:
 
     @property
     def produces(self) -> ImageSpec | LatentSpec:
-        return replace(self.model.product, stride=self.model.unet.stride)
+        product = self.model.product
+        return replace(product, stride=self.model.unet.stride) if isinstance(product, ImageSpec) else product
 
     @property
     def consumes(self) -> ProductSpec | None:

@@ -197,7 +197,7 @@ def test_noise_of_a_ddim_step(eta):
     """With x₀ = ε = 0 a step leaves its own noise: η times DDPM's lower bound (arXiv 2010.02502, Eq. 16)."""
     grid = time_grid.time_grid(CosineSchedule(), 4)
     nothing = lambda x, t: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
-    left = samplers.DDIM(eta=eta).step(jnp.ones((4, 50, 50)), 1, nothing, grid, _keys(4))
+    left = samplers.DDIM(eta=eta).step(1, jnp.ones((4, 50, 50)), nothing, grid, _keys(4))
     here, there = (time_grid.TimeGrid(*(values[i] for values in grid)) for i in (1, 2))
     expected = eta * samplers.ancestral_deviation(here, there, 0.0).item()
     assert float(jnp.std(left)) == pytest.approx(expected, rel=0.03)

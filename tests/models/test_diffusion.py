@@ -350,6 +350,12 @@ def test_enlarging_is_pillows_bicubic():
         (lambda: replace(SR, residual=True), "residual is for super-resolution models that predict x0"),
         (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
         (lambda: replace(BASE, conditioners=(TEXT, TEXT)), "two conditioners of one kind"),
+        (
+            lambda: replace(
+                SR, residual=True, prediction=Prediction.X0, conditioners=(TEXT, LowResConditioner(channels=1))
+            ),
+            "residual adds 1 channels to images of 3 channels",
+        ),
         (lambda: replace(BASE, conditioners=()), "a network that reads text needs a TextConditioner"),
         (lambda: replace(SR, conditioners=(TEXT, LowResConditioner(factor=3))), "16 is not a multiple of the factor 3"),
         (lambda: DiffusionModel(unet=UNetConfig(), side=100), "stride 8"),
