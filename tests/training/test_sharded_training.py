@@ -29,7 +29,7 @@ UNET = EfficientUNetConfig(
     attention=AttentionConfig((False, True), (False, True), heads=2, feed_forward=1),
     conditioning=ConditioningConfig(16, MaskedText(8)),
 )
-MODEL = DiffusionModel(unet=UNET, side=8, conditioners=(TEXT, LowResConditioner()))
+MODEL = DiffusionModel(unet=UNET, side=16, conditioners=(TEXT, LowResConditioner()))
 # What an optimizer keeps of a parameter depends on its shape alone: a network of one level has all kinds of shapes.
 ATTENTION = AttentionConfig((True,), (True,), heads=2, feed_forward=1)
 ONE_LEVEL = replace(UNET, multipliers=(1,), blocks=(1,), attention=ATTENTION)
@@ -42,7 +42,7 @@ ROWS = ActivationSharding(BATCH_AXES, ("tensor",))
 def batches(count, rows=32):
     rng = np.random.default_rng(0)
     for _ in range(count):
-        spec = MODEL.batch_spec(rows, 8)
+        spec = MODEL.batch_spec(rows, 16)
         batch = {name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in spec.items()}
         yield batch | {"text_mask": np.arange(4) < rng.integers(0, 5, (rows, 1))}
 
