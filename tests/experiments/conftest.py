@@ -1,7 +1,9 @@
 """A very small cascade with random parameters in place of the shipped one, and scripts called as from a shell."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.systems.pipeline import TrainedModel
 from jaxdiff.text.tokenizer import train_tokenizer
+from jaxdiff.training import loop
 from jaxdiff.weights.imagen import save_model
 from jaxdiff.weights.t5 import export
 
@@ -36,6 +39,24 @@ def standin(tmp_path_factory) -> Path:
         sampling = SamplingConfig(presets.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
         save_model(TrainedModel(stage, random_params(stage, number), sampling), folder / name)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_steps() -> Iterator[None]:
+    """Runs of a module with the same settings share one training step: it is traced and compiled once, not by each."""
+    made: dict[Any, Any] = {}
+    real = loop.make_step
+
+    def make_step(*arguments: Any, **options: Any) -> Any:
+        leaves, structure = jax.tree.flatten((arguments, options))
+        key = structure, tuple(leaves)
+        if key not in made:
+            made[key] = real(*arguments, **options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_step)
+        yield
 
 
 @pytest.fixture

@@ -17,16 +17,18 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from processes import Processes
 
 
-def arguments(standin, out, *more):
-    """Every run with data and embeddings of its own, which it has to prepare."""
-    data = "--examples", 16, "--held-out", 2, "--data-dir", f"{out}-data", "--text", standin / "text"
+def arguments(standin, out, *more, data_dir=None):
+    """Every run with data and embeddings of its own, which it has to prepare, unless it is given some."""
+    data_dir = data_dir or f"{out}-data"
+    data = "--examples", 16, "--held-out", 2, "--data-dir", data_dir, "--text", standin / "text"
     short = "--batch", 8, "--ema-decay", 0.9, "--log-every", 1, "--steps", 3, "--sample-every", 3, "--save-every", 2
     return "--stage", "base64", "--out", out, *data, *short, *more
 
 
-def two_processes(standin, out, *more):
+def two_processes(standin, out, *more, data_dir=None):
     """With the parameters split over both."""
-    command = [sys.executable, joined_train.__file__, *arguments(standin, out, *more), "--mesh", "fsdp=2"]
+    given = arguments(standin, out, *more, data_dir=data_dir)
+    command = [sys.executable, joined_train.__file__, *given, "--mesh", "fsdp=2"]
     return Processes(command, 2, flags=True)
 
 
@@ -55,7 +57,7 @@ def test_two_processes_train_as_one_does(standin, tmp_path, command, small_prese
 
     # Another run of two begins with what they have learned.
     more = "--init", tmp_path / "two", "--steps", 1, "--sample-every", 0
-    with two_processes(standin, tmp_path / "next", *more) as more:
-        ended(more)
+    with two_processes(standin, tmp_path / "next", *more, data_dir=tmp_path / "two-data") as following:
+        ended(following)
     first = read(tmp_path / "next" / "metrics.jsonl")[0]["loss"]
     assert first != read(tmp_path / "two" / "metrics.jsonl")[0]["loss"]
