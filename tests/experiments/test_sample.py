@@ -200,6 +200,7 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
         raise RuntimeError("the network is reached")
 
     monkeypatch.setattr(EfficientUNet, "__call__", reached)
+    jax.clear_caches()  # a program that another test has compiled would not call the network
     done = command(sample.main, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
     assert done.code == 70 and "RuntimeError: the network is reached" in done.err, done.err
     frames = re.findall(r'File "(.+)", line \d+, in (\S+)', done.err)
