@@ -186,7 +186,7 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     done = command(assemble.main, "--text", standin / "text", *stages, "--dtype", "float16", "--out", out)
     assert done.code == 0 and "draws 64, 256, 1024" in done.out, done.err
     found, given = load(out), load(standin)
-    for a, b in zip(found.models, given.models, strict=True):
+    for a, b in zip(found.boxes, given.boxes, strict=True):
         assert (a.model, a.sampling) == (b.model, b.sampling)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), a.params, b.params)
     sizes = [(folder / "base64" / "model.safetensors").stat().st_size for folder in (out, standin)]
@@ -196,13 +196,13 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     done = command(assemble.main, "--text", standin / "text", *stages[:2], "--out", out)
     assert done.code == 2 and "holds sr256 and sr1024 of another cascade" in done.err
     base = tmp_path / "base"
-    save_model(dataclasses.replace(load_model(standin / "base64"), text="0123456789abcdef"), base)
+    save_model(dataclasses.replace(load_model(standin / "base64"), text_fingerprint="0123456789abcdef"), base)
     done = command(assemble.main, "--text", standin / "text", "--base64", base, "--out", tmp_path / "wrong")
     assert done.code == 2 and "trained with the text encoder 0123456789abcdef" in done.err
     assert not (tmp_path / "wrong").exists()
     # The same encoder computed in bfloat16 is another one.
     half = load_text_encoder(standin / "text", 16, "bfloat16")
-    save_model(dataclasses.replace(load_model(standin / "base64"), text=half.fingerprint), base)
+    save_model(dataclasses.replace(load_model(standin / "base64"), text_fingerprint=half.fingerprint), base)
     arguments = "--text", standin / "text", "--base64", base, "--out", tmp_path / "half"
     done = command(assemble.main, *arguments)
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()
@@ -227,7 +227,7 @@ def test_the_mean_of_several_runs(standin, tmp_path, command):
     assert not (tmp_path / "none").exists()
     others = tmp_path / "0123456789abcdef", tmp_path / "fedcba9876543210"
     for other in others:
-        save_model(dataclasses.replace(base, text=other.name), other)
+        save_model(dataclasses.replace(base, text_fingerprint=other.name), other)
     done = command(assemble.main, *arguments, *others, "--out", tmp_path / "none")
     assert done.code == 2 and "encoders 0123456789abcdef and fedcba9876543210 have no mean" in done.err
     done = command(assemble.main, "--text", standin / "text", "--base64", "--out", tmp_path / "none")
