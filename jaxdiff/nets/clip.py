@@ -131,7 +131,7 @@ class CLIP(nn.Module):
         return self.text(ids, skip_last, final_norm)
 
     def embed_image(self, image: Float[Array, "b h w 3"]) -> TowerOutput:
-        """Of pictures at the tower's resolution, normalised as it was trained (`systems.clip.normalised`)."""
+        """Of pictures at the tower's resolution, normalised as it was trained (`models.clip.normalised`)."""
         return self.image(image)
 
 

@@ -76,7 +76,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Told in place of being noted only, in a run of one process."""
+        """Inside, a signal raises InterruptRequested in place of being noted only, in a run of one process."""
         self._at_once = not self._several
         try:
             if self._at_once and self.name:

@@ -144,10 +144,10 @@ import sys
 import time
 from pathlib import Path
 import processes
-from jaxdiff.training import distributed, peers
+from jaxdiff.training import distributed, multihost
 processes.join()
 root = Path(sys.argv[1])
-own = root / f"own-{peers.index()}"
+own = root / f"own-{multihost.index()}"
 
 def prepare(made):
     if made.exists():
@@ -158,13 +158,13 @@ def prepare(made):
 print("shared", distributed.once(root / "shared", lambda: prepare(root / "shared" / "made")))
 print("own", distributed.once(own, lambda: prepare(own / "made")))
 print("zero", distributed.on_process_0(lambda: "here"))
-distributed.alike({"steps": 5, "cluster": distributed.Cluster("auto", "a:1", 2, peers.index())})
+distributed.alike({"steps": 5, "cluster": distributed.Cluster("auto", "a:1", 2, multihost.index())})
 try:
-    distributed.alike({"steps": peers.index()})
+    distributed.alike({"steps": multihost.index()})
 except ValueError as error:
     print(error)
 begun = time.monotonic()
-time.sleep(2 * peers.index())
+time.sleep(2 * multihost.index())
 distributed.all_done()
 print("together", time.monotonic() - begun > 1.5, flush=True)
 distributed.check_shared(root / "shared")
@@ -187,10 +187,10 @@ def test_what_processes_share_is_prepared_by_one_of_them(tmp_path):
 PREPARES = """
 import time
 import processes
-from jaxdiff.training import peers
+from jaxdiff.training import multihost
 processes.join()
 print("ready", flush=True)
-peers.barrier("prepared", 100) if peers.index() == 0 else time.sleep(100)
+multihost.barrier("prepared", 100) if multihost.index() == 0 else time.sleep(100)
 """
 
 
