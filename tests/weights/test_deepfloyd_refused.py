@@ -18,7 +18,7 @@ from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, Static
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
 from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText, TextConditioner
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.systems.imagen import SR_256_TINY
+from jaxdiff.systems.imagen_tiny import SR_256_TINY
 from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions

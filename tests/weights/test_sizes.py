@@ -15,7 +15,8 @@ from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.systems.deepfloyd import IF_II_L
-from jaxdiff.systems.imagen import BASE_64_2B, SR_256_TINY
+from jaxdiff.systems.imagen import BASE_64_2B
+from jaxdiff.systems.imagen_tiny import SR_256_TINY
 from jaxdiff.weights import classifier, sizes
 from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.settings import TABLE, VERSION, from_json, to_json

@@ -16,12 +16,12 @@ from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, ExecutionConfig
-from jaxdiff.systems import deepfloyd, imagen
+from jaxdiff.systems import deepfloyd, imagen, imagen_tiny
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
 PRESETS = {
     name: value
-    for system in (imagen, deepfloyd)
+    for system in (imagen, imagen_tiny, deepfloyd)
     for name, value in vars(system).items()
     if isinstance(value, DiffusionModel | SamplingConfig | time_grid.Respaced)
 }
