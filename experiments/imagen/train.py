@@ -200,6 +200,13 @@ def train_stage(settings: Run, processes: int) -> None:
 def stage_of(settings: Run) -> DiffusionModel:
     """The preset with what the command line changes of it."""
     stage = presets.executed(presets.stage(settings.stage, settings.preset), dtype=settings.dtype)
+    for option, conditioner, lacks in (
+        ("text_dropout", stage.text, "reads no text"),
+        ("max_aug_level", stage.low_res, "enlarges nothing"),
+    ):
+        if getattr(settings, option) is not None and conditioner is None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(settings, option)}: {settings.stage} {settings.preset} {lacks}")
     changes: dict[str, Any] = {"conditioners": tuple(_conditioner(each, settings) for each in stage.conditioners)}
     if settings.logsnr is not None:
         changes["time_sampler"] = time_sampler(stage, *settings.logsnr, settings.logsnr_fraction)
