@@ -26,8 +26,9 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.nets.conditioning import MaskedText
+from jaxdiff.nets.conditioning import MaskedText, TextReader, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
+from jaxdiff.systems.boxes import Decoder, Encoding, Generator
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 
@@ -367,6 +368,15 @@ def test_settings_that_make_no_sense(make, match):
     with pytest.raises(ValueError, match=match) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_what_is_there_keeps_the_contracts():
+    for conditioner in (TEXT, LowResConditioner()):
+        assert isinstance(conditioner, conditioners.Conditioner)
+    for reader in (MaskedText(), WholeText()):
+        assert isinstance(reader, TextReader)
+    trained = TrainedModel(SR, {}, ONE_STEP)
+    assert isinstance(trained, Generator) and isinstance(trained, Decoder) and not isinstance(trained, Encoding)
 
 
 # Whole stages
