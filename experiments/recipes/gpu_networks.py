@@ -19,6 +19,10 @@ import numpy as np
 
 from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, random_params
+from jaxdiff.data.shapes_caption import caption
+from jaxdiff.data.shapes_draw import draw
+from jaxdiff.data.shapes_scene import scene
+from jaxdiff.diffusion.parameterization import noised
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.attention import Kernel, attention
@@ -119,50 +123,74 @@ def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool,
 def _shipped_stage(name: str, side: int) -> Build:
     def build(weights: Path, dtype: str):
         model = load_model(weights / name)
-        return _stage(model.model, model.params, side, dtype)
+        return _stage(model.model, model.params, _drawn(weights, model.model, side), dtype)
 
     return build
 
 
 def _random_stage(stage: DiffusionModel, side: int) -> Build:
     def build(weights: Path, dtype: str):
-        return _stage(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))[0]), side, dtype)
+        params = random_params(jax.eval_shape(stage.init, jax.random.key(0))[0])
+        rng = np.random.default_rng(0)
+        batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch_spec(2, side).items()}
+        batch |= {"text_mask": np.arange(batch["text"].shape[1]) < np.array([[5], [batch["text"].shape[1]]])}
+        return _stage(stage, params, batch, dtype)
 
     return build
 
 
-def _gradient_stage(name: str) -> Build:
-    """The gradient of the training loss with the same batch and the same noise."""
-
+def _shipped_gradient(name: str) -> Build:
     def build(weights: Path, dtype: str):
         model = load_model(weights / name)
-        stage = presets.executed(model.model, dtype=dtype)
-        rng = np.random.default_rng(0)
-        batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.side).items()}
-        batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
-        key, step = jax.random.key(0), jnp.int32(0)
-        grad = jax.grad(lambda params, batch: stage.loss(params, (), (), batch, key, step)[0])
-        return (
-            lambda params, batch: jnp.concatenate([g.ravel() for g in jax.tree.leaves(grad(params, batch))]),
-            (model.params),
-            (batch,),
-        )
+        return _gradient(model.model, model.params, dtype)
 
     return build
 
 
-def _stage(stage: DiffusionModel, params: Any, side: int, dtype: str):
-    """One evaluation of two images at different times, of which one has a short caption."""
+def _random_gradient(stage: DiffusionModel) -> Build:
+    def build(weights: Path, dtype: str):
+        return _gradient(stage, random_params(jax.eval_shape(stage.init, jax.random.key(0))[0]), dtype)
+
+    return build
+
+
+def _gradient(stage: DiffusionModel, params: Any, dtype: str):
+    """The gradient of the training loss with the same batch and the same noise."""
     stage = presets.executed(stage, dtype=dtype)
     rng = np.random.default_rng(0)
-    batch = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in stage.batch_spec(2, side).items()}
+    batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.side).items()}
+    batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
+    batch |= {"null_text": batch["text"][0]}  # read where the null text is the empty caption
+    key, step = jax.random.key(0), jnp.int32(0)
+    grad = jax.grad(lambda params, batch: stage.loss(params, (), (), batch, key, step)[0])
+    flat = lambda params, batch: jnp.concatenate([g.ravel() for g in jax.tree.leaves(grad(params, batch))])  # noqa: E731
+    return flat, params, (batch,)
+
+
+def _drawn(weights: Path, stage: DiffusionModel, side: int) -> dict[str, np.ndarray]:
+    """Two images of `shapes` and their captions. Given noise alone, a trained network answers nearly 0, of which no
+    relative error makes sense."""
+    scenes = [scene("train", index) for index in range(2)]
+    batch = {"image": np.stack([draw(drawn, side) for drawn in scenes]).astype(np.float32) / 127.5 - 1.0}
+    if stage.text is not None:
+        encoder = t5.load_text_encoder(weights / "text", stage.text.shape[0])
+        embedded = encoder.encode([caption(drawn, "train", index).text for index, drawn in enumerate(scenes)])
+        batch |= {"text": np.asarray(embedded.tokens), "text_mask": np.asarray(embedded.mask)}
+    return batch
+
+
+def _stage(stage: DiffusionModel, params: Any, batch: dict[str, np.ndarray], dtype: str):
+    """One evaluation of two images at different times."""
+    stage = presets.executed(stage, dtype=dtype)
+    image, t = batch["image"], np.array([0.3, 0.8], np.float32)
+    noise = np.random.default_rng(1).standard_normal(image.shape, np.float32)
+    x = np.asarray(noised(image, noise, stage.schedule.alpha(t), stage.schedule.sigma(t)))
     given = Conditioning()
     if stage.text is not None:
-        length = stage.text.shape[0]
-        given = given._replace(tokens=batch["text"], token_mask=np.arange(length) < np.array([[5], [length]]))
+        given = given._replace(tokens=batch["text"], token_mask=batch["text_mask"].astype(bool))
     if stage.low_res is not None:
-        given = given._replace(concat=batch["image"][::-1].copy(), aug_level=np.array([0.1, 0.3], np.float32))
-    inputs = batch["image"], np.array([300.0, 800.0], np.float32), given
+        given = given._replace(concat=image, aug_level=np.array([0.1, 0.3], np.float32))
+    inputs = x, np.asarray(stage.schedule.network_time(t)), given
     return lambda params, *inputs: stage.unet.module().apply({"params": params}, *inputs), params, inputs
 
 
@@ -234,10 +262,11 @@ def _small_if(stage: DiffusionModel) -> DiffusionModel:
 NETWORKS: dict[str, Build] = {
     "base64, shipped": _shipped_stage("base64", 64),
     "sr256, shipped": _shipped_stage("sr256", 128),
-    "base64, shipped: gradient": _gradient_stage("base64"),
+    "base64, shipped: gradient": _shipped_gradient("base64"),
     "U-Net of the paper, narrow, 77 tokens": _random_stage(_PAPER_BASE, 32),
     "Efficient U-Net of the paper, narrow, 77 tokens": _random_stage(_PAPER_SR, 64),
     "DeepFloyd IF-I, narrow": _random_stage(_small_if(IF_I_M), 32),
+    "DeepFloyd IF-I, narrow: gradient": _random_gradient(replace(_small_if(IF_I_M), side=32)),
     "DeepFloyd IF-II, narrow": _random_stage(_small_if(IF_II_M), 64),
     "T5 encoder, shipped": _t5,
     "CLIP, shipped": _clip,
