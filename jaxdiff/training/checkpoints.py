@@ -5,11 +5,13 @@ cut off leaves the older ones as they were. What is read is first compared with 
 """
 
 import base64
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from jaxdiff.training.multihost import FolderInUseError
 from jaxdiff.training.state import Params, TrainState
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax, and so we, put behind the name of what is being written
+SLICE = 1 << 20
+"""Bytes: what replicas of an array, one on each device, write apart is no smaller than this."""
 
 
 class Checkpoints:
@@ -77,8 +81,8 @@ class Checkpoints:
                 f"{free / 1e6:.0f} MB are free; the older ones are intact"
             )
         items = {
-            "state": ocp.args.StandardSave(replace(state, ema={})),
-            "ema": ocp.args.StandardSave(state.ema),
+            "state": ocp.args.PyTreeSave(replace(state, ema={})),
+            "ema": ocp.args.PyTreeSave(state.ema),
             "data": ocp.args.JsonSave({"places": [place for place, _ in told]}),
             "settings": ocp.args.JsonSave(self.settings),
         }
@@ -118,7 +122,7 @@ class Checkpoints:
 
     def _state(self, step: int, abstract: TrainState) -> TrainState:
         trees = {"state": replace(abstract, ema={}), "ema": abstract.ema}
-        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
+        items = self._restore(step, **{name: _placed(tree) for name, tree in trees.items()})
         return items["state"].replace(ema=items["ema"])
 
     def _data(self, step: int) -> Any:
@@ -138,7 +142,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def __enter__(self) -> "Checkpoints":
-        logging.getLogger("absl").addFilter(_no_tracebacks)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_no_tracebacks)
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -150,7 +155,9 @@ class Checkpoints:
             if not isinstance(error, Exception):  # otherwise the failure that brought us here is the one to report
                 raise
         finally:
-            logging.getLogger("absl").removeFilter(_no_tracebacks)
+            gc.collect()  # tasks that failed beside the one that is reported log it as they are collected
+            for name in _LOGGERS:
+                logging.getLogger(name).removeFilter(_no_tracebacks)
 
     @contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
@@ -187,7 +194,7 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             saved = manager.item_metadata(step)["ema"]
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
-        return manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+        return manager.restore(step, args=ocp.args.Composite(ema=_placed(abstract)))["ema"]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -237,9 +244,17 @@ def _manager(
         temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep, "check": staticmethod(check)}),
         async_options=ocp.AsyncOptions(barrier_sync_fn=barrier(f"failed/{directory}")),
     )
-    tree, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    # Orbax cuts a replicated array into one piece a device, each copied by a program of its own: small ones go whole.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    tree, json = partial(ocp.PyTreeCheckpointHandler, type_handler_registry=registry), ocp.JsonCheckpointHandler
     handlers = {"state": tree(), "ema": tree(), "data": json(), "settings": json()}
     return _Manager(directory, options=options, item_handlers=handlers)
+
+
+def _placed(abstract: Any) -> ocp.args.PyTreeRestore:
+    """A tree of shapes with shardings, as it is to be restored."""
+    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
@@ -280,9 +295,13 @@ def _shared_damage(folder: Path) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
+_LOGGERS = "absl", "asyncio"
+
+
 def _no_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs a background failure with its traceback, several times; it also raises it, and we report that."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Orbax logs a background failure with its traceback, several times, and asyncio those of the tasks beside it; Orbax
+    also raises it, and we report that."""
+    return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 @contextmanager

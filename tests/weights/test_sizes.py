@@ -156,13 +156,13 @@ def assert_refused(stage, folder):
     path = folder / "stage.json"
     path.write_text(json.dumps({"version": VERSION, "stage": stage, "sampling": to_json(SamplingConfig())}))
     (folder / "model.safetensors").write_bytes(b"")
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError) as error:
         load_model(folder)
     message = str(error.value)
     assert message.startswith(f"{folder}") and message.isprintable() and len(message) < 900, message
     assert "model.safetensors" not in message
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_settings_nested_deeply(tmp_path):
