@@ -17,7 +17,6 @@ from typing import Literal
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
 from experiments.cores import use_cores
@@ -27,7 +26,7 @@ from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
 from jaxdiff.models.clip import CLIPTraining, ContrastiveLoss, SigmoidLoss, finished
 from jaxdiff.nets import clip as nets
 from jaxdiff.nets.clip import CLIPConfig
-from jaxdiff.text.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, Layout, Loaded, TrainConfig, train

@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
 from jaxdiff.core.files import write_json
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
-from jaxdiff.text.tokenizer import load_tokenizer, tokenize
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, load_tokenizer, tokenize
 from jaxdiff.weights.imagen import SHIPPED, read_settings
 
 IMAGES, IDS, MASK, DONE = "images.npy", "ids.npy", "mask.npy", "examples.json"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import run
 from experiments.cores import use_cores
@@ -23,7 +22,7 @@ from experiments.texts import lines as read_lines
 from jaxdiff.data import example, sources
 from jaxdiff.models.t5 import T5Pretraining, span_batches
 from jaxdiff.nets import t5
-from jaxdiff.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, byte_tokenizer, load_tokenizer, train_tokenizer
 from jaxdiff.training import multihost
 from jaxdiff.training.distributed import Cluster, alike, gathered, on_process_0, once, start
 from jaxdiff.training.lock import locked

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int
-from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.t5 import T5, TINY, T5Config, shift_right
-from jaxdiff.text.tokenizer import Tokens, sentinel_ids, tokenize
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, sentinel_ids, tokenize
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, TextTowerConfig, TowerOutput
 from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of, in_blocks
-from jaxdiff.text.tokenizer import Tokens, tokenize
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, tokenize
 
 
 class Pooling(enum.Enum):

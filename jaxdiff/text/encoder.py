@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.core.settings import canonical
 from jaxdiff.core.trees import update_digest
-from jaxdiff.text.tokenizer import Tokens
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens
 
 BLOCK = 64
 """Captions per call of the compiled program; fewer are padded to the next power of two."""

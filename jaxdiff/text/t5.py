@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from transformers import PreTrainedTokenizerBase
 
 from jaxdiff.core.messages import quoted
 from jaxdiff.nets.t5 import T5Config, T5Encoder
 from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of, in_blocks
-from jaxdiff.text.tokenizer import Tokens, tokenize
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, tokenize
 
 
 @dataclass(frozen=True, eq=False)

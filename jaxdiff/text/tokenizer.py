@@ -11,17 +11,22 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from jaxdiff.core import json_files
 from jaxdiff.core.messages import LONGEST, plain, quoted, reason
+
+# transformers takes more than a second to import: who needs a tokenizer imports it then.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
 
 SENTINELS = 32
 """Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
@@ -51,6 +56,8 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             if "tokenizer_class" not in told:
                 return _of_pieces(folder, told)
         if told.get("tokenizer_class") in _GENERIC:
+            from transformers import PreTrainedTokenizerFast
+
             return PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
         from transformers import AutoTokenizer  # imports PyTorch where it is installed, which takes seconds
 
@@ -67,6 +74,8 @@ def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
     sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in told else {}
+    from transformers import T5Tokenizer
+
     return T5Tokenizer.from_pretrained(str(folder), **sentinels)
 
 
@@ -97,6 +106,8 @@ def _settings(path: Path) -> dict:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """ByT5's: a token for each byte of UTF-8. It needs no file. 384 ids with its 125 sentinels."""
+    from transformers import ByT5Tokenizer
+
     return ByT5Tokenizer()
 
 
@@ -121,6 +132,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     ]
     tokenizer = _pipeline(Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=True)))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -299,8 +299,8 @@ _LOGGERS = "absl", "asyncio"
 
 
 def _no_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs a background failure with its traceback, several times, and asyncio those of the tasks beside it; Orbax
-    also raises it, and we report that."""
+    """Orbax logs a background failure with its traceback, several times, and asyncio those of the tasks beside it.
+    Orbax also raises it, and we report that."""
     return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
