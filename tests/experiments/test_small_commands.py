@@ -98,6 +98,7 @@ def test_scores_of_the_rainbow():
     assert scores["wrong"] == {"no picture of the set": 1, "colour": 1}
 
 
+@pytest.mark.slow
 def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_path):
     stage = dataclasses.replace(BASE, side=32)
     monkeypatch.setitem(presets.STAGES, "base32", {"tiny": stage})

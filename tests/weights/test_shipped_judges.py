@@ -1,5 +1,6 @@
 """The judges that the package ships: a CLIP that retrieves, a classifier that knows what it sees."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,9 +28,7 @@ def r_at_1(examples):
 
 def test_clip_finds_a_hundred_pictures_that_it_never_saw():
     """It was trained on the first 300,000; the captions of a hundred are true of one picture each."""
-    image, text, five = np.mean(
-        [r_at_1(distinct_examples(100, "train", start)) for start in (10**6, 2 * 10**6)], axis=0
-    )
+    image, text, five = r_at_1(distinct_examples(100, "train", 10**6))
     assert image >= 0.95 and text >= 0.95
     assert five == 1
 
@@ -44,9 +43,9 @@ def test_clip_finds_a_hundred_pictures_of_combinations_that_it_never_saw():
 def test_the_classifier_reads_held_out_pictures():
     name, config, params = classifier.load(SHIPPED / "classifier")
     assert name == "shapes" and config.features <= 64
-    scenes = [scene("held_out", i) for i in range(300)]
+    scenes = [scene("held_out", i) for i in range(150)]
     pictures = np.stack([to_float(draw(s, config.side)) for s in scenes])
-    _, logits = Classifier(config).apply({"params": params}, jnp.asarray(pictures))
+    _, logits = jax.jit(Classifier(config).apply)({"params": params}, jnp.asarray(pictures))
     wanted = np.array([labels(s) for s in scenes])
     for number, attribute in enumerate(ATTRIBUTES):
         known = wanted[:, number] >= 0
