@@ -338,6 +338,6 @@ def test_a_grid_that_begins_beyond_the_clip():
     grid, keys = _grid(schedule, 24), _keys(2)
     assert grid.logsnr[0] == grid.logsnr[1]
     x = noise.normal_like(keys, (5,))
-    for sampler in (*DETERMINISTIC[3:], *RANDOM[1:]):  # each kind of step once
+    for sampler in (*DETERMINISTIC[3:], *RANDOM[1:]):  # one of each formula
         carry = _sample(sampler, Mixture().denoise(schedule), sampler.init(x), grid, keys, 0, 24)
         assert np.all(np.isfinite(sampler.image(carry))), sampler
