@@ -70,6 +70,9 @@ class Mixture:
         return denoise
 
 
+_grid = jax.jit(time_grid.time_grid, static_argnums=(0, 1, 2))
+
+
 def _keys(b, seed=0):
     return noise.sample_keys(jax.random.key(seed), jnp.arange(b))
 
@@ -85,9 +88,28 @@ def _draw(sampler, denoise, x, grid, keys=None):
     return sampler.image(final)
 
 
+def _draw_few(sampler, denoise, x, grid, most):
+    """`_draw` as the last steps of `most`, so that grids of all sizes share one compiled program."""
+    first = most + 1 - len(grid.t)
+    longer = time_grid.TimeGrid(*(jnp.asarray(np.pad(np.asarray(v), (first, 0), mode="edge")) for v in grid))
+    return sampler.image(_sample(sampler, denoise, sampler.init(x), longer, _keys(len(x)), first, most))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _even_grid(schedule, steps, low=-6.0, high=6.0):
     """Even log-SNR between two moderate ends, so that the error has a clean power of the step."""
     return time_grid.time_grid_at(schedule, time_of(schedule, jnp.linspace(low, high, steps + 1)))
+
+
+COUNTS = np.array([20, 40, 80, 160])
+
+
+@functools.cache
+def _even_grids(schedule):
+    """In float64: the starting points, grids of COUNTS steps, and what 5000 steps of Heun make of the points."""
+    x = jnp.linspace(-2.0, 2.0, 33)[None]
+    exact = _draw(samplers.Heun(), Mixture().denoise(schedule), x, _even_grid(schedule, 5000))
+    return x, [_even_grid(schedule, int(count)) for count in COUNTS], exact
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), RectifiedFlow()], ids=["cosine", "flow"])
@@ -95,15 +117,10 @@ def _even_grid(schedule, steps, low=-6.0, high=6.0):
 def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
     """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
     with jax.enable_x64(True):
-        denoise = Mixture().denoise(schedule)
-        x = jnp.linspace(-2.0, 2.0, 33)[None]
-        exact = _draw(samplers.Heun(), denoise, x, _even_grid(schedule, 5000))
-        counts = np.array([20, 40, 80, 160])
-        errors = [
-            float(jnp.sqrt(jnp.mean((_draw(sampler, denoise, x, _even_grid(schedule, k)) - exact) ** 2)))
-            for k in counts
-        ]
-    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+        x, grids, exact = _even_grids(schedule)
+        drawn = [_draw_few(sampler, Mixture().denoise(schedule), x, grid, COUNTS[-1]) for grid in grids]
+    errors = [np.sqrt(np.mean((np.asarray(found) - np.asarray(exact)) ** 2)) for found in drawn]
+    slope = -np.polyfit(np.log(COUNTS), np.log(errors), 1)[0]
     assert order - 0.15 < slope < order + 0.4
     assert errors[-1] < 0.02 if order == 1 else errors[-1] < 1e-3
 
@@ -123,7 +140,7 @@ def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
 def test_closed_form_for_gaussian_data(schedule):
     """For data N(m, s²) the ODE carries x = α m + √(α² s² + σ²) z along at constant z, on every schedule."""
     data = Mixture((0.4,), (0.5,), (1.0,))
-    grid = time_grid.time_grid(schedule, 200, time_grid.UniformLogSNR())
+    grid = _grid(schedule, 200, time_grid.UniformLogSNR())
     z = jnp.linspace(-2.0, 2.0, 9)[None]
 
     def path(i):
@@ -136,11 +153,20 @@ def test_closed_form_for_gaussian_data(schedule):
 
 
 @functools.cache
+def _exact(spacing):
+    """33 starting points, and what 1000 steps of Heun make of them."""
+    x = jnp.linspace(-2.0, 2.0, 33)[None]
+    grid = _grid(CosineSchedule(), 1000, spacing)
+    return x, np.asarray(_draw(samplers.Heun(), Mixture().denoise(CosineSchedule()), x, grid))
+
+
+@functools.cache
 def _mean_error(sampler, steps, spacing):
-    """Against 1000 steps of Heun on the same spacing, over 33 starting points."""
-    schedule, denoise, x = CosineSchedule(), Mixture().denoise(CosineSchedule()), jnp.linspace(-2.0, 2.0, 33)[None]
-    exact = _draw(samplers.Heun(), denoise, x, time_grid.time_grid(schedule, 1000, spacing))
-    return float(jnp.mean(jnp.abs(_draw(sampler, denoise, x, time_grid.time_grid(schedule, steps, spacing)) - exact)))
+    """Against 1000 steps of Heun on the same spacing."""
+    (x, exact), grid = _exact(spacing), _grid(CosineSchedule(), steps, spacing)
+    return float(
+        np.abs(np.asarray(_draw_few(sampler, Mixture().denoise(CosineSchedule()), x, grid, 64)) - exact).mean()
+    )
 
 
 @pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()], ids=str)
@@ -160,13 +186,20 @@ def test_what_the_docstrings_warn_of():
     assert _mean_error(extrapolated, 16, time_grid.UniformTime()) > 3 * _mean_error(plain, 16, time_grid.UniformTime())
 
 
-@pytest.mark.parametrize("sampler", [*RANDOM, samplers.DDPM(gamma=1.0), samplers.DDIM(eta=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *RANDOM,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (samplers.DDPM(gamma=1.0), samplers.DDIM(eta=0.5))),
+    ],
+    ids=str,
+)
 def test_moments_of_random_samplers(sampler):
     """Mean, variance and the share of each component are the mixture's, within the error of 16384 draws."""
     data, schedule, b, d = Mixture(), CosineSchedule(), 512, 32
     keys = _keys(b)
     start = noise.normal_like(noise.fold(keys, 10**6), (d,))
-    grid = time_grid.time_grid(schedule, 400)
+    grid = _grid(schedule, 400)
     x = np.asarray(_draw(sampler, data.denoise(schedule), start, grid, keys))
     error = (data.variance / x.size) ** 0.5
     assert abs(x.mean() - data.mean) < 4 * error
@@ -195,7 +228,7 @@ def test_ancestral_variance_lies_between_its_bounds():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_noise_of_a_ddim_step(eta):
     """With x₀ = ε = 0 a step leaves its own noise: η times DDPM's lower bound (arXiv 2010.02502, Eq. 16)."""
-    grid = time_grid.time_grid(CosineSchedule(), 4)
+    grid = _grid(CosineSchedule(), 4)
     nothing = lambda x, t: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
     left = samplers.DDIM(eta=eta).step(1, jnp.ones((4, 50, 50)), nothing, grid, _keys(4))
     here, there = (time_grid.TimeGrid(*(values[i] for values in grid)) for i in (1, 2))
@@ -206,7 +239,7 @@ def test_noise_of_a_ddim_step(eta):
 @pytest.mark.parametrize("sampler", DETERMINISTIC + RANDOM, ids=str)
 def test_chunks_do_not_change_the_result(sampler):
     """One program, called for steps 0–10 or in chunks of 3, 1 and 6, gives the same bits."""
-    grid, keys = time_grid.time_grid(CosineSchedule(), 10), _keys(2)
+    grid, keys = _grid(CosineSchedule(), 10), _keys(2)
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
     denoise = Mixture().denoise(CosineSchedule())
     whole = _sample(sampler, denoise, sampler.init(x), grid, keys, 0, 10)
@@ -219,7 +252,7 @@ def test_chunks_do_not_change_the_result(sampler):
 
 def test_a_run_begun_in_the_middle_has_no_step_before():
     """DPM-Solver++(2M), handed a fresh state at step 3, takes a first-order step, not extrapolating from zeros."""
-    grid, keys, denoise = time_grid.time_grid(CosineSchedule(), 10), _keys(2), Mixture().denoise(CosineSchedule())
+    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(2), Mixture().denoise(CosineSchedule())
     x = noise.normal_like(keys, (5,))
     first = {
         s: s.image(_sample(s, denoise, s.init(x), grid, keys, 3, 4))
@@ -231,7 +264,7 @@ def test_a_run_begun_in_the_middle_has_no_step_before():
 @pytest.mark.parametrize("sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(gamma=0.3)], ids=str)
 def test_samples_do_not_depend_on_their_batch_or_mesh(sampler):
     """Sample i of a batch of eight, of a batch of one, and of a batch spread over eight devices."""
-    grid, keys, denoise = time_grid.time_grid(CosineSchedule(), 12), _keys(8), Mixture().denoise(CosineSchedule())
+    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(8), Mixture().denoise(CosineSchedule())
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
     whole = _draw(sampler, denoise, x, grid, keys)
     for i in (0, 5):
@@ -249,7 +282,7 @@ def test_memory_does_not_grow_with_the_steps(sampler):
     x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
     def temporaries(steps):
-        grid = time_grid.time_grid(CosineSchedule(), steps)
+        grid = _grid(CosineSchedule(), steps)
         denoise = lambda x, t: from_x0(0.9 * x, x, 1.0, 0.5)  # noqa: E731
         draw = lambda x: sampler.image(  # noqa: E731
             samplers.integrate(sampler, denoise, sampler.init(x), grid, _keys(1), 0, steps)
@@ -275,7 +308,7 @@ def test_state_stays_float32_when_the_network_is_bfloat16(sampler):
         return Denoised(x0.astype(jnp.bfloat16), eps.astype(jnp.bfloat16))
 
     x = noise.normal_like(_keys(2), (4,), jnp.bfloat16)
-    image = _draw(sampler, denoise, x, time_grid.time_grid(schedule, 8))
+    image = _draw(sampler, denoise, x, _grid(schedule, 8))
     assert image.dtype == jnp.float32
     assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), (2,))}
 
@@ -288,7 +321,7 @@ def test_evaluations_are_counted_as_they_happen():
             jax.debug.callback(lambda: calls.append(1))
             return from_x0(0.5 * x, x, 1.0, 1.0)
 
-        jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), time_grid.time_grid(CosineSchedule(), 6)))
+        jax.block_until_ready(_draw(sampler, denoise, jnp.ones((1, 2)), _grid(CosineSchedule(), 6)))
         jax.effects_barrier()
         assert len(calls) == sampler.evaluations(6)
 
@@ -302,9 +335,9 @@ def test_settings_out_of_range_are_named(make):
 def test_a_grid_that_begins_beyond_the_clip():
     """Its first points share one log-SNR, and DPM-Solver++(2M) divides by the distance between them."""
     schedule = CosineSchedule(clip=5.0)
-    grid, keys = time_grid.time_grid(schedule, 24), _keys(2)
+    grid, keys = _grid(schedule, 24), _keys(2)
     assert grid.logsnr[0] == grid.logsnr[1]
     x = noise.normal_like(keys, (5,))
-    for sampler in (*DETERMINISTIC, *RANDOM):
+    for sampler in (*DETERMINISTIC[3:], *RANDOM[1:]):  # one of each formula
         carry = _sample(sampler, Mixture().denoise(schedule), sampler.init(x), grid, keys, 0, 24)
         assert np.all(np.isfinite(sampler.image(carry))), sampler

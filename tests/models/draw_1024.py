@@ -1,6 +1,6 @@
 """Draws a picture with the tiny cascade's stages, random weights and two steps each, and prints the peak memory.
 
-python draw_1024.py SIDE TILE      # SIDE 1024 or 512 pixels; TILE 0 for none
+python draw_1024.py SIDE TILE [last]      # SIDE 1024 or 512 pixels; TILE 0 for none; last: the last stage alone
 """
 
 import resource
@@ -18,13 +18,15 @@ from jaxdiff.models.tiles import Tiles
 from jaxdiff.systems import imagen_tiny
 
 
-def main(side: int, tile: int) -> None:
+def main(side: int, tile: int, last: bool = False) -> None:
     tiles = Tiles(tile, tile // 8) if tile else None
     base = SamplingConfig(sampler=imagen_tiny.SAMPLING_BASE_TINY.sampler, steps=2)
     large = SamplingConfig(sampler=imagen_tiny.SAMPLING_SR_TINY.sampler, steps=2)
     stages = (imagen_tiny.BASE_64_TINY, base), (imagen_tiny.SR_256_TINY, large), (imagen_tiny.SR_1024_TINY, large)
     picture, keys = None, noise.sample_keys(jax.random.key(0), jnp.arange(1))
-    for factor, (model, sampling) in zip((16, 4, 1), stages):
+    if last:
+        picture = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, side // 4, side // 4, 3)), jnp.float32)
+    for factor, (model, sampling) in list(zip((16, 4, 1), stages))[2 if last else 0 :]:
         if tile and factor == 1:
             sampling = SamplingConfig(sampler=large.sampler, steps=2, tiles=tiles)
         model = model.reading(24, 128)
@@ -46,4 +48,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), "last" in sys.argv[3:])

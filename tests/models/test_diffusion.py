@@ -415,10 +415,10 @@ def test_a_picture_does_not_depend_on_the_mesh(whole):
     # Guidance that ends halfway is a condition, on which all devices have to agree.
     put = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
     inside = Guidance(3.0, (-20.0, 0.0))
-    for guidance, wanted in ((Guidance(3.0), together), (inside, run(guidance=inside))):
-        with jax.set_mesh(mesh):
-            spread = run(put=put, guidance=guidance)
-        np.testing.assert_allclose(spread, wanted, atol=1e-3)
+    wanted = run(guidance=inside)
+    with jax.set_mesh(mesh):
+        spread = run(put=put, guidance=inside)
+    np.testing.assert_allclose(spread, wanted, atol=1e-3)
     assert np.abs(wanted - together).max() > 0.01
 
 
@@ -465,22 +465,23 @@ def test_four_flat_colours_are_learned_and_redrawn():
     process = {"schedule": CosineSchedule(shift=-3.0), "prediction": Prediction.X0, "weighting": MinSNR(floor=1.0)}
     stage = DiffusionModel(unet, 16, conditioners=(TEXT,), **process)
     text = texts(4)
-    rows = np.arange(16) % 4
-    image = np.broadcast_to(COLOURS[rows][:, None, None, :], (16, 16, 16, 3))
+    rows = np.arange(8) % 4
+    image = np.broadcast_to(COLOURS[rows][:, None, None, :], (8, 16, 16, 3))
     batch = {"image": jnp.asarray(image), "text": text.tokens[rows], "text_mask": text.mask[rows]}
     params, _ = jax.jit(stage.init)(jax.random.key(0, impl="rbg"))
-    optimizer = optax.adam(optax.linear_schedule(5e-3, 0.0, 200))
+    optimizer = optax.flatten(optax.adam(optax.linear_schedule(5e-3, 0.0, 200)))  # compiled in less time
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled in half the time
-    def step(params, state, key):
-        (loss, _), grads = jax.value_and_grad(partial(loss_of, stage), has_aux=True)(params, batch, key)
+    def step(params, state, number):
+        loss = partial(loss_of, stage, batch=batch, key=jax.random.fold_in(KEY, number))
+        (loss, _), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss
 
     state, losses = optimizer.init(params), []
     for i in range(200):
-        params, state, loss = step(params, state, jax.random.fold_in(KEY, i))
-        losses.append(float(loss))
+        params, state, loss = step(params, state, i)
+        losses.append(loss)
     assert np.mean(losses[-20:]) < 0.1 * losses[0]
     sampling = SamplingConfig(DDIM(), 8, guidance=Guidance(2.0), thresholding=StaticThreshold())
     found = drawn(stage, sampling, count=4, params=params, text=text)

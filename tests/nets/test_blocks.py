@@ -23,6 +23,11 @@ def random_like(module, *inputs, seed=0):
     return {"params": jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)}
 
 
+def compiled(module):
+    """One program in place of dozens of little ones."""
+    return jax.jit(module.apply)
+
+
 def test_sines_and_cosines():
     found = blocks.sinusoidal(jnp.asarray([0.0, 1.0, 700.0]), 6)
     frequencies = np.array([1.0, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)])
@@ -64,7 +69,7 @@ def test_norm(channels, groups):
     x = 100 + np.random.default_rng(1).normal(size=(2, 8, 8, channels)).astype(np.float32)
     x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
     variables = {"params": {"GroupNorm_0": {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}}}
-    found = Norm(jnp.float32).apply(variables, jnp.asarray(x, jnp.bfloat16))
+    found = compiled(Norm(jnp.float32))(variables, jnp.asarray(x, jnp.bfloat16))
     grouped = x.astype(np.float64).reshape(2, 64, groups, -1)
     mean, var = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
     np.testing.assert_allclose(found, ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape), atol=5e-3)
@@ -73,11 +78,12 @@ def test_norm(channels, groups):
 def test_text_context_keeps_one_token_for_pictures_without_text():
     module = TextContext(8)
     variables = random_like(module, TEXT, MASK)
-    tokens, mask = module.apply(variables, TEXT, MASK)
+    apply = compiled(module)
+    tokens, mask = apply(variables, TEXT, MASK)
     assert tokens.shape == (2, 6, 8)
     np.testing.assert_array_equal(mask, np.concatenate([[[True], [True]], MASK], 1))
     np.testing.assert_array_equal(tokens[0, 0], tokens[1, 0])
-    again, _ = module.apply(variables, jnp.where(MASK[..., None], TEXT, jnp.nan), MASK)
+    again, _ = apply(variables, jnp.where(MASK[..., None], TEXT, jnp.nan), MASK)
     np.testing.assert_array_equal(again, tokens)
 
 
@@ -85,12 +91,13 @@ def test_pooling_reads_the_written_tokens_in_any_order():
     module, tokens = AttentionPool(2, 7), jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 6)), jnp.float32)
     mask = jnp.asarray([[True, True, True, False, False], [True, False, False, False, False]])
     variables = random_like(module, tokens, mask)
-    pooled = module.apply(variables, tokens, mask)
+    apply = compiled(module)
+    pooled = apply(variables, tokens, mask)
     assert pooled.shape == (2, 7)
     others = tokens.at[0, 3:].set(9.0).at[1, 1:].set(-9.0)
-    np.testing.assert_allclose(module.apply(variables, others, mask), pooled, atol=1e-6)
-    np.testing.assert_allclose(module.apply(variables, tokens[:, [2, 0, 1, 3, 4]], mask)[0], pooled[0], atol=1e-5)
-    assert np.abs(module.apply(variables, tokens.at[0, 2, 1].add(1.0), mask)[0] - pooled[0]).max() > 1e-3
+    np.testing.assert_allclose(apply(variables, others, mask), pooled, atol=1e-6)
+    np.testing.assert_allclose(apply(variables, tokens[:, [2, 0, 1, 3, 4]], mask)[0], pooled[0], atol=1e-5)
+    assert np.abs(apply(variables, tokens.at[0, 2, 1].add(1.0), mask)[0] - pooled[0]).max() > 1e-3
 
 
 def test_fresh_residual_blocks_pass_the_picture_on():
@@ -99,12 +106,12 @@ def test_fresh_residual_blocks_pass_the_picture_on():
     embedding = jnp.asarray(np.random.default_rng(4).normal(size=(2, 5)), jnp.float32)
     variables = jax.jit(ResBlock(8).init)(KEY, x, embedding)
     for resample in Resample:
-        found = ResBlock(8, resample).apply(variables, x, embedding)
+        found = compiled(ResBlock(8, resample))(variables, x, embedding)
         np.testing.assert_array_equal(found, blocks.resize(x, resample))
     block = AttentionBlock(2, feed_forward=2)
     context, mask = jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)
     variables = jax.jit(block.init)(KEY, x, context, mask)
-    np.testing.assert_array_equal(block.apply(variables, x, context, mask), x)
+    np.testing.assert_array_equal(compiled(block)(variables, x, context, mask), x)
 
 
 def test_projection_wherever_the_width_changes_or_is_asked_for():
@@ -127,7 +134,7 @@ def test_scale_and_shift_come_from_the_embedding():
     params = random_like(block, x, embedding)["params"]
     scale, shift = np.linspace(-1, 1, 8), np.linspace(0, 2, 8)
     params["Dense_0"] = {"kernel": jnp.zeros((5, 16)), "bias": jnp.asarray(np.concatenate([scale, shift]), jnp.float32)}
-    found = block.apply({"params": params}, x, embedding)
+    found = compiled(block)({"params": params}, x, embedding)
 
     def norm(value, name):
         inner = params[name]["GroupNorm_0"]
@@ -139,9 +146,12 @@ def test_scale_and_shift_come_from_the_embedding():
         out = jax.lax.conv_general_dilated(value, params[name]["kernel"], (1, 1), "SAME", dimension_numbers=dims)
         return out + params[name]["bias"]
 
-    y = conv(jax.nn.silu(norm(x, "Norm_0")), "Conv_0")
-    y = conv(jax.nn.silu(norm(y, "Norm_1") * (1 + scale) + shift), "Conv_1")
-    np.testing.assert_allclose(found, x + y, atol=1e-3)
+    @jax.jit
+    def written_out(x):
+        y = conv(jax.nn.silu(norm(x, "Norm_0")), "Conv_0")
+        return x + conv(jax.nn.silu(norm(y, "Norm_1") * (1 + scale) + shift), "Conv_1")
+
+    np.testing.assert_allclose(found, written_out(x), atol=1e-3)
 
 
 def test_attention_block_reads_pixels_and_written_text():
@@ -151,10 +161,11 @@ def test_attention_block_reads_pixels_and_written_text():
     for itself in (True, False):
         block = AttentionBlock(2, self_attention=itself)
         variables = random_like(block, x, context, mask)
-        found = block.apply(variables, x, context, mask)
-        same = block.apply(variables, x, context.at[0, 3:].set(7.0), mask)
+        apply = compiled(block)
+        found = apply(variables, x, context, mask)
+        same = apply(variables, x, context.at[0, 3:].set(7.0), mask)
         np.testing.assert_array_equal(found, same)
-        other = block.apply(variables, x, context.at[0, 2, 1].add(1.0), mask)
+        other = apply(variables, x, context.at[0, 2, 1].add(1.0), mask)
         assert np.abs(other[0] - found[0]).max() > 1e-3
         np.testing.assert_allclose(other[1], found[1], atol=1e-5)
         names = set(variables["params"])

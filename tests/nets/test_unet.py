@@ -1,17 +1,17 @@
 """The two U-Nets: the sizes of the published models, and what must hold of any."""
 
+import functools
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import BASE, SR, executed, filled, random_params
+from small import SR, executed, filled, random_params
 
-from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
-from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.conditioning import Conditioning, MaskedText, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
 from jaxdiff.systems import imagen as presets
@@ -47,11 +47,13 @@ NETWORKS = {
 }
 LOW_RES = {"efficient"}
 """Those that are super-resolution."""
+MORE = {"tiny"}
+"""Those that are given a vector and an interval."""
 B, H, W, N = 3, 8, 12, 5
 
 
-def inputs_of(low_res=False, count=B, height=H, width=W, text_width=WIDTH):
-    """Random images, times and texts; the last sample has no text."""
+def inputs_of(low_res=False, count=B, height=H, width=W, text_width=WIDTH, more=False):
+    """Random images, times and texts; the last sample has no text. `more`: a vector and an interval, too."""
     rng = np.random.default_rng(0)
     x, concat = rng.normal(size=(2, count, height, width, 3)).astype(np.float32)
     inputs = {
@@ -62,34 +64,44 @@ def inputs_of(low_res=False, count=B, height=H, width=W, text_width=WIDTH):
     }
     if low_res:
         inputs |= {"concat": concat, "aug_level": np.linspace(0.1, 0.9, count, dtype=np.float32)}
+    if more:
+        inputs |= {"vector": np.ones((count, 5), np.float32), "interval": np.linspace(0, 1, count, dtype=np.float32)}
     return jax.tree.map(jnp.asarray, inputs)
 
 
-def applied(config, params, inputs):
-    """The network's output; `inputs` by name, those of `Conditioning` among them."""
+def arguments(inputs):
+    """Those of a network: `inputs` are by name, those of `Conditioning` among them."""
     given = Conditioning(**{name: value for name, value in inputs.items() if name not in ("x", "time")})
-    return config.module().apply({"params": params}, inputs["x"], inputs["time"], given)
+    return inputs["x"], inputs["time"], given
 
 
-def model_of(config, low_res=False):
-    text = TextConditioner(WIDTH, N)
-    return DiffusionModel(
-        unet=config, side=config.stride * 4, conditioners=(text, LowResConditioner()) if low_res else (text,)
-    )
+def applied(config, params, inputs):
+    """The network's output."""
+    return config.module().apply({"params": params}, *arguments(inputs))
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+def initialised(config, inputs):
+    """Shapes of the network's parameters."""
+    return jax.eval_shape(config.module().init, jax.random.key(0), *arguments(inputs))["params"]
+
+
+@functools.cache
+def made(name):
+    """One of NETWORKS: its settings, parameters and inputs; the compiled network as a function of the inputs by name
+    (and of other parameters); and its output."""
+    config, inputs = NETWORKS[name], inputs_of(name in LOW_RES, more=name in MORE)
+    params = filled(initialised(config, inputs))
+    compiled = jax.jit(partial(applied, config))
+
+    def apply(params=params, **changes):
+        return np.asarray(compiled(params, inputs | changes))
+
+    return SimpleNamespace(config=config, params=params, inputs=inputs, apply=apply, out=apply())
+
+
+@pytest.fixture(params=NETWORKS)
 def network(request):
-    """(settings, the compiled network as a function of the inputs by name, the inputs, the output)."""
-    config, low_res = NETWORKS[request.param], request.param in LOW_RES
-    params = random_params(model_of(config, low_res))
-    compiled = jax.jit(partial(applied, config, params))
-    inputs = inputs_of(low_res)
-
-    def apply(**changes):
-        return np.asarray(compiled(inputs | changes))
-
-    return config, apply, inputs, apply()
+    return made(request.param)
 
 
 COUNTS = {  # millions; the ranges that the published settings leave open (references in the presets' docstrings)
@@ -102,35 +114,32 @@ COUNTS = {  # millions; the ranges that the published settings leave open (refer
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_of_the_papers_sizes(name):
-    shapes = jax.eval_shape(getattr(presets, name).reading(*presets.T5_XXL).init, jax.random.key(0))[0]
-    leaves = jax.tree.leaves(shapes)
+def test_the_papers_sizes(name):
+    """Their numbers of parameters; and in bfloat16 the parameters and the output are float32."""
+    stage, large = getattr(presets, name), name not in ("BASE_64_500M", "BASE_64_300M")
+    config = executed(stage.unet, dtype="bfloat16")
+    model = replace(stage, unet=config).reading(*presets.T5_XXL)
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]
+    leaves = jax.tree.leaves(params)
     low, high = COUNTS[name]
     assert low <= sum(math.prod(leaf.shape) for leaf in leaves) / 1e6 <= high
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-
-
-def test_bf16_presets_keep_float32_parameters_and_output():
-    for stage in (presets.BASE_64_2B, presets.SR_256, presets.SR_1024):
-        config = executed(stage.unet, dtype="bfloat16", remat="blocks")
-        model = replace(stage, unet=config).reading(*presets.T5_XXL)
-        params = jax.eval_shape(model.init, jax.random.key(0))[0]
-        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    if large:
         # Super-resolution trains on crops of 64 of the 256 or 1024 pixels.
         inputs = inputs_of(model.low_res is not None, 2, 64, 64, 4096)
-        out = jax.eval_shape(partial(applied, config), params, inputs)
+        out = jax.eval_shape(partial(applied, executed(config, remat="blocks", scan=True)), params, inputs)
         assert (out.shape, out.dtype) == ((2, 64, 64, 3), jnp.float32)
 
 
 def test_output_has_the_pictures_shape(network):
-    config, _, inputs, out = network
+    config, out = network.config, network.out
     assert (out.shape, out.dtype) == ((B, H, W, 3), np.float32)
     assert np.isfinite(out).all() and out.std() > 0.01
-    for height, width in ((config.stride, config.stride), (config.stride, 3 * config.stride), (40, 24)):
-        sized = inputs_of("concat" in inputs, 1, height, width)
-        params = jax.eval_shape(model_of(config, "concat" in inputs).init, jax.random.key(0))[0]
-        found = jax.eval_shape(partial(applied, config), params, sized)
-        assert found.shape == (1, height, width, 3)
+    height, width = config.stride, 3 * config.stride
+    sized = {name: network.inputs[name][:, :height] for name in ("x", "concat") if name in network.inputs}
+    sized = {name: jnp.tile(value, (1, 1, 2, 1))[:, :, :width] for name, value in sized.items()}
+    found = jax.eval_shape(partial(applied, config), network.params, network.inputs | sized)
+    assert found.shape == (B, height, width, 3)
 
 
 def test_strides():
@@ -140,7 +149,7 @@ def test_strides():
 
 
 def test_text_matters_to_its_own_picture(network):
-    _, apply, inputs, out = network
+    apply, inputs, out = network.apply, network.inputs, network.out
     changed = apply(tokens=inputs["tokens"].at[0, 1, 2].add(2.0))
     assert np.abs(changed[0] - out[0]).max() > 1e-3
     np.testing.assert_array_equal(changed[1:], out[1:])
@@ -150,29 +159,28 @@ def test_text_matters_to_its_own_picture(network):
 
 def test_what_the_tiny_settings_add():
     """A block behind the last enlargement, a condition at the head, and the noised picture times a factor."""
-    config = NETWORKS["tiny"]
-    plain = replace(config, outer_blocks=0, conditioned_head=False, input_skip=False)
-    params = random_params(model_of(config))
-    assert params.keys() - random_params(model_of(plain)).keys() == {"outer_0", "head_condition", "input_skip"}
-    inputs = inputs_of()
-    silent = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
-    out = applied(config, silent, inputs)
-    factor = np.asarray(out / inputs["x"])
+    tiny = made("tiny")
+    plain = replace(tiny.config, outer_blocks=0, conditioned_head=False, input_skip=False)
+    fewer = initialised(plain, inputs_of()).keys()
+    assert tiny.params.keys() - fewer == {"outer_0", "head_condition", "input_skip", "vector", "interval"}
+    out = tiny.apply(tiny.params | {"head": jax.tree.map(jnp.zeros_like, tiny.params["head"])})
+    factor = np.asarray(out / tiny.inputs["x"])
     np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1, :1], factor.shape), rtol=1e-4)
     assert len(np.unique(factor[:, 0, 0].round(4))) == B * 3  # of each sample's own, and of each channel's
 
 
 def test_padding_does_not_matter(network):
     """Nor what is in it: stored embeddings may hold anything behind the caption."""
-    _, apply, inputs, out = network
+    apply, inputs, out = network.apply, network.inputs, network.out
     written = inputs["token_mask"][..., None]
     for filling in (7.0, jnp.nan):
         np.testing.assert_array_equal(apply(tokens=jnp.where(written, inputs["tokens"], filling)), out)
 
 
 def test_every_input_matters(network):
-    _, apply, inputs, out = network
-    for name, change in {"x": 1.0, "time": 5.0, "concat": 1.0, "aug_level": 0.1}.items():
+    apply, inputs, out = network.apply, network.inputs, network.out
+    changes = {"x": 1.0, "time": 5.0, "concat": 1.0, "aug_level": 0.1, "vector": 0.5, "interval": 0.5}
+    for name, change in changes.items():
         if name in inputs:
             changed = apply(**{name: inputs[name].at[0].add(change)})
             assert np.abs(changed[0] - out[0]).max() > 1e-3, name
@@ -180,15 +188,20 @@ def test_every_input_matters(network):
 
 
 def test_samples_of_a_batch_do_not_couple(network):
-    _, apply, inputs, out = network
-    alone = {name: value[1:2] for name, value in inputs.items()}
-    np.testing.assert_allclose(apply(**alone), out[1:2], atol=1e-4)
+    repeated = {name: value[jnp.array([1, 1, 1])] for name, value in network.inputs.items()}
+    np.testing.assert_allclose(network.apply(**repeated), np.broadcast_to(network.out[1], (B, H, W, 3)), atol=1e-4)
+
+
+def test_a_batch_of_one():
+    tiny = made("tiny")
+    alone = {name: value[1:2] for name, value in tiny.inputs.items()}
+    np.testing.assert_allclose(tiny.apply(**alone), tiny.out[1:2], atol=1e-4)
 
 
 def test_bfloat16_computes_in_bfloat16(network):
-    config, _, inputs, _ = network
-    params = random_params(model_of(config, "concat" in inputs))
-    traced = jax.make_jaxpr(partial(applied, executed(config, dtype="bfloat16"), params))(inputs)
+    traced = jax.make_jaxpr(partial(applied, executed(network.config, dtype="bfloat16")))(
+        network.params, network.inputs
+    )
     products = list(_products(traced.jaxpr))
     assert len(products) > 10
     assert all(p.invars[0].aval.dtype == p.invars[1].aval.dtype == jnp.bfloat16 for p in products)
@@ -207,31 +220,55 @@ def _products(jaxpr):
                     yield from _products(inner)
 
 
-def test_bfloat16_is_close():
-    params, inputs = random_params(SR), inputs_of(low_res=True)
-    found = jax.jit(partial(applied, executed(SR.unet, dtype="bfloat16")))(params, inputs)
-    wanted = jax.jit(partial(applied, SR.unet))(params, inputs)
+TWO_BLOCKS = replace(SR, unet=replace(SR.unet, blocks=(2,)))
+"""Two equal blocks in a row, which `scan` makes a loop."""
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(TWO_BLOCKS)
+
+
+EIGHT = inputs_of(low_res=True, count=8)
+
+
+def differentiated(config, params):
+    """What TWO_BLOCKS gives where it is computed in this way: the gradients of a loss, the output; and the program."""
+
+    def loss(params):
+        out = applied(config, params, EIGHT)
+        return jnp.mean(jnp.square(out)), out
+
+    traced = jax.jit(jax.grad(loss, has_aux=True)).trace(params)
+    return *traced.lower().compile()(params), str(traced.jaxpr)
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    return differentiated(TWO_BLOCKS.unet, params)
+
+
+def test_bfloat16_is_close(plain, params):
+    _, wanted, _ = plain
+    found = jax.jit(partial(applied, executed(TWO_BLOCKS.unet, dtype="bfloat16")))(params, EIGHT)
     assert found.dtype == jnp.float32
     assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("how", [{"remat": "outputs"}, {"remat": "blocks"}, {"scan": True, "remat": "blocks"}], ids=str)
-def test_how_it_is_computed_changes_nothing(how):
-    stage = replace(SR, unet=replace(SR.unet, blocks=(2,)))
-    plain, remat = stage.unet, executed(stage.unet, **how)
-    params, inputs = random_params(stage), inputs_of(low_res=True)
-
-    def results(config):
-        def loss(params):
-            out = applied(config, params, inputs)
-            return jnp.mean(jnp.square(out)), out
-
-        return jax.jit(jax.grad(loss, has_aux=True)), jax.make_jaxpr(jax.grad(loss, has_aux=True))(params)
-
-    (grad, jaxpr), (grad_remat, jaxpr_remat) = results(plain), results(remat)
-    assert "remat" in str(jaxpr_remat) and "remat" not in str(jaxpr)
-    assert ("scan" in str(jaxpr_remat)) == how.get("scan", False)
-    (grads, out), (grads_remat, out_remat) = grad(params), grad_remat(params)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"remat": "outputs"},
+        pytest.param({"remat": "blocks"}, marks=pytest.mark.slow),
+        {"scan": True, "remat": "blocks"},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_nothing(how, plain, params):
+    grads, out, jaxpr = plain
+    grads_remat, out_remat, jaxpr_remat = differentiated(executed(TWO_BLOCKS.unet, **how), params)
+    assert "remat" in jaxpr_remat and "remat" not in jaxpr
+    assert ("scan" in jaxpr_remat) == how.get("scan", False)
     np.testing.assert_allclose(out, out_remat, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), grads, grads_remat)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(_without_key_biases(grads)))
@@ -247,31 +284,27 @@ def _without_key_biases(tree):
     }
 
 
-def test_a_mesh_changes_nothing():
+def test_a_mesh_changes_nothing(plain, params):
     """Batch over `data` and `fsdp`, parameters over `fsdp`; the network itself names no axis."""
-    params, inputs = random_params(BASE), inputs_of(count=8)
-    compiled = jax.jit(partial(applied, BASE.unet))
-    wanted = compiled(params, inputs)
     mesh = make_mesh(data=4, fsdp=2)
     placed = jax.device_put(params, shardings(params, mesh, ParamSharding(minimum=1)))
     assert not placed["stem"]["kernel"].sharding.is_fully_replicated
     with jax.set_mesh(mesh):
-        found = compiled(placed, jax.device_put(inputs, batch_sharding(mesh)))
+        found = jax.jit(partial(applied, TWO_BLOCKS.unet))(placed, jax.device_put(EIGHT, batch_sharding(mesh)))
     assert len(found.sharding.device_set) == 8
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    np.testing.assert_allclose(found, plain[1], atol=1e-4)
 
 
-def test_what_outputs_keeps_lies_between_nothing_and_all():
+def test_what_outputs_keeps_lies_between_nothing_and_all(params):
     """Bytes that the forward pass leaves for the backward pass."""
-    stage = replace(SR, unet=replace(SR.unet, blocks=(2,)))
-    params, inputs = random_params(stage), inputs_of(low_res=True)
 
     def kept(remat):
-        config = executed(stage.unet, remat=remat)
-        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: applied(config, p, inputs), p)[1], params)
+        config = executed(TWO_BLOCKS.unet, remat=remat)
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: applied(config, p, EIGHT), p)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals) if hasattr(leaf, "size"))
 
-    assert kept("blocks") < 0.9 * kept("outputs") and kept("outputs") < 0.9 * kept("none")
+    outputs = kept("outputs")
+    assert kept("blocks") < 0.9 * outputs and outputs < 0.9 * kept("none")
 
 
 def test_levels_must_agree():
@@ -284,46 +317,28 @@ def test_levels_must_agree():
 @pytest.mark.parametrize("name", ["base", "efficient"])
 def test_residuals_are_added_to_skips_and_middle(name):
     """ControlNet's: zeros change nothing, each of the others does; a wrong number of them is refused."""
-    config = NETWORKS[name]
-    params, inputs = random_params(model_of(config, name in LOW_RES)), inputs_of(name in LOW_RES)
+    network = made(name)
     sizes = (
         [(8, 4, 6), (8, 4, 6), (8, 2, 3), (16, 2, 3), (16, 2, 3)]
         if name == "base"
         else [(8, 8, 12), (8, 4, 6), (16, 2, 3)]
     )
     zeros = tuple(jnp.zeros((B, height, width, channels)) for channels, height, width in sizes)
-    run = jax.jit(partial(applied, config, params))
-    wanted = run(inputs)
-    np.testing.assert_array_equal(run(inputs | {"residuals": zeros}), wanted)
+    np.testing.assert_array_equal(network.apply(residuals=zeros), network.out)
     for number in range(len(zeros)):
         ramp = jnp.linspace(-1.0, 1.0, zeros[number].size).reshape(zeros[number].shape)  # no norm takes it away
         changed = [ramp if place == number else zero for place, zero in enumerate(zeros)]
-        assert np.abs(run(inputs | {"residuals": tuple(changed)}) - wanted).max() > 1e-3
+        assert np.abs(network.apply(residuals=tuple(changed)) - network.out).max() > 1e-3
     with pytest.raises(ValueError, match=r"residuals for . skip connections and the middle"):
-        applied(config, params, inputs | {"residuals": zeros[1:]})
-
-
-def test_a_vector_and_an_interval_join_the_time_embedding():
-    config = NETWORKS["base"]
-    inputs = inputs_of() | {"vector": jnp.ones((B, 5)), "interval": jnp.linspace(0.0, 1.0, B)}
-    given = Conditioning(**{name: value for name, value in inputs.items() if name not in ("x", "time")})
-    shapes = jax.eval_shape(config.module().init, jax.random.key(0), inputs["x"], inputs["time"], given)["params"]
-    params = filled(shapes)
-    assert shapes.keys() - random_params(model_of(config)).keys() == {"vector", "interval"}
-    wanted = applied(config, params, inputs)
-    for name in ("vector", "interval"):
-        changed = applied(config, params, inputs | {name: inputs[name].at[0].add(0.5)})
-        assert np.abs(changed[0] - wanted[0]).max() > 1e-3
-        np.testing.assert_allclose(changed[1:], wanted[1:], atol=1e-5)
+        network.apply(residuals=zeros[1:])
 
 
 @pytest.mark.parametrize("reader", [MaskedText(8), MaskedText(8, pool=False), WholeText(8), None], ids=str)
 def test_text_is_required_where_it_is_read(reader):
-    config = replace(NETWORKS["base"], conditioning=ConditioningConfig(16, reader))
+    config = replace(NETWORKS["tiny"], conditioning=ConditioningConfig(16, reader))
     inputs = inputs_of(text_width=8)
-    given = Conditioning(inputs["tokens"], inputs["token_mask"])
-    shapes = jax.eval_shape(config.module().init, jax.random.key(0), inputs["x"], inputs["time"], given)["params"]
+    shapes = initialised(config, inputs)
     assert ("text" in shapes) == (reader is not None)  # else attention takes the tokens as they are
     assert ("pool" in shapes) == (reader is not None and reader.pool)
     with pytest.raises(ValueError, match="this network reads text: its conditioning needs tokens"):
-        jax.eval_shape(config.module().init, jax.random.key(0), inputs["x"], inputs["time"])
+        initialised(config, {"x": inputs["x"], "time": inputs["time"]})

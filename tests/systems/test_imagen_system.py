@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import LENGTH, WIDTH, random_params
+from small import LENGTH, WIDTH, filled, random_params
 
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
@@ -25,8 +25,8 @@ SAMPLING = SamplingConfig(DDIM(), 2, guidance=Guidance(2.0))
 def encoder():
     config = T5Config(vocab=384, d_model=WIDTH, d_kv=4, d_ff=8, layers=1, decoder_layers=0, heads=2)
     ids = jnp.zeros((1, LENGTH), int)
-    params = T5Encoder(config).init(jax.random.key(0), ids, ids == 0)["params"]
-    return T5TextEncoder(config, params, byte_tokenizer(), LENGTH)
+    shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
+    return T5TextEncoder(config, filled(shapes), byte_tokenizer(), LENGTH)
 
 
 def trained(model):
