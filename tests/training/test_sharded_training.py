@@ -45,11 +45,11 @@ class Shapes(SingleOptimizer):
 
     def init(self, key):
         shapes = {
-            "conv": {"kernel": (3, 3, 4, 16), "bias": (16,)},
-            "q": {"kernel": (16, 2, 8)},
-            "out": {"kernel": (2, 8, 16)},
-            "up": {"kernel": (16, 32), "scale": (32,)},
-            "down": {"kernel": (32, 4), "bias": (4,)},
+            "conv": {"kernel": (3, 3, 4, 128), "bias": (128,)},
+            "q": {"kernel": (128, 2, 8)},
+            "out": {"kernel": (2, 8, 128)},
+            "up": {"kernel": (128, 256), "scale": (256,)},  # Adafactor keeps a row and a column of it
+            "down": {"kernel": (256, 4), "bias": (4,)},
         }
         return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)), ()
 
