@@ -54,6 +54,25 @@ def bounded_caches():
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
 
 
+@pytest.fixture(scope="module")
+def shared_steps():
+    """Runs of a module with the same settings share one training step: it is traced and compiled once, not by each."""
+    from jaxdiff.training import loop
+
+    made, real = {}, loop.make_step
+
+    def make_step(*arguments, **options):
+        leaves, structure = jax.tree.flatten((arguments, options))
+        key = structure, tuple(leaves)
+        if key not in made:
+            made[key] = real(*arguments, **options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_step)
+        yield
+
+
 @pytest.fixture
 def small_disk():
     """No file may grow beyond 1 MB."""

@@ -1,9 +1,7 @@
 """A very small cascade with random parameters in place of the shipped one, and scripts called as from a shell."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +17,6 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.text.tokenizer import train_tokenizer
-from jaxdiff.training import loop
 from jaxdiff.weights.imagen import save_model
 from jaxdiff.weights.t5 import export
 
@@ -41,21 +38,8 @@ def standin(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_steps() -> Iterator[None]:
-    """Runs of a module with the same settings share one training step: it is traced and compiled once, not by each."""
-    made: dict[Any, Any] = {}
-    real = loop.make_step
-
-    def make_step(*arguments: Any, **options: Any) -> Any:
-        leaves, structure = jax.tree.flatten((arguments, options))
-        key = structure, tuple(leaves)
-        if key not in made:
-            made[key] = real(*arguments, **options)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", make_step)
-        yield
+def steps(shared_steps) -> None:
+    """Nothing here is of how a step is made."""
 
 
 @pytest.fixture

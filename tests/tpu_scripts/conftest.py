@@ -1,4 +1,4 @@
-"""A cloud of folders: stand-ins for gcloud, git and sleep, and workers that really run what they are told.
+"""A cloud of folders: stand-ins for gcloud, git, sleep and tail, and workers that really run what they are told.
 
 The stand-in for gcloud keeps its state in a folder. Each queued resource lives through the states that the test wrote
 into `lives` (one line a creation, one word a look; the last one stays), until a file `taken` says that its machines are
@@ -132,17 +132,24 @@ case $3 in
   archive) tar -czf "${5#--output=}" -C "$2" tpu_scripts && echo "git $*" >> "$CLOUD/others" ;;
 esac
 """
-SLEEP = """#!/usr/bin/env bash
+SLEEP = """#!/bin/sh
 echo "$1" >> "$CLOUD/slept"
 exec REAL 0.05
 """
 # As late as the test says.
-DATE = """#!/usr/bin/env bash
-if [[ $1 == +%s ]]; then
-  echo $(($(REAL +%s) + $(cat "$CLOUD/later" 2>/dev/null || echo 0)))
+DATE = """#!/bin/sh
+if [ "$1" = +%s ] && read -r later 2>/dev/null < "$CLOUD/later"; then
+  echo $(($(REAL +%s) + later))
 else
   exec REAL "$@"
 fi
+"""
+# Looks as often as the stand-in for sleep lets others look.
+TAIL = """#!/bin/sh
+if [ "$4 $5" = "-s 0.2" ]; then
+  exec REAL "$1" "$2" "$3" -s 0.03 "$6" "$7"
+fi
+exec REAL "$@"
 """
 UV = """#!/usr/bin/env bash
 echo "uv $*" >> "$CLOUD/others"
@@ -165,6 +172,7 @@ class Cloud:
             "gcloud": GCLOUD.replace("PYTHON", sys.executable),
             "git": GIT,
             "sleep": SLEEP.replace("REAL", shutil.which("sleep")),
+            "tail": TAIL.replace("REAL", shutil.which("tail")),
             "date": DATE.replace("REAL", shutil.which("date")),
             "python3": "#!/bin/sh\n",
             "../cloud/uv": UV,

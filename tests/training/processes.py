@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import forked
+
 _VARIABLE = "TESTS_JOIN"  # "address count index", for `join`
 ROOT = Path(__file__).parents[2]
 
@@ -45,15 +47,13 @@ class Processes:
         for index in range(count):
             own = {_VARIABLE: f"{address} {count} {index}"} if not flags else {}
             more = ["--coordinator", address, "--processes", count, "--process", index] if flags else []
-            with self._file(index, "out").open("w") as out, self._file(index, "err").open("w") as err:
-                child = subprocess.Popen(
-                    [str(word) for word in [*command, *more]],
-                    cwd=ROOT,
-                    env=_environment(devices) | own | dict(environment or {}),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
-                )
+            child = forked.start(
+                [str(word) for word in [*command, *more]],
+                cwd=ROOT,
+                env=_environment(devices) | own | dict(environment or {}),
+                out=self._file(index, "out"),
+                err=self._file(index, "err"),
+            )
             self._children.append(child)
 
     def __enter__(self) -> "Processes":
@@ -66,7 +66,7 @@ class Processes:
             child.wait()
         self._folder.cleanup()
 
-    def __getitem__(self, index: int) -> subprocess.Popen:
+    def __getitem__(self, index: int) -> "forked.Child | subprocess.Popen[bytes]":
         return self._children[index]
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ def join(heartbeat: int = 10) -> int:
     """
     from jaxdiff.training.distributed import Cluster, start
 
-    sys.modules.setdefault("torch", None)  # TensorBoard's writer would import it, which takes seconds
+    sys.modules.setdefault("torch", None)  # as in `forked`
     if _VARIABLE not in os.environ:
         return 1
     address, count, index = os.environ[_VARIABLE].split()

@@ -19,6 +19,7 @@ from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 ONE = make_mesh(devices=jax.devices()[:1])
 OPTIMIZER = OptimizerConfig()
 WIDE = Toy(width=16_384)

@@ -112,8 +112,10 @@ def test_a_sign_of_life_from_another_machine(tmp_path):
     assert names(tmp_path) == [NAME]
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-@pytest.mark.parametrize("away", [(0.01, 0.585), (0.1, 0.6), (0.3, 0.595)])
+@pytest.mark.parametrize(
+    ("number", "away"),
+    [(errno.EIO, (0.01, 0.585)), (errno.ESTALE, (0.1, 0.6)), (errno.ETIMEDOUT, (0.3, 0.595))],
+)
 def test_a_holder_that_lives_is_refused_after_an_outage(tmp_path, monkeypatch, number, away):
     """It gives signs of life whenever the network is there."""
     someone, ended, read, looks = held_by(tmp_path, owner(tmp_path)), threading.Event(), type(tmp_path).read_bytes, []

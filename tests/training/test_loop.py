@@ -4,9 +4,7 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grain
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import training_toy
+from processes import Processes
 from tensorboardX.proto.event_pb2 import Event
 from training_toy import Stream, Toy, config
 
@@ -23,6 +22,7 @@ from jaxdiff.training.loop import Diverged, Layout, Loaded, Preempted, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
@@ -46,17 +46,10 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_killed_run_resumes_bit_by_bit(uninterrupted, tmp_path):
-    command = [sys.executable, training_toy.__file__, str(tmp_path), "30", "19"]
-    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
-    try:
-        deadline = time.monotonic() + 120
-        while not ((tmp_path / "checkpoints" / "15").exists() and len(losses(tmp_path)) >= 16):
-            assert time.monotonic() < deadline and child.poll() is None, "the child made no progress"
-            time.sleep(0.05)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert child.returncode == -signal.SIGKILL
+    with Processes([sys.executable, training_toy.__file__, tmp_path, 30, 19], 1) as child:
+        child.until(lambda: (tmp_path / "checkpoints" / "15").exists() and len(losses(tmp_path)) >= 16)
+        child.kill(signal.SIGKILL)
+        assert child.wait(20) == [-signal.SIGKILL]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 17, "lo')  # as if killed while writing
     state = run(tmp_path, steps=30)

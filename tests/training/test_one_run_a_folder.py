@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -26,6 +25,7 @@ from jaxdiff.training.multihost import FolderInUseError
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.state import init_state
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
@@ -45,21 +45,16 @@ def losses(out):
 def test_a_second_start_is_refused_and_a_killed_first_one_is_followed_at_once(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(whole)
-    command = [sys.executable, training_toy.__file__, str(out), "20", "9"]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}) as first:
-        try:
-            until = time.monotonic() + 120
-            while not ((out / "checkpoints" / "5").exists() and len(losses(out)) >= 5):
-                assert time.monotonic() < until and first.poll() is None
-                time.sleep(0.05)
-            (out / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir()  # what a start would take for a dead one's
-            there = tree(out)
-            with pytest.raises(FolderInUseError, match=f"in use by process {first.pid} on .*name another folder"):
-                run(out)
-            assert tree(out) == there and first.poll() is None
-        finally:
-            first.send_signal(signal.SIGKILL)
-    assert json.loads((out / NAME).read_text())["process"] == first.pid
+    with Processes([sys.executable, training_toy.__file__, out, 20, 9], 1) as first:
+        first.until(lambda: (out / "checkpoints" / "5").exists() and len(losses(out)) >= 5)
+        (out / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir()  # what a start would take for a dead one's
+        there = tree(out)
+        with pytest.raises(FolderInUseError, match=f"in use by process {first[0].pid} on .*name another folder"):
+            run(out)
+        assert tree(out) == there and first[0].poll() is None
+        first.kill(signal.SIGKILL)
+        first.wait(20)
+    assert json.loads((out / NAME).read_text())["process"] == first[0].pid
     run(out)
     assert losses(out) == losses(whole) and not (out / NAME).exists()
 

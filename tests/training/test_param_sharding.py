@@ -1,5 +1,6 @@
 """Where shapes and rules put arrays, and what belongs to them."""
 
+import functools
 import math
 
 import jax
@@ -115,13 +116,18 @@ def test_adafactors_rows_and_columns_follow():
     assert ones <= {PartitionSpec()}
 
 
+@functools.cache
+def paper_params(name):
+    model = getattr(presets, name).reading(*presets.T5_XXL)
+    return model.unet.tensor_rules(), jax.eval_shape(model.init, jax.random.key(0))[0]
+
+
 @pytest.mark.parametrize("name", ["BASE_64_2B", "BASE_64_500M", "SR_256", "SR_1024"])
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2), (1, 1, 8)], ids=str)
 def test_the_papers_stages_are_split_evenly(name, sizes):
     """All that is large is split; every rule of the networks finds its arrays."""
-    model, mesh = getattr(presets, name).reading(*presets.T5_XXL), make_mesh(*sizes)
-    rules = tuple(Rule(*rule) for rule in model.unet.tensor_rules())
-    params = jax.eval_shape(model.init, jax.random.key(0))[0]
+    (rules, params), mesh = paper_params(name), make_mesh(*sizes)
+    rules = tuple(Rule(*rule) for rule in rules)
     placed = shardings(params, mesh, ParamSharding(rules))
     held = bytes_on_a_device(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, placed))
     whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,7 +1,6 @@
 """Runs of several real processes on this machine: the same losses as one, and what becomes of all when one fails."""
 
 import signal
-import subprocess
 import sys
 import time
 
@@ -118,9 +117,10 @@ def test_one_told_to_stop_stops_all_after_the_same_step(two, tmp_path, which):
     assert codes == [75, 75], said
     assert f"after step {saved(tmp_path)}, saved" in said[0] and "run again" not in said[1]
     assert 8 <= saved(tmp_path) < STEPS and saved(tmp_path) == losses(tmp_path)[-1][0]
-    codes, said = ended(tmp_path)
-    assert codes == [0, 0], said
-    assert losses(tmp_path) == losses(two)
+    if which == "SIGTERM":
+        codes, said = ended(tmp_path)
+        assert codes == [0, 0], said
+    assert losses(tmp_path) == losses(two)[: saved(tmp_path)]
 
 
 def test_losses_not_finite_on_one_process_are_so_for_all(tmp_path):
@@ -205,17 +205,15 @@ def test_before_the_loop_a_signal_ends_a_process_whatever_it_waits_for():
 JOIN = """
 import sys
 from jaxdiff.training.distributed import Cluster, start
-start(Cluster("auto", sys.argv[1], 2, int(sys.argv[2]), join_timeout=3))
+start(Cluster("auto", sys.argv[1], 2, int(sys.argv[2]), join_timeout=1))
 """
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_others_that_do_not_come_are_waited_for_so_long_and_no_longer(process):
     address = f"127.0.0.1:{free_port()}"
-    done = subprocess.run([sys.executable, "-c", JOIN, address, str(process)], capture_output=True, text=True)
-    assert done.returncode == 71
-    assert (
-        done.stderr.count("\n") == 1
-        and f"waited 3 s for {'all others' if process == 0 else 'process 0'}" in done.stderr
-    )
-    assert address in done.stderr
+    with Processes([sys.executable, "-c", JOIN, address, process], 1) as alone:
+        assert alone.wait(100) == [71]
+        said = alone.err(0)
+    assert said.count("\n") == 1 and f"waited 1 s for {'all others' if process == 0 else 'process 0'}" in said
+    assert address in said
