@@ -32,14 +32,14 @@ Tag = Callable[[type], str]
 class Table:
     """The classes that a file of settings may name, each by its tag.
 
-    check: called with (class, field, value, where) for each field of a file before its class is given it, `check_whole`
-    with (value, where) for each dataclass and enum member that came out of a file. Both raise ValueError that names
-    `where`.
+    check: called with (class, field, value, where) for each field of a file before its class is given it.
+    check_value: called with (value, where) for each dataclass and enum member that came out of a file. Both raise
+        ValueError that names `where`.
     """
 
     classes: Mapping[str, type]
     check: Callable[[type, str, Any, str], None] = lambda *_: None
-    check_whole: Callable[[Any, str], None] = lambda *_: None
+    check_value: Callable[[Any, str], None] = lambda *_: None
     _tags: Mapping[type, str] = field(init=False)
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class Table:
             raise ValueError(f"{where}: settings of {tag} that this version does not know ({reason(error)})") from error
         except ValueError as error:  # of the class itself, which knows no file
             raise ValueError(f"{where}: {reason(error)}") from error
-        self.check_whole(made, where)
+        self.check_value(made, where)
         return made
 
     def _tag(self, cls: type) -> str:

@@ -152,8 +152,8 @@ def store_embeddings(
     `progress` is called with how many captions are stored already, then with how many more are.
     """
     rows = RowEncoder(functools.partial(_without_padding, encode, batch), encoder, window=batch)
-    told = StoreProgress(lambda stored, total: progress(stored), progress)
-    stored = store_rows(captions, rows, path, part=part, progress=told)
+    reported = StoreProgress(lambda stored, total: progress(stored), progress)
+    stored = store_rows(captions, rows, path, part=part, progress=reported)
     assert stored is not None  # one process makes all parts
     return stored
 
@@ -189,8 +189,8 @@ def store_rows(
     _check_stored(path, settings, done, captions, verify)
     path.mkdir(parents=True, exist_ok=True)
     remove_leftovers_of_the_dead(path)
-    kept, whole = (sum(map(settings.size, numbers)) for numbers in (done, mine))
-    progress.begun(kept, whole)
+    kept, total = (sum(map(settings.size, numbers)) for numbers in (done, mine))
+    progress.begun(kept, total)
     todo = [number for number in mine if _name(number) not in there]
     _store_parts(path, settings, todo, _Steps(captions, encoder), progress.encoded)
     return _finish(path, settings)
@@ -216,28 +216,28 @@ class _Settings:
 
 def _begin(path: Path, there: set[str], encoder: str, part: int, count: int) -> _Settings:
     """The settings of a new store, or of the one that is there: ValueError if it is another one."""
-    found = _read_sidecar(path)
-    if found is None:
+    sidecar = _read_sidecar(path)
+    if sidecar is None:
         if there:
             raise ValueError(f"{path}: holds parts, but no {SIDECAR} says what made them; use a new path")
         return _Settings(encoder, None, None, count, part)
-    if found["encoder"] != encoder:
-        raise ValueError(f"{path}: made by the text encoder {found['encoder']}, not by {encoder}; use a new path")
-    if not _half_done_before_shards(found):
-        if count > found["count"]:
-            state = "complete with" if found["complete"] else "begun for"
-            raise ValueError(f"{path}: {state} {found['count']} captions, but there are more now; use a new path")
-        if count < found["count"]:
+    if sidecar["encoder"] != encoder:
+        raise ValueError(f"{path}: made by the text encoder {sidecar['encoder']}, not by {encoder}; use a new path")
+    if not _half_done_before_shards(sidecar):
+        if count > sidecar["count"]:
+            state = "complete with" if sidecar["complete"] else "begun for"
+            raise ValueError(f"{path}: {state} {sidecar['count']} captions, but there are more now; use a new path")
+        if count < sidecar["count"]:
             raise ValueError(
-                f"{path}: caption {found['count'] - 1} is not the one stored there, as there are only {count} now; "
+                f"{path}: caption {sidecar['count'] - 1} is not the one stored there, as there are only {count} now; "
                 "use a new path for new captions"
             )
-    return _Settings(encoder, found["length"], found["width"], count, found["part"])
+    return _Settings(encoder, sidecar["length"], sidecar["width"], count, sidecar["part"])
 
 
-def _half_done_before_shards(found: dict) -> bool:
+def _half_done_before_shards(sidecar: dict) -> bool:
     """embeddings.json used to list the parts as they were stored; the count is of those then, not of all captions."""
-    return bool(found["parts"]) and not found["complete"]
+    return bool(sidecar["parts"]) and not sidecar["complete"]
 
 
 def _check_stored(
@@ -335,15 +335,15 @@ def _bytes_of(row: np.ndarray) -> bytes:
 def _settle(path: Path, settings: _Settings) -> None:
     """Before a part gets its name: the settings are written, and are those that other processes go by."""
     ours = dataclasses.asdict(settings)
-    found = _read_sidecar(path)
-    if found is None or _half_done_before_shards(found):
+    sidecar = _read_sidecar(path)
+    if sidecar is None or _half_done_before_shards(sidecar):
         write_json(path / SIDECAR, {**ours, "parts": [], "complete": False})
-        found = _read_sidecar(path)
-    assert found is not None  # written above, if not before
-    other = [name for name in ours if found[name] != ours[name]]
+        sidecar = _read_sidecar(path)
+    assert sidecar is not None  # written above, if not before
+    other = [name for name in ours if sidecar[name] != ours[name]]
     if other:
         raise ValueError(
-            f"{path}: another process stores embeddings there whose {other[0]} is {found[other[0]]}, not "
+            f"{path}: another process stores embeddings there whose {other[0]} is {sidecar[other[0]]}, not "
             f"{ours[other[0]]}; use a new path"
         )
 
@@ -352,9 +352,9 @@ def _finish(path: Path, settings: _Settings) -> Embeddings | None:
     names = [_name(number) for number in range(settings.parts)]
     if not _stored(path).issuperset(names):
         return None
-    found = _read_sidecar(path)
-    if found is not None and not found["complete"]:
-        write_json(path / SIDECAR, {**found, "count": settings.count, "parts": names, "complete": True})
+    sidecar = _read_sidecar(path)
+    if sidecar is not None and not sidecar["complete"]:
+        write_json(path / SIDECAR, {**sidecar, "count": settings.count, "parts": names, "complete": True})
     remove_leftovers(path)
     return open_embeddings(path, settings.encoder)
 

@@ -50,25 +50,25 @@ def prepare(
     `packages` holds the unpacked packages, in folders `noto` and `emojibase`. FileNotFoundError when they are missing.
     """
     with quiet():
-        found = _builder(resolution, data_dir, packages, progress)
-        if not found.is_prepared():
+        builder = _builder(resolution, data_dir, packages, progress)
+        if not builder.is_prepared():
             read(packages)  # whatever is wrong with the packages is said before TFDS makes a folder
             with full_disk_is_an_os_error(data_dir):
-                found.download_and_prepare()
-    return found
+                builder.download_and_prepare()
+    return builder
 
 
 def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
     """The set that `prepare` drew; FileNotFoundError when it did not."""
     with quiet():
-        found = _builder(resolution, data_dir, "", False)
-        ready = found.is_prepared()
+        builder = _builder(resolution, data_dir, "", False)
+        ready = builder.is_prepared()
     if not ready:
         raise FileNotFoundError(
             f"no emoji at {resolution} pixels in {data_dir}; run "
             f"python -m experiments.data.emoji --data-dir {data_dir} --resolutions {resolution}"
         )
-    return found
+    return builder
 
 
 def read(packages: str | Path) -> list[Emoji]:
@@ -82,27 +82,27 @@ def read(packages: str | Path) -> list[Emoji]:
         )
     )
     try:
-        found = _pairs(artwork, characters, names)
+        pairs = _pairs(artwork, characters, names)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{packages}: the packages are not of the form that is read here ({reason(error)})") from error
-    if not found:
+    if not pairs:
         raise ValueError(f"{packages}: no emoji has both a name and a drawing; are these the two packages?")
-    return found
+    return pairs
 
 
 def _pairs(artwork: dict, characters: dict, names: list) -> list[Emoji]:
     """Names with their drawings. AttributeError, KeyError or TypeError for values of other types."""
     drawings = {_plain(code): icon for code, icon in characters.items()}
     wanted = [entry for entry in names if entry.get("group") not in (None, _COMPONENT, _FLAGS)]
-    found = []
+    pairs = []
     for entry in sorted(wanted, key=lambda entry: entry.get("order", 0)):
         icon = _icon(artwork, drawings.get(_plain(entry["hexcode"])))
         if icon is not None:
             texts = (entry["label"], entry["hexcode"], icon["body"], *entry.get("tags", ()))
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"{quoted(entry)} is not all text")
-            found.append(Emoji(entry["label"], tuple(entry.get("tags", ())), entry["hexcode"], _svg(artwork, icon)))
-    return found
+            pairs.append(Emoji(entry["label"], tuple(entry.get("tags", ())), entry["hexcode"], _svg(artwork, icon)))
+    return pairs
 
 
 def draw(svg: str, resolution: int) -> bytes:

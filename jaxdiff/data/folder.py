@@ -56,12 +56,12 @@ def read(path: Path | str) -> FolderSource:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    found = walk(path)
-    entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in found.pictures)
-    left_out = found.left_out()
+    listing = walk(path)
+    entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in listing.pictures)
+    left_out = listing.left_out()
     if (path / METADATA).is_file():
         entries = tuple(from_metadata((path / METADATA).read_bytes(), str(path / METADATA)))
-        unlisted = sorted(set(found.pictures) - {os.path.normpath(name) for name, _ in entries})
+        unlisted = sorted(set(listing.pictures) - {os.path.normpath(name) for name, _ in entries})
         left_out = (
             [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
             if unlisted

@@ -41,7 +41,7 @@ class Unreadable(Exception):
     """A picture that cannot be decoded; the message is the reason, in a few words."""
 
 
-def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     """An encoded picture (anything Pillow reads) or a uint8 array (h w), (h w 1|3|4) → uint8 RGB.
 
     Transparent pictures are laid on white, and every format is turned upright as its EXIF or XMP orientation says. Of
@@ -49,7 +49,7 @@ def decode(picture: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     none.
     """
     try:
-        image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else _from_array(picture)
+        image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else _from_array(source)
         rgb = _rgb(image)
         turn = _turn(image)  # after the pixels: PNG may hold it behind them, TIFF turns itself
         return np.asarray(rgb if turn is None else rgb.transpose(turn))
@@ -70,19 +70,19 @@ def has_transparency(image: Image.Image) -> bool:
     return image.has_transparency_data and bool((np.asarray(_rgba(image).getchannel("A")) < 255).any())
 
 
-def resize(picture: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+def resize(image: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     """The centred square of a picture, resampled to `resolution`: the short side fits, the long one is cut.
 
     The square's edges may fall between pixels (an odd difference of the sides), and the filter sees what lies beyond
     them, as if the whole picture had been resized, then cut. One that already has the size comes back untouched.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if height == width == resolution:
-        return picture
+        return image
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
     square = (left, top, left + side, top + side)
-    resampled = Image.fromarray(picture).resize((resolution, resolution), FILTER, box=square, reducing_gap=None)
+    resampled = Image.fromarray(image).resize((resolution, resolution), FILTER, box=square, reducing_gap=None)
     return np.asarray(resampled)
 
 
@@ -101,25 +101,25 @@ def aligned_crops(
     return high[scaled], low[window]
 
 
-def to_float(pictures: UInt8[np.ndarray, "*b h w 3"]) -> np.ndarray:
+def to_float(images: UInt8[np.ndarray, "*b h w 3"]) -> np.ndarray:
     """uint8 0…255 → float32 -1…1."""
-    return pictures.astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
+    return images.astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
 
 
-def to_uint8(pictures: np.ndarray) -> UInt8[np.ndarray, "*b h w 3"]:
+def to_uint8(images: np.ndarray) -> UInt8[np.ndarray, "*b h w 3"]:
     """float -1…1 → uint8 0…255, rounded; what lies outside the range is clipped. The inverse of `to_float`."""
-    return np.clip(np.rint((np.asarray(pictures, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def encode_png(picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     """A uint8 picture as PNG bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _from_array(picture: np.ndarray) -> Image.Image:
-    return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture)
+def _from_array(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

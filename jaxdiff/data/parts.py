@@ -94,9 +94,9 @@ def open_part(file: Path, expected: int) -> array_record_module.ArrayRecordReade
         raise FileNotFoundError(f"{file}: missing")
     with damage_is_a_value_error(file):
         reader = array_record_module.ArrayRecordReader(str(file), options=_AT_RANDOM, file_reader_buffer_size=32768)
-        found = reader.num_records()  # 0 where the end is cut off
-    if found != expected:
-        raise damaged(file, f"{found} records where there should be {expected}")
+        records = reader.num_records()  # 0 where the end is cut off
+    if records != expected:
+        raise damaged(file, f"{records} records where there should be {expected}")
     return reader
 
 

@@ -42,7 +42,7 @@ TRAINED = 0.3
 """The share that is trained on."""
 
 Split = Literal["train", "test"]
-Picture = UInt8[np.ndarray, "32 32 3"]
+RainbowImage = UInt8[np.ndarray, "32 32 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ EVERY = tuple(itertools.starmap(Attributes, itertools.product(SCALES, FILLS, SHA
 """All combinations; picture i of the set is that of the i-th."""
 
 
-def draw(attributes: Attributes) -> Picture:
+def draw(attributes: Attributes) -> RainbowImage:
     """Its picture, without anti-aliasing: turned first, then shaded and coloured by rows and columns of the picture."""
     inside = np.rot90(_shape(attributes.scale, attributes.fill, attributes.shape), attributes.rotation // 90)
     y, x = np.indices((SIDE, SIDE))
@@ -95,12 +95,12 @@ def prepare(data_dir: str | Path, seed: int = 0) -> "RainbowShapes":
     with quiet():
         config = RainbowConfig(seed=seed)
         listed = config.name in [other.name for other in RainbowShapes.BUILDER_CONFIGS]
-        made = RainbowShapes(
+        drawn = RainbowShapes(
             config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record"
         )
         with full_disk_is_an_os_error(data_dir):
-            made.download_and_prepare()
-    return made
+            drawn.download_and_prepare()
+    return drawn
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -39,13 +39,13 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     if is_url(pattern):
         filesystem, inner = _filesystem(pattern)
-        found = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(inner))
+        files = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(inner))
     else:
         root = Path(pattern).anchor
-        found = sorted(str(file) for file in Path(root).glob(str(Path(pattern).relative_to(root))))
-    if not found:
+        files = sorted(str(file) for file in Path(root).glob(str(Path(pattern).relative_to(root))))
+    if not files:
         raise FileNotFoundError(f"{pattern}: no file matches")
-    return found
+    return files
 
 
 def beside(file: str, relative: str) -> str:

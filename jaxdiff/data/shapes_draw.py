@@ -22,14 +22,14 @@ def draw(scene: Scene, resolution: int) -> UInt8[np.ndarray, "{resolution} {reso
     """The picture of a scene, sRGB; `resolution` is any positive number of pixels a side."""
     if resolution < 1:
         raise ValueError(f"resolution {resolution} is not a positive number of pixels")
-    picture = np.empty((resolution, resolution, 3), np.uint8)
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((resolution, resolution, 3), np.uint8)
+    image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
         rows, columns = (_span(c, o.radius * REACH, resolution) for c in (o.y, o.x))
         alpha = coverage(o.kind, o.fill, o.x, o.y, o.radius, resolution, rows, columns)[..., None]
-        under = picture[rows, columns].astype(np.float32)
-        picture[rows, columns] = under + alpha * (np.array(COLOURS[o.colour], np.float32) - under) + 0.5
-    return picture
+        under = image[rows, columns].astype(np.float32)
+        image[rows, columns] = under + alpha * (np.array(COLOURS[o.colour], np.float32) - under) + 0.5
+    return image
 
 
 def coverage(

@@ -90,29 +90,29 @@ def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(name)
     ours = Path(data_dir) / name.partition("/")[0].partition(":")[0]
     try:
-        found = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        dataset = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
         if not ours.is_dir():
             default = tfds.builder(name, file_format="array_record")
-            found = default if default.is_prepared() else found
-        if not found.is_prepared():
-            caption_features(found.info.features, name)  # what is no use is not downloaded
+            dataset = default if default.is_prepared() else dataset
+        if not dataset.is_prepared():
+            caption_features(dataset.info.features, name)  # what is no use is not downloaded
             with full_disk_is_an_os_error(data_dir):
-                found.download_and_prepare()
+                dataset.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"tfds:{name}: TFDS knows no set of that name, and no prepared set lies there") from error
     except ImportError as error:
         raise ValueError(f"tfds:{name}: preparing it once needs a package: {error}") from error
     except AssertionError as error:  # how TFDS says that a version or a manual download is missing
         raise ValueError(f"tfds:{name}: {error}") from error
-    return found
+    return dataset
 
 
 def caption_features(features: tfds.features.FeatureConnector, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The paths of the picture and of the caption among a set's features; ValueError, listing them, without both."""
-    found = list(_leaves(features))
-    images = [path for path, feature in found if isinstance(feature, tfds.features.Image) and len(path) == 1]
-    texts = [path for path, feature in found if isinstance(feature, tfds.features.Text)]
-    listed = ", ".join(f"{'.'.join(path)} ({type(feature).__name__})" for path, feature in found)
+    leaves = list(_leaves(features))
+    images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and len(path) == 1]
+    texts = [path for path, feature in leaves if isinstance(feature, tfds.features.Text)]
+    listed = ", ".join(f"{'.'.join(path)} ({type(feature).__name__})" for path, feature in leaves)
     if not images:
         raise ValueError(f"tfds:{name}: no picture among its features: {listed}")
     if not texts:

@@ -117,7 +117,7 @@ def read(path: Path) -> ZipSource:
 
 
 def _from_metadata(
-    metadata: Member, files: Mapping[str, Member], found: tuple[Member, ...]
+    metadata: Member, files: Mapping[str, Member], members: tuple[Member, ...]
 ) -> tuple[tuple[Member, ...], tuple[str | None, ...], list[str]]:
     """The images that a metadata.jsonl lists, their captions, and what is left out. ValueError for a damaged one."""
     try:
@@ -127,7 +127,7 @@ def _from_metadata(
     entries = [(posixpath.normpath(name), text) for name, text in from_metadata(content, str(metadata))]
     absent = [quoted(name) for name, _ in entries if name not in files]
     names = {name for name, _ in entries}
-    unlisted = sorted(each.info.filename for each in found if posixpath.normpath(each.info.filename) not in names)
+    unlisted = sorted(each.info.filename for each in members if posixpath.normpath(each.info.filename) not in names)
     left_out = [counted(absent, f"image of {METADATA} that is not there|images of {METADATA} that are not there")]
     left_out += [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
     present = [(files[name], text) for name, text in entries if name in files]

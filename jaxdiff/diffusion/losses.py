@@ -139,8 +139,8 @@ def _log_density(x0: Float[Array, "b *s"], mean: Float[Array, "b *s"], log_devia
     scale = jnp.exp(-log_deviation)
     above = jax.scipy.special.ndtr(scale * (x0 + 1.0 / 255.0 - mean))
     below = jax.scipy.special.ndtr(scale * (x0 - 1.0 / 255.0 - mean))
-    share = jnp.where(x0 > 0.999, 1.0 - below, jnp.where(x0 < -0.999, above, above - below))
-    return jnp.log(jnp.maximum(share, 1e-12))
+    probability = jnp.where(x0 > 0.999, 1.0 - below, jnp.where(x0 < -0.999, above, above - below))
+    return jnp.log(jnp.maximum(probability, 1e-12))
 
 
 def _point(grid: TimeGrid, i: int) -> TimeGrid:

@@ -112,16 +112,16 @@ class DDPM(_OneState):
         self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        found = _cast(denoise(x, _times(x, here)), x)
+        estimate = _cast(denoise(x, _times(x, here)), x)
         gamma: float | Array
         if self.gamma is not None:
             gamma = self.gamma
-        elif isinstance(found, DenoisedWithVariance):
-            gamma = found.gamma
+        elif isinstance(estimate, DenoisedWithVariance):
+            gamma = estimate.gamma
         else:
             raise ValueError("DDPM without a gamma needs a network that has learned the variance")
         kept = (here.alpha / there.alpha) * (there.sigma / here.sigma) ** 2
-        mean = kept * x + _fresh(here, there) * there.alpha * found.x0
+        mean = kept * x + _fresh(here, there) * there.alpha * estimate.x0
         deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, gamma), 0.0)
         return mean + deviation * noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
 
@@ -143,8 +143,8 @@ class DDIM(_OneState):
         self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        found = _cast(denoise(x, _times(x, here)), x)
-        x0, eps = found.x0, found.eps
+        estimate = _cast(denoise(x, _times(x, here)), x)
+        x0, eps = estimate.x0, estimate.eps
         if self.eta == 0.0:
             return there.alpha * x0 + there.sigma * eps
         random = self.eta**2 * _fresh(here, there)
@@ -265,8 +265,8 @@ def _times(x: Float[Array, "b *s"], here: TimeGrid) -> Float[Array, " b"]:
     return jnp.broadcast_to(here.t, x.shape[:1])
 
 
-def _cast(found: Denoised | DenoisedWithVariance, x: Float[Array, "b *s"]) -> Denoised | DenoisedWithVariance:
-    return jax.tree.map(lambda a: a.astype(x.dtype), found)
+def _cast(estimate: Denoised | DenoisedWithVariance, x: Float[Array, "b *s"]) -> Denoised | DenoisedWithVariance:
+    return jax.tree.map(lambda a: a.astype(x.dtype), estimate)
 
 
 def _at(grid: TimeGrid, i: Index) -> TimeGrid:

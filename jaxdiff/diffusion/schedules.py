@@ -232,10 +232,10 @@ class TabulatedSchedule(_VariancePreserving):
 
     def network_time(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """The table index at t (fractional between entries; −1 at t = 0)."""
-        found = at_least_float32(t) * self.steps - 1.0
+        entry = at_least_float32(t) * self.steps - 1.0
         # At an entry exactly its index: what float32 loses in t would show in a network's sines of it.
-        nearest = jnp.round(found)
-        return jnp.where(jnp.abs(found - nearest) < 1e-3, nearest, found)
+        nearest = jnp.round(entry)
+        return jnp.where(jnp.abs(entry - nearest) < 1e-3, nearest, entry)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """That of the table's entry `level` · N, so that 0 is the first one and not the clean picture."""

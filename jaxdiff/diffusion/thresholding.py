@@ -82,10 +82,10 @@ def _percentile(values: Float[Array, "b n"], fraction: Number) -> Float[Array, "
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     ends = jnp.zeros(values.shape[:1], jnp.int32), jnp.full(values.shape[:1], jnp.iinfo(jnp.int32).max)
-    found = jax.lax.fori_loop(0, 31, halve, ends)[1]
-    here = jax.lax.bitcast_convert_type(found, jnp.float32)
-    above = jnp.min(jnp.where(bits > found[:, None], values, jnp.inf), axis=1)
-    repeated = jnp.sum(bits <= found[:, None], axis=1) > rank + 1
+    selected = jax.lax.fori_loop(0, 31, halve, ends)[1]
+    here = jax.lax.bitcast_convert_type(selected, jnp.float32)
+    above = jnp.min(jnp.where(bits > selected[:, None], values, jnp.inf), axis=1)
+    repeated = jnp.sum(bits <= selected[:, None], axis=1) > rank + 1
     following = jnp.where(repeated | jnp.isinf(above), here, above)
     return here + (following - here) * beyond
 

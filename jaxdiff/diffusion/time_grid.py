@@ -146,16 +146,16 @@ class Respaced:
     def entries(self, table: int) -> list[int]:
         """The entries of a table of that length, rising."""
         size, longer = divmod(table, len(self.counts))
-        found, start = [], 0
+        indices, start = [], 0
         for number, count in enumerate(self.counts):
             length = size + (number < longer)
             if count > length:
                 raise ValueError(f"a respacing cannot take {count} entries out of {length}")
             stride = (length - 1) / (count - 1) if count > 1 else 0.0
             # Summed up as in the published code: a product would round some halves the other way.
-            found += [start + round(place) for place in itertools.accumulate([0.0, *[stride] * (count - 1)])]
+            indices += [start + round(place) for place in itertools.accumulate([0.0, *[stride] * (count - 1)])]
             start += length
-        return [*found[:-1], found[-1] - self.offset]
+        return [*indices[:-1], indices[-1] - self.offset]
 
 
 def time_grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> TimeGrid:
@@ -202,6 +202,6 @@ def _spread(
     first, last = position(jnp.clip(low, noisiest, cleanest)), position(jnp.clip(high, noisiest, cleanest))
     inside = jnp.append(logsnr(jnp.linspace(first, last, steps)), cleanest)
     # Where the range itself ends at `high`, a further point there would be a step of no length.
-    whole = logsnr(jnp.linspace(first, last, steps + 1))
-    times = time_of(schedule, jnp.where(high >= cleanest, whole, inside))
+    uniform = logsnr(jnp.linspace(first, last, steps + 1))
+    times = time_of(schedule, jnp.where(high >= cleanest, uniform, inside))
     return times.at[-1].set(0.0)

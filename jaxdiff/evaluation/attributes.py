@@ -64,11 +64,11 @@ class Verdict:
 
 def read(image: Num[np.ndarray, "h w 3"]) -> Detections:
     """The objects and the background of a square picture: uint8, or float in [-1, 1]; 64 pixels a side or more."""
-    picture = _working(image)
-    ground, noise = _background(picture)
-    fits = [f for f in explain(picture - ground, noise) if f.half > SPECK * len(picture)]
+    pixels = _working(image)
+    ground, noise = _background(pixels)
+    fits = [f for f in explain(pixels - ground, noise) if f.half > SPECK * len(pixels)]
     fits.sort(key=lambda f: -f.energy)
-    return Detections(_nearest(ground, BACKGROUNDS), tuple(_found(f, ground, len(picture)) for f in fits))
+    return Detections(_nearest(ground, BACKGROUNDS), tuple(_detection(f, ground, len(pixels)) for f in fits))
 
 
 def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
@@ -86,17 +86,17 @@ def compare(reading: Detections, stated: Stated) -> Verdict:
     return Verdict(checks | max(pairings, key=lambda agreement: sum(agreement.values())))
 
 
-def _agreement(found: tuple[Detection | None, ...], stated: Stated) -> dict[str, bool]:
+def _agreement(detections: tuple[Detection | None, ...], stated: Stated) -> dict[str, bool]:
     checks: dict[str, bool] = {}
-    for f, s in zip(found, stated.objects):
+    for f, s in zip(detections, stated.objects):
         for field in dataclasses.fields(StatedObject):
-            said = getattr(s, field.name)
-            if said is not None:
-                seen = f is not None and getattr(f, field.name) == said
+            value = getattr(s, field.name)
+            if value is not None:
+                seen = f is not None and getattr(f, field.name) == value
                 checks[field.name] = checks.get(field.name, True) and seen
     if stated.relation is not None:
-        places = [(f.x, f.y) for f in found if f is not None]
-        checks["relation"] = len(places) == len(found) and relation(*places) == stated.relation
+        places = [(f.x, f.y) for f in detections if f is not None]
+        checks["relation"] = len(places) == len(detections) and relation(*places) == stated.relation
     return checks
 
 
@@ -117,17 +117,17 @@ def _working(image: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "m m 3"]:
     return image.astype(np.float32) / np.float32(scale) + np.float32(shift)
 
 
-def _background(picture: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, "3"], float]:
+def _background(image: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, "3"], float]:
     """The colour of the border and the standard deviation of its noise, both by medians."""
-    frame = np.ones(picture.shape[:2], bool)
-    width = max(1, len(picture) // 48)
+    frame = np.ones(image.shape[:2], bool)
+    width = max(1, len(image) // 48)
     frame[width:-width, width:-width] = False
-    border = picture[frame]
+    border = image[frame]
     colour = np.median(border, axis=0)
     return colour, 1.48 * float(np.median(np.abs(border - colour)))
 
 
-def _found(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Detection:
+def _detection(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Detection:
     """A fit in the set's words."""
     known = fit.explained >= EXPLAINED
     x, y, radius = (float(v) / side for v in (fit.x, fit.y, fit.radius))
@@ -149,8 +149,8 @@ def _colour(difference: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) 
     errors = {}
     for name, rgb in COLOURS.items():
         contrast = np.array(rgb, np.float32) / 255 - ground
-        share = np.clip(difference @ contrast / (contrast @ contrast), 0.8, 1.1)
-        errors[name] = math.dist(difference, share * contrast)
+        coverage = np.clip(difference @ contrast / (contrast @ contrast), 0.8, 1.1)
+        errors[name] = math.dist(difference, coverage * contrast)
     name = min(errors, key=errors.__getitem__)
     return name if errors[name] < COLOUR_ERROR else None
 

@@ -42,8 +42,8 @@ class Extractor:
     @functools.cached_property
     def width(self) -> int:
         """How many features it has."""
-        picture = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
-        return jax.eval_shape(self.see, self.params, picture)["features"].shape[1]
+        image = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
+        return jax.eval_shape(self.see, self.params, image)["features"].shape[1]
 
     def __str__(self) -> str:
         return f"{self.name} {self.digest}"
@@ -78,7 +78,7 @@ def classifier(name: str, config: ClassifierConfig, params: dict) -> Extractor:
 
 def extract(
     extractor: Extractor,
-    pictures: Iterable[np.ndarray],
+    images: Iterable[np.ndarray],
     batch: int = 64,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -93,27 +93,27 @@ def extract(
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-    for part in _parts(pictures, batch):
-        shrunk = np.stack([resized(picture, extractor.side, extractor.resize) for picture in part])
+    for part in _parts(images, batch):
+        shrunk = np.stack([resized(image, extractor.side, extractor.resize) for image in part])
         filled = np.pad(shrunk, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
         seen = _see(extractor.see, params, place(filled))
         yield {name: np.asarray(value)[: len(part)] for name, value in seen.items()}
 
 
 def all_features(
-    extractor: Extractor, pictures: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
+    extractor: Extractor, images: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "n d"]:
     """The features alone, of all pictures."""
-    parts = [seen["features"] for seen in extract(extractor, pictures, batch, mesh)]
+    parts = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
     if not parts:
         raise ValueError("no pictures")
     return np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _see(see: Callable, params: Any, pictures: Array) -> dict[str, Array]:
+def _see(see: Callable, params: Any, images: Array) -> dict[str, Array]:
     with jax.default_matmul_precision("highest"):  # accelerators would round to 8 or 11 bits
-        return see(params, pictures)
+        return see(params, images)
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class _SeeInception:
     dims: int
     symmetric: bool
 
-    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        scaled = pictures / 127.5 - 1 if self.symmetric else (pictures - 128) / 128
+    def __call__(self, params: dict, images: Array) -> dict[str, Array]:
+        scaled = images / 127.5 - 1 if self.symmetric else (images - 128) / 128
         seen = cast(InceptionOutputs, Inception().apply({"params": params}, scaled))
         return {"features": seen.features if self.dims == WIDTH else seen.early[self.dims], "logits": seen.logits}
 
@@ -131,8 +131,8 @@ class _SeeInception:
 class _SeeCLIP:
     config: CLIPConfig
 
-    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        scaled = normalised(pictures / 127.5 - 1)
+    def __call__(self, params: dict, images: Array) -> dict[str, Array]:
+        scaled = normalised(images / 127.5 - 1)
         seen = cast(TowerOutput, CLIP(self.config).apply({"params": params}, scaled, method="embed_image"))
         assert seen.embedding is not None  # without a projection there is nothing to compare
         return {"features": seen.embedding}
@@ -142,16 +142,16 @@ class _SeeCLIP:
 class _SeeClassifier:
     config: ClassifierConfig
 
-    def __call__(self, params: dict, pictures: Array) -> dict[str, Array]:
-        features, logits = Classifier(self.config).apply({"params": params}, pictures / 127.5 - 1)
+    def __call__(self, params: dict, images: Array) -> dict[str, Array]:
+        features, logits = Classifier(self.config).apply({"params": params}, images / 127.5 - 1)
         first, second, *_ = (jax.nn.log_softmax(logits[name]) for name in self.config.names)
         return {"features": features, "logits": (first[:, :, None] + second[:, None]).reshape(len(features), -1)}
 
 
-def _parts(pictures: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
+def _parts(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
     part: list[np.ndarray] = []
-    for picture in pictures:
-        part.append(picture)
+    for image in images:
+        part.append(image)
         if len(part) == count:
             yield part
             part = []

@@ -104,8 +104,8 @@ def kept(path: Path) -> Observed:
     their network is unknown, and `seen_by` says which it is taken to be. FileNotFoundError, or ValueError for files
     that are damaged, or of different pictures."""
     if not is_ours(path):
-        origin, found = foreign.read(path)
-        return observed(origin, found) if isinstance(found, np.ndarray) else Observed(origin, found)
+        origin, content = foreign.read(path)
+        return observed(origin, content) if isinstance(content, np.ndarray) else Observed(origin, content)
     statistics, origin = load(path)
     beside = path.with_suffix(".features.npy")
     if not beside.is_file():
@@ -181,11 +181,11 @@ def caption_metrics(captions: Sequence[str], text: np.ndarray, drawn: Observed, 
     """CLIP score, of the captions' embeddings beside those of the pictures. prefix: what stood before each caption when
     it was embedded, for the line. ValueError where they are not as many."""
     assert drawn.features is not None  # only a reference may keep sums alone
-    found = clip_score(text, drawn.features)
+    result = clip_score(text, drawn.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
     before = f"prefix {prefix!r}" if prefix else "no prefix"
     name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {drawn.origin}"
-    return [Score(f"score-{name}, w 2.5", found.score, protocol), Score(f"cosine-{name}", found.cosine, protocol)]
+    return [Score(f"score-{name}, w 2.5", result.score, protocol), Score(f"cosine-{name}", result.cosine, protocol)]
 
 
 class _Value(NamedTuple):
@@ -206,15 +206,15 @@ class _Writer:
         drawn, true = self.drawn, self.true
         least, width = fid.fewest(drawn.statistics, true.statistics), len(true.statistics.mean)
         known = "an unknown number" if true.statistics.count is None else str(true.statistics.count)
-        told = [f"n {drawn.statistics.count} against {known}", how, str(drawn.origin)]
+        details = [f"n {drawn.statistics.count} against {known}", how, str(drawn.origin)]
         if name.startswith(("FID", "FD")) and least is not None and least <= width and self.settings.force:
-            told.insert(1, f"FORCED: fewer than the {width} features")
-        protocol = f"{', '.join(filter(None, told))}; reference {true.origin.shown}"
+            details.insert(1, f"FORCED: fewer than the {width} features")
+        protocol = f"{', '.join(filter(None, details))}; reference {true.origin.shown}"
         try:
-            found = value()
-            if not np.isfinite(found.number):
-                raise ValueError(f"the result is {found.number}: the features are too large")
-            return Score(name, float(found.number), protocol, found.error, found.deviation)
+            result = value()
+            if not np.isfinite(result.number):
+                raise ValueError(f"the result is {result.number}: the features are too large")
+            return Score(name, float(result.number), protocol, result.error, result.deviation)
         except ValueError as reason:
             return Score(name, None, protocol, missing=str(reason))
 
@@ -254,15 +254,15 @@ def _size(drawn: Observed, true: Observed, settings: MetricSettings) -> int:
 
 
 def _kid(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
-    found = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
-    error = None if found.error is None else 1000 * found.error
-    return _Value(1000 * found.value, error, 1000 * found.deviation)
+    result = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
+    error = None if result.error is None else 1000 * result.error
+    return _Value(1000 * result.value, error, 1000 * result.deviation)
 
 
 def _inception_score(drawn: Observed, settings: MetricSettings) -> _Value:
     assert drawn.logits is not None  # see `metrics_of`
-    found = inception_score(drawn.logits, settings.splits, settings.split_seed)
-    return _Value(found.value, found.deviation)
+    result = inception_score(drawn.logits, settings.splits, settings.split_seed)
+    return _Value(result.value, result.deviation)
 
 
 def _has_mean(features: np.ndarray, mean: np.ndarray) -> bool:

@@ -35,13 +35,13 @@ class Read(NamedTuple):
         return {**checks, "rotation": any(f.rotation == asked.rotation for f in same_shape)}
 
 
-def read(pictures: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
+def read(images: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
     """Each picture (uint8, or floats in [-1, 1], which are read as 8 bits would hold them)."""
     templates, places = _templates()
     lengths = (templates**2).sum(1)
-    found = []
-    for start in range(0, len(pictures), chunk):
-        part = pictures[start : start + chunk]
+    readings = []
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk]
         part = _from_white(part if part.dtype == np.uint8 else np.stack([to_uint8(p) for p in part]))
         squares = lengths - 2 * part @ templates.T  # and the length of the picture, the same for all
         nearest = squares.argmin(1)
@@ -49,8 +49,8 @@ def read(pictures: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]
         apart = np.maximum(squares[np.arange(len(part)), nearest] + contrast, 0)
         for place, explained in zip(nearest, 1 - apart / np.maximum(contrast, 1e-6)):
             which = tuple(EVERY[i] for i in places[place]) if explained >= EXPLAINED else ()
-            found.append(Read(which, float(explained)))
-    return found
+            readings.append(Read(which, float(explained)))
+    return readings
 
 
 @functools.cache
@@ -64,5 +64,5 @@ def _templates() -> tuple[Float[np.ndarray, "t d"], Sequence[Int[np.ndarray, "k"
     return _from_white(different), places
 
 
-def _from_white(pictures: Num[np.ndarray, "n *d"]) -> Float[np.ndarray, "n d"]:
-    return (255.0 - pictures.reshape(len(pictures), -1).astype(np.float32)) / 255.0
+def _from_white(images: Num[np.ndarray, "n *d"]) -> Float[np.ndarray, "n d"]:
+    return (255.0 - images.reshape(len(images), -1).astype(np.float32)) / 255.0

@@ -29,25 +29,25 @@ class Resize(enum.Enum):
     PYTORCH = "pytorch"
 
 
-def resized(picture: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Float[np.ndarray, "s s 3"]:
+def resized(image: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Float[np.ndarray, "s s 3"]:
     """The whole picture, squeezed where it is not square as FID does, as float32 from 0 to 255. One that has the
     size already is not touched."""
-    if picture.shape[:2] == (side, side):
-        return picture.astype(np.float32)
-    return _clean(picture, side) if how is Resize.CLEAN else _bilinear(picture, side, how is Resize.PYTORCH)
+    if image.shape[:2] == (side, side):
+        return image.astype(np.float32)
+    return _clean(image, side) if how is Resize.CLEAN else _bilinear(image, side, how is Resize.PYTORCH)
 
 
-def _clean(picture: np.ndarray, side: int) -> np.ndarray:
-    channels = [Image.fromarray(channel) for channel in np.moveaxis(picture.astype(np.float32), -1, 0)]
+def _clean(image: np.ndarray, side: int) -> np.ndarray:
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(image.astype(np.float32), -1, 0)]
     shrunk = np.stack([np.asarray(c.resize((side, side), Image.Resampling.BICUBIC)) for c in channels], -1)
     return shrunk.clip(0, 255)
 
 
-def _bilinear(picture: np.ndarray, side: int, centred: bool) -> np.ndarray:
-    picture = picture.astype(np.float32)
-    (y0, y1, fy), (x0, x1, fx) = (_between(length, side, centred) for length in picture.shape[:2])
+def _bilinear(image: np.ndarray, side: int, centred: bool) -> np.ndarray:
+    image = image.astype(np.float32)
+    (y0, y1, fy), (x0, x1, fx) = (_between(length, side, centred) for length in image.shape[:2])
     fy, fx = fy[:, None, None], fx[None, :, None]
-    rows = picture[y0] * (1 - fy) + picture[y1] * fy
+    rows = image[y0] * (1 - fy) + image[y1] * fy
     return (rows[:, x0] * (1 - fx) + rows[:, x1] * fx).astype(np.float32)
 
 

@@ -51,7 +51,7 @@ def explain(difference: Float[np.ndarray, "m m 3"], noise: float) -> list[Fit]:
     if count == 0:
         return []
     rows, columns = ndimage.distance_transform_edt(pieces == 0, return_distances=False, return_indices=True)
-    cluster = _Picture(difference, distance, pieces, pieces[rows, columns], ndimage.find_objects(pieces), noise)
+    cluster = _Pixels(difference, distance, pieces, pieces[rows, columns], ndimage.find_objects(pieces), noise)
     everything = frozenset(range(1, count + 1))
     return [_refine(group) for group in _divide(cluster, _group(cluster, everything))]
 
@@ -67,7 +67,7 @@ def _pieces(mask: Bool[np.ndarray, "m m"]) -> tuple[Int[np.ndarray, "m m"], int]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
+class _Pixels:
     difference: Float[np.ndarray, "m m 3"]
     distance: Float[np.ndarray, "m m"]
     pieces: Int[np.ndarray, "m m"]
@@ -101,42 +101,42 @@ class _Candidate:
 # Gathering pieces into objects
 
 
-def _divide(picture: _Picture, whole: _Group) -> list[_Group]:
+def _divide(image: _Pixels, parent: _Group) -> list[_Group]:
     """The pieces as one object, or cut in two, and so on, wherever that explains enough more."""
-    best = whole.candidates[0].explained
+    best = parent.candidates[0].explained
     if best > GOOD:
-        return [whole]
+        return [parent]
     best, halves = best + PER_OBJECT, None
-    for part in _cuts(picture, whole.members):
-        pair = [_group(picture, part), _group(picture, whole.members - part)]
+    for part in _cuts(image, parent.members):
+        pair = [_group(image, part), _group(image, parent.members - part)]
         explained = sum(g.energy * g.candidates[0].explained for g in pair) / sum(g.energy for g in pair)
         if explained > best:
             best, halves = explained, pair
-    return [whole] if halves is None else [group for half in halves for group in _divide(picture, half)]
+    return [parent] if halves is None else [group for half in halves for group in _divide(image, half)]
 
 
-def _cuts(picture: _Picture, members: frozenset[int]) -> Iterator[frozenset[int]]:
+def _cuts(image: _Pixels, members: frozenset[int]) -> Iterator[frozenset[int]]:
     """One side of every straight cut, along a row or a column of pixels, that goes through no piece."""
     for axis in (0, 1):
-        ordered = sorted(members, key=lambda m: picture.boxes[m - 1][axis].start)
+        ordered = sorted(members, key=lambda m: image.boxes[m - 1][axis].start)
         for i in range(1, len(ordered)):
-            end = max(picture.boxes[m - 1][axis].stop for m in ordered[:i])
-            if end <= picture.boxes[ordered[i] - 1][axis].start:
+            end = max(image.boxes[m - 1][axis].stop for m in ordered[:i])
+            if end <= image.boxes[ordered[i] - 1][axis].start:
                 yield frozenset(ordered[:i])
 
 
-def _group(picture: _Picture, members: frozenset[int]) -> _Group:
-    boxes = [picture.boxes[m - 1] for m in members]
-    side = len(picture.distance)
+def _group(image: _Pixels, members: frozenset[int]) -> _Group:
+    boxes = [image.boxes[m - 1] for m in members]
+    side = len(image.distance)
     pad = 2 + side // 64
     rows, columns = (
         slice(max(0, min(b[axis].start for b in boxes) - pad), min(side, max(b[axis].stop for b in boxes) + pad))
         for axis in (0, 1)
     )
-    mine = np.isin(picture.owner[rows, columns], list(members))
-    window = np.where(mine[..., None], picture.difference[rows, columns], 0).reshape(-1, 3)
-    energy = max(float((window**2).sum() - 3 * picture.noise**2 * mine.sum()), 1e-6)
-    x0, x1, y0, y1 = _box(np.where(mine, picture.distance[rows, columns], 0) * (picture.pieces[rows, columns] > 0))
+    mine = np.isin(image.owner[rows, columns], list(members))
+    window = np.where(mine[..., None], image.difference[rows, columns], 0).reshape(-1, 3)
+    energy = max(float((window**2).sum() - 3 * image.noise**2 * mine.sum()), 1e-6)
+    x0, x1, y0, y1 = _box(np.where(mine, image.distance[rows, columns], 0) * (image.pieces[rows, columns] > 0))
     ys = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5
     xs = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] + 0.5
     x, y = columns.start + (x0 + x1) / 2, rows.start + (y0 + y1) / 2

@@ -129,16 +129,16 @@ def save(path: Path, statistics: Statistics, origin: Origin) -> None:
         np.savez(file, **both, origin=json.dumps(dataclasses.asdict(origin)))
 
 
-def _origin(told: dict[str, Any]) -> Origin:
+def _origin(fields: dict[str, Any]) -> Origin:
     """ValueError where a field is of another type, or has text that is not for a terminal."""
-    for name, value in told.items():
+    for name, value in fields.items():
         if name == "seed":
             right = value is None or type(value) is int
         else:
             right = isinstance(value, str) and plain(value, 4000) == value
         if not right:
             raise ValueError(f"{plain(name)} is {quoted(value)}")
-    return Origin(**told)
+    return Origin(**fields)
 
 
 def checked_moments(mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
@@ -180,13 +180,13 @@ def load(path: Path) -> tuple[Statistics, Origin]:
     """What `save` wrote. FileNotFoundError, or ValueError for any other file."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            told = json_files.parse_object(str(kept["origin"]), "origin")
-            if "fit" in told:
+            fields = json_files.parse_object(str(kept["origin"]), "origin")
+            if "fit" in fields:
                 count, mean, scatter = int(kept["count"]), kept["mean"], kept["scatter"]
                 if count < 0:
                     raise ValueError(f"a count of {count}")
                 mean, scatter = checked_moments(mean, scatter, ("mean", "scatter"))
-                return Statistics(count, mean, scatter), _origin(told)
+                return Statistics(count, mean, scatter), _origin(fields)
     except FileNotFoundError:
         raise
     except Exception as error:  # of zipfile and numpy, in many types

@@ -94,10 +94,10 @@ class CLIPTraining(SingleOptimizer):
         Metrics: `accuracy`, the share of captions whose picture is nearer than all others of the batch; `scale`. `key`
         is not used.
         """
-        network, whole = CLIP(self.config), {"params": clip_params(params)}
-        text = cast(TowerOutput, network.apply(whole, batch["ids"], method="embed_text")).embedding
+        network, variables = CLIP(self.config), {"params": clip_params(params)}
+        text = cast(TowerOutput, network.apply(variables, batch["ids"], method="embed_text")).embedding
         seen = normalised(batch["image"].astype(jnp.float32))
-        image = cast(TowerOutput, network.apply(whole, seen, method="embed_image")).embedding
+        image = cast(TowerOutput, network.apply(variables, seen, method="embed_image")).embedding
         assert text is not None and image is not None  # two towers have a projection
         text, image = l2_normalize(text), l2_normalize(image)
         scale = jnp.exp(clipped(params["logit_scale"], float(np.log(self.max_scale))))

@@ -204,13 +204,13 @@ def joined(parts: list[Conditioning]) -> Conditioning:
 
     ValueError for two that give a noise level, residuals or an interval.
     """
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in Conditioning._fields:
         values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
         if len(values) > 1 and name not in _AXIS:
             raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
-        found[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
-    return Conditioning(**found)
+        fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
+    return Conditioning(**fields)
 
 
 _AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}

@@ -77,15 +77,15 @@ class DiffusionModel(SingleOptimizer):
 
     def reading(self, length: int, width: int) -> "DiffusionModel":
         """The model for a text encoder that gives `length` embeddings of `width`; itself, where it reads no text."""
-        told = [replace(c, length=length, width=width) if c is self.text else c for c in self.conditioners]
-        return replace(self, conditioners=tuple(told))
+        conditioners = [replace(c, length=length, width=width) if c is self.text else c for c in self.conditioners]
+        return replace(self, conditioners=tuple(conditioners))
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
         """Fresh parameters, float32, and no extra. Widths alone decide their shapes, so the smallest image does."""
         size = (self.unet.stride, self.unet.stride)
         given = joined([conditioner.example(size) for conditioner in self.conditioners])
-        whole = replace(self.unet.execution, sharding=ActivationSharding())  # one image cannot be split
-        network = replace(self.unet, execution=whole).module()
+        plain = replace(self.unet.execution, sharding=ActivationSharding())  # one image cannot be split
+        network = replace(self.unet, execution=plain).module()
         return network.init(key, jnp.zeros((1, *size, self.product.channels)), jnp.ones(1), given)["params"], ()
 
     def loss(

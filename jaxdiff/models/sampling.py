@@ -126,9 +126,9 @@ class Denoiser:
         else:
             output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guide, follow)
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        found = denoised(model.prediction, output, x, alpha, sigma)
-        x0 = self.thresholding.apply(found.x0)
-        eps = found.eps if self.keep_eps else from_x0(x0, x, alpha, sigma).eps
+        estimate = denoised(model.prediction, output, x, alpha, sigma)
+        x0 = self.thresholding.apply(estimate.x0)
+        eps = estimate.eps if self.keep_eps else from_x0(x0, x, alpha, sigma).eps
         return Denoised(x0, eps) if gamma is None else DenoisedWithVariance(x0, eps, gamma)
 
 

@@ -28,19 +28,19 @@ class Tiles:
 
 
 def in_tiles(
-    network: Callable[..., Float[Array, "b h w o"]], pictures: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
+    network: Callable[..., Float[Array, "b h w o"]], images: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
 ) -> Float[Array, "b h w o"]:
     """`network(*pictures)`, where the pictures all have one size and the result has it too, with channels of its own.
 
     Every tile has the same shape, so the network is compiled once; a picture smaller than a tile is one tile.
     """
-    height, width = pictures[0].shape[1:3]
+    height, width = images[0].shape[1:3]
     sides = min(tiles.side, height), min(tiles.side, width)
     corners = jnp.asarray([(y, x) for y in starts(height, sides[0], tiles) for x in starts(width, sides[1], tiles)])
     window = jnp.asarray(ramp(sides[0], tiles)[:, None] * ramp(sides[1], tiles)[None, :])[None, :, :, None]
 
     def parts(y, x):
-        return [jax.lax.dynamic_slice(p, (0, y, x, 0), (p.shape[0], *sides, p.shape[3])) for p in pictures]
+        return [jax.lax.dynamic_slice(p, (0, y, x, 0), (p.shape[0], *sides, p.shape[3])) for p in images]
 
     def add(i, sums):
         total, weight = sums
@@ -49,7 +49,7 @@ def in_tiles(
         return _add_at(total, output, y, x), _add_at(weight, window, y, x)
 
     channels = jax.eval_shape(lambda: network(*parts(0, 0))).shape[-1]
-    empty = jnp.zeros((pictures[0].shape[0], height, width, channels)), jnp.zeros((1, height, width, 1))
+    empty = jnp.zeros((images[0].shape[0], height, width, channels)), jnp.zeros((1, height, width, 1))
     total, weight = jax.lax.fori_loop(0, len(corners), add, empty)
     return total / weight
 

@@ -108,8 +108,8 @@ class Pipeline:
         self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
     ) -> tuple[np.ndarray, ...]:
         """The products of each box that ran, the image last: float32 (n · per_prompt, …). ValueError as `batches`."""
-        found = [batch.products for batch in self.batches(prompts, options, progress)]
-        return tuple(parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*found))
+        products = [batch.products for batch in self.batches(prompts, options, progress)]
+        return tuple(chunks[0] if len(chunks) == 1 else np.concatenate(chunks) for chunks in zip(*products))
 
     def batches(
         self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
@@ -248,10 +248,10 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
                 rows = np.minimum(np.arange(start, start + stage.rows), last - 1)
                 request = _request(pipeline, plan, stage, rows, progress)
                 if product is None:
-                    found = pipeline.generator.generate(request)
+                    output = pipeline.generator.generate(request)
                 else:
-                    found = pipeline.decoders[stage.number - 1].decode(jnp.asarray(product[rows - first]), request)
-                part = np.asarray(found)[: last - start]
+                    output = pipeline.decoders[stage.number - 1].decode(jnp.asarray(product[rows - first]), request)
+                part = np.asarray(output)[: last - start]
                 if not np.isfinite(part).all():
                     raise ValueError(
                         f"the {box.side} stage drew values that are not finite: its weights, or its sampler's "

@@ -49,13 +49,13 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json, nor spiece.model)")
     try:
-        told = _settings(folder / "tokenizer_config.json")
-        _check_names(told)
+        config = _settings(folder / "tokenizer_config.json")
+        _check_names(config)
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             _check_pieces(folder / "spiece.model")
-            if "tokenizer_class" not in told:
-                return _of_pieces(folder, told)
-        if told.get("tokenizer_class") in _GENERIC:
+            if "tokenizer_class" not in config:
+                return _of_pieces(folder, config)
+        if config.get("tokenizer_class") in _GENERIC:
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
@@ -67,13 +67,13 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
 
 
-def _of_pieces(folder: Path, told: dict) -> PreTrainedTokenizerBase:
+def _of_pieces(folder: Path, config: dict) -> PreTrainedTokenizerBase:
     """T5's, of spiece.model: AutoTokenizer finds it by a name in the settings, which older repositories do not give.
 
     A hundred sentinels come behind the pieces; mT5 and UMT5 have theirs among them.
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
-    sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in told else {}
+    sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in config else {}
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(str(folder), **sentinels)
@@ -89,14 +89,14 @@ def _check_pieces(path: Path) -> None:
         raise ValueError(f"{path.name} is damaged")
 
 
-def _check_names(told: Any) -> None:
+def _check_names(config: Any) -> None:
     """ValueError for a name of a setting that is too long or cannot be printed: the library prints those it ignores."""
-    if not isinstance(told, dict | list):
+    if not isinstance(config, dict | list):
         return
-    for name in told if isinstance(told, dict) else ():
+    for name in config if isinstance(config, dict) else ():
         if len(name) > LONGEST or not name.isprintable():
             raise ValueError(f"tokenizer_config.json has a setting {quoted(name)}")
-    for item in told.values() if isinstance(told, dict) else told:
+    for item in config.values() if isinstance(config, dict) else config:
         _check_names(item)
 
 

@@ -73,8 +73,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         place = {"bytes": base64.b64encode(data).decode()} if isinstance(data, bytes) else {"json": data}
-        told = gather([place, shutil.disk_usage(self.directory).free])
-        free = min(free for _, free in told)
+        gathered = gather([place, shutil.disk_usage(self.directory).free])
+        free = min(free for _, free in gathered)
         if size > free:
             raise OSError(
                 f"{self.directory}: disk full: the checkpoint of step {step} takes {size / 1e6:.0f} MB, "
@@ -83,7 +83,7 @@ class Checkpoints:
         items = {
             "state": ocp.args.PyTreeSave(replace(state, ema={})),
             "ema": ocp.args.PyTreeSave(state.ema),
-            "data": ocp.args.JsonSave({"places": [place for place, _ in told]}),
+            "data": ocp.args.JsonSave({"places": [place for place, _ in gathered]}),
             "settings": ocp.args.JsonSave(self.settings),
         }
         self._being_saved = step

@@ -112,9 +112,9 @@ class Topology:
 
 def parse(text: str) -> Topology:
     """`v5e:16x16`, `v5p:4x8x8`, `h100:8` → Topology. ValueError that lists what there is."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
-    chip = next((chip for chip in (*TPUS, *GPUS) if found and chip.name == found[1]), None)
-    shape = tuple(map(int, found[2].split("x"))) if found else ()
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    chip = next((chip for chip in (*TPUS, *GPUS) if match and chip.name == match[1]), None)
+    shape = tuple(map(int, match[2].split("x"))) if match else ()
     # v5e and v6e are flat tori, v4, v5p and tpu7x have three axes; GPUs are counted.
     axes = 1 if chip in GPUS else 2 if chip in (V5E, V6E) else 3
     if chip is None or len(shape) != axes or 0 in shape:

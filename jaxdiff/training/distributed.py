@@ -172,14 +172,14 @@ def gathered(tree: Any) -> Any:
     if multihost.count() == 1:
         return jax.device_get(tree)
 
-    def whole(leaf: Any) -> Any:
+    def replicated(leaf: Any) -> Any:
         if not isinstance(leaf.sharding, NamedSharding) or leaf.is_fully_replicated:
             copy = leaf
         else:
             copy = jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
         return jax.device_get(copy.addressable_data(0)) if multihost.index() == 0 else None
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(replicated, tree)
 
 
 def _itself(x: Any) -> Any:
@@ -214,8 +214,8 @@ def _one_of_several(environment: Mapping[str, str]) -> bool:
     several = (int(environment.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     in_step = "SLURM_STEP_NODELIST" in environment or "OMPI_COMM_WORLD_SIZE" in environment
     indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
-    told = "JAX_COORDINATOR_ADDRESS" in environment
-    return cloud_tpu_init.running_in_cloud_tpu_vm or (in_step and any(several)) or indexed or told
+    addressed = "JAX_COORDINATOR_ADDRESS" in environment
+    return cloud_tpu_init.running_in_cloud_tpu_vm or (in_step and any(several)) or indexed or addressed
 
 
 def _alone_on_host(environment: Mapping[str, str]) -> bool:

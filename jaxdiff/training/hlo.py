@@ -84,19 +84,19 @@ def read(text: str, devices: int) -> Program:
 
 def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Every computation's instructions by its name, and the name of the entry."""
-    found: dict[str, list[Instruction]] = {}
+    computations: dict[str, list[Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
         head = _HEAD.match(line)
         if head:
             current = head[2]
             entry = current if head[1] else entry
-            found[current] = []
+            computations[current] = []
         elif current and (parsed := _instruction(line)) is not None:
-            found[current].append(parsed)
+            computations[current].append(parsed)
     if not entry:
         raise ValueError("no HLO module: it has no ENTRY")
-    return found, entry
+    return computations, entry
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -193,14 +193,14 @@ def _received(instruction: Instruction, kind: str, devices: int) -> float:
         arrays = arrays[len(arrays) // 2 :]
     size = sum(_size(dtype, dims) for dtype, dims in arrays)
     group = _group_size(instruction.rest, devices)
-    share = (group - 1) / group
+    remote = (group - 1) / group
     if kind == "all-reduce":
-        return 2 * size * share
+        return 2 * size * remote
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter" and instruction.opcode == "reduce-scatter":
         return size * (group - 1)
-    return size * share
+    return size * remote
 
 
 def _group_size(text: str, devices: int) -> int:
@@ -242,8 +242,8 @@ def _label(instruction: Instruction) -> str:
 
 
 def _dims(shape: str) -> tuple[int, ...]:
-    found = _ARRAY.search(shape)
-    return tuple(int(side) for side in found[2].split(",") if side) if found else ()
+    match = _ARRAY.search(shape)
+    return tuple(int(side) for side in match[2].split(",") if side) if match else ()
 
 
 def _size(dtype: str, dims: str) -> float:

@@ -36,9 +36,9 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
     if not folder.is_dir():
         return f"{folder} is {'not a folder' if folder.exists() else 'gone'}"
     try:
-        found = json_files.parse((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
-        listed = found["files"]
-        if found["sha256"] != _digest_of(listed):
+        content = json_files.parse((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
+        listed = content["files"]
+        if content["sha256"] != _digest_of(listed):
             return f"{folder / MANIFEST} is damaged"
     except FileNotFoundError:
         return (
@@ -51,10 +51,10 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
         return f"{folder / MANIFEST} is damaged"
     names = [name for name in listed if only is None or "/" not in name or name.split("/")[0] in only]
     names.sort(key=lambda name: (-listed[name][0], name))  # the largest first, so that shares are alike
-    share = names[part::parts]
-    wrong = _each(lambda name: _wrong_size(folder / name, listed[name][0]), share)
+    mine = names[part::parts]
+    wrong = _each(lambda name: _wrong_size(folder / name, listed[name][0]), mine)
     if not any(wrong):
-        wrong = _each(lambda name: _wrong_bytes(folder / name, listed[name][1]), share)
+        wrong = _each(lambda name: _wrong_bytes(folder / name, listed[name][1]), mine)
     return next((text for text in wrong if text), None)
 
 
@@ -76,12 +76,12 @@ def sync(folder: Path) -> None:
 
 def _wrong_size(path: Path, size: int) -> str | None:
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    return None if found == size else f"{path} has {found} bytes in place of {size}"
+    return None if actual == size else f"{path} has {actual} bytes in place of {size}"
 
 
 def _wrong_bytes(path: Path, digest: str) -> str | None:

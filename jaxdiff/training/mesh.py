@@ -63,10 +63,10 @@ def parse(text: str) -> MeshShape:
     """`data=8,fsdp=32` → MeshShape. Axes that are left out are 1, but `data` is -1. ValueError for anything else."""
     sizes = {}
     for part in filter(None, text.replace(" ", "").split(",")):
-        found = re.fullmatch(rf"({'|'.join(AXES)})=(-?\d+)", part)
-        if found is None or found[1] in sizes:
+        match = re.fullmatch(rf"({'|'.join(AXES)})=(-?\d+)", part)
+        if match is None or match[1] in sizes:
             raise ValueError(f"mesh {text!r}: write sizes of {', '.join(AXES)}, each once, as in data=8,fsdp=32")
-        sizes[found[1]] = int(found[2])
+        sizes[match[1]] = int(match[2])
     if -1 in sizes.values():
         sizes.setdefault("data", 1)
     return MeshShape(**sizes)
@@ -105,20 +105,20 @@ def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray |
     hosts = _parts(devices, "process_index")
     fsdp = math.gcd(sizes[1], len(hosts[0]) // sizes[2])
     host = (len(hosts[0]) // sizes[2] // fsdp, fsdp, sizes[2])  # what of the grid is one process's
-    found = None
+    result = None
     for split in (False, True):
         with suppress(NotImplementedError):
             grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
             if _within_processes(grid):
                 return grid
-            found = grid if found is None else found
+            result = grid if result is None else result
     if math.prod(host) == len(hosts[0]) and sizes[0] % host[0] == 0:
         with suppress(NotImplementedError):
             outside = (sizes[0] // host[0], sizes[1] // fsdp, 1)
             return mesh_utils.create_hybrid_device_mesh(
                 host, outside, devices, process_is_granule=True, allow_split_physical_axes=True
             )
-    return found
+    return result
 
 
 def _parts(devices: Sequence[Any], attribute: str) -> list[list[Any]]:

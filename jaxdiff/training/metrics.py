@@ -81,10 +81,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
     One warning says which lines were left out and why. A last line that a killed run has cut short is none of them.
     """
-    found = _readable(Path(path).read_bytes())
-    if found.problem(cut=False):
-        warnings.warn(f"{path}: {found.problem(cut=False)}", stacklevel=2)
-    return found.lines
+    log = _readable(Path(path).read_bytes())
+    if log.problem(cut=False):
+        warnings.warn(f"{path}: {log.problem(cut=False)}", stacklevel=2)
+    return log.lines
 
 
 def plot(folder: Path) -> None:
@@ -120,10 +120,10 @@ def _truncate(path: Path, last: int) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    found = _readable(content)
-    kept = "".join(json.dumps(line) + "\n" for line in found.lines if line["step"] <= last).encode()
-    problem = found.problem()
-    if found.damaged or found.repeated:
+    log = _readable(content)
+    kept = "".join(json.dumps(line) + "\n" for line in log.lines if line["step"] <= last).encode()
+    problem = log.problem()
+    if log.damaged or log.repeated:
         copy = _free_name(path.with_name(DAMAGED))
         shutil.copyfile(path, copy)
         problem += f"; the file as it was is {copy}"

@@ -138,11 +138,11 @@ def end(code: int, text: str, patience: float = 0.0) -> None:
     if count() == 1:
         return
     deadline = time.monotonic() + patience
-    while (told := _told()) is None and time.monotonic() < deadline:
+    while (failure := _failure()) is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    if told is None and _publish(code):
+    if failure is None and _publish(code):
         leave(code, text)
-    _follow(_told() or {"code": code, "who": "another process"})
+    _follow(_failure() or {"code": code, "who": "another process"})
 
 
 def fail(error: BaseException) -> None:
@@ -189,27 +189,27 @@ def lose_contact() -> NoReturn:
 
 def _watch() -> None:
     while global_state.client is not None:
-        told = _told()
-        if told is not None and told["process"] != index():
-            _follow(told)
+        failure = _failure()
+        if failure is not None and failure["process"] != index():
+            _follow(failure)
         time.sleep(_EVERY)
 
 
-def _follow(told: dict[str, Any]) -> NoReturn:
-    leave(told["code"], f"{name()}: stopped, because {told['who']} failed")
+def _follow(failure: dict[str, Any]) -> NoReturn:
+    leave(failure["code"], f"{name()}: stopped, because {failure['who']} failed")
 
 
 def _publish(code: int) -> bool:
     """Whether this process is the first to fail."""
-    told = json.dumps({"process": index(), "who": name(), "code": code})
+    message = json.dumps({"process": index(), "who": name(), "code": code})
     try:
-        coordination().key_value_set(_FAILED, told)
+        coordination().key_value_set(_FAILED, message)
     except Exception:  # it is there already; or the service is gone, with process 0
-        return _told() is None
+        return _failure() is None
     return True
 
 
-def _told() -> dict[str, Any] | None:
+def _failure() -> dict[str, Any] | None:
     """What the first process to fail has published."""
     try:
         return json.loads(coordination().key_value_try_get(_FAILED))

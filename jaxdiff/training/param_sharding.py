@@ -150,12 +150,12 @@ def _split_by_shape(spec: list[str | None], shape: tuple[int, ...], parts: int, 
         spec[max(candidates)[1]] = "fsdp"
 
 
-def _missing_axis(shape: tuple[int, ...], whole: tuple[int, ...], before: tuple[str, ...]) -> int | None:
+def _missing_axis(shape: tuple[int, ...], full: tuple[int, ...], before: tuple[str, ...]) -> int | None:
     """Which axis `shape` lacks of `whole`, if that is all; of several that would do, the one that Adafactor means."""
-    fits = [axis for axis in range(len(whole)) if whole[:axis] + whole[axis + 1 :] == shape]
+    fits = [axis for axis in range(len(full)) if full[:axis] + full[axis + 1 :] == shape]
     if not fits:
         return None
-    order = np.argsort(whole)  # as optax sorts them: `v_row` is the mean over the largest axis, `v_col` over the second
+    order = np.argsort(full)  # as optax sorts them: `v_row` is the mean over the largest axis, `v_col` over the second
     meant = int(order[-2] if "v_col" in before else order[-1])
     return meant if meant in fits else fits[-1]
 

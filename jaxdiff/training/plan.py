@@ -126,10 +126,10 @@ def _received(
         return sum(kind["bytes"] for kind in costs.collectives.values()) * chip.devices / chip.interconnect
     used = {name: number for name, number in links.items() if number}  # none between the devices of one chip
     seconds = 0.0
-    for kind, found in costs.collectives.items():
+    for kind, collective in costs.collectives.items():
         known = kind in FSDP and "fsdp" in used and "tensor" not in links
         number = used["fsdp"] if known else choose(used.values(), default=math.inf)
-        seconds += found["bytes"] * chip.devices / (number * topology.link)
+        seconds += collective["bytes"] * chip.devices / (number * topology.link)
     return seconds
 
 
@@ -147,7 +147,10 @@ def compiled_costs(compiled: Any, devices: int) -> Costs:
         peak_bytes=memory.argument_size_in_bytes + results + temporary + code,
         flops=counted["flops"] * program.loop_factor,
         bytes_accessed=counted["bytes accessed"] * program.loop_factor,
-        collectives={kind: {"count": found.count, "bytes": found.bytes} for kind, found in program.collectives.items()},
+        collectives={
+            kind: {"count": collective.count, "bytes": collective.bytes}
+            for kind, collective in program.collectives.items()
+        },
         seconds=seconds if seconds > 0 and math.isfinite(seconds) else None,
         cycles=dict(program.cycles.most_common(12)),
         unknown_loops=program.unknown_loops,
@@ -176,22 +179,22 @@ def estimated_costs(
         return jax.vjp(lambda params: trainable.loss(params, *rest)[0], params)[1]
 
     params, *rest = loss_inputs(trainable, batch, frozen)
-    whole = jax.eval_shape(trainable.cast, params)
+    compute_params = jax.eval_shape(trainable.cast, params)
     sizes = state.step.sharding.mesh.shape
     parts, copies = sizes["fsdp"], sizes["data"]
-    kept = _bytes(jax.eval_shape(backward, whole, *rest))  # the parameters are among them
-    gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(whole, *rest)
+    kept = _bytes(jax.eval_shape(backward, compute_params, *rest))  # the parameters are among them
+    gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(compute_params, *rest)
     flops, moved = _counted(gradient.jaxpr)
     arguments = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves((state, frozen))
     )
-    size = _bytes(whole)
+    size = _bytes(compute_params)
     collectives = {}
     if parts > 1:
-        share = (parts - 1) / parts
+        remote = (parts - 1) / parts
         moved_bytes = {"all-gather": size + _bytes((state.extra, frozen)), "reduce-scatter": size}
         collectives = {
-            kind: {"count": accumulate, "bytes": accumulate * bytes_ * share} for kind, bytes_ in moved_bytes.items()
+            kind: {"count": accumulate, "bytes": accumulate * bytes_ * remote} for kind, bytes_ in moved_bytes.items()
         }
     if copies > 1:
         collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / parts * (copies - 1) / copies}

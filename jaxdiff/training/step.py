@@ -57,18 +57,18 @@ def make_step(
         loss, own_metrics, grads, extra = gradients(state, frozen, batch, key)
         norm = optax.tree.norm(grads)
 
-        made = state.step - state.skipped  # updates before this one
+        update_count = state.step - state.skipped  # updates before this one
         updates, opt_state = rule.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates)) & _finite(extra)
         params = optax.apply_updates(state.params, updates)
-        ema = _averaged(state.ema, params, labels, _ema_decay(made + 1, ema_decay, ema_warmup))
+        ema = _averaged(state.ema, params, labels, _ema_decay(update_count + 1, ema_decay, ema_warmup))
 
         changed = (params, extra, ema, opt_state)
         kept = (state.params, state.extra, state.ema, state.opt_state)
         params, extra, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         counters = _counted(state, finite)
         new = TrainState(state.step + 1, params, extra, ema, opt_state, **counters)
-        metrics = {**own_metrics, "loss": loss, "grad_norm": norm, **learning_rates(config, made), **counters}
+        metrics = {**own_metrics, "loss": loss, "grad_norm": norm, **learning_rates(config, update_count), **counters}
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(placements, NamedSharding(mesh, PartitionSpec())))
@@ -85,13 +85,13 @@ class _Gradients:
     accumulate: int
 
     def __call__(self, state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Any, Metrics, Any, Extra]:
-        whole = _gathered(self.trainable.cast(state.params), self.placements.params)
+        gathered = _gathered(self.trainable.cast(state.params), self.placements.params)
         frozen = _gathered(frozen, self.frozen)
 
         def part(extra: Extra, rows: Any, key: Any) -> tuple[tuple[Any, Metrics, Any], Extra]:
             gradient = jax.value_and_grad(self._loss, has_aux=True)
             extra = _gathered(extra, self.placements.extra)
-            (loss, (metrics, extra)), grads = gradient(whole, extra, frozen, rows, key, state.step)
+            (loss, (metrics, extra)), grads = gradient(gathered, extra, frozen, rows, key, state.step)
             grads = jax.lax.with_sharding_constraint(grads, self.placements.params)
             extra = jax.lax.with_sharding_constraint(extra, self.placements.extra)
             grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)

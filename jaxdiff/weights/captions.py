@@ -16,19 +16,20 @@ from jaxdiff.weights import tree
 
 def save(path: str | Path, embedded: PrecomputedTextEncoder) -> None:
     """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
-    told = {"captions": json.dumps(embedded.captions), "made_by": embedded.made_by}
-    told |= {"whole": json.dumps(embedded.padding_is_read)}  # the name in files of before
+    metadata = {"captions": json.dumps(embedded.captions), "made_by": embedded.made_by}
+    metadata |= {"whole": json.dumps(embedded.padding_is_read)}  # the name in files of before
     arrays = zip(("embeddings", "mask", "pooled", "ids"), embedded.embedding)
     tensors = {name: np.asarray(array) for name, array in arrays if array is not None}
-    tree.save_tree(path, tensors, {"format": "jaxdiff captions"} | told)
+    tree.save_tree(path, tensors, {"format": "jaxdiff captions"} | metadata)
 
 
 def load(path: str | Path) -> PrecomputedTextEncoder:
     """The inverse of `save`. FileNotFoundError, or ValueError in one line for any other file."""
-    params, told = tree.load_tree(path)
+    params, metadata = tree.load_tree(path)
     try:
         captions, read = (
-            json_files.parse(told[name], str(path), "captions", tree.LARGEST_HEADER) for name in ("captions", "whole")
+            json_files.parse(metadata[name], str(path), "captions", tree.LARGEST_HEADER)
+            for name in ("captions", "whole")
         )
         embedding = TextEmbedding(params["embeddings"], params["mask"], params.get("pooled"), params.get("ids"))
         fits = _fits(embedding) and isinstance(captions, list) and len(captions) == len(embedding.tokens)
@@ -37,7 +38,7 @@ def load(path: str | Path) -> PrecomputedTextEncoder:
     if not fits or not isinstance(read, bool) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: not a file of embedded captions")
     embedding = jax.tree.map(lambda a: a.astype(np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, embedding)
-    return PrecomputedTextEncoder(tuple(captions), embedding, read, told.get("made_by", ""))
+    return PrecomputedTextEncoder(tuple(captions), embedding, read, metadata.get("made_by", ""))
 
 
 def _fits(embedding: TextEmbedding) -> bool:

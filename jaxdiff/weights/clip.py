@@ -65,11 +65,12 @@ def load_text_encoder(
     """The frozen text tower of a directory or hub id with its tokenizer, or with the one of the directory `tokenizer`
     (Stable Diffusion keeps the two apart)."""
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
-    told = read_config(directory / "config.json", tower="text").text  # before the tokenizer, whose library reads it too
-    assert told is not None  # the tower that was asked for
+    # Before the tokenizer, whose library reads config.json too.
+    settings = read_config(directory / "config.json", tower="text").text
+    assert settings is not None  # the tower that was asked for
     words = load_tokenizer(directory if tokenizer is None else tokenizer)
-    check_vocabulary(words, told.vocab, str(directory))
-    end = words.eos_token_id if told.eos_id is None else told.eos_id
+    check_vocabulary(words, settings.vocab, str(directory))
+    end = words.eos_token_id if settings.eos_id is None else settings.eos_id
     words = with_special_tokens(words, end, end)  # OpenAI's CLIP pads with the end
     config, params = load_text(directory, dtype, variant=variant, place=place)
     return CLIPTextEncoder(config, params, words)
@@ -228,10 +229,10 @@ def _tower_config(group: hub.Group, defaults: _Config, names: dict[str, str]) ->
             given[ours] = group.fraction(theirs, default)
         else:
             given[ours] = group.values.get(theirs, default)
-    for whole, part in (("width", "heads"), ("resolution", "patch")):
-        if part in given and given[whole] % given[part]:
-            wanted = f"one that divides {group.name}{names[whole]} = {given[whole]}"
-            raise group.error(names[part], given[part], wanted)
+    for multiple, divisor in (("width", "heads"), ("resolution", "patch")):
+        if divisor in given and given[multiple] % given[divisor]:
+            wanted = f"one that divides {group.name}{names[multiple]} = {given[multiple]}"
+            raise group.error(names[divisor], given[divisor], wanted)
     return replace(defaults, **given)
 
 
@@ -248,8 +249,8 @@ def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
         values = {theirs: getattr(config.image, ours) for ours, theirs in IMAGE.items()}
         groups["vision"] = {"model_type": "clip_vision_model"} | values | projection
     if len(groups) == 2:
-        whole = {"architectures": ["CLIPModel"], "model_type": "clip", **projection}
-        return whole | {f"{name}_config": values for name, values in groups.items()} | {"dtype": dtype}
+        fields = {"architectures": ["CLIPModel"], "model_type": "clip", **projection}
+        return fields | {f"{name}_config": values for name, values in groups.items()} | {"dtype": dtype}
     [(name, values)] = groups.items()
     architecture = f"CLIP{name.title()}Model{'WithProjection' if projection else ''}"
     return {"architectures": [architecture], **values, "dtype": dtype}

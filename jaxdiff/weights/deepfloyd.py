@@ -48,16 +48,16 @@ def export_unet(network: Network, params: dict, directory: str | Path, dtype: st
     written; each file appears whole or not at all.
     """
     directory = Path(directory)
-    told, names = described(network, params), key_map(network.unet, params)
+    config, names = described(network, params), key_map(network.unet, params)
     hub.write_params(directory / "diffusion_pytorch_model.safetensors", params, names, dtype)
-    hub.write_json(directory / "config.json", told)
+    hub.write_json(directory / "config.json", config)
 
 
 def described(network: Network, params: dict) -> dict[str, Any]:
     """The settings that `export_unet` writes. ValueError as there."""
-    told = _hub_config(network)
+    config = _hub_config(network)
     trees.check_tree(params, _shapes(network), "the U-Net to export")
-    return told
+    return config
 
 
 def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
@@ -66,47 +66,47 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
     if unknown:
         raise ValueError(f"{path}: settings that no UNet2DConditionModel has: {sizes.names(unknown)}")
-    told = hub.Group(path, {name: value for name, value in (READ | values).items() if value is not None})
-    told.require("_class_name", ("UNet2DConditionModel",))
+    settings = hub.Group(path, {name: value for name, value in (READ | values).items() if value is not None})
+    settings.require("_class_name", ("UNet2DConditionModel",))
     for name, (default, *allowed) in FIXED.items():
-        told.require(name, tuple(allowed), default)
-    widths = _levels(told, "block_out_channels", sizes.SIZE)
+        settings.require(name, tuple(allowed), default)
+    widths = _levels(settings, "block_out_channels", sizes.SIZE)
     if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
         wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
-        raise told.error("block_out_channels", list(widths), wanted)
-    attends, cross = _attending(told, len(widths)), told.flag("only_cross_attention", False)
-    told.require("mid_block_only_cross_attention", (cross,), cross)
-    low_res = told.values.get("class_embed_type") is not None
-    told.require("class_embed_type", ("timestep",), "timestep")
-    told.require("in_channels", (6 if low_res else 3,))
-    told.require("out_channels", (3, 6))
-    told.require("act_fn", tuple(activation.value for activation in Activation))
+        raise settings.error("block_out_channels", list(widths), wanted)
+    attends, cross = _attending(settings, len(widths)), settings.flag("only_cross_attention", False)
+    settings.require("mid_block_only_cross_attention", (cross,), cross)
+    low_res = settings.values.get("class_embed_type") is not None
+    settings.require("class_embed_type", ("timestep",), "timestep")
+    settings.require("in_channels", (6 if low_res else 3,))
+    settings.require("out_channels", (3, 6))
+    settings.require("act_fn", tuple(activation.value for activation in Activation))
     # Applied to the conditioning vector once, before all blocks, or in each of them: the same numbers.
-    once = told.flag("resnet_skip_time_act", False)
-    told.require("time_embedding_act_fn", (told.values["act_fn"],) if once else (None,))
-    scale = told.values.get("resnet_out_scale_factor")
+    once = settings.flag("resnet_skip_time_act", False)
+    settings.require("time_embedding_act_fn", (settings.values["act_fn"],) if once else (None,))
+    scale = settings.values.get("resnet_out_scale_factor")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1e30:
-        raise told.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
-    told.require("mid_block_scale_factor", (scale,))
-    text_width, context = told.size("encoder_hid_dim"), _of_groups(told, "cross_attention_dim")
+        raise settings.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
+    settings.require("mid_block_scale_factor", (scale,))
+    text_width, context = settings.size("encoder_hid_dim"), _of_groups(settings, "cross_attention_dim")
     attention = AttentionConfig(
         self_attention=tuple(attend and not cross for attend in attends),
         cross_attention=tuple(attend and cross for attend in attends),
-        head_channels=_divisor(told, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
+        head_channels=_divisor(settings, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
         group_text=True,
     )
     config = UNetConfig(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
-        blocks=_levels(told, "layers_per_block", sizes.DEPTH, len(widths)),
+        blocks=_levels(settings, "layers_per_block", sizes.DEPTH, len(widths)),
         attention=attention,
         conditioning=ConditioningConfig(
-            width=told.size("time_embedding_dim", 4 * widths[0]),
-            text=WholeText(context, pool_heads=_divisor(told, "addition_embed_type_num_heads", text_width)),
+            width=settings.size("time_embedding_dim", 4 * widths[0]),
+            text=WholeText(context, pool_heads=_divisor(settings, "addition_embed_type_num_heads", text_width)),
             frequencies=widths[0],
         ),
-        learned_variance=told.values["out_channels"] == 6,
-        activation=Activation(told.values["act_fn"]),
+        learned_variance=settings.values["out_channels"] == 6,
+        activation=Activation(settings.values["act_fn"]),
         norm_groups=NORM_GROUPS,
         residual_scale=1.0 / scale,
         execution=ExecutionConfig(dtype=dtype),
@@ -115,45 +115,45 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     return Network(config, text_width, low_res)
 
 
-def _levels(told: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
+def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
     """A number within bounds for each of up to `sizes.LEVELS` levels; one alone stands for all of them."""
-    value = told.values.get(name)
+    value = config.values.get(name)
     listed = value if isinstance(value, list) else []
-    found = [value] * (count or 0) if type(value) is int else listed
-    good = 0 < len(found) <= sizes.LEVELS and len(found) == (count or len(found))
-    if not good or not all(type(n) is int and bounds.least <= n <= bounds.most for n in found):
+    values = [value] * (count or 0) if type(value) is int else listed
+    good = 0 < len(values) <= sizes.LEVELS and len(values) == (count or len(values))
+    if not good or not all(type(n) is int and bounds.least <= n <= bounds.most for n in values):
         wanted = f"whole numbers from {bounds.least} to {bounds.most}, one for each level of at most {sizes.LEVELS}"
-        raise told.error(name, value, wanted)
-    return tuple(found)
+        raise config.error(name, value, wanted)
+    return tuple(values)
 
 
-def _attending(told: hub.Group, levels: int) -> tuple[bool, ...]:
+def _attending(config: hub.Group, levels: int) -> tuple[bool, ...]:
     """Which levels have attention, the same on the way down and on the way up."""
-    found = []
+    attends = []
     for name, step in (("down_block_types", 1), ("up_block_types", -1)):
         way = "Down" if step == 1 else "Up"
-        kinds, value = (f"Resnet{way}sampleBlock2D", f"SimpleCrossAttn{way}Block2D"), told.values.get(name)
+        kinds, value = (f"Resnet{way}sampleBlock2D", f"SimpleCrossAttn{way}Block2D"), config.values.get(name)
         if not isinstance(value, list) or len(value) != levels or any(kind not in kinds for kind in value):
-            raise told.error(name, value, f"{levels} of {' and '.join(kinds)}")
-        found.append(tuple(kind == kinds[1] for kind in value)[::step])
-    if found[0] != found[1] or not found[0][-1]:
+            raise config.error(name, value, f"{levels} of {' and '.join(kinds)}")
+        attends.append(tuple(kind == kinds[1] for kind in value)[::step])
+    if attends[0] != attends[1] or not attends[0][-1]:
         wanted = "those that mirror down_block_types, with attention at the lowest level"
-        raise told.error("up_block_types", told.values["up_block_types"], wanted)
-    return found[0]
+        raise config.error("up_block_types", config.values["up_block_types"], wanted)
+    return attends[0]
 
 
-def _divisor(told: hub.Group, name: str, *widths: int) -> int:
-    size = told.size(name)
+def _divisor(config: hub.Group, name: str, *widths: int) -> int:
+    size = config.size(name)
     uneven = [width for width in widths if width % size]
     if uneven:
-        raise told.error(name, size, f"a divisor of {uneven[0]}")
+        raise config.error(name, size, f"a divisor of {uneven[0]}")
     return size
 
 
-def _of_groups(told: hub.Group, name: str) -> int:
-    size = told.size(name)
+def _of_groups(config: hub.Group, name: str) -> int:
+    size = config.size(name)
     if size % NORM_GROUPS:
-        raise told.error(name, size, f"a multiple of {NORM_GROUPS}")
+        raise config.error(name, size, f"a multiple of {NORM_GROUPS}")
     return size
 
 

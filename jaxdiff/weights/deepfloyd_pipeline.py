@@ -91,16 +91,16 @@ def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[s
     """The schedule, and the settings of `SamplingConfig` that a scheduler_config.json decides, of a network that has
     learned the variance or not. ValueError that names a setting that is not supported."""
     values = hub.read_json(path, "scheduler")
-    told = hub.Group(path, {name: value for name, value in values.items() if value is not None})
-    told.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
+    config = hub.Group(path, {name: value for name, value in values.items() if value is not None})
+    config.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*SCHEDULER, *SOLVER})
     if unknown:
         raise ValueError(f"{path}: settings that no {values['_class_name']} has: {sizes.names(unknown)}")
     for name, (default, *allowed) in SCHEDULER.items():
         if allowed:
-            told.require(name, tuple(allowed), default)
-    schedule = TabulatedSchedule.cosine(told.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
-    given: dict[str, Any] = {"thresholding": _thresholding(told)} | _spacing(told, schedule.steps)
+            config.require(name, tuple(allowed), default)
+    schedule = TabulatedSchedule.cosine(config.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
+    given: dict[str, Any] = {"thresholding": _thresholding(config)} | _spacing(config, schedule.steps)
     if values["_class_name"] == "DDIMScheduler":
         return schedule, given | {"sampler": DDIM(), "keep_eps": True}
     variances: dict[str, float | None] = {
@@ -110,8 +110,8 @@ def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[s
         "fixed_large_log": 1.0,
     }
     variances |= {"learned_range": None} if learned else {}
-    told.require("variance_type", tuple(variances), "fixed_small")
-    return schedule, given | {"sampler": DDPM(variances[told.values.get("variance_type", "fixed_small")])}
+    config.require("variance_type", tuple(variances), "fixed_small")
+    return schedule, given | {"sampler": DDPM(variances[config.values.get("variance_type", "fixed_small")])}
 
 
 SPACINGS: dict[str, type[Spacing]] = {"leading": Leading, "trailing": Trailing, "linspace": Linspace}
@@ -141,29 +141,29 @@ SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_or
 """Settings of DPM-Solver and UniPC that the published files hold beside those of DDPM, which has no use for them."""
 
 
-def _spacing(told: hub.Group, steps: int) -> dict[str, Spacing]:
+def _spacing(config: hub.Group, steps: int) -> dict[str, Spacing]:
     """Where the steps lie, if a file says so. The published ones do not: `systems/deepfloyd.py` does.
 
     `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
     diffusers those of DDIM are N // k entries long, whatever the spacing.
     """
-    offset = told.size("steps_offset", 0, 0, steps - 1)
-    if "timestep_spacing" not in told.values and not offset:
+    offset = config.size("steps_offset", 0, 0, steps - 1)
+    if "timestep_spacing" not in config.values and not offset:
         return {}
-    kind = SPACINGS[told.values.get("timestep_spacing", "leading")]
+    kind = SPACINGS[config.values.get("timestep_spacing", "leading")]
     return {"spacing": Leading(offset) if kind is Leading else kind()}
 
 
-def _thresholding(told: hub.Group) -> DynamicThreshold | StaticThreshold | NoThreshold:
-    if not told.flag("thresholding", False):
-        return StaticThreshold() if told.flag("clip_sample", True) else NoThreshold()
-    found = []
+def _thresholding(config: hub.Group) -> DynamicThreshold | StaticThreshold | NoThreshold:
+    if not config.flag("thresholding", False):
+        return StaticThreshold() if config.flag("clip_sample", True) else NoThreshold()
+    numbers = []
     for name, most in (("dynamic_thresholding_ratio", 1.0), ("sample_max_value", 1e9)):
-        value = told.values.get(name, *SCHEDULER[name])
+        value = config.values.get(name, *SCHEDULER[name])
         if type(value) not in (int, float) or not 0.0 < value <= most:
-            raise told.error(name, value, f"a number above 0 and up to {most:g}")
-        found.append(float(value))
-    return DynamicThreshold(*found)
+            raise config.error(name, value, f"a number above 0 and up to {most:g}")
+        numbers.append(float(value))
+    return DynamicThreshold(*numbers)
 
 
 def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
@@ -182,10 +182,10 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
         if not fits:
             raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {value}")
     drawing = _drawing(sampling, model.unet.learned_variance)
-    told = {"scheduler": _scheduler(model.schedule, "schedule") | drawing}
+    config = {"scheduler": _scheduler(model.schedule, "schedule") | drawing}
     if low_res is not None:
-        told["image_noising_scheduler"] = _scheduler(low_res.augmentation, "low_res.augmentation")
-    return told | {"unet": deepfloyd.described(_network(model), trained.params) | {"sample_size": model.side}}
+        config["image_noising_scheduler"] = _scheduler(low_res.augmentation, "low_res.augmentation")
+    return config | {"unet": deepfloyd.described(_network(model), trained.params) | {"sample_size": model.side}}
 
 
 def _network(model: DiffusionModel) -> deepfloyd.Network:
@@ -201,13 +201,13 @@ def export_stage(
     ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
     written.
     """
-    told = described(trained)
-    unet = told.pop("unet")
+    config = described(trained)
+    unet = config.pop("unet")
     deepfloyd.export_unet(_network(trained.model), trained.params, directory / "unet", dtype)
     hub.write_json(directory / "unet" / "config.json", unet)
     parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
     parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
-    for name, values in told.items():
+    for name, values in config.items():
         hub.write_json(directory / name / "scheduler_config.json", values)
         parts[name] = "diffusers", values["_class_name"]
     parts |= {"text_encoder": (None, None), "tokenizer": (None, None)}
@@ -233,18 +233,18 @@ def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
 
 def _drawing(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
     threshold, sampler = sampling.thresholding, sampling.sampler
-    told: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, StaticThreshold)}
+    config: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, StaticThreshold)}
     spacings = [name for name, kind in SPACINGS.items() if isinstance(sampling.spacing, kind)]
-    told |= {"timestep_spacing": spacings[0]} if spacings else {}
-    told |= {"steps_offset": sampling.spacing.offset} if isinstance(sampling.spacing, Leading) else {}
+    config |= {"timestep_spacing": spacings[0]} if spacings else {}
+    config |= {"steps_offset": sampling.spacing.offset} if isinstance(sampling.spacing, Leading) else {}
     if isinstance(threshold, DynamicThreshold):
-        told["thresholding"] = True
+        config["thresholding"] = True
         cap = 1e6 if threshold.cap is None else threshold.cap
-        told |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}
+        config |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}
     if sampler == DDIM() and sampling.keep_eps:
-        return told | {"_class_name": "DDIMScheduler"}
+        return config | {"_class_name": "DDIMScheduler"}
     gammas = {0.0: "fixed_small", 1.0: "fixed_large"} | ({None: "learned_range"} if learned else {})
     if not isinstance(sampler, DDPM) or sampler.gamma not in gammas:
         kept = f" with keep_eps = {sampling.keep_eps}" if isinstance(sampler, DDIM) else ""
         raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}{kept}")
-    return told | {"variance_type": gammas[sampler.gamma]}
+    return config | {"variance_type": gammas[sampler.gamma]}

@@ -50,12 +50,12 @@ def directory_of(
     for names in (_files(variant), ["*.safetensors"] if variant is None else []):
         wanted = [f"{folder}/{name}" if folder else name for folder in folders for name in names]
         try:
-            found = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
+            snapshot = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = plain(str(error), 2000)  # what to do (accept a licence, log in) stands at its end
             raise ValueError(f"{text} is no directory, and no hub id that could be downloaded: {reason}") from error
-        if all(any((Path(found) / folder).glob("*.safetensors")) for folder in folders):
-            return Path(found)
+        if all(any((Path(snapshot) / folder).glob("*.safetensors")) for folder in folders):
+            return Path(snapshot)
     of_variant = f" of the variant {variant}" if variant else ""
     raise ValueError(
         f"{text} holds no safetensors{of_variant}, only pickles perhaps, which are not read: name a revision that has "
@@ -144,9 +144,9 @@ def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Store
 
     `variant` as in `directory_of`. FileNotFoundError, or ValueError for pickles, damaged files and indices.
     """
-    whole, index = _whole_or_index(directory, variant)
-    if whole is not None:
-        return tree.read_header(whole)[0]
+    single, index = _single_or_index(directory, variant)
+    if single is not None:
+        return tree.read_header(single)[0]
     listed = json_files.read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index} is not an index of shards: it has no weight_map")
@@ -155,9 +155,9 @@ def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Store
         raise ValueError(f"{index} lists {quoted(outside[0])}, which is no file beside it")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(listed.values())):
-        found = tree.read_header(directory / name)[0]
+        stored = tree.read_header(directory / name)[0]
         # Of a tensor that is in two shards, the one counts that the index gives.
-        tensors |= {key: tensor for key, tensor in found.items() if listed.get(key, name) == name}
+        tensors |= {key: tensor for key, tensor in stored.items() if listed.get(key, name) == name}
     lost = sorted(listed.keys() - tensors.keys())
     if lost:
         raise ValueError(f"{index} lists {len(lost)} tensors that its shards lack ({sizes.names(lost)})")
@@ -168,14 +168,14 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name == Path(name).name and name.isprintable() and len(name.encode()) <= 255
 
 
-def _whole_or_index(directory: Path, variant: str | None) -> tuple[Path | None, Path]:
+def _single_or_index(directory: Path, variant: str | None) -> tuple[Path | None, Path]:
     """The one file of weights, or None and the index of several."""
     for mark in (f".{variant}",) if variant else ("", ".fp16", ".bf16"):
         for stem in STEMS:
-            whole = directory / f"{stem}{mark}.safetensors"
+            single = directory / f"{stem}{mark}.safetensors"
             index = directory / f"{stem}.safetensors.index{mark}.json"
-            if whole.is_file() or index.is_file():
-                return whole if whole.is_file() else None, index
+            if single.is_file() or index.is_file():
+                return single if single.is_file() else None, index
     for pickle in sorted(directory.glob("*.bin")):
         tree.refuse_pickle(pickle)
     names = " nor ".join(f"{stem}{f'.{variant}' if variant else ''}.safetensors" for stem in STEMS)
@@ -192,16 +192,16 @@ def names(
     "layer_norm.weight". Raises ValueError for a path without a rule, and where two have one name.
     """
     compiled = [(re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+?)", re.escape(ours))), to) for ours, to in rules]
-    found: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     for path in paths:
         fits = ((match, to) for pattern, to in compiled if (match := pattern.fullmatch(path)))
         match, to = next(fits, (None, ""))
         if match is None:
             raise ValueError(f"no rule names {path}")
-        found[path] = to.format(**{field: words.get(word, word) for field, word in match.groupdict().items()})
-    if len(set(found.values())) < len(found):
+        renamed[path] = to.format(**{field: words.get(word, word) for field, word in match.groupdict().items()})
+    if len(set(renamed.values())) < len(renamed):
         raise ValueError("two parameters have one name")
-    return found
+    return renamed
 
 
 def load_params(

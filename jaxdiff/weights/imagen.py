@@ -196,9 +196,9 @@ def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32
     Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
     """
     directory = Path(directory)
-    told = {"version": VERSION, "stage": to_json(model.model), "sampling": to_json(model.sampling)}
+    content = {"version": VERSION, "stage": to_json(model.model), "sampling": to_json(model.sampling)}
     text = {} if model.text_fingerprint is None else {"text": model.text_fingerprint}
-    settings = json.dumps(told | text, indent=1)
+    settings = json.dumps(content | text, indent=1)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "stage.json"
     with tree.saving(path), replacing(path) as temporary:

@@ -24,7 +24,7 @@ VERSION = 2
 """Of stage.json and classifier.json. 1, which did not say so, named classes by their bare names."""
 
 
-def _check_whole(settings: Any, where: str) -> None:
+def _check_value(settings: Any, where: str) -> None:
     if isinstance(settings, unet.UNetConfig):
         sizes.check_network(settings, where)
     if isinstance(settings, diffusion.DiffusionModel):
@@ -83,7 +83,7 @@ TABLE = Table(
         "diffusion.DynamicThreshold": thresholding.DynamicThreshold,
     },
     sizes.check,
-    _check_whole,
+    _check_value,
 )
 
 to_json, from_json = TABLE.to_json, TABLE.from_json

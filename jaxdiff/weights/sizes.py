@@ -147,14 +147,14 @@ def shapes(init: Callable[[], dict], where: str) -> dict:
     """The parameters that `init` would make, as shapes. ValueError, naming `where` the settings come from, where they
     make no network, or one of too many parameters."""
     try:
-        found = jax.eval_shape(init)
-        leaves = trees.flatten(found).values()
+        result = jax.eval_shape(init)
+        leaves = trees.flatten(result).values()
     except Exception as error:  # of jax and flax, in many types
         raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     if count > PARAMETERS:
         raise ValueError(f"{where}: these settings make a network of {count:.2g} parameters: {PARAMETERS:.2g} at most")
-    return found
+    return result
 
 
 def names(listed: list[str]) -> str:

@@ -67,10 +67,10 @@ def load_text_encoder(
     `tokenizer`: where it is, if not beside the weights. One that names no padding or no end takes those of config.json.
     """
     directory = hub.directory_of(path_or_id, "T5", variant=variant)
-    told = read_config(directory / "config.json")  # before the tokenizer, whose library reads this file too
+    settings = read_config(directory / "config.json")  # before the tokenizer, whose library reads this file too
     words = load_tokenizer(directory if tokenizer is None else tokenizer)
-    check_vocabulary(words, told.vocab, str(directory))
-    words = with_special_tokens(words, told.pad_id, told.eos_id)
+    check_vocabulary(words, settings.vocab, str(directory))
+    words = with_special_tokens(words, settings.pad_id, settings.eos_id)
     config, params = load(directory, dtype, encoder_only=True, variant=variant, place=place)
     return T5TextEncoder(config, params, words, length)
 
@@ -95,31 +95,31 @@ def read_config(path: Path) -> T5Config:
     lacking = [theirs for theirs in REQUIRED.values() if theirs not in values]
     if lacking:
         raise ValueError(f"{path} lacks the setting '{lacking[0]}'")
-    told = hub.Group(path, {name: value for name, value in values.items() if value is not None or name in REQUIRED})
-    told.require("quantization_config", (None,))
-    told.require("model_type", ("t5", "mt5", "umt5"))
-    told.require("feed_forward_proj", tuple(FEED_FORWARD), "relu")
-    gated = FEED_FORWARD[told.values.get("feed_forward_proj", "relu")]
-    told.require("dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
+    config = hub.Group(path, {name: value for name, value in values.items() if value is not None or name in REQUIRED})
+    config.require("quantization_config", (None,))
+    config.require("model_type", ("t5", "mt5", "umt5"))
+    config.require("feed_forward_proj", tuple(FEED_FORWARD), "relu")
+    gated = FEED_FORWARD[config.values.get("feed_forward_proj", "relu")]
+    config.require("dense_act_fn", ("gelu_new",) if gated else ("relu",), "gelu_new" if gated else "relu")
     bounds = sizes.BOUNDS[T5Config]
-    required: dict[str, Any] = {ours: told.size(theirs, None, *bounds[ours]) for ours, theirs in REQUIRED.items()}
+    required: dict[str, Any] = {ours: config.size(theirs, None, *bounds[ours]) for ours, theirs in REQUIRED.items()}
     ids: dict[str, Any] = {
-        ours: told.size(theirs, getattr(T5Config, ours), 0, required["vocab"] - 1) for ours, theirs in IDS.items()
+        ours: config.size(theirs, getattr(T5Config, ours), 0, required["vocab"] - 1) for ours, theirs in IDS.items()
     }
-    buckets = told.size(OPTIONAL["buckets"], T5Config.buckets, *bounds["buckets"])
-    tied = told.flag("tie_word_embeddings", True)
+    buckets = config.size(OPTIONAL["buckets"], T5Config.buckets, *bounds["buckets"])
+    tied = config.flag("tie_word_embeddings", True)
     return T5Config(
         **required,
         **ids,
-        decoder_layers=told.size(OPTIONAL["decoder_layers"], required["layers"], *bounds["decoder_layers"]),
+        decoder_layers=config.size(OPTIONAL["decoder_layers"], required["layers"], *bounds["decoder_layers"]),
         buckets=buckets,
-        max_distance=told.size(OPTIONAL["max_distance"], T5Config.max_distance, buckets // 2 + 1),
-        eps=told.fraction(OPTIONAL["eps"], T5Config.eps),
+        max_distance=config.size(OPTIONAL["max_distance"], T5Config.max_distance, buckets // 2 + 1),
+        eps=config.fraction(OPTIONAL["eps"], T5Config.eps),
         gated=gated,
         tied=tied,
-        bias_per_layer=told.values["model_type"] == "umt5",
+        bias_per_layer=config.values["model_type"] == "umt5",
         # mT5's never are, though transformers 5 writes "tied" for it too.
-        scale_logits=told.flag("scale_decoder_outputs", tied and told.values["model_type"] != "mt5"),
+        scale_logits=config.flag("scale_decoder_outputs", tied and config.values["model_type"] != "mt5"),
     )
 
 
@@ -165,15 +165,15 @@ RULES = (
 
 
 def _hub_config(config: T5Config, dtype: str) -> dict[str, Any]:
-    whole = config.decoder_layers > 0
+    with_decoder = config.decoder_layers > 0
     family = "UMT5" if config.bias_per_layer else "T5"
     names = REQUIRED | OPTIONAL | IDS
     values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     return values | {
         "num_decoder_layers": config.decoder_layers or config.layers,
-        "architectures": [f"{family}{'ForConditionalGeneration' if whole else 'EncoderModel'}"],
+        "architectures": [f"{family}{'ForConditionalGeneration' if with_decoder else 'EncoderModel'}"],
         "model_type": family.lower(),
-        "is_encoder_decoder": whole,
+        "is_encoder_decoder": with_decoder,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         "tie_word_embeddings": config.tied,
         "scale_decoder_outputs": config.scale_logits,

@@ -119,8 +119,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     try:
         tensors = {
-            key: Stored(path, key, tuple(told["shape"]), told["dtype"], 8 + length + told["data_offsets"][0], version)
-            for key, told in header.items()
+            key: Stored(
+                path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0], version
+            )
+            for key, entry in header.items()
         }
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is not a whole safetensors file (damaged): {reason(error)}") from error
