@@ -82,6 +82,7 @@ def test_a_run_leaves_a_clip(finished, command, tmp_path):
     assert 0 <= scores["kind, of 6 classes"] <= 1 and "captions by picture, R@5" in judged.out
 
 
+@pytest.mark.slow
 def test_siglips_loss_and_muon(trained, tmp_path):
     done = trained("--loss", "sigmoid", "--optimizer", "muon")
     assert done.code == 0, done.err

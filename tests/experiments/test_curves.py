@@ -58,7 +58,7 @@ def settings(judges, data_dir, tmp_path_factory):
 def grid(settings, tmp_path_factory):
     """The folder of a grid, which the tests may add to."""
     out = tmp_path_factory.mktemp("grid") / "out"
-    figures = "--figures", "encoders", "unets", "thresholding", "--encoders", "untrained", "clip", "--seeds", 0
+    figures = "--figures", "unets", "thresholding", "--seeds", 0
     with pytest.raises(SystemExit) as stop:
         run(curves.main, [str(argument) for argument in ("--out", out, *settings, *figures)])
     assert stop.value.code == 0
@@ -76,16 +76,15 @@ def rows_of(file):
 
 
 def test_a_grid(grid):
-    for figure in ("encoders", "unets", "thresholding"):
+    for figure in ("unets", "thresholding"):
         assert (grid / f"{figure}.png").stat().st_size > 10_000
     with Image.open(grid / "unets-pictures.png") as sheet:
         assert sheet.width == pytest.approx(2 * 128, abs=40)  # a column for each weight, four pictures in a tile
     rows = rows_of(grid / "first.csv")
-    assert len(rows) == 2 * (2 + 2 + 3)  # weights × (encoders, U-Nets, thresholdings)
-    assert {row["curve"] for row in rows if row["figure"] == "encoders"} == {"T5 untrained", "CLIP text"}
+    assert len(rows) == 2 * (2 + 3)  # weights × (U-Nets, thresholdings)
     assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
     models = {path.name for path in (grid / "models").iterdir()}
-    assert models >= {"clip-small-s0", "mini-medium-s0", "mini-small-s0", "untrained-small-s0"}
+    assert models >= {"mini-medium-s0", "mini-small-s0"}
     cell = json.loads((grid / "cells" / "mini-small-dynamic-s0-w4.json").read_text())
     assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
 
@@ -110,6 +109,15 @@ def test_other_settings_want_another_grid(drawn, grid):
     assert other.code == 2 and "training.json: made with steps 2, not 3" in other.err
 
 
+@pytest.mark.slow
+def test_encoders(drawn, grid):
+    done = drawn(grid, "--figures", "encoders", "--encoders", "untrained", "clip", "--seeds", 0)
+    assert done.code == 0, done.err
+    assert {row["curve"] for row in rows_of(grid / "curves.csv")} == {"T5 untrained", "CLIP text"}
+    assert (grid / "models" / "clip-small-s0").is_dir() and (grid / "encoders.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_augmentation(drawn, grid):
     done = drawn(grid, "--figures", "augmentation", "--aug-levels", 0, 0.5, "--seeds", 0, "--guidance", 2)
     assert done.code == 0, done.err

@@ -37,6 +37,7 @@ def rehearsed(command, out, standin, *sections):
         assert not [row for row in rows(out, name) if "error" in row or "not_measured" in row], report
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path, command, standin):
     """The trained base can be read as a stage, and its examples are gone again."""
     rehearsed(command, tmp_path, standin, *CHEAP)

@@ -1,4 +1,7 @@
-"""`experiments.imagen.train` on two real processes: the losses, pictures and parameters of one, written once."""
+"""`experiments.imagen.train` on two real processes: the losses, pictures and parameters of one, written once.
+
+A long form: in the ordinary run tests/training/test_several_processes.py has processes that train a toy.
+"""
 
 import sys
 from pathlib import Path
@@ -37,6 +40,7 @@ def ended(processes):
     assert set(codes) == {0}, processes.words()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(standin, tmp_path, command, small_presets):
     assert command(train.main, *arguments(standin, tmp_path / "one"), "--mesh", "fsdp=8").code == 0
     with two_processes(standin, tmp_path / "two") as two:
