@@ -23,6 +23,7 @@ from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_gri
 from jaxdiff.models.conditioners import Branches, NullText, SampleInputs, joined
 from jaxdiff.models.diffusion import DiffusionModel, check_size
 from jaxdiff.models.tiles import Tiles, in_tiles
+from jaxdiff.nets.activation_sharding import check_rows
 from jaxdiff.nets.conditioning import Conditioning, WholeText
 from jaxdiff.text.encoder import TextEmbedding
 
@@ -318,12 +319,7 @@ def _checked(model: DiffusionModel, low_res: Array | None, size: tuple[int, int]
 def _check(model: DiffusionModel, sampling: SamplingConfig, size: tuple[int, int]) -> None:
     check_size(model, *size)
     height = size[0] if sampling.tiles is None else sampling.tiles.side
-    rows, (_, devices) = height // model.unet.stride, model.unet.execution.sharding.sizes()
-    if rows % devices:
-        raise ValueError(
-            f"{height} pixels are {rows} rows in the smallest maps of the {model.side} stage: {devices} devices "
-            "cannot share them"
-        )
+    check_rows(height // model.unet.stride, model.unet.execution.sharding.sizes()[1])
     jax.eval_shape(lambda: time_grid(model.schedule, sampling.steps, sampling.spacing))
     if sampling.sampler == DDPM(None) and not model.unet.learned_variance:
         raise ValueError(f"the {model.side} stage has learned no variance, so its DDPM needs a gamma")

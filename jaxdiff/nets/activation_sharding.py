@@ -7,6 +7,18 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+ROWS = 2
+"""Rows of a map that a device has at least: with one, gradients of strided convolutions are wrong, without an error."""
+
+
+def check_rows(rows: int, devices: int) -> None:
+    """ValueError where a map of so many rows cannot be split over so many devices."""
+    if devices > 1 and (rows % devices or rows < ROWS * devices):
+        raise ValueError(
+            f"a map of {rows} rows cannot be split over {devices} devices: all need as many, and at least {ROWS}; "
+            "take larger images, or fewer devices for their rows"
+        )
+
 
 @dataclass(frozen=True)
 class ActivationSharding:
@@ -21,8 +33,10 @@ class ActivationSharding:
     spatial: tuple[str, ...] = ()
 
     def images(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """x, split. ValueError where a device would have less than `ROWS` of its rows."""
         if not self.batch and not self.spatial:
             return x
+        check_rows(x.shape[1], self.sizes()[1])
         return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.spatial or None))
 
     def sizes(self) -> tuple[int, int]:

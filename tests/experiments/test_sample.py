@@ -114,7 +114,7 @@ def test_a_mesh_compiles_each_stage_once(standin, caplog):
         ("fsdp=8", "only data and tensor remain"),
         ("data=3", "does not fit 8 devices"),
         ("rows=8", "write sizes of data, fsdp, tensor"),
-        ("tensor=8", "8 devices cannot share them"),
+        ("tensor=8", "rows cannot be split over 8 devices"),
     ],
 )
 def test_a_mesh_that_cannot_draw(mesh, told, standin, tmp_path, command):

@@ -166,3 +166,17 @@ def test_optimizers_with_moments_lose_nothing_by_it(one_device, kind):
     losses, _ = trained((2, 2, 2), steps=10, optimizer=optimizer, stage=SHAPES)
     np.testing.assert_allclose(losses, one_device(steps=10, optimizer=optimizer, stage=SHAPES)[0], rtol=1e-4)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("side", "devices"), [(8, 2), (16, 4), (16, 3)])
+def test_too_few_rows_for_a_device_are_refused(side, devices):
+    """With one row of the smallest map a device, XLA's gradients of strided convolutions are wrong by themselves."""
+    stage = replace(MODEL, side=side, unet=executed(UNET, sharding=ROWS))
+    batch, key, step = stage.batch_spec(2, side), jax.random.key(0), jnp.int32(0)
+    with (
+        jax.set_mesh(make_mesh(1, 1, devices, devices=jax.devices()[:devices])),
+        pytest.raises(ValueError, match=f"rows cannot be split over {devices} devices"),
+    ):
+        jax.eval_shape(
+            lambda params, batch: stage.loss(params, (), (), batch, key, jnp.int32(0)), random_params(MODEL), batch
+        )
