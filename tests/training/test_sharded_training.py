@@ -177,6 +177,4 @@ def test_too_few_rows_for_a_device_are_refused(side, devices):
         jax.set_mesh(make_mesh(1, 1, devices, devices=jax.devices()[:devices])),
         pytest.raises(ValueError, match=f"rows cannot be split over {devices} devices"),
     ):
-        jax.eval_shape(
-            lambda params, batch: stage.loss(params, (), (), batch, key, jnp.int32(0)), random_params(MODEL), batch
-        )
+        jax.eval_shape(lambda params, batch: stage.loss(params, (), (), batch, key, step), random_params(MODEL), batch)
