@@ -38,6 +38,10 @@ def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
     if not isinstance(name, str) or not isinstance(config, ClassifierConfig):
         raise ValueError(f"{path}: not the settings of a classifier")
     sizes.check_name(name, "name", str(path))
-    expected = sizes.shapes(lambda: ClassifierTraining(config).init(jax.random.key(0))[0], str(path))
+    expected = sizes.shapes(_init, config, str(path))
     params = tree.load_expected(Path(directory) / "model.safetensors", expected)
     return name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _init(config: ClassifierConfig) -> dict:
+    return ClassifierTraining(config).init(jax.random.key(0))[0]

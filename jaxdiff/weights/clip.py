@@ -160,7 +160,7 @@ def _load(
         if PROJECTION[tower] not in tensors and not _promises_projection(values):
             config = replace(config, width=None)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
-    shapes = sizes.shapes(lambda: _init(config), str(path))
+    shapes = sizes.shapes(_init, config, str(path))
     return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
 
@@ -257,7 +257,7 @@ def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
 
 
 def _shapes(config: CLIPConfig) -> dict:
-    return jax.eval_shape(lambda: _init(config))
+    return sizes.shapes_of(_init, config)
 
 
 def _init(config: CLIPConfig) -> dict:

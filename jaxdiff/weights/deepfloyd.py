@@ -37,7 +37,7 @@ def load_unet(
     directory, compute_type = Path(directory), hub.check_dtype(dtype)
     config = read_config(directory / "config.json", compute_type)
     tensors = hub.open_tensors(directory, variant)
-    shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
+    shapes = sizes.shapes(_init, config, str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, key_map(config.unet, shapes), dtype, place, str(directory))
 
 
@@ -347,7 +347,7 @@ WORDS = {"kernel": "weight", "scale": "weight", "Dense_0": "linear_1", "Dense_1"
 
 
 def _shapes(network: Network) -> dict:
-    return jax.eval_shape(lambda: _init(network))
+    return sizes.shapes_of(_init, network)
 
 
 def _init(network: Network) -> dict:

@@ -162,8 +162,12 @@ def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str 
 
 def load_params(stage: DiffusionModel, path: Path) -> dict:
     """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
-    params = tree.load_expected(path, sizes.shapes(lambda: stage.init(jax.random.key(0))[0], str(path.parent)))
+    params = tree.load_expected(path, sizes.shapes(_init, stage, str(path.parent)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _init(stage: DiffusionModel) -> dict:
+    return stage.init(jax.random.key(0))[0]
 
 
 def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:

@@ -4,8 +4,9 @@ Everything is checked before anything is built. A number beyond its bounds is a 
 it would cost hours or all memory, or end in an error that does not name it.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -143,11 +144,17 @@ def check_model(model: DiffusionModel, where: str) -> None:
         raise ValueError(f"{where}: pool_heads: {reader.heads(width)} heads do not divide a width of {width}")
 
 
-def shapes(init: Callable[[], dict], where: str) -> dict:
-    """The parameters that `init` would make, as shapes. ValueError, naming `where` the settings come from, where they
-    make no network, or one of too many parameters."""
+@functools.lru_cache(maxsize=32)
+def shapes_of(init: Callable[[Any], dict], settings: Hashable) -> dict:
+    """The parameters that `init(settings)` would make, as shapes. Kept, since tracing a large network takes seconds."""
+    return jax.eval_shape(lambda: init(settings))
+
+
+def shapes(init: Callable[[Any], dict], settings: Hashable, where: str) -> dict:
+    """`shapes_of`; ValueError, naming `where` the settings come from, where they make no network, or one of too many
+    parameters."""
     try:
-        result = jax.eval_shape(init)
+        result = shapes_of(init, settings)
         leaves = trees.flatten(result).values()
     except Exception as error:  # of jax and flax, in many types
         raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error

@@ -49,7 +49,7 @@ def load(
     else:
         config = replace(config, tied=_is_tied(config, tensors))
     tensors = _accounted(config, tensors, directory)
-    shapes = sizes.shapes(lambda: _init(config), str(directory / "config.json"))
+    shapes = sizes.shapes(_init, config, str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
 
@@ -183,7 +183,7 @@ def _hub_config(config: T5Config, dtype: str) -> dict[str, Any]:
 
 
 def _shapes(config: T5Config) -> dict:
-    return jax.eval_shape(lambda: _init(config))
+    return sizes.shapes_of(_init, config)
 
 
 def _init(config: T5Config) -> dict:
