@@ -1,4 +1,7 @@
-"""The curves on very small networks: what is trained, drawn and kept, what is not made again, the figures."""
+"""The curves on very small networks: what is trained, drawn and kept, what is not made again, the figures.
+
+Grids are slow tests; the ordinary run has the settings that are refused, and CLIP as a text encoder.
+"""
 
 import csv
 import dataclasses
@@ -75,6 +78,7 @@ def rows_of(file):
     return list(csv.DictReader(file.open()))
 
 
+@pytest.mark.slow
 def test_a_grid(grid):
     for figure in ("unets", "thresholding"):
         assert (grid / f"{figure}.png").stat().st_size > 10_000
@@ -89,6 +93,7 @@ def test_a_grid(grid):
     assert cell["made_by"]["n"] == 10 and cell["made_by"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on(drawn, grid):
     """A seed more, and a cell again; what is there already stays as it is."""
     file = grid / "cells" / "mini-small-dynamic-s0-w4.json"
@@ -102,6 +107,7 @@ def test_a_grid_goes_on(drawn, grid):
     assert [(row["weight"], row["seed"]) for row in rows] == [("1.0", "0"), ("1.0", "1"), ("4.0", "0"), ("4.0", "1")]
 
 
+@pytest.mark.slow
 def test_other_settings_want_another_grid(drawn, grid):
     other = drawn(grid, "--figures", "unets", "--n", 9)
     assert other.code == 2 and "made with n 10, not 9" in other.err

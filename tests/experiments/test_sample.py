@@ -82,7 +82,7 @@ def test_large_lists_are_drawn_in_batches(standin, tmp_path, command):
         assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
 
 
-@pytest.mark.parametrize("mesh", ["data=-1", "data=2,tensor=4"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=-1", marks=pytest.mark.slow), "data=2,tensor=4"])
 def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
     """Three pictures, which fill no mesh evenly; `tensor` splits the rows of what is enlarged."""
     arguments = "a red circle", "a blue star", "a yellow cross", "--up-to", 256, "--seed", 3, "--weights", standin

@@ -55,6 +55,7 @@ def relative(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)) / np.max(np.abs(y)), a, b)))
 
 
+@pytest.mark.slow  # test_sharded_training.py trains one
 def test_a_stage_of_imagen_has_the_same_gradient_on_eight_devices():
     rng = np.random.default_rng(0)
     batch = {
