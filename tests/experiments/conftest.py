@@ -39,7 +39,7 @@ def standin(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def steps(shared_steps) -> None:
-    """Nothing here is of how a step is made."""
+    """For all tests here: none is about how a step is made."""
 
 
 @pytest.fixture
