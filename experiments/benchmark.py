@@ -1,128 +1,135 @@
-"""How fast, and how large: any preset of any stage, on the devices at hand.
+"""How fast, and how large: any preset of any model, on the devices at hand.
 
-    python -m experiments.benchmark                                          # the tiny presets of all stages
-    python -m experiments.benchmark --stage base64 --preset 300m --batch 64 --dtype bfloat16 --json runs/300m.json
-    python -m experiments.benchmark --stage base64 --preset 2b --steps 0     # count and compile only
+    python -m experiments.benchmark imagen.base64
+    python -m experiments.benchmark imagen.base64 --preset 300m --batch 64 --dtype bfloat16 --json runs/300m.json
+    python -m experiments.benchmark imagen.base64 --preset 2b --steps 0     # count and compile only
 
-Prints a table (Markdown): parameters; FLOPs per image of the network's convolutions and matrix products, in a training
-step (forward and backward) and in one evaluation while sampling; seconds to compile; the median time of a step; images
-a second; the share of the devices' published peak; peak memory. Training is on made-up batches that are already
-on the devices, super-resolution on crops of a quarter of the picture's side as in `experiments.imagen.train`;
-sampling is at the stage's whole resolution, without guidance. The tiny presets take about 3 minutes on 2 CPU cores.
+Prints a table (Markdown): parameters; FLOPs per example of the network's convolutions and matrix products, in a
+training step (forward and backward) and in one step of what the trained model does (sampling whole images with
+guidance, encoding captions); seconds to compile; the median time of a step; examples a second; the fraction of the
+devices' published peak; peak memory. Training is on made-up batches that are already on the devices, super-resolution
+on crops of a quarter of the image's side as in `experiments.train`. The tiny presets take about a minute each on 2 CPU
+cores.
 """
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from experiments.cli import run
-from experiments.imagen import presets
+from experiments.cli import Command, run
+from experiments.options.training import ComputeOptions
+from experiments.table import TASKS
+from experiments.tasks.task import Task
 from jaxdiff.core.files import usable_file, write_json
-from jaxdiff.diffusion import noise
-from jaxdiff.models.conditioners import SampleInputs, joined
-from jaxdiff.models.diffusion import DiffusionModel, check_crop
-from jaxdiff.nets.unet import Remat
-from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
 from jaxdiff.training.plan import network_flops
-from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs, placements_of
+from jaxdiff.training.state import Trainable, TrainState, abstract_params, abstract_state, loss_inputs, placements_of
 from jaxdiff.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class BenchmarkSettings:
     """What to measure."""
 
-    stage: Literal["all", "base64", "sr256", "sr1024"] = "all"
-    """Which stage."""
     preset: str = "tiny"
-    """Its size: tiny | 300m | 500m | 2b for base64, tiny | paper for the others."""
+    """Size of the network."""
     batch: int = 16
-    """Pictures of a training step, of all devices together."""
+    """Examples of a training step, of all devices together."""
     sample_batch: int = 1
-    """Pictures of a sampling evaluation; 0 leaves it out."""
+    """Examples of a step of sampling, or of encoding; 0 leaves it out."""
     crop: int | None = None
-    """Side of the training pictures of super-resolution; a quarter of the resolution when left out."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in."""
-    remat: Remat = "none"
-    """What the backward pass computes again: none | outputs | blocks (each of them whole)."""
-    scan: bool = False
-    """Equal blocks in a row are one loop (Efficient U-Net): a shorter compilation."""
+    """Side of the training images of super-resolution; a quarter of the resolution when left out."""
     fsdp: int = 1
     """Devices that share each parameter."""
     steps: int = 10
     """Steps to time, after one that is not; 0: compile only."""
     json: Path | None = None
     """A file for the numbers."""
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Settings, and the line of the table that they are asked of."""
+
+    name: str
+    task: Task
+    settings: BenchmarkSettings
+
+    @property
+    def model(self) -> Trainable:
+        return self.task.on_one_device(self.task.model(self.settings.preset, self.settings.compute))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the table; None is not measured. Times in seconds, memory in bytes per device."""
 
-    stage: str
+    model: str
     preset: str
     parameters: int
     batch: int
     side: int
     dtype: str
-    flops_per_image: float
+    flops_per_example: float
     compile_seconds: float
     memory: int
     step_seconds: float | None
-    images_per_second: float | None
-    share_of_peak: float | None
-    sampling_side: int
-    sampling_flops_per_image: float | None
+    unit: str
+    examples_per_second: float | None
+    fraction_of_peak: float | None
+    sampling_flops_per_example: float | None
     sampling_compile_seconds: float | None
     sampling_seconds: float | None
 
 
-def main(settings: Run) -> None:
-    """Measure the training step and a sampling evaluation of a stage."""
-    if min(settings.batch, 1) < 1 or min(settings.sample_batch, settings.steps) < 0:
+def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
+    """A command for each line of the table."""
+    return {
+        name: Command(partial(main, name, task), BenchmarkSettings(compute=task.settings.compute), task.about)
+        for name, task in tasks.items()
+    }
+
+
+def main(name: str, task: Task, settings: BenchmarkSettings) -> None:
+    """Measure the training step and a step of sampling of a model."""
+    if settings.batch < 1 or min(settings.sample_batch, settings.steps) < 0:
         raise ValueError("--batch must be at least 1, --sample-batch and --steps at least 0")
-    names = ["base64", "sr256", "sr1024"] if settings.stage == "all" else [settings.stage]
-    stages = {name: configured(presets.reading(name, settings.preset), settings) for name in names}
+    asked = Asked(name, task, settings)
+    _ = asked.model
     if settings.json is not None:
         usable_file(settings.json)
     with without_compilation_cache():
-        rows = [measure(name, stage, settings) for name, stage in stages.items()]
+        row = measure(asked)
     kind = jax.devices()[0].device_kind
-    print(f"{jax.device_count()} × {kind}, jax {jax.__version__}\n\n" + table(rows))
+    print(f"{jax.device_count()} × {kind}, jax {jax.__version__}\n\n" + table([row]))
     if settings.json is not None:
-        rows = [dataclasses.asdict(row) for row in rows]
-        write_json(settings.json, {"device": kind, "devices": jax.device_count(), "jax": jax.__version__, "rows": rows})
+        machine = {"device": kind, "devices": jax.device_count(), "jax": jax.__version__}
+        write_json(settings.json, {**machine, "rows": [dataclasses.asdict(row)]})
 
 
-def configured(stage: DiffusionModel, settings: Run) -> DiffusionModel:
-    return presets.executed(stage, dtype=settings.dtype, remat=settings.remat, scan=settings.scan)
-
-
-def measure(name: str, stage: DiffusionModel, settings: Run) -> Row:
-    """Compile and time one stage."""
-    training = compile_training(name, stage, settings)
-    row = training.timed(settings.steps)
-    if not settings.sample_batch:
+def measure(asked: Asked) -> Row:
+    """Compile and time one model."""
+    row = compile_training(asked).timed(asked.settings.steps)
+    count = asked.settings.sample_batch
+    measured = _sampling(asked) if count else None
+    if measured is None:
         return row
-    flops, compiling, seconds = _sampling(stage, settings)
+    flops, compiling, seconds = measured
     return dataclasses.replace(
-        row,
-        sampling_flops_per_image=flops / settings.sample_batch,
-        sampling_compile_seconds=compiling,
-        sampling_seconds=seconds,
+        row, sampling_flops_per_example=flops / count, sampling_compile_seconds=compiling, sampling_seconds=seconds
     )
 
 
@@ -133,9 +140,7 @@ class Training:
     program: of (state, batch, key); state: shapes and placements; flops: of a step; compiling: seconds.
     """
 
-    name: str
-    stage: DiffusionModel
-    settings: Run
+    asked: Asked
     side: int
     program: Any
     state: TrainState
@@ -151,22 +156,22 @@ class Training:
             with jax.set_mesh(mesh):
                 batch = to_devices(self.batch, mesh)
                 seconds = _median(self._steps(batch), steps)
-        count = self.settings.batch
+        count = self.asked.settings.batch
         return Row(
-            stage=self.name,
-            preset=self.settings.preset,
+            model=self.asked.name,
+            preset=self.asked.settings.preset,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
             batch=count,
             side=self.side,
-            dtype=self.settings.dtype,
-            flops_per_image=self.flops / count,
+            dtype=getattr(self.asked.settings.compute, "dtype", "float32"),
+            flops_per_example=self.flops / count,
             compile_seconds=self.compiling,
             memory=_memory(self.program, before),
             step_seconds=seconds,
-            images_per_second=count / seconds if seconds else None,
-            share_of_peak=share_of_peak(self.flops, seconds),
-            sampling_side=self.stage.side,
-            sampling_flops_per_image=None,
+            unit=self.asked.task.unit,
+            examples_per_second=count / seconds if seconds else None,
+            fraction_of_peak=fraction_of_peak(self.flops, seconds),
+            sampling_flops_per_example=None,
             sampling_compile_seconds=None,
             sampling_seconds=None,
         )
@@ -178,20 +183,20 @@ class Training:
             yield metrics["loss"]
 
 
-def compile_training(name: str, stage: DiffusionModel, settings: Run) -> Training:
-    """The training step of a stage for the devices at hand, compiled; nothing runs on them."""
-    side = stage.side if stage.low_res is None else settings.crop or stage.side // 4
-    check_crop(stage, side)
+def compile_training(asked: Asked) -> Training:
+    """The training step for the devices at hand, compiled; nothing runs on them."""
+    model, settings = asked.model, asked.settings
+    side = asked.task.side(model, settings.crop)
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
-    abstract, batch = abstract_state(stage, optimizer, mesh), made_up(stage, settings.batch, side)
+    abstract, batch = abstract_state(model, optimizer, mesh), made_up(model.batch_spec(settings.batch, side))
     with jax.set_mesh(mesh):
-        step = make_step(stage, optimizer, placements_of(abstract))
+        step = make_step(model, optimizer, placements_of(abstract))
         shapes = {name: _shape(array, batch_sharding(mesh)) for name, array in batch.items()}
         compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
     # A gradient multiplies twice where the loss multiplies once. What cuDNN's attention does (GPUs in bfloat16) cannot
-    # be counted: there the share of the peak is a lower bound.
-    flops = 3 * network_flops(stage.loss, *loss_inputs(stage, shapes))
-    return Training(name, stage, settings, side, compiled, abstract, batch, flops, compiling)
+    # be counted: there the fraction of the peak is a lower bound.
+    flops = 3 * network_flops(model.loss, *loss_inputs(model, shapes))
+    return Training(asked, side, compiled, abstract, batch, flops, compiling)
 
 
 def _shape(array: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -216,36 +221,36 @@ def _filled(shapes: Any) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def _sampling(stage: DiffusionModel, settings: Run) -> tuple[float, float, float | None]:
-    """FLOPs, seconds to compile and seconds of one evaluation of the network at the whole resolution."""
-    count = settings.sample_batch
-    parameters = abstract_params(stage)
-    batch = jax.tree.map(jnp.asarray, made_up(stage, count, stage.side))
-    text = TextEmbedding(batch["text"].astype(jnp.float32), batch["text_mask"]) if "text" in batch else None
-    given = SampleInputs(text, low_res=batch.get("low_res"))
-    keys = noise.sample_keys(jax.random.key(0), jnp.arange(count))
-    sizes = stage.side, stage.side
-    conditioning = joined([each.sampling(given, keys, sizes).conditional for each in stage.conditioners])
-
-    def evaluate(params, x, conditioning):
-        return stage.predict(params, x, jnp.ones(count), conditioning)
-
-    inputs = batch["image"], conditioning
-    compiled, compiling = _compiled(jax.jit(evaluate), parameters, *inputs)
-    flops = network_flops(evaluate, parameters, *inputs)
+def _sampling(asked: Asked) -> tuple[float, float, float | None] | None:
+    """FLOPs, seconds to compile and seconds of one step of what the trained model does; None where it does nothing."""
+    model, settings = asked.model, asked.settings
+    inference = asked.task.inference(settings.preset, model, settings.sample_batch)
+    if inference is None:
+        return None
+    given = jax.tree.map(jnp.asarray, made_up(inference.given))
+    shapes = jax.eval_shape(inference.used, abstract_params(model))
+    compiled, compiling = _compiled(jax.jit(inference.function), shapes, *given)
+    flops = network_flops(inference.function, shapes, *given)
     if not settings.steps:
         return flops, compiling, None
-    params = jax.jit(stage.init)(jax.random.key(0))[0]
-    return flops, compiling, _median((compiled(params, *inputs) for _ in iter(int, 1)), settings.steps)
+    params = jax.jit(lambda key: inference.used(model.init(key)[0]))(jax.random.key(0))
+    return flops, compiling, _median((compiled(params, *given) for _ in iter(int, 1)), settings.steps)
 
 
-def made_up(stage: DiffusionModel, count: int, side: int) -> dict[str, np.ndarray]:
-    """A batch of the right shapes."""
+def made_up(shapes: Any) -> Any:
+    """Arrays of these shapes and types: normal numbers, ids of 0 and 1, masks of True, keys."""
     rng = np.random.default_rng(0)
-    batch = {
-        name: rng.normal(size=leaf.shape).astype(leaf.dtype) for name, leaf in stage.batch_spec(count, side).items()
-    }
-    return batch | ({"text_mask": np.ones_like(batch["text_mask"])} if "text_mask" in batch else {})
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), leaf.shape)
+        if leaf.dtype == bool:
+            return np.ones(leaf.shape, bool)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
+        return rng.normal(size=leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
 
 
 def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float]:
@@ -281,7 +286,7 @@ def _memory(compiled: Any, before: int) -> int:
     return int(max(seen if seen > before else 0, planned - plan.alias_size_in_bytes))
 
 
-def share_of_peak(flops: float, seconds: float | None) -> float | None:
+def fraction_of_peak(flops: float, seconds: float | None) -> float | None:
     """Of all devices' dense bfloat16 peak; None where it is not known."""
     kind = jax.devices()[0].device_kind
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
@@ -291,18 +296,18 @@ def share_of_peak(flops: float, seconds: float | None) -> float | None:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     columns: dict[str, Callable[[Row], str]] = {
-        "stage": lambda r: f"{r.stage} {r.preset}",
+        "model": lambda r: f"{r.model} {r.preset}",
         "parameters": lambda r: f"{r.parameters / 1e6:,.1f} M",
-        "batch": lambda r: f"{r.batch} × {r.side}², {r.dtype}",
-        "GFLOP/image": lambda r: f"{r.flops_per_image / 1e9:,.2f}",
+        "batch": lambda r: f"{r.batch}{f' × {r.side}²' * (r.side > 0)}, {r.dtype}",
+        "GFLOP each": lambda r: f"{r.flops_per_example / 1e9:,.2f}",
         "compile": lambda r: f"{r.compile_seconds:.1f} s",
         "step": lambda r: _number(r.step_seconds, 1e3, " ms"),
-        "images/s": lambda r: _number(r.images_per_second),
-        "of peak": lambda r: _number(r.share_of_peak, 100, " %", "not known"),
+        "per second": lambda r: _number(r.examples_per_second, 1, f" {r.unit}"),
+        "of peak": lambda r: _number(r.fraction_of_peak, 100, " %", "not known"),
         "memory": lambda r: f"{r.memory / 2**30:.2f} GiB",
-        "sampling GFLOP/image": lambda r: f"{_number(r.sampling_flops_per_image, 1e-9)} at {r.sampling_side}²",
+        "sampling GFLOP each": lambda r: _number(r.sampling_flops_per_example, 1e-9),
         "sampling compile": lambda r: _number(r.sampling_compile_seconds, 1, " s"),
-        "evaluation": lambda r: _number(r.sampling_seconds, 1e3, " ms"),
+        "sampling step": lambda r: _number(r.sampling_seconds, 1e3, " ms"),
     }
     lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -313,4 +318,4 @@ def _number(value: float | None, scale: float = 1.0, unit: str = "", missing: st
 
 
 if __name__ == "__main__":
-    run(main)
+    run(commands())

@@ -1,4 +1,10 @@
-"""Command lines from settings: one place that turns bad input into one line and exit code 2."""
+"""Command lines from settings: one place that turns bad input into one line and exit code 2.
+
+    run(main)                                       # flags from the signature of `main`
+    run({"imagen.base64": Command(…), "clip": …})   # the first word chooses one of a table
+
+Flags are the fields of a dataclass, whose own dataclass fields are groups: their fields are flags too.
+"""
 
 import contextlib
 import functools
@@ -6,12 +12,16 @@ import io
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from tqdm import tqdm
 
+import jaxdiff
+from experiments.options import settings_file
 from jaxdiff.core.messages import plain
 from jaxdiff.training import multihost
 from jaxdiff.training.compilation_cache import enable_compilation_cache
@@ -20,10 +30,23 @@ COMPILED = Path("~/.cache/jaxdiff/compiled")
 """Where scripts keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place."""
 
 
-def run(
-    main: Callable[..., int | None], args: list[str] | None = None, stopped_by: tuple[type[Exception], ...] = ()
-) -> None:
-    """Call `main` with the arguments of the command line, which tyro derives from its signature, and exit.
+@dataclass(frozen=True)
+class Command:
+    """One of the commands that a table names: `main` is called with settings like `settings`, which are the defaults.
+    `about`: one line for --help."""
+
+    main: Callable[[Any], int | None]
+    settings: Any
+    about: str
+
+
+Main = Callable[..., int | None] | Command | Mapping[str, Command]
+
+
+def run(main: Main, args: Sequence[str] | None = None, stopped_by: tuple[type[Exception], ...] = ()) -> None:
+    """Call `main`, or the command of a table that the first argument names, as the command line says, and exit.
+
+    `--version` prints the version; with a table, `--config FILE` begins with the settings in a file (`settings_file`).
 
     Exit codes: what `main` returns (None is 0); 2 for a bad argument or value, a file that cannot be read or written
     (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 75 for a run
@@ -34,11 +57,15 @@ def run(
     Of several processes that one fails ends all of them, with the same code. What is in `stopped_by` is raised by all
     of them, and said by process 0.
     """
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["--version"]:
+        print(f"jaxdiff {jaxdiff.__version__}")
+        sys.exit(0)
     enable_compilation_cache(COMPILED)
     with warnings.catch_warnings():
         warnings.showwarning = _Warnings().show
         try:
-            code = _parsed(main, args)()
+            code = _given(main, args)()
         except stopped_by as error:
             if multihost.index() == 0:
                 print(f"error: {_line(str(error))}", file=sys.stderr)
@@ -53,19 +80,56 @@ def run(
     sys.exit(code or 0)
 
 
-def _parsed(main: Callable[..., int | None], args: list[str] | None) -> Callable[[], int | None]:
-    """`main` with its arguments. ValueError for bad ones: tyro would print a box of several lines and exit."""
+def _given(main: Main, args: list[str]) -> Callable[[], int | None]:
+    if isinstance(main, Mapping):
+        return _chosen(main, args)
+    return _parsed(main.main, args, command=main) if isinstance(main, Command) else _parsed(main, args)
+
+
+def _chosen(commands: Mapping[str, Command], args: list[str]) -> Callable[[], int | None]:
+    """The command that the arguments, or the file of settings among them, name. ValueError for any other name."""
+    if args[:1] in (["-h"], ["--help"]):
+        width = max(map(len, commands))
+        lines = [f"  {name:{width}}  {command.about}" for name, command in commands.items()]
+        print("\n".join([f"usage: {_program()} NAME [settings]", "", *lines, "", "NAME --help lists the settings."]))
+        sys.exit(0)
+    name, args = settings_file.given(args)
+    if name not in commands:
+        said = "the first argument names" if name is None else f"unknown {name!r}: the first argument names"
+        raise ValueError(f"{said} one of {', '.join(commands)} (--help says what they are)")
+    command = commands[name]
+    if args[:1] == ["--version"]:
+        print(f"jaxdiff {jaxdiff.__version__}")
+        sys.exit(0)
+
+    return _parsed(command.main, args, f"{_program()} {name}", command)
+
+
+def _program() -> str:
+    """How this process was started."""
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {specification.name}" if specification else Path(sys.argv[0]).name
+
+
+def _parsed(
+    main: Callable[..., int | None], args: list[str], program: str | None = None, command: Command | None = None
+) -> Callable[[], int | None]:
+    """`main` with its arguments, or with the settings of a command of a table. ValueError for bad ones: tyro would
+    print a box of several lines and exit."""
 
     @functools.wraps(main)
     def later(*positional, **named):
         return functools.partial(main, *positional, **named)
 
-    specification = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {specification.name}" if specification else None
     box = io.StringIO()
+    options = {"prog": program or _program(), "args": args, "config": _CONFIG}
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(later, prog=program, args=args, description=main.__doc__, config=_CONFIG)
+            if command is None:
+                return tyro.cli(later, description=main.__doc__, **options)
+            default = command.settings
+            settings = tyro.cli(type(default), default=default, description=command.about, **options)
+            return functools.partial(command.main, settings)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -1,17 +1,17 @@
 """Plan a run on chips that need not be there: will it fit, between which times could a step lie, what holds it back?
 
-    python -m experiments.plan --topology v5p:4x8x8 --stage base64 --preset 2b --batch 2048 --mesh fsdp=256
-    python -m experiments.plan --topology v5e:16x16 --stage sr256 --preset paper --batch 2048 --remat blocks
-    python -m experiments.plan --topology v5e:2x2 --stage text --batch 256 --json runs/t5.json
-    python -m experiments.plan --topology h100:8 --stage base64 --preset 500m --batch 512     # an estimate from shapes
+    python -m experiments.plan imagen.base64 --preset 2b --topology v5p:4x8x8 --batch 2048 --mesh fsdp=256
+    python -m experiments.plan imagen.sr256 --preset paper --topology v5e:16x16 --batch 2048 --remat blocks
+    python -m experiments.plan t5 --preset xxl --topology v5e:2x2 --batch 256 --sample --json runs/t5.json
+    python -m experiments.plan imagen.base64 --preset 500m --topology h100:8 --batch 512     # an estimate from shapes
 
 The real step is compiled by the TPU's own compiler (libtpu, `pip install -e '.[tpu]'`), which needs no TPU. That takes
 from one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. With `--json` the result is
-kept, and the same question is answered from the file. `--sample` plans the drawing of pictures instead of training.
+kept, and the same question is answered from the file. `--sample` plans what the trained model does.
 
 Sizes, counts and rates are of the compiled program and the vendors' data sheets; how near a real run comes to them is
-not known until one has been measured. Shares of the peak are of useful FLOPs: those of the network, the same on every
-chip. `--mesh` counts devices, which are two a chip on tpu7x.
+not known until one has been measured. Fractions of the peak are of useful FLOPs: those of the network, the same on
+every chip. `--mesh` counts devices, which are two a chip on tpu7x.
 """
 
 import dataclasses
@@ -19,28 +19,24 @@ import importlib.metadata
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.cli import run
-from experiments.imagen import presets
-from experiments.plan_report import is_plan, report
-from experiments.plan_settings import Run, check, optimizer_of, side_of, stage_of
+from experiments.cli import Command, run
+from experiments.options.training import ComputeOptions
+from experiments.planning.report import is_plan, report
+from experiments.planning.settings import Planned, PlanSettings, check, flat
+from experiments.table import TASKS
+from experiments.tasks.task import Task
 from jaxdiff.core import json_files
 from jaxdiff.core.files import usable_file, write_json
-from jaxdiff.diffusion import noise
-from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import SampleRequest, TrainedModel
-from jaxdiff.nets import t5
-from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training import chips
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.hlo import COUNTING
@@ -51,33 +47,43 @@ from jaxdiff.training.state import TrainState, abstract_params, abstract_state, 
 from jaxdiff.training.step import make_step
 
 
-def main(settings: Run) -> None:
+def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
+    """A command for each line of the table."""
+    return {
+        name: Command(partial(main, name, task), PlanSettings(compute=accelerated(task.settings.compute)), task.about)
+        for name, task in tasks.items()
+    }
+
+
+def accelerated(compute: ComputeOptions) -> ComputeOptions:
+    """In bfloat16, where there is a choice: what TPUs and GPUs compute in."""
+    names = {field.name for field in dataclasses.fields(compute)}
+    return dataclasses.replace(compute, dtype="bfloat16") if "dtype" in names else compute
+
+
+def main(name: str, task: Task, settings: PlanSettings) -> None:
     """Print what a step needs and what it could reach."""
-    topology = chips.parse(settings.topology)
-    check(settings, topology)
+    if not settings.topology:
+        raise ValueError("--topology names the chips, such as v6e:2x4 or h100:8")
+    topology, question = chips.parse(settings.topology), Planned(name, task, settings)
+    check(question, topology)
     if settings.json is not None:
         usable_file(settings.json)
         kept = read(settings.json)
-        answered = kept is not None and kept["asked"] == asked(settings, topology)
-        if kept is not None and answered and not (settings.arrays or settings.hlo):
-            whole = completed(kept)
-            if whole != kept:
-                write_json(settings.json, whole)
-            print(report(whole))
+        if kept is not None and kept["asked"] == asked(question, topology) and not (settings.arrays or settings.hlo):
+            print(report(kept))
             return
-    plan = planned(settings, topology)
+    plan = planned(question, topology)
     if settings.json is not None:
         write_json(settings.json, plan)
     print(report(plan))
 
 
-def asked(settings: Run, topology: chips.Topology | None) -> dict[str, Any]:
+def asked(question: Planned, topology: chips.Topology | None) -> dict[str, Any]:
     """The question that a kept plan must have answered: the settings, how programs are counted here and, with a
     topology, the compiler's version."""
-    ours = {
-        name: value for name, value in dataclasses.asdict(settings).items() if name not in ("json", "hlo", "arrays")
-    }
-    ours |= {"counting": COUNTING}
+    ours = {name: value for name, value in flat(question.settings).items() if name not in ("json", "hlo", "arrays")}
+    ours |= {"model": question.name, "counting": COUNTING}
     return ours if topology is None else ours | {"compiler": compiler(topology)}
 
 
@@ -107,26 +113,24 @@ def read(path: Path) -> dict[str, Any] | None:
     return plan
 
 
-def planned(settings: Run, topology: chips.Topology) -> dict[str, Any]:
+def planned(question: Planned, topology: chips.Topology) -> dict[str, Any]:
     """The plan as JSON-able values."""
+    settings = question.settings
     mesh = mesh_of(settings, topology)
     check_batch(settings.batch, mesh, settings.accumulate)
     begun = time.monotonic()
-    if settings.stage == "text":
-        work = _text(settings, mesh)
+    if not topology.is_tpu:
+        work = _estimate(question, mesh)
     else:
-        stage = stage_of(settings)
-        if topology.is_tpu:
-            work = _drawing(settings, stage, mesh) if settings.sample else _training(settings, stage, mesh)
-        else:
-            work = _estimate(settings, stage, mesh)
+        work = _inference(question, mesh) if settings.sample else _training(question, mesh)
     costs = work["costs"]
     return {
-        "asked": asked(settings, topology),
+        "asked": asked(question, topology),
         "estimate": not topology.is_tpu,
         "mesh": dict(mesh.shape),
         "chips": topology.chips,
-        "useful_flops": useful_flops(settings),
+        "unit": question.task.unit,
+        "useful_flops": useful_flops(question),
         "links": links_of(mesh, topology),
         **work,
         "costs": dataclasses.asdict(costs),
@@ -135,31 +139,15 @@ def planned(settings: Run, topology: chips.Topology) -> dict[str, Any]:
     }
 
 
-def completed(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan of an earlier version with what it lacks: useful FLOPs, counted from the traced network, and the links of
-    its mesh. Nothing is compiled."""
-    if {"useful_flops", "links"} <= plan.keys():
-        return plan
-    names = {field.name for field in dataclasses.fields(Run)}
-    settings = Run(**{name: value for name, value in plan["asked"].items() if name in names})
-    topology = chips.parse(settings.topology)
-    how = f"useful_flops and links: by tracing, not compiling; jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
-    links = links_of(mesh_of(settings, topology), topology)
-    return plan | {"useful_flops": useful_flops(settings), "links": links, "added": how}
-
-
-def useful_flops(settings: Run) -> float:
-    """FLOPs that the network needs in the whole step: once forward for drawing and encoding, three times for training.
+def useful_flops(question: Planned) -> float:
+    """FLOPs that the network needs in the whole step: once forward for sampling and encoding, three times for training.
     Nothing that is computed again counts."""
-    if settings.stage == "text":
-        encoder, tokens, mask, shapes = _encoder(settings)
-        return network_flops(encoder.apply, shapes, tokens, mask)
-    stage = presets.reading(settings.stage, settings.preset)
-    if settings.sample:
-        step, *given = _step_of_drawing(settings, stage)
-        return network_flops(step, abstract_params(stage), *given)
-    batch = stage.batch_spec(settings.batch, side_of(settings, stage))
-    return 3 * network_flops(stage.loss, *loss_inputs(stage, batch))
+    model = question.plain
+    if question.settings.sample:
+        inference = question.inference(model)
+        params = jax.eval_shape(inference.used, abstract_params(model))
+        return network_flops(inference.function, params, *inference.given)
+    return 3 * network_flops(model.loss, *loss_inputs(model, question.spec))
 
 
 def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
@@ -170,88 +158,51 @@ def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
     return {name: number for name, number in counted if mesh.shape[name] > 1}
 
 
-def mesh_of(settings: Run, topology: chips.Topology) -> AnyMesh:
+def mesh_of(settings: PlanSettings, topology: chips.Topology) -> AnyMesh:
     shape = parse(settings.mesh).over(topology.devices)
     if topology.is_tpu:
         return make_mesh(*shape.sizes, devices=chips.described(topology))
     return AbstractMesh(shape.sizes, AXES)
 
 
-def _training(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]:
-    state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
-    step = make_step(
-        stage,
-        optimizer_of(settings),
-        placements_of(state),
-        accumulate=settings.accumulate,
-    )
-    batch = stage.batch_spec(settings.batch, side_of(settings, stage))
+def _training(question: Planned, mesh: Mesh) -> dict[str, Any]:
+    model, settings = question.model, question.settings
+    placement = question.task.placement(model, settings.compute)
+    state = abstract_state(model, question.optimizer, mesh, placement)
+    step = make_step(model, question.optimizer, placements_of(state), accumulate=settings.accumulate)
     with jax.set_mesh(mesh):
-        costs = _compiled(
-            step, state, placed(batch, mesh, BATCH_AXES), key_shape(mesh), name=name_of(settings), hlo=settings.hlo
-        )
+        batch = placed(question.spec, mesh, BATCH_AXES)
+        costs = _compiled(step, state, batch, key_shape(mesh), name=str(question), hlo=settings.hlo)
     return _sizes(settings, state) | {"costs": costs}
 
 
-def _drawing(settings: Run, stage: DiffusionModel, mesh: Mesh) -> dict[str, Any]:
-    """One step of drawing: parameters whole on every device in the compute type, pictures split over the devices."""
-    shapes = abstract_params(stage)
-    params = placed(jax.eval_shape(stage.cast, shapes), mesh)
-    step, *given = _step_of_drawing(settings, stage)
+def _inference(question: Planned, mesh: Mesh) -> dict[str, Any]:
+    """What the trained model does: the batch split over the devices, parameters in the compute type, of diffusion
+    models whole on every device and of others split as in training."""
+    model = question.model
+    inference = question.inference(model)
+    cast = jax.eval_shape(lambda params: inference.used(model.cast(params)), abstract_params(model))
+    if question.task.whole_parameters:
+        params = placed(cast, mesh)
+    else:
+        params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), cast, shardings(cast, mesh))
     with jax.set_mesh(mesh):
-        arguments = [placed(value, mesh, BATCH_AXES) for value in given]
-        costs = _compiled(jax.jit(step), params, *arguments, name=f"drawing {name_of(settings)}", hlo=settings.hlo)
-    return {"parameters": count_of(shapes), "costs": costs}
+        arguments = [placed(value, mesh, BATCH_AXES) for value in inference.given]
+        name = f"sampling with {question}"
+        costs = _compiled(jax.jit(inference.function), params, *arguments, name=name, hlo=question.settings.hlo)
+    return {"parameters": count_of(cast), "costs": costs}
 
 
-def _step_of_drawing(settings: Run, stage: DiffusionModel) -> tuple[Any, ...]:
-    """The step as a function of the parameters and more, and the shapes of what is more."""
-    sampling = dataclasses.replace(presets.sampling(settings.stage, settings.preset), steps=1)
-    count, side = settings.batch, stage.side
-    keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
-    batch = stage.batch_spec(count, side)
-    text = None
-    if "text" in batch:
-        text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
-
-    def step(params, text, negative, keys, low_res):
-        return TrainedModel(stage, params, sampling).decode(low_res, SampleRequest(keys, (side, side), text, negative))
-
-    return step, text, text, keys, batch.get("low_res")
-
-
-def _text(settings: Run, mesh: Mesh) -> dict[str, Any]:
-    """T5-XXL's encoder over a batch of captions of 128 tokens."""
-    encoder, tokens, mask, shapes = _encoder(settings)
-    params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(settings.dtype)), shapes)
-    params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), params, shardings(params, mesh))
-    encode = jax.jit(lambda params, tokens, mask: encoder.apply(params, tokens, mask))
-    with jax.set_mesh(mesh):
-        costs = _compiled(
-            encode, params, *placed((tokens, mask), mesh, BATCH_AXES), name="T5-XXL encoder", hlo=settings.hlo
-        )
-    return {"parameters": count_of(shapes), "costs": costs}
-
-
-def _encoder(settings: Run) -> tuple[t5.T5Encoder, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Any]:
-    """The encoder, and the shapes of ids, mask and parameters."""
-    encoder = t5.T5Encoder(dataclasses.replace(t5.XXL, decoder_layers=0, dtype=settings.dtype))
-    tokens = jax.ShapeDtypeStruct((settings.batch, 128), jnp.int32)
-    mask = jax.ShapeDtypeStruct((settings.batch, 128), jnp.bool_)
-    return encoder, tokens, mask, jax.eval_shape(encoder.init, jax.random.key(0), tokens, mask)
-
-
-def _estimate(settings: Run, stage: DiffusionModel, mesh: Any) -> dict[str, Any]:
-    state = abstract_state(stage, optimizer_of(settings), mesh, presets.placement(stage, settings.rows))
-    local = presets.executed(stage, sharding=ActivationSharding())
+def _estimate(question: Planned, mesh: Any) -> dict[str, Any]:
+    settings, model = question.settings, question.model
+    state = abstract_state(model, question.optimizer, mesh, question.task.placement(model, settings.compute))
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
-    costs = estimated_costs(
-        local, state, stage.batch_spec(rows, side_of(settings, stage)), accumulate=settings.accumulate
-    )
+    spec = model.batch_spec(rows, question.side)
+    costs = estimated_costs(question.task.on_one_device(model), state, spec, accumulate=settings.accumulate)
     return _sizes(settings, state) | {"costs": costs}
 
 
-def _sizes(settings: Run, state: TrainState) -> dict[str, Any]:
+def _sizes(settings: PlanSettings, state: TrainState) -> dict[str, Any]:
     parts = {"parameters": state.params, "average": state.ema, "optimizer": state.opt_state}
     if settings.arrays:
         print(table(state))
@@ -275,15 +226,11 @@ def count_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def name_of(settings: Run) -> str:
-    return f"{settings.stage} {settings.preset} for {settings.topology}"
-
-
 def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Costs:
     devices = jax.tree.leaves(arguments)[0].sharding.mesh.size
-    with _clock(f"tracing {name}"):
+    with clock(f"tracing {name}"):
         lowered = function.lower(*arguments)
-    with _clock(f"compiling {name}"), without_compilation_cache():
+    with clock(f"compiling {name}"), without_compilation_cache():
         compiled = lowered.compile()
     if hlo is not None:
         hlo.write_text(compiled.as_text())
@@ -291,7 +238,7 @@ def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Co
 
 
 @contextmanager
-def _clock(what: str) -> Iterator[None]:
+def clock(what: str) -> Iterator[None]:
     """A line that shows how long something takes that cannot say how far it is."""
     done = threading.Event()
     with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
@@ -310,4 +257,4 @@ def _clock(what: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(commands())

@@ -1,11 +1,11 @@
-"""Draw a sheet of captions through all three stages with the tiny cascade that ships with the package.
+"""Sample captions through all three stages with the tiny cascade that ships with the package.
 
     python -m experiments.quickstart                                # 16 captions that training never saw
     python -m experiments.quickstart "a large red circle on white"  # your own
     python -m experiments.quickstart --train                        # train the whole cascade first, T5 included
 
-Writes runs/quickstart/: grid.png (every caption at 64 and 256 pixels, two of them at 1024), pictures/ (one PNG each)
-and report.json (how many pictures have everything that their caption states, read back by an exact reader, for captions
+Writes runs/quickstart/: grid.png (every caption at 64 and 256 pixels, two of them at 1024), images/ (one PNG each)
+and report.json (how many images have everything that their caption states, read back by an exact reader, for captions
 of one object and of two apart; seconds). At most 3 minutes on 2 CPU cores, compilation included; `--train` takes at
 most 25 more. Its aim is the colours right in at least 80 % of the captions of one object, and both super-resolution
 stages above bicubic. A whole run on 2 cores of an AMD EPYC (jax 0.10.2, 2026-11-23) took 23 min 47 s: 31.8 dB against
@@ -24,13 +24,14 @@ import tyro
 from PIL import Image
 
 from experiments.cli import run
-from experiments.imagen import pictures
-from experiments.imagen.drawing import Bars
-from experiments.imagen.evaluate import KINDS, Tally, psnr_scores
-from experiments.imagen.names import Named, save_all
-from experiments.imagen.png_metadata import Metadata
+from experiments.evaluations.attributes import KINDS, Tally
+from experiments.evaluations.psnr import psnr_scores
+from experiments.output.bars import Bars
+from experiments.output.names import Named, save_all
 from experiments.quickstart_train import Training, train_cascade
 from jaxdiff.core.files import usable, write_json
+from jaxdiff.data import grids
+from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
 from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 from jaxdiff.training.lock import locked
@@ -39,17 +40,18 @@ from jaxdiff.weights.imagen import SHIPPED, load
 
 ONE_OBJECT, TWO_OBJECTS = 12, 4
 LARGE = 2
-"""How many captions, the first ones, are drawn beyond 256 pixels."""
+"""How many captions, the first ones, are sampled beyond 256 pixels."""
 NAMES = {1: "One object", 2: "Two objects"}
-Drawn = dict[int, np.ndarray]
+Sampled = dict[int, np.ndarray]
+"""The images of each resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What to draw, or to train."""
+    """What to sample, or to train."""
 
     caption: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Captions to draw; without any, 16 held-out ones."""
+    """Captions; without any, 16 held-out ones."""
     out: Path = Path("runs/quickstart")
     """Folder for the results."""
     weights: Path = SHIPPED
@@ -57,12 +59,12 @@ class Run:
     seed: int = 0
     """Of the noise (and of training)."""
     train: bool = False
-    """Train a new cascade from scratch into OUT, and draw with that."""
+    """Train a new cascade from scratch into OUT, and sample from that."""
     training: Training = Training()
 
 
 def main(settings: Run) -> None:
-    """Draw captions through all three stages; with --train, train the cascade first."""
+    """Sample captions through all three stages; with --train, train the cascade first."""
     begun = time.perf_counter()
     out, seconds = settings.out, {}
     weights = settings.weights
@@ -75,24 +77,24 @@ def main(settings: Run) -> None:
     loading = time.perf_counter()
     model = load(weights)
     seconds["load"] = time.perf_counter() - loading
-    drawn, spent = draw(model, texts, settings.seed, out)
-    tallies = judged(captions, drawn)
+    sampled, spent = sample(model, texts, settings.seed, out)
+    tallies = tallied(captions, sampled)
     report = scores(tallies)
-    if settings.train and settings.training.psnr_pictures:
-        report |= super_resolution_scores(model, settings.training.psnr_pictures)
+    if settings.train and settings.training.psnr_images:
+        report |= super_resolution_scores(model, settings.training.psnr_images)
     seconds |= spent | {"total": time.perf_counter() - begun}
     report |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
     made_by = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
     attempt(
-        lambda: save_all(out / "pictures", named(texts, drawn, settings.seed, weights)),
-        lambda: pictures.write(out / "grid.png", sheet(texts, drawn, notes(tallies))),
+        lambda: save_all(out / "images", named(texts, sampled, settings.seed, weights)),
+        lambda: grids.write(out / "grid.png", sheet(texts, sampled, notes(tallies))),
         lambda: write_json(out / "report.json", {**report, **made_by, "device": jax.devices()[0].device_kind}),
     )
     for name, value in report.items():
         if isinstance(value, float):
             print(f"{name:37} {value:.3g}")
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"{took}\n{out / 'grid.png'}: {len(texts)} captions; report.json and pictures/ beside it")
+    print(f"{took}\n{out / 'grid.png'}: {len(texts)} captions; report.json and images/ beside it")
 
 
 def chosen_captions() -> list[Caption]:
@@ -100,7 +102,7 @@ def chosen_captions() -> list[Caption]:
     return held_out_captions(ONE_OBJECT, objects=1) + held_out_captions(TWO_OBJECTS, objects=2)
 
 
-def draw(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple[Drawn, dict[str, float]]:
+def sample(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple[Sampled, dict[str, float]]:
     """All captions up to 256 pixels, the first two beyond; and the seconds of each stage, compilation included."""
     last = max(1, sum(side <= 256 for side in model.sides)) - 1
     with Bars(model) as bars:
@@ -111,19 +113,19 @@ def draw(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple[D
         if last + 1 < len(model.boxes):
             after = After(last, products[-1][:LARGE])
             products += model.sample(texts[:LARGE], SampleOptions(seed=seed, after=after), bars)
-    drawn = dict(zip(model.sides, products, strict=True))
-    return drawn, {str(side): bars.seconds(box) for box, side in enumerate(drawn)}
+    sampled = dict(zip(model.sides, products, strict=True))
+    return sampled, {str(side): bars.seconds(box) for box, side in enumerate(sampled)}
 
 
-def judged(captions: Sequence[Caption], drawn: Drawn) -> dict[int, Tally]:
-    """Verdicts on what was drawn, by the number of objects that the captions name; nothing where there are none."""
+def tallied(captions: Sequence[Caption], sampled: Sampled) -> dict[int, Tally]:
+    """Verdicts on the images, by the number of objects that the captions name; nothing where there are none."""
     tallies: dict[int, Tally] = {}
     for objects in sorted({len(c.stated.objects) for c in captions}):
         tally = tallies[objects] = Tally()
-        for resolution, found in drawn.items():
-            numbers = [i for i, c in enumerate(captions[: len(found)]) if len(c.stated.objects) == objects]
+        for resolution, images in sampled.items():
+            numbers = [i for i, c in enumerate(captions[: len(images)]) if len(c.stated.objects) == objects]
             if numbers:
-                tally.add(resolution, [found[i] for i in numbers], [captions[i] for i in numbers])
+                tally.add(resolution, [images[i] for i in numbers], [captions[i] for i in numbers])
     return tallies
 
 
@@ -141,8 +143,8 @@ def scores(tallies: Mapping[int, Tally]) -> dict:
 
 
 def _wrong(tallies: Mapping[int, Tally], resolution: int) -> dict[str, list[str]]:
-    tallied = [tally for tally in tallies.values() if resolution in tally.verdicts]
-    return {text: names for tally in tallied for text, names in tally.wrong(resolution).items()}
+    having = [tally for tally in tallies.values() if resolution in tally.verdicts]
+    return {text: names for tally in having for text, names in tally.wrong(resolution).items()}
 
 
 def notes(tallies: Mapping[int, Tally]) -> list[str]:
@@ -155,17 +157,17 @@ def notes(tallies: Mapping[int, Tally]) -> list[str]:
 
 
 def super_resolution_scores(model: Pipeline, count: int) -> dict:
-    """PSNR of every super-resolution stage, and of bicubic, on true pictures; of the 1024 one on a quarter as many."""
+    """PSNR of every super-resolution stage, and of bicubic, on true images; of the 1024 one on a quarter as many."""
     counts = {r: count if r <= 256 else max(1, count // 4) for r in model.sides[1:]}
     return {name: score for r, n in counts.items() for name, score in psnr_scores(model, r, n).items()}
 
 
-def named(texts: Sequence[str], drawn: Drawn, seed: int, weights: Path) -> Iterator[Named]:
-    """The single pictures, for their files."""
-    for resolution, found in drawn.items():
-        for i, picture in enumerate(found):
-            told = {"number": i, "resolution": resolution, "weights": str(weights)}
-            yield Named(f"{i:02d}", texts[i], picture, Metadata(texts[i], seed, told), f"-{resolution}.png")
+def named(texts: Sequence[str], sampled: Sampled, seed: int, weights: Path) -> Iterator[Named]:
+    """The single images, for their files."""
+    for resolution, images in sampled.items():
+        for i, image in enumerate(images):
+            values = {"number": i, "resolution": resolution, "weights": str(weights)}
+            yield Named(f"{i:02d}", texts[i], image, Metadata(texts[i], seed, values), f"-{resolution}.png")
 
 
 def attempt(*steps: Callable[[], object]) -> None:
@@ -180,40 +182,40 @@ def attempt(*steps: Callable[[], object]) -> None:
         raise failed[0]
 
 
-# The sheet: cells of a small picture with its caption below and the middle one to the right, four to a row; the large
+# The sheet: cells of a small image with its caption below and the middle one to the right, four to a row; the large
 # ones in a column of their own.
 
 SMALL, MIDDLE, COLUMNS, GAP, FONT = 128, 256, 4, 16, 14
 
 
-def sheet(texts: Sequence[str], drawn: Drawn, notes: Sequence[str] = ()) -> Image.Image:
-    """Everything that was drawn on one page, with lines of text below it."""
-    small, middle, *rest = [*drawn.values(), []] if len(drawn) == 1 else drawn.values()
+def sheet(texts: Sequence[str], sampled: Sampled, notes: Sequence[str] = ()) -> Image.Image:
+    """All images on one page, with lines of text below them."""
+    small, middle, *rest = [*sampled.values(), []] if len(sampled) == 1 else sampled.values()
     large = rest[-1] if rest else []
     columns = min(COLUMNS, len(texts))
     rows = -(-len(texts) // columns)
-    cell = SMALL + pictures.GAP + MIDDLE + GAP
+    cell = SMALL + grids.GAP + MIDDLE + GAP
     height = rows * (MIDDLE + GAP) + GAP
     below = 3 * FONT
     side = max(2 * MIDDLE, (height - GAP) // LARGE - GAP - below)
     height = max(height, len(large) * (side + below + GAP) + GAP)
     width = columns * cell + GAP + (side + GAP if len(large) else 0)
-    written = [line for note in notes for line in pictures.wrapped(note, width - 2 * GAP, FONT).split("\n")]
+    written = [line for note in notes for line in grids.wrapped(note, width - 2 * GAP, FONT).split("\n")]
     page = Image.new("RGB", (width, height + len(written) * (FONT + 4) + (GAP if written else 0)), "white")
     for i, line in enumerate(written):
-        pictures.write_text(page, line, (GAP, height + i * (FONT + 4)), FONT)
+        grids.write_text(page, line, (GAP, height + i * (FONT + 4)), FONT)
     for i, text in enumerate(texts):
         x, y = GAP + i % columns * cell, GAP + i // columns * (MIDDLE + GAP)
-        pictures.paste(page, pictures.scaled(small[i], SMALL), (x, y))
+        grids.paste(page, grids.scaled(small[i], SMALL), (x, y))
         if len(middle):
-            pictures.paste(page, pictures.scaled(middle[i], MIDDLE), (x + SMALL + pictures.GAP, y))
-        words = pictures.wrapped(text or "(no text)", SMALL, FONT, lines=(MIDDLE - SMALL) // (FONT + 4))
-        pictures.write_text(page, words, (x, y + SMALL + 4), FONT)
-    for i, picture in enumerate(large):
+            grids.paste(page, grids.scaled(middle[i], MIDDLE), (x + SMALL + grids.GAP, y))
+        words = grids.wrapped(text or "(no text)", SMALL, FONT, lines=(MIDDLE - SMALL) // (FONT + 4))
+        grids.write_text(page, words, (x, y + SMALL + 4), FONT)
+    for i, image in enumerate(large):
         x, y = columns * cell + GAP, GAP + i * (side + below + GAP)
-        pictures.paste(page, pictures.scaled(picture, side), (x, y))
-        words = pictures.wrapped(texts[i] or "(no text)", side, FONT, lines=below // FONT)
-        pictures.write_text(page, words, (x, y + side + 4), FONT)
+        grids.paste(page, grids.scaled(image, side), (x, y))
+        words = grids.wrapped(texts[i] or "(no text)", side, FONT, lines=below // FONT)
+        grids.write_text(page, words, (x, y + side + 4), FONT)
     return page
 
 

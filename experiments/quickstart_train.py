@@ -1,41 +1,47 @@
 """The whole cascade from scratch, T5 included, in minutes: `python -m experiments.quickstart --train`.
 
-The same functions as `experiments.text.pretrain` and `experiments.imagen.train`, with settings small enough for 2 CPU
-cores. Every stage resumes when it is run again, and sample grids are written as it goes.
+The same functions as `experiments.train`, with settings small enough for 2 CPU cores. Every stage resumes when it is
+run again, and sample grids are written as it goes.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from experiments.cores import use_cores
-from experiments.imagen import assemble, presets, train
-from experiments.text.pretrain import Pretraining, pretrain
+from experiments import train
+from experiments.exports import imagen as export
+from experiments.options.cores import use_cores
+from experiments.options.training import DataOptions, OptimizerOptions, RunOptions, TrainSettings
+from experiments.table import TASKS
+from experiments.tasks import diffusion, t5
+from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.weights.imagen import STAGES, load_model, save_model
+from jaxdiff.weights.imagen import STAGES
+from jaxdiff.weights.stages import load_model, save_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """What --train does. The defaults share its 25 minutes on 2 CPU cores: about 3 for T5, 16 for the base, 4 for
-    64→256, the rest for drawing data, compiling and the final sheet."""
+class T5Training:
+    """Of T5."""
 
-    examples: int = 20_000
-    """Pictures at 64 pixels, whose captions T5 reads too."""
-    examples_256: int = 2_000
-    """Pictures to train 64→256 with."""
-    examples_1024: int = 240
-    """Pictures to train 256→1024 with."""
     t5_steps: int = 800
     """Updates of T5."""
     t5_batch: int = 64
     """Captions per update of T5."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseTraining:
+    """Of the base model."""
+
+    examples: int = 20_000
+    """Images at 64 pixels, whose captions T5 reads too."""
     base_preset: str = "quick"
-    """Size of the base model: one that learns colours in minutes; `tiny`, the shipped one, learns forms in hours."""
+    """Size of the base model: one that learns colours in minutes; `tiny`, the shipped one, learns shapes in hours."""
     base_steps: int = 2050
     """Updates of the base model."""
     base_batch: int = 32
-    """Pictures per update of the base model."""
+    """Images per update of the base model."""
     base_learning_rate: float = 3e-3
     """Of the base model, at its peak (Muon)."""
     base_ema_decay: float = 0.99
@@ -44,89 +50,143 @@ class Training:
     """Log-SNRs where the base model trains most: there an object can be seen, but not yet its colour, and only the
     caption says it. None: wherever the preset trains."""
     base_logsnr_fraction: float = 0.5
-    """Fraction of the base model's training there; with more, what it draws stays blurred and noisy."""
+    """Fraction of the base model's training there; with more, its images stay blurred and noisy."""
     base_snr_power: float | None = 0.1
     """Power of the SNR that weights its error; 0: no noise level counts for more. None: the preset's weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperResolutionTraining:
+    """Of both stages of super-resolution."""
+
+    examples_256: int = 2_000
+    """Images to train 64→256 with."""
+    examples_1024: int = 240
+    """Images to train 256→1024 with."""
     sr256_steps: int = 400
     """Updates of 64→256."""
     sr1024_steps: int = 0
     """Updates of 256→1024, which starts from what 64→256 has learned: the same network for the same task, where a few
-    minutes more on the nearly empty crops of large pictures do harm."""
+    minutes more on the nearly empty crops of large images do harm."""
     sr_batch: int = 16
     """Crops per update of super-resolution."""
     sr_crop: int = 128
     """Their side in pixels."""
     sr_learning_rate: float = 2e-3
     """Of super-resolution, at its peak (Muon)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What --train does. The defaults share its 25 minutes on 2 CPU cores: about 3 for T5, 16 for the base, 4 for
+    64→256, the rest for rasterising data, compiling and the final grid."""
+
+    t5: T5Training = T5Training()
+    base: BaseTraining = BaseTraining()
+    super_resolution: SuperResolutionTraining = SuperResolutionTraining()
     sample_every: int = 200
     """Updates between sample grids."""
     save_every: int = 100
     """Updates between checkpoints."""
-    psnr_pictures: int = 8
-    """True pictures for the PSNR at the end; a quarter as many at 1024; 0: none."""
+    psnr_images: int = 8
+    """True images for the PSNR at the end; a quarter as many at 1024; 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the generators compute in; bfloat16 on accelerators."""
     workers: int = 0
-    """Processes that decode pictures; 0: threads alone, which keep up with a CPU."""
+    """Processes that decode images; 0: threads alone, which keep up with a CPU."""
     stored: Literal["float32", "float16", "bfloat16"] = "float16"
     """What the finished generators' parameters are stored in."""
 
 
 def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
     """Trains T5, the base and both super-resolution stages below `out`; the folder of the finished cascade."""
-    use_cores(settings.t5_batch, settings.base_batch, settings.sr_batch)
-    data, text = out / "data", out / "t5"
-    common = {"seed": seed, "save_every": settings.save_every, "data_dir": data}
-    pretrain(
-        Pretraining(
-            data="shapes",
-            out=text,
-            steps=settings.t5_steps,
-            batch=settings.t5_batch,
-            examples=settings.examples,
-            held_out=1,
-            **common,
-        )
-    )
-    common |= {"text": str(text / "encoder"), "held_out": 1, "sample_every": settings.sample_every}
-    common |= {"dtype": settings.dtype, "workers": settings.workers}
-    base = train.Run(
-        stage="base64",
-        preset=settings.base_preset,
-        out=out / "base64",
-        steps=settings.base_steps,
-        batch=settings.base_batch,
-        optimizer="muon",
-        learning_rate=settings.base_learning_rate,
-        ema_decay=settings.base_ema_decay,
-        logsnr=settings.base_logsnr,
-        logsnr_fraction=settings.base_logsnr_fraction,
-        snr_power=settings.base_snr_power,
-        warmup=30,
-        examples=settings.examples,
-        **common,
-    )
-    train.main(base)
-    enlarging = {
-        "batch": settings.sr_batch,
-        "crop": settings.sr_crop,
-        "optimizer": "muon",
-        "learning_rate": settings.sr_learning_rate,
-        "ema_decay": 0.98,
-        "warmup": 20,
-        **common,
-    }
-    sr256, sr1024 = out / "sr256", out / "sr1024"
-    train.main(
-        train.Run(stage="sr256", out=sr256, steps=settings.sr256_steps, examples=settings.examples_256, **enlarging)
-    )
-    if settings.sr1024_steps:
-        enlarging |= {"init": sr256 / "model", "examples": settings.examples_1024}
-        train.main(train.Run(stage="sr1024", out=sr1024, steps=settings.sr1024_steps, **enlarging))
+    batches = settings.t5.t5_batch, settings.base.base_batch, settings.super_resolution.sr_batch
+    use_cores(*batches)
+    _train("t5", _t5(settings, out, seed))
+    _train("imagen.base64", _base(settings, out, seed))
+    _train("imagen.sr256", _sr256(settings, out, seed))
+    if settings.super_resolution.sr1024_steps:
+        _train("imagen.sr1024", _sr1024(settings, out, seed))
     else:
-        learned = load_model(sr256 / "model")
-        stage = presets.stage("sr1024", "tiny")
-        save_model(TrainedModel(stage, learned.params, learned.sampling), sr1024 / "model")
-    stages = {name: (out / name / "model",) for name in STAGES}
-    assemble.main(assemble.Settings(text=text / "encoder", out=out / "weights", dtype=settings.stored, **stages))
+        learned = load_model(out / "sr256" / "model")
+        stage = TASKS["imagen.sr1024"].preset("tiny").model
+        save_model(TrainedModel(stage, learned.params, learned.sampling), out / "sr1024" / "model")
+    folders = {name: (out / name / "model",) for name in STAGES}
+    text = str(out / "t5" / "encoder")
+    export.main(export.Settings(**folders, text=text, out=out / "weights", dtype=settings.stored))
     return out / "weights"
+
+
+def _train(name: str, settings: TrainSettings) -> None:
+    train.main(name, TASKS[name], settings)
+
+
+def _t5(settings: Training, out: Path, seed: int) -> t5.Settings:
+    chosen = settings.t5
+    return t5.Settings(
+        out / "t5",
+        run=RunOptions(chosen.t5_steps, chosen.t5_batch, ema_decay=0.99, seed=seed, save_every=settings.save_every),
+        dataset=_data(settings, out, settings.base.examples),
+        optimization=OptimizerOptions(learning_rate=2e-3),
+    )
+
+
+def _base(settings: Training, out: Path, seed: int) -> diffusion.Settings:
+    base = settings.base
+    return diffusion.Settings(
+        out / "base64",
+        base.base_preset,
+        run=_run(settings, base.base_steps, base.base_batch, base.base_ema_decay, seed),
+        dataset=_data(settings, out, base.examples),
+        optimization=OptimizerOptions("muon", base.base_learning_rate, warmup=30),
+        text_encoder=_text(out),
+        diffusion=diffusion.DiffusionOptions(
+            logsnr=base.base_logsnr,
+            logsnr_fraction=base.base_logsnr_fraction,
+            snr_power=base.base_snr_power,
+        ),
+        compute=diffusion.UNetCompute(settings.dtype),
+    )
+
+
+def _sr256(settings: Training, out: Path, seed: int) -> diffusion.Settings:
+    chosen = settings.super_resolution
+    return diffusion.Settings(
+        out / "sr256",
+        run=_run(settings, chosen.sr256_steps, chosen.sr_batch, 0.98, seed),
+        dataset=_data(settings, out, chosen.examples_256),
+        optimization=OptimizerOptions("muon", chosen.sr_learning_rate, warmup=20),
+        text_encoder=_text(out),
+        diffusion=diffusion.DiffusionOptions(crop=chosen.sr_crop),
+        compute=diffusion.UNetCompute(settings.dtype),
+    )
+
+
+def _sr1024(settings: Training, out: Path, seed: int) -> diffusion.Settings:
+    chosen, lower = settings.super_resolution, _sr256(settings, out, seed)
+    run = _run(settings, chosen.sr1024_steps, chosen.sr_batch, 0.98, seed)
+    return dataclasses.replace(
+        lower,
+        out=out / "sr1024",
+        run=dataclasses.replace(run, init=out / "sr256" / "model"),
+        dataset=_data(settings, out, chosen.examples_1024),
+    )
+
+
+def _run(settings: Training, steps: int, batch: int, ema_decay: float, seed: int) -> RunOptions:
+    return RunOptions(
+        steps,
+        batch,
+        ema_decay=ema_decay,
+        seed=seed,
+        sample_every=settings.sample_every,
+        save_every=settings.save_every,
+    )
+
+
+def _data(settings: Training, out: Path, examples: int) -> DataOptions:
+    return DataOptions(examples=examples, held_out=1, workers=settings.workers, data_dir=out / "data")
+
+
+def _text(out: Path) -> TextOptions:
+    return TextOptions(str(out / "t5" / "encoder"))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def tracked():
 def test_top_level_is_the_agreed_one():
     found = {name.split("/")[0] for name in tracked()}
     assert {name for name in found if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_only_the_library_is_installed():
+    """No package called experiments comes into anybody's environment."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["packages"]["find"]["include"] == ["jaxdiff*"]
 
 
 def test_shipped_files_are_small():

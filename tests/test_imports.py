@@ -88,7 +88,7 @@ def test_imports_run_one_way(room):
         ("import jax, numpy", "jaxdiff.nets.unet", []),
         ("from jaxdiff.core import messages", "jaxdiff.nets.unet", []),
         ("from jaxdiff.nets import unet", "jaxdiff.core.messages", ["jaxdiff.nets.unet"]),
-        ("from jaxdiff.training import loop", "experiments.imagen.train", []),
+        ("from jaxdiff.training import loop", "experiments.train", []),
     ],
 )
 def test_the_reader_of_imports(source, module, wrong):
@@ -129,4 +129,4 @@ def test_nothing_imports_pytorch_or_tensorflow():
     assert len(own) > 50
     found = [path.relative_to(ROOT).as_posix() for path in own if pattern.search(path.read_text())]
     # One reads a pickle, once, the other compares with diffusers: both import it only then.
-    assert sorted(found) == ["experiments/inception.py", "experiments/recipes/gpu_diffusers.py"]
+    assert sorted(found) == ["experiments/exports/inception.py", "experiments/recipes/gpu_diffusers.py"]

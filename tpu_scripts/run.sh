@@ -3,7 +3,7 @@
 #
 #   tpu_scripts/run.sh [--dry-run] [--detach] [--id ID] [--env FILE] -- COMMAND [ARGUMENT...]
 #   tpu_scripts/run.sh --attach | --stop [--no-wait] [--id ID] [--env FILE]
-#   tpu_scripts/run.sh -- python -m experiments.imagen.train --stage base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out /mnt/bucket/runs/base64
+#   tpu_scripts/run.sh -- python -m experiments.train imagen.base64 --preset 300m --text google/flan-t5-xxl --text-dtype bfloat16 --dtype bfloat16 --out /mnt/bucket/runs/base64
 #
 #   --dry-run   print the exact commands and run none
 #   --detach    start it and return

@@ -1,8 +1,8 @@
 """GPU report: training steps of all presets, beside the rate of matrix products measured on the same card.
 
 Steps are compiled in groups, in threads; then each is timed alone. FLOPs are
-those of the network's convolutions and matrix products; what cuDNN's attention does is not among them, so the shares of
-a peak are lower bounds.
+those of the network's convolutions and matrix products; what cuDNN's attention does is not among them, so the
+fractions of a peak are lower bounds.
 """
 
 import os
@@ -14,25 +14,33 @@ import jax
 import jax.numpy as jnp
 
 from experiments import benchmark
-from experiments.benchmark import Run, Training
-from experiments.imagen import presets
+from experiments.benchmark import Asked, BenchmarkSettings, Training
 from experiments.recipes.gpu_section import Context, median_seconds
+from experiments.table import TASKS
+from experiments.tasks.diffusion import UNetCompute
+from jaxdiff.nets.unet import Remat
+
+
+def _asked(stage: str, preset: str, batch: int, dtype: str = "bfloat16", remat: Remat = "none") -> Asked:
+    name = f"imagen.{stage}"
+    return Asked(name, TASKS[name], BenchmarkSettings(preset, batch, compute=UNetCompute(dtype, remat)))
+
 
 PRESETS = {
-    "base64 500m": Run("base64", "500m", batch=64, dtype="bfloat16"),
-    "sr256 paper": Run("sr256", "paper", batch=64, dtype="bfloat16"),
-    "base64 tiny": Run("base64", "tiny", batch=512, dtype="bfloat16"),
-    "base64 2b": Run("base64", "2b", batch=16, dtype="bfloat16", remat="outputs"),
-    "base64 300m": Run("base64", "300m", batch=64, dtype="bfloat16"),
-    "sr1024 paper": Run("sr1024", "paper", batch=64, dtype="bfloat16"),
-    "base64 tiny, float32": Run("base64", "tiny", batch=512),
-    "sr256 tiny": Run("sr256", "tiny", batch=256, dtype="bfloat16"),
+    "base64 500m": _asked("base64", "500m", 64),
+    "sr256 paper": _asked("sr256", "paper", 64),
+    "base64 tiny": _asked("base64", "tiny", 512),
+    "base64 2b": _asked("base64", "2b", 16, remat="outputs"),
+    "base64 300m": _asked("base64", "300m", 64),
+    "sr1024 paper": _asked("sr1024", "paper", 64),
+    "base64 tiny, float32": _asked("base64", "tiny", 512, "float32"),
+    "sr256 tiny": _asked("sr256", "tiny", 256),
 }
 GROUP = 4
 """Presets that are compiled at once, before any of them is timed. A compilation holds the accelerator now and then."""
 TIMING = 25.0
 """Seconds kept for timing a group."""
-TINY = {"sr256 tiny": Run("sr256", "tiny", batch=8)}
+TINY = {"sr256 tiny": _asked("sr256", "tiny", 8, "float32")}
 
 
 def main(context: Context) -> None:
@@ -44,7 +52,7 @@ def main(context: Context) -> None:
     for first in range(0, len(chosen), GROUP):
         group = dict(list(chosen.items())[first : first + GROUP])
         pool = ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1))
-        compiled = {name: pool.submit(_compile, settings) for name, settings in group.items()}
+        compiled = {name: pool.submit(benchmark.compile_training, asked) for name, asked in group.items()}
         wait(compiled.values(), max(0.0, context.left() - TIMING))
         late = [name for name, training in compiled.items() if not training.done()]
         for name, training in compiled.items():
@@ -64,27 +72,22 @@ def matrix_peak(side: int) -> float:
     return 2 * side**3 / median_seconds(partial(product, x, y), 10)
 
 
-def _compile(settings: Run) -> Training:
-    stage = presets.reading(settings.stage, settings.preset)
-    return benchmark.compile_training(settings.stage, benchmark.configured(stage, settings), settings)
-
-
 def _time(context: Context, name: str, compiled: Future[Training], peak: float, disturbed: bool) -> None:
     training = compiled.result()
     begun = time.time()
     row = training.timed(2 if context.tiny else 10)
-    useful = row.flops_per_image * row.batch
+    useful = row.flops_per_example * row.batch
     context.record(
         preset=name,
         parameters_m=round(row.parameters / 1e6, 1),
         batch=f"{row.batch} × {row.side}²",
         dtype=row.dtype,
-        remat=training.settings.remat,
-        gflop_per_image=row.flops_per_image / 1e9,
+        remat=training.asked.settings.compute.remat,
+        gflop_per_image=row.flops_per_example / 1e9,
         step_ms=1e3 * row.step_seconds,
-        images_per_second=row.images_per_second,
-        share_of_published_peak=row.share_of_peak,
-        share_of_measured_peak=useful / row.step_seconds / (peak * jax.device_count()),
+        images_per_second=row.examples_per_second,
+        fraction_of_published_peak=row.fraction_of_peak,
+        fraction_of_measured_peak=useful / row.step_seconds / (peak * jax.device_count()),
         memory_gib=row.memory / 2**30,
         compile_s=round(row.compile_seconds, 1),
         timing_s=round(time.time() - begun, 1),

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, median_seconds
-from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.nets.conditioning import Conditioning, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
 from jaxdiff.systems.deepfloyd import IF_I_M, T5_XXL
@@ -28,7 +27,7 @@ BATCH = 16
 
 def main(context: Context) -> None:
     """Ours first, then diffusers' eager network, then the compiled one."""
-    stage, batch, runs = presets.executed(IF_I_M.reading(*T5_XXL), dtype="bfloat16"), BATCH, 20
+    stage, batch, runs = executed(IF_I_M.reading(*T5_XXL), dtype="bfloat16"), BATCH, 20
     if context.tiny:
         stage, batch, runs = replace(IF_I_M, unet=_small(IF_I_M.unet), side=8).reading(T5_XXL[0], 32), 2, 2
     config, inputs = stage.unet, _inputs(stage, batch)

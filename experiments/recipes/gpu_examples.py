@@ -21,7 +21,8 @@ from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, load_tokenizer, tokenize
-from jaxdiff.weights.imagen import SHIPPED, read_settings
+from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.stages import read_settings
 
 IMAGES, IDS, MASK, DONE = "images.npy", "ids.npy", "mask.npy", "examples.json"
 

@@ -17,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.imagen import presets
 from experiments.recipes.gpu_section import Context, random_params
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.diffusion.parameterization import noised
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
-from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.nets.attention import Kernel, attention
 from jaxdiff.nets.classifier import Classifier
 from jaxdiff.nets.clip import CLIP
@@ -34,7 +33,8 @@ from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
 from jaxdiff.systems.deepfloyd import IF_I_M, IF_II_M
 from jaxdiff.weights import classifier, clip, t5
-from jaxdiff.weights.imagen import SHIPPED, load_model
+from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.stages import load_model
 
 LIMITS = {"float32 exact": 2e-5, "float32": 1e-2, "bfloat16": 6e-2}
 """Largest relative errors: rounding of 24, 11 and 8 bits, through as many layers as these networks have."""
@@ -156,7 +156,7 @@ def _random_gradient(stage: DiffusionModel) -> Build:
 
 def _gradient(stage: DiffusionModel, params: Any, dtype: str):
     """The gradient of the training loss with the same batch and the same noise."""
-    stage = presets.executed(stage, dtype=dtype)
+    stage = executed(stage, dtype=dtype)
     rng = np.random.default_rng(0)
     batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.side).items()}
     batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
@@ -181,7 +181,7 @@ def _drawn(weights: Path, stage: DiffusionModel, side: int) -> dict[str, np.ndar
 
 def _stage(stage: DiffusionModel, params: Any, batch: dict[str, np.ndarray], dtype: str):
     """One evaluation of two images at different times."""
-    stage = presets.executed(stage, dtype=dtype)
+    stage = executed(stage, dtype=dtype)
     image, t = batch["image"], np.array([0.3, 0.8], np.float32)
     noise = np.random.default_rng(1).standard_normal(image.shape, np.float32)
     x = np.asarray(noised(image, noise, stage.schedule.alpha(t), stage.schedule.sigma(t)))

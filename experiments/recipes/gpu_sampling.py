@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.imagen.drawing import with_boxes, with_dtype
-from experiments.imagen.pictures import grid, write
 from experiments.recipes.gpu_section import Context
+from jaxdiff.data.grids import grid, write
 from jaxdiff.data.shapes_caption import held_out_captions
-from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions, with_boxes
 from jaxdiff.text.precomputed import embed_captions
-from jaxdiff.weights.imagen import load, trained
+from jaxdiff.weights.imagen import load, trained, with_dtype
 
 
 def main(context: Context) -> None:

@@ -22,15 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.imagen import presets
-from experiments.imagen.drawing import with_dtype
-from experiments.imagen.evaluate import KINDS, attribute_scores
+from experiments.evaluations.attributes import KINDS, attribute_scores
 from experiments.recipes.gpu_examples import DONE, IDS, IMAGES, MASK
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.time_samplers import LogSNRRange
-from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline
@@ -40,7 +38,8 @@ from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.optimizer import Decay, Muon, OptimizerConfig
 from jaxdiff.training.state import TrainState, abstract_state, init_state, placements_of
 from jaxdiff.training.step import make_step
-from jaxdiff.weights.imagen import load, save_model, trained
+from jaxdiff.weights.imagen import load, trained, with_dtype
+from jaxdiff.weights.stages import save_model
 
 RESERVE = 5.0
 """Seconds kept for writing the parameters at the end; each caption that is scored takes SCORE beside them."""
@@ -148,7 +147,7 @@ def _rehearsed(settings: Settings) -> Settings:
 def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
     """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
     return replace(
-        presets.executed(stage, dtype=settings.dtype),
+        executed(stage, dtype=settings.dtype),
         time_sampler=LogSNRRange(-6.0, 2.0, settings.focus, rest=LogSNRRange(-11.0, 4.0)),
         weighting=PowerSNR(0.0),
     )

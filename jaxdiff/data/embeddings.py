@@ -121,7 +121,7 @@ def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
     path = Path(path)
     settings = _read_sidecar(path)
     if settings is None:
-        raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.text.embed)")
+        raise FileNotFoundError(f"{path}: no {SIDECAR} there; store the embeddings first (experiments.embed)")
     if not settings["complete"]:
         raise ValueError(f"{path}: only {len(_stored(path))} parts, the rest is not stored yet; run the same again")
     there = _stored(path)

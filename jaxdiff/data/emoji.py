@@ -1,8 +1,8 @@
 """`emoji`: Noto's artwork with the names of emojibase, as a TFDS builder that draws the SVGs at any size.
 
 The artwork (`@iconify-json/noto`, Apache-2.0) and the names (`emojibase-data`, MIT) come from two npm packages that
-`experiments.data.emoji` fetches and unpacks; nothing of either is part of jaxdiff. Flags are left out (a flag's name
-says nothing of its picture), and so are skin-tone variants (the same name five times) and bare components.
+`experiments.recipes.emoji_data` fetches and unpacks; nothing of either is part of jaxdiff. Flags are left out (a flag's
+name says nothing of its picture), and so are skin-tone variants (the same name five times) and bare components.
 
     builder = prepare(64, "runs/data", packages="runs/data/npm")
     source = sources.open(sources.Emoji(), 64, "train", "runs/data")
@@ -66,7 +66,7 @@ def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
     if not ready:
         raise FileNotFoundError(
             f"no emoji at {resolution} pixels in {data_dir}; run "
-            f"python -m experiments.data.emoji --data-dir {data_dir} --resolutions {resolution}"
+            f"python -m experiments.recipes.emoji_data --data-dir {data_dir} --resolutions {resolution}"
         )
     return builder
 
@@ -195,7 +195,8 @@ def _json(file: Path, kind: type) -> Any:
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: not there; run python -m experiments.data.emoji to fetch it") from error
+        advice = "run python -m experiments.recipes.emoji_data to fetch it"
+        raise FileNotFoundError(f"{file}: not there; {advice}") from error
     values = parse(content, str(file), "emoji", most=2**28)
     if not isinstance(values, kind):
         raise ValueError(f"{file} is not JSON with emoji: it holds a {type(values).__name__}, not a {kind.__name__}")

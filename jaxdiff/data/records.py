@@ -60,7 +60,7 @@ class RecordSource:
             return unpack(record)
         except (struct.error, ValueError) as error:
             where = self._records.where(index)
-            raise ValueError(f"{where}: not written by experiments.data.convert ({reason(error)})") from error
+            raise ValueError(f"{where}: not written by experiments.convert ({reason(error)})") from error
 
     @functools.cached_property
     def _records(self) -> Parts:
@@ -72,15 +72,15 @@ def read(path: Path | str) -> RecordSource:
     that does not hold the records that it should."""
     path = Path(path)
     if not (path / INDEX).is_file():
-        raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.data.convert")
+        raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.convert")
     try:
         sizes = _sizes(read_object(path / INDEX, "the files of a set", _LARGEST_INDEX))
     except ValueError as error:
-        raise ValueError(f"{path / INDEX}: not written by experiments.data.convert ({error})") from error
+        raise ValueError(f"{path / INDEX}: not written by experiments.convert ({error})") from error
     missing = [shard for shard in sizes if not (path / shard).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {quoted(missing[0])} is listed in {INDEX} but not there; run experiments.data.convert again"
+            f"{path}: {quoted(missing[0])} is listed in {INDEX} but not there; run experiments.convert again"
         )
     if not sizes:
         raise ValueError(f"{path}: no pictures were converted")

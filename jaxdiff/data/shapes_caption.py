@@ -6,10 +6,22 @@ picture is right when it agrees with `stated` (evaluation/attributes.py).
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
-from jaxdiff.data.shapes_scene import Object, Scene, Split, pick, scene, stream
+from jaxdiff.data.shapes_scene import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    POSITIONS,
+    Object,
+    Scene,
+    Split,
+    pick,
+    scene,
+    stream,
+)
 
 SAID = 0.6  # the chance that an optional attribute is said of a single object
 SAID_OF_TWO = 0.35  # and of each of two, to keep the sentence short
@@ -190,3 +202,22 @@ def _ground(rng: np.random.Generator, background: str | None) -> str:
 
 def _tidy(text: str) -> str:
     return " ".join(text.split()).replace(" ,", ",")
+
+
+def _vocabulary() -> frozenset[str]:
+    """From the tables above, and what the sentences put between them."""
+    tables = (*SIZE_WORDS.values(), *FILL_WORDS.values(), *RELATION_WORDS.values(), EDGE_WORDS.values())
+    texts = [text for table in tables for text in table]
+    texts += [*KINDS, *COLOURS, *BACKGROUNDS, *POSITIONS]
+    texts += ["there is a picture of an", "in the center", "in the middle corner", "on a background", "with stripes"]
+    return frozenset(word for text in texts for word in text.split())
+
+
+WORDS = _vocabulary()
+"""Every word of the captions, in small letters."""
+
+
+def unknown_words(texts: Iterable[str]) -> list[str]:
+    """The words of these texts that no caption has, each once, in their order."""
+    words = [word.strip(".,;:!?\"'()") for text in texts for word in text.lower().split()]
+    return list(dict.fromkeys(word for word in words if word and word not in WORDS))

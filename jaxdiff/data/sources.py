@@ -22,7 +22,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """Noto's artwork with its names, prepared beforehand by experiments.data.emoji at 64, 256 and 1024 pixels."""
+    """Noto's artwork with its names, prepared beforehand by experiments.recipes.emoji_data (64, 256, 1024 pixels)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tfds:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What experiments.data.convert wrote: a folder of ArrayRecord files with a dataset.json."""
+    """What experiments.convert wrote: a folder of ArrayRecord files with a dataset.json."""
 
     path: Path
 

@@ -19,6 +19,7 @@ from jaxdiff.models.clip import normalised
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, TowerOutput
 from jaxdiff.nets.inception import SIDE, TAPS, WIDTH, Inception, InceptionOutputs
+from jaxdiff.text.encoder import TextEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,3 +158,9 @@ def _parts(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.nda
             part = []
     if part:
         yield part
+
+
+def pooled_text(encoder: TextEncoder, captions: Sequence[str]) -> np.ndarray:
+    """What a CLIP that measures makes of captions (b e): as exactly as images are seen, on accelerators too."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(encoder.encode(captions).pooled)

@@ -6,7 +6,7 @@ samples is `models/sampling.py`; presets are in `systems/`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,12 @@ class DiffusionModel(SingleOptimizer):
         return output
 
 
+def executed(model: DiffusionModel, **how: Any) -> DiffusionModel:
+    """The same model, computed in another way: fields of `ExecutionConfig`."""
+    execution = replace(model.unet.execution, **how)
+    return replace(model, unet=replace(model.unet, execution=execution))
+
+
 def check_size(model: DiffusionModel, *sides: int, name: str = "side") -> None:
     """ValueError where a side (`name` says of what) is not a multiple of the network's stride."""
     for side in sides:
@@ -158,4 +164,4 @@ def check_crop(model: DiffusionModel, side: int) -> None:
     is larger than its images."""
     check_size(model, side, name="crop")
     if side > model.side:
-        raise ValueError(f"--crop {side}: larger than the pictures, {model.side}")
+        raise ValueError(f"--crop {side}: larger than the images, {model.side}")

@@ -9,7 +9,7 @@ A *box* is the generator or a decoder. Sample i of a seed is the same whatever e
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -121,6 +121,23 @@ class Pipeline:
         warning.
         """
         return _run(self, _planned(self, prompts, options), progress)
+
+
+def with_boxes(pipeline: Pipeline, boxes: Sequence[Generator | Decoder]) -> Pipeline:
+    """The pipeline with other boxes, in their order."""
+    generator, *decoders = boxes
+    return replace(pipeline, generator=generator, decoders=tuple(decoders))
+
+
+def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:
+    """The pipeline without the boxes behind the one that produces images of this side; None: all of it. ValueError for
+    a side that none has."""
+    if side is None:
+        return pipeline
+    if side not in pipeline.sides:
+        sides = ", ".join(map(str, pipeline.sides))
+        raise ValueError(f"no stage samples {side} pixels, only {sides}")
+    return replace(pipeline, decoders=pipeline.decoders[: pipeline.sides.index(side)])
 
 
 def check_order(boxes: Sequence[Generator | Decoder]) -> None:

@@ -1,7 +1,7 @@
 """FID's Inception-v3 from a safetensors file with PyTorch's names.
 
-The public file, pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, is a pickle: `experiments.inception`
-makes such a file of it.
+The public file, pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, is a pickle:
+`experiments.export inception` makes such a file of it.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights of Inception at {path}: download pt_inception-2015-12-05-6726825d.pth from pytorch-fid's "
-            f"releases, then python -m experiments.inception --source FILE.pth --out {path}"
+            f"releases, then python -m experiments.export inception --source FILE.pth --out {path}"
         )
     shapes = _shapes()
     stored = {key: tensor for key, tensor in tree.read_header(path)[0].items() if not key.endswith(UNUSED)}

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import convert as command
 from experiments.cli import run
-from experiments.data import convert as command
 from jaxdiff.core import files
 from jaxdiff.data import convert, images, records, remote
 from jaxdiff.data.convert import Settings
@@ -258,7 +258,7 @@ def test_the_command(tmp_path, capsys):
     write_tar(tmp_path / "tars" / "x.tar", {"1.png": PNG, "1.cls": b"7"})
     command.main((f"{tmp_path}/tars/*.tar",), tmp_path / "out")
     told = capsys.readouterr()
-    assert "6 pictures in 4 files" in told.out
+    assert "6 images in 4 files" in told.out
     assert "warning: skipped 1 × no caption; the first:" in told.err
     assert f"note: 1 × member not used; the first: {tmp_path}/tars/x.tar/1.cls: member not used" in told.err
     assert len(captions(tmp_path / "out")) == 6
@@ -296,7 +296,7 @@ def test_lists_that_are_no_lists_of_rows(tmp_path):
 def test_another_tools_index_is_named(tmp_path):
     for content in ('{"name": "x"}', "[1]", "{"):
         (tmp_path / "dataset.json").write_text(content)
-        with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.data\.convert"):
+        with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.convert"):
             records.read(tmp_path)
 
 
@@ -446,7 +446,7 @@ BAD_INDEX = {
 @pytest.mark.parametrize("content", BAD_INDEX.values(), ids=BAD_INDEX)
 def test_an_index_that_was_not_written_here_is_one_line(tmp_path, content):
     (tmp_path / "dataset.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.data\.convert") as caught:
+    with pytest.raises(ValueError, match=r"dataset\.json: not written by experiments\.convert") as caught:
         records.read(tmp_path)
     assert "\n" not in str(caught.value)
 

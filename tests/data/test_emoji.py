@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from experiments.data import emoji as command
+from experiments.recipes import emoji_data as command
 from jaxdiff.data import emoji, images, sources
 
 
@@ -83,7 +83,7 @@ def test_packages_that_are_wrong_leave_nothing_behind(packages, tmp_path):
 def test_the_command_uses_tarballs_that_are_there(tarballs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")  # neither npm nor a network
     command.main(tmp_path / "data", (64, 96), tarballs)
-    assert "emoji at 96: 3 pictures" in capsys.readouterr().out
+    assert "emoji at 96: 3 images" in capsys.readouterr().out
     assert len(sources.open(sources.Emoji(), 96, "train", tmp_path / "data")) == 3
 
 

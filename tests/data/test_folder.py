@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from experiments.judging import open_folder
 from jaxdiff.data import folder
+from jaxdiff.evaluation.image_sets import open_folder
 
 
 def fill(root, *names: str, picture: bytes = b"picture") -> None:

@@ -9,8 +9,8 @@ import signal
 import numpy as np
 import pytest
 
+from experiments import convert as command
 from experiments.cli import run
-from experiments.data import convert as command
 from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import convert, images, lists
 

@@ -167,7 +167,7 @@ def test_records_of_another_program_are_named(copy):
         with new_records(first) as write:
             for _ in range(5):
                 write(content)
-        with pytest.raises(ValueError, match=r"record 0: not written by experiments\.data\.convert"):
+        with pytest.raises(ValueError, match=r"record 0: not written by experiments\.convert"):
             everything(copy)
 
 

@@ -10,8 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 
+from experiments import convert as command
 from experiments.cli import run
-from experiments.data import convert as command
 from jaxdiff.data import convert, images, records, tar_shards
 from jaxdiff.data.fault import Fault
 

@@ -2,22 +2,24 @@
 
 import dataclasses
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import jax
 import numpy as np
 import pytest
 from small import random_params
-from small_cascade import BASE, STAGES, T5
+from small_cascade import BASE, STAGES, T5, WIDTH
 
 from experiments.cli import run
-from experiments.imagen import presets
-from experiments.text import pretrain
+from experiments.options import names
+from experiments.table import TASKS
+from experiments.tasks.diffusion import Preset
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.t5 import T5Encoder
 from jaxdiff.text.tokenizer import train_tokenizer
-from jaxdiff.weights.imagen import save_model
+from jaxdiff.weights.stages import save_model
 from jaxdiff.weights.t5 import export
 
 
@@ -32,7 +34,7 @@ def standin(tmp_path_factory) -> Path:
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, ids == 0)["params"]
     export(config, jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes), folder / "text")
     for number, (name, stage) in enumerate(STAGES.items()):
-        sampling = SamplingConfig(presets.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
+        sampling = SamplingConfig(names.SAMPLERS["ddim"], steps=2, guidance=Guidance(2.0 if stage is BASE else 1.0))
         save_model(TrainedModel(stage, random_params(stage, number), sampling), folder / name)
     return folder
 
@@ -45,11 +47,12 @@ def steps(shared_steps) -> None:
 @pytest.fixture
 def small_presets(monkeypatch) -> None:
     """The tiny presets of training, smaller still."""
+    sampling = SamplingConfig(names.SAMPLERS["ddim"], steps=2)
     for name, stage in STAGES.items():
-        monkeypatch.setitem(presets.STAGES, name, {"tiny": stage, "quick": stage})
-    monkeypatch.setitem(pretrain.PRESETS, "tiny", T5)
-    for name in ("SAMPLING_BASE_TINY", "SAMPLING_BASE_QUICK", "SAMPLING_SR_TINY"):
-        monkeypatch.setattr(presets.imagen_tiny, name, SamplingConfig(presets.SAMPLERS["ddim"], steps=2))
+        presets = TASKS[f"imagen.{name}"].presets
+        for preset in ("tiny", "quick"):
+            monkeypatch.setitem(presets, preset, Preset(stage, sampling, (24, WIDTH)))
+    monkeypatch.setitem(TASKS["t5"].presets, "tiny", T5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,22 @@ class Result:
 
 @pytest.fixture
 def command(capsys):
-    """`command(main, *arguments)`: what the script's `main` would do when called with them from a shell."""
+    """`command(train, "imagen.base64", …)`: what a module's command would do when called with them from a shell; in
+    place of a module, a function, a command or a table of them."""
 
-    def call(main, *arguments) -> Result:
+    def call(what, *arguments) -> Result:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run(main, [str(argument) for argument in arguments])
+            run(_main(what), [str(argument) for argument in arguments])
         return Result(stop.value.code, *capsys.readouterr())
 
     return call
+
+
+def _main(what):
+    if not isinstance(what, ModuleType):
+        return what
+    for name in ("commands", "command"):
+        if isinstance(make := getattr(what, name, None), FunctionType):
+            return make()
+    return what.main

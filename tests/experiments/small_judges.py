@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments.classifier import ATTRIBUTES
+from experiments.tasks.classifier import ATTRIBUTES
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig

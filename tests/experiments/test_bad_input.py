@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark
-from experiments.imagen import evaluate, sample, train
-from experiments.text.pretrain import pretrain
+from experiments import benchmark, evaluate, sample, train
 from jaxdiff.weights import tree
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +38,7 @@ ARGUMENTS = {
     "eta without ddim": (("--sampler", "euler", "--eta", "0.5"), "--eta"),
     "an interval upside down": (("--guidance-interval", "1", "-1"), "interval"),
     "percentile": (("--thresholding", "dynamic", "--percentile", "2"), "percentile"),
-    "no pictures": (("--per-prompt", "0"), "nothing to draw"),
+    "no pictures": (("--per-prompt", "0"), "--per-prompt 0"),
     "an option that does not exist": (("--colour", "red"), "--colour"),
     "a number that is none": (("--seed", "x"), "--seed"),
     "no such folder of weights": (("--weights", "/nowhere"), "/nowhere"),
@@ -58,22 +56,22 @@ def one_line(done, culprit):
 def test_arguments(case, standin, tmp_path, command):
     arguments, culprit = ARGUMENTS[case]
     out = tmp_path / "out"
-    done = command(sample.main, "a red circle", "--weights", standin, "--out", out, *arguments)
+    done = command(sample, "a red circle", "--weights", standin, "--out", out, *arguments)
     one_line(done, culprit)
     assert not out.exists()
 
 
 def test_nothing_to_draw(tmp_path, command):
-    one_line(command(sample.main, "--out", tmp_path / "out"), "--prompts")
+    one_line(command(sample, "--out", tmp_path / "out"), "--prompts")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written(standin, tmp_path, command):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
-    one_line(command(sample.main, "a red circle", "--weights", standin, "--out", out), str(tmp_path / "file"))
+    one_line(command(sample, "a red circle", "--weights", standin, "--out", out), str(tmp_path / "file"))
     scores = ("--n", 1, "--weights", standin, "--json", out / "scores.json")
-    one_line(command(evaluate.main, *scores), str(tmp_path / "file"))
+    one_line(command(evaluate, "attributes", *scores), str(tmp_path / "file"))
 
 
 def damaged(standin, folder, change):
@@ -162,7 +160,7 @@ def with_a_hostile_key(folder):
 )
 def test_weights(change, culprit, standin, tmp_path, command):
     folder, out = damaged(standin, tmp_path / "weights", change), tmp_path / "out"
-    one_line(command(sample.main, "a red circle", "--weights", folder, "--out", out), culprit)
+    one_line(command(sample, "a red circle", "--weights", folder, "--out", out), culprit)
     assert not out.exists()
 
 
@@ -175,7 +173,7 @@ def test_full_disk_while_saving_a_picture(standin, tmp_path, command, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
     monkeypatch.setattr(Image.Image, "save", half)
-    done = command(sample.main, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    done = command(sample, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("error: ") and "No space left" in done.err
     assert list((tmp_path / "out").iterdir()) == []
@@ -199,70 +197,70 @@ def photos(folder: Path) -> Path:
 def training(standin, tmp_path, small_presets):
     """Arguments that train the base for two steps."""
     text, data = standin / "text", photos(tmp_path / "photos")
-    settings = {"stage": "base64", "text": text, "data": f"folder:{data}", "batch": 8, "steps": 2, "sample-every": 0}
+    settings = {"text": text, "data": f"folder:{data}", "batch": 8, "steps": 2, "sample-every": 0}
     settings |= {"ema-decay": 0.995}  # as in test_training.py, whose compiled program is the same then
     settings |= {"out": tmp_path / "run", "data-dir": tmp_path / "data"}
-    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return ["imagen.base64", *(part for name, value in settings.items() for part in (f"--{name}", value))]
 
 
 def test_bad_pictures_are_skipped_or_under_strict_an_error(training, tmp_path, command):
-    done = command(train.main, *training)
+    done = command(train, *training)
     assert done.code == 0, done.err
     warned = [line for line in done.err.splitlines() if line.startswith("warning: skipped")]
     assert len(warned) == 3 and all(name in "".join(warned) for name in ("broken.png", "unnamed.png", "gone.png"))
     assert "skipped 3 (2 unreadable, 1 no caption) of 11 examples" in done.out
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
-    done = command(train.main, *training, "--out", tmp_path / "strict", "--strict")
+    done = command(train, *training, "--out", tmp_path / "strict", "--strict")
     assert done.code == 2
     last = done.err.splitlines()[-1]
     assert last.startswith("error: ") and any(name in last for name in ("broken", "unnamed", "gone")), done.err
-    assert not (tmp_path / "strict" / "model").exists()
+    assert not (tmp_path / "strict" / "model" / "model.safetensors").exists()
 
     # The folder of a finished run, with other settings: its checkpoint is of another model.
-    done = command(train.main, *training, "--learning-rate", "0.5")
+    done = command(train, *training, "--learning-rate", "0.5")
     assert done.code == 2
     assert "saved with other settings" in done.err.splitlines()[-1] and "learning_rate" in done.err
-    done = command(train.main, *training, "--batch", 16)
+    done = command(train, *training, "--batch", 16)
     assert done.code == 2 and "data.batch was 8 and is 16 here" in done.err.splitlines()[-1]
 
 
 def test_training_arguments(standin, tmp_path, command):
     out = "--out", tmp_path / "run"
     for arguments, culprit in (
-        (("--stage", "base65"), "base65"),
-        (("--stage", "sr256", "--preset", "2b"), "'2b'"),
-        (("--stage", "sr256", "--data", "paintings"), "paintings"),
-        (("--stage", "sr256", "--data", "folder:/nowhere"), "/nowhere"),
-        (("--stage", "base64", "--text", "/nowhere"), "/nowhere"),
-        (("--stage", "sr256", "--init", "/nowhere"), "/nowhere"),
-        (("--stage", "sr256", "--steps", 0), "steps 0"),
-        (("--stage", "sr256", "--batch", 0), "batch 0"),
-        (("--stage", "sr256", "--batch", 6, "--accumulate", 4), "a batch of 6 does not divide"),
-        (("--stage", "sr256", "--seed", -1), "seed -1"),
-        (("--stage", "sr256", "--workers", -1), "workers -1"),
-        (("--stage", "sr256", "--limit", -1), "limit -1"),
-        (("--stage", "base64", "--text-length", 0), "text_length 0"),
-        (("--stage", "sr256", "--crop", 512), "--crop 512"),
-        (("--stage", "sr256", "--text-dropout", 0.2), "--text-dropout 0.2: sr256 tiny reads no text"),
-        (("--stage", "base64", "--max-aug-level", 0.5), "--max-aug-level 0.5: base64 tiny enlarges nothing"),
-        (("--stage", "base64", "--text-dropout", 2), "fraction between 0 and 1"),
-        (("--stage", "base64", "--embeddings", "/nowhere"), "/nowhere"),
-        (("--stage", "base64", "--text", "none"), "--text none"),
-        (("--stage", "base64", "--logsnr", -60, -40), "--logsnr -60 -40"),
-        (("--stage", "sr256", "--learning-rate", "nan"), "learning_rate"),
-        (("--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels"),
-        (("--stage", "base64", "--logsnr", 1, -1), "low < high"),
-        (("--stage", "base64", "--logsnr", -1, 1, "--logsnr-fraction", 2), "fraction"),
+        (("imagen.base65",), "base65"),
+        (("imagen.sr256", "--preset", "2b"), "--preset 2b"),
+        (("imagen.sr256", "--data", "paintings"), "paintings"),
+        (("imagen.sr256", "--data", "folder:/nowhere"), "/nowhere"),
+        (("imagen.base64", "--text", "/nowhere"), "/nowhere"),
+        (("imagen.sr256", "--init", "/nowhere"), "/nowhere"),
+        (("imagen.sr256", "--steps", 0), "--steps 0"),
+        (("imagen.sr256", "--batch", 0), "--batch 0"),
+        (("imagen.sr256", "--batch", 6, "--accumulate", 4), "a batch of 6 does not divide"),
+        (("imagen.sr256", "--seed", -1), "seed -1"),
+        (("imagen.sr256", "--workers", -1), "--workers -1"),
+        (("imagen.sr256", "--limit", -1), "--limit -1"),
+        (("imagen.base64", "--text-length", 0), "--text-length 0"),
+        (("imagen.sr256", "--crop", 512), "--crop 512"),
+        (("imagen.sr256", "--text-dropout", 0.2), "--text-dropout 0.2: --preset tiny reads no text"),
+        (("imagen.base64", "--max-aug-level", 0.5), "--max-aug-level 0.5: --preset tiny is no super-resolution"),
+        (("imagen.base64", "--text-dropout", 2), "fraction between 0 and 1"),
+        (("imagen.base64", "--embeddings", "/nowhere"), "/nowhere"),
+        (("imagen.base64", "--text", "none"), "--text none"),
+        (("imagen.base64", "--logsnr", -60, -40), "--logsnr -60 -40"),
+        (("imagen.sr256", "--learning-rate", "nan"), "learning_rate"),
+        (("imagen.sr256", "--preset", "paper", "--crop", 20), "20 pixels"),
+        (("imagen.base64", "--logsnr", 1, -1), "low < high"),
+        (("imagen.base64", "--logsnr", -1, 1, "--logsnr-fraction", 2), "fraction"),
     ):
-        one_line(command(train.main, *arguments, *out, "--data-dir", tmp_path / "data", "--examples", 8), culprit)
+        one_line(command(train, *arguments, *out, "--data-dir", tmp_path / "data", "--examples", 8), culprit)
         assert list(tmp_path.iterdir()) == []
-    one_line(command(pretrain, *out, "--data-dir", tmp_path / "data", "--steps", 0), "steps 0")
-    one_line(command(benchmark.main, "--stage", "sr256", "--preset", "paper", "--crop", 20), "20 pixels")
-    one_line(command(benchmark.main, "--stage", "sr256", "--preset", "tiny", "--crop", 512), "larger than the pictures")
+    one_line(command(train, "t5", *out, "--data-dir", tmp_path / "data", "--steps", 0), "--steps 0")
+    one_line(command(benchmark, "imagen.sr256", "--preset", "paper", "--crop", 20), "20 pixels")
+    one_line(command(benchmark, "imagen.sr256", "--preset", "tiny", "--crop", 512), "larger than the images")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run").touch()
-    done = command(train.main, "--stage", "sr256", *out, "--data-dir", tmp_path / "data", "--examples", 8)
+    done = command(train, "imagen.sr256", *out, "--data-dir", tmp_path / "data", "--examples", 8)
     one_line(done, "run: a file, name a folder")
     assert not (tmp_path / "data").exists()
 
@@ -271,7 +269,7 @@ def test_as_a_process(standin, tmp_path):
     """The exit code and the line as a shell sees them."""
     arguments = ["a red circle", "--weights", str(standin), "--out", str(tmp_path / "out"), "--steps", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.imagen.sample", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "experiments.sample", *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr == "error: steps must be at least 1, not 0\n"

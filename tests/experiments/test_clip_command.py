@@ -1,4 +1,4 @@
-"""experiments.clip: a few steps of both losses, resumption, what transformers opens, retrieval and classes."""
+"""experiments.train clip: a few steps of both losses, resumption, what transformers opens, retrieval and classes."""
 
 import json
 import shutil
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import evaluate, train
 from experiments.cli import run
-from experiments.clip import evaluate, train
+from experiments.table import TASKS
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.training import metrics
 from jaxdiff.weights import clip as weights
@@ -24,7 +25,7 @@ SMALL = CLIPConfig(
 @pytest.fixture(autouse=True, scope="module")
 def small_preset():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PRESETS, "tiny", SMALL)
+        patch.setitem(TASKS["clip"].presets, "tiny", SMALL)
         yield
 
 
@@ -45,7 +46,7 @@ def settings(data_dir):
 @pytest.fixture
 def trained(command, settings, tmp_path):
     def call(*more, out=tmp_path / "clip"):
-        return command(train.main, *settings, "--out", out, *more)
+        return command(train, "clip", *settings, "--out", out, *more)
 
     return call
 
@@ -55,7 +56,7 @@ def finished(settings, tmp_path_factory):
     """The folder of a run with nothing but these settings; not to be written to."""
     out = tmp_path_factory.mktemp("finished") / "clip"
     with pytest.raises(SystemExit) as stop:
-        run(train.main, [str(argument) for argument in (*settings, "--out", out)])
+        run(train.commands(), [str(argument) for argument in ("clip", *settings, "--out", out)])
     assert stop.value.code == 0
     return out
 
@@ -72,14 +73,16 @@ def check_run(out):
 
 def test_a_run_leaves_a_clip(finished, command, tmp_path):
     check_run(finished)
-    judged = command(
-        evaluate.main, "--weights", finished / "model", "--n", 12, "--label", "kind", "--label-n", 10,
-        "--json", tmp_path / "scores.json", "--prompts", "a {} and {x}", "{}",
-    )  # fmt: skip
-    assert judged.code == 0, judged.err
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["pictures by caption, R@10"] >= scores["pictures by caption, R@1"] >= 0
-    assert 0 <= scores["kind, of 6 classes"] <= 1 and "captions by picture, R@5" in judged.out
+    clip, file = ("--clip", finished / "model"), tmp_path / "scores.json"
+    done = command(evaluate, "retrieval", *clip, "--n", 12, "--json", file)
+    assert done.code == 0, done.err
+    scores = json.loads(file.read_text())
+    assert scores["images by caption, R@10"] >= scores["images by caption, R@1"] >= 0
+    assert "captions by image, R@5" in done.out
+    named = "--label", "kind", "--n", 10, "--prompts", "a {} and {x}", "{}"
+    done = command(evaluate, "zero-shot", *clip, *named, "--json", file)
+    assert done.code == 0, done.err
+    assert 0 <= json.loads(file.read_text())["kind, of 6 classes"] <= 1
 
 
 @pytest.mark.slow
@@ -126,7 +129,7 @@ def test_transformers_opens_it(finished):
 @pytest.mark.parametrize(
     "more, culprit",
     [
-        (("--batch", 1), "batch 1"),
+        (("--batch", 1), "--batch 1"),
         (("--data", "nothing"), "'nothing'"),
         (("--patch", 60), "resolution 64 is not a multiple"),
         (("--tokenizer", "/nowhere"), "/nowhere"),
@@ -141,15 +144,15 @@ def test_bad_settings(trained, more, culprit, tmp_path):
 @pytest.mark.parametrize(
     "more, culprit",
     [
-        (("--n", 0), "nothing to judge"),
-        (("--label", "weight"), "--label weight: shapes has kind"),
-        (("--prompts", "a circle"), "--prompts"),
-        (("--weights", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("retrieval", "--n", 0), "--n 0"),
+        (("zero-shot", "--label", "weight"), "--label weight: shapes has kind"),
+        (("zero-shot", "--prompts", "a circle"), "--prompts"),
+        (("retrieval", "--clip", "/nowhere/at/all"), "/nowhere/at/all"),
     ],
 )
 def test_bad_questions(finished, command, more, culprit):
-    named = () if "--weights" in more else ("--weights", finished / "model")
-    done = command(evaluate.main, *named, *more)
+    named = () if "--clip" in more else ("--clip", finished / "model")
+    done = command(evaluate, *more, *named)
     assert done.code == 2 and culprit in done.err, done.err
 
 
@@ -161,12 +164,12 @@ def test_pairs_of_ones_own(trained, command, tmp_path):
         (photos / f"{i}.txt").write_text(f"a red square of the number {i}")
     assert trained("--data", f"folder:{photos}").code == 0
     done = command(
-        evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}", "--n", 8
+        evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--data", f"folder:{photos}", "--n", 8
     )  # fmt: skip
     assert done.code == 0 and "R@10" in done.out
     (photos / "5.png").write_bytes(b"no picture")
-    damaged = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
+    damaged = command(evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
     assert damaged.code == 2 and damaged.err.strip().splitlines()[-1].startswith("error: ") and "5.png" in damaged.err
     (photos / "3.txt").unlink()
-    lacking = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
+    lacking = command(evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
     assert lacking.code == 2 and "3.png" in lacking.err

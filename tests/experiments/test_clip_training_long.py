@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from experiments.clip import evaluate, train
+from experiments import evaluate, train
 
 
 @pytest.mark.slow
 def test_a_tiny_clip_finds_held_out_pictures(command, tmp_path):
     """Seen: R@1 0.70 by caption and 0.81 by picture, of a hundred whose captions all differ in what they say."""
     recipe = ("--optimizer", "muon", "--learning-rate", 4e-3, "--weight-decay", 0.05, "--warmup", 50, "--steps", 1400)
-    done = command(train.main, "--out", tmp_path / "clip", "--data-dir", tmp_path / "data", *recipe)
+    done = command(train, "clip", "--out", tmp_path / "clip", "--data-dir", tmp_path / "data", *recipe)
     assert done.code == 0, done.err
     scores = tmp_path / "scores.json"
-    done = command(evaluate.main, "--weights", tmp_path / "clip" / "model", "--n", 100, "--json", scores)
+    done = command(evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--n", 100, "--json", scores)
     assert done.code == 0, done.err
     found = json.loads(scores.read_text())
-    assert found["pictures by caption, R@1"] >= 0.6 and found["captions by picture, R@1"] >= 0.7
+    assert found["images by caption, R@1"] >= 0.6 and found["captions by image, R@1"] >= 0.7

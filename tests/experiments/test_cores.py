@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cores import devices_for
+from experiments.options.cores import devices_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,9 @@ def test_a_device_for_each_core_that_every_batch_can_use(batches, cores, devices
 def counted(code: str, **environment: str) -> list[str]:
     """What `code` prints in a process of its own, as words."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    code = f"import jax; from experiments.cores import devices_for, use_cores; {code}; print(jax.device_count())"
+    code = (
+        f"import jax; from experiments.options.cores import devices_for, use_cores; {code}; print(jax.device_count())"
+    )
     command = [sys.executable, "-c", code]
     environment = inherited | {"JAX_PLATFORMS": "cpu"} | environment
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -14,11 +14,10 @@ from PIL import Image
 from small_cascade import BASE, SR_256, T5
 from small_judges import write_judges
 
-from experiments import curves, curves_models
 from experiments.cli import run
-from experiments.curves_models import Training, text_of
-from experiments.imagen import presets
-from experiments.text import pretrain
+from experiments.recipes import curves, curves_models
+from experiments.recipes.curves_models import Training, text_of
+from experiments.table import TASKS
 from jaxdiff.weights import clip
 
 
@@ -37,9 +36,11 @@ def small():
     stage = dataclasses.replace(BASE, side=32)
     twofold = dataclasses.replace(SR_256, side=64, conditioners=(dataclasses.replace(SR_256.low_res, factor=2),))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.STAGES, "base32", {"small": stage, "medium": stage, "tiny": stage})
-        patch.setitem(pretrain.PRESETS, "micro", T5)
-        patch.setitem(pretrain.PRESETS, "mini", T5)
+        presets = TASKS["imagen.base32"].presets
+        for name in ("small", "medium", "tiny"):
+            patch.setitem(presets, name, dataclasses.replace(presets[name], model=stage))
+        patch.setitem(TASKS["t5"].presets, "micro", T5)
+        patch.setitem(TASKS["t5"].presets, "mini", T5)
         patch.setattr(curves_models, "SIZES", ("micro", "mini"))
         patch.setitem(curves_models.ENLARGING, 32, twofold)
         yield
@@ -51,7 +52,7 @@ def settings(judges, data_dir, tmp_path_factory):
     texts.write_text("".join(f"a definition of the thing number {i}\n" for i in range(60)))
     return (
         "--data-dir", data_dir, "--clip", judges["clip"], "--classifier", judges["classifier"], "--texts", texts,
-        "--encoder", "mini", "--unets", "small", "medium", "--guidance", 1, 4, "--n", 10, "--draw-batch", 8,
+        "--encoder", "mini", "--unets", "small", "medium", "--guidance", 1, 4, "--n", 10, "--sample-batch", 8,
         "--sampling-steps", 2, "--steps", 2, "--batch", 8, "--t5-steps", 2, "--t5-batch", 8, "--vocab", 400,
         "--examples", 40, "--held-out", 20, "--sr-steps", 2,
     )  # fmt: skip
@@ -82,8 +83,8 @@ def rows_of(file):
 def test_a_grid(grid):
     for figure in ("unets", "thresholding"):
         assert (grid / f"{figure}.png").stat().st_size > 10_000
-    with Image.open(grid / "unets-pictures.png") as sheet:
-        assert sheet.width == pytest.approx(2 * 128, abs=40)  # a column for each weight, four pictures in a tile
+    with Image.open(grid / "unets-images.png") as sheet:
+        assert sheet.width == pytest.approx(2 * 128, abs=40)  # a column for each weight, four images in a tile
     rows = rows_of(grid / "first.csv")
     assert len(rows) == 2 * (2 + 3)  # weights × (U-Nets, thresholdings)
     assert all(np.isfinite(float(row["fd"])) and float(row["fd"]) > 0 for row in rows)
@@ -139,13 +140,13 @@ def test_augmentation(drawn, grid):
         (("--n", 1), "n 1"),
         (("--n", 6), "n 6: the Fréchet distance of 6 features"),
         (("--n", 21), "n 21: there are 20 held-out captions"),
-        (("--unets", "small", "large"), "no preset 'large'"),
+        (("--unets", "small", "large"), "U-Net large: choose from micro, small, medium, tiny"),
         (("--interval", 3, -3), "guidance interval"),
         (("--steps", 0), "steps 0"),
         (("--resolution", 48), "resolution 48"),
-        (("--texts", "/nowhere"), "experiments.data.glosses"),
+        (("--texts", "/nowhere"), "experiments.recipes.glosses"),
         (("--encoders", "/nowhere/t5"), "/nowhere/t5"),
-        (("--clip", "None"), "both judges"),
+        (("--clip", "None"), "name both networks"),
         (("--figures", "weather"), "weather"),
         (("--aug-levels", 2), "--aug-levels"),
     ],

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.text import embed
+from experiments import embed
 from jaxdiff.data import images, sources
 from jaxdiff.data.embeddings import Shard, open_embeddings
 from jaxdiff.nets.t5 import T5Config, T5Encoder
@@ -60,7 +60,7 @@ def test_the_command_stores_what_the_encoder_says(tmp_path, encoder_dir, capsys)
 
 @pytest.fixture
 def photos(tmp_path):
-    """So many captioned pictures, a caption a part, so that a kill comes between two of them or in one."""
+    """So many captioned images, a caption a part, so that a kill comes between two of them or in one."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(COUNT):
@@ -71,7 +71,7 @@ def photos(tmp_path):
 
 
 def started(*arguments):
-    arguments = [sys.executable, "-m", "experiments.text.embed", *map(str, arguments)]
+    arguments = [sys.executable, "-m", "experiments.embed", *map(str, arguments)]
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from small_cascade import SR_256
 
-from experiments.imagen import evaluate
-from experiments.imagen.drawing import with_boxes
-from experiments.imagen.evaluate import Tally, psnr, psnr_scores, small_picture, true_picture
+from experiments import evaluate
+from experiments.evaluations.attributes import Tally, attribute_scores
+from experiments.evaluations.psnr import psnr, psnr_scores, small_image, true_image
 from jaxdiff.data.images import resize, to_float
 from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.diffusion.thresholding import StaticThreshold
-from jaxdiff.systems.pipeline import Batch, Pipeline
+from jaxdiff.systems.pipeline import Batch, Pipeline, up_to, with_boxes
 from jaxdiff.weights.imagen import load, trained
 
 
@@ -63,35 +63,45 @@ def test_enlarging_alone_scores_like_bicubic(standin):
 
 
 def test_the_small_pictures_are_pillows():
-    large, (text, small) = true_picture(256, 0), small_picture(256, 64, 0)
+    large, (text, small) = true_image(256, 0), small_image(256, 64, 0)
     assert large.shape == (256, 256, 3) and isinstance(text, str)
     np.testing.assert_array_equal(small, resize(large, 64))
 
 
 def test_the_command(standin, tmp_path, command):
     file = tmp_path / "scores" / "all.json"
-    options = "--n", 4, "--psnr-256", 2, "--psnr-1024", 1, "--json", file, "--weights", standin
-    done = command(evaluate.main, *options)
+    options = "--n", 4, "--json", file, "--weights", standin
+    done = command(evaluate, "attributes", *options, "--up-to", 256)
     assert done.code == 0, done.err
     scores = json.loads(file.read_text())
-    for resolution in (64, 256, 1024):
+    for resolution in (64, 256):
         assert 0 <= scores[f"attribute_accuracy_{resolution}"] <= 1
         assert {"kind", "colour", "count"} <= scores[f"attributes_{resolution}"].keys()
         assert "relation" not in scores[f"attributes_{resolution}"]
         assert 0 <= scores[f"attribute_accuracy_{resolution}_two_objects"] <= 1
         assert {"kind", "colour", "count", "relation"} <= scores[f"attributes_{resolution}_two_objects"].keys()
         assert f"attribute_accuracy_{resolution}_two_objects" in done.out
-    for name in ("psnr_256", "psnr_256_bicubic", "psnr_1024", "psnr_1024_bicubic"):
-        assert 0 < scores[name] < 60
-        assert name in done.out
-    assert scores["seconds_per_picture"] == pytest.approx(sum(scores["seconds_per_picture_of_stage"].values()))
+    assert scores["seconds_per_image"] == pytest.approx(sum(scores["seconds_per_image_of_stage"].values()))
     assert scores["made_by"]["stages"][0]["steps"] == 2 and scores["made_by"]["objects"] == "both"
 
-    done = command(evaluate.main, *options, "--up-to", 64, "--seed", 1)
+    done = command(evaluate, "attributes", *options, "--up-to", 64, "--seed", 1)
     assert done.code == 0, done.err
     scores = json.loads(file.read_text())
     assert not [name for name in scores if "attribute" in name and not name.removesuffix("_two_objects").endswith("64")]
-    assert scores["made_by"]["seed"] == 1 and "psnr_256" not in scores
+    assert scores["made_by"]["seed"] == 1
+
+
+def test_psnr_from_the_command_line(standin, tmp_path, command):
+    file = tmp_path / "psnr.json"
+    options = "--psnr-256", 2, "--psnr-1024", 1, "--json", file, "--weights", standin
+    done = command(evaluate, "psnr", *options)
+    assert done.code == 0, done.err
+    scores = json.loads(file.read_text())
+    for name in ("psnr_256", "psnr_256_bicubic", "psnr_1024", "psnr_1024_bicubic"):
+        assert 0 < scores[name] < 60
+        assert name in done.out
+    done = command(evaluate, "psnr", *options, "--up-to", 64)
+    assert done.code == 2 and "nothing to score: the stages sample 64 pixels" in done.err
 
 
 @pytest.fixture
@@ -115,8 +125,8 @@ def drawn_as_told(monkeypatch):
 def test_one_object_and_two_are_scored_apart(objects, kinds, drawn_as_told, standin, tmp_path, command):
     """No score is an average of both, in batches of several sizes."""
     file = tmp_path / "scores.json"
-    options = "--up-to", 64, "--psnr-256", 0, "--psnr-1024", 0, "--json", file, "--weights", standin
-    done = command(evaluate.main, *options, "--n", 35, "--objects", objects)
+    options = "--up-to", 64, "--json", file, "--weights", standin
+    done = command(evaluate, "attributes", *options, "--n", 35, "--objects", objects)
     assert done.code == 0, done.err
     scores = json.loads(file.read_text())
     assert [name for name in scores if "accuracy" in name] == [f"attribute_accuracy_64{kind}" for kind in kinds]
@@ -132,26 +142,28 @@ def test_one_object_and_two_are_scored_apart(objects, kinds, drawn_as_told, stan
 
 def test_the_noise_of_a_kind_does_not_depend_on_the_other(standin):
     """Two objects drawn alone are the ones that are drawn beside one object."""
-    model = evaluate.upto(load(standin), 64)
+    model = up_to(load(standin), 64)
     captions = {objects: held_out_captions(3, objects) for objects in (1, 2)}
-    both = evaluate.attribute_scores(model, captions, 5, 16)
-    alone = evaluate.attribute_scores(model, {2: captions[2]}, 5, 16)
+    both = attribute_scores(model, captions, 5, 16)
+    alone = attribute_scores(model, {2: captions[2]}, 5, 16)
     assert {name: value for name, value in both.items() if name.endswith("_two_objects")} == {
         name: value for name, value in alone.items() if "seconds" not in name
     }
 
 
 def test_a_kind_that_is_none(standin, command):
-    done = command(evaluate.main, "--weights", standin, "--objects", 3)
+    done = command(evaluate, "attributes", "--weights", standin, "--objects", 3)
     assert done.code == 2 and "objects" in done.err and done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_is_shipped(tmp_path, command):
     """The cascade in the package: its base draws the colours asked for, its super-resolution beats bicubic by 2 dB."""
     scores = tmp_path / "scores.json"
-    counts = "--n", 6, "--objects", 1, "--up-to", 256, "--psnr-256", 2, "--psnr-1024", 0
-    done = command(evaluate.main, *counts, "--json", scores)
+    done = command(evaluate, "attributes", "--n", 6, "--objects", 1, "--up-to", 64, "--json", scores)
     assert done.code == 0, done.err
     found = json.loads(scores.read_text())
     assert found["attributes_64"]["colour"] >= 5 / 6 and found["attributes_64"]["background"] >= 5 / 6
+    assert command(evaluate, "psnr", "--psnr-256", 2, "--psnr-1024", 0, "--json", scores).code == 0
+    found = json.loads(scores.read_text())
     assert found["psnr_256"] > found["psnr_256_bicubic"] + 2.0

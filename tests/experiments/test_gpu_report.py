@@ -14,7 +14,7 @@ from experiments.recipes import gpu_benchmark, gpu_networks, gpu_report, gpu_sec
 from experiments.recipes.gpu_section import Context
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
-from jaxdiff.weights.imagen import load_model
+from jaxdiff.weights.stages import load_model
 
 
 def rows(folder, name):

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from experiments import inception as script
+from experiments import export
 from jaxdiff.core import trees
 from jaxdiff.weights import hub, inception
 
@@ -26,11 +26,10 @@ def state():
 
 def test_the_public_file_becomes_safetensors(tmp_path, state, command):
     torch.save(state | {"fc.bias": torch.ones(1008)}, tmp_path / "public.pth")
-    done = command(
-        script.main, "--source", tmp_path / "public.pth", "--out", tmp_path / "new" / "inception.safetensors"
-    )
+    file = tmp_path / "new" / "inception.safetensors"
+    done = command(export, "inception", "--source", tmp_path / "public.pth", "--out", file)
     assert done.code == 0 and "parameters" in done.out, done.err
-    params = inception.load(tmp_path / "new" / "inception.safetensors")
+    params = inception.load(file)
     np.testing.assert_array_equal(params["classes"]["kernel"], state["fc.weight"].numpy().T)
     found = params["mixed_7c"]["twice_3b"]["norm"]["var"]
     np.testing.assert_array_equal(found, state["Mixed_7c.branch3x3dbl_3b.bn.running_var"].numpy())
@@ -52,6 +51,6 @@ def test_other_files_are_refused(tmp_path, state, command, monkeypatch):
         ("less", "less.pth"),
         ("absent", "absent.pth: no such file"),
     ):
-        done = command(script.main, "--source", f"{name}.pth", "--out", "out.safetensors")
+        done = command(export, "inception", "--source", f"{name}.pth", "--out", "out.safetensors")
         assert done.code == 2 and culprit in done.err and done.err.count("\n") == 1, done.err
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out.safetensors").exists()

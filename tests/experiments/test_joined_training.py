@@ -1,4 +1,4 @@
-"""`experiments.imagen.train` on two real processes: the losses, pictures and parameters of one, written once.
+"""`experiments.train imagen.base64` on two real processes: the losses, pictures and parameters of one, written once.
 
 A long form: in the ordinary run tests/training/test_several_processes.py has processes that train a toy.
 """
@@ -11,9 +11,9 @@ import joined_train
 import numpy as np
 import pytest
 
-from experiments.imagen import train
+from experiments import train
 from jaxdiff.training.metrics import read
-from jaxdiff.weights.imagen import load_model
+from jaxdiff.weights.stages import load_model
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -25,7 +25,7 @@ def arguments(standin, out, *more, data_dir=None):
     data_dir = data_dir or f"{out}-data"
     data = "--examples", 16, "--held-out", 2, "--data-dir", data_dir, "--text", standin / "text"
     short = "--batch", 8, "--ema-decay", 0.9, "--log-every", 1, "--steps", 3, "--sample-every", 3, "--save-every", 2
-    return "--stage", "base64", "--out", out, *data, *short, *more
+    return "imagen.base64", "--out", out, *data, *short, *more
 
 
 def two_processes(standin, out, *more, data_dir=None):
@@ -42,7 +42,7 @@ def ended(processes):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(standin, tmp_path, command, small_presets):
-    assert command(train.main, *arguments(standin, tmp_path / "one"), "--mesh", "fsdp=8").code == 0
+    assert command(train, *arguments(standin, tmp_path / "one"), "--mesh", "fsdp=8").code == 0
     with two_processes(standin, tmp_path / "two") as two:
         ended(two)
         said = [[line for line in two.out(i).splitlines() if line and "Gloo" not in line] for i in range(2)]

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 from small_judges import write_judges
 
-from experiments import evaluate, judging
-from experiments.judging import Cropped, OfSource, open_folder
+from experiments import evaluate
+from experiments.options.metric_networks import MetricNetworks, loaded
 from jaxdiff.data.images import resize
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
+from jaxdiff.evaluation.image_sets import CroppedImages, SourceImages, open_folder
+from jaxdiff.evaluation.observe import observe
 from jaxdiff.evaluation.resize import Fit
 
 
@@ -30,7 +32,7 @@ def judged(command, judges, tmp_path):
         path = tmp_path / "out" / "scores.json"
         path.unlink(missing_ok=True)
         named = ["--clip", judges["clip"], "--classifier", judges["classifier"], "--data-dir", tmp_path / "data"]
-        done = command(evaluate.main, "--out", tmp_path / "out", *named, "--kid-subsets", 3, "--splits", 2, *more)
+        done = command(evaluate, "metrics", "--out", tmp_path / "out", *named, "--kid-subsets", 3, "--splits", 2, *more)
         scores = json.loads(path.read_text())["scores"] if path.is_file() else []
         return done, {score["name"]: score for score in scores}
 
@@ -66,7 +68,7 @@ def nothing_apart(scores):
 @pytest.mark.parametrize("fit", ["squeeze", "crop"])
 def test_a_folder_against_itself(judged, tmp_path, width, height, fit):
     folder = write(tmp_path / "photos", width, height)
-    done, scores = judged("--pictures", folder, "--data", f"folder:{folder}", "--fit", fit)
+    done, scores = judged("--images", folder, "--data", f"folder:{folder}", "--fit", fit)
     assert done.code == 0, done.err
     nothing_apart(scores)
     side = min(width, height)
@@ -80,7 +82,7 @@ def test_a_folder_against_itself(judged, tmp_path, width, height, fit):
 def test_left_out_the_whole_image_is_looked_at(judged, tmp_path):
     """As pytorch-fid and clean-fid do."""
     folder = write(tmp_path / "photos", 37, 81)
-    done, scores = judged("--pictures", folder, "--data", f"folder:{folder}")
+    done, scores = judged("--images", folder, "--data", f"folder:{folder}")
     assert done.code == 0 and "fit squeeze" in scores["FD-shapes"]["protocol"]
     nothing_apart(scores)
 
@@ -88,16 +90,16 @@ def test_left_out_the_whole_image_is_looked_at(judged, tmp_path):
 @pytest.mark.parametrize("size, other", [((64, 64), (64, 65)), ((37, 81), (81, 37)), ((64, 64), (128, 128))])
 def test_two_sizes_are_compared_only_where_they_are_cropped(judged, tmp_path, size, other):
     pictures, true = write(tmp_path / "pictures", *size), write(tmp_path / "true", *other, count=20)
-    done, _ = judged("--pictures", pictures, "--data", f"folder:{true}")
+    done, _ = judged("--images", pictures, "--data", f"folder:{true}")
     one_line(done, f"{size[0]}x{size[1]} and {other[0]}x{other[1]}", str(true), "--fit crop")
     assert not (tmp_path / "out" / "seen").exists()
-    done, scores = judged("--pictures", pictures, "--data", f"folder:{true}", "--fit", "crop")
+    done, scores = judged("--images", pictures, "--data", f"folder:{true}", "--fit", "crop")
     assert done.code == 0 and "n 12 against 20" in scores["FD-shapes"]["protocol"], done.err
 
 
 def test_generated_sets_of_another_size(judged, tmp_path):
     folder = write(tmp_path / "photos", 32, 48)
-    options = "--pictures", folder, "--data", "rainbow"
+    options = "--images", folder, "--data", "rainbow"
     one_line(judged(*options)[0], "32x48 and 32x32", "--fit crop")
     done, _ = judged(*options, "--fit", "crop", "--true-n", 20)
     assert done.code == 0, done.err
@@ -107,12 +109,12 @@ def test_mixed_sizes_of_true_images(judged, tmp_path):
     pictures, true = write(tmp_path / "pictures", 48, 48), write(tmp_path / "true", 60, 90)
     write(true, 90, 60, 2, first=12)
     write(true, 30, 30, 1, first=14)
-    options = "--pictures", pictures, "--data", f"folder:{true}"
+    options = "--images", pictures, "--data", f"folder:{true}"
     one_line(judged(*options)[0], str(true), "3 sizes", "60x90 (00.png) and 90x60 (12.png)", "--fit crop")
     done, scores = judged(*options, "--fit", "crop")
     assert done.code == 0, done.err
     assert "(png, 48x48)" in scores["FD-shapes"]["protocol"].partition("; reference ")[2]
-    done, scores = judged("--pictures", true, "--data", f"folder:{true}", "--fit", "crop")
+    done, scores = judged("--images", true, "--data", f"folder:{true}", "--fit", "crop")
     assert done.code == 0 and "(png, 30x30)" in scores["FD-shapes"]["protocol"]
     nothing_apart(scores)
 
@@ -135,7 +137,7 @@ def test_true_images_are_checked_as_judged_ones_are(judged, tmp_path, change, wh
     pictures, true = write(tmp_path / "pictures", 40, 40), write(tmp_path / "true", 40, 40)
     change(Image.open(true / "03.png")).save(true / "03.png")
     for both in ((pictures, true), (true, pictures)):
-        options = "--pictures", both[0], "--data", f"folder:{both[1]}"
+        options = "--images", both[0], "--data", f"folder:{both[1]}"
         one_line(judged(*options)[0], str(true / "03.png"), what, "--convert")
         done, _ = judged(*options, "--convert")
         assert done.code == 0, done.err
@@ -144,14 +146,14 @@ def test_true_images_are_checked_as_judged_ones_are(judged, tmp_path, change, wh
 def test_true_images_of_other_sources_too():
     rng = np.random.default_rng(0)
     grey = [{"image": rng.integers(0, 256, (8, 8, 1), np.uint8), "caption": None, "name": "x"}]
-    with pytest.raises(ValueError, match="set: picture 0: not RGB but L; --convert"):
-        OfSource("set", grey, 0)[0]
-    assert OfSource("set", grey, 0, convert=True)[0].shape == (8, 8, 3)
+    with pytest.raises(ValueError, match="set: image 0: not RGB but L; --convert"):
+        SourceImages("set", grey, 0)[0]
+    assert SourceImages("set", grey, 0, convert=True)[0].shape == (8, 8, 3)
     opaque = [{"image": np.full((8, 8, 4), 255, np.uint8), "caption": None, "name": "x"}]
-    assert OfSource("set", opaque, 0)[0].shape == (8, 8, 3)
+    assert SourceImages("set", opaque, 0)[0].shape == (8, 8, 3)
     opaque[0]["image"][2, 2, 3] = 100
-    with pytest.raises(ValueError, match="set: picture 0: transparent"):
-        OfSource("set", opaque, 0)[0]
+    with pytest.raises(ValueError, match="set: image 0: transparent"):
+        SourceImages("set", opaque, 0)[0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
@@ -161,7 +163,7 @@ def test_opaque_alpha_is_no_transparency(judged, tmp_path, suffix):
         image = Image.open(file).convert("RGBA")
         file.unlink()
         image.save(file.with_suffix(f".{suffix}"), **({"lossless": True} if suffix == "webp" else {}))
-    done, scores = judged("--pictures", pictures, "--data", f"folder:{true}")
+    done, scores = judged("--images", pictures, "--data", f"folder:{true}")
     assert done.code == 0, done.err
     nothing_apart(scores)
 
@@ -169,10 +171,10 @@ def test_opaque_alpha_is_no_transparency(judged, tmp_path, suffix):
 def test_sets_that_come_in_several_sizes_are_refused_while_they_are_looked_at(tmp_path):
     images = [np.zeros((8, 8 + (i == 5), 3), np.uint8) for i in range(6)]
     source = [{"image": image, "caption": None, "name": "x"} for image in images]
-    bench = judging.loaded(judging.Judges(clip=None)).extractors
-    with pytest.raises(ValueError, match="set: pictures of several sizes, such as 8x8 and 9x8; --fit crop"):
-        judging.observe(OfSource("set", source, 0), bench, tmp_path / "seen")
-    (seen,) = judging.observe(Cropped(OfSource("set", source, 0), 8), bench, tmp_path / "seen").values()
+    bench = loaded(MetricNetworks(clip=None)).extractors
+    with pytest.raises(ValueError, match="set: images of several sizes, such as 8x8 and 9x8; --fit crop"):
+        observe(SourceImages("set", source, 0), bench, tmp_path / "seen")
+    (seen,) = observe(CroppedImages(SourceImages("set", source, 0), 8), bench, tmp_path / "seen").values()
     assert (seen.origin.fit, seen.origin.size) == ("crop", "8x8")
 
 
@@ -180,11 +182,11 @@ def test_what_is_cropped_is_what_training_sees(tmp_path):
     folder = write(tmp_path / "photos", 37, 81, 1)
     shown = open_folder(folder)
     assert shown.fit is Fit.SQUEEZE and shown.shortest == 37
-    np.testing.assert_array_equal(Cropped(shown, 20)[0], resize(shown[0], 20))
+    np.testing.assert_array_equal(CroppedImages(shown, 20)[0], resize(shown[0], 20))
 
 
 def kept(judged, folder, to, *more):
-    done, scores = judged("--pictures", folder, "--data", f"folder:{folder}", "--keep-reference", to, *more)
+    done, scores = judged("--images", folder, "--data", f"folder:{folder}", "--keep-reference", to, *more)
     assert done.code == 0, done.err
     return sorted(to.glob("*.npz")), scores
 
@@ -201,10 +203,10 @@ def kept(judged, folder, to, *more):
 def test_references_of_another_size_or_way_are_refused(judged, tmp_path, size, more, reason):
     files, scores = kept(judged, write(tmp_path / "true", 37, 81), tmp_path / "kept")
     other = write(tmp_path / "other", *size)
-    done, _ = judged("--pictures", other, "--reference", *files, *more)
+    done, _ = judged("--images", other, "--reference", *files, *more)
     one_line(done, "--reference", ".npz", reason)
     true = tmp_path / "true"
-    done, same = judged("--pictures", true, "--reference", *files, "--data", f"folder:{true}")
+    done, same = judged("--images", true, "--reference", *files, "--data", f"folder:{true}")
     assert done.code == 0 and same == scores
 
 
@@ -220,10 +222,10 @@ def test_a_cascade_is_judged_by_its_squares(judged, standin, tmp_path):
     assert "(png, 64x64)" in scores["FD-shapes"]["protocol"].partition("; reference ")[2]
     one_line(judged(*options, "--fit", "squeeze")[0], "64x64 and 90x70")
     files, _ = kept(judged, write(tmp_path / "small", 32, 32), tmp_path / "kept", "--fit", "crop")
-    for file in (tmp_path / "out" / "drawn").iterdir():
+    for file in (tmp_path / "out" / "images").iterdir():
         file.unlink()
     one_line(judged(*options, "--reference", *files)[0], "size is 32x32, and 64x64")
-    assert not list((tmp_path / "out" / "drawn").iterdir())
+    assert not list((tmp_path / "out" / "images").iterdir())
 
 
 def test_zips_are_read_as_folders_are(judged, tmp_path):
@@ -235,13 +237,13 @@ def test_zips_are_read_as_folders_are(judged, tmp_path):
             archive.write(file, f"00000/{file.name}")
         archive.write(folder / "00.png", "__MACOSX/00000/._00.png")
         archive.writestr("dataset.json", "{}")
-    done, scores = judged("--pictures", path, "--data", f"folder:{path}")
+    done, scores = judged("--images", path, "--data", f"folder:{path}")
     assert done.code == 0, done.err
     nothing_apart(scores)
     assert "left out 1 hidden folder or image (__MACOSX/00000/._00.png)" in done.err
-    _, of_folder = judged("--pictures", folder, "--data", f"folder:{folder}")
+    _, of_folder = judged("--images", folder, "--data", f"folder:{folder}")
     assert scores["KID-shapes × 1000"]["value"] == of_folder["KID-shapes × 1000"]["value"]
-    done, mixed = judged("--pictures", folder, "--data", f"folder:{path}", "--true-n", 9)
+    done, mixed = judged("--images", folder, "--data", f"folder:{path}", "--true-n", 9)
     assert done.code == 0 and "n 12 against 9" in mixed["FD-shapes"]["protocol"]
     assert [open_folder(path).caption(i) for i in (3, 4)] == [None, "a red star"]
 
@@ -255,12 +257,12 @@ def test_zips_are_checked_as_folders_are(judged, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.iterdir()):
             archive.write(file, file.name)
-    one_line(judged("--pictures", path, "--data", f"folder:{path}")[0], "photos.zip/03.png", "not RGB but L")
-    done, _ = judged("--pictures", path, "--data", f"folder:{path}", "--convert")
+    one_line(judged("--images", path, "--data", f"folder:{path}")[0], "photos.zip/03.png", "not RGB but L")
+    done, _ = judged("--images", path, "--data", f"folder:{path}", "--convert")
     one_line(done, "2 sizes", "41x40 (90.png)")
     assert "1 unreadable, left out: 91.png" in done.err
     path.write_bytes(path.read_bytes()[:-40])
-    one_line(judged("--pictures", path)[0], "photos.zip", "damaged")
+    one_line(judged("--images", path)[0], "photos.zip", "damaged")
 
 
 def test_statistics_of_others(judged, judges, tmp_path):
@@ -271,19 +273,19 @@ def test_statistics_of_others(judged, judges, tmp_path):
     with np.load(ours) as read:
         np.savez(tmp_path / "fid.npz", mu=read["mu"], sigma=read["sigma"])
     np.savez(tmp_path / "kid.npz", feats=np.load(ours.with_suffix(".features.npy")))
-    options = "--pictures", folder, "--reference", tmp_path / "fid.npz"
+    options = "--images", folder, "--reference", tmp_path / "fid.npz"
     one_line(judged(*options)[0], "fid.npz", "6 features, which 2 of the judges have")
     done, of_sums = judged(*options, "--clip", "None")
     assert done.code == 0, done.err
     assert of_sums["FD-shapes"]["value"] == pytest.approx(scores["FD-shapes"]["value"], abs=1e-9)
     assert "n 12 against an unknown number" in of_sums["FD-shapes"]["protocol"]
     assert "protocol unknown" in of_sums["FD-shapes"]["protocol"] and "none: the reference keeps sums" in done.out
-    done, of_features = judged("--pictures", folder, "--reference", tmp_path / "kid.npz", "--clip", "None")
+    done, of_features = judged("--images", folder, "--reference", tmp_path / "kid.npz", "--clip", "None")
     assert of_features["KID-shapes × 1000"]["value"] == scores["KID-shapes × 1000"]["value"]
     done, _ = judged(*options, "--keep-reference", tmp_path / "again")
     one_line(done, "--keep-reference", "--reference")
     np.savez(tmp_path / "wide.npz", feats=np.ones((20, 7)))
-    done, _ = judged("--pictures", folder, "--reference", tmp_path / "wide.npz")
+    done, _ = judged("--images", folder, "--reference", tmp_path / "wide.npz")
     one_line(done, "wide.npz", "7 features, which none of the judges have")
 
 
@@ -291,7 +293,7 @@ def test_the_prefix_of_captions_is_named(judged, tmp_path):
     folder = write(tmp_path / "photos", 40, 40)
     for i in range(12):
         (folder / f"{i:02d}.txt").write_text(caption(scene("held_out", i), "held_out", i).text)
-    options = "--pictures", folder, "--data", f"folder:{folder}"
+    options = "--images", folder, "--data", f"folder:{folder}"
     plain = judged(*options)[1]["cosine-clip"]
     with_prefix = judged(*options, "--prefix", "a small")[1]["cosine-clip"]
     assert ", no prefix, " in plain["protocol"] and ", prefix 'a small ', " in with_prefix["protocol"]
@@ -305,7 +307,7 @@ def test_the_prefix_of_captions_is_named(judged, tmp_path):
 
 def test_the_deviation_of_kid_is_beside_its_error(judged, tmp_path):
     folder, true = write(tmp_path / "photos", 40, 40), write(tmp_path / "true", 40, 40, 20)
-    done, scores = judged("--pictures", folder, "--data", f"folder:{true}")
+    done, scores = judged("--images", folder, "--data", f"folder:{true}")
     score = scores["KID-shapes × 1000"]
     assert score["deviation"] > 0 and score["error"] > 0
     assert f"± {score['error']:.3g} (subsets ± {score['deviation']:.3g})" in done.out
@@ -315,6 +317,6 @@ def test_the_deviation_of_kid_is_beside_its_error(judged, tmp_path):
 def test_sheets_are_left_out_and_told(judged, tmp_path):
     folder = write(tmp_path / "photos", 40, 40)
     Image.new("RGB", (400, 40)).save(folder / "grid.png")
-    done, scores = judged("--pictures", folder, "--data", f"folder:{folder}")
+    done, scores = judged("--images", folder, "--data", f"folder:{folder}")
     assert done.code == 0 and "n 12 against 12" in scores["FD-shapes"]["protocol"]
     assert "grid.png: left out" in done.err

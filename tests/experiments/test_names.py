@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import quickstart
-from experiments.imagen import names, pictures, png_metadata, sample
-from experiments.imagen.names import BYTES, Named, file_name, save_all
-from experiments.imagen.png_metadata import Metadata
+from experiments import quickstart, sample
+from experiments.output import names
+from experiments.output.names import BYTES, Named, file_name, save_all
+from jaxdiff.data import grids, png_metadata
+from jaxdiff.data.png_metadata import Metadata
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +94,7 @@ def test_a_name_that_the_file_system_refuses_becomes_the_number(tmp_path, monkey
     """As on file systems that take fewer bytes than others."""
     monkeypatch.setattr(names, "BYTES", 10_000)
     monkeypatch.setattr(names, "CHARACTERS", 10_000)
-    with pytest.warns(UserWarning, match="2 pictures could not be saved under their prompts .*File name too long") as w:
+    with pytest.warns(UserWarning, match="2 images could not be saved under their prompts .*File name too long") as w:
         saved = save_all(tmp_path, of("a red circle", "x" * 300, "猫" * 90))
     assert len(w) == 1 and "0001.png" in str(w[0].message)
     assert [path.name for path in saved] == ["0000-a-red-circle.png", "0001.png", "0002.png"]
@@ -103,7 +104,7 @@ def test_a_name_that_the_file_system_refuses_becomes_the_number(tmp_path, monkey
 
 def test_a_locale_whose_names_have_not_all_characters(tmp_path):
     code = (
-        "import numpy as np; from pathlib import Path; from experiments.imagen.names import *; import sys;"
+        "import numpy as np; from pathlib import Path; from experiments.output.names import *; import sys;"
         "texts = ['a red circle', '\\u732b', '\\u0161\\u010d'];"
         "print(sys.getfilesystemencoding());"
         f"save_all(Path({str(tmp_path)!r}), [Named(f'{{i:04d}}', t, np.zeros((4, 4, 3)), Metadata(t, 1))"
@@ -114,7 +115,7 @@ def test_a_locale_whose_names_have_not_all_characters(tmp_path):
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != "utf-8":
         assert sorted(p.name for p in tmp_path.iterdir()) == ["0000-a-red-circle.png", "0001.png", "0002.png"]
-        assert "2 pictures could not be saved under their prompts" in done.stderr
+        assert "2 images could not be saved under their prompts" in done.stderr
 
 
 @pytest.fixture
@@ -122,14 +123,14 @@ def refused(monkeypatch):
     """`refused(code, *numbers)`: files that begin with these numbers, or all, cannot be written."""
 
     def refuse(code, *numbers):
-        real = pictures.write
+        real = grids.write
 
         def write(path, image, **options):
             if not numbers or path.name.startswith(numbers):
                 raise OSError(code, os.strerror(code), str(path))
             real(path, image, **options)
 
-        monkeypatch.setattr(pictures, "write", write)
+        monkeypatch.setattr(grids, "write", write)
 
     return refuse
 
@@ -137,7 +138,7 @@ def refused(monkeypatch):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EINVAL])
 def test_what_can_be_saved_is_saved(code, refused, tmp_path):
     refused(code, "0001", "0003")
-    with pytest.raises(OSError, match=r"2 of 5 pictures could not be saved, the first one 0001\.png") as told:
+    with pytest.raises(OSError, match=r"2 of 5 images could not be saved, the first one 0001\.png") as told:
         save_all(tmp_path, of("a", "b", "c", "d", ""))
     assert told.value.errno == code and os.strerror(code) in str(told.value) and str(tmp_path) in str(told.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-a.png", "0002-c.png", "0004.png"]
@@ -150,7 +151,7 @@ def test_a_folder_that_is_gone_is_made_again(tmp_path):
 
 def test_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(OSError, match="2 of 2 pictures could not be saved"):
+    with pytest.raises(OSError, match="2 of 2 images could not be saved"):
         save_all(tmp_path / "out", of("a", "b"))
 
 
@@ -158,7 +159,7 @@ def test_the_command_with_long_prompts_in_many_scripts(standin, tmp_path, comman
     prompts = ["猫" * 200, "𓀀" * 100, "../../a", "a\u2028b", "e\u0301" * 200, "🐱", "a" * 3_000]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     arguments = "--prompts", tmp_path / "prompts.txt", "--up-to", 64, "--weights", standin, "--steps", 1
-    done = command(sample.main, *arguments, "--out", tmp_path / "out")
+    done = command(sample, *arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     found = sorted(path for path in (tmp_path / "out").iterdir() if path.name != "grid.png")
     assert [png_metadata.read(path.read_bytes()).prompt for path in found] == prompts
@@ -169,21 +170,21 @@ def test_the_command_with_long_prompts_in_many_scripts(standin, tmp_path, comman
 def test_the_command_on_a_disk_that_fills_up(standin, tmp_path, command, refused):
     refused(errno.ENOSPC, "0001")
     arguments = "--up-to", 64, "--batch", 2, "--weights", standin, "--steps", 1, "--out", tmp_path / "out"
-    done = command(sample.main, "a", "b", "c", "d", *arguments)
+    done = command(sample, "a", "b", "c", "d", *arguments)
     assert done.code == 2
     last = done.err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "1 of 2 pictures could not be saved" in last and "No space left" in last
+    assert last.startswith("error: ") and "1 of 2 images could not be saved" in last and "No space left" in last
     # What was drawn is there, the sheet too; nothing more was drawn.
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000-a.png", "grid.png"]
 
 
 def test_quickstart_on_a_disk_that_fills_up(standin, tmp_path, command, refused, monkeypatch):
     drawn = {side: np.zeros((2, side, side, 3), np.float32) for side in (64, 256, 1024)}
-    monkeypatch.setattr(quickstart, "draw", lambda *_: (drawn, {}))
+    monkeypatch.setattr(quickstart, "sample", lambda *_: (drawn, {}))
     refused(errno.ENOSPC, "00-", "00.", "grid")
     done = command(quickstart.main, "猫" * 200, "b", "--weights", standin, "--out", tmp_path)
-    assert done.code == 2 and "3 of 6 pictures could not be saved" in done.err.strip().splitlines()[-1]
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["01-b-1024.png", "01-b-256.png", "01-b-64.png"]
+    assert done.code == 2 and "3 of 6 images could not be saved" in done.err.strip().splitlines()[-1]
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["01-b-1024.png", "01-b-256.png", "01-b-64.png"]
     assert (tmp_path / "report.json").is_file()
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from small_cascade import BASE, SR_256, WIDTH
 
-from experiments.imagen.own_pictures import OwnPictures, enlarged, read
+from experiments.options.init_image import InitImageOptions, enlarged, read
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline
@@ -42,21 +42,21 @@ def saved(path, options: dict):
 @pytest.mark.parametrize("kind", SIDEWAYS)
 def test_image_mask_and_enlarge_are_turned_upright(kind, model, tmp_path):
     path = saved(tmp_path / f"photo.{kind}", SIDEWAYS[kind])
-    own = OwnPictures(image=path, mask=path)
+    own = InitImageOptions(image=path, mask=path)
     own.check()
     begun = own.begin(model)
     assert begun.image.shape == (16, 24, 3) and begun.mask.shape == (16, 24)
     assert begun.image[:, :10].min() > 0.8 and begun.image[:, 14:].max() < -0.8
     assert begun.mask[:, :10].all() and not begun.mask[:, 14:].any()
     assert own.size(model) == (64, 96)
-    enlarging = enlarged(OwnPictures(enlarge=path), model)
+    enlarging = enlarged(InitImageOptions(enlarge=path), model)
     assert (enlarging.height, enlarging.width) == (16, 24)
 
 
 def test_a_mask_that_stands_upright_fits_a_photograph_on_its_side(model, tmp_path):
     photo = saved(tmp_path / "photo.jpg", SIDEWAYS["mpo"])
     Image.fromarray(UPRIGHT).save(tmp_path / "mask.png")
-    begun = OwnPictures(image=photo, mask=tmp_path / "mask.png").begin(model)
+    begun = InitImageOptions(image=photo, mask=tmp_path / "mask.png").begin(model)
     assert begun.mask.shape == begun.image.shape[:2]
 
 
@@ -66,7 +66,7 @@ def test_a_mask_of_any_mode_is_the_same(mode, model, tmp_path):
     grey = Image.fromarray(UPRIGHT[..., 0])
     grey = Image.fromarray(UPRIGHT[..., 0].astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     grey.save(tmp_path / "mask.png")
-    begun = OwnPictures(image=tmp_path / "photo.png", mask=tmp_path / "mask.png").begin(model)
+    begun = InitImageOptions(image=tmp_path / "photo.png", mask=tmp_path / "mask.png").begin(model)
     np.testing.assert_array_equal(begun.mask, UPRIGHT[..., 0] > 0)
 
 
@@ -74,7 +74,7 @@ def test_a_mask_of_any_mode_is_the_same(mode, model, tmp_path):
 def test_what_cannot_be_read_is_named(content, tmp_path):
     (tmp_path / "photo.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"photo\.png: "):
-        OwnPictures(enlarge=tmp_path / "photo.png").check()
+        InitImageOptions(enlarge=tmp_path / "photo.png").check()
     Image.new("F", (2, 2)).save(tmp_path / "photo.tiff")
     with pytest.raises(ValueError, match=r"photo\.tiff: pixels of mode F, whose range is not known"):
         read(tmp_path / "photo.tiff")

@@ -4,27 +4,44 @@ import dataclasses
 import json
 import shlex
 
+import jax
 import pytest
-import tyro
+from small_others import shrink
 
-from experiments import plan, plan_report, plan_tables
+from experiments import plan
+from experiments.planning import report
+from experiments.planning.settings import Planned, check
+from experiments.recipes import plan_tables
+from experiments.table import TASKS
 from jaxdiff.training import chips
 from jaxdiff.training.plan import Costs
 
-SMALL = "--topology", "v5e:2x2", "--stage", "sr256", "--preset", "tiny", "--batch", 8, "--mesh", "data=2,fsdp=2"
+SMALL = "imagen.sr256", "--topology", "v5e:2x2", "--preset", "tiny", "--batch", 8, "--mesh", "data=2,fsdp=2"
+
+
+def question(model, topology, **settings):
+    """As the command would ask it."""
+    return Planned(model, TASKS[model], replaced(plan.commands()[model].settings, topology=topology, **settings))
+
+
+def replaced(settings, **changes):
+    """With other values of its fields and of those of how the network is computed."""
+    ours = {name: value for name, value in changes.items() if hasattr(settings, name)}
+    rest = {name: value for name, value in changes.items() if name not in ours}
+    return dataclasses.replace(settings, compute=dataclasses.replace(settings.compute, **rest), **ours)
 
 
 @pytest.mark.usefixtures("small_presets")
 def test_a_small_slice_is_planned_and_the_answer_kept(tmp_path, command, monkeypatch):
     file = tmp_path / "plan.json"
-    done = command(plan.main, *SMALL, "--json", file, "--hlo", tmp_path / "step.hlo", "--arrays")
+    done = command(plan, *SMALL, "--json", file, "--hlo", tmp_path / "step.hlo", "--arrays")
     assert done.code == 0, done.err
     for words in ("4 chips, 4 devices (data 2, fsdp 2)", "of 16.00 GiB", "all-reduce", "pessimistic, none overlapped"):
         assert words in done.out
     assert "links of a chip: data 1, fsdp 1" in done.out and "fsdp" in done.out
     assert "ESTIMATE" not in done.out and "HloModule" in (tmp_path / "step.hlo").read_text()
     kept = json.loads(file.read_text())
-    costs, roof = kept["costs"], plan_report.rooflined(kept)
+    costs, roof = kept["costs"], report.rooflined(kept)
     assert costs["flops"] > 1e6 and costs["bytes_accessed"] > 1e5 and costs["unknown_loops"] == 0
     assert costs["argument_bytes"] >= sum(kept["bytes_per_device"].values())
     assert costs["peak_bytes"] > costs["argument_bytes"] + costs["temporary_bytes"]
@@ -34,52 +51,65 @@ def test_a_small_slice_is_planned_and_the_answer_kept(tmp_path, command, monkeyp
     assert 0.5 < kept["useful_flops"] / (4 * costs["flops"]) < 1 and "at least" not in done.out
 
     monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("asked again"))
-    again = command(plan.main, *SMALL, "--json", file)
+    again = command(plan, *SMALL, "--json", file)
     assert again.code == 0 and again.out in done.out
     with pytest.raises(pytest.fail.Exception):  # another question is another plan
-        command(plan.main, *SMALL, "--json", file, "--remat", "blocks")
-
-    # What an earlier version kept gets what it lacks, and nothing is compiled for that.
-    earlier = {name: value for name, value in kept.items() if name not in ("useful_flops", "links")}
-    file.write_text(json.dumps(earlier))
-    completed = command(plan.main, *SMALL, "--json", file)
-    assert completed.code == 0 and completed.out == again.out
-    assert "not compiling" in json.loads(file.read_text()).pop("added")
-    assert {name: value for name, value in json.loads(file.read_text()).items() if name != "added"} == kept
+        command(plan, *SMALL, "--json", file, "--remat", "blocks")
 
 
 @pytest.mark.usefixtures("small_presets")
 @pytest.mark.parametrize(
-    "asked",
+    ("model", "settings"),
     [
-        plan.Run("v5e:2x2", "text", batch=8),
-        plan.Run("v5e:2x2", "base64", "tiny", 8, "data=2,fsdp=2", sample=True),
-        plan.Run("v5e:2x2", "sr1024", "tiny", 8, "data=2,tensor=2", rows=True, remat="outputs"),
-        plan.Run("v5e:2x2", "sr1024", "tiny", 8, "data=2,tensor=2", rows=True, sample=True),
-        plan.Run("v5e:2x2", "base64", "tiny", 8, "data=2,tensor=2", accumulate=2),
+        ("t5", {"preset": "xxl", "sample": True}),
+        ("t5", {"remat": True}),
+        ("imagen.base64", {"mesh": "data=2,fsdp=2", "sample": True}),
+        ("imagen.sr1024", {"mesh": "data=2,tensor=2", "rows": True, "remat": "outputs"}),
+        ("imagen.sr1024", {"mesh": "data=2,tensor=2", "rows": True, "sample": True}),
+        ("imagen.base64", {"mesh": "data=2,tensor=2", "accumulate": 2}),
+        ("clip", {}),
+        ("clip", {"mesh": "data=2,fsdp=2", "sample": True}),
+        ("classifier", {"optimizer": "adam"}),
+        ("classifier", {"sample": True}),
     ],
-    ids=lambda run: f"{run.stage}{' drawn' * run.sample}{' rows' * run.rows}",
+    ids=lambda each: " ".join(f"{name}={value}" for name, value in each.items()) if isinstance(each, dict) else each,
 )
-def test_every_kind_of_step_can_be_asked_for(asked, monkeypatch):
+def test_every_kind_of_step_can_be_asked_for(model, settings, monkeypatch):
     """Traced and lowered for the slice; compiling them all would take minutes."""
+    shrink(monkeypatch)
     lowered = []
 
     def stop(function, *arguments, name, hlo):
-        lowered.append(function.lower(*arguments).as_text())
+        lowered.append((function.lower(*arguments).as_text(), arguments[0]))
         return Costs(1, 1, 2, 1.0, 1.0, {})
 
+    asked = question(model, "v5e:2x2", batch=8, **settings)
+    topology = chips.parse("v5e:2x2")
     monkeypatch.setattr(plan, "_compiled", stop)
-    plan.check(asked, chips.parse(asked.topology))
-    made = plan.planned(asked, chips.parse(asked.topology))
-    assert "sharding" in lowered[0] and made["parameters"] > 1000 and made["useful_flops"] > 1e6
-    assert plan.report(made).count("\n") > 10
+    check(asked, topology)
+    made = plan.planned(asked, topology)
+    ((text, arguments),) = lowered
+    assert "sharding" in text and made["parameters"] > 1000 and made["useful_flops"] > 1e5
+    assert report.is_plan(json.loads(json.dumps(made)))
+    assert report.report(made).count("\n") > 10
+    if asked.settings.sample and model not in ("clip", "classifier"):  # what they use lies in memory in bfloat16
+        assert all(leaf.dtype == jax.numpy.bfloat16 for leaf in jax.tree.leaves(arguments) if leaf.ndim > 1)
+
+
+@pytest.mark.usefixtures("small_presets")
+@pytest.mark.parametrize("model", ["t5", "clip", "classifier"])
+def test_every_model_can_be_estimated(model, command, monkeypatch):
+    shrink(monkeypatch)
+    done = command(plan, model, "--topology", "h100:8", "--batch", 64, "--mesh", "fsdp=8")
+    assert done.code == 0 and "AN ESTIMATE" in done.out, done.err
+    assert f"64 {TASKS[model].unit}, {'float32' if model == 'classifier' else 'bfloat16'}, remat none" in done.out
 
 
 def test_gpus_are_estimated_and_it_is_said(tmp_path, command):
-    asked = "--topology", "h100:8", "--preset", "tiny", "--mesh", "fsdp=8"
-    large = command(plan.main, *asked, "--batch", 256, "--json", tmp_path / "large.json")
+    asked = "imagen.base64", "--topology", "h100:8", "--preset", "tiny", "--mesh", "fsdp=8"
+    large = command(plan, *asked, "--batch", 256, "--json", tmp_path / "large.json")
     assert large.code == 0 and "AN ESTIMATE from shapes alone" in large.out, large.err
-    blocks = command(plan.main, *asked, "--batch", 256, "--remat", "blocks", "--json", tmp_path / "blocks.json")
+    blocks = command(plan, *asked, "--batch", 256, "--remat", "blocks", "--json", tmp_path / "blocks.json")
     assert blocks.code == 0
     large, blocks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("large", "blocks"))
     assert blocks["costs"]["temporary_bytes"] < 0.5 * large["costs"]["temporary_bytes"]
@@ -88,58 +118,67 @@ def test_gpus_are_estimated_and_it_is_said(tmp_path, command):
     assert 1.1 < blocks["costs"]["flops"] / large["costs"]["flops"] < 4 / 3
 
 
+V5E = "--topology", "v5e:2x2"
+GPUS = "--topology", "h100:8"
+BASE, PAPER = ("imagen.base64", "--preset", "2b"), ("imagen.sr256", "--preset", "paper")
+T5 = "t5", "--preset", "xxl", "--sample"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--topology", "v5litepod-256"), "topology 'v5litepod-256': write the chip and its shape"),
-        (("--topology", "v5e:2x2", "--mesh", "fsdp=3"), "does not fit 4 devices"),
-        (("--topology", "v5e:2x2", "--mesh", "pipe=4"), "mesh 'pipe=4': write sizes of"),
-        (("--topology", "v5e:2x2", "--batch", 6), "a batch of 6 does not divide over 4 devices"),
-        (("--topology", "v5e:2x2", "--preset", "3b"), "base64 has no preset '3b'"),
-        (("--topology", "h100:16"), "estimates are of one host, whose 8 GPUs NVLink joins"),
-        (("--topology", "h100:8", "--batch", 8, "--preset", "tiny", "--mesh", "tensor=2"), "--mesh tensor: for TPU"),
-        (("--topology", "h100:8", "--batch", 8, "--sample"), "--sample: for TPU topologies"),
-        (("--topology", "h100:8", "--batch", 8, "--stage", "text"), "--stage text: for TPU topologies"),
-        (("--topology", "h100:8", "--batch", 8, "--stage", "sr256", "--preset", "paper", "--crop", 40), "a crop of 40"),
-        (("--topology", "v5e:2x2", "--mesh", "tensor=3"), "does not fit 4 devices"),
-        (("--topology", "v5e:2x2", "--mesh", "data=0"), "sizes are at least 1"),
-        (("--topology", "v5p:100x100x100"), "1,000,000 chips, and the largest slice of v5p has 8,960"),
-        (("--topology", "v5e:0x2"), "write the chip and its shape"),
-        (("--topology", "h100:0"), "write the chip and its shape"),
-        (("--topology", "v5e:2x2", "--batch", 0), "--batch 0: at least 1"),
-        (("--topology", "v5e:2x2", "--batch", -8), "--batch -8: at least 1"),
-        (("--topology", "h100:8", "--batch", 0), "--batch 0: at least 1"),
-        (("--topology", "v5e:2x2", "--accumulate", 0), "--accumulate 0: at least 1"),
-        (("--topology", "v5e:2x2", "--accumulate", -2), "--accumulate -2: at least 1"),
-        (("--topology", "v5e:2x2", "--stage", "sr256", "--preset", "paper", "--crop", 0), "--crop 0: at least 1"),
-        ((*SMALL, "--crop", 512), "--crop 512: larger than the pictures, 256"),
-        ((*SMALL, "--crop", 264), "--crop 264: larger than the pictures, 256"),
-        (
-            ("--topology", "h100:8", "--stage", "sr1024", "--preset", "paper", "--crop", 2048),
-            "larger than the pictures",
-        ),
-        (("--topology", "v5e:2x2", "--batch", 10**12), "its arrays alone take 255,614,519 GiB"),
-        (("--topology", "v5e:2x2", "--batch", 10**12, "--stage", "text"), "of a device, which has 16"),
-        (("--topology", "tpu7x:2x2x1", "--batch", 10**30, "--mesh", "fsdp=8"), "of a device, which has 96"),
-        (("--topology", "h100:8", "--batch", 10**9), "of a device, which has 75"),
-        (
-            ("--topology", "v5e:2x2", "--scan"),
-            "--scan means nothing here: the network of base64 2b has no equal blocks",
-        ),
-        (("--topology", "h100:8", "--stage", "sr256", "--preset", "paper", "--scan"), "--scan means nothing here"),
-        (("--topology", "v5e:2x2", "--rows"), "--rows means nothing here: the mesh has one device along tensor"),
-        (("--topology", "h100:8", "--rows"), "--rows means nothing here"),
-        (("--topology", "v5e:2x2", "--crop", 64), "--crop means nothing here: base64 trains on whole pictures"),
-        (("--topology", "v5e:2x2", "--stage", "text", "--remat", "blocks"), "--remat means nothing here: the text"),
-        (("--topology", "v5e:2x2", "--stage", "text", "--preset", "300m"), "--preset means nothing here: the text"),
-        (("--topology", "v5e:2x2", "--sample", "--accumulate", 2), "--accumulate means nothing here: drawing"),
-        (("--topology", "v5e:2x2", "--sample", "--optimizer", "adam"), "--optimizer means nothing here: drawing"),
-        (("--topology", "h100:8", "--hlo", "x.hlo"), "--hlo means nothing here: nothing is compiled for GPUs"),
+        ((*BASE,), "--topology names the chips, such as v6e:2x4"),
+        ((*BASE, "--topology", "v5litepod-256"), "topology 'v5litepod-256': write the chip and its shape"),
+        ((*BASE, *V5E, "--mesh", "fsdp=3"), "does not fit 4 devices"),
+        ((*BASE, *V5E, "--mesh", "pipe=4"), "mesh 'pipe=4': write sizes of"),
+        ((*BASE, *V5E, "--batch", 6), "a batch of 6 does not divide over 4 devices"),
+        (("imagen.base64", *V5E, "--preset", "3b"), "--preset 3b: choose from tiny, quick, 300m, 500m, 2b"),
+        (("imagen.base256", *V5E), "unknown 'imagen.base256': the first argument names one of imagen.base64"),
+        ((*BASE, "--topology", "h100:16"), "estimates are of one host, whose 8 GPUs NVLink joins"),
+        (("imagen.base64", *GPUS, "--batch", 8, "--mesh", "tensor=2"), "--mesh tensor: for TPU"),
+        ((*BASE, *GPUS, "--batch", 8, "--sample"), "--sample: for TPU topologies"),
+        ((*T5, *GPUS, "--batch", 8), "--sample: for TPU topologies"),
+        ((*PAPER, *GPUS, "--batch", 8, "--crop", 40), "a crop of 40"),
+        ((*BASE, *V5E, "--mesh", "tensor=3"), "does not fit 4 devices"),
+        ((*BASE, *V5E, "--mesh", "data=0"), "sizes are at least 1"),
+        ((*BASE, "--topology", "v5p:100x100x100"), "1,000,000 chips, and the largest slice of v5p has 8,960"),
+        ((*BASE, "--topology", "v5e:0x2"), "write the chip and its shape"),
+        ((*BASE, "--topology", "h100:0"), "write the chip and its shape"),
+        ((*BASE, *V5E, "--batch", 0), "--batch 0: at least 1"),
+        ((*BASE, *V5E, "--batch", -8), "--batch -8: at least 1"),
+        ((*BASE, *GPUS, "--batch", 0), "--batch 0: at least 1"),
+        ((*BASE, *V5E, "--accumulate", 0), "--accumulate 0: at least 1"),
+        ((*BASE, *V5E, "--accumulate", -2), "--accumulate -2: at least 1"),
+        ((*PAPER, *V5E, "--crop", 0), "--crop 0: at least 1"),
+        ((*SMALL, "--crop", 512), "--crop 512: larger than the images, 256"),
+        ((*SMALL, "--crop", 264), "--crop 264: larger than the images, 256"),
+        (("imagen.sr1024", *GPUS, "--preset", "paper", "--crop", 2048), "larger than the images"),
+        ((*BASE, *V5E, "--batch", 10**12), "its arrays alone take 255,614,519 GiB"),
+        ((*BASE, *V5E, "--batch", 10**12, "--sample"), "of a device, which has 16"),
+        ((*T5, *V5E, "--batch", 10**12), "of a device, which has 16"),
+        ((*BASE, "--topology", "tpu7x:2x2x1", "--batch", 10**30, "--mesh", "fsdp=8"), "of a device, which has 96"),
+        ((*BASE, "--topology", "tpu7x:2x2x1", "--batch", 10**30, "--sample"), "of a device, which has 96"),
+        ((*BASE, *GPUS, "--batch", 10**9), "of a device, which has 75"),
+        ((*BASE, *V5E, "--scan"), "--scan: this network has no equal blocks in a row"),
+        ((*PAPER, *GPUS, "--scan"), "--scan means nothing here"),
+        ((*BASE, *V5E, "--rows"), "--rows means nothing here: the mesh has one device along tensor"),
+        ((*BASE, *GPUS, "--rows"), "--rows means nothing here"),
+        ((*BASE, *V5E, "--crop", 64), "--crop 64: for super-resolution; this model is trained on whole images"),
+        (("t5", *V5E, "--crop", 64), "--crop: this model is not trained on crops"),
+        (("clip", *V5E, "--optimizer", "adafactor"), "--optimizer adafactor: clip has adam, muon"),
+        ((*T5, *V5E, "--remat"), "--remat means nothing here: sampling has no backward pass"),
+        ((*T5, *V5E, "--rows"), "--rows"),
+        (("t5", *V5E, "--sample", "--preset", "300m"), "--preset 300m: choose from micro, tiny"),
+        ((*BASE, *V5E, "--sample", "--accumulate", 2), "--accumulate means nothing here: sampling"),
+        ((*BASE, *V5E, "--sample", "--optimizer", "adam"), "--optimizer means nothing here: sampling"),
+        ((*BASE, *V5E, "--sample", "--arrays"), "--arrays means nothing here: sampling"),
+        ((*PAPER, *V5E, "--sample", "--crop", 64), "--crop means nothing here: sampling"),
+        ((*BASE, *GPUS, "--hlo", "x.hlo"), "--hlo means nothing here: nothing is compiled for GPUs"),
     ],
 )
 def test_bad_questions(command, arguments, message):
-    done = command(plan.main, *arguments)
-    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+    done = command(plan, *arguments)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
 
 
 @pytest.mark.parametrize("more", [(), ("--arrays",), ("--hlo", "step.hlo")])
@@ -147,7 +186,7 @@ def test_no_other_file_is_overwritten(tmp_path, command, monkeypatch, more):
     monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("planned"))
     file = tmp_path / "notes.json"
     file.write_text('{"mine": 1}')
-    done = command(plan.main, *SMALL, "--json", file, *more)
+    done = command(plan, *SMALL, "--json", file, *more)
     assert done.code == 2 and "not a plan, or a damaged one, and not overwritten" in done.err
     assert file.read_text() == '{"mine": 1}'
 
@@ -165,6 +204,8 @@ DAMAGED_PLANS = {
     "a list": lambda made: [made],
     "asked as a list": lambda made: made | {"asked": list(made["asked"])},
     "asked without a topology": lambda made: made | {"asked": without(made["asked"], "topology")},
+    "asked without a model": lambda made: made | {"asked": without(made["asked"], "model")},
+    "asked with a type that is a number": lambda made: made | {"asked": made["asked"] | {"dtype": 16}},
     "no costs": lambda made: made | {"costs": {}},
     "costs as a number": lambda made: made | {"costs": 7},
     "costs without a name": lambda made: made | {"costs": without(made["costs"], "flops")},
@@ -184,8 +225,11 @@ DAMAGED_PLANS = {
     "chips that are true": lambda made: made | {"chips": True},
     "no parameters": lambda made: without(made, "parameters"),
     "parameters in words": lambda made: made | {"parameters": "2b"},
+    "no links": lambda made: without(made, "links"),
     "links as a number": lambda made: made | {"links": 3},
+    "no useful FLOPs": lambda made: without(made, "useful_flops"),
     "useful FLOPs in words": lambda made: made | {"useful_flops": "1"},
+    "no unit": lambda made: without(made, "unit"),
 }
 
 
@@ -195,17 +239,17 @@ def test_a_damaged_plan_is_left_as_it_is(tmp_path, command, monkeypatch, case):
     asked = plan_tables.cases()["text-v4"]
     made = json.loads((plan_tables.FOLDER / "text-v4.json").read_text())
     made["asked"] = plan.asked(asked, None) | {"compiler": "libtpu 1"}
-    assert plan_report.is_plan(made) and plan_report.is_plan(without(without(made, "links"), "useful_flops"))
+    assert report.is_plan(made)
     monkeypatch.setattr(plan, "planned", lambda *_: pytest.fail("planned"))
     monkeypatch.setattr(plan, "compiler", lambda _: "libtpu 1")
     file = tmp_path / "text-v4.json"
-    words = ["--topology", asked.topology, "--stage", "text", "--batch", asked.batch, "--json", file]
+    words = ["t5", "--preset", "xxl", "--sample", "--topology", asked.settings.topology, "--json", file]
     file.write_text(json.dumps(made))
-    assert command(plan.main, *words).code == 0
+    assert command(plan, *words).code == 0
 
     damaged = json.dumps(DAMAGED_PLANS[case](made))
     file.write_text(damaged)
-    done = command(plan.main, *words)
+    done = command(plan, *words)
     assert done.code == 2 and f"{file}: not a plan, or a damaged one" in done.err and done.err.count("\n") == 1
     done = command(plan_tables.main, "--only", "text-v4", "--out", tmp_path)
     assert done.code == 2 and f"{file}: not a plan, or a damaged one" in done.err
@@ -214,17 +258,20 @@ def test_a_damaged_plan_is_left_as_it_is(tmp_path, command, monkeypatch, case):
     assert file.read_text() == damaged
 
 
-def test_the_command_of_a_plan_asks_for_it():
+def test_the_command_of_a_plan_asks_for_it(command, monkeypatch):
+    heard = []
+    monkeypatch.setattr(plan, "main", lambda *given: heard.append(given))
     for case in plan_tables.cases().values():
-        line = plan_tables.command({"asked": plan.asked(case, None)})
-        words = shlex.split(line.removeprefix("python -m experiments.plan "))
-        assert tyro.cli(plan.Run, args=words) == case
-        chips.parse(case.topology)
+        line = plan_tables.command_of({"asked": plan.asked(case, None)})
+        done = command(plan, *shlex.split(line.removeprefix("python -m experiments.plan ")))
+        assert done.code == 0, done.err
+        assert heard.pop() == (case.name, case.task, case.settings)
+        chips.parse(case.settings.topology)
 
 
 def test_no_published_plan_has_a_setting_without_meaning():
     for case in plan_tables.cases().values():
-        plan.check(case, chips.parse(case.topology))
+        check(case, chips.parse(case.settings.topology))
 
 
 def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
@@ -233,11 +280,12 @@ def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
     moved = {"all-gather": {"count": 1, "bytes": 4e9}, "all-reduce": {"count": 1, "bytes": 1e9}}
     costs |= {"bytes_accessed": 1e9, "collectives": moved, "seconds": 0.2, "cycles": {"dot": 0.25 * chips.V5P.clock}}
     asked = plan.asked(case, None) | {"compiler": "libtpu 1"}
-    made = {"date": "2026-01-02", "asked": asked, "mesh": {"data": 2, "fsdp": 32}, "chips": 64}
+    made = {"date": "2026-01-02", "asked": asked, "mesh": {"data": 2, "fsdp": 32}, "chips": 64, "unit": "images"}
     made |= {"parameters": 2 * 10**9, "estimate": False}
     made |= {"costs": costs, "useful_flops": 64 * 3.672e13, "links": {"data": 1, "fsdp": 4}, "added": "links: later"}
     (tmp_path / "base64-v5p-64.json").write_text(json.dumps(made))
-    old = made | {"asked": plan.asked(dataclasses.replace(case, remat="blocks"), None)}
+    other = dataclasses.replace(case, settings=replaced(case.settings, remat="blocks"))
+    old = made | {"asked": plan.asked(other, None)}
     (tmp_path / "base64-v5p-512.json").write_text(json.dumps(old))
     done = command(plan_tables.main, "--only", "none", "--out", tmp_path)
     assert done.code == 0 and "1 plans" in done.out, done.err
@@ -260,7 +308,7 @@ def test_the_page_is_made_of_plans_that_are_still_wanted(tmp_path, command):
         "days, *pessimistic*": "7.8",
     }
     assert "Compilers and dates: libtpu 1, 2026-01-02." in page and "\nlinks: later.\n" in page
-    assert "--topology v5p:4x4x4 --batch 512 --mesh data=2,fsdp=32" in page
+    assert "imagen.base64 --topology v5p:4x4x4 --preset 2b --batch 512 --mesh data=2,fsdp=32" in page
     assert command(plan_tables.main, "--only", "v9", "--out", tmp_path).code == 2
 
 
@@ -294,20 +342,23 @@ def test_useful_flops_are_those_of_the_network(kept):
         assert made["useful_flops"] <= made["costs"]["flops"] * chips.parse(made["asked"]["topology"]).devices, name
     assert all(len(each) == 1 for each in per_image.values())
     assert per_image["base64"].pop() == pytest.approx(4.45e12, rel=2e-3)
-    assert plan.useful_flops(plan.Run("v5p:4x8x8", batch=1)) == pytest.approx(4.45e12, rel=2e-3)
+    one = question("imagen.base64", "v5p:4x8x8", preset="2b", batch=1)
+    assert plan.useful_flops(one) == pytest.approx(4.45e12, rel=2e-3)
+    one = question("t5", "v5p:2x2x1", preset="xxl", batch=1, sample=True)
+    assert plan.useful_flops(one) == pytest.approx(per_image["text"].pop())
 
 
 def test_the_published_times_are_what_the_kept_numbers_carry(kept):
     """The compiler's estimate is shorter than its own cycles, and neither is the last word."""
-    base, text = (plan_report.rooflined(kept[name]) for name in ("base64-v5p", "text-v5p"))
+    base, text = (report.rooflined(kept[name]) for name in ("base64-v5p", "text-v5p"))
     assert [round(1e3 * seconds) for seconds in (base.estimate, base.cycles)] == [138, 162]
     assert [round(100 * base.share(seconds)) for seconds in (base.estimate, base.cycles)] == [56, 48]
     assert [round(100 * text.share(seconds)) for seconds in (text.estimate, text.cycles)] == [78, 51]
     for made in kept.values():
-        roof = plan_report.rooflined(made)
+        roof = report.rooflined(made)
         assert roof.optimistic <= roof.pessimistic and roof.fastest <= roof.slowest
         assert roof.share(roof.optimistic) <= 1
-        assert plan_report.cycles_are_least(made)
+        assert report.cycles_are_least(made)
 
 
 def test_every_time_is_headed_and_no_scaling_is_claimed():

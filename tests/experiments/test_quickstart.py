@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from experiments import quickstart
-from experiments.imagen import png_metadata
-from experiments.imagen.pictures import to_uint8
-from experiments.quickstart_train import train_cascade
+from experiments.quickstart_train import BaseTraining, SuperResolutionTraining, T5Training, train_cascade
+from jaxdiff.data import png_metadata
+from jaxdiff.data.images import to_uint8
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.t5 import load_text_encoder
 from jaxdiff.weights.tree import load_tree
@@ -39,11 +39,11 @@ def test_sixteen_held_out_captions(standin, tmp_path, command):
     captions = quickstart.chosen_captions()
     assert [len(caption.stated.objects) for caption in captions] == [1] * 12 + [2] * 4
     assert report["captions"] == [caption.text for caption in captions]
-    sizes = [Image.open(path).size[0] for path in (tmp_path / "pictures").glob("*.png")]
+    sizes = [Image.open(path).size[0] for path in (tmp_path / "images").glob("*.png")]
     assert sorted(sizes) == [64] * 16 + [256] * 16 + [1024] * 2
     assert Image.open(tmp_path / "grid.png").size > (4 * (128 + 256), 4 * 256)
     # It draws what the library draws.
-    first = next((tmp_path / "pictures").glob("00-*-1024.png"))
+    first = next((tmp_path / "images").glob("00-*-1024.png"))
     expected = load(standin).sample(report["captions"][:2])[2][0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - to_uint8(expected)).max() <= 1
     metadata = png_metadata.read(first.read_bytes())
@@ -60,7 +60,7 @@ def test_one_object_and_two_are_scored_apart():
     assert captions == quickstart.chosen_captions()
     drawn = np.stack([to_float(draw(scene, 64)) for scene, _ in examples])
     drawn[0], drawn[12:] = drawn[5], drawn[0]  # one of twelve, and all of two objects, are wrong
-    tallies = quickstart.judged(captions, {64: drawn, 1024: drawn[:2]})
+    tallies = quickstart.tallied(captions, {64: drawn, 1024: drawn[:2]})
     scores = quickstart.scores(tallies)
     assert scores["attribute_accuracy_64"] == pytest.approx(11 / 12)
     assert scores["attribute_accuracy_1024"] == pytest.approx(1 / 2)
@@ -80,7 +80,7 @@ def test_one_object_and_two_are_scored_apart():
 
 
 def test_captions_that_are_nobodys_have_no_scores():
-    assert quickstart.scores(quickstart.judged([], {64: np.zeros((1, 64, 64, 3))})) == {}
+    assert quickstart.scores(quickstart.tallied([], {64: np.zeros((1, 64, 64, 3))})) == {}
 
 
 def test_captions_of_ones_own_in_a_process(standin, tmp_path):
@@ -93,27 +93,22 @@ def test_captions_of_ones_own_in_a_process(standin, tmp_path):
     report = report_of(tmp_path / "out")
     assert report["captions"] == ["a red circle"]
     assert not [name for name in report if "accuracy" in name]
-    names = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
     assert names == [f"00-a-red-circle-{resolution}.png" for resolution in (1024, 256, 64)]
 
 
-SHORT = {
-    **{f"{stage}_steps": 2 for stage in ("t5", "base", "sr256")},
-    "t5_batch": 8,
-    "base_batch": 8,
-    "sr_batch": 8,
-    "sr_crop": 64,
-    "examples": 16,
-    "examples_256": 8,
-    "examples_1024": 8,
-    "sample_every": 2,
-}
+SHORT = (
+    T5Training(t5_steps=2, t5_batch=8),
+    BaseTraining(examples=16, base_steps=2, base_batch=8),
+    SuperResolutionTraining(examples_256=8, examples_1024=8, sr256_steps=2, sr_batch=8, sr_crop=64),
+)
 
 
 @pytest.mark.usefixtures("small_presets")
+@pytest.mark.slow
 def test_a_cascade_is_trained(tmp_path):
     """By default the last stage is the one before it again. What is finished is not trained again."""
-    settings = quickstart.Training(**SHORT)
+    settings = quickstart.Training(*SHORT, sample_every=2)
     weights = train_cascade(settings, tmp_path)
     found = load(weights)
     assert weights == tmp_path / "weights" and found.sides == (64, 256, 1024)
@@ -133,7 +128,10 @@ def test_a_cascade_is_trained(tmp_path):
 @pytest.mark.usefixtures("small_presets")
 def test_training_from_scratch(tmp_path, command):
     """The command, all four networks trained, with all scores."""
-    settings = SHORT | {"sr1024_steps": 2, "psnr_pictures": 1}
+    settings = {
+        name: value for group in SHORT for name, value in vars(group).items() if not isinstance(value, str | tuple)
+    }
+    settings |= {"sr1024_steps": 2, "psnr_images": 1, "sample_every": 2}
     options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     done = command(quickstart.main, "--train", "--out", tmp_path, *options)
     assert done.code == 0, done.err

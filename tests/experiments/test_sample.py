@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.imagen import png_metadata, sample
-from experiments.imagen.drawing import Bars, Drawing, mesh_of, samplings, spread, with_boxes
+from experiments import sample
+from experiments.options.sampling import SamplingOptions, mesh_of, samplings, spread
+from experiments.output.bars import Bars
+from jaxdiff.data import png_metadata
+from jaxdiff.data.images import to_uint8
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.unet import EfficientUNet
-from jaxdiff.systems.pipeline import SampleOptions
+from jaxdiff.systems.pipeline import SampleOptions, with_boxes
 from jaxdiff.weights.imagen import load, trained
 from jaxdiff.weights.settings import from_json, to_json
 
@@ -38,7 +41,7 @@ def metadata_of(image):
 
 def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     arguments = "a red circle", "a blue star", "--per-prompt", 2, "--seed", 7, "--up-to", 256, "--negative", "a square"
-    done = command(sample.main, *arguments, "--weights", standin, "--out", tmp_path / "out", "--steps", "2,2,1")
+    done = command(sample, *arguments, "--weights", standin, "--out", tmp_path / "out", "--steps", "2,2,1")
     assert done.code == 0, done.err
     found = pictures_in(tmp_path / "out")
     assert list(found) == [f"000{i}-{slug}.png" for i, slug in enumerate(["a-red-circle"] * 2 + ["a-blue-star"] * 2)]
@@ -52,17 +55,17 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     # What the file says draws the same picture again.
     options = SampleOptions(seed=7, per_prompt=2, negative="a square", last=1)
     again = sampled_as(load(standin), chosen).sample(["a red circle", "a blue star"], options)[1][3]
-    difference = np.asarray(found["0003-a-blue-star.png"], int) - sample.pictures.to_uint8(again)
+    difference = np.asarray(found["0003-a-blue-star.png"], int) - to_uint8(again)
     assert np.abs(difference).max() <= 1  # another batch rounds differently
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 2 * 256
 
 
 def test_a_picture_does_not_depend_on_the_batch_or_its_neighbours(standin):
     model, prompts = load(standin), ["a red circle", "a blue star", "a yellow cross", "two green hearts"]
-    whole = model.sample(prompts, SampleOptions(seed=3, batch=16))
-    assert [product.shape[:2] for product in whole] == [(4, 64), (4, 256), (4, 1024)]
-    in_twos = model.sample(prompts, SampleOptions(seed=3, batch=2))
-    alone = model.sample(prompts[3:], SampleOptions(seed=3, first=3))
+    whole = model.sample(prompts, SampleOptions(seed=3, batch=16, last=1))
+    assert [product.shape[:2] for product in whole] == [(4, 64), (4, 256)]
+    in_twos = model.sample(prompts, SampleOptions(seed=3, batch=2, last=1))
+    alone = model.sample(prompts[3:], SampleOptions(seed=3, first=3, last=1))
     for expected, two, one in zip(whole, in_twos, alone, strict=True):
         assert np.ptp(expected) > 0.5
         np.testing.assert_allclose(two, expected, atol=2e-3)
@@ -73,13 +76,13 @@ def test_large_lists_are_drawn_in_batches(standin, tmp_path, command):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue star\n  a green heart \n")
     options = "--up-to", 64, "--batch", 2, "--weights", standin
-    done = command(sample.main, "--prompts", prompts, *options, "--out", tmp_path / "out")
+    done = command(sample, "--prompts", prompts, *options, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     found = pictures_in(tmp_path / "out")
     assert list(found) == ["0000-a-red-circle.png", "0001-a-blue-star.png", "0002-a-green-heart.png"]
     (expected,) = load(standin).sample(["a red circle", "a blue star", "a green heart"], SampleOptions(last=0))
     for image, picture in zip(found.values(), expected):
-        assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(picture)).max() <= 1
+        assert np.abs(np.asarray(image).astype(int) - to_uint8(picture)).max() <= 1
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("data=-1", marks=pytest.mark.slow), "data=2,tensor=4"])
@@ -88,7 +91,7 @@ def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
     arguments = "a red circle", "a blue star", "a yellow cross", "--up-to", 256, "--seed", 3, "--weights", standin
     found = {}
     for name, given in {"one": (), "all": ("--mesh", mesh)}.items():
-        done = command(sample.main, *arguments, "--out", tmp_path / name, *given)
+        done = command(sample, *arguments, "--out", tmp_path / name, *given)
         assert done.code == 0, done.err
         found[name] = pictures_in(tmp_path / name)
     assert list(found["all"]) == list(found["one"]) and len(found["one"]) == 3
@@ -119,14 +122,14 @@ def test_a_mesh_compiles_each_stage_once(standin, caplog):
 )
 def test_a_mesh_that_cannot_draw(mesh, told, standin, tmp_path, command):
     arguments = "a red circle", "--size", "16x16", "--weights", standin, "--out", tmp_path / "out", "--mesh", mesh
-    done = command(sample.main, *arguments)
+    done = command(sample, *arguments)
     assert done.code == 2 and told in done.err and done.err.count("\n") == 1, done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_other_sizes_in_tiles(standin, tmp_path, command):
     arguments = "a red circle", "--size", "48x32", "--up-to", 256, "--tile", 96, "--tile-overlap", 32
-    done = command(sample.main, *arguments, "--weights", standin, "--out", tmp_path)
+    done = command(sample, *arguments, "--weights", standin, "--out", tmp_path)
     assert done.code == 0, done.err
     image = pictures_in(tmp_path)["0000-a-red-circle.png"]
     assert image.size == (128, 192)
@@ -138,7 +141,7 @@ def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
     for dtype in (None, "bfloat16"):
         options = ["--weights", standin, "--out", tmp_path / str(dtype), "--steps", 2, "--up-to", 256]
         options += ["--dtype", dtype] if dtype else []
-        done = command(sample.main, "a red circle", *options)
+        done = command(sample, "a red circle", *options)
         assert done.code == 0, done.err
         (image,) = pictures_in(tmp_path / str(dtype)).values()
         assert metadata_of(image).settings["dtype"] == dtype
@@ -150,27 +153,27 @@ def test_half_precision_draws_nearly_the_same(standin, tmp_path, command):
 def test_settings_for_all_stages_or_each(standin):
     models = trained(load(standin))
     own = [m.sampling for m in models]
-    assert samplings(models, Drawing()) == tuple(own)
-    every = samplings(models, Drawing(sampler="heun", steps="5", guidance="4", aug_level="0.1"))
+    assert samplings(models, SamplingOptions()) == tuple(own)
+    every = samplings(models, SamplingOptions(sampler="heun", steps="5", guidance="4", aug_level="0.1"))
     assert [s.sampler for s in every] == [Heun()] * 3
     assert [(s.steps, s.guidance.weight, s.aug_level) for s in every] == [(5, 4.0, 0.1)] * 3
-    each = samplings(models, Drawing(sampler="euler,,ddim", steps="9,,3", thresholding="static,none,dynamic"))
+    each = samplings(models, SamplingOptions(sampler="euler,,ddim", steps="9,,3", thresholding="static,none,dynamic"))
     assert [s.sampler for s in each] == [Euler(), own[1].sampler, DDIM()]
     assert [s.steps for s in each] == [9, own[1].steps, 3]
     assert [s.thresholding for s in each] == [StaticThreshold(), NoThreshold(), DynamicThreshold()]
-    capped = samplings(models, Drawing(thresholding="static,dynamic,dynamic", percentile=0.9, cap=2.0))
+    capped = samplings(models, SamplingOptions(thresholding="static,dynamic,dynamic", percentile=0.9, cap=2.0))
     assert [s.thresholding for s in capped] == [
         StaticThreshold(),
         DynamicThreshold(0.9, 2.0),
         DynamicThreshold(0.9, 2.0),
     ]
-    tiled = samplings(models, Drawing(tile=256))
+    tiled = samplings(models, SamplingOptions(tile=256))
     assert [s.tiles for s in tiled] == [None, Tiles(256, 32), Tiles(256, 32)]
 
 
 def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
     long = "a red circle " * 8 + "and nothing else"
-    done = command(sample.main, "", long, "--up-to", 64, "--weights", standin, "--out", tmp_path)
+    done = command(sample, "", long, "--up-to", 64, "--weights", standin, "--out", tmp_path)
     assert done.code == 0, done.err
     warned = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 2
@@ -183,7 +186,7 @@ def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
 def test_the_shipped_models_draw_what_they_drew(tmp_path, command):
     """red_circle.png: every fourth pixel of this image on a CPU, before the library's inside became general."""
     caption = "a large red circle on a white background"
-    done = command(sample.main, caption, "--seed", 7, "--up-to", 256, "--out", tmp_path)
+    done = command(sample, caption, "--seed", 7, "--up-to", 256, "--out", tmp_path)
     assert done.code == 0, done.err
     (image,) = pictures_in(tmp_path).values()
     expected = np.asarray(Image.open(Path(__file__).with_name("red_circle.png")), int)
@@ -201,7 +204,7 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
 
     monkeypatch.setattr(EfficientUNet, "__call__", reached)
     jax.clear_caches()  # a program that another test has compiled would not call the network
-    done = command(sample.main, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
+    done = command(sample, "a red circle", "--up-to", 64, "--weights", standin, "--out", tmp_path / "out")
     assert done.code == 70 and "RuntimeError: the network is reached" in done.err, done.err
     frames = re.findall(r'File "(.+)", line \d+, in (\S+)', done.err)
     ours = [name for file, name in frames if Path(file).is_relative_to(ROOT / "jaxdiff") or "/experiments/" in file]
@@ -212,7 +215,7 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
 def test_seconds_belong_to_the_box_that_reports(monkeypatch):
     """Two runs of a generator, whose first report compiles, and a decoder; what lies between them belongs to none."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("experiments.imagen.drawing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("experiments.output.bars.time", SimpleNamespace(perf_counter=lambda: clock.now))
     with Bars(SimpleNamespace(sides=(64, 256)), runs=2) as bars:
 
         def report(now, *progress):
@@ -228,8 +231,8 @@ def test_seconds_belong_to_the_box_that_reports(monkeypatch):
         report(104, 0, 16, 16)
         report(105, 1, 4, 4)
     assert (bars.seconds(0), bars.seconds(1)) == (16, 4)
-    assert bars.per_picture(0, 8) == (2 + 2 + 2) / 24 * 32 / 8  # seconds a step, times steps a picture
-    assert bars.per_picture(1, 4) == 1 / 4 * 8 / 4
+    assert bars.per_image(0, 8) == (2 + 2 + 2) / 24 * 32 / 8  # seconds a step, times steps a picture
+    assert bars.per_image(1, 4) == 1 / 4 * 8 / 4
 
 
 def test_an_empty_prompt_is_the_null_text(standin):

@@ -9,10 +9,12 @@ import pytest
 import small_if
 from PIL import Image
 
-from experiments.imagen import png_metadata, sample
-from experiments.imagen.drawing import Drawing, samplings, with_boxes
+from experiments import sample
+from experiments.options.sampling import SamplingOptions, samplings
+from jaxdiff.data import png_metadata
+from jaxdiff.data.images import to_uint8
 from jaxdiff.systems.deepfloyd import SAMPLING_I
-from jaxdiff.systems.pipeline import SampleOptions
+from jaxdiff.systems.pipeline import SampleOptions, with_boxes
 from jaxdiff.weights import imagen
 from jaxdiff.weights.settings import from_json
 
@@ -47,7 +49,7 @@ def settings_of(image):
 
 
 def test_text_to_image(exported, tmp_path, command):
-    done = command(sample.main, CAPTION, "--weights", exported, "--out", tmp_path, "--seed", 5, *FEW)
+    done = command(sample, CAPTION, "--weights", exported, "--out", tmp_path, "--seed", 5, *FEW)
     image = drawn(done, tmp_path)
     told = settings_of(image)
     chosen = [from_json(stage, "the PNG") for stage in told["stages"]]
@@ -57,16 +59,16 @@ def test_text_to_image(exported, tmp_path, command):
     again = with_boxes(model, boxes).sample([CAPTION], SampleOptions(seed=5))[1][0]
     assert image.size == (64, 64) and np.ptp(np.asarray(image)) > 100
     # Not bit by bit: the encoder read other captions beside this one, and a network at random makes much of little.
-    assert np.abs(np.asarray(image).astype(int) - sample.pictures.to_uint8(again)).mean() < 0.1
+    assert np.abs(np.asarray(image).astype(int) - to_uint8(again)).mean() < 0.1
 
 
 def test_pipelines_named_one_by_one(exported, tmp_path, command):
     stages = exported / "base64", exported / "sr256"
-    both = command(sample.main, CAPTION, "--weights", *stages, "--out", tmp_path / "both", *FEW)
-    whole = command(sample.main, CAPTION, "--weights", exported, "--out", tmp_path / "whole", *FEW)
+    both = command(sample, CAPTION, "--weights", *stages, "--out", tmp_path / "both", *FEW)
+    whole = command(sample, CAPTION, "--weights", exported, "--out", tmp_path / "whole", *FEW)
     found = [np.asarray(drawn(done, tmp_path / name)) for done, name in ((both, "both"), (whole, "whole"))]
     np.testing.assert_array_equal(*found)
-    first = command(sample.main, CAPTION, "--weights", stages[0], "--out", tmp_path / "first", "--steps", 2)
+    first = command(sample, CAPTION, "--weights", stages[0], "--out", tmp_path / "first", "--steps", 2)
     assert drawn(first, tmp_path / "first").size == (16, 16)
 
 
@@ -75,27 +77,28 @@ def test_embeddings_are_made_once(exported, tmp_path, command):
     folder, file = tmp_path / "copy", tmp_path / "captions.safetensors"
     shutil.copytree(exported, folder)
     arguments = "--weights", folder, "--embeddings", file, "--negative", "a green heart", *FEW
-    before = drawn(command(sample.main, CAPTION, *arguments, "--out", tmp_path / "a"), tmp_path / "a")
+    before = drawn(command(sample, CAPTION, *arguments, "--out", tmp_path / "a"), tmp_path / "a")
     shutil.rmtree(folder / "base64/text_encoder")
-    after = drawn(command(sample.main, CAPTION, *arguments, "--out", tmp_path / "b"), tmp_path / "b")
+    after = drawn(command(sample, CAPTION, *arguments, "--out", tmp_path / "b"), tmp_path / "b")
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
-    other = command(sample.main, "a blue star", *arguments, "--out", tmp_path / "c")
+    other = command(sample, "a blue star", *arguments, "--out", tmp_path / "c")
     assert other.code == 2 and "has no embedding of 'a blue star'" in other.err
-    other = command(sample.main, CAPTION, *arguments, "--no-clean", "--out", tmp_path / "c")
+    other = command(sample, CAPTION, *arguments, "--no-clean", "--out", tmp_path / "c")
     assert other.code == 2 and "was made by" in other.err and other.err.count("\n") == 1
 
 
 def test_a_prompt_that_cleaning_leaves_nothing_of(exported, tmp_path, command):
-    done = command(sample.main, "http://example.com", "--weights", exported, "--out", tmp_path, *FEW)
+    done = command(sample, "http://example.com", "--weights", exported, "--out", tmp_path, *FEW)
     assert done.code == 0 and "nothing is left of 'http://example.com' after cleaning" in done.err
 
 
+@pytest.mark.slow
 def test_image_to_image(exported, photo, tmp_path, command):
     """In the shape of the given picture; the less is drawn, the nearer it stays."""
     original, errors = None, []
     for strength in ("0.34,0.5", "1"):
         options = "--weights", exported, "--image", photo, "--strength", strength, *FEW
-        image = drawn(command(sample.main, CAPTION, *options, "--out", tmp_path / strength), tmp_path / strength)
+        image = drawn(command(sample, CAPTION, *options, "--out", tmp_path / strength), tmp_path / strength)
         assert image.size == (64, 72)  # 38×45, in steps of the base's stride
         original = Image.open(photo).resize(image.size, Image.Resampling.BICUBIC)
         errors.append(np.abs(np.asarray(image, float) - np.asarray(original, float)).mean())
@@ -109,7 +112,7 @@ def test_inpainting(exported, photo, tmp_path, command):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     given = "--image", photo, "--mask", tmp_path / "mask.png", "--strength", 1
     options = "--weights", exported, *given, *FEW
-    image = drawn(command(sample.main, CAPTION, *options, "--out", tmp_path / "out"), tmp_path / "out")
+    image = drawn(command(sample, CAPTION, *options, "--out", tmp_path / "out"), tmp_path / "out")
     original = np.asarray(Image.open(photo).resize(image.size, Image.Resampling.BICUBIC), float)
     difference = np.abs(np.asarray(image, float) - original)
     assert difference[:, :31].max() <= 3 and difference[:, 34:].mean() > 10
@@ -118,7 +121,7 @@ def test_inpainting(exported, photo, tmp_path, command):
 def test_ones_own_picture_is_enlarged(exported, photo, tmp_path, command):
     """Of any size, without a prompt, in tiles."""
     options = "--weights", exported, "--enlarge", photo, "--tile", 64, "--tile-overlap", 32, "--respacing", ",leading"
-    done = command(sample.main, *options, "--steps", ",2", "--out", tmp_path / "out")
+    done = command(sample, *options, "--steps", ",2", "--out", tmp_path / "out")
     image = drawn(done, tmp_path / "out")
     assert image.size == (4 * 38, 4 * 45)
 
@@ -129,7 +132,7 @@ def test_respacings(exported):
     def chosen(**settings):
         return [
             (s.steps, s.spacing.times(m.model.schedule, s.steps).shape[0])
-            for s, m in zip(samplings(models, Drawing(**settings)), models)
+            for s, m in zip(samplings(models, SamplingOptions(**settings)), models)
         ]
 
     assert chosen() == [(100, 101), (50, 51)]
@@ -143,10 +146,10 @@ def test_respacings(exported):
 
 
 BAD = {
-    "a strength without a picture": (("--strength", "0.5"), "--strength is for a picture"),
-    "a mask without a picture": (("--mask", "photo"), "--mask is for a picture"),
-    "two pictures": (("--image", "photo", "--enlarge", "photo"), "one picture at a time"),
-    "a place without a picture": (("--enlarge-from", "16"), "--enlarge-from is for a picture"),
+    "a strength without a picture": (("--strength", "0.5"), "--strength is for an image"),
+    "a mask without a picture": (("--mask", "photo"), "--mask is for an image"),
+    "two pictures": (("--image", "photo", "--enlarge", "photo"), "one image at a time"),
+    "a place without a picture": (("--enlarge-from", "16"), "--enlarge-from is for an image"),
     "no step left": (("--image", "photo", "--strength", "0.1", "--steps", "3"), "strength 0.1 leaves no step of 3"),
     "a strength above 1": (("--image", "photo", "--strength", "1.5"), "strength 1.5"),
     "a strength in words": (("--image", "photo", "--strength", "half"), "--strength half"),
@@ -159,7 +162,7 @@ BAD = {
     "no such pipeline": (("--weights", "/nowhere"), "/nowhere"),
     "embeddings that are none": (("--embeddings", "none.safetensors"), "not a whole safetensors file"),
     "embeddings of another kind": (("--embeddings", "e.bin"), "has to end in .safetensors"),
-    "a size for what is enlarged": (("--enlarge", "photo", "--size", "16"), "--enlarge has the size of its picture"),
+    "a size for what is enlarged": (("--enlarge", "photo", "--size", "16"), "--enlarge has the size of its image"),
     "no steps": (("--steps", "0"), "steps must be at least 1"),
 }
 
@@ -173,7 +176,7 @@ def test_bad_input(case, exported, photo, tmp_path, command):
     arguments, culprit = BAD[case]
     arguments = [files.get(argument, argument) for argument in arguments]
     out = tmp_path / "out"
-    done = command(sample.main, CAPTION, "--out", out, "--weights", exported, *arguments)
+    done = command(sample, CAPTION, "--out", out, "--weights", exported, *arguments)
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
     assert culprit in done.err, done.err
     assert not out.exists()
@@ -181,6 +184,6 @@ def test_bad_input(case, exported, photo, tmp_path, command):
 
 def test_a_respacing_for_a_continuous_schedule(standin, tmp_path, command):
     done = command(
-        sample.main, CAPTION, "--weights", standin, "--respacing", "smart27", "--up-to", 64, "--out", tmp_path / "out"
+        sample, CAPTION, "--weights", standin, "--respacing", "smart27", "--up-to", 64, "--out", tmp_path / "out"
     )
     assert done.code == 2 and "the table of a discrete schedule, not Cosine" in done.err, done.err

@@ -1,7 +1,6 @@
-"""experiments.classifier, experiments.imagen.rainbow and experiments.data.glosses on little data."""
+"""Training of the classifier, and the recipes rainbow and glosses, on little data."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 from small_cascade import BASE
 
-from experiments import classifier as training
-from experiments.data import glosses
-from experiments.imagen import presets, rainbow
-from experiments.imagen.rainbow import scores_of
-from experiments.text.pretrain import lines_of
+from experiments import train
+from experiments.recipes import glosses, rainbow
+from experiments.recipes.rainbow import scores_of
+from experiments.table import TASKS
+from experiments.tasks import classifier as task
+from experiments.tasks.tokenizers import lines_of
 from jaxdiff.data import shapes_draw
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, draw, split
@@ -36,25 +36,26 @@ SYNSETS = """\
 def test_labels_are_those_of_the_scene():
     for index in range(40):
         true = scene("train", index)
-        said = dict(zip(training.ATTRIBUTES, training.labels(true)))
-        assert training.OF_ALL["objects"][said["objects"]] == str(len(true.objects))
-        assert training.OF_ALL["background"][said["background"]] == true.background
+        said = dict(zip(task.ATTRIBUTES, task.labels(true)))
+        assert task.OF_ALL["objects"][said["objects"]] == str(len(true.objects))
+        assert task.OF_ALL["background"][said["background"]] == true.background
         if len(true.objects) == 2:
-            assert {said[name] for name in training.OF_ONE} == {-1}
+            assert {said[name] for name in task.OF_ONE} == {-1}
         else:
-            for name, classes in training.OF_ONE.items():
+            for name, classes in task.OF_ONE.items():
                 assert classes[said[name]] == getattr(true.objects[0], name)
 
 
 def test_a_classifier_is_trained_and_read_back(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "ClassifierConfig", functools.partial(ClassifierConfig, channels=(4, 8)))
+    presets = TASKS["classifier"].presets
+    monkeypatch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], channels=(4, 8)))
     done = command(
-        training.main, "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--examples", 64, "--held-out", 4,
-        "--steps", 3, "--batch", 16, "--features", 6, "--side", 32,
+        train, "classifier", "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--examples", 64,
+        "--held-out", 4, "--steps", 3, "--batch", 16, "--features", 6, "--side", 32,
     )  # fmt: skip
     assert done.code == 0, done.err
     name, config, params = classifier.load(tmp_path / "run" / "model")
-    assert name == "shapes" and config.features == 6 and config.names == tuple(training.ATTRIBUTES)
+    assert name == "shapes" and config.features == 6 and config.names == tuple(task.ATTRIBUTES)
     assert params["features"]["kernel"].shape[1] == 6
     shown = np.stack([to_float(shapes_draw.draw(scene("train", i), 32)) for i in range(64)])
     features, _ = jax.jit(Classifier(config).apply)({"params": params}, jnp.asarray(shown))
@@ -95,13 +96,14 @@ def test_scores_of_the_rainbow():
     scores = scores_of(asked, read(shown))
     assert scores["right"] == 38 / 40 and scores["attributes"]["colour"] == 38 / 40
     assert scores["attributes"]["shape"] == 39 / 40
-    assert scores["wrong"] == {"no picture of the set": 1, "colour": 1}
+    assert scores["wrong"] == {"no image of the dataset": 1, "colour": 1}
 
 
 @pytest.mark.slow
 def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_path):
+    presets = TASKS["imagen.base32"].presets
     stage = dataclasses.replace(BASE, side=32)
-    monkeypatch.setitem(presets.STAGES, "base32", {"tiny": stage})
+    monkeypatch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], model=stage))
     arguments = (
         "--out", tmp_path / "run", "--data-dir", tmp_path / "data", "--text-steps", 2, "--steps", 2, "--batch", 8,
         "--n", 8,
@@ -109,7 +111,7 @@ def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_pa
     done = command(rainbow.main, *arguments)
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["count"] == 8 and 0 <= report["right"] <= 1 and report["made_by"]["pictures_seen"] == 16
+    assert report["count"] == 8 and 0 <= report["right"] <= 1 and report["made_by"]["images_seen"] == 16
     assert (tmp_path / "run" / "grid.png").is_file() and "held-out captions" in done.out
     assert command(rainbow.main, "--n", -1).code == 2
 

@@ -6,9 +6,10 @@ import json
 import pytest
 from PIL import Image
 
-from experiments.imagen import png_metadata, sample
-from experiments.text.pretrain import lines_of
-from experiments.texts import lines
+from experiments import sample
+from experiments.options.texts import lines
+from experiments.tasks.tokenizers import lines_of
+from jaxdiff.data import png_metadata
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
 
@@ -64,7 +65,7 @@ def test_a_carriage_return_within_a_line_is_a_space_of_it(tmp_path):
 def test_what_is_no_text(content, reason, tmp_path, command):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    done = command(sample.main, "--prompts", file, "--out", tmp_path / "out")
+    done = command(sample, "--prompts", file, "--out", tmp_path / "out")
     assert done.code == 2 and done.err.count("\n") == 1 and str(file) in done.err and reason in done.err
     assert not (tmp_path / "out").exists()
 
@@ -72,7 +73,7 @@ def test_what_is_no_text(content, reason, tmp_path, command):
 def test_the_command_draws_a_picture_a_line(standin, tmp_path, command):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red\u2028circle\r\na blue\x85star".encode())
     arguments = "--prompts", tmp_path / "prompts.txt", "--up-to", 64, "--steps", 1, "--weights", standin
-    done = command(sample.main, *arguments, "--out", tmp_path / "out")
+    done = command(sample, *arguments, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["0000-a-red-circle.png", "0001-a-blue-star.png", "grid.png"]

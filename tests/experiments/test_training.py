@@ -12,15 +12,19 @@ import pytest
 import small_cascade
 from PIL import Image
 
-from experiments.data import convert
-from experiments.imagen import assemble, presets, train
-from experiments.imagen import emoji as emoji_run
-from experiments.imagen.samples import Samples
-from experiments.text import embed, pretrain
+from experiments import convert, embed, export, train
+from experiments.options.training import DataOptions
+from experiments.recipes import emoji as emoji_run
+from experiments.table import TASKS
+from experiments.tasks import diffusion, text_embeddings
+from experiments.tasks.diffusion import DiffusionOptions, Settings
+from experiments.tasks.samples import Samples
+from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.data import emoji
 from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.training import metrics
-from jaxdiff.weights.imagen import load, load_model, save_model
+from jaxdiff.weights.imagen import load
+from jaxdiff.weights.stages import load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
@@ -37,6 +41,7 @@ def photos(tmp_path):
     return folder
 
 
+ENLARGE = "imagen.sr256", "--text", "none", "--crop", 64
 SHORT = "--steps", 2, "--batch", 8, "--ema-decay", 0.995, "--sample-every", 0
 
 
@@ -51,15 +56,14 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     records, embeddings = tmp_path / "records", tmp_path / "embeddings"
-    done = command(convert.main, tmp_path / "shard.tar", "--out", records)
-    assert done.code == 0 and "9 pictures" in done.out, done.err
+    done = command(convert, tmp_path / "shard.tar", "--out", records)
+    assert done.code == 0 and "9 images" in done.out, done.err
     source = "--data", f"records:{records}"
     text = "--text-encoder", standin / "text", "--length", 16
-    done = command(embed.main, *source, *text, "--out", embeddings)
+    done = command(embed, *source, *text, "--out", embeddings)
     assert done.code == 0 and "9 embeddings" in done.out, done.err
     arguments = (
-        "--stage",
-        "base64",
+        "imagen.base64",
         *source,
         "--embeddings",
         embeddings,
@@ -67,7 +71,7 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
         -5.5,
         0,
     )
-    done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run")
+    done = command(train, *arguments, *SHORT, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     model = load_model(tmp_path / "run" / "model")
     assert (model.model.time_sampler.low, model.model.time_sampler.high) == (-5.5, 0.0)
@@ -75,43 +79,42 @@ def test_pictures_and_captions_of_ones_own(standin, tmp_path, command):
 
     # The encoder, where it is named too, must be the one that made them, and the model knows which that was.
     wrong = dataclasses.replace(load_text_encoder(standin / "text", 16), length=15)
-    done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
+    done = command(train, *arguments, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 0, done.err
     folder = tmp_path / "other"
     shutil.copytree(embeddings, folder)
     sidecar = folder / "embeddings.json"
     sidecar.write_text(sidecar.read_text().replace(model.text_fingerprint, wrong.fingerprint))
     changed = (*arguments[:-4], folder, *arguments[-3:])
-    done = command(train.main, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
+    done = command(train, *changed, *SHORT, "--out", tmp_path / "run", "--text", standin / "text")
     assert done.code == 2 and "but the model needs" in done.err
-    done = command(train.main, *arguments, *SHORT, "--out", tmp_path / "run", "--text-length", 15)
+    done = command(train, *arguments, *SHORT, "--out", tmp_path / "run", "--text-length", 15)
     assert done.code == 2 and "16 tokens a caption, not of --text-length 15" in done.err
 
 
 def test_log_snrs_to_train_at(tmp_path):
     """`--logsnr` replaces where the preset trains, or, in part, stands before it; the noise schedule stays."""
-    run = train.Run(stage="base64", out=tmp_path, logsnr=(-5.0, 0.0))
-    preset, changed = presets.stage("base64", "tiny"), train.stage_of(run)
+    task, options = TASKS["imagen.base64"], DiffusionOptions(logsnr=(-5.0, 0.0))
+    run = Settings(tmp_path, diffusion=options)
+    preset, changed = task.preset("tiny").model, task.trained_model(run)
     assert changed.time_sampler == LogSNRRange(-5.0, 0.0) and changed.schedule == preset.schedule
-    partly = train.stage_of(dataclasses.replace(run, logsnr_fraction=0.75))
+    partly = task.trained_model(dataclasses.replace(run, diffusion=dataclasses.replace(options, logsnr_fraction=0.75)))
     assert partly.time_sampler == LogSNRRange(-5.0, 0.0, 0.75, rest=preset.time_sampler)
 
 
 def test_parameters_to_begin_with(standin, photos, tmp_path, command):
     """From a run's folder, finished or not, or the model/ in it; what was learned does not depend on how."""
-    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
-    assert command(train.main, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
+    arguments = *ENLARGE, *SHORT, "--data", f"folder:{photos}", "--data-dir", tmp_path / "data"
+    assert command(train, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
     model = load_model(tmp_path / "first" / "model")
     assert (model.model.unet.execution.dtype, model.model.unet.execution.remat) == ("float32", "none")
     found = []
     for init in (tmp_path / "first", tmp_path / "first" / "model"):
-        settings = train.Run("sr256", tmp_path / "second", init=init)
-        found.append(train.initial_of(settings, model.model))
+        found.append(diffusion.initial(init, model.model))
     jax.tree.map(np.testing.assert_array_equal, *found, model.params)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
-    assert train.initial_of(dataclasses.replace(settings, out=tmp_path / "first"), model.model) is None
     with pytest.raises(ValueError, match="does not fit the settings"):
-        train.initial_of(settings, load_model(standin / "base64").model)
+        diffusion.initial(init, load_model(standin / "base64").model)
 
 
 def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):
@@ -122,16 +125,18 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
         unet=dataclasses.replace(plain.unet, conditioning=base.unet.conditioning),
         conditioners=(*base.conditioners, *plain.conditioners),
     )
-    monkeypatch.setitem(presets.STAGES, "sr256", {"tiny": reading})
+    task = TASKS["imagen.sr256"]
+    monkeypatch.setitem(task.presets, "tiny", dataclasses.replace(task.preset("tiny"), model=reading))
     (photos / "3.png").write_bytes(b"no picture")
-    arguments = "--stage", "sr256", "--data", f"folder:{photos}", "--crop", 64, *SHORT, "--data-dir", tmp_path / "data"
-    done = command(train.main, *arguments, "--text", "none", "--out", tmp_path / "alone")
+    arguments = *ENLARGE, *SHORT, "--data", f"folder:{photos}", "--data-dir", tmp_path / "data"
+    done = command(train, *arguments, "--out", tmp_path / "alone")
     assert done.code == 0, done.err
 
-    source = train.open_source(train.Run("sr256", tmp_path, data=f"folder:{photos}"), reading)
+    data = DataOptions(f"folder:{photos}")
+    source = diffusion.open_source(Settings(tmp_path, dataset=data), data.spec(), reading)
     rows = {i: (np.full((16, small_cascade.WIDTH), i, np.float16), np.arange(16) < 3, b"") for i in range(9)}
     with pytest.warns(UserWarning, match=r"3\.png"):
-        samples = Samples(reading, presets.sampling("sr256", "tiny"), source, rows, tmp_path)
+        samples = Samples(reading, task.preset("tiny").sampling, source, rows, tmp_path)
     shades = np.round((np.asarray(samples._low_res)[:, 0, 0, 0] + 1) * 127.5 / 25).astype(int)
     assert 3 not in shades
     assert samples._captions == [f"a dark red square number {i}" if i else "" for i in shades]
@@ -140,19 +145,19 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
 
 def test_a_model_reads_what_its_text_encoder_gives(standin, tmp_path):
     """Of any width, and as many tokens as are asked for; a network that learns without text keeps its preset's."""
-    base, settings = small_cascade.BASE, train.Run("base64", tmp_path, text=str(standin / "text"))
+    base, task = small_cascade.BASE, TASKS["imagen.base64"]
     for length in (None, 12):
-        chosen = dataclasses.replace(settings, text_length=length)
-        encoder, _ = train.text_of(chosen, base)
-        assert train.reading(chosen, base, encoder).text.shape == (length or 24, small_cascade.WIDTH)
-    assert train.reading(dataclasses.replace(settings, preset="300m"), base, None).text.shape == (128, 4096)
+        options = TextOptions(str(standin / "text"), length)
+        encoder, _ = text_embeddings.find(options, "shapes", task.preset("tiny"), base)
+        assert base.reading(encoder.length, encoder.width).text.shape == (length or 24, small_cascade.WIDTH)
+    assert task.model("300m", task.settings.compute).text.shape == (128, 4096)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, command, monkeypatch):
     """Grain's stream, stored embeddings and a stage of Imagen: the losses are those of a run that was left alone."""
-    arguments = "--stage", "base64", "--data", f"folder:{photos}", "--text", standin / "text"
+    arguments = "imagen.base64", "--data", f"folder:{photos}", "--text", standin / "text"
     arguments += *SHORT, "--steps", 4, "--log-every", 1, "--save-every", 2, "--data-dir", tmp_path / "data"
-    assert command(train.main, *arguments, "--out", tmp_path / "whole").code == 0
+    assert command(train, *arguments, "--out", tmp_path / "whole").code == 0
 
     class Torn:
         """A stream that ends the process, as far as it can, when its fourth batch is asked for."""
@@ -168,11 +173,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, comma
             return next(self._stream)
 
     with monkeypatch.context() as patched:
-        real = train.batches
-        patched.setattr(train, "batches", lambda *given: Torn(real(*given)))
-        assert command(train.main, *arguments, "--out", tmp_path / "torn").code == 130
+        real = diffusion.batches
+        patched.setattr(diffusion, "batches", lambda *given: Torn(real(*given)))
+        assert command(train, *arguments, "--out", tmp_path / "torn").code == 130
     assert [line["step"] for line in metrics.read(tmp_path / "torn" / "metrics.jsonl")][-1] == 2
-    assert command(train.main, *arguments, "--out", tmp_path / "torn").code == 0
+    assert command(train, *arguments, "--out", tmp_path / "torn").code == 0
     whole, torn = (
         [(line["step"], line["loss"]) for line in metrics.read(tmp_path / name / "metrics.jsonl")]
         for name in ("whole", "torn")
@@ -183,8 +188,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, comma
 def test_stages_become_a_cascade(standin, tmp_path, command):
     out = tmp_path / "out"
     stages = [part for stage in ("base64", "sr256", "sr1024") for part in (f"--{stage}", standin / stage)]
-    done = command(assemble.main, "--text", standin / "text", *stages, "--dtype", "float16", "--out", out)
-    assert done.code == 0 and "draws 64, 256, 1024" in done.out, done.err
+    done = command(export, "imagen", "--text", standin / "text", *stages, "--dtype", "float16", "--out", out)
+    assert done.code == 0 and "samples 64, 256, 1024 pixels" in done.out, done.err
     found, given = load(out), load(standin)
     for a, b in zip(found.boxes, given.boxes, strict=True):
         assert (a.model, a.sampling) == (b.model, b.sampling)
@@ -193,23 +198,23 @@ def test_stages_become_a_cascade(standin, tmp_path, command):
     assert sizes[0] < 0.6 * sizes[1]
 
     # A shorter cascade over a longer one would be read as the longer one; one with a gap is none.
-    done = command(assemble.main, "--text", standin / "text", *stages[:2], "--out", out)
+    done = command(export, "imagen", "--text", standin / "text", *stages[:2], "--out", out)
     assert done.code == 2 and "holds sr256 and sr1024 of another cascade" in done.err
     base = tmp_path / "base"
     save_model(dataclasses.replace(load_model(standin / "base64"), text_fingerprint="0123456789abcdef"), base)
-    done = command(assemble.main, "--text", standin / "text", "--base64", base, "--out", tmp_path / "wrong")
+    done = command(export, "imagen", "--text", standin / "text", "--base64", base, "--out", tmp_path / "wrong")
     assert done.code == 2 and "trained with the text encoder 0123456789abcdef" in done.err
     assert not (tmp_path / "wrong").exists()
     # The same encoder computed in bfloat16 is another one.
     half = load_text_encoder(standin / "text", 16, "bfloat16")
     save_model(dataclasses.replace(load_model(standin / "base64"), text_fingerprint=half.fingerprint), base)
     arguments = "--text", standin / "text", "--base64", base, "--out", tmp_path / "half"
-    done = command(assemble.main, *arguments)
+    done = command(export, "imagen", *arguments)
     assert done.code == 2 and "in float32 is" in done.err and not (tmp_path / "half").exists()
-    done = command(assemble.main, *arguments, "--text-dtype", "bfloat16")
+    done = command(export, "imagen", *arguments, "--text-dtype", "bfloat16")
     assert done.code == 0, done.err
     gap = *stages[:2], *stages[4:]
-    done = command(assemble.main, "--text", standin / "text", *gap, "--out", tmp_path / "gap")
+    done = command(export, "imagen", "--text", standin / "text", *gap, "--out", tmp_path / "gap")
     assert done.code == 2 and "enlarges 256 pixels" in done.err and not (tmp_path / "gap").exists()
 
 
@@ -218,31 +223,32 @@ def test_the_mean_of_several_runs(standin, tmp_path, command):
     tripled = dataclasses.replace(base, params=jax.tree.map(lambda leaf: 3 * leaf, base.params))
     save_model(tripled, tmp_path / "tripled")
     arguments = "--text", standin / "text", "--base64", standin / "base64"
-    done = command(assemble.main, *arguments, tmp_path / "tripled", "--out", tmp_path / "mean")
+    done = command(export, "imagen", *arguments, tmp_path / "tripled", "--out", tmp_path / "mean")
     assert done.code == 0, done.err
     params = load_model(tmp_path / "mean" / "base64").params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y, rtol=1e-6), params, base.params)
-    done = command(assemble.main, *arguments, standin / "sr256", "--out", tmp_path / "none")
+    done = command(export, "imagen", *arguments, standin / "sr256", "--out", tmp_path / "none")
     assert done.code == 2 and "models whose unet differs have no mean" in done.err
     assert not (tmp_path / "none").exists()
     others = tmp_path / "0123456789abcdef", tmp_path / "fedcba9876543210"
     for other in others:
         save_model(dataclasses.replace(base, text_fingerprint=other.name), other)
-    done = command(assemble.main, *arguments, *others, "--out", tmp_path / "none")
+    done = command(export, "imagen", *arguments, *others, "--out", tmp_path / "none")
     assert done.code == 2 and "encoders 0123456789abcdef and fedcba9876543210 have no mean" in done.err
-    done = command(assemble.main, "--text", standin / "text", "--base64", "--out", tmp_path / "none")
+    done = command(export, "imagen", "--text", standin / "text", "--base64", "--out", tmp_path / "none")
     assert done.code == 2 and "base64" in done.err
 
 
 def test_a_text_encoder_of_ones_own(photos, tmp_path, command):
     arguments = "--data", f"folder:{photos}", "--out", tmp_path / "t5", "--vocab", 400, "--batch", 8, "--length", 16
-    done = command(pretrain.pretrain, *arguments, "--steps", 2)
+    done = command(train, "t5", *arguments, "--steps", 2)
     assert done.code == 0 and "1 of 9 examples have no caption" in done.err, done.err
     assert load_text_encoder(tmp_path / "t5" / "encoder", 16).config.decoder_layers == 0
-    done = command(pretrain.pretrain, *arguments, "--steps", 2, "--tokenizer", "bytes")
+    done = command(train, "t5", *arguments, "--steps", 2, "--tokenizer", "bytes")
     assert done.code == 2 and "data.tokenizer was 'trained' and is 'bytes' here" in done.err
 
 
+@pytest.mark.slow
 def test_emoji(tmp_path, command):
     """The over-fitting experiment, on three made-up emoji."""
     squares = {"red square": "#ff0000", "green square": "#00ff00", "blue square": "#0000ff"}

@@ -6,12 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from experiments import classifier
-from experiments.clip import train as clip_train
-from experiments.data import convert
-from experiments.imagen import train
-from experiments.text import embed
-from experiments.text.pretrain import pretrain
+from experiments import convert, embed, train
 from jaxdiff.training import lock
 
 
@@ -25,20 +20,22 @@ def photos(tmp_path_factory):
 
 
 COMMANDS = {
-    "train": (train.main, ("--stage", "sr256")),
-    "clip": (clip_train.main, ()),
-    "t5": (pretrain, ()),
-    "classifier": (classifier.main, None),
-    "convert": (convert.main, None),
-    "embed": (embed.main, ()),
+    "imagen.sr256": (train, ("imagen.sr256",)),
+    "clip": (train, ("clip",)),
+    "t5": (train, ("t5",)),
+    "classifier": (train, ("classifier",)),
+    "convert": (convert, None),
+    "embed": (embed, ()),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_start_is_refused_and_changes_nothing(name, standin, photos, tmp_path, command):
-    main, arguments = COMMANDS[name]
+    what, arguments = COMMANDS[name]
     out = tmp_path / "out"
-    if arguments is not None:
+    if name == "classifier":
+        arguments = (*arguments, "--data-dir", tmp_path / "data")
+    elif arguments is not None:
         arguments = (*arguments, "--data", f"folder:{photos}", "--data-dir", tmp_path / "data")
     if name == "convert":
         (tmp_path / "list.csv").write_text("path,caption\n")
@@ -52,7 +49,7 @@ def test_a_second_start_is_refused_and_changes_nothing(name, standin, photos, tm
         file = out / ("shard-0-of-1.lock" if name == "embed" else lock.NAME)
         file.write_bytes(owner.content(0))
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-        done = command(main, *(arguments or ()), "--out", out)
+        done = command(what, *(arguments or ()), "--out", out)
         other.kill()
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code == 73 and len(errors) == 1, done.err

@@ -150,6 +150,7 @@ def test_image_to_image(ours, theirs, init):
     assert_same(drawn(ours, init=init), (base, larger))
 
 
+@pytest.mark.slow
 def test_inpainting(ours, theirs, init):
     """IF puts what is known back as it is; noised to each step's level, what is kept comes out the same."""
     given = [seen(init, side) for side in SIDES]

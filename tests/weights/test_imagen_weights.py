@@ -26,7 +26,8 @@ from jaxdiff.training.optimizer import OptimizerConfig, optimizer
 from jaxdiff.training.state import create_state
 from jaxdiff.weights import t5 as t5_weights
 from jaxdiff.weights import tree
-from jaxdiff.weights.imagen import load, load_model, load_text, save_model
+from jaxdiff.weights.imagen import load, load_text
+from jaxdiff.weights.stages import load_model, save_model
 
 SAMPLING = SamplingConfig(DDIM(0.5), 7, guidance=Guidance(2.5, interval=(-3.0, 4.0)))
 BASE = replace(EIGHT, side=4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.classifier import ATTRIBUTES, labels
+from experiments.tasks.classifier import ATTRIBUTES, labels
 from jaxdiff.data.images import to_float
 from jaxdiff.data.shapes_caption import distinct_examples
 from jaxdiff.data.shapes_draw import draw

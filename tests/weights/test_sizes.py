@@ -18,8 +18,8 @@ from jaxdiff.systems.deepfloyd import IF_II_L
 from jaxdiff.systems.imagen import BASE_64_2B
 from jaxdiff.systems.imagen_tiny import SR_256_TINY
 from jaxdiff.weights import classifier, sizes
-from jaxdiff.weights.imagen import load_model
 from jaxdiff.weights.settings import TABLE, VERSION, from_json, to_json
+from jaxdiff.weights.stages import load_model
 
 CLASSES = [*TABLE.classes.values(), T5Config, TextTowerConfig, ImageTowerConfig, CLIPConfig]
 

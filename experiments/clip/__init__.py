@@ -1,1 +1,0 @@
-"""CLIP: training one, and judging one by retrieval and classification."""

@@ -1,1 +1,0 @@
-"""Preparing data: the emoji set, converting large sets, storing text embeddings."""

@@ -1,0 +1,1 @@
+"""What `experiments.evaluate` can measure, a file each."""

@@ -1,0 +1,319 @@
+"""Every metric of images against true ones: FID, KID, CMMD, precision and recall, CLIP score, IS.
+
+    python -m experiments.evaluate metrics                                  # the shipped cascade on held-out `shapes`
+    python -m experiments.evaluate metrics --weights runs/cascade --up-to 256 --n 1000 --out runs/scores
+    python -m experiments.evaluate metrics --images FOLDER --data folder:photos --fit crop --inception FILE
+    python -m experiments.evaluate metrics --keep-reference runs/reference  # then --reference runs/reference/*.npz
+
+Samples the first n captions of the data split (or takes a folder of images), looks at them and at the split's images
+in one pass with all networks, and prints a table; OUT/scores.json has every number with the line that says how it came
+about. Run again with the same folder, it goes on where it was. The shipped cascade takes about four minutes at 64
+pixels on 2 CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance
+of a classifier of `shapes` that the package ships; only Inception's is called FID.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from experiments.options.metric_networks import MetricNetworks, Networks, loaded
+from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
+from experiments.options.weights import WeightsOptions
+from experiments.output.bars import Bars
+from experiments.tasks.task import Task
+from jaxdiff.core import json_files
+from jaxdiff.core.files import usable, write_json
+from jaxdiff.core.trees import digest_of
+from jaxdiff.data import grids, sources, zipped
+from jaxdiff.data.example import Source
+from jaxdiff.data.images import Unreadable
+from jaxdiff.data.png_metadata import Metadata
+from jaxdiff.data.shapes_caption import Stated, caption
+from jaxdiff.data.shapes_scene import scene
+from jaxdiff.evaluation.attributes import matches
+from jaxdiff.evaluation.features import pooled_text
+from jaxdiff.evaluation.image_sets import (
+    CROP_THEM,
+    CroppedImages,
+    ImageFiles,
+    ImageSet,
+    SourceImages,
+    captions_of,
+    open_folder,
+    without_captions,
+)
+from jaxdiff.evaluation.metrics import (
+    MetricSettings,
+    Observed,
+    Score,
+    caption_metrics,
+    keep,
+    kept,
+    metrics_of,
+    require_alike,
+    seen_by,
+)
+from jaxdiff.evaluation.observe import observe
+from jaxdiff.evaluation.resize import Fit
+from jaxdiff.evaluation.statistics import Origin
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
+from jaxdiff.weights.settings import to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    out: Path = Path("runs/evaluate")
+    """Folder for scores.json, the images that are sampled and what the networks saw."""
+    images: Path | None = None
+    """A folder or zip of images to measure, in place of a pipeline's."""
+    convert: bool = False
+    """Take grayscale and transparent images too, as RGB on white."""
+    fit: Literal["squeeze", "crop"] | None = None
+    """What networks see of images, of both sets: each whole, squeezed into their square (as pytorch-fid and clean-fid
+    do; the two sets must be of one size), or its centred square, brought to the measured images' shortest side as in
+    training. Left out: squeeze of --images, crop of a pipeline's."""
+    up_to: int | None = None
+    """The resolution that is measured; left out: the base's."""
+    data: str = "shapes"
+    """The true images: shapes | emoji | rainbow | folder:PATH (or a zip) | tfds:NAME | records:PATH"""
+    split: str | None = None
+    """Left out: held_out of shapes, test of rainbow, train of other datasets."""
+    reference: tuple[Path, ...] = ()
+    """Kept statistics of the true images, in place of looking at them: .npz of --keep-reference, one for each
+    network; mu and sigma (.npz) or features (.npz, .npy) of other programs."""
+    keep_reference: Path | None = None
+    """A folder to keep what the networks saw in the true images, for --reference."""
+    n: int = 512
+    """Images that are sampled."""
+    true_n: int = 0
+    """True images to compare with, from the first; 0: all of the split."""
+    examples: int = 20_000
+    """Images in the training split of `shapes`."""
+    held_out: int = 1_000
+    """Images in its held-out split."""
+    seed: int = 0
+    """Of the noise of what is sampled, and of subsets."""
+    batch: int = 64
+    """Images looked at at once."""
+    networks: MetricNetworks = MetricNetworks()
+    score: MetricSettings = MetricSettings()
+    pipeline: WeightsOptions = WeightsOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    data_dir: Path = Path("runs/data")
+    """Where prepared datasets are kept."""
+
+
+def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
+    """FID, KID, CMMD, precision and recall, CLIP score, IS: of a pipeline, a folder or a zip, in one pass."""
+    if settings.n < 2 or settings.true_n < 0 or settings.true_n == 1 or settings.batch < 1:
+        raise ValueError(f"--n {settings.n}, --true-n {settings.true_n}, --batch {settings.batch}: too few")
+    spec, mesh = sources.parse(settings.data), mesh_of(settings.sampling.mesh)
+    if isinstance(spec, sources.Shapes):
+        spec = sources.Shapes(settings.examples, settings.held_out)
+    split = settings.split or {sources.Shapes: "held_out", sources.Rainbow: "test"}.get(type(spec), "train")
+    if settings.reference and settings.keep_reference is not None:
+        raise ValueError("--keep-reference keeps what is looked at, and with --reference nothing true is")
+    networks = loaded(settings.networks)
+    fit = Fit(settings.fit or ("squeeze" if settings.images else "crop"))
+    if settings.images:
+        shown = _fitted(open_folder(settings.images, settings.convert, fit=fit), fit)
+        width, height = _size(shown)
+    else:
+        model = _model(settings, tasks)
+        width = height = model.sides[-1]
+    references = _references(settings, networks, fit, f"{width}x{height}")
+    true_set = None if references else _true_set(settings, spec, split, fit, (width, height))
+    usable(settings.out)
+    if not settings.images:
+        shown = _fitted(_sampled(settings, model, spec, split), fit)
+    look = {"cache": settings.out / "seen", "batch": settings.batch, "mesh": mesh}
+    seen = observe(shown, networks.extractors, seed=None if settings.images else settings.seed, **look)
+    true = {each.origin.extractor: each for each in references}
+    if true_set is not None:
+        true = observe(true_set, networks.extractors, **look)
+    if settings.keep_reference is not None:
+        for name, each in true.items():
+            keep(usable(settings.keep_reference) / f"{name.replace(' ', '-')}.npz", each)
+    scores = []
+    for name, each in true.items():
+        scores += metrics_of(seen[name], each, settings.score, settings.seed)
+    scores += _of_captions(shown, networks, seen, settings.networks.before)
+    if isinstance(spec, sources.Shapes):
+        scores += _attributes(shown, split, settings.held_out, next(iter(seen.values())))
+    write_json(settings.out / "scores.json", {"scores": [dataclasses.asdict(score) for score in scores]})
+    print(table(scores, settings))
+
+
+def table(scores: Sequence[Score], settings: Settings) -> str:
+    """One screen: what was measured, then how."""
+    lines = []
+    for score in scores:
+        error = f" ± {score.error:.3g}" if score.error is not None else ""
+        error += f" (subsets ± {score.deviation:.3g})" if score.deviation is not None else ""
+        value = f"{score.value:.4g}{error}" if score.value is not None else f"none: {score.missing}"
+        lines.append(f"{score.name:22} {value:16} {score.protocol if score.value is not None else ''}".rstrip())
+    if settings.networks.inception is None:
+        lines.append(
+            f"{'FID':22} none: --inception names no weights of Inception, which experiments.export inception converts"
+        )
+    return "\n".join([*lines, f"{settings.out / 'scores.json'}: all of it"])
+
+
+def _references(settings: Settings, networks: Networks, fit: Fit, size: str) -> list[Observed]:
+    """Kept statistics, refused before minutes of sampling unless they are of the networks at hand and of images that
+    came to them in the same way."""
+    networks = {str(extractor): extractor for extractor in networks.extractors}
+    found = []
+    for path in settings.reference:
+        each = kept(path)
+        if each.origin.protocol_unknown:
+            each = seen_by(each, [(name, extractor.width) for name, extractor in networks.items()])
+        name = each.origin.extractor
+        if name not in networks:
+            raise ValueError(f"--reference {path}: seen by {name}, and the networks are {', '.join(networks)}")
+        if any(other.origin.extractor == name for other in found):
+            raise ValueError(f"--reference: two of {name}, and images are compared with one dataset")
+        judged = Origin("the measured images", "", name, networks[name].resize.value, fit=fit.value, size=size)
+        try:
+            require_alike(judged, each.origin)
+        except ValueError as error:
+            raise ValueError(f"--reference {path}: {error}; look at the true images again, or measure alike") from error
+        found.append(each)
+    return found
+
+
+def _fitted(shown: ImageFiles, fit: Fit) -> ImageSet:
+    return shown if fit is Fit.SQUEEZE else CroppedImages(shown, shown.shortest or min(_size(shown)))
+
+
+def _size(shown: ImageSet) -> tuple[int, int]:
+    """Width and height of the first image."""
+    height, width = shown[0].shape[:2]
+    return width, height
+
+
+def _source(settings: Settings, spec: sources.DataSpec, side: int, split: str) -> Source:
+    if isinstance(spec, sources.Folder) and zipped.is_zip(spec.path):
+        return zipped.read(spec.path)
+    return sources.open(spec, side, split, settings.data_dir)
+
+
+def _true_set(settings: Settings, spec: sources.DataSpec, split: str, fit: Fit, size: tuple[int, int]) -> ImageSet:
+    """The true images, which go to the networks in the same way as the measured ones of this width and height, and are
+    checked as they are. ValueError for images of another size, unless all are cropped."""
+    whole: ImageSet
+    if isinstance(spec, sources.Folder):
+        if split != "train":
+            raise ValueError(f"{settings.data} has only the split 'train', not {split!r}")
+        whole = open_folder(spec.path, settings.convert, settings.true_n, fit)
+    else:
+        source = _source(settings, spec, min(size), split)
+        whole = SourceImages(f"{settings.data}/{split}", source, settings.true_n, settings.convert)
+    if fit is Fit.CROP:
+        return CroppedImages(whole, min(size))
+    if (found := _first_size(whole)) not in (None, size):
+        said = " and ".join(f"{width}x{height}" for width, height in (size, found))
+        raise ValueError(f"the measured images and {whole.name} are of different size: {said}; {CROP_THEM}")
+    return whole
+
+
+def _first_size(shown: ImageSet) -> tuple[int, int] | None:
+    """None where it cannot be read."""
+    try:
+        return _size(shown)
+    except (Unreadable, OSError):
+        return None
+
+
+def _model(settings: Settings, tasks: Mapping[str, Task]) -> Pipeline:
+    model = settings.pipeline.load(tasks, settings.sampling.dtype)
+    return up_to(model, settings.up_to or model.sides[0])
+
+
+def _sampled(settings: Settings, model: Pipeline, spec: sources.DataSpec, split: str) -> ImageFiles:
+    """The pipeline's images of the split's first captions, one file each, those that are there already left alone."""
+    model = with_samplings(model, settings.sampling)
+    resolution = model.sides[-1]
+    source = _source(settings, spec, resolution, split)
+    captions = list(captions_of(SourceImages(split, source, settings.n)))
+    if None in captions:
+        raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to sample from")
+    # By what the weights are, not where: a folder may have got others since.
+    models = [box for box in model.boxes if isinstance(box, TrainedModel)]
+    digests = ", ".join(digest_of(getattr(box, "params", ())) for box in model.boxes)
+    made_of = {"weights": digests, "resolution": resolution, "dtype": settings.sampling.dtype}
+    made_of |= {"stages": [to_json(each.model) for each in models]}
+    made_of |= {"samplings": [to_json(each.sampling) for each in models]}
+    made_of |= {"text": None if model.text_encoder is None else model.text_encoder.fingerprint}
+    made_of |= {"seed": settings.seed, "data": settings.data, "split": split}
+    folder = settings.out / "images"
+    _same_run(folder, made_of)
+    paths = [folder / f"{number:06d}.png" for number in range(len(captions))]
+    pieces = list(_runs(number for number, path in enumerate(paths) if not path.is_file()))
+    with spread(model, mesh_of(settings.sampling.mesh)) as placed, Bars(placed, len(pieces)) as bars:
+        for piece in pieces:
+            options = SampleOptions(seed=settings.seed, first=piece.start, batch=32)
+            for first, products in placed.batches(captions[piece.start : piece.stop], options, bars):
+                for number, image in enumerate(products[-1], piece.start + first):
+                    values = {"number": number, "resolution": resolution, "data": settings.data, "split": split}
+                    grids.save_png(paths[number], image, Metadata(captions[number], settings.seed, values))
+    name = " + ".join(Path(place).name for place in settings.pipeline.names)
+    return ImageFiles(f"{name} at {resolution}", tuple(paths), tuple(captions), "png")
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[range]:
+    """Numbers in ascending order as ranges without gaps."""
+    for _, pairs in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        each = [number for _, number in pairs]
+        yield range(each[0], each[-1] + 1)
+
+
+def _same_run(folder: Path, made_of: dict) -> None:
+    """ValueError where the folder has the pictures of other settings."""
+    note = usable(folder) / "made_of.json"
+    if not note.is_file():
+        write_json(note, made_of)
+    elif json_files.parse(note.read_bytes(), str(note)) != json.loads(json.dumps(made_of)):
+        raise ValueError(f"{folder}: has images sampled with other settings; name another --out, or delete it")
+
+
+def _of_captions(shown: ImageSet, networks: Networks, seen: dict[str, Observed], prefix: str) -> list[Score]:
+    """CLIP scores of the images that have captions."""
+    if networks.clip is None:
+        return []
+    captions = list(captions_of(shown))
+    if missing := without_captions(captions):
+        return [Score(f"score-{networks.clip.name}", None, "", missing=missing)]
+    text = pooled_text(networks.text, [prefix + caption for caption in captions])
+    return caption_metrics(captions, text, seen[str(networks.clip)], prefix)
+
+
+def _attributes(shown: ImageSet, split: str, count: int, seen: Observed) -> list[Score]:
+    """The exact reader's verdict on what captions of `shapes` state: of a pipeline's images, or of a folder whose
+    captions are some of the first `count` of the split. Captions of one object and of two have a score each."""
+    name = "attributes right"
+    if min(shown[0].shape[:2]) < 64 or shown[0].shape[0] != shown[0].shape[1]:
+        return [Score(name, None, "", missing="the reader needs squares of 64 pixels or more")]
+    said = (caption(scene(split, number), split, number) for number in range(max(count, len(shown))))
+    stated: dict[str | None, Stated] = {each.text: each.stated for each in said}
+    captions = list(captions_of(shown))
+    if missing := without_captions(captions):
+        return [Score(name, None, "", missing=missing)]
+    if unknown := [text for text in captions if text not in stated]:
+        return [Score(name, None, "", missing=f"{len(unknown)} captions are none of the set, such as {unknown[0]!r}")]
+    right: dict[int, list[bool]] = {}
+    for number, text in enumerate(captions):
+        right.setdefault(len(stated[text].objects), []).append(matches(shown[number], stated[text]).right)
+    scores = []
+    for objects, each in sorted(right.items()):
+        name = f"attributes, {objects} object{'s' if objects > 1 else ''}"
+        scores.append(Score(name, float(np.mean(each)), f"n {len(each)}, exact reader, {seen.origin.shown}"))
+    return scores

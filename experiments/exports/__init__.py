@@ -1,0 +1,1 @@
+"""What `experiments.export` can write, a file each."""

@@ -1,1 +1,0 @@
-"""Train, draw with and evaluate the Imagen cascade."""

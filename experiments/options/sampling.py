@@ -1,0 +1,224 @@
+"""How a command samples: the settings of samplers, one value for all stages or one for each."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.options import names
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
+from jaxdiff.diffusion.thresholding import DynamicThreshold
+from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.diffusion import executed
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.nets.activation_sharding import ActivationSharding
+from jaxdiff.systems.pipeline import Pipeline, with_boxes
+from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
+from jaxdiff.weights.imagen import trained
+
+FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
+"""Steps below which a sampler's images are blurred or noisy, whatever the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the stages sample. One value for all stages, or one for each, separated by commas; what is left out, or empty
+    between commas (`50,,`), is the stage's own setting."""
+
+    sampler: str = ""
+    """ddpm | ddim | dpmpp | heun | euler"""
+    steps: str = ""
+    """Steps of the sampler."""
+    respacing: str = ""
+    """Which of DeepFloyd IF's 1000 steps are taken: fast27 | smart27 | smart50 | smart100 | smart185 | super27 |
+    super40 | super100 | even | leading (the last two take --steps)."""
+    eta: float | None = None
+    """Randomness of ddim, 0 (none) to 1."""
+    guidance: str = ""
+    """Guidance weight; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide between these log-SNRs alone."""
+    guidance_rescale: float | None = None
+    """How far a guided prediction is brought back to the spread of the unguided one, 0 to 1."""
+    thresholding: str = ""
+    """static | dynamic | none"""
+    percentile: float | None = None
+    """Of dynamic thresholding, as a fraction (0.995)."""
+    cap: float | None = None
+    """The largest scale of dynamic thresholding; 1 makes it static."""
+    aug_level: str = ""
+    """Noise put on the input of super-resolution, 0 to 1."""
+    tile: int | None = None
+    """Super-resolution in overlapping tiles of so many pixels a side."""
+    tile_overlap: int = 32
+    """Pixels that neighbouring tiles share."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the generators compute in; bfloat16 on accelerators. DeepFloyd IF's parameters and its T5 are loaded in it,
+    too."""
+    mesh: str = ""
+    """Sample on all devices of this machine: data=-1, each its own images; data=2,tensor=4, each image of
+    super-resolution on four of them, by its rows. Parameters lie on every device. Left out: one device."""
+
+
+def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
+    """The pipeline with boxes that sample as the command line says. ValueError naming what is wrong with it."""
+    if dataclasses.replace(options, dtype=None, mesh="") == SamplingOptions():
+        return pipeline
+    models = trained(pipeline)
+    chosen = samplings(models, options)
+    return with_boxes(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+
+
+def box_of(pipeline: Pipeline, side: int | None) -> int | None:
+    """Number of the box that produces images of this side; None for None."""
+    if side is None:
+        return None
+    if side not in pipeline.sides:
+        raise ValueError(f"no stage samples {side} pixels; this cascade samples {', '.join(map(str, pipeline.sides))}")
+    return pipeline.sides.index(side)
+
+
+def mesh_of(text: str) -> Mesh | None:
+    """The mesh that --mesh asks for. ValueError, before weights are read, for one that cannot be."""
+    if not text:
+        return None
+    shape = parse(text).over(jax.device_count())
+    if shape.fsdp != 1:
+        raise ValueError(
+            f"--mesh {text}: each device has all parameters when sampling, so that only data and tensor remain"
+        )
+    return make_mesh(*shape.sizes)
+
+
+@contextmanager
+def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
+    """The pipeline on the devices of a mesh, within which it has to be used; as it is, where there is none."""
+    if mesh is None:
+        yield pipeline
+        return
+
+    def place(each: TrainedModel) -> TrainedModel:
+        rows = ("tensor",) if each.model.low_res is not None else ()
+        model = executed(each.model, sharding=ActivationSharding(BATCH_AXES, rows))
+        params = jax.device_put(each.params, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(each, model=model, params=params)
+
+    with jax.set_mesh(mesh):
+        yield with_boxes(pipeline, [place(each) for each in trained(pipeline)])
+
+
+def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple[SamplingConfig, ...]:
+    """How each stage samples: its own settings with those of the command line put in. ValueError naming a bad one."""
+    chosen = {
+        "sampler": each("sampler", options.sampler, len(models), names.sampler),
+        "steps": each("steps", options.steps, len(models), int),
+        "spacing": each("respacing", options.respacing, len(models), names.respacing),
+        "guidance": each("guidance", options.guidance, len(models), _guidance_weight),
+        "thresholding": each("thresholding", options.thresholding, len(models), names.thresholding),
+        "aug_level": each("aug-level", options.aug_level, len(models), float),
+    }
+    changed = []
+    for number, model in enumerate(models):
+        given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
+        given |= _spaced(model.sampling, given)
+        given |= _learned(model, given)
+        given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), options)
+        if options.tile is not None and model.model.low_res is not None:
+            given["tiles"] = Tiles(options.tile, options.tile_overlap)
+        sampling = _dynamic(_random(dataclasses.replace(model.sampling, **given), options), options)
+        _warn_of_few_steps(sampling, model.sampling.steps)
+        changed.append(sampling)
+    if options.eta is not None and not any(isinstance(s.sampler, DDIM) for s in changed):
+        raise ValueError("--eta is for the sampler ddim, and no stage uses it here")
+    if (options.percentile, options.cap) != (None, None) and not any(
+        isinstance(s.thresholding, DynamicThreshold) for s in changed
+    ):
+        raise ValueError("--percentile and --cap are for dynamic thresholding, and no stage uses it here")
+    return tuple(changed)
+
+
+def each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> list[Any]:
+    """A value for each stage, None where it is left out. ValueError naming the option."""
+    values = [value.strip() for value in text.split(",")]
+    if len(values) not in (1, stages):
+        raise ValueError(f"--{name} {text}: {len(values)} values for {stages} stages; give one, or one for each")
+    try:
+        found = [convert(value) if value else None for value in values]
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: {error}") from error
+    return found * stages if len(found) == 1 else found
+
+
+def _guidance_weight(text: str) -> float:
+    weight = float(text)
+    if weight < 0:
+        raise ValueError("a weight below 0 leads away from the caption; use --negative, or 1 for no guidance")
+    return weight
+
+
+def _warn_of_few_steps(sampling: SamplingConfig, usual: int) -> None:
+    """Of steps that the command line says; what a preset has was found to be enough."""
+    fewest = min(FEWEST.get(type(sampling.sampler), 1), usual)
+    if sampling.steps < fewest:
+        name = type(sampling.sampler).__name__
+        warnings.warn(f"--steps {sampling.steps}: {name} needs {fewest} or more for clear images", stacklevel=2)
+
+
+def _guidance(guidance: Guidance, weight: float | None, options: SamplingOptions) -> Guidance:
+    given = {"weight": weight, "interval": options.guidance_interval, "rescale": options.guidance_rescale}
+    return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
+
+
+def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Steps and spacing that go together: a respacing has its own number of steps, or, where another is asked for,
+    takes so many evenly."""
+    spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
+    if not isinstance(spacing, Respaced) or steps == spacing.steps or (steps is not None and steps < 1):
+        return {}
+    if "spacing" in given and spacing.counts != (1,):
+        if steps is not None:
+            raise ValueError(f"--respacing of {spacing.steps} steps and --steps {steps}: leave one of them out")
+        return {"steps": spacing.steps}
+    steps = sampling.steps if steps is None else steps
+    return {"steps": steps, "spacing": Respaced((steps,))}
+
+
+def _learned(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """ddpm with the variance that the network has learned, where it has."""
+    if not isinstance(given.get("sampler"), DDPM) or not model.model.unet.learned_variance:
+        return {}
+    return {"sampler": DDPM(None)}
+
+
+def _random(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConfig:
+    """With eta, where the sampler is DDIM."""
+    if options.eta is None or not isinstance(sampling.sampler, DDIM):
+        return sampling
+    return dataclasses.replace(sampling, sampler=dataclasses.replace(sampling.sampler, eta=options.eta))
+
+
+def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConfig:
+    """With the percentile and the cap, where the thresholding is dynamic."""
+    given = {"percentile": options.percentile, "cap": options.cap}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given or not isinstance(sampling.thresholding, DynamicThreshold):
+        return sampling
+    return dataclasses.replace(sampling, thresholding=dataclasses.replace(sampling.thresholding, **given))
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """`SIDE` or `HEIGHTxWIDTH` in pixels; None where it is empty."""
+    if not text:
+        return None
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError as error:
+        raise ValueError(f"--size {text}: not of the form SIDE or HEIGHTxWIDTH") from error
+    return height, width

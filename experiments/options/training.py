@@ -1,0 +1,167 @@
+"""Settings that the training of every model shares, in groups; a model's own are in `experiments/tasks/`."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jax.sharding import Mesh
+
+from jaxdiff.data import sources
+from jaxdiff.training import multihost
+from jaxdiff.training.distributed import Cluster
+from jaxdiff.training.loop import TrainConfig
+from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
+
+Rule = AdamW | Adafactor | Muon
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is trained on."""
+
+    data: str = "shapes"
+    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    examples: int = 20_000
+    """Images of `shapes` to draw."""
+    held_out: int = 1_000
+    """Held-out images of `shapes` beside them."""
+    limit: int = 0
+    """Train on so many examples only, evenly spread over the dataset, to see whether they can be learned; 0: on all."""
+    strict: bool = False
+    """An image that cannot be read or lacks its caption is an error, not a warning."""
+    workers: int = 0
+    """Processes that decode images; 0: threads alone."""
+    data_dir: Path = Path("runs/data")
+    """Where prepared datasets are kept."""
+
+    def spec(self) -> sources.DataSpec:
+        """The dataset. ValueError for one that is not known, or a number below 0."""
+        for name in ("limit", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        spec = sources.parse(self.data)
+        return sources.Shapes(self.examples, self.held_out) if isinstance(spec, sources.Shapes) else spec
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long, and what is kept."""
+
+    steps: int = 5000
+    """Updates, over which the learning rate falls to 0: a finished run is not made longer, but another begins with
+    `--init`."""
+    batch: int = 32
+    """Examples per update, of all devices together."""
+    accumulate: int = 1
+    """Parts that a batch is taken in, one after the other, to save memory."""
+    ema_decay: float = 0.999
+    """Decay of the averaged parameters, which are what is kept."""
+    seed: int = 0
+    """Of the initial parameters, the order of the data and the noise."""
+    init: Path | None = None
+    """Begin with the averaged parameters of another run of the same network (its folder, finished or not), to
+    fine-tune them."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    sample_every: int = 500
+    """Steps between grids in samples/, where the model samples images; 0: none."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How parameters are updated."""
+
+    optimizer: Literal["adam", "adafactor", "muon"] = "adam"
+    """Adam and Adafactor are the papers'; Muon learns more from each image where images are few."""
+    learning_rate: float = 1e-3
+    """At its peak."""
+    warmup: int | None = None
+    """Updates from 0 to the peak, after which the rate falls to 0 along a cosine; left out: a tenth of the steps."""
+    weight_decay: float = 0.0
+    """Decoupled from the gradient."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def config(self, rules: Mapping[str, Rule], steps: int) -> OptimizerConfig:
+        """ValueError for an optimizer that is not among the model's."""
+        if self.optimizer not in rules:
+            raise ValueError(f"--optimizer {self.optimizer}: this model has {', '.join(rules)}")
+        warmup = steps // 10 if self.warmup is None else self.warmup
+        return OptimizerConfig(
+            kind=dataclasses.replace(rules[self.optimizer], weight_decay=self.weight_decay),
+            learning_rate=self.learning_rate,
+            warmup=min(warmup, steps - 1),
+            total=steps,
+            clip=self.clip,
+        )
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How training is split over devices."""
+
+    mesh: str = "data=-1"
+    """Devices along each axis: data (copies), fsdp (parameters split), tensor (layers split), such as data=8,fsdp=32;
+    -1: as many as the others leave."""
+
+    def make(self, batch: int, accumulate: int = 1) -> Mesh:
+        """The mesh over all devices. ValueError where it cannot be, or the batch does not divide over it."""
+        mesh = make_mesh(*parse(self.mesh).sizes)
+        check_batch(batch, mesh, accumulate)
+        check_processes(mesh)
+        return mesh
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How the network is computed, beside its own settings: empty for one that is computed in one way alone."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every training run is asked. Models have their own defaults, and further groups (`experiments/tasks/`)."""
+
+    out: Path = Path("runs/model")
+    """Folder of the run; run again with the same one, it goes on from its last checkpoint."""
+    preset: str = "tiny"
+    """Size of the network."""
+    run: RunOptions = RunOptions()
+    dataset: DataOptions = DataOptions()
+    optimization: OptimizerOptions = OptimizerOptions()
+    compute: ComputeOptions = ComputeOptions()
+    devices: MeshOptions = MeshOptions()
+    cluster: Cluster = Cluster()
+
+    def config(self, rules: Mapping[str, Rule], description: str) -> TrainConfig:
+        """For the loop. ValueError naming the flag."""
+        run = self.run
+        if run.steps < 1 or run.batch < 1:
+            raise ValueError(f"--steps {run.steps}, --batch {run.batch}: both must be at least 1")
+        if run.batch % multihost.count():
+            raise ValueError(f"--batch {run.batch}: does not divide over {multihost.count()} processes")
+        return TrainConfig(
+            optimizer=self.optimization.config(rules, run.steps),
+            steps=run.steps,
+            accumulate=run.accumulate,
+            ema_decay=run.ema_decay,
+            log_every=run.log_every,
+            sample_every=run.sample_every,
+            save_every=run.save_every,
+            keep=run.keep,
+            seed=run.seed,
+            description=description,
+            stall=self.cluster.stall,
+            stall_exit=self.cluster.stall_exit,
+        )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the folder has checkpoints, from which the run goes on."""
+        return any(path.name.isdigit() for path in (self.out / "checkpoints").glob("*"))

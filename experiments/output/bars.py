@@ -1,0 +1,68 @@
+"""Progress bars of sampling, and the seconds that it took."""
+
+import time
+
+from tqdm import tqdm
+
+from jaxdiff.systems.pipeline import Pipeline
+
+
+class Bars:
+    """A progress bar for each box of a pipeline, for `Pipeline.batches`, and the seconds that the boxes took.
+
+    The time between two reports of progress belongs to the box that makes the second one. runs: how often `batches`
+    will be called, for about as many samples each.
+    """
+
+    def __init__(self, pipeline: Pipeline, runs: int = 1):
+        self._sides, self._runs = pipeline.sides, runs
+        self._boxes: dict[int, _Box] = {}
+        self._clock = time.perf_counter()
+
+    def __call__(self, box: int, done: int, total: int) -> None:
+        if box not in self._boxes:
+            # What was done before the bar was there must not count for its speed.
+            options = {"total": total * self._runs, "desc": f"{self._sides[box]:5d} px", "unit": "step"}
+            self._boxes[box] = _Box(tqdm(initial=done, **options))
+        self._boxes[box].report(done, total, time.perf_counter() - self._clock)
+        self.resume()
+
+    def resume(self) -> None:
+        """The time since the last report belongs to no box."""
+        self._clock = time.perf_counter()
+
+    def seconds(self, box: int) -> float:
+        """All the seconds of a box, compilation included."""
+        return sum(seconds for seconds, _ in self._boxes[box].reports)
+
+    def per_image(self, box: int, count: int) -> float:
+        """Seconds an image, of `count` in all; without those of the first report, which compiles, where there are
+        others."""
+        reports = self._boxes[box].reports
+        seconds, steps = map(sum, zip(*(reports[1:] or reports)))
+        return seconds / steps * sum(steps for _, steps in reports) / count
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for box in self._boxes.values():
+            box.bar.close()
+
+
+class _Box:
+    """A bar, and the seconds and steps of each report."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+        self.reports: list[tuple[float, int]] = []
+        self._done = 0
+
+    def report(self, done: int, total: int, seconds: float) -> None:
+        steps = done - self._done if done > self._done else done  # else another run has begun
+        if self.reports:
+            self.bar.update(steps)
+        self.reports.append((seconds, steps))
+        self._done = done
+        if self.bar.n >= self.bar.total:
+            self.bar.close()

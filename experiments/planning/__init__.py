@@ -1,0 +1,1 @@
+"""What `experiments.plan` is made of."""

@@ -1,0 +1,158 @@
+"""What can be asked of a plan, what it stands for, and what is refused."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments.options.training import ComputeOptions
+from experiments.tasks.diffusion import UNetCompute
+from experiments.tasks.task import Task
+from jaxdiff.training import chips
+from jaxdiff.training.mesh import parse
+from jaxdiff.training.optimizer import OptimizerConfig
+from jaxdiff.training.state import Trainable
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan."""
+
+    topology: str = ""
+    """Chips and their shape: v4:4x8x8 | v5e:16x16 | v5p:4x8x8 | v6e:16x16 | tpu7x:4x8x8, or h100:8 (an estimate)."""
+    preset: str = "tiny"
+    """Size of the network."""
+    batch: int = 256
+    """Examples of a step, of all devices together."""
+    mesh: str = "fsdp=-1"
+    """Devices along each axis, such as data=8,fsdp=32 or fsdp=64,tensor=4; -1: what the others leave."""
+    accumulate: int = 1
+    """Parts that a batch is taken in."""
+    crop: int | None = None
+    """Side of super-resolution's training images; a quarter of the resolution when left out."""
+    optimizer: Literal["adam", "adafactor", "muon"] | None = None
+    """Left out: the paper's, Adafactor for Imagen's base and Adam for the others."""
+    sample: bool = False
+    """What the trained model does, in place of a training step: a step of sampling whole images with both branches of
+    guidance, the encoding of captions by a T5."""
+    json: Path | None = None
+    """Where the plan is kept, and read from when the same is asked again."""
+    hlo: Path | None = None
+    """A file for the text of the compiled program."""
+    arrays: bool = False
+    """List every array of the train state with its placement and bytes."""
+    compute: ComputeOptions = ComputeOptions()
+
+
+ADAFACTOR = ("imagen.base64",)
+"""What the paper trained with it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A question: settings, and the line of the table that they are asked of."""
+
+    name: str
+    task: Task
+    settings: PlanSettings
+
+    @property
+    def model(self) -> Trainable:
+        return self.task.model(self.settings.preset, self.settings.compute)
+
+    @property
+    def plain(self) -> Trainable:
+        """As it is computed on one device, nothing of it again: for counts."""
+        compute = self.settings.compute
+        left = {"remat": "none", "scan": False, "rows": False} if isinstance(compute, UNetCompute) else {}
+        return self.task.on_one_device(self.task.model(self.settings.preset, dataclasses.replace(compute, **left)))
+
+    @property
+    def side(self) -> int:
+        return self.task.side(self.model, self.settings.crop)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        chosen = self.settings.optimizer or ("adafactor" if self.name in ADAFACTOR else "adam")
+        if chosen not in self.task.rules:
+            raise ValueError(f"--optimizer {chosen}: {self.name} has {', '.join(self.task.rules)}")
+        return OptimizerConfig(kind=self.task.rules[chosen])
+
+    @property
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of a batch."""
+        return self.model.batch_spec(self.settings.batch, self.side)
+
+    def inference(self, model: Trainable) -> Any:
+        """ValueError where there is none."""
+        found = self.task.inference(self.settings.preset, model, self.settings.batch)
+        if found is None:
+            raise ValueError(f"--sample: {self.name} has nothing to plan beside its training")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.settings.preset} for {self.settings.topology}"
+
+
+def check(asked: Planned, topology: chips.Topology) -> None:
+    """ValueError for what cannot be planned, before anything is traced."""
+    settings = asked.settings
+    for name in ("batch", "accumulate", "crop"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: at least 1")
+    if settings.sample and not topology.is_tpu:
+        raise ValueError("--sample: for TPU topologies, which are compiled for")
+    shape = parse(settings.mesh).over(topology.devices)
+    if not topology.is_tpu and shape.tensor > 1:
+        raise ValueError("--mesh tensor: for TPU topologies, which are compiled for; estimates know data and fsdp")
+    default = flat(dataclasses.replace(PlanSettings(), compute=type(settings.compute)()))
+    given = flat(settings)
+    for names, reason in _without_meaning(asked, topology, shape.tensor):
+        for name in names:
+            if given.get(name) != default.get(name):
+                raise ValueError(f"--{name} means nothing here: {reason}")
+    _ = asked.model, asked.side, asked.optimizer
+    _check_memory(asked, topology, shape.data * shape.fsdp)
+
+
+def flat(settings: PlanSettings) -> dict[str, Any]:
+    """Every setting by its name, those of how the network is computed among them."""
+    values = dataclasses.asdict(settings)
+    return values | values.pop("compute")
+
+
+def _without_meaning(asked: Planned, topology: chips.Topology, tensor: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that change nothing of this question, and why."""
+    if asked.settings.sample:
+        yield (
+            ("remat", "accumulate", "crop", "optimizer", "arrays"),
+            "sampling has no backward pass, crops or optimizer",
+        )
+    if tensor == 1:
+        yield ("rows",), "the mesh has one device along tensor, as in --mesh data=2,tensor=2 it has two"
+    if not topology.is_tpu:
+        yield ("scan", "hlo"), "nothing is compiled for GPUs"
+
+
+def _check_memory(asked: Planned, topology: chips.Topology, parts: int) -> None:
+    """ValueError where the batch alone, which the step reads, is larger than the chips' memory."""
+    settings, one = asked.settings, dataclasses.replace(asked.settings, batch=1)
+    row = dataclasses.replace(asked, settings=one)  # there are batches too large to be described
+    given = jax.tree.leaves(row.inference(row.plain).given if settings.sample else row.spec)
+    size = settings.batch * sum(leaf.size * leaf.dtype.itemsize for leaf in given if _is_plain(leaf)) // parts
+    memory = topology.chip.memory / topology.chip.devices
+    if size > memory:
+        raise ValueError(
+            f"--batch {settings.batch}: split into {parts}, its arrays alone take {size // 2**30:,} GiB of a device, "
+            f"which has {memory / chips.GIB:.0f}"
+        )
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether it is an array of numbers, not of keys."""
+    return isinstance(leaf.dtype, np.dtype)

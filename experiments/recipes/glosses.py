@@ -1,0 +1,79 @@
+"""Prepares plain English for T5: the definitions of WordNet 3.0, one a line, from Debian's package `wordnet-base`.
+
+    python -m experiments.recipes.glosses
+    python -m experiments.train t5 --texts runs/data/glosses.txt --out runs/t5
+
+Cost: 6 MB fetched by apt-get (no rights needed, nothing is installed), seconds. Result: 117,659 lines. Where the
+package is installed it is read from /usr/share/wordnet; elsewhere `--source` names a folder with data.noun, data.verb,
+data.adj and data.adv of WordNet's own distribution. WordNet may be used, copied and distributed for any purpose under
+Princeton's licence; nothing of it is part of jaxdiff.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.cli import run
+from jaxdiff.core.files import replacing, usable
+
+PACKAGE = "wordnet-base"
+INSTALLED = Path("/usr/share/wordnet")
+PARTS = ("data.noun", "data.verb", "data.adj", "data.adv")
+
+
+def main(data_dir: Path = Path("runs/data"), source: Path | None = None) -> None:
+    """Write the definitions of WordNet as a text file.
+
+    Args:
+        data_dir: where glosses.txt goes.
+        source: a folder with data.noun and the like; left out: the installed package, or one that is fetched.
+    """
+    usable(data_dir)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = source or (INSTALLED if _whole(INSTALLED) else fetched(Path(temporary)))
+        if not _whole(folder):
+            raise FileNotFoundError(f"{folder}: not WordNet's files, which are {', '.join(PARTS)}")
+        lines = list(glosses(folder))
+    with replacing(data_dir / "glosses.txt") as file:
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{data_dir / 'glosses.txt'}: {len(lines)} definitions")
+
+
+def glosses(folder: Path) -> Iterator[str]:
+    """Each synset's definition, without its examples. ValueError for a line that is none of WordNet's."""
+    for part in PARTS:
+        for number, line in enumerate((folder / part).read_text(encoding="latin-1").split("\n"), 1):
+            if not line or line.startswith("  "):  # the end, the licence
+                continue
+            _, bar, gloss = line.partition(" | ")
+            if not bar:
+                raise ValueError(f"{folder / part}:{number}: not a line of WordNet's")
+            definition = gloss.partition('; "')[0].strip()
+            if definition:
+                yield definition
+
+
+def fetched(folder: Path) -> Path:
+    """The package's files, fetched and unpacked below `folder`. OSError that says what else can be done."""
+    advice = (
+        f"fetch the Debian package {PACKAGE} yourself, unpack it with dpkg-deb -x, and name its folder with --source"
+    )
+    for command in ("apt-get", "dpkg-deb"):
+        if shutil.which(command) is None:
+            raise FileNotFoundError(f"{command} is not installed: {advice}")
+    for command in (["apt-get", "download", PACKAGE], ["sh", "-c", "dpkg-deb -x *.deb unpacked"]):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise OSError(f"{command[0]} could not fetch {PACKAGE} ({reason}): {advice}")
+    return folder / "unpacked" / INSTALLED.relative_to("/")
+
+
+def _whole(folder: Path) -> bool:
+    return all((folder / part).is_file() for part in PARTS)
+
+
+if __name__ == "__main__":
+    run(main)

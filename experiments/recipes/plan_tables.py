@@ -1,0 +1,263 @@
+"""The published plans: every paper-size stage and T5-XXL's encoder on every kind of TPU.
+
+    python -m experiments.recipes.plan_tables              # what is not planned yet: some 6 hours of one core, 21 GB
+    python -m experiments.recipes.plan_tables --only v5e   # those whose name has this in it
+    python -m experiments.recipes.plan_tables --only none  # the page alone, from the plans that are there
+
+Each plan is a file of tpu_scripts/plans/, written when it is done, so that the command goes on where it was stopped;
+README.md there is made from them alone, with the command of each. A plan is made again when its settings below change,
+or under `--again`.
+"""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import plan
+from experiments.cli import run
+from experiments.planning.report import PAPER_STEPS, cycles_are_least, remat_of, rooflined
+from experiments.planning.settings import Planned, PlanSettings, flat
+from experiments.table import TASKS
+from experiments.tasks.diffusion import UNetCompute
+from experiments.tasks.t5 import T5Compute
+from jaxdiff.core.files import replacing, usable
+from jaxdiff.training import chips
+from jaxdiff.training.plan import Costs, Roofline
+
+FOLDER = Path("tpu_scripts/plans")
+LEAST_FREE = 0.15
+"""Fraction of a chip's memory that a plan has to leave."""
+
+SLICES = {"v4": "4x8x8", "v5e": "16x16", "v5p": "4x8x8", "v6e": "16x16", "tpu7x": "4x8x8"}
+"""256 chips of every kind: the paper trained its base on so many."""
+HOSTS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+"""Four chips of every kind."""
+SCALED = {"4x4x4": "base64-v5p-64", "8x8x8": "base64-v5p-512"}
+"""Other v5p slices, the base model with the same batch on each chip."""
+SMALL = {("base64", "v5e")}
+"""Where memory asks for computing again what lies between convolutions."""
+
+
+def cases() -> dict[str, Planned]:
+    """Every plan by its name."""
+    found = {}
+    for stage, preset in (("base64", "2b"), ("sr256", "paper"), ("sr1024", "paper")):
+        model = f"imagen.{stage}"
+        for chip, shape in SLICES.items():
+            remat = "outputs" if (stage, chip) in SMALL else "none"
+            mesh = "data=16,fsdp=32" if chip == "tpu7x" else "data=8,fsdp=32"
+            compute = UNetCompute("bfloat16", remat=remat)
+            settings = PlanSettings(f"{chip}:{shape}", preset, 2048, mesh, compute=compute)
+            found[f"{stage}-{chip}"] = Planned(model, TASKS[model], settings)
+    for shape, name in SCALED.items():
+        count = chips.parse(f"v5p:{shape}").chips
+        mesh, compute = f"data={count // 32},fsdp=32", UNetCompute("bfloat16")
+        settings = PlanSettings(f"v5p:{shape}", "2b", 8 * count, mesh, compute=compute)
+        found[name] = Planned("imagen.base64", TASKS["imagen.base64"], settings)
+    for chip, shape in HOSTS.items():
+        mesh = "data=2,fsdp=4" if chip == "tpu7x" else "fsdp=-1"  # over fsdp=8 it would receive five times as much
+        settings = PlanSettings(f"{chip}:{shape}", "xxl", 256, mesh, sample=True, compute=T5Compute("bfloat16"))
+        found[f"text-{chip}"] = Planned("t5", TASKS["t5"], settings)
+    return found
+
+
+def main(only: str = "", again: bool = False, out: Path = FOLDER) -> int:
+    """Plan what is not planned yet, and write the page.
+
+    Args:
+        only: a part of the names of those to plan; `none`: the page alone
+        again: also those that are there
+        out: where the plans are kept
+    """
+    usable(out)
+    wanted = {} if only == "none" else {name: case for name, case in cases().items() if only in name}
+    if not wanted and only != "none":
+        raise ValueError(f"--only {only}: no plan has that in its name: {', '.join(cases())}")
+    due = {name: case for name, case in wanted.items() if again or not _answers(out / f"{name}.json", case)}
+    failed = 0
+    for name, case in tqdm(due.items(), desc="plans", unit="plan"):
+        # A process each: what one leaves in memory is gone with it, and one that fails (too little memory, here or on
+        # the chip) leaves the others alone.
+        done = subprocess.run([sys.executable, *_words(plan.asked(case, None)), "--json", str(out / f"{name}.json")])
+        if done.returncode:
+            failed += 1
+            tqdm.write(f"{name}: not planned, exit code {done.returncode}", file=sys.stderr)
+        _write_page(out)
+    _write_page(out)
+    print(f"{out / 'README.md'}: {len(_kept(out))} plans")
+    return 1 if failed else 0
+
+
+def _answers(path: Path, case: Planned) -> bool:
+    """Whether a kept plan has these settings, whatever the compiler's version."""
+    kept = plan.read(path)
+    settings = plan.asked(case, None)
+    return kept is not None and {name: kept["asked"].get(name) for name in settings} == settings
+
+
+def _kept(out: Path) -> dict[str, dict[str, Any]]:
+    """The plans that are there and still wanted."""
+    found = {}
+    for name, case in cases().items():
+        with contextlib.suppress(ValueError):
+            if _answers(out / f"{name}.json", case):
+                found[name] = plan.read(out / f"{name}.json")
+    return found
+
+
+INTRODUCTION = """\
+# Plans
+
+What the TPUs' own compiler makes of the real step, for slices that nobody here has (`experiments/plan.py`).
+Made by `python -m experiments.recipes.plan_tables` from the JSON files beside this page.
+**Nothing of it was measured on a TPU.** Every time is headed *optimistic* or *pessimistic*: pessimistic about what
+overlaps, as all of them take every unit at its published rate, so that a real step may be slower still.
+Fractions of the peak are of useful FLOPs.
+
+* *Useful FLOPs* are those of the network, the same on every chip: convolutions (without their borders) and matrix
+  products of the loss, three times for the backward pass; base64: {useful} TFLOP an image. Compiled FLOPs are those of
+  the program, with all that is computed again; on tpu7x the compiler counts a fifth more than the network needs.
+* *Overlapped* (optimistic): arithmetic, memory and interconnect all at once, the longest of them.
+  *Serial* (pessimistic): one after another.
+* *Estimate* (optimistic): the compiler's own number of seconds. It holds no interconnect, and it is shorter than the
+  compiler's own count of cycles.
+* *Cycles* (optimistic): that count at the chip's clock, which is the published peak over the published matrix units.
+  It holds no interconnect. {kept}
+  *Cycles, interconnect* (pessimistic): one after the other. The clocks of v6e and tpu7x do not follow from what is
+  published, so they have neither; what is left for them is looser, and not to be compared with the other chips.
+* *Interconnect*: what a chip receives, over the links of the physical axes that the mesh axis lies on, not over all of
+  its links. The files hold bytes by kind of collective: gathered and scattered parameters count along fsdp, all-reduces
+  along the axis with the most links (optimistic) or the fewest (pessimistic). On tpu7x both halves of a chip receive
+  what they need by themselves.
+* *A second* and *days* (to the paper's 2.5 M steps) are of the longest optimistic and of the longest pessimistic time.
+
+base64 on 64, 256 and 512 chips of v5p has the same batch and nearly the same program on each chip. Times without
+interconnect are equal by construction: they say nothing about how a run scales, which only a measurement can.
+
+Compilers and dates: {versions}.
+A CPU core makes a plan in 1 to 50 minutes.
+"""
+
+
+def _write_page(out: Path) -> None:
+    kept = _kept(out)
+    training = {name: made for name, made in kept.items() if made["asked"]["model"] != "t5"}
+    encoding = {name: made for name, made in kept.items() if made["asked"]["model"] == "t5"}
+    versions = sorted({f"{made['asked']['compiler']}, {made['date']}" for made in kept.values()})
+    least = "≥, ≤: only the 12 largest kinds of operation were kept, so that all take longer."
+    per_image = {round(made["useful_flops"] / made["asked"]["batch"] / 1e12, 2) for made in bases(kept)}
+    introduction = INTRODUCTION.format(
+        useful=" or ".join(map(str, sorted(per_image))) or "?",
+        kept=least if any(map(cycles_are_least, kept.values())) else "",
+        versions="; ".join(versions) or "none yet",
+    )
+    lines = [
+        introduction,
+        "## Training",
+        "",
+        *_tables(training, "images"),
+        "",
+        "## T5-XXL's encoder: frozen, bfloat16, captions of 128 tokens",
+        "",
+        *_tables(encoding, "captions"),
+        "",
+        "## The command of each",
+        "",
+        *(f"    {command_of(made)}" for made in kept.values()),
+        *sorted({f"\n{made['added']}." for made in kept.values() if "added" in made}),
+    ]
+    with replacing(out / "README.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def bases(kept: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plans of the base model."""
+    return [made for made in kept.values() if made["asked"]["model"] == "imagen.base64"]
+
+
+def command_of(made: dict[str, Any]) -> str:
+    """What would make this plan."""
+    return " ".join(["python", *_words(made["asked"])])
+
+
+def _words(asked: dict[str, Any]) -> list[str]:
+    default = flat(PlanSettings(compute=plan.accelerated(TASKS[asked["model"]].settings.compute)))
+    words = ["-m", "experiments.plan", asked["model"]]
+    for name, standard in default.items():
+        value = asked.get(name, standard)
+        if value != standard:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def _tables(plans: dict[str, dict[str, Any]], what: str) -> list[str]:
+    """What the plans need, and how long they could take."""
+    if not plans:
+        return ["Not planned yet."]
+    needs = {name: _needs(made) for name, made in plans.items()}
+    times = {name: _times(made, what) for name, made in plans.items()}
+    return [*_table(needs), "", *_table(times)]
+
+
+def _table(rows: dict[str, dict[str, str]]) -> list[str]:
+    names = ["plan", *next(iter(rows.values()))]
+    table = [names, ["---"] * len(names), *([name, *cells.values()] for name, cells in rows.items())]
+    return [f"| {' | '.join(row)} |" for row in table]
+
+
+def _needs(made: dict[str, Any]) -> dict[str, str]:
+    asked, costs = made["asked"], Costs(**made["costs"])
+    chip = chips.parse(asked["topology"]).chip
+    received = sum(kind["bytes"] for kind in costs.collectives.values())
+    return {
+        "chips": f"{made['chips']} {chip.name}",
+        "mesh": " ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1),
+        "links": " ".join(f"{axis} {number:g}" for axis, number in made["links"].items()),
+        "batch": str(asked["batch"]),
+        "remat": remat_of(asked),
+        "HBM a chip": f"{costs.peak_bytes * chip.devices / chips.GIB:.1f} of {chip.memory / chips.GIB:.0f} GiB",
+        "free": f"{free(made):.0%}",
+        "useful TFLOP a chip": f"{made['useful_flops'] / made['chips'] / 1e12:.1f}",
+        "compiled": f"{costs.flops * chip.devices / 1e12:.1f}",
+        "GB received a chip": f"{received * chip.devices / 1e9:.1f}",
+    }
+
+
+def _times(made: dict[str, Any], what: str) -> dict[str, str]:
+    asked, roof = made["asked"], rooflined(made)
+    least = cycles_are_least(made)
+    bounds = {"*optimistic*": roof.optimistic, "*pessimistic*": roof.pessimistic}
+    cells = {
+        "overlapped, *optimistic*": _time(roof, roof.overlapped),
+        "estimate, *optimistic*": _time(roof, roof.estimate),
+        "cycles, *optimistic*": _time(roof, roof.cycles, least),
+        "serial, *pessimistic*": _time(roof, roof.serial),
+        "cycles, interconnect, *pessimistic*": _time(roof, roof.cycles_serial, least),
+        "interconnect alone, *optimistic*": f"{roof.fastest * 1e3:.0f} ms",
+        "interconnect alone, *pessimistic*": f"{roof.slowest * 1e3:.0f} ms",
+    }
+    cells |= {f"{what} a second, {kind}": f"{asked['batch'] / seconds:,.0f}" for kind, seconds in bounds.items()}
+    if asked["model"] != "t5":
+        cells |= {f"days, {kind}": f"{seconds * PAPER_STEPS / 86400:.1f}" for kind, seconds in bounds.items()}
+    return cells
+
+
+def _time(roof: Roofline, seconds: float | None, least: bool = False) -> str:
+    """Milliseconds and the fraction of the peak; `least`: they are at least so many."""
+    if seconds is None:
+        return "none"
+    return f"{'≥ ' * least}{seconds * 1e3:.0f} ms, {'≤ ' * least}{roof.share(seconds):.0%}"
+
+
+def free(made: dict[str, Any]) -> float:
+    """The fraction of a chip's memory that a plan leaves."""
+    chip = chips.parse(made["asked"]["topology"]).chip
+    return 1 - made["costs"]["peak_bytes"] * chip.devices / chip.memory
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Sample images from captions with a trained pipeline.
+
+    python -m experiments.sample "a small blue star at the top" "a green heart left of a pink cross" --up-to 256
+    python -m experiments.sample --prompts captions.txt --per-prompt 4 --steps 50,8,8 --guidance 5,1,1
+    python -m experiments.sample "a red mug" --weights runs/base64 --sr runs/sr256
+
+Writes one PNG for each image and grid.png (grid-2.png, … beyond 64 images). The file of an image is named by its number
+and the first words of its prompt, and holds prompt, seed and all settings as JSON in a PNG text called `jaxdiff`. With
+the shipped cascade on 2 CPU cores an image takes about a second to 256 pixels and under 20 to 1024, after some 30 of
+compilation the first time. `--size 96x64` samples other sizes than 64: multiples of the stride, every stage enlarging
+them fourfold. Training runs are sampled from as they are, finished or not.
+
+    python -m experiments.sample "a photo of a red panda" --weights DeepFloyd/IF-I-XL-v1.0 --dtype bfloat16
+    python -m experiments.sample "a watercolour" --weights runs/IF-I runs/IF-II --image photo.jpg --strength 0.6
+    python -m experiments.sample "a straw hat" --weights runs/IF-I runs/IF-II --image photo.jpg --mask hat.png
+    python -m experiments.sample --weights runs/IF-I runs/IF-II --enlarge small.png --tile 256
+
+DeepFloyd IF from a hub id or from folders that diffusers saves, one for each stage. The text encoder runs first and has
+left before the generators are loaded; with `--embeddings FILE` it runs once for all times.
+
+On a host of several devices `--mesh data=-1` gives each its own images, and `--mesh tensor=-1` each large image to
+all of them, by its rows.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from experiments.cli import Command, run
+from experiments.options import texts
+from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
+from experiments.options.sampling import SamplingOptions, box_of, mesh_of, size_of, spread, with_samplings
+from experiments.options.weights import WeightsOptions
+from experiments.output.bars import Bars
+from experiments.output.folder import folder_for_images
+from experiments.output.names import Named, save_all
+from experiments.table import TASKS
+from experiments.tasks.task import Task
+from jaxdiff.core.files import usable
+from jaxdiff.data import grids
+from jaxdiff.data.png_metadata import Metadata
+from jaxdiff.data.shapes_caption import WORDS, unknown_words
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.systems.pipeline import Batch, Pipeline, SampleOptions
+from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
+from jaxdiff.weights import captions as captions_file
+from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.settings import to_json
+
+OUT = Path("runs/sample")
+PAGE = 64
+"""Images on a page of the grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What to sample, and where to."""
+
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Captions; an empty one is sampled without text."""
+    prompts: Path | None = None
+    """A file with further captions, one on each line, which a line feed ends (UTF-8, or what its byte order mark says);
+    empty lines are left out."""
+    out: Path | None = None
+    """Folder for the images; left out: runs/sample, or the first of runs/sample-2, … that has none yet."""
+    overwrite: bool = False
+    """Allow a folder that has images already."""
+    grid: bool = True
+    """Write grid.png too."""
+    seed: int = 0
+    """Of the noise: the same seed, prompts and settings give the same images."""
+    per_prompt: int = 1
+    """Images for each prompt."""
+    negative: str = ""
+    """A negative prompt: what guidance leads away from."""
+    up_to: int | None = None
+    """Stop at this resolution (64 | 256 | 1024); the last stage's when left out."""
+    size: str = ""
+    """Of the base's images: SIDE or HEIGHTxWIDTH in pixels, multiples of the stride."""
+    batch: int = 16
+    """Images sampled at once by the base; super-resolution takes a sixteenth of it, at least one."""
+    embeddings: Path | None = None
+    """A .safetensors file for the embeddings of the prompts and the negative one: written where it is missing,
+    otherwise read, and then no text encoder is loaded."""
+    pipeline: WeightsOptions = WeightsOptions()
+    init: InitImageOptions = InitImageOptions()
+    sampling: SamplingOptions = SamplingOptions()
+
+
+def command(tasks: Mapping[str, Task] = TASKS) -> Command:
+    """`tasks`: whose runs can be sampled from."""
+    return Command(partial(main, tasks=tasks), Run(), (main.__doc__ or "").strip())
+
+
+def main(settings: Run, tasks: Mapping[str, Task]) -> None:
+    """Sample images from captions with a trained pipeline."""
+    prompts = prompts_of(settings)
+    _check(settings)
+    mesh = mesh_of(settings.sampling.mesh)
+    out = folder_for_images(settings.out, OUT, settings.overwrite)
+    pipeline = _pipeline(settings, prompts, tasks)
+    with spread(with_samplings(pipeline, settings.sampling), mesh) as model, Bars(model) as bars:
+        enlarging = enlarged(settings.init, model)
+        options = _options(settings, model, enlarging, settings.per_prompt * len(prompts))
+        batches = model.batches(prompts, options, bars)
+        output = _Output(settings, out, model, prompts, enlarging)
+        usable(out)  # only now: bad settings leave no folder behind
+        for batch in batches:
+            if not output.save(batch):
+                break
+    output.finish()
+
+
+def _check(settings: Run) -> None:
+    """ValueError for settings that do not go together, before weights are read."""
+    if settings.per_prompt < 1:
+        raise ValueError(f"--per-prompt {settings.per_prompt}: at least one image of each prompt")
+    settings.init.check()
+    if settings.init.enlarge is not None and settings.size:
+        raise ValueError("--size is for what is sampled from text or --image; --enlarge has the size of its image")
+    if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
+        raise ValueError(f"--embeddings {settings.embeddings}: the file has to end in .safetensors")
+
+
+def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: int) -> SampleOptions:
+    return SampleOptions(
+        seed=settings.seed,
+        per_prompt=settings.per_prompt,
+        negative=settings.negative,
+        size=size_of(settings.size) or settings.init.size(model),
+        last=box_of(model, settings.up_to),
+        batch=settings.batch,
+        init=settings.init.begin(model),
+        after=None if enlarging is None else enlarging.after(count),
+    )
+
+
+def prompts_of(settings: Run) -> list[str]:
+    """The prompts of the command line, then those of the file. ValueError where there is none."""
+    prompts = list(settings.prompt)
+    for text in (*prompts, settings.negative):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {text!r} is not UTF-8") from error
+    if settings.prompts is not None:
+        prompts += texts.lines(settings.prompts)
+    if not prompts and settings.init.enlarge is not None:
+        return [""]
+    if not prompts:
+        raise ValueError("nothing to sample: give prompts as arguments, or a file of them with --prompts")
+    return prompts
+
+
+def _pipeline(settings: Run, prompts: list[str], tasks: Mapping[str, Task]) -> Pipeline:
+    """The pipeline, with its text encoder gone again: the embeddings of the prompts are in its place."""
+    weights, dtype = settings.pipeline, settings.sampling.dtype
+    if (own := weights.own(tasks)) is not None:
+        return own
+    _warn_of_unknown_words(settings, prompts)
+    return weights.load(tasks, dtype, _embedded(settings, [*prompts, settings.negative]))
+
+
+def _warn_of_unknown_words(settings: Run, prompts: Sequence[str]) -> None:
+    """One warning for the prompts that the shipped cascade cannot follow."""
+    if settings.pipeline.weights != (str(SHIPPED),) or settings.pipeline.text is not None:
+        return
+    if unknown := unknown_words([*prompts, settings.negative]):
+        known = ", ".join(sorted(WORDS))
+        warnings.warn(
+            f"the shipped cascade has never seen {', '.join(map(repr, unknown[:8]))}: it was trained on `shapes` "
+            f"alone, whose words are {known}; name other weights with --weights",
+            stacklevel=2,
+        )
+
+
+def _embedded(settings: Run, captions: list[str]) -> PrecomputedTextEncoder:
+    weights, dtype = settings.pipeline, settings.sampling.dtype
+    values = {"weights": weights.weights[:1], "clean": weights.clean, "dtype": dtype, "variant": weights.variant}
+    made_by = json.dumps(values | ({} if weights.text is None else {"text": weights.text}))
+    if settings.embeddings is not None and settings.embeddings.exists():
+        kept = captions_file.load(settings.embeddings)
+        lacking = [caption for caption in captions if caption not in kept.captions]
+        if kept.made_by != made_by:
+            other = f"was made by {kept.made_by}, not by {made_by}"
+            raise ValueError(f"{settings.embeddings} {other}: remove it, or choose another")
+        if lacking:
+            raise ValueError(f"{settings.embeddings} has no embedding of {lacking[0]!r}: remove it, or choose another")
+        return kept
+    embedded = embed_captions(weights.load_text(dtype), captions, made_by)
+    if settings.embeddings is not None:
+        captions_file.save(settings.embeddings, embedded)
+    return embedded
+
+
+class _Output:
+    """The files of the images, and the grid of all of them."""
+
+    def __init__(self, settings: Run, out: Path, model: Pipeline, prompts: list[str], enlarging: Enlarged | None):
+        self._settings, self._out, self._prompts, self._enlarging = settings, out, prompts, enlarging
+        self._resolution = settings.up_to or model.sides[-1]
+        self._samplings = [box.sampling for box in model.boxes if isinstance(box, TrainedModel)]
+        self._images: list[Image.Image] = []
+        self._failure: OSError | None = None
+
+    def save(self, batch: Batch) -> bool:
+        """Saves the last product of a batch; False where that failed and nothing more needs to be sampled."""
+        images = batch.products[-1]
+        if self._enlarging is not None:
+            images = self._enlarging.cut(images)
+        if self._settings.grid:
+            self._images += [grids.scaled(each, 128 if max(each.shape) <= 128 else 256) for each in images]
+        try:
+            save_all(self._out, self._named(batch.first, images))
+        except OSError as error:  # the grid may still have room
+            self._failure = error
+        return self._failure is None
+
+    def finish(self) -> None:
+        """Writes the pages of the grid. OSError where that, or saving an image before, failed."""
+        for first in range(0, len(self._images), PAGE):
+            page = self._images[first : first + PAGE]
+            captions = [self._prompt(number) or "(no text)" for number in range(first, first + len(page))]
+            per_prompt = self._settings.per_prompt
+            columns = per_prompt if 1 < per_prompt <= 16 else min(8 if len(page) > 16 else 4, len(page))
+            name = "grid.png" if not first else f"grid-{first // PAGE + 1}.png"
+            try:
+                grids.write(self._out / name, grids.sheet(page, captions, max(self._images[0].size), columns))
+            except OSError as error:
+                self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
+        count = self._settings.per_prompt * len(self._prompts)
+        pages = -(-len(self._images) // PAGE)
+        grid = {0: "no grid", 1: "grid.png beside them"}.get(pages, f"grid.png to grid-{pages}.png beside them")
+        print(f"{self._out}: {count} images at {self._resolution} pixels, {grid}")
+
+    def _prompt(self, number: int) -> str:
+        return self._prompts[number // self._settings.per_prompt].strip()
+
+    def _named(self, first: int, images: np.ndarray) -> Iterator[Named]:
+        """The images from number `first` on, for their files."""
+        for number, image in enumerate(images, first):
+            prompt = self._prompts[number // self._settings.per_prompt]
+            metadata = _metadata(self._settings, self._samplings, prompt, number, self._resolution)
+            yield Named(f"{number:04d}", prompt, image, metadata)
+
+
+def _metadata(
+    settings: Run, samplings: Sequence[SamplingConfig], prompt: str, number: int, resolution: int
+) -> Metadata:
+    """What the PNG says of itself: enough to sample it again."""
+    weights = settings.pipeline
+    values = {
+        "number": number,
+        "per_prompt": settings.per_prompt,
+        "negative": settings.negative,
+        "up_to": resolution,
+        "size": settings.size or None,
+        "dtype": settings.sampling.dtype,
+        "weights": weights.names,
+        "text": weights.text,
+        "variant": weights.variant,
+        "clean": weights.clean,
+        "embeddings": settings.embeddings and settings.embeddings.name,
+        **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
+        "stages": [to_json(sampling) for sampling in samplings],
+    }
+    return Metadata(prompt, settings.seed, values)
+
+
+if __name__ == "__main__":
+    run(command())

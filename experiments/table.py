@@ -1,0 +1,66 @@
+"""The table of everything that the commands train, sample, plan and measure. A new system adds lines here."""
+
+from pathlib import Path
+
+from experiments.tasks.classifier import ClassifierTask
+from experiments.tasks.classifier import Settings as ClassifierSettings
+from experiments.tasks.clip import CLIPTask
+from experiments.tasks.clip import Settings as CLIPSettings
+from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
+from experiments.tasks.t5 import Settings as T5Settings
+from experiments.tasks.t5 import T5Task
+from experiments.tasks.task import Task
+from jaxdiff.systems import imagen, imagen_tiny
+
+SHIPPED_T5 = 24, 128
+"""Length and width of what the shipped text encoder gives."""
+
+
+def _folder(name: str) -> Path:
+    return Path("runs") / name
+
+
+TASKS: dict[str, Task] = {
+    "imagen.base64": DiffusionTask(
+        "Imagen's base model: 64×64 images from captions",
+        {
+            "tiny": Preset(imagen_tiny.BASE_64_TINY, imagen_tiny.SAMPLING_BASE_TINY, SHIPPED_T5),
+            "quick": Preset(imagen_tiny.BASE_64_QUICK, imagen_tiny.SAMPLING_BASE_QUICK, SHIPPED_T5),
+            "300m": Preset(imagen.BASE_64_300M, imagen.SAMPLING_BASE, imagen.T5_XXL),
+            "500m": Preset(imagen.BASE_64_500M, imagen.SAMPLING_BASE, imagen.T5_XXL),
+            "2b": Preset(imagen.BASE_64_2B, imagen.SAMPLING_BASE, imagen.T5_XXL),
+        },
+        Settings(_folder("base64")),
+    ),
+    "imagen.sr256": DiffusionTask(
+        "Imagen's super-resolution to 256×256",
+        {
+            "tiny": Preset(imagen_tiny.SR_256_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5),
+            "paper": Preset(imagen.SR_256, imagen.SAMPLING_SR, imagen.T5_XXL),
+        },
+        Settings(_folder("sr256")),
+    ),
+    "imagen.sr1024": DiffusionTask(
+        "Imagen's super-resolution to 1024×1024",
+        {
+            "tiny": Preset(imagen_tiny.SR_1024_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5),
+            "paper": Preset(imagen.SR_1024, imagen.SAMPLING_SR, imagen.T5_XXL),
+        },
+        Settings(_folder("sr1024")),
+    ),
+    "imagen.base32": DiffusionTask(
+        "base models of 32×32 pixels, for the curves and the composition benchmark",
+        {
+            "micro": Preset(imagen_tiny.BASE_32_MICRO, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5),
+            "small": Preset(imagen_tiny.BASE_32_SMALL, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5),
+            "medium": Preset(imagen_tiny.BASE_32_MEDIUM, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5),
+            "tiny": Preset(imagen_tiny.BASE_32_TINY, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5),
+        },
+        Settings(_folder("base32")),
+    ),
+    "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
+    "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),
+    "classifier": ClassifierTask(
+        "a classifier of `shapes`, for FD-shapes", settings=ClassifierSettings(_folder("classifier"))
+    ),
+}

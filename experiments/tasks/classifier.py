@@ -1,0 +1,135 @@
+"""Training a classifier of `shapes`, whose 64 features stand in for Inception's: FD-shapes, never to be called FID.
+
+    python -m experiments.train classifier --out runs/classifier
+
+Takes about ten minutes on one CPU core. It says of one object its kind, colour, fill, size and place, and of every
+image its background and how many objects there are. OUT/model is what `--classifier` of other commands reads; the
+package ships one (jaxdiff/weights/tiny/README.md).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.options.training import OptimizerOptions, Rule, RunOptions, TrainSettings
+from experiments.tasks.task import Inference, Start, Task, Work
+from jaxdiff.data import sources
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
+from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITIONS, SIZES, Scene, scene
+from jaxdiff.models.classifier import ClassifierTraining, of_size_one
+from jaxdiff.nets.classifier import Classifier, ClassifierConfig
+from jaxdiff.training.distributed import once
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.state import Params
+from jaxdiff.weights import classifier
+
+OF_ONE = {"kind": KINDS, "colour": tuple(COLOURS), "fill": FILLS, "size": tuple(SIZES), "position": POSITIONS}
+OF_ALL = {"background": tuple(BACKGROUNDS), "objects": ("1", "2")}
+ATTRIBUTES = OF_ONE | OF_ALL
+
+
+def _config(side: int, features: int) -> ClassifierConfig:
+    return ClassifierConfig(
+        side=side, features=features, names=tuple(ATTRIBUTES), classes=tuple(map(len, ATTRIBUTES.values()))
+    )
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """What a classifier is."""
+
+    side: int | None = None
+    """Side of the images that it sees, in pixels; left out: the preset's."""
+    features: int | None = None
+    """Width of its features; left out: the preset's."""
+    noise: float = 0.1
+    """The most noise on the images, of a range of 2."""
+    store: Literal["float32", "float16"] = "float32"
+    """What the finished parameters are stored in."""
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    """Train a classifier of `shapes`."""
+
+    run: RunOptions = RunOptions(steps=3000, batch=64, ema_decay=0.995)
+    optimization: OptimizerOptions = OptimizerOptions(learning_rate=2e-3, warmup=100, weight_decay=0.05)
+    classifier: ClassifierOptions = ClassifierOptions()
+
+
+@dataclass(frozen=True)
+class ClassifierTask(Task):
+    """A classifier of `shapes`."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(decay_all=False)}
+    presets: dict[str, ClassifierConfig] = field(default_factory=lambda: {"tiny": _config(64, 64)})
+    settings: Settings = Settings()
+
+    def model(self, preset: str, compute: Any) -> ClassifierTraining:
+        return ClassifierTraining(self.preset(preset))
+
+    def side(self, model: ClassifierTraining, crop: int | None) -> int:
+        super().side(model, crop)
+        return model.config.side
+
+    def inference(self, preset: str, model: ClassifierTraining, count: int) -> Inference:
+        """Features and logits of images."""
+        network = Classifier(model.config)
+        image = model.batch_spec(count, model.config.side)["image"]
+        return Inference(lambda params, image: network.apply({"params": params}, image), (image,))
+
+    def prepare(self, settings: Settings, start: Start) -> Work:
+        options, run, data = settings.classifier, settings.run, settings.dataset
+        if data.data != "shapes":
+            raise ValueError(f"--data {data.data}: the classifier is one of `shapes`, whose attributes are known")
+        for name, value in (("--init", run.init), ("--limit", data.limit)):
+            if value:
+                raise ValueError(f"{name} {value}: the classifier is trained from scratch, on all images")
+        if start.processes > 1:
+            raise ValueError("the classifier is trained by one process: --join none")
+        given = {name: value for name in ("side", "features") if (value := getattr(options, name)) is not None}
+        config = dataclasses.replace(self.preset(settings.preset), **given)
+        source = once(data.data_dir, lambda: sources.open(data.spec(), config.side, "train", data.data_dir))
+        stream = image_batches(source, DataConfig(config.side, run.batch, seed=run.seed, captions=True))
+
+        def finish(params: Params) -> str:
+            in_order = DataConfig(config.side, min(512, len(source)), shuffle=False, repeat=False)
+            some = next(image_batches(source, in_order))["image"]
+            plain = of_size_one(config, jax.device_get(params), jnp.asarray(some))
+            folder = settings.out / "model"
+            classifier.save(folder, "shapes", config, plain, options.store)
+            return f"{folder}: a classifier of {', '.join(ATTRIBUTES)} with {config.features} features"
+
+        made_of = {"examples": len(source), "batch": run.batch}
+        return Work(ClassifierTraining(config, options.noise), Labelled(stream), made_of, finish)
+
+
+def labels(true: Scene) -> list[int]:
+    """The class of each attribute; -1 for those of one object where there are two."""
+    values = {"background": true.background, "objects": str(len(true.objects))}
+    if len(true.objects) == 1:
+        values |= {name: getattr(true.objects[0], name) for name in OF_ONE}
+    return [classes.index(values[name]) if name in values else -1 for name, classes in ATTRIBUTES.items()]
+
+
+class Labelled:
+    """Batches of training images with their labels, which are those of the scene in the same place of the dataset."""
+
+    def __init__(self, stream: Batches):
+        self._stream = stream
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._stream)
+        classes = np.array([labels(scene("train", int(index))) for index in batch["index"]], np.int32)
+        return {"image": batch["image"], "labels": classes}
+
+    def get_state(self) -> dict:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._stream.set_state(state)

@@ -1,0 +1,315 @@
+"""Training a stage of Imagen: a diffusion model of images, from text or from a smaller image.
+
+    python -m experiments.train imagen.base64 --data shapes --text runs/t5/encoder --out runs/base64
+    python -m experiments.train imagen.sr256 --data shapes --out runs/sr256
+    python -m experiments.train imagen.sr1024 --data shapes --examples 2000 --init runs/sr256 --out runs/sr1024
+
+OUT gets, beside what every run writes, samples/ (a grid now and then). Costs of the shipped models are in
+jaxdiff/weights/tiny/README.md.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from experiments.options.training import ComputeOptions, Rule, TrainSettings
+from experiments.tasks.samples import Samples
+from experiments.tasks.task import Inference, Start, Task, Work
+from experiments.tasks.text_embeddings import TextOptions, find, stored
+from jaxdiff.core.files import usable
+from jaxdiff.core.trees import check_tree
+from jaxdiff.data import sources
+from jaxdiff.data.embeddings import Embeddings
+from jaxdiff.data.example import Source, Subset
+from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.losses import PowerSNR
+from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
+from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.nets.activation_sharding import ActivationSharding
+from jaxdiff.nets.unet import EfficientUNetConfig, Remat
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.training import multihost
+from jaxdiff.training.checkpoints import load_ema
+from jaxdiff.training.distributed import check_shared, once
+from jaxdiff.training.mesh import BATCH_AXES
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
+from jaxdiff.training.param_sharding import ParamSharding
+from jaxdiff.training.param_sharding import Rule as ShardingRule
+from jaxdiff.training.state import Params, abstract_params, abstract_state
+from jaxdiff.weights.runs import TextSource, save_text_source
+from jaxdiff.weights.stages import load_params, save_model, save_settings
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """What a stage is trained for; what is left out is as its preset says."""
+
+    crop: int | None = None
+    """Side of super-resolution's training crops in pixels; 0: whole images; left out: a quarter of the image."""
+    logsnr: tuple[float, float] | None = None
+    """Train at log-SNRs spread evenly over this range. A stage whose images are sharp but do not follow their captions
+    learns faster where that is decided: -5.5 to 0 for shapes at 64 pixels."""
+    logsnr_fraction: float = 1.0
+    """Fraction of the training that is spent in that range; the rest is where the preset trains."""
+    snr_power: float | None = None
+    """Weight the x0 error by SNR to this power (0: the same at every noise level)."""
+    text_dropout: float | None = None
+    """Fraction of captions that are left out, without which there is no guidance."""
+    max_aug_level: float | None = None
+    """Highest level of the noise on super-resolution's input."""
+
+
+@dataclass(frozen=True)
+class UNetCompute(ComputeOptions):
+    """How a U-Net is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters and optimizer stay float32. bfloat16 on accelerators."""
+    remat: Remat = "none"
+    """What the backward pass computes again to save memory: none | outputs (norms, activations, attention) | blocks
+    (all of them)."""
+    scan: bool = False
+    """Equal blocks in a row as one loop, which compiles faster (Efficient U-Nets)."""
+    rows: bool = False
+    """The tensor axis of the mesh splits the rows of images instead of layers: for whole images of 1024 pixels."""
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    """Train one stage of Imagen."""
+
+    text_encoder: TextOptions = TextOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    compute: UNetCompute = UNetCompute()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, how it samples, and length and width of the text embeddings that it is planned and measured with;
+    training takes those of the text encoder at hand."""
+
+    model: DiffusionModel
+    sampling: SamplingConfig
+    reads: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DiffusionTask(Task):
+    """A stage of Imagen."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
+    presets: dict[str, Preset] = dataclasses.field(default_factory=dict)
+    settings: Settings = Settings()
+
+    def model(self, preset: str, compute: UNetCompute) -> DiffusionModel:
+        chosen = self.preset(preset)
+        return split(executed(chosen.model.reading(*chosen.reads), dtype=compute.dtype), compute)
+
+    def side(self, model: DiffusionModel, crop: int | None) -> int:
+        side = crop_of(model, crop) or model.side
+        check_crop(model, side)
+        return side
+
+    def placement(self, model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
+        """Layers are split over the tensor axis, unless it has the rows of images."""
+        rules = () if compute.rows else (ShardingRule(*rule) for rule in model.unet.tensor_rules())
+        return ParamSharding(tuple(rules))
+
+    def on_one_device(self, model: DiffusionModel) -> DiffusionModel:
+        return executed(model, sharding=ActivationSharding())
+
+    def inference(self, preset: str, model: DiffusionModel, count: int) -> Inference:
+        """One step of sampling whole images, both branches of guidance."""
+        sampling, side = dataclasses.replace(self.preset(preset).sampling, steps=1), model.side
+        keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
+        batch = model.batch_spec(count, side)
+        text = None
+        if "text" in batch:
+            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
+
+        def step(params, text, negative, keys, low_res):
+            request = SampleRequest(keys, (side, side), text, negative)
+            return TrainedModel(model, params, sampling).decode(low_res, request)
+
+        return Inference(step, (text, text, keys, batch.get("low_res")))
+
+    def prepare(self, settings: Settings, start: Start) -> Work:
+        preset, model = self.preset(settings.preset), self.trained_model(settings)
+        spec = settings.dataset.spec()
+        encoder, embeddings = find(settings.text_encoder, settings.dataset.data, preset, model)
+        text = encoder or embeddings
+        model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
+        initial = self._initial(settings, model, start.mesh)
+        if start.processes > 1 or settings.out.is_file():
+            check_shared(usable(settings.out))
+        data_dir = settings.dataset.data_dir
+        source = once(data_dir, lambda: open_source(settings, spec, model))
+        if encoder is not None:
+            embeddings = once(data_dir, lambda: stored(settings.dataset, source, encoder))
+        del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
+        stream = batches(settings, model, source, embeddings)
+        # How it was computed in training is no part of what was learned.
+        plain = executed(model, dtype="float32")
+        made_by = None if embeddings is None else embeddings.encoder
+        folder = settings.out / "model"
+
+        def begin() -> None:
+            save_settings(TrainedModel(plain, {}, preset.sampling, made_by), folder)
+            options = settings.text_encoder
+            if made_by is not None and (options.text is not None or options.embeddings is None):
+                location = TextSource(options.source, embeddings.length, options.text_dtype, made_by)
+                save_text_source(settings.out, location)
+
+        def finish(params: Params) -> str:
+            save_model(TrainedModel(plain, params, preset.sampling, made_by), folder)
+            lines = [f"{folder}: the averaged parameters of step {settings.run.steps}"]
+            if summary := stream.skipped.summary(len(source)):
+                part = f" (in the part of process 0 of {start.processes})" if start.processes > 1 else ""
+                lines.insert(0, f"{summary}{part}")
+            return "\n".join(lines)
+
+        return Work(
+            split(model, settings.compute),
+            stream,
+            data=data_of(settings, model, source, embeddings),
+            initial=initial,
+            begin=begin,
+            finish=finish,
+            placement=self.placement(model, settings.compute),
+            sample_hook=Samples(model, preset.sampling, source, embeddings, settings.out / "samples"),
+        )
+
+    def trained_model(self, settings: Settings) -> DiffusionModel:
+        """The preset with what the command line changes of it."""
+        model = executed(self.preset(settings.preset).model, dtype=settings.compute.dtype)
+        options = settings.diffusion
+        for option, conditioner, lacks in (
+            ("text_dropout", model.text, "reads no text"),
+            ("max_aug_level", model.low_res, "is no super-resolution"),
+        ):
+            if getattr(options, option) is not None and conditioner is None:
+                flag = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(options, option)}: --preset {settings.preset} {lacks}")
+        changes: dict[str, Any] = {"conditioners": tuple(_conditioner(each, options) for each in model.conditioners)}
+        if options.logsnr is not None:
+            changes["time_sampler"] = time_sampler(model, *options.logsnr, options.logsnr_fraction)
+        if options.snr_power is not None:
+            power = model.weighting if isinstance(model.weighting, PowerSNR) else PowerSNR()
+            changes["weighting"] = dataclasses.replace(power, power=options.snr_power)
+        model = dataclasses.replace(model, **changes)
+        if crop := crop_of(model, options.crop):
+            check_crop(model, crop)
+        return model
+
+    def _initial(self, settings: Settings, model: DiffusionModel, mesh: Mesh) -> dict | None:
+        if settings.run.init is None or settings.goes_on:
+            return None
+        shardings = abstract_state(model, settings.config(self.rules, "").optimizer, mesh).ema
+        return initial(settings.run.init, model, shardings)
+
+
+def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
+    """The averaged parameters of a run, or of the model/ in it, on the host. `expected`: shapes and placements, for
+    several processes. ValueError for those of another network."""
+    checkpoints = run / "checkpoints"
+    if checkpoints.is_dir() and multihost.count() > 1:  # all of them read it together
+        parts = load_ema(checkpoints, expected)
+        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), parts)
+    if checkpoints.is_dir():
+        params = load_ema(checkpoints)
+        check_tree(params, abstract_params(model), str(checkpoints))
+    else:
+        params = load_params(model, run / "model.safetensors")
+    return jax.tree.map(np.asarray, params)
+
+
+def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:
+    """The same model, computed over a mesh. ValueError for --scan where no blocks are equal."""
+    blocks = model.unet.blocks if isinstance(model.unet, EfficientUNetConfig) else (0,)
+    if compute.scan and max(blocks) < 2:
+        raise ValueError("--scan: this network has no equal blocks in a row")
+    axes = ActivationSharding(BATCH_AXES, ("tensor",) if compute.rows else ())
+    return executed(model, remat=compute.remat, scan=compute.scan, sharding=axes)
+
+
+def _conditioner(
+    conditioner: TextConditioner | LowResConditioner, options: DiffusionOptions
+) -> TextConditioner | LowResConditioner:
+    """With what the command line changes of it."""
+    if isinstance(conditioner, TextConditioner):
+        changed = {"dropout": options.text_dropout}
+    else:
+        changed = {"max_level": options.max_aug_level}
+    return dataclasses.replace(conditioner, **{name: value for name, value in changed.items() if value is not None})
+
+
+def time_sampler(model: DiffusionModel, low: float, high: float, fraction: float) -> LogSNRRange:
+    """A fraction of the training in another range, the rest where the model has it. ValueError where its schedule has
+    no such log-SNRs."""
+    lowest, highest = float(model.schedule.logsnr(1.0)), float(model.schedule.logsnr(0.0))
+    if not (low < highest and high > lowest):
+        raise ValueError(f"--logsnr {low:g} {high:g}: the schedule's lie between {lowest:.3g} and {highest:.3g}")
+    rest: TimeSampler = UniformTimes() if fraction == 1.0 else model.time_sampler
+    return LogSNRRange(low, high, fraction, rest)
+
+
+def open_source(settings: TrainSettings, spec: sources.DataSpec, model: DiffusionModel, split: str = "train") -> Source:
+    """The images, at the model's resolution where the dataset is drawn."""
+    source = sources.open(spec, model.side, split, settings.dataset.data_dir)
+    limit = settings.dataset.limit
+    return Subset(source, limit) if 0 < limit < len(source) else source
+
+
+def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None):
+    """This process's part of the batches."""
+    config = DataConfig(
+        model.side,
+        settings.run.batch // jax.process_count(),
+        low_resolution=model.side // model.factor if model.low_res is not None else None,
+        crop=crop_of(model, settings.diffusion.crop),
+        seed=settings.run.seed,
+        caption_optional=model.low_res is not None,
+        strict=settings.dataset.strict,
+    )
+    return image_batches(
+        source,
+        config,
+        embeddings,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        read_ahead=ReadAhead(workers=settings.dataset.workers),
+    )
+
+
+def crop_of(model: DiffusionModel, crop: int | None) -> int | None:
+    """Side of super-resolution's training crops, a quarter of the image's by default; None: whole images."""
+    if model.low_res is None:
+        if crop:
+            raise ValueError(f"--crop {crop}: for super-resolution; this model is trained on whole images")
+        return None
+    return model.side // 4 if crop is None else crop or None
+
+
+def data_of(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
+    """What a run's batches are made of: run again with something else, it would not be the same run."""
+    whole = source.source if isinstance(source, Subset) else source
+    return {
+        "data": settings.dataset.data,
+        "batch": settings.run.batch,
+        "workers": settings.dataset.workers,
+        "crop": crop_of(model, settings.diffusion.crop),
+        "examples": len(source),
+        "of": len(whole),
+        "text": None if embeddings is None else embeddings.encoder,
+    }

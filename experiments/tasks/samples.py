@@ -1,0 +1,69 @@
+"""What a training run shows now and then: a grid of the same few captions, or low-resolution images."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxdiff.data import grids
+from jaxdiff.data.embeddings import Embeddings
+from jaxdiff.data.example import Source, Subset, captions
+from jaxdiff.data.pipeline import DataConfig, image_batches
+from jaxdiff.diffusion import noise
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.training.distributed import gathered
+
+
+class Samples:
+    """Called by the loop now and then: a grid of the same few captions, or of the same low-resolution images."""
+
+    COUNT = 8
+
+    def __init__(
+        self,
+        stage: DiffusionModel,
+        sampling: SamplingConfig,
+        source: Source,
+        embeddings: Embeddings | None,
+        folder: Path,
+    ) -> None:
+        self._stage, self._sampling, self._folder = stage, sampling, folder
+        self._captions, self._text, self._low_res = [], None, None
+        shown, found = Subset(source, self.COUNT), range(self.COUNT)
+        if stage.low_res is not None:
+            config = DataConfig(
+                stage.side,
+                self.COUNT,
+                low_resolution=stage.side // stage.factor,
+                crop=min(stage.side, 256),
+                captions=True,
+                caption_optional=True,
+                shuffle=False,
+            )
+            batch = next(image_batches(shown, config))
+            self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
+        if embeddings is not None:
+            texts = list(captions(shown))
+            self._captions = [texts[i] or "" for i in found]
+            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
+            self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
+
+    def __call__(self, step: int, params: dict) -> None:
+        stage = self._stage
+        keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
+        side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor
+        # With reports of progress it samples in pieces, so that a signal need not wait for all of it.
+        request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None)
+        images = gathered(TrainedModel(stage, params, self._sampling).decode(self._low_res, request))
+        if images is None:
+            return
+        shown, captions = list(images), self._captions or [f"step {step}"] * self.COUNT
+        if self._low_res is not None:
+            shown, captions = [*np.asarray(self._low_res), *images], ["input"] * self.COUNT + list(captions)
+        sheet = grids.grid(shown, captions, 256 if self._low_res is not None else 128, self.COUNT // 2)
+        grids.write(self._folder / f"{step:07d}.png", sheet)
+        tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")

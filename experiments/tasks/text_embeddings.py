@@ -1,0 +1,100 @@
+"""Which text encoder a stage is trained with, and the embeddings of its captions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.options.training import DataOptions
+from jaxdiff.data.embeddings import Embeddings, open_embeddings, store_embeddings
+from jaxdiff.data.example import Source, Subset, captions
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.t5 import load_text_encoder
+
+if TYPE_CHECKING:
+    from experiments.tasks.diffusion import Preset
+
+KNOWN = ("shapes", "rainbow")
+"""Datasets whose words the shipped text encoder knows."""
+CHOICES = (
+    "a public T5 with --text google/flan-t5-base (width 768, 0.5 GB, Apache-2.0), "
+    "one pre-trained on these captions with --text runs/t5/encoder (python -m experiments.train t5 --data {data} "
+    "--out runs/t5), or embeddings stored before with --embeddings FOLDER (python -m experiments.embed --data {data} "
+    "--text-encoder google/flan-t5-xxl --out FOLDER)"
+)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The frozen text encoder."""
+
+    text: str | None = None
+    """A directory or hub id in the transformers layout; any width will do, the paper's is T5-XXL's, 4096
+    (google/flan-t5-xxl). May be left out for `shapes` and `rainbow`, which the shipped tiny one was made for, and with
+    EMBEDDINGS. `none`: super-resolution learns from images alone."""
+    text_length: int | None = None
+    """Tokens a caption; left out: 24 for the tiny presets, 128 for the others, or as many as EMBEDDINGS have."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the text encoder is kept and computed in; bfloat16 halves the memory of a large one."""
+    embeddings: Path | None = None
+    """A folder that experiments.embed wrote: no text encoder is loaded. Without it the captions are embedded once and
+    stored below DATA_DIR."""
+
+    @property
+    def source(self) -> str:
+        """Where the text encoder is."""
+        return self.text or str(SHIPPED / "text")
+
+
+def find(
+    options: TextOptions, data: str, preset: "Preset", model: DiffusionModel
+) -> tuple[TextEncoder | None, Embeddings | None]:
+    """The encoder, where captions are still to be embedded, or the embeddings that are named; without text neither.
+
+    ValueError where neither is named and the shipped encoder does not know the dataset's words, and for embeddings of
+    another length than is asked for, or that TEXT has not made.
+    """
+    if options.text_length is not None and options.text_length < 1:
+        raise ValueError(f"--text-length {options.text_length}: must be at least 1")
+    if model.text is None:
+        return None, None
+    if options.text == "none":
+        if model.low_res is None:
+            raise ValueError("--text none: only super-resolution can do without text")
+        return None, None
+    if options.embeddings is None:
+        if options.text is None and data not in KNOWN:
+            raise ValueError(
+                f"--data {data}: its captions need a text encoder, and the shipped one knows the words of "
+                f"{' and '.join(KNOWN)} alone: name {CHOICES.format(data=data)}"
+            )
+        return load_text_encoder(options.source, options.text_length or preset.reads[0], options.text_dtype), None
+    embeddings = open_embeddings(options.embeddings)
+    if options.text_length not in (None, embeddings.length):
+        raise ValueError(
+            f"{embeddings.path}: embeddings of {embeddings.length} tokens a caption, not of --text-length "
+            f"{options.text_length}: store them again with that length"
+        )
+    if options.text is not None:
+        encoder = load_text_encoder(options.text, embeddings.length, options.text_dtype, place=np.asarray)
+        embeddings = open_embeddings(options.embeddings, encoder.fingerprint)
+    return None, embeddings
+
+
+def stored(data: DataOptions, source: Source, encoder: TextEncoder) -> Embeddings:
+    """The stored embeddings of the source's captions, computed now where they are not there yet."""
+    made_by = encoder.fingerprint
+    name = "".join(c if c.isalnum() else "-" for c in data.data)
+    limited = f"-of-{len(source.source)}" if isinstance(source, Subset) else ""
+    path = data.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
+    if (path / "embeddings.json").is_file():
+        try:
+            return open_embeddings(path, made_by)
+        except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
+            pass
+    with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
+        return store_embeddings(captions(source), encoder.encode, path, encoder=made_by, progress=bar.update)

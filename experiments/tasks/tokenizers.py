@@ -1,0 +1,45 @@
+"""Captions to train a tokenizer on, and tokenizers that are there before the first step."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.options.texts import lines as read_lines
+from jaxdiff.data import example, sources
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase
+from jaxdiff.training import multihost
+
+
+def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
+    """Every caption of a dataset's training split; examples without one are left out, with one warning of how many."""
+    source = sources.open(data, 64, "train", data_dir)
+    read = tqdm(
+        example.captions(source), total=len(source), desc="read captions", unit="caption", disable=multihost.index() > 0
+    )
+    captions = [caption for text in read if (caption := (text or "").strip())]
+    if len(captions) < len(source):
+        missing = len(source) - len(captions)
+        warnings.warn(f"{missing} of {len(source)} examples have no caption: left out", stacklevel=2)
+    return captions
+
+
+def lines_of(texts: Path, most: int) -> list[str]:
+    """The lines of a file that are not blank, or `most` of them, spread over it. ValueError for a file without any."""
+    lines = read_lines(texts)
+    if not lines:
+        raise ValueError(f"{texts}: no lines of text")
+    count = min(most, len(lines))
+    return [lines[i * len(lines) // count] for i in range(count)]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Before the first step, so that a run that goes on has the same token ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        # The file by which a tokenizer is known comes last: where it is, all of it is.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer_config.json"):
+            os.replace(file, folder / file.name)

@@ -1,1 +1,0 @@
-"""Pre-train text encoders."""

@@ -1,0 +1,75 @@
+"""Train a model: a stage of Imagen, a T5, a CLIP, a classifier.
+
+    python -m experiments.train imagen.base64 --preset tiny --data shapes --out runs/base64 --steps 5000
+    python -m experiments.train --help                   # what there is
+    python -m experiments.train imagen.base64 --help     # all its settings
+    python -m experiments.train --config runs/base64/settings.json --steps 8000 --out runs/longer
+
+Run again with the same folder, it goes on from its last checkpoint. OUT gets settings.json (what it was told, for
+`--config`), checkpoints/, metrics.jsonl, tensorboard/, loss.png and at the end the model. What each one is for, with
+commands and costs, is in the docstrings of `experiments/tasks/`.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from experiments.cli import Command, run
+from experiments.options import settings_file
+from experiments.options.cores import use_cores
+from experiments.table import TASKS
+from experiments.tasks.task import Start, Task
+from jaxdiff.training.distributed import alike, gathered, on_process_0, start
+from jaxdiff.training.lock import locked
+from jaxdiff.training.loop import Diverged, Layout, Loaded, train
+
+
+def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
+    """A command for each line of the table."""
+    return {name: Command(partial(main, name, task), task.settings, task.about) for name, task in tasks.items()}
+
+
+def main(name: str, task: Task, settings: Any) -> None:
+    """Train what a line of the table names, and write what it has learned."""
+    processes = start(settings.cluster)  # before anything touches a device
+    alike(vars(settings))
+    with locked(settings.out):
+        _train(name, task, settings, processes)
+
+
+def _train(name: str, task: Task, settings: Any, processes: int) -> None:
+    """All of it, in a folder that is this run's alone."""
+    run_options = settings.run
+    use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
+    # What is wrong is said before anything is rasterised, embedded or written.
+    config = settings.config(task.rules, name)
+    mesh = settings.devices.make(run_options.batch, run_options.accumulate)
+    work = task.prepare(settings, Start(processes, mesh))
+
+    def begin() -> None:
+        work.begin()
+        settings_file.save(settings.out / settings_file.NAME, name, settings)
+
+    if not settings.goes_on:  # else the loop may yet refuse these settings
+        on_process_0(begin)
+    state = train(
+        work.model,
+        work.batches,
+        config,
+        settings.out,
+        data=work.data,
+        layout=Layout(mesh, work.placement),
+        loaded=Loaded(work.initial),
+        sample_hook=work.sample_hook,
+    )
+    params = gathered(state.ema)
+
+    def finish() -> None:
+        print(work.finish(params))
+        settings_file.save(settings.out / settings_file.NAME, name, settings)
+
+    on_process_0(finish)
+
+
+if __name__ == "__main__":
+    run(commands(), stopped_by=(Diverged,))

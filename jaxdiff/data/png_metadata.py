@@ -1,0 +1,66 @@
+"""What a PNG of ours says of itself: prompt, seed and settings, as JSON under a key of our own.
+
+One iTXt chunk (Unicode, not compressed) with the keyword `jaxdiff` holds `{"version": 1, "prompt": …, "seed": …,
+"settings": {…}}`. Other programs write other things under names such as `prompt`: those are never taken for a caption.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from jaxdiff.core import json_files
+from jaxdiff.core.messages import quoted
+
+KEY = "jaxdiff"
+VERSION = 1
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an image was sampled from. `settings`: of JSON's types."""
+
+    prompt: str
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def to_text(metadata: Metadata) -> str:
+    """The chunk's text. What UTF-8 cannot say (half a character in the name of a file) stays a JSON escape."""
+    values = {"version": VERSION, "prompt": metadata.prompt, "seed": metadata.seed, "settings": dict(metadata.settings)}
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def read(image: bytes) -> Metadata | None:
+    """The metadata in an encoded image; None where there is none of ours. ValueError for ours that is damaged, or of
+    another version."""
+    if not image.startswith(_SIGNATURE) or f"{KEY}\0".encode() not in image:
+        return None
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            text = opened.text.get(KEY)  # reads to the file's end: programs may have moved the text behind the pixels
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
+        raise ValueError(f"damaged image ({error})") from error
+    return None if text is None else _of_text(str(text))
+
+
+def _of_text(text: str) -> Metadata:
+    values = json_files.parse_object(text, f"its `{KEY}` text", "metadata")
+    if type(values.get("version")) is not int:
+        raise ValueError(f"its `{KEY}` text is no JSON object with a version")
+    if values["version"] != VERSION:
+        raise ValueError(
+            f"its `{KEY}` text has version {quoted(values['version'])}, and version {VERSION} is read here"
+        )
+    prompt, seed, settings = values.get("prompt"), values.get("seed"), values.get("settings")
+    if not isinstance(prompt, str) or type(seed) is not int or not isinstance(settings, dict):
+        raise ValueError(f"its `{KEY}` text lacks a prompt, a seed or settings")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its `{KEY}` text has a prompt that is not Unicode ({error})") from error
+    return Metadata(prompt, seed, settings)

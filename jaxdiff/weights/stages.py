@@ -1,0 +1,85 @@
+"""One diffusion model on disk: stage.json (its settings, and how it samples) and model.safetensors (parameters)."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.core import json_files
+from jaxdiff.core.files import replacing
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.weights import sizes, tree
+from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
+
+SETTINGS = "stage.json"
+
+
+def load_model(directory: str | Path) -> TrainedModel:
+    """One stage: its settings, its parameters as float32, and how it draws."""
+    directory = Path(directory)
+    stage, sampling, text = read_settings(directory)
+    return TrainedModel(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
+
+
+def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str | None]:
+    """Of one stage, with the fingerprint of the text encoder that it was trained with, where that is known."""
+    settings = directory / SETTINGS
+    if not settings.is_file():
+        raise FileNotFoundError(f"{directory}: no stage here (it has no {SETTINGS})")
+    data = json_files.read_object(settings)
+    if not {"stage", "sampling"} <= data.keys() <= {"version", "stage", "sampling", "text"}:
+        raise ValueError(f"{settings}: not the settings of a stage")
+    check_version(data, str(settings))
+    stage, sampling = (from_json(data[name], str(settings)) for name in ("stage", "sampling"))
+    text = data.get("text")
+    if (
+        not isinstance(stage, DiffusionModel)
+        or not isinstance(sampling, SamplingConfig)
+        or not isinstance(text, str | None)
+    ):
+        raise ValueError(f"{settings}: not the settings of a stage")
+    if stage.text is not None and None in (stage.text.length, stage.text.width):
+        raise ValueError(f"{settings}: length or width of TextConditioner is None, a stage has those of a text encoder")
+    sizes.check_name(text or "", "text", str(settings))
+    return stage, sampling, text
+
+
+def load_params(stage: DiffusionModel, path: Path) -> dict:
+    """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
+    params = tree.load_expected(path, sizes.shapes(_init, stage, str(path.parent)))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def _init(stage: DiffusionModel) -> dict:
+    return stage.init(jax.random.key(0))[0]
+
+
+def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32") -> None:
+    """Writes one stage; `dtype` "float16" or "bfloat16" halves the file. OSError where the disk is full.
+
+    Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
+    """
+    directory = Path(directory)
+    settings = _settings_text(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / SETTINGS
+    with tree.saving(path), replacing(path) as temporary:
+        temporary.write_text(settings)
+        tree.save_tree(directory / "model.safetensors", model.params, {"format": "jaxdiff"}, dtype)
+
+
+def save_settings(model: TrainedModel, directory: str | Path) -> None:
+    """Writes what `save_model` does, without the parameters: what a run is, before it has learned anything."""
+    path = Path(directory) / SETTINGS
+    settings = _settings_text(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(settings)
+
+
+def _settings_text(model: TrainedModel) -> str:
+    content = {"version": VERSION, "stage": to_json(model.model), "sampling": to_json(model.sampling)}
+    text = {} if model.text_fingerprint is None else {"text": model.text_fingerprint}
+    return json.dumps(content | text, indent=1) + "\n"

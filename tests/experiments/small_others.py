@@ -1,0 +1,18 @@
+"""Very small networks in place of the tiny CLIP and the tiny classifier."""
+
+import dataclasses
+
+import pytest
+
+from experiments.table import TASKS
+from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
+
+TEXT = TextTowerConfig(width=8, layers=1, heads=2, feed_forward=8, vocab=64, length=24, eos_id=1)
+IMAGE = ImageTowerConfig(width=8, layers=1, heads=2, feed_forward=8, resolution=16, patch=8)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, under the name tiny."""
+    monkeypatch.setitem(TASKS["clip"].presets, "tiny", CLIPConfig(TEXT, IMAGE, width=6))
+    presets = TASKS["classifier"].presets
+    monkeypatch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], side=16, channels=(4, 8), features=6))
