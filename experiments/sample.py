@@ -36,7 +36,15 @@ from PIL import Image
 from experiments.cli import Command, run
 from experiments.options import texts
 from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
-from experiments.options.sampling import SamplingOptions, box_of, mesh_of, size_of, spread, with_samplings
+from experiments.options.sampling import (
+    SamplingOptions,
+    box_of,
+    mesh_of,
+    size_of,
+    spread,
+    warn_of_few_steps,
+    with_samplings,
+)
 from experiments.options.weights import WeightsOptions
 from experiments.output.bars import Bars
 from experiments.output.folder import folder_for_images
@@ -111,6 +119,7 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
         options = _options(settings, model, enlarging, settings.per_prompt * len(prompts))
         batches = model.batches(prompts, options, bars)
         output = _Output(settings, out, model, prompts, enlarging)
+        warn_of_few_steps(pipeline, model)
         usable(out)  # only now: bad settings leave no folder behind
         for batch in batches:
             if not output.save(batch):

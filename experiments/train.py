@@ -43,6 +43,8 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
     use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
     # What is wrong is said before anything is rasterised, embedded or written.
     config = settings.config(task.rules, name)
+    if run_options.batch < task.least_batch:
+        raise ValueError(f"--batch {run_options.batch}: at least {task.least_batch} for {name}")
     mesh = settings.devices.make(run_options.batch, run_options.accumulate)
     work = task.prepare(settings, Start(processes, mesh))
 

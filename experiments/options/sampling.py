@@ -113,6 +113,17 @@ def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
         yield with_boxes(pipeline, [place(each) for each in trained(pipeline)])
 
 
+def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
+    """Of steps that the command line says; what the weights' own settings have was found to be enough."""
+    for old, new in zip(before.boxes, after.boxes):
+        if isinstance(old, TrainedModel) and isinstance(new, TrainedModel):
+            name, steps = type(new.sampling.sampler), new.sampling.steps
+            fewest = min(FEWEST.get(name, 1), old.sampling.steps)
+            if steps < fewest:
+                line = f"--steps {steps}: {name.__name__} needs {fewest} or more for clear images"
+                warnings.warn(line, stacklevel=2)
+
+
 def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple[SamplingConfig, ...]:
     """How each stage samples: its own settings with those of the command line put in. ValueError naming a bad one."""
     chosen = {
@@ -132,7 +143,6 @@ def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple
         if options.tile is not None and model.model.low_res is not None:
             given["tiles"] = Tiles(options.tile, options.tile_overlap)
         sampling = _dynamic(_random(dataclasses.replace(model.sampling, **given), options), options)
-        _warn_of_few_steps(sampling, model.sampling.steps)
         changed.append(sampling)
     if options.eta is not None and not any(isinstance(s.sampler, DDIM) for s in changed):
         raise ValueError("--eta is for the sampler ddim, and no stage uses it here")
@@ -160,14 +170,6 @@ def _guidance_weight(text: str) -> float:
     if weight < 0:
         raise ValueError("a weight below 0 leads away from the caption; use --negative, or 1 for no guidance")
     return weight
-
-
-def _warn_of_few_steps(sampling: SamplingConfig, usual: int) -> None:
-    """Of steps that the command line says; what a preset has was found to be enough."""
-    fewest = min(FEWEST.get(type(sampling.sampler), 1), usual)
-    if sampling.steps < fewest:
-        name = type(sampling.sampler).__name__
-        warnings.warn(f"--steps {sampling.steps}: {name} needs {fewest} or more for clear images", stacklevel=2)
 
 
 def _guidance(guidance: Guidance, weight: float | None, options: SamplingOptions) -> Guidance:

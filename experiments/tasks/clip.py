@@ -88,6 +88,7 @@ class CLIPTask(Task):
     """A CLIP."""
 
     unit: ClassVar[str] = "pairs"
+    least_batch: ClassVar[int] = 2  # each pair is compared with others
     rules: ClassVar[Mapping[str, Rule]] = {
         "adam": AdamW(b2=0.98, eps=1e-6, decay_all=False),
         "muon": Muon(adam_for=NO_MATRICES, decay_all=False),
@@ -105,9 +106,6 @@ class CLIPTask(Task):
     def model(self, preset: str, compute: TowerCompute) -> CLIPTraining:
         config = dataclasses.replace(self.preset(preset), dtype=compute.dtype, remat=compute.remat)
         return CLIPTraining(config, axes=BATCH_AXES)
-
-    def on_one_device(self, model: CLIPTraining) -> CLIPTraining:
-        return dataclasses.replace(model, axes=())
 
     def side(self, model: CLIPTraining, crop: int | None) -> int:
         super().side(model, crop)
@@ -129,8 +127,6 @@ class CLIPTask(Task):
         return Inference(embed, (batch["ids"], batch["image"]))
 
     def prepare(self, settings: Settings, start: Start) -> Work:
-        if settings.run.batch < 2:
-            raise ValueError(f"--batch {settings.run.batch}: at least 2, as pairs are compared")
         options, run = settings.clip, settings.run
         config, spec = config_of(self.preset(settings.preset), settings), settings.dataset.spec()
         initial = None

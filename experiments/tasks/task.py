@@ -72,6 +72,7 @@ class Task:
     unit: ClassVar[str] = "images"
     whole_parameters: ClassVar[bool] = True
     """Whether every device has all parameters when the trained model is used."""
+    least_batch: ClassVar[int] = 1
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
 
     def prepare(self, settings: Any, start: Start) -> Work:

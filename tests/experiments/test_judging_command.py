@@ -1,6 +1,7 @@
 """experiments.evaluate metrics: a cascade and folders judged, resumed, against kept statistics; what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def one_line(done, *culprits):
 def test_an_empty_folder(judged, tmp_path):
     (tmp_path / "empty").mkdir()
     done, _ = judged("--images", tmp_path / "empty")
-    one_line(done, str(tmp_path / "empty"), "no images")
+    one_line(done, str(tmp_path / "empty"), "no pictures")
     done, _ = judged("--images", tmp_path / "nowhere")
     one_line(done, "no such folder")
 
@@ -162,7 +163,8 @@ def test_unreadable_files_are_counted_and_named(judged, photos):
 def test_unreadable_true_pictures_too(judged, photos):
     for i in (2, 5):
         (photos / f"{i:02d}.png").write_bytes(b"no picture")
-    done, scores = judged("--images", photos, "--data", f"folder:{photos}")
+    shutil.copytree(photos, photos.with_name("true"))
+    done, scores = judged("--images", photos, "--data", f"folder:{photos.with_name('true')}")
     assert done.code == 0, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("warning")]
     assert len(lines) == 2 and all("2 unreadable" in line for line in lines) and "02.png" in lines[1]
