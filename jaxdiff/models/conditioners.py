@@ -6,7 +6,7 @@ and once as guidance leads away from it.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -211,6 +211,11 @@ def joined(parts: list[Conditioning]) -> Conditioning:
             raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
         fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
     return Conditioning(**fields)
+
+
+def without_dropout(conditioner: TextConditioner | LowResConditioner) -> TextConditioner | LowResConditioner:
+    """The same, dropping nothing that it is given: what is evaluated is the conditional model."""
+    return replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner) else conditioner
 
 
 _AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}
