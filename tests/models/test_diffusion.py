@@ -1,6 +1,6 @@
 """A stage of Imagen: what its loss and its sampler do, seen through networks that are formulas, and whole."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +14,7 @@ from small import BASE, LENGTH, SR, TEXT, WIDTH, Formula, changed, executed, los
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import MinSNR
+from jaxdiff.diffusion.losses import MinSNR, UniformWeighting
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
@@ -201,83 +201,68 @@ def held_out(model, params, batch, numbers, key=KEY):
     return {name: float(total) / float(count) if count else None for name, (total, count) in sums.items()}
 
 
-def test_held_out_examples_have_the_eight_times_in_turn_and_all_their_text():
+LEVELS = [f"held_out_loss_t{t}" for t in ("0.06", "0.19", "0.31", "0.44", "0.56", "0.69", "0.81", "0.94")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weighting"),
+    [(CosineSchedule(), UniformWeighting()), (TabulatedSchedule.linear(10), MinSNR())],
+    ids=["continuous", "a table, weighted"],
+)
+def test_held_out_examples_have_the_eight_times_in_turn_and_all_their_text(schedule, weighting):
     calls = []
 
     def record(x, time, text, mask):
         calls.append([np.asarray(value) for value in (x, time, text, mask)])
         return jnp.zeros_like(x)
 
-    stage = replace(changed(BASE, TextConditioner, dropout=1.0), unet=Formula(output=record))
-    batch = batch_of(stage, 20)
-    found = held_out(stage, {}, batch, range(3, 23))
+    stage = replace(BASE, unet=Formula(output=record), schedule=schedule, weighting=weighting)
+    stage = changed(stage, TextConditioner, dropout=1.0)
+    batch, numbers = batch_of(stage, 20), np.arange(3, 23)
+    found = held_out(stage, {}, batch, numbers)
     ((x, time, text, mask),) = calls
-    wanted = (np.arange(3, 23) % 8 + 0.5) / 8
-    np.testing.assert_allclose(time / 1000, wanted, rtol=1e-6)
     np.testing.assert_array_equal(text, batch["text"])  # none is dropped
     assert mask.all()
-    alpha, sigma = (
-        np.asarray(f(jnp.asarray(wanted)))[:, None, None, None]
-        for f in (CosineSchedule().alpha, CosineSchedule().sigma)
-    )
-    eps = (x - alpha * batch["image"]) / sigma
-    each = (eps**2).mean((1, 2, 3))  # a network that says 0 has the noise itself as its error
-    names = [f"held_out_loss_t{t}" for t in ("0.06", "0.19", "0.31", "0.44", "0.56", "0.69", "0.81", "0.94")]
-    assert list(found) == ["held_out_loss", *names]
+    t = jnp.asarray((numbers % 8 + 0.5) / 8, jnp.float32)
+    if isinstance(schedule, TabulatedSchedule):
+        t = schedule.entry_time(t)
+        np.testing.assert_array_equal(time, np.floor((numbers % 8 + 0.5) / 8 * 10))  # of ten entries
+    else:
+        np.testing.assert_allclose(time / 1000, t, rtol=1e-6)
+    alpha, sigma = (np.asarray(f(t))[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    eps = (x - alpha * np.asarray(batch["image"])) / sigma
+    weights = np.asarray(weighting.weight(schedule.logsnr(t), Prediction.EPSILON))
+    each = weights * (eps**2).mean((1, 2, 3))  # a network that says 0 has the noise itself as its error
+    assert list(found) == ["held_out_loss", *LEVELS]
     assert found["held_out_loss"] == pytest.approx(each.mean(), rel=1e-4)
-    for level, name in enumerate(names):
-        assert found[name] == pytest.approx(each[np.arange(3, 23) % 8 == level].mean(), rel=1e-4)
+    for level, name in enumerate(LEVELS):
+        assert found[name] == pytest.approx(each[numbers % 8 == level].mean(), rel=1e-4)
 
 
 def test_held_out_losses_are_the_examples_own():
     """Noise and level of an example depend on its number, not on what else is in the batch; padding counts nothing."""
-    unet = Formula(
-        output=lambda x, time, text, mask, low_res, level: jnp.tanh(x + low_res * level[:, None, None, None])
-    )
-    stage = replace(SR, unet=unet)
-    batch = batch_of(stage, 64)
-    rows = lambda part: {name: value[part] for name, value in batch.items()}  # noqa: E731
-    together = held_out(stage, {}, batch, range(64))
-    one_by_one = [held_out(stage, {}, rows(slice(i, i + 1)), [i])["held_out_loss"] for i in range(4)]
-    order = [2, 0, 3, 1]
-    mixed = held_out(stage, {}, rows(jnp.asarray([*order, 9, 9])), [*order, -1, -1])
-    assert mixed["held_out_loss"] == pytest.approx(np.mean(one_by_one), rel=1e-5)
-    assert mixed["held_out_loss_t0.19"] == pytest.approx(one_by_one[1], rel=1e-5)
-    assert mixed["held_out_loss_t0.94"] is None  # none of them
-    assert together == held_out(stage, {}, batch, range(64))
-    assert together != held_out(stage, {}, batch, range(64), jax.random.key(2))
-    mesh = make_mesh(data=4, fsdp=2)
-    with jax.set_mesh(mesh):
-        spread = jax.jit(lambda batch, numbers: stage.held_out_losses({}, (), (), batch, numbers, KEY))(
-            to_devices(batch, mesh), to_devices({"n": np.arange(64, dtype=np.int32)}, mesh)["n"]
-        )
-    for name, (total, count) in spread.items():
-        assert float(total) / float(count) == pytest.approx(together[name], rel=1e-5)
+    unet = Formula(output=lambda x, t, text, mask, low_res, level: jnp.tanh(x + low_res * level[:, None, None, None]))
+    stage, count = replace(SR, unet=unet), 16
+    batch, numbers = batch_of(stage, count), np.arange(count, dtype=np.int32)
+    sums = jax.jit(lambda batch, numbers, key: stage.held_out_losses({}, (), (), batch, numbers, key))
 
+    def means(order, numbers, key=KEY, mesh=make_mesh(data=4, fsdp=2)):  # noqa: B008
+        with jax.set_mesh(mesh):
+            rows = {name: np.asarray(value)[order] for name, value in batch.items()}
+            placed = to_devices(rows | {"numbers": numbers}, mesh)
+            values = sums(placed, placed.pop("numbers"), key)
+        return {name: float(total / count) if count else None for name, (total, count) in values.items()}
 
-@dataclass(frozen=True)
-class At:
-    """A time sampler that knows one time."""
-
-    time: float
-
-    def times(self, u, schedule):
-        return schedule.entry_time(jnp.full_like(u, self.time))
-
-
-def test_a_held_out_loss_is_the_training_loss_at_its_time():
-    """With the weighting, and on a table at the time of an entry."""
-    unet = Formula(output=lambda x, *rest: 0.5 * x)
-    table = TabulatedSchedule.linear(10)
-    for stage in (replace(BASE, unet=unet, weighting=MinSNR()), replace(BASE, unet=unet, schedule=table)):
-        stage = changed(stage, TextConditioner, dropout=0.0)
-        batch = batch_of(stage, 512)
-        found = held_out(stage, {}, batch, np.arange(512))
-        at = [replace(stage, time_sampler=At((level + 0.5) / 8)) for level in range(8)]
-        for level, model in enumerate(at):
-            name = f"held_out_loss_t{(level + 0.5) / 8:.2f}"
-            assert found[name] == pytest.approx(float(loss_of(model, {}, batch, KEY)[0]), rel=0.05)
-        assert found["held_out_loss"] == pytest.approx(np.mean([found[n] for n in list(found)[1:]]), rel=1e-5)
+    together = means(numbers, numbers, mesh=make_mesh(devices=jax.devices()[:1]))
+    assert means(numbers, numbers) == pytest.approx(together, rel=1e-5)
+    turned = np.roll(numbers, 5)
+    assert means(turned, turned) == pytest.approx(together, rel=1e-5)
+    alone = [means(numbers, np.where(numbers == i, numbers, -1))["held_out_loss"] for i in range(count)]
+    assert np.mean(alone) == pytest.approx(together["held_out_loss"], rel=1e-5)
+    one = means(turned, np.where(turned == 9, turned, -1))
+    assert one["held_out_loss"] == one["held_out_loss_t0.19"] == pytest.approx(alone[9], rel=1e-5)
+    assert one["held_out_loss_t0.94"] is None  # no example counts
+    assert means(numbers, numbers, jax.random.key(2)) != pytest.approx(together, rel=1e-3)
 
 
 def test_loss_is_equal_on_every_mesh():
