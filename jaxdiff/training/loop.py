@@ -29,7 +29,7 @@ from jaxdiff.training.metrics import PLOT, plot
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding
 from jaxdiff.training.prefetch import Batches, Prefetch
 from jaxdiff.training.reporter import Diverged, Reporter
-from jaxdiff.training.resume import adapted, check_length, comparable
+from jaxdiff.training.resume import adapted, comparable
 from jaxdiff.training.state import (
     Metrics,
     Params,
@@ -142,9 +142,10 @@ def train(
 
 
 def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | None, frozen: Any) -> dict[str, Any]:
-    """What must be the same where a run goes on."""
+    """What must be the same where a run goes on; `steps` and the schedule as `resume` allows."""
     return {
         "version": VERSION,
+        "steps": config.steps,
         "stage": trainable,
         "optimizer": comparable(config.optimizer),
         "accumulate": config.accumulate,
@@ -181,7 +182,6 @@ def _begin(
     abstract = abstract_state(trainable, config.optimizer, *where)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     if checkpoints.latest() is None:
-        check_length(config.steps, config.optimizer)
         state = init_state(trainable, config.optimizer, init_key, layout.mesh, loaded.params, layout.sharding)
     else:
         state, place = checkpoints.restore(abstract)

@@ -220,11 +220,6 @@ STAYS = "none"
 """The label of arrays that no optimizer updates."""
 
 
-def end_of(config: Optimizers) -> int | float:
-    """The update after which all learning rates are 0; infinite where one never is."""
-    return config.end if isinstance(config, OptimizerConfig) else max(each.end for each in config.values())
-
-
 def labelled_optimizer(config: Optimizers, labels: Any) -> optax.GradientTransformation:
     """Each array's update by the optimizer of its label. `labels`: the tree of the parameters with a string for each.
 

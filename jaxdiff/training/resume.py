@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdiff.core.settings import difference, qualified_name
-from jaxdiff.training.optimizer import Decay, OptimizerConfig, Optimizers, StableDecay, end_of
+from jaxdiff.training.optimizer import Decay, OptimizerConfig, Optimizers, StableDecay
 
 
 class RunFinishedError(ValueError):
@@ -30,15 +30,6 @@ class RunFinishedError(ValueError):
         return type(self), (self.step, self.asked, self.out)
 
 
-def check_length(steps: int, optimizer: Optimizers) -> None:
-    """ValueError for steps beyond the end of the schedule."""
-    if steps > end_of(optimizer):
-        raise ValueError(
-            f"steps {steps}: the learning rate has fallen to 0 after {end_of(optimizer)} updates (total); raise total, "
-            "or take a constant rate"
-        )
-
-
 def comparable(optimizer: Optimizers) -> Optimizers:
     """What of it must be the same where a run goes on: `total` says nothing of a constant rate."""
     if isinstance(optimizer, OptimizerConfig):
@@ -53,23 +44,22 @@ def _comparable(config: OptimizerConfig) -> OptimizerConfig:
 def adapted(
     step: int, saved: Mapping[str, Any], given: Mapping[str, Any], optimizer: Optimizers, steps: int, out: Path
 ) -> Mapping[str, Any]:
-    """The settings saved at `step` (flat, as `given`), with the given schedule where up to that step it is the same.
+    """The settings saved at `step` (flat, as `given`), with the given `steps`, and with the given schedule where up to
+    that step it is the same.
 
-    Raises RunFinishedError where `steps` more than `step` are asked and the rates have fallen to 0, ValueError for
-    steps beyond the end of the given schedule. What else differs is left to be compared.
+    Raises RunFinishedError where more are asked of a run that has all its steps and whose rates have fallen to 0. What
+    else differs is left to be compared.
     """
+    asked_before, saved = saved.get("steps", step), {**saved, "steps": steps}
     configs = _named(optimizer)
     before = {name: known for name in configs if (known := _saved_schedule(saved, name)) is not None}
     if len(before) < len(configs):
         return saved
     alike = difference(_with_schedules(saved, given, configs), given) is None
-    if alike and max(known.end for known in before.values()) <= step < steps:
+    if alike and max(known.end for known in before.values()) <= step < steps and step >= asked_before:
         raise RunFinishedError(step, steps, out)
     same = [name for name in configs if step <= min(before[name].stable_until, configs[name].stable_until)]
-    taken = _with_schedules(saved, given, same)
-    if difference(taken, given) is None:
-        check_length(steps, optimizer)
-    return taken
+    return _with_schedules(saved, given, same)
 
 
 def _named(optimizer: Optimizers) -> dict[str, OptimizerConfig]:

@@ -13,7 +13,6 @@ from jaxdiff.training.optimizer import (
     Muon,
     OptimizerConfig,
     StableDecay,
-    end_of,
     optimizer,
     schedule,
 )
@@ -62,13 +61,6 @@ def test_stable_decay_begins_after_the_warmup_and_takes_an_update_at_least(warmu
     assert [float(rate(n)) for n in range(start, total)] == pytest.approx(
         [1 - n / (total - start) for n in range(total - start)]
     )
-
-
-def test_a_run_ends_when_all_rates_are_0():
-    cosine, constant = OptimizerConfig(total=20_000), OptimizerConfig(decay=Decay.CONSTANT)
-    assert end_of(cosine) == 20_000 and end_of(constant) == float("inf")
-    assert end_of({"a": cosine, "b": OptimizerConfig(total=30_000)}) == 30_000
-    assert end_of({"a": cosine, "b": constant}) == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ def rates(decay=Decay.COSINE, total=10, **changes):
     return OptimizerConfig(AdamW(), **({"learning_rate": 1e-2, "warmup": 2, "total": total, "decay": decay} | changes))
 
 
-def run(out, steps, optimizer, **changes):
-    return train(Toy(), Stream(), config(steps=steps, optimizer=optimizer, **changes), out, layout=Layout(ONE))
+def run(out, steps, optimizer, before=None, **changes):
+    settings = config(steps=steps, optimizer=optimizer, **changes)
+    return train(Toy(), Stream(before=before), settings, out, layout=Layout(ONE))
 
 
 def lines(out):
@@ -95,16 +96,26 @@ def test_what_else_differs_is_said_first(tmp_path):
     assert caught.value.name == "stage.width"
 
 
-def test_steps_beyond_the_end_of_the_schedule_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^steps 14: the learning rate has fallen to 0 after 10 updates"):
-        run(tmp_path, 14, rates())
-    run(tmp_path, 6, rates())
-    with pytest.raises(ValueError, match=r"^steps 14: the learning rate has fallen to 0"):
-        run(tmp_path, 14, rates())
+def test_steps_that_were_asked_for_are_taken_though_the_rate_is_0(tmp_path):
+    """Told to stop amid them, the run goes on; only more than those are refused."""
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, 18, rates(), before=die_at(14), save_every=12)
+    run(tmp_path, 18, rates())
+    assert lines(tmp_path)[-1][0] == 18
+    with pytest.raises(RunFinishedError, match="by step 18"):
+        run(tmp_path, 19, rates())
 
 
-def flat(optimizer):
-    return flatten({"optimizer": comparable(optimizer)})
+def die_at(index):
+    def die(asked):
+        if asked == index:
+            raise RuntimeError("killed")
+
+    return die
+
+
+def flat(optimizer, steps=14):
+    return flatten({"steps": steps, "optimizer": comparable(optimizer)})
 
 
 def test_of_several_optimizers_each_has_its_schedule(tmp_path):
@@ -116,8 +127,13 @@ def test_of_several_optimizers_each_has_its_schedule(tmp_path):
     assert adapted(10, saved, saved, both, 14, tmp_path) == saved
     falls = both | {"b": replace(other, total=99, decay=StableDecay())}
     assert adapted(10, saved, flat(falls), falls, 14, tmp_path) == flat(falls)  # a's stays, b's has not begun to fall
+    alike = {"a": one, "b": one}
     with pytest.raises(RunFinishedError):
-        adapted(10, flat({"a": one, "b": one}), flat({"a": one, "b": one}), {"a": one, "b": one}, 14, tmp_path)
+        adapted(10, flat(alike, steps=10), flat(alike), alike, 14, tmp_path)
+    older = {name: value for name, value in flat(alike).items() if name != "steps"}  # of a version that saved no steps
+    with pytest.raises(RunFinishedError):
+        adapted(10, older, flat(alike), alike, 14, tmp_path)
+    assert adapted(9, older, flat(alike), alike, 14, tmp_path) == flat(alike)
 
 
 def test_settings_of_another_version_are_compared_as_they_are(tmp_path):
