@@ -98,7 +98,7 @@ class TextConditioner:
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
-            raise ValueError(f"text dropout must be a fraction between 0 and 1, not {self.dropout}")
+            raise ValueError(f"dropout {self.dropout}: must be a fraction of the captions, between 0 and 1")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,9 +159,9 @@ class LowResConditioner:
 
     def __post_init__(self):
         if self.factor < 1:
-            raise ValueError(f"factor must be at least 1, not {self.factor}")
+            raise ValueError(f"factor {self.factor}: must be at least 1")
         if not 0 <= self.max_level <= 1:
-            raise ValueError(f"max_level must lie in [0, 1], not {self.max_level}")
+            raise ValueError(f"max_level {self.max_level}: must lie in [0, 1]")
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
         lower = side // self.factor

@@ -1,6 +1,14 @@
-"""A toy that says the losses of single examples, its held-out examples, and a script of several processes."""
+"""A toy that says the losses of single examples, its held-out examples, and a script of several processes.
 
+    python held_out_toys.py OUT ROWS [PROCESS]
+
+PROCESS is told to stop in the first evaluation, after its second batch of ROWS.
+"""
+
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +51,14 @@ def batches(rows: int, process: int = 0, processes: int = 1) -> Iterator[dict[st
         yield {name: value[start : start + rows] for name, value in own.items()}
 
 
+def with_a_signal(given: Iterator[dict[str, np.ndarray]], mine: bool) -> Iterator[dict[str, np.ndarray]]:
+    for number, batch in enumerate(given):
+        if mine and number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # jax looks once a second whether there was a signal
+        yield batch
+
+
 if __name__ == "__main__":
     import joined_toy
     import processes
@@ -52,5 +68,7 @@ if __name__ == "__main__":
     count = processes.join()
     index = jax.process_index()
     settings = config(steps=6, evaluate_every=4)
-    hooks = Hooks(held_out=lambda: batches(int(sys.argv[2]), index, count))
+    held_out = lambda: batches(int(sys.argv[2]), index, count)  # noqa: E731
+    told = sys.argv[3:]
+    hooks = Hooks(held_out=(lambda: with_a_signal(held_out(), told == [str(index)])) if told else held_out)
     train(ByExample(), joined_toy.Share(process=index, count=count), settings, Path(sys.argv[1]), hooks=hooks)

@@ -233,6 +233,13 @@ def test_several_processes_have_the_numbers_of_one(tmp_path):
         assert curve(out, name) == pytest.approx(curve(alone, name), rel=1e-5)
 
 
+def test_one_of_several_told_to_stop_in_an_evaluation_stops_all_before_the_same_batch(tmp_path):
+    with Processes([sys.executable, held_out_toys.__file__, tmp_path, 1, 1], 2) as processes:
+        assert processes.wait(120) == [75, 75], processes.words()
+        assert "after step 4, saved" in processes.err(0)
+    assert not curve(tmp_path) and read(tmp_path / "metrics.jsonl")[-1]["step"] == 4
+
+
 def test_what_is_evaluated_is_the_average_in_the_networks_type(tmp_path):
     class Cast(ByExample):
         def cast(self, params):
