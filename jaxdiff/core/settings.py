@@ -107,14 +107,20 @@ def flatten(settings: Any) -> dict[str, Any]:
 
 def difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
     """The first differing setting of two that are flattened, with both values, in words; None where all agree."""
-    for name in [*given, *(name for name in saved if name not in given)]:
-        if name not in saved:
-            return f"{name} is {given[name]!r} here and not among the saved settings"
-        if name not in given:
-            return f"{name} was {saved[name]!r} and is not a setting here"
-        if saved[name] != given[name]:
-            return f"{name} was {saved[name]!r} and is {given[name]!r} here"
-    return None
+    name = first_difference(saved, given)
+    if name is None:
+        return None
+    if name not in saved:
+        return f"{name} is {given[name]!r} here and not among the saved settings"
+    if name not in given:
+        return f"{name} was {saved[name]!r} and is not a setting here"
+    return f"{name} was {saved[name]!r} and is {given[name]!r} here"
+
+
+def first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The name of the first setting that differs, in the order of `given`; None where all agree."""
+    names = [*given, *(name for name in saved if name not in given)]
+    return next((name for name in names if name not in saved or name not in given or saved[name] != given[name]), None)
 
 
 def canonical(settings: Any) -> bytes:

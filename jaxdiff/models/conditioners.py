@@ -6,7 +6,7 @@ and once as guidance leads away from it.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -98,7 +98,7 @@ class TextConditioner:
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
-            raise ValueError(f"text dropout must be a fraction between 0 and 1, not {self.dropout}")
+            raise ValueError(f"dropout {self.dropout}: must be a fraction of the captions, between 0 and 1")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,9 +159,9 @@ class LowResConditioner:
 
     def __post_init__(self):
         if self.factor < 1:
-            raise ValueError(f"factor must be at least 1, not {self.factor}")
+            raise ValueError(f"factor {self.factor}: must be at least 1")
         if not 0 <= self.max_level <= 1:
-            raise ValueError(f"max_level must lie in [0, 1], not {self.max_level}")
+            raise ValueError(f"max_level {self.max_level}: must lie in [0, 1]")
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
         lower = side // self.factor
@@ -211,6 +211,11 @@ def joined(parts: list[Conditioning]) -> Conditioning:
             raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
         fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
     return Conditioning(**fields)
+
+
+def without_dropout(conditioner: TextConditioner | LowResConditioner) -> TextConditioner | LowResConditioner:
+    """The same, dropping nothing that it is given: what is evaluated is the conditional model."""
+    return replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner) else conditioner
 
 
 _AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}

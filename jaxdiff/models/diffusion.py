@@ -18,11 +18,15 @@ from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
 from jaxdiff.diffusion.time_samplers import TimeSampler, UniformTimes
-from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, joined
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, joined, without_dropout
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.unet import UNetConfig
+
+HELD_OUT_LEVELS = 8
+"""Times at which held-out examples are evaluated, evenly spread over the schedule: as many as in MLPerf's benchmarks of
+diffusion models."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,46 @@ class DiffusionModel(SingleOptimizer):
 
         `batch`: image (b h w c), in [-1, 1] where it is one of pixels, and what the conditioners read.
         """
-        image = batch["image"].astype(jnp.float32)
-        count = image.shape[0]
+        count = batch["image"].shape[0]
         keys = noise.sample_keys(key, jnp.arange(count))
         # Times are spread evenly over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, a loss of less variance.
         u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
         t = self.time_sampler.times(jax.random.permutation(jax.random.fold_in(key, count), u), self.schedule)
+        return self._losses(params, batch, t, keys).mean(), ({}, extra)
+
+    def held_out_losses(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, numbers: Int[Array, " b"], key: Key[Array, ""]
+    ) -> dict[str, tuple[Array, Array]]:
+        """The training loss of examples that are not trained on, at eight noise levels, with all their text.
+
+        Example i is evaluated at one time of the schedule, (i mod 8 + 1/2) / 8, with noise of its own that stays the
+        same. `batch` as in `loss`; numbers (b): i of each example, or −1 for a row that is padding. Captions are not
+        dropped; a low-resolution input is noised as in training. The loss at a time has the model's weighting; the time
+        sampler has no part in it: the mean over all differs from the training loss where that samples other times.
+
+        Returns the sum over the examples and their number: `held_out_loss` of all, `held_out_loss_t0.06` to
+        `held_out_loss_t0.94` of those at each time.
+        """
+        example = jnp.maximum(numbers, 0)
+        level = example % HELD_OUT_LEVELS
+        t = self.schedule.entry_time((level + 0.5) / HELD_OUT_LEVELS)
+        conditional = replace(self, conditioners=tuple(map(without_dropout, self.conditioners)))
+        losses = conditional._losses(params, batch, t, noise.sample_keys(key, example))
+
+        def over(counted: Array) -> tuple[Array, Array]:
+            return jnp.where(counted, losses, 0.0).sum(), counted.astype(jnp.float32).sum()
+
+        at_levels = {
+            f"held_out_loss_t{(i + 0.5) / HELD_OUT_LEVELS:.2f}": over((numbers >= 0) & (level == i))
+            for i in range(HELD_OUT_LEVELS)
+        }
+        return {"held_out_loss": over(numbers >= 0)} | at_levels
+
+    def _losses(
+        self, params: dict, batch: Mapping, t: Float[Array, " b"], keys: Key[Array, " b"]
+    ) -> Float[Array, " b"]:
+        """The loss of each example at its time, with noise from its key."""
+        image = batch["image"].astype(jnp.float32)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         eps = noise.normal_like(noise.fold(keys, 0), image.shape[1:])
         x = noised(image, eps, alpha, sigma)
@@ -111,7 +149,7 @@ class DiffusionModel(SingleOptimizer):
             x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
             assert isinstance(self.schedule, TabulatedSchedule)  # see __post_init__
             losses += variance_loss(self.schedule, gamma, image, x0, x, t)
-        return losses.mean(), ({}, extra)
+        return losses
 
     def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a training batch of images of that side."""

@@ -34,9 +34,9 @@ class Corruption:
 
     def __post_init__(self):
         if not 0 < self.density < 1:
-            raise ValueError(f"density must lie between 0 and 1, not {self.density}")
+            raise ValueError(f"density {self.density}: must lie between 0 and 1")
         if not self.mean_span >= 1:
-            raise ValueError(f"mean_span must be at least 1 token, not {self.mean_span}")
+            raise ValueError(f"mean_span {self.mean_span}: must be at least 1 token")
 
 
 @dataclass(frozen=True)

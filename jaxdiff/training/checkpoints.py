@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxdiff.core.settings import difference
+from jaxdiff.core.settings import difference, first_difference
 from jaxdiff.training import manifest
 from jaxdiff.training.agreement import barrier, gather
 from jaxdiff.training.multihost import FolderInUseError
@@ -29,13 +29,28 @@ SLICE = 1 << 20
 """Bytes: what replicas of an array, one on each device, write apart is no smaller than this."""
 
 
+class SettingsDifferError(ValueError):
+    """A checkpoint was saved with other settings.
+
+    name: of the first that differs, as `optimizer.learning_rate`; its last part is the name of the field. saved, given:
+    its values, None where there is none.
+    """
+
+    def __init__(self, directory: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        super().__init__(f"{directory} was saved with other settings: {difference(saved, given)}")
+        name = first_difference(saved, given)
+        assert name is not None  # otherwise nothing differs
+        self.name, self.saved, self.given = name, saved.get(name), given.get(name)
+
+
 class Checkpoints:
     """The newest `keep` checkpoints in `directory`; `settings` (flat, JSON-able) are saved with them and compared.
 
     With several processes, all of them share the directory and make the same calls. A context manager: leaving it waits
     for what is being written. Saving raises OSError, reading ValueError: one line that names the directory.
     `check` is called before a checkpoint gets its name and before anything is deleted, in process 0, in any thread;
-    where it raises, neither is done, and saving raises the same.
+    where it raises, neither is done, and saving raises the same. `adapt` says with what of the settings saved at a step
+    the given ones are to be compared: what may change.
     """
 
     def __init__(
@@ -44,11 +59,12 @@ class Checkpoints:
         settings: Mapping[str, Any],
         keep: int = 3,
         check: Callable[[], None] = lambda: None,
+        adapt: Callable[[int, Mapping[str, Any]], Mapping[str, Any]] = lambda step, saved: saved,
     ) -> None:
         self.directory = Path(directory).absolute()
         self.settings = dict(settings)
         self._being_saved: int | None = None
-        self._check = check
+        self._check, self._adapt = check, adapt
         with _explained(OSError, f"{self.directory}: cannot be used for checkpoints"):
             self._manager = _manager(self.directory, keep, create=True, check=check)
 
@@ -93,7 +109,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, Any]:
         """The newest state, placed as `abstract` says (on any mesh), and the place of this process's data.
 
-        Raises ValueError also where the checkpoint was made with other settings, naming the first that differs, or by
+        Raises SettingsDifferError where the checkpoint was made with other settings, ValueError where it was made by
         another number of processes: each reads a share of the data, and a place in one share is none in another.
         """
         step = self._sound()
@@ -115,9 +131,9 @@ class Checkpoints:
             way = _way_on(self.directory, steps, _shared_damage)
             raise ValueError(f"{self.directory}: checkpoint of step {step} cannot be restored: {problem}; {way}")
         saved = self._restore(step, settings=ocp.args.JsonRestore())["settings"]
-        differs = difference(saved, self.settings)
-        if differs:
-            raise ValueError(f"{self.directory} was saved with other settings: {differs}")
+        saved = self._adapt(step, saved)
+        if difference(saved, self.settings):
+            raise SettingsDifferError(self.directory, saved, self.settings)
         return step
 
     def _state(self, step: int, abstract: TrainState) -> TrainState:

@@ -50,6 +50,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self.name = ""  # of the signal, once there was one
+        self._asked = 0  # how often `reached` was called: the same on all processes
         self._at_once = False
         self._several = multihost.count() > 1
         mine = threading.current_thread() is threading.main_thread()
@@ -68,9 +69,11 @@ class Interruption:
         if self._several and _noted is not None:
             _c_signal(signal.SIGTERM, None)
 
-    def reached(self, step: int) -> str:
-        """The signal's name where the run is to stop after this step, otherwise nothing. To be asked after each."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> str:
+        """The signal's name where the run is to stop here, otherwise nothing. To be asked after each step, and between
+        the parts of what takes long; of several processes by all in the same order."""
+        self._asked += 1  # jax takes it for the number of a step
+        if self._several and multihost_utils.reached_preemption_sync_point(self._asked):
             return self.name or "a signal to one of the processes"
         return "" if self._several else self.name
 

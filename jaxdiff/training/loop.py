@@ -1,33 +1,35 @@
 """The loop around the compiled step, with logs, samples, checkpoints, and resumption by running again.
 
-The host only hands over batches. It keeps at most two steps in flight, reads a log interval's metrics while the next
-step already runs, and learns of losses that are not finite from counters that live on the devices.
+What runs between two steps is `iteration.py`.
 """
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxdiff.core.clock import clock
 from jaxdiff.core.settings import flatten
 from jaxdiff.core.trees import digest_of
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import agree, check_shared
+from jaxdiff.training.held_out import HeldOut, HeldOutBatches
 from jaxdiff.training.interruption import Interruption, InterruptRequested, Preempted
-from jaxdiff.training.lock import FolderLock, locked
+from jaxdiff.training.iteration import Iteration, Outside
+from jaxdiff.training.lock import locked
 from jaxdiff.training.mesh import check_processes, make_mesh
 from jaxdiff.training.metrics import PLOT, plot
-from jaxdiff.training.optimizer import OptimizerConfig, Optimizers
 from jaxdiff.training.param_sharding import BY_SHAPE, ParamSharding
 from jaxdiff.training.prefetch import Batches, Prefetch
 from jaxdiff.training.reporter import Diverged, Reporter
+from jaxdiff.training.resume import adapted, comparable
 from jaxdiff.training.state import (
     Metrics,
     Params,
@@ -44,40 +46,6 @@ from jaxdiff.training.watchdog import Watchdog
 VERSION = 3
 """Of what a checkpoint holds. 1, which did not say so, named settings by the bare names of their classes; 2 had no
 `extra`."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how to train. Raises ValueError for a setting that makes no sense."""
-
-    optimizer: Optimizers = field(default_factory=OptimizerConfig)  # of all arrays, or one for each label
-    steps: int = 2_500_000
-    accumulate: int = 1  # parts that a batch is taken in
-    ema_decay: float = 0.9999  # a convention; the paper prints none
-    ema_warmup: bool = True  # decay min(ema_decay, (1 + n) / (10 + n)) after n updates
-    log_every: int = 100
-    sample_every: int = 0  # 0: never
-    save_every: int = 1000
-    keep: int = 3  # checkpoints
-    seed: int = 0
-    stall: float = 0.0  # seconds without progress after which that is reported with stacks; 0: never
-    stall_exit: float = 0.0  # and after which the process ends, and with it the others of the run; 0: never
-    progress: bool = True  # whether a bar is shown
-    description: str = ""  # of the bar
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("stall", "stall_exit"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: must be 0 (never) or more")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every {self.sample_every}: must be 0 (never) or more")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and below 2**32")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -99,6 +67,19 @@ class Loaded:
     frozen: Any = ()
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What is done beside the steps, with the averaged parameters, every so many of them and after the last.
+
+    sample: called with the step and the parameters every `sample_every` steps; it must not keep them.
+    held_out: the batches whose losses are logged every `evaluate_every` steps, as `held_out_loss` and what else the
+        trainable says of them (`held_out.HasHeldOutLosses`).
+    """
+
+    sample: Callable[[int, Params], None] | None = None
+    held_out: HeldOutBatches | None = None
+
+
 def train(
     trainable: Trainable,
     batches: Batches,
@@ -108,19 +89,19 @@ def train(
     data: Mapping[str, Any] | None = None,
     layout: Layout = Layout(),
     loaded: Loaded = Loaded(),
-    sample_hook: Callable[[int, Params], None] | None = None,
+    hooks: Hooks = Hooks(),
 ) -> TrainState:
     """Train until `config.steps` and return the last state; run again with the same folder, it goes on from there.
 
     Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` says what the batches are made of
     (the dataset, its size, the batch): to go on with other data than the run began with is refused, and so are other
-    frozen arrays. `layout` may change from one start to the next. `sample_hook(step, averaged parameters)` is called
-    every `sample_every` steps and after the last; it must not keep the parameters.
-    Of several processes (`distributed.start`) all call this alike, with a folder that they share; the hook is called on
-    all of them, since the parameters are spread over them.
+    frozen arrays. `layout` and `hooks` may change from one start to the next, and `config.steps` where the learning
+    rate allows it (`training.resume`). Of several processes (`distributed.start`) all call this alike, with a folder
+    that they share; hooks are called on all of them, since the parameters are spread over them.
 
-    Raises Diverged; Preempted, after saving; ValueError for a checkpoint of other settings or that cannot be read, a
-    batch that does not divide over the devices, data that ends, processes that differ; OSError where saving fails or
+    Raises Diverged; Preempted, after saving; ValueError for a checkpoint that cannot be read, or of other settings
+    (checkpoints.SettingsDifferError), more steps than a finished run can take (resume.RunFinishedError), a batch that
+    does not divide over the devices, data that ends, processes that differ; OSError where saving fails or
     `out` is deleted meanwhile; multihost.FolderInUseError where another run has `out` or takes it over;
     multihost.PeerLostError where another process is gone. Where one process raises, the others end too.
     """
@@ -128,39 +109,45 @@ def train(
     with locked(out) as lock:  # before anything is read, deleted or written there
         mesh = make_mesh() if layout.mesh is None else layout.mesh
         check_processes(mesh)
-        fixed = _fixed(trainable, config, data, loaded.frozen)
-        agree("settings", flatten({**fixed, "config": config, "mesh": dict(mesh.shape)}))
+        fixed = flatten(_fixed(trainable, config, data, loaded.frozen))
+        agree("settings", {**fixed, **flatten({"config": config, "mesh": dict(mesh.shape)})})
         check_shared(out)
         folder = out / "checkpoints"
+        allowed = lambda step, saved: adapted(step, saved, fixed, config.optimizer, config.steps, out)  # noqa: E731
         # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
         with (
             _announced(),
             jax.set_mesh(mesh),
             Interruption() as interruption,
             Watchdog(out, config.stall, config.stall_exit) as watchdog,
-            Checkpoints(folder, flatten(fixed), config.keep, lambda: lock.check(folder)) as checkpoints,
+            Checkpoints(folder, fixed, config.keep, lambda: lock.check(folder), allowed) as checkpoints,
             _ended_together(),
         ):
-            with _stopped_early(interruption):
-                state, step = _begin(trainable, batches, config, replace(layout, mesh=mesh), loaded, checkpoints)
-                first = int(state.step)
+            with _stopped_early(interruption), _preparing(config):
+                begun = _begin(trainable, batches, config, replace(layout, mesh=mesh), loaded, checkpoints)
+                first = int(begun.state.step)
                 feed = Prefetch(batches, mesh, config.accumulate, config.steps - first)
-            reporter = Reporter(out, config.log_every, config.steps, first, config.progress, config.description)
-            loop = _Loop(state, first, step, feed, config, checkpoints, reporter, interruption, watchdog, lock)
+            shown = config.progress, config.description, config.unit
+            reporter = Reporter(out, config.log_every, config.steps, first, *shown)
+            evaluation = _evaluation(trainable, begun, mesh, hooks) if config.evaluate_every else None
+            sample = hooks.sample if config.sample_every else None
+            outside = Outside(checkpoints, reporter, interruption, watchdog, lock)
+            loop = Iteration(begun.state, first, begun.step, feed, config, outside, evaluation, sample)
             with _reported(out, reporter, lambda: lock.check(folder)):
-                state = loop.run(sample_hook if config.sample_every else None)
+                state = loop.run()
         lock.check(folder)
-        if multihost.index() == 0 and (first < config.steps or not (out / PLOT).is_file()):
+        if multihost.index() == 0 and (loop.wrote or not (out / PLOT).is_file()):
             plot(out)
         return state
 
 
 def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | None, frozen: Any) -> dict[str, Any]:
-    """What must be the same where a run goes on."""
+    """What must be the same where a run goes on; `steps` and the schedule as `resume` allows."""
     return {
         "version": VERSION,
+        "steps": config.steps,
         "stage": trainable,
-        "optimizer": config.optimizer,
+        "optimizer": comparable(config.optimizer),
         "accumulate": config.accumulate,
         "ema_decay": config.ema_decay,
         "ema_warmup": config.ema_warmup,
@@ -170,6 +157,17 @@ def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | 
     }
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The first state or that of the newest checkpoint, the placements of such states, the frozen arrays on the
+    devices, and the step of state and batch."""
+
+    state: TrainState
+    placements: TrainState
+    frozen: Any
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
 def _begin(
     trainable: Trainable,
     batches: Batches,
@@ -177,8 +175,8 @@ def _begin(
     layout: Layout,
     loaded: Loaded,
     checkpoints: Checkpoints,
-) -> tuple[TrainState, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
-    """The first state or that of the newest checkpoint, its batches too, and the step of state and batch."""
+) -> _Begun:
+    """Sets the batches to the place of the newest checkpoint too."""
     assert layout.mesh is not None
     where = layout.mesh, layout.sharding
     abstract = abstract_state(trainable, config.optimizer, *where)
@@ -198,97 +196,19 @@ def _begin(
         ema_decay=config.ema_decay,
         ema_warmup=config.ema_warmup,
     )
-    return state, lambda state, batch: step(state, batch, key, frozen)
+    return _Begun(state, placements_of(abstract), frozen, lambda state, batch: step(state, batch, key, frozen))
 
 
-@dataclass
-class _Loop:
-    """The loop itself, from the state's step to the last."""
+def _evaluation(trainable: Trainable, begun: _Begun, mesh: Mesh, hooks: Hooks) -> HeldOut | None:
+    if hooks.held_out is None:
+        return None
+    return HeldOut(trainable, begun.placements, begun.frozen, mesh, hooks.held_out)
 
-    state: TrainState
-    number: int  # of the state's step
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    feed: Prefetch
-    config: TrainConfig
-    checkpoints: Checkpoints
-    reporter: Reporter
-    interruption: Interruption
-    watchdog: Watchdog
-    lock: FolderLock
 
-    def run(self, sample_hook: Callable[[int, Params], None] | None) -> TrainState:
-        config = self.config
-        self.first = self.saved = self.number
-        self.in_flight: deque[Any] = deque()
-        save_due = False
-        while self.number < config.steps:
-            self.watchdog.doing(f"waiting for the data of step {self.number + 1}")
-            try:
-                with self.interruption.at_once():
-                    batch, rows, place = next(self.feed)
-            except InterruptRequested:
-                self.stop(self.interruption.name)
-            metrics = self.advance(batch, rows)
-            self.place = place
-            if self.number % config.log_every == 0 or self.lock.due():
-                self.look()
-            last = self.number == config.steps
-            stop = self.interruption.reached(self.number)
-            save_due |= self.number % config.save_every == 0
-            # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
-            # must not be of those. It is saved after the first good step, or where the run ends.
-            if last or stop or (save_due and int(metrics["consecutive_skips"]) == 0):
-                self.save()
-                save_due = False
-            if stop and not last:
-                self.stop(stop)
-            if sample_hook is not None and (last or self.number % config.sample_every == 0):
-                self.sample(sample_hook)
-        return self.state
-
-    def advance(self, batch: Any, rows: int) -> Any:
-        """One step, begun; its metrics."""
-        self.watchdog.doing(f"in step {self.number + 1}", compiles=self.number == self.first)
-        self.state, metrics = self.step(self.state, batch)
-        self.number += 1
-        self.reporter.add(self.number, rows, metrics)
-        self.in_flight.append(metrics["loss"])
-        if len(self.in_flight) > 2:
-            jax.block_until_ready(self.in_flight.popleft())
-        return metrics
-
-    def look(self) -> None:
-        """Raises where the run's folder is gone or another run has it."""
-        self.lock.check(self.checkpoints.directory)
-
-    def save(self) -> None:
-        """The state, unless it is on disk already. Raises Diverged, and nothing is saved."""
-        if self.number == self.saved:
-            return
-        self.look()
-        self.watchdog.doing(f"saving step {self.number}")
-        self.reporter.flush()
-        self.checkpoints.save(self.number, self.state, self.place)
-        self.reporter.restart_clock()
-        self.saved = self.number
-
-    def sample(self, hook: Callable[[int, Params], None]) -> None:
-        self.look()
-        self.watchdog.doing(f"drawing samples after step {self.number}", compiles=True)
-        self.reporter.flush()
-        try:
-            with self.interruption.at_once():
-                hook(self.number, self.state.ema)
-        except InterruptRequested:
-            self.stop(self.interruption.name)
-        self.reporter.restart_clock()
-
-    def stop(self, by: str) -> None:
-        """Save and raise Preempted."""
-        self.save()
-        self.watchdog.doing(f"finishing the checkpoint of step {self.number}", compiles=True)
-        done = f"saved in {self.checkpoints.directory}" if self.number else "before anything was to be saved"
-        raise Preempted(f"stopped by {by} after step {self.number}, {done}; run again to go on")
+def _preparing(config: TrainConfig) -> AbstractContextManager[None]:
+    """On a terminal, a line with the time that goes by until there is a bar: what draws the parameters is compiled."""
+    shown = config.progress and multihost.index() == 0 and sys.stderr.isatty()
+    return clock(f"{config.description or 'training'}: preparing", leave=False) if shown else nullcontext()
 
 
 @contextmanager

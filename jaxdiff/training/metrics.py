@@ -5,8 +5,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from jaxdiff.core.files import replacing
 LINES = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 PLOT = "loss.png"
+HELD_OUT = "held_out_loss"
+"""The metric that is drawn beside the loss."""
 
 
 class MetricsLog:
@@ -30,7 +32,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resumed: int) -> None:
         self._path = folder / LINES
-        _truncate(self._path, resumed)
+        lines = _truncate(self._path, resumed)
+        self.last = lines[-1] if lines else None
+        """The last line that was there."""
         self._file = self._path.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter  # here, because it imports PyTorch wherever that is installed
 
@@ -42,25 +46,49 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """`line` has a `step`; values that are not finite become null. OSError where it cannot be written."""
-        path = self._path
-        try:
-            self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
+        with self._explained():
+            self._file.write(_as_text(line))
             self._file.flush()
-            path = self._path.with_name("tensorboard")
+        self._show(line)
+
+    def complete(self, values: dict[str, Any]) -> None:
+        """Add these values to the last line that was there, which lacks them; before anything is written."""
+        assert self.last is not None
+        lines = [*_readable(self._path.read_bytes()).lines[:-1], self.last | values]
+        with self._explained():
+            self._file.close()
+            with replacing(self._path) as temporary:
+                temporary.write_text("".join(map(_as_text, lines)), encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8")
+        self._show({"step": self.last["step"]} | values)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """The numbers of a line, in TensorBoard."""
+        with self._explained("tensorboard"):
             if self._failures:
                 raise self._failures[0]
-        except OSError as error:
-            raise OSError(
-                f"{path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
-            ) from error
         for name, value in line.items():
             if name != "step" and _is_number(value):
                 self._board.add_scalar(name, value, line["step"])
+
+    @contextmanager
+    def _explained(self, name: str = LINES) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self._path.with_name(name)
+            raise OSError(
+                f"{path}: cannot be written: {error.strerror}; checkpoints saved before are intact"
+            ) from error
 
     def close(self) -> None:
         with suppress(OSError):  # every line is on disk, or its failure was raised by `write`
             self._file.close()
         self._board.close()
+
+
+def _as_text(line: dict[str, Any]) -> str:
+    return json.dumps({name: _finite(value) for name, value in line.items()}) + "\n"
 
 
 def _noting(call: Callable[..., Any], errors: list[OSError]) -> Callable[..., Any]:
@@ -88,12 +116,12 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot(folder: Path) -> None:
-    """loss.png from metrics.jsonl: every logged loss, and its moving median."""
+    """loss.png from metrics.jsonl: every logged loss, its moving median and, where there are any, held-out losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [line for line in read(folder / LINES) if _is_number(line.get("loss"))]
-    steps, losses = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines], float)
+    lines = read(folder / LINES)
+    (steps, losses), (evaluated, held_out) = (_curve(lines, name) for name in ("loss", HELD_OUT))
     if not len(steps):
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -101,9 +129,12 @@ def plot(folder: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
     axes.plot(steps, _moving_median(losses), color="tab:blue", label="moving median")
+    if len(held_out):
+        axes.plot(evaluated, held_out, ".-", color="tab:orange", label="held-out, averaged parameters")
     if steps[-1] >= 100 * steps[0]:
         axes.set_xscale("log")
-    if losses.min() > 0 and losses.max() > 3 * losses.min():
+    values = np.concatenate([losses, held_out])
+    if values.min() > 0 and values.max() > 3 * values.min():
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -111,17 +142,25 @@ def plot(folder: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def _curve(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have a number of that name."""
+    having = [line for line in lines if _is_number(line.get(name))]
+    return np.array([line["step"] for line in having]), np.array([line[name] for line in having], float)
+
+
 def _moving_median(values: np.ndarray) -> np.ndarray:
     reach = max(1, min(25, len(values) // 20))
     return np.array([np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
 
 
-def _truncate(path: Path, last: int) -> None:
+def _truncate(path: Path, last: int) -> list[dict[str, Any]]:
+    """The lines that are kept, those up to the step `last`."""
     if not path.exists():
-        return
+        return []
     content = path.read_bytes()
     log = _readable(content)
-    kept = "".join(json.dumps(line) + "\n" for line in log.lines if line["step"] <= last).encode()
+    lines = [line for line in log.lines if line["step"] <= last]
+    kept = "".join(json.dumps(line) + "\n" for line in lines).encode()
     problem = log.problem()
     if log.damaged or log.repeated:
         copy = _free_name(path.with_name(DAMAGED))
@@ -129,10 +168,10 @@ def _truncate(path: Path, last: int) -> None:
         problem += f"; the file as it was is {copy}"
     if problem:
         warnings.warn(f"{path}: {problem}", stacklevel=2)
-    if kept == content:
-        return
-    with replacing(path) as temporary:
-        temporary.write_bytes(kept)
+    if kept != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(kept)
+    return lines
 
 
 def _free_name(path: Path) -> Path:

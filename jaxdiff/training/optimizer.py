@@ -1,4 +1,4 @@
-"""The optimizer as a plain value: Adam(W), Adafactor, Muon or SGD, clipping, linear warm-up, cosine decay to 0 or none.
+"""The optimizer as a plain value: Adam(W), Adafactor, Muon or SGD, clipping, linear warm-up, and what comes after it.
 
 Defaults are Imagen's (appendix F.1): learning rate 1e-4, 10,000 steps of warm-up, cosine decay over 2.5 M steps. The
 paper prints `end_value=2500000` for the schedule, which would raise the rate to 2.5 million; 0 is what it means.
@@ -28,6 +28,9 @@ class AdamW:
     weight_decay: float = 0.0
     decay_all: bool = True
 
+    def __post_init__(self) -> None:
+        _check_rule(self, "b1", "b2")
+
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         decayed = None if self.decay_all else lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
         return optax.adamw(
@@ -43,6 +46,9 @@ class Adafactor:
     clipping_threshold: float | None = 1.0
     multiply_by_parameter_scale: bool = True
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rule(self, "decay_rate")
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         # Given the rate itself, optax adds the decay after it: 0.01 would take a hundredth of every parameter a step.
@@ -74,6 +80,9 @@ class Muon:
     adam_for: tuple[str, ...] = ("embedding", "stem", "head")
     decay_all: bool = True
 
+    def __post_init__(self) -> None:
+        _check_rule(self, "momentum", "b1", "b2")
+
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.contrib.muon(
             learning_rate,
@@ -103,29 +112,58 @@ class SGD:
 
     momentum: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_rule(self, "momentum")
+
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.sgd(learning_rate, momentum=self.momentum or None)
 
 
+def _check_rule(rule: Any, *averages: str) -> None:
+    """ValueError for a weight decay that is negative or not finite, or a decay of averages outside [0, 1)."""
+    for name in averages:
+        if not 0 <= getattr(rule, name) < 1:
+            raise ValueError(f"{name} {getattr(rule, name)}: must be at least 0 and below 1")
+    weight_decay = getattr(rule, "weight_decay", 0.0)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay {weight_decay}: must be finite and 0 or more")
+
+
 class Decay(enum.Enum):
-    """What the learning rate does after the warm-up."""
+    """What the learning rate does after the warm-up: one of these, or a `StableDecay`."""
 
     COSINE = "cosine"  # falls to 0 at `total`
-    CONSTANT = "constant"
+    CONSTANT = "constant"  # for as long as the run goes on; `total` says nothing
+
+
+@dataclass(frozen=True)
+class StableDecay:
+    """Warmup-stable-decay (MiniCPM, arXiv 2404.06395; arXiv 2405.18392): the full rate until the last `fraction` of
+    `total`, then along a straight line to 0 at `total`.
+
+    Until it falls, the rates are those of a constant schedule and of any other `total`: a run may become longer or
+    shorter, or begin to fall, until then (`training.resume`). Raises ValueError for a fraction outside (0, 1].
+    """
+
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction {self.fraction}: must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters are updated. Counts are of updates: a skipped step moves no schedule on.
 
-    Raises ValueError for a setting that makes no sense.
+    Raises ValueError for a setting that makes no sense; the message begins with the name of the field.
     """
 
     kind: AdamW | Adafactor | Muon | SGD = AdamW()
     learning_rate: float = 1e-4
     warmup: int = 10_000  # updates from 0 to `learning_rate`
-    total: int = 2_500_000  # the update at which cosine decay reaches 0
-    decay: Decay = Decay.COSINE
+    total: int = 2_500_000  # the update at which the learning rate has fallen to 0
+    decay: Decay | StableDecay = Decay.COSINE
     clip: float | None = 1.0  # largest global norm of the gradient, after its mean over the whole batch
 
     def __post_init__(self) -> None:
@@ -133,23 +171,40 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate {self.learning_rate}: must be finite and above 0")
         if self.warmup < 0:
             raise ValueError(f"warmup {self.warmup}: must be 0 or more updates")
-        if self.decay is Decay.COSINE and self.total <= self.warmup:
-            raise ValueError(f"total {self.total} must exceed warmup {self.warmup}: cosine decay runs between them")
+        if self.decay is not Decay.CONSTANT and self.total <= self.warmup:
+            raise ValueError(f"total {self.total}: must exceed warmup {self.warmup}: the rate falls in between")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip {self.clip}: must be above 0, or None for no clipping")
+
+    @property
+    def end(self) -> int | float:
+        """The update after which the learning rate is 0; infinite where it never is."""
+        return math.inf if self.decay is Decay.CONSTANT else self.total
+
+    @property
+    def stable_until(self) -> int | float:
+        """The last update up to which the rates do not depend on `total` nor on the end of the schedule."""
+        if isinstance(self.decay, StableDecay):
+            falling = max(1, round(self.decay.fraction * self.total))
+            return max(self.warmup, self.total - falling)
+        return math.inf if self.decay is Decay.CONSTANT else 0
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates made."""
+    rate = config.learning_rate
+    parts, boundaries = [], []
+    if config.warmup:
+        parts, boundaries = [optax.linear_schedule(0.0, rate, config.warmup)], [config.warmup]
     if config.decay is Decay.COSINE:
-        after = optax.cosine_decay_schedule(config.learning_rate, config.total - config.warmup, alpha=0.0)
+        parts.append(optax.cosine_decay_schedule(rate, config.total - config.warmup, alpha=0.0))
     else:
-        after = optax.constant_schedule(config.learning_rate)
-    if config.warmup == 0:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, config.learning_rate, config.warmup), after], [config.warmup]
-    )
+        parts.append(optax.constant_schedule(rate))
+    if isinstance(config.decay, StableDecay):
+        start = int(config.stable_until)
+        parts.append(optax.linear_schedule(rate, 0.0, config.total - start))
+        boundaries.append(start)
+    return parts[0] if len(parts) == 1 else optax.join_schedules(parts, boundaries)
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdiff.training.metrics import MetricsLog
+from jaxdiff.core.clock import ticking
+from jaxdiff.training.metrics import HELD_OUT, MetricsLog
 
 TOO_MANY = 10  # steps in a row without a finite loss
 
@@ -19,17 +22,26 @@ class Diverged(RuntimeError):
 
 
 class Reporter:
-    """Gathers metrics on the devices, and writes one line an interval, read while the next step runs."""
+    """Gathers metrics on the devices, and writes one line an interval, read while the next step runs.
 
-    def __init__(self, out: Path, every: int, total: int, first: int, progress: bool, description: str) -> None:
+    What it says of speed leaves out what `paused` was around: compilation, saving, sampling, evaluation. `unit`: what a
+    batch has so many of, in the plural.
+    """
+
+    def __init__(
+        self, out: Path, every: int, total: int, first: int, progress: bool, description: str, unit: str = "images"
+    ) -> None:
         chief = jax.process_index() == 0
         self._log = MetricsLog(out, first) if chief else None
-        self._every = every
+        self._every, self._unit = every, unit
         self._gathered: list[Any] = []  # metrics of the steps since the last line, on the devices
         self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet read
         self._rows = 0
-        self._clock: float | None = None  # None: the next step's time is not counted (it may compile)
-        self._bar = tqdm(
+        self._time = _Stopwatch(first)
+        self._step = first
+        self._loss, self._held_out, self._speed = "", "", ""
+        self._bar = _Bar(
+            self._time,
             total=total,
             initial=first,
             desc=description or None,
@@ -39,58 +51,87 @@ class Reporter:
             dynamic_ncols=True,
         )
 
+    def lacks_held_out(self, step: int) -> bool:
+        """Whether the log, as this run found it, ends at this step and without a held-out loss."""
+        last = None if self._log is None else self._log.last
+        return last is not None and last["step"] == step and HELD_OUT not in last
+
     def add(self, step: int, rows: int, metrics: Any) -> None:
+        """A step that has been begun. `rows`: of its batch; 0 where its time was left out, as it was compiled."""
         self._read()
         self._gathered.append(metrics)
-        if self._clock is None:
-            jax.block_until_ready(metrics["loss"])
-            self._clock = time.perf_counter()
-        else:
-            self._rows += rows
+        self._rows += rows
         if step % self._every == 0:
             self._due = (step, self._gathered, self._rows)
             self._gathered, self._rows = [], 0
         self._step = step
         self._bar.update()
 
-    def flush(self) -> None:
-        """Write everything up to now. Raises Diverged."""
-        self._read()
-        if self._gathered:
+    def completed(self, step: int) -> None:
+        """The devices have finished this step."""
+        self._time.completed(step)
+
+    @contextmanager
+    def paused(self, doing: str = "") -> Iterator[None]:
+        """Inside, no time is counted, and the bar says what the run is `doing` and for how long."""
+        self._wait()
+        try:
+            if not doing or self._bar.disable:
+                yield
+            else:
+                say = lambda seconds: self._bar.set_postfix_str(f"{doing} {tqdm.format_interval(seconds)}")  # noqa: E731
+                with ticking(say, every=1.0 if sys.stderr.isatty() else 30.0):
+                    yield
+        finally:
+            self._time.start()
+            self._show(refresh=bool(doing))
+
+    def skip_time(self, step: int) -> None:
+        """Of the step that was just taken while paused: it is none of those whose time was counted."""
+        self._time.uncounted(step)
+
+    def flush(self, held_out: Mapping[str, float] | None = None) -> None:
+        """Write everything up to now, the last line with the held-out losses of its step. Raises Diverged."""
+        if self._due is None and self._gathered:
             self._due = (self._step, self._gathered, self._rows)
             self._gathered, self._rows = [], 0
-            self._read()
+        self._read(held_out)
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last step out of the speed."""
-        self._clock = time.perf_counter()
+    def complete(self, held_out: Mapping[str, float]) -> None:
+        """Add the held-out losses to the line that the log ended with when this run found it."""
+        if self._log is not None:
+            self._log.complete(dict(held_out))
+        self._note(held_out)
 
     def close(self) -> None:
         self._bar.close()
         if self._log is not None:
             self._log.close()
 
-    def _read(self) -> None:
+    def _wait(self) -> None:
+        """Until all steps are taken, and stop the time."""
+        latest = self._gathered or (self._due[1] if self._due else [])
+        if latest:
+            jax.block_until_ready(latest[-1]["loss"])
+        self._time.completed(self._step)
+        self._time.stop()
+
+    def _read(self, held_out: Mapping[str, float] | None = None) -> None:
         if self._due is None:
             return
+        held_out = held_out or {}
         step, gathered, rows = self._due
         self._due = None
         values = jax.device_get(gathered)
-        now = time.perf_counter()
-        speed = rows / (now - self._clock) if rows and self._clock is not None else None
-        self._clock = now
+        seconds = self._time.lap()
+        speed = rows / seconds if rows and seconds > 0 else None
         latest = values[-1]
-        counters = ("skipped", "consecutive_skips", "max_consecutive_skips")
-        line: dict[str, Any] = {"step": step}
-        rates = [name for name in latest if name.startswith("learning_rate")]
-        for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", *rates, *counters})):
-            line[name] = _mean([float(value[name]) for value in values])
-        line |= {name: float(latest[name]) for name in rates} | {"images_per_second": speed}
-        line["skipped"] = int(latest["skipped"])
+        line = {**_line(step, values), **held_out, f"{self._unit}_per_second": speed, "skipped": int(latest["skipped"])}
         if self._log is not None:
             self._log.write(line)
-        loss = "none finite" if line["loss"] is None else f"{line['loss']:.4g}"
-        self._bar.set_postfix_str(f"loss {loss}, {speed or 0:.3g} images/s", refresh=False)
+        self._loss = f"loss {_number(line['loss'])}"
+        self._speed = f"{speed:.3g} {self._unit}/s" if speed else self._speed
+        self._note(held_out)
         if int(latest["max_consecutive_skips"]) >= TOO_MANY:
             raise Diverged(
                 f"{int(latest['max_consecutive_skips'])} steps in a row by step {step} had a loss, gradient or update "
@@ -98,7 +139,85 @@ class Reporter:
                 "learning rate or look at the data"
             )
 
+    def _note(self, held_out: Mapping[str, float]) -> None:
+        if HELD_OUT in held_out:
+            self._held_out = f"held-out {_number(held_out[HELD_OUT])}"
+        self._show()
+
+    def _show(self, refresh: bool = False) -> None:
+        parts = filter(None, (self._loss, self._held_out, self._speed))
+        self._bar.set_postfix_str(", ".join(parts), refresh=refresh)
+
+
+class _Stopwatch:
+    """Seconds in which steps are taken, pauses left out; begins stopped. `step`: the one that the run is at."""
+
+    def __init__(self, step: int) -> None:
+        self._started: float | None = None
+        self._lap = 0.0  # seconds since the last lap, up to the last stop
+        self._total = 0.0  # seconds up to the last stop
+        self._step, self._steps, self._seconds = step, 0, 0.0  # the last completed one, and what was counted up to it
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._lap, self._total, self._started = self._lap + self._running(), self._total + self._running(), None
+
+    def lap(self) -> float:
+        """Seconds since the last one."""
+        seconds, running = self._lap + self._running(), self._started is not None
+        self._total += self._running()
+        self._lap, self._started = 0.0, time.perf_counter() if running else None
+        return seconds
+
+    def completed(self, step: int) -> None:
+        if step > self._step:
+            self._steps, self._seconds = self._steps + step - self._step, self._total + self._running()
+            self._step = step
+
+    def uncounted(self, step: int) -> None:
+        """Time before the first step that is counted is not counted either."""
+        self._step = step
+        if not self._steps:
+            self._lap = self._total = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Completed steps a second; 0 where none is known."""
+        return self._steps / self._seconds if self._seconds > 0 else 0.0
+
+    def _running(self) -> float:
+        return 0.0 if self._started is None else time.perf_counter() - self._started
+
+
+class _Bar(tqdm):
+    """A bar whose rate, and the time that remains by it, are those of a stopwatch."""
+
+    def __init__(self, stopwatch: _Stopwatch, **options: Any) -> None:
+        self._stopwatch = stopwatch
+        super().__init__(**options)
+
+    @property
+    def format_dict(self) -> Any:
+        return {**super().format_dict, "rate": self._stopwatch.rate}
+
+
+def _line(step: int, values: list[Any]) -> dict[str, Any]:
+    """Means of an interval's metrics, and its last learning rates."""
+    latest = values[-1]
+    counters = ("skipped", "consecutive_skips", "max_consecutive_skips")
+    rates = [name for name in latest if name.startswith("learning_rate")]
+    line: dict[str, Any] = {"step": step}
+    for name in ("loss", "grad_norm", *sorted(latest.keys() - {"loss", "grad_norm", *rates, *counters})):
+        line[name] = _mean([float(value[name]) for value in values])
+    return line | {name: float(latest[name]) for name in rates}
+
 
 def _mean(values: list[float]) -> float | None:
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else None
+
+
+def _number(value: float | None) -> str:
+    return "none finite" if value is None or not np.isfinite(value) else f"{value:.4g}"

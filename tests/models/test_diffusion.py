@@ -14,10 +14,10 @@ from small import BASE, LENGTH, SR, TEXT, WIDTH, Formula, changed, executed, los
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.losses import MinSNR
+from jaxdiff.diffusion.losses import MinSNR, UniformWeighting
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
-from jaxdiff.diffusion.schedules import CosineSchedule
+from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
 from jaxdiff.models import conditioners
 from jaxdiff.models import sampling as sampling_module
@@ -193,6 +193,78 @@ def test_crops_of_any_size_train_a_super_resolution_stage():
     assert jax.eval_shape(partial(loss_of, SR), shapes, batch, KEY)[0].shape == ()
 
 
+# Held out
+
+
+def held_out(model, params, batch, numbers, key=KEY):
+    sums = model.held_out_losses(params, (), (), batch, jnp.asarray(numbers, jnp.int32), key)
+    return {name: float(total) / float(count) if count else None for name, (total, count) in sums.items()}
+
+
+LEVELS = [f"held_out_loss_t{t}" for t in ("0.06", "0.19", "0.31", "0.44", "0.56", "0.69", "0.81", "0.94")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weighting"),
+    [(CosineSchedule(), UniformWeighting()), (TabulatedSchedule.linear(10), MinSNR())],
+    ids=["continuous", "a table, weighted"],
+)
+def test_held_out_examples_have_the_eight_times_in_turn_and_all_their_text(schedule, weighting):
+    calls = []
+
+    def record(x, time, text, mask):
+        calls.append([np.asarray(value) for value in (x, time, text, mask)])
+        return jnp.zeros_like(x)
+
+    stage = replace(BASE, unet=Formula(output=record), schedule=schedule, weighting=weighting)
+    stage = changed(stage, TextConditioner, dropout=1.0)
+    batch, numbers = batch_of(stage, 20), np.arange(3, 23)
+    found = held_out(stage, {}, batch, numbers)
+    ((x, time, text, mask),) = calls
+    np.testing.assert_array_equal(text, batch["text"])  # none is dropped
+    assert mask.all()
+    t = jnp.asarray((numbers % 8 + 0.5) / 8, jnp.float32)
+    if isinstance(schedule, TabulatedSchedule):
+        t = schedule.entry_time(t)
+        np.testing.assert_array_equal(time, np.floor((numbers % 8 + 0.5) / 8 * 10))  # of ten entries
+    else:
+        np.testing.assert_allclose(time / 1000, t, rtol=1e-6)
+    alpha, sigma = (np.asarray(f(t))[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    eps = (x - alpha * np.asarray(batch["image"])) / sigma
+    weights = np.asarray(weighting.weight(schedule.logsnr(t), Prediction.EPSILON))
+    each = weights * (eps**2).mean((1, 2, 3))  # a network that says 0 has the noise itself as its error
+    assert list(found) == ["held_out_loss", *LEVELS]
+    assert found["held_out_loss"] == pytest.approx(each.mean(), rel=1e-4)
+    for level, name in enumerate(LEVELS):
+        assert found[name] == pytest.approx(each[numbers % 8 == level].mean(), rel=1e-4)
+
+
+def test_held_out_losses_are_the_examples_own():
+    """Noise and level of an example depend on its number, not on what else is in the batch; padding counts nothing."""
+    unet = Formula(output=lambda x, t, text, mask, low_res, level: jnp.tanh(x + low_res * level[:, None, None, None]))
+    stage, count = replace(SR, unet=unet), 16
+    batch, numbers = batch_of(stage, count), np.arange(count, dtype=np.int32)
+    sums = jax.jit(lambda batch, numbers, key: stage.held_out_losses({}, (), (), batch, numbers, key))
+
+    def means(order, numbers, key=KEY, mesh=make_mesh(data=4, fsdp=2)):  # noqa: B008
+        with jax.set_mesh(mesh):
+            rows = {name: np.asarray(value)[order] for name, value in batch.items()}
+            placed = to_devices(rows | {"numbers": numbers}, mesh)
+            values = sums(placed, placed.pop("numbers"), key)
+        return {name: float(total / count) if count else None for name, (total, count) in values.items()}
+
+    together = means(numbers, numbers, mesh=make_mesh(devices=jax.devices()[:1]))
+    assert means(numbers, numbers) == pytest.approx(together, rel=1e-5)
+    turned = np.roll(numbers, 5)
+    assert means(turned, turned) == pytest.approx(together, rel=1e-5)
+    alone = [means(numbers, np.where(numbers == i, numbers, -1))["held_out_loss"] for i in range(count)]
+    assert np.mean(alone) == pytest.approx(together["held_out_loss"], rel=1e-5)
+    one = means(turned, np.where(turned == 9, turned, -1))
+    assert one["held_out_loss"] == one["held_out_loss_t0.19"] == pytest.approx(alone[9], rel=1e-5)
+    assert one["held_out_loss_t0.94"] is None  # no example counts
+    assert means(numbers, numbers, jax.random.key(2)) != pytest.approx(together, rel=1e-3)
+
+
 def test_loss_is_equal_on_every_mesh():
     """Noise, levels, dropped captions and times are the samples' own wherever they are computed."""
 
@@ -345,9 +417,9 @@ def test_enlarging_is_pillows_bicubic():
     [
         (lambda: SamplingConfig(steps=0), "steps must be at least 1, not 0"),
         (lambda: SamplingConfig(aug_level=1.5), r"aug_level must lie in \[0, 1\]"),
-        (lambda: TextConditioner(dropout=1.1), "text dropout must be a fraction between 0 and 1, not 1.1"),
-        (lambda: LowResConditioner(max_level=-0.1), r"max_level must lie in \[0, 1\]"),
-        (lambda: LowResConditioner(factor=0), "factor must be at least 1, not 0"),
+        (lambda: TextConditioner(dropout=1.1), r"^dropout 1\.1: must be a fraction"),
+        (lambda: LowResConditioner(max_level=-0.1), r"^max_level -0\.1: must lie in \[0, 1\]"),
+        (lambda: LowResConditioner(factor=0), "^factor 0: must be at least 1"),
         (lambda: replace(SR, residual=True), "residual is for super-resolution models that predict x0"),
         (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
         (lambda: replace(BASE, conditioners=(TEXT, TEXT)), "two conditioners of one kind"),

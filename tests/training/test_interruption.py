@@ -12,14 +12,14 @@ from training_toy import Stream, Toy, config
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.interruption import Interruption, InterruptRequested, Preempted
-from jaxdiff.training.loop import Layout, train
+from jaxdiff.training.loop import Hooks, Layout, train
 from jaxdiff.training.mesh import make_mesh
 
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
 def run(out, stream=None, hook=None, **changes):
-    return train(Toy(), stream or Stream(), config(**changes), out, layout=Layout(ONE), sample_hook=hook)
+    return train(Toy(), stream or Stream(), config(**changes), out, layout=Layout(ONE), hooks=Hooks(hook))
 
 
 def saved(out):
@@ -91,7 +91,7 @@ def test_a_second_signal_does_not_disturb_the_saving(tmp_path, monkeypatch):
 def test_a_second_interrupt_from_the_keyboard_is_one(tmp_path):
     with Interruption() as interruption:
         tell(signal.SIGINT)
-        assert interruption.reached(1) == "SIGINT"
+        assert interruption.reached() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             tell(signal.SIGINT)
     with Interruption() as interruption:

@@ -18,7 +18,7 @@ from training_toy import Stream, Toy, config
 from jaxdiff.training import lock as lock_module
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.lock import NAME, FolderLock
-from jaxdiff.training.loop import Layout, train
+from jaxdiff.training.loop import Hooks, Layout, train
 from jaxdiff.training.mesh import make_mesh
 from jaxdiff.training.metrics import read
 from jaxdiff.training.multihost import FolderInUseError
@@ -136,7 +136,7 @@ def test_a_folder_deleted_before_it_is_drawn_into(tmp_path):
     settings = config(steps=100, sample_every=7, log_every=50, save_every=50)
     with pytest.raises(FileNotFoundError, match="was deleted while the run wrote"):
         stream = Stream(before=at(10, lambda: shutil.rmtree(out)))
-        train(Toy(), stream, settings, out, layout=Layout(ONE), sample_hook=draw)
+        train(Toy(), stream, settings, out, layout=Layout(ONE), hooks=Hooks(draw))
     assert drawn == [7] and not out.exists()
 
 

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.training.optimizer import Adafactor, AdamW, Decay, Muon, OptimizerConfig, optimizer, schedule
+from jaxdiff.training.optimizer import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Decay,
+    Muon,
+    OptimizerConfig,
+    StableDecay,
+    optimizer,
+    schedule,
+)
 
 
 def test_default_schedule_warms_up_and_ends_at_zero():
@@ -26,6 +36,31 @@ def test_schedule_without_warmup_starts_at_the_full_rate():
 def test_constant_schedule_stays():
     rate = schedule(OptimizerConfig(warmup=10, decay=Decay.CONSTANT))
     assert [float(rate(n)) for n in (0, 5, 10, 10**7)] == pytest.approx([0, 0.5e-4, 1e-4, 1e-4])
+
+
+def test_stable_decay_falls_along_a_line_at_the_end():
+    config = OptimizerConfig(warmup=10, total=100, decay=StableDecay(0.2))
+    assert (config.stable_until, config.end) == (80, 100)
+    rate = schedule(config)
+    assert [float(rate(n)) for n in (0, 5, 10, 80, 85, 90, 100, 10**6)] == pytest.approx(
+        [0, 0.5e-4, 1e-4, 1e-4, 0.75e-4, 0.5e-4, 0, 0], rel=1e-5, abs=1e-12
+    )
+    constant = schedule(OptimizerConfig(warmup=10, decay=Decay.CONSTANT))
+    assert all(rate(n) == constant(n) for n in range(81))  # to the bit: until then it may be changed for it
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "fraction", "start"),
+    [(0, 10, 1.0, 0), (9, 10, 0.5, 9), (0, 3, 0.01, 2), (0, 1, 0.2, 0), (5, 10, 1.0, 5)],
+)
+def test_stable_decay_begins_after_the_warmup_and_takes_an_update_at_least(warmup, total, fraction, start):
+    config = OptimizerConfig(learning_rate=1.0, warmup=warmup, total=total, decay=StableDecay(fraction))
+    assert config.stable_until == start
+    rate = schedule(config)
+    assert float(rate(start)) == 1.0 and float(rate(total)) == 0.0
+    assert [float(rate(n)) for n in range(start, total)] == pytest.approx(
+        [1 - n / (total - start) for n in range(total - start)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,18 +94,28 @@ def test_weight_decay_moves_every_parameter_by_the_learning_rates_share(kind):
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"),
+    ("make", "culprit"),
     [
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"warmup": -1}, "warmup"),
-        ({"warmup": 100, "total": 100}, "total"),
-        ({"clip": 0.0}, "clip"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate nan"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate 0.0"),
+        (lambda: OptimizerConfig(warmup=-1), "warmup -1"),
+        (lambda: OptimizerConfig(warmup=100, total=100), "total 100"),
+        (lambda: OptimizerConfig(warmup=100, total=100, decay=StableDecay()), "total 100"),
+        (lambda: OptimizerConfig(clip=0.0), "clip 0.0"),
+        (lambda: StableDecay(0.0), "fraction 0.0"),
+        (lambda: StableDecay(1.5), "fraction 1.5"),
+        (lambda: AdamW(b1=1.0), "b1 1.0"),
+        (lambda: AdamW(b2=-0.1), "b2 -0.1"),
+        (lambda: AdamW(weight_decay=float("inf")), "weight_decay inf"),
+        (lambda: Adafactor(weight_decay=-1.0), "weight_decay -1.0"),
+        (lambda: Muon(momentum=2.0), "momentum 2.0"),
+        (lambda: SGD(momentum=float("nan")), "momentum nan"),
     ],
 )
-def test_bad_settings_are_named(changes, culprit):
-    with pytest.raises(ValueError, match=culprit):
-        OptimizerConfig(**changes)
+def test_bad_settings_are_named(make, culprit):
+    """The message begins with the name of the field, so that a command can say its flag."""
+    with pytest.raises(ValueError, match=f"^{culprit}: must "):
+        make()
 
 
 def test_muon_makes_matrices_orthogonal_and_leaves_the_named_layers_to_adam():
