@@ -125,7 +125,14 @@ def _t5(settings: Training, out: Path, seed: int) -> t5.Settings:
     chosen = settings.t5
     return t5.Settings(
         out / "t5",
-        run=RunOptions(chosen.t5_steps, chosen.t5_batch, ema_decay=0.99, seed=seed, save_every=settings.save_every),
+        run=RunOptions(
+            chosen.t5_steps,
+            chosen.t5_batch,
+            ema_decay=0.99,
+            seed=seed,
+            evaluate_every=0,
+            save_every=settings.save_every,
+        ),
         dataset=_data(settings, out, settings.base.examples),
         optimization=OptimizerOptions(learning_rate=2e-3),
     )
@@ -180,6 +187,7 @@ def _run(settings: Training, steps: int, batch: int, ema_decay: float, seed: int
         ema_decay=ema_decay,
         seed=seed,
         sample_every=settings.sample_every,
+        evaluate_every=0,
         save_every=settings.save_every,
     )
 

@@ -10,7 +10,8 @@ Run again with the same folder, it goes on from its last checkpoint. OUT gets se
 commands and costs, is in the docstrings of `experiments/tasks/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,11 @@ from experiments.options import settings_file
 from experiments.options.cores import use_cores
 from experiments.table import TASKS
 from experiments.tasks.task import Start, Task
+from jaxdiff.training.checkpoints import SettingsDifferError
 from jaxdiff.training.distributed import alike, gathered, on_process_0, start
 from jaxdiff.training.lock import locked
-from jaxdiff.training.loop import Diverged, Layout, Loaded, train
+from jaxdiff.training.loop import Diverged, Hooks, Layout, Loaded, train
+from jaxdiff.training.resume import RunFinishedError
 
 
 def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
@@ -42,7 +45,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
     run_options = settings.run
     use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
     # What is wrong is said before anything is rasterised, embedded or written.
-    config = settings.config(task.rules, name)
+    config = settings.config(task.rules, name, task.unit)
     if run_options.batch < task.least_batch:
         raise ValueError(f"--batch {run_options.batch}: at least {task.least_batch} for {name}")
     mesh = settings.devices.make(run_options.batch, run_options.accumulate)
@@ -54,16 +57,17 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
 
     if not settings.goes_on:  # else the loop may yet refuse these settings
         on_process_0(begin)
-    state = train(
-        work.model,
-        work.batches,
-        config,
-        settings.out,
-        data=work.data,
-        layout=Layout(mesh, work.placement),
-        loaded=Loaded(work.initial),
-        sample_hook=work.sample_hook,
-    )
+    with _explained(name, task, settings):
+        state = train(
+            work.model,
+            work.batches,
+            config,
+            settings.out,
+            data=work.data,
+            layout=Layout(mesh, work.placement),
+            loaded=Loaded(work.initial),
+            hooks=Hooks(work.sample_hook, work.held_out),
+        )
     params = gathered(state.ema)
 
     def finish() -> None:
@@ -71,6 +75,24 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
         settings_file.save(settings.out / settings_file.NAME, name, settings)
 
     on_process_0(finish)
+
+
+@contextmanager
+def _explained(name: str, task: Task, settings: Any) -> Iterator[None]:
+    """Say in flags what a run was told otherwise, and which command goes on where a run cannot."""
+    kept = settings.out / settings_file.NAME
+    try:
+        yield
+    except RunFinishedError as error:
+        if not task.takes_init:
+            raise
+        line = f"python -m experiments.train {name} --config {kept} --init {settings.out} --steps {settings.run.steps}"
+        raise ValueError(f"{error}: {line} --out {settings.out}-2") from error
+    except SettingsDifferError as error:
+        changed = settings_file.changed(kept, settings) if kept.is_file() else []
+        if not changed:
+            raise
+        raise ValueError(f"{error}; flags that differ from {kept}: {', '.join(changed)}") from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from jaxdiff.training.distributed import Cluster
 
 NAME = "settings.json"
 VERSION = 1
+FREE = ("out", "mesh", "log-every", "sample-every", "evaluate-every", "save-every", "keep", "init", "strict")
+"""What may differ from one start of a run to the next."""
 
 
 def flags(settings: Any) -> dict[str, Any]:
@@ -70,6 +72,13 @@ def _is_setting(value: Any) -> bool:
     if isinstance(value, list):
         return all(isinstance(each, str | int | float) for each in value)
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def changed(path: Path, settings: Any) -> list[str]:
+    """Which flags of a command differ from those in its file: `--preset tiny → quick`."""
+    before, now = read(path)[1], flags(settings)
+    names = [name for name in now if name in before and before[name] != now[name] and name not in FREE]
+    return [f"--{name} {before[name]} → {now[name]}" for name in names]
 
 
 def words(settings: dict[str, Any]) -> list[str]:

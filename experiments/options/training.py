@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from jaxdiff.data import sources
 from jaxdiff.training import multihost
+from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import Cluster
-from jaxdiff.training.loop import TrainConfig
 from jaxdiff.training.mesh import check_batch, check_processes, make_mesh, parse
-from jaxdiff.training.optimizer import Adafactor, AdamW, Muon, OptimizerConfig
+from jaxdiff.training.optimizer import Adafactor, AdamW, Decay, Muon, OptimizerConfig, StableDecay
 
 Rule = AdamW | Adafactor | Muon
+SCHEDULES = {"cosine": Decay.COSINE, "constant": Decay.CONSTANT, "stable": StableDecay()}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class DataOptions:
     """Held-out images of `shapes` beside them."""
     limit: int = 0
     """Train on so many examples only, evenly spread over the dataset, to see whether they can be learned; 0: on all."""
+    evaluate_data: str | None = None
+    """What the held-out loss is measured on, as --data; left out: the held-out split of `shapes` and `rainbow`, and of
+    other datasets nothing."""
+    evaluate_n: int = 64
+    """Held-out examples, from the first."""
     strict: bool = False
     """An image that cannot be read or lacks its caption is an error, not a warning."""
     workers: int = 0
@@ -42,7 +48,20 @@ class DataOptions:
         for name in ("limit", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more")
-        spec = sources.parse(self.data)
+        if self.evaluate_n < 1:
+            raise ValueError(f"--evaluate-n {self.evaluate_n}: at least one example; --evaluate-every 0 measures none")
+        return self._sized(self.data)
+
+    def held_out_split(self) -> tuple[sources.DataSpec, str] | None:
+        """What the held-out loss is measured on, and the split; None where there is nothing."""
+        if self.evaluate_data is not None:
+            return self._sized(self.evaluate_data), "train"
+        spec = self.spec()
+        splits: dict[type, str] = {sources.Shapes: "held_out", sources.Rainbow: "test"}
+        return (spec, splits[type(spec)]) if type(spec) in splits else None
+
+    def _sized(self, text: str) -> sources.DataSpec:
+        spec = sources.parse(text)
         return sources.Shapes(self.examples, self.held_out) if isinstance(spec, sources.Shapes) else spec
 
 
@@ -51,8 +70,8 @@ class RunOptions:
     """How long, and what is kept."""
 
     steps: int = 5000
-    """Updates, over which the learning rate falls to 0: a finished run is not made longer, but another begins with
-    `--init`."""
+    """Updates. A run whose learning rate has not fallen to 0 (--schedule) may be given more of them; any other begins
+    anew from its parameters with `--init`."""
     batch: int = 32
     """Examples per update, of all devices together."""
     accumulate: int = 1
@@ -68,6 +87,8 @@ class RunOptions:
     """Steps between lines of metrics."""
     sample_every: int = 500
     """Steps between grids in samples/, where the model samples images; 0: none."""
+    evaluate_every: int = 500
+    """Steps between measurements of the held-out loss; 0: none."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 3
@@ -83,7 +104,10 @@ class OptimizerOptions:
     learning_rate: float = 1e-3
     """At its peak."""
     warmup: int | None = None
-    """Updates from 0 to the peak, after which the rate falls to 0 along a cosine; left out: a tenth of the steps."""
+    """Updates from 0 to the peak; left out: a tenth of the steps."""
+    schedule: Literal["cosine", "constant", "stable"] = "cosine"
+    """The learning rate after that: falls to 0 along a cosine; stays; stays, and falls to 0 over the last fifth of the
+    steps. While it stays, more steps can be asked of a run."""
     weight_decay: float = 0.0
     """Decoupled from the gradient."""
     clip: float = 1.0
@@ -99,6 +123,7 @@ class OptimizerOptions:
             learning_rate=self.learning_rate,
             warmup=min(warmup, steps - 1),
             total=steps,
+            decay=SCHEDULES[self.schedule],
             clip=self.clip,
         )
 
@@ -139,7 +164,7 @@ class TrainSettings:
     devices: MeshOptions = MeshOptions()
     cluster: Cluster = Cluster()
 
-    def config(self, rules: Mapping[str, Rule], description: str) -> TrainConfig:
+    def config(self, rules: Mapping[str, Rule], description: str, unit: str = "images") -> TrainConfig:
         """For the loop. ValueError naming the flag."""
         run = self.run
         if run.steps < 1 or run.batch < 1:
@@ -153,10 +178,12 @@ class TrainSettings:
             ema_decay=run.ema_decay,
             log_every=run.log_every,
             sample_every=run.sample_every,
+            evaluate_every=run.evaluate_every,
             save_every=run.save_every,
             keep=run.keep,
             seed=run.seed,
             description=description,
+            unit=unit,
             stall=self.cluster.stall,
             stall_exit=self.cluster.stall_exit,
         )

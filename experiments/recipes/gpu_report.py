@@ -3,11 +3,11 @@
     python -m experiments.recipes.gpu_report --minutes 8 --out runs/gpu_report
     python -m experiments.recipes.gpu_report --minutes 5 --sections benchmark sampling --out runs/gpu_speed
 
-Sections run in this order, the most valuable first, each in a process of its own with its share of the minutes:
+Sections run in this order, the most valuable first, each in a process of its own with its fraction of the minutes:
 
     networks    every network on the CPU and on the accelerator, float32 and bfloat16; attention kernels; a gradient
     suite       the tests of networks and of diffusion, on the accelerator
-    benchmark   training steps of all presets, and the share of the matrix product rate measured on this card
+    benchmark   training steps of all presets, and the fraction of the matrix product rate measured on this card
     diffusers   diffusers' U-Net of DeepFloyd IF, eager and compiled, and ours (needs PyTorch and diffusers)
     sampling    the shipped cascade, 64 to 256 to 1024 pixels; CPU and accelerator draw the same images
     training    the shipped 64×64 base trained on from its weights, half of the captions with two objects
@@ -37,10 +37,10 @@ from jaxdiff.weights.imagen import SHIPPED
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """run: measures and records, until its deadline. share: of the minutes. env: of its process."""
+    """run: measures and records, until its deadline. fraction: of the minutes. env: of its process."""
 
     run: Callable[[Context], None]
-    share: float
+    fraction: float
     env: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -103,8 +103,8 @@ def main(settings: Settings) -> int | None:
     with _prepared(settings, chosen):
         for place, name in enumerate(chosen):
             left = begun + 60 * settings.minutes - time.time()
-            rest = sum(SECTIONS[other].share for other in chosen[place:])
-            seconds = left * SECTIONS[name].share / rest
+            rest = sum(SECTIONS[other].fraction for other in chosen[place:])
+            seconds = left * SECTIONS[name].fraction / rest
             print(f"{name}: {seconds:.0f} s of the {max(left, 0):.0f} s left", flush=True)
             ended_badly = _child(settings, name, seconds)
             failed += [name] if ended_badly or any(map(_bad, recorded(out, name))) else []
@@ -137,7 +137,7 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
     if process.is_alive():
         process.kill()
         process.join()
-        record(out, name, {"error": f"stopped after {seconds:.0f} s, its share of the minutes"})
+        record(out, name, {"error": f"stopped after {seconds:.0f} s, its fraction of the minutes"})
     elif process.exitcode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         record(out, name, {"error": f"exit code {process.exitcode}: {lines[-1][:300] if lines else ''} ({log})"})

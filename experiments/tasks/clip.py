@@ -89,6 +89,7 @@ class CLIPTask(Task):
 
     unit: ClassVar[str] = "pairs"
     least_batch: ClassVar[int] = 2  # each pair is compared with others
+    takes_init: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule]] = {
         "adam": AdamW(b2=0.98, eps=1e-6, decay_all=False),
         "muon": Muon(adam_for=NO_MATRICES, decay_all=False),

@@ -38,10 +38,11 @@ from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.unet import EfficientUNetConfig, Remat
-from jaxdiff.text.encoder import TextEmbedding
+from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.distributed import check_shared, once
+from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
 from jaxdiff.training.param_sharding import ParamSharding
@@ -108,6 +109,7 @@ class Preset:
 class DiffusionTask(Task):
     """A stage of Imagen."""
 
+    takes_init: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
     presets: dict[str, Preset] = dataclasses.field(default_factory=dict)
     settings: Settings = Settings()
@@ -148,6 +150,7 @@ class DiffusionTask(Task):
         preset, model = self.preset(settings.preset), self.trained_model(settings)
         spec = settings.dataset.spec()
         encoder, embeddings = find(settings.text_encoder, settings.dataset.data, preset, model)
+        without_text = encoder is None and embeddings is None
         text = encoder or embeddings
         model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
         initial = self._initial(settings, model, start.mesh)
@@ -157,6 +160,9 @@ class DiffusionTask(Task):
         source = once(data_dir, lambda: open_source(settings, spec, model))
         if encoder is not None:
             embeddings = once(data_dir, lambda: stored(settings.dataset, source, encoder))
+        held_out = None
+        if settings.run.evaluate_every and (encoder is not None or without_text):
+            held_out = held_out_batches(settings, model, encoder)
         del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
         stream = batches(settings, model, source, embeddings)
         # How it was computed in training is no part of what was learned.
@@ -188,6 +194,7 @@ class DiffusionTask(Task):
             finish=finish,
             placement=self.placement(model, settings.compute),
             sample_hook=Samples(model, preset.sampling, source, embeddings, settings.out / "samples"),
+            held_out=held_out,
         )
 
     def trained_model(self, settings: Settings) -> DiffusionModel:
@@ -271,8 +278,8 @@ def open_source(settings: TrainSettings, spec: sources.DataSpec, model: Diffusio
     return Subset(source, limit) if 0 < limit < len(source) else source
 
 
-def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None):
-    """This process's part of the batches."""
+def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None, **order: bool):
+    """This process's part of the batches. order: `shuffle` and `repeat` of `DataConfig`."""
     config = DataConfig(
         model.side,
         settings.run.batch // jax.process_count(),
@@ -281,6 +288,7 @@ def batches(settings: Settings, model: DiffusionModel, source: Source, embedding
         seed=settings.run.seed,
         caption_optional=model.low_res is not None,
         strict=settings.dataset.strict,
+        **order,
     )
     return image_batches(
         source,
@@ -290,6 +298,21 @@ def batches(settings: Settings, model: DiffusionModel, source: Source, embedding
         process_count=jax.process_count(),
         read_ahead=ReadAhead(workers=settings.dataset.workers),
     )
+
+
+def held_out_batches(settings: Settings, model: DiffusionModel, encoder: TextEncoder | None) -> HeldOutBatches | None:
+    """Examples that are not trained on, the same ones at each call; None where the dataset has none."""
+    split = settings.dataset.held_out_split()
+    if split is None:
+        return None
+    data_dir = settings.dataset.data_dir
+    source = once(data_dir, lambda: sources.open(split[0], model.side, split[1], data_dir))
+    some = Subset(source, min(settings.dataset.evaluate_n, len(source)))
+    embeddings = None
+    if encoder is not None:
+        embeddings = once(data_dir, lambda: stored(settings.dataset, some, encoder, "held-out-"))
+    in_order = {"shuffle": False, "repeat": False}
+    return lambda: batches(settings, model, some, embeddings, **in_order)
 
 
 def crop_of(model: DiffusionModel, crop: int | None) -> int | None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.options.training import ComputeOptions, Rule, TrainSettings
 from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.param_sharding import ParamSharding
 from jaxdiff.training.prefetch import Batches
@@ -33,6 +34,7 @@ class Work:
 
     data: what the batches are made of, which must stay the same when a run goes on. initial: parameters to begin with,
     on the host. finish: called on process 0 with the averaged parameters; writes OUT/model and returns a line about it.
+    held_out: batches whose loss is measured now and then.
     begin: called on process 0 before the first step, once nothing was refused.
     """
 
@@ -44,6 +46,7 @@ class Work:
     begin: Callable[[], None] = lambda: None
     placement: ParamSharding = ParamSharding()
     sample_hook: Callable[[int, Params], None] | None = None
+    held_out: HeldOutBatches | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Task:
     whole_parameters: ClassVar[bool] = True
     """Whether every device has all parameters when the trained model is used."""
     least_batch: ClassVar[int] = 1
+    takes_init: ClassVar[bool] = False
+    """Whether a run may begin with the parameters of another."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
 
     def prepare(self, settings: Any, start: Start) -> Work:

@@ -85,12 +85,13 @@ def find(
     return None, embeddings
 
 
-def stored(data: DataOptions, source: Source, encoder: TextEncoder) -> Embeddings:
-    """The stored embeddings of the source's captions, computed now where they are not there yet."""
+def stored(data: DataOptions, source: Source, encoder: TextEncoder, prefix: str = "") -> Embeddings:
+    """The stored embeddings of the source's captions, computed now where they are not there yet; `prefix`: of their
+    folder's name, where it is not the training split."""
     made_by = encoder.fingerprint
     name = "".join(c if c.isalnum() else "-" for c in data.data)
     limited = f"-of-{len(source.source)}" if isinstance(source, Subset) else ""
-    path = data.data_dir / "embeddings" / f"{name}-{len(source)}{limited}-{made_by}"
+    path = data.data_dir / "embeddings" / f"{prefix}{name}-{len(source)}{limited}-{made_by}"
     if (path / "embeddings.json").is_file():
         try:
             return open_embeddings(path, made_by)

@@ -73,7 +73,7 @@ def load_text(
     place: hub.Place = jnp.asarray,
 ) -> T5TextEncoder:
     """The text encoder of a cascade alone, as `load` has it: to embed captions and leave before the rest is loaded."""
-    first = _stages(_listed(weights)[:1], variant, ("text_encoder",))[0]
+    first = _stages_of(_listed(weights)[0], variant, ("text_encoder",))[0]
     if is_pipeline(first):
         return deepfloyd_pipeline.load_text_encoder(
             first, dtype or "float32", clean=clean, variant=variant, place=place
@@ -93,7 +93,7 @@ def load_text(
 
 def text_length(weights: Weights) -> int:
     """Tokens a caption that the first of these weights was trained with."""
-    first = _stages(_listed(weights)[:1], None, ("unet",))[0]
+    first = _stages_of(_listed(weights)[0], None, ("unet",))[0]
     if is_pipeline(first):
         return deepfloyd_pipeline.LENGTH
     text = stages.read_settings(first / runs.MODEL if runs.is_run(first) else first)[0].text

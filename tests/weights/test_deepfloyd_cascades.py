@@ -15,7 +15,7 @@ from jaxdiff.diffusion.time_grid import Leading
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.precomputed import embed_captions
-from jaxdiff.weights import hub, imagen
+from jaxdiff.weights import hub, imagen, stages
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_placed_by_the_caller(exported):
 def test_a_pipeline_beside_a_stage_that_was_trained_here(exported, tmp_path):
     model, folder = exported
     shutil.copytree(folder / "base64", tmp_path / "base64")
-    imagen.save_model(model.decoders[0], tmp_path / "sr256")
+    stages.save_model(model.decoders[0], tmp_path / "sr256")
     assert_same(imagen.load(tmp_path), model)
     (tmp_path / "sr256").rename(tmp_path / "sr1024")
     with pytest.raises(ValueError, match="holds sr1024 without the stage before it"):

@@ -101,9 +101,9 @@ def test_stages_out_of_order(exported, copy):
         imagen.load([first, second, second], text=text)
     with pytest.raises(ValueError, match=missing):
         imagen.load(second)  # where no encoder is either
-    with pytest.raises(ValueError, match="if holds no pipeline of DeepFloyd IF"):
-        imagen.load([second, copy])
-    with pytest.raises(FileNotFoundError, match="nowhere: not a directory"):
+    with pytest.raises(FileNotFoundError, match="unet: no weights: a cascade has base64/"):
+        imagen.load([second, first / "unet"])
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder of weights"):
         imagen.load([second, copy / "nowhere"])
     shutil.rmtree(first)
     for weights, options in ((copy, {}), (copy, {"text": text})):

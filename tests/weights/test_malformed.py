@@ -21,7 +21,7 @@ from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.precomputed import PrecomputedTextEncoder
-from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, imagen, t5, tree
+from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, stages, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 from jaxdiff.weights.settings import VERSION, to_json
 
@@ -55,7 +55,7 @@ SETTINGS = {
     "stage": (
         "stage.json",
         {"version": VERSION, "stage": to_json(small.SR), "sampling": to_json(SamplingConfig()), "text": "0123"},
-        lambda path: imagen.read_settings(path.parent),
+        lambda path: stages.read_settings(path.parent),
     ),
     "classifier": (
         "classifier.json",
