@@ -4,15 +4,18 @@ The compiler knows no names of cards: it takes a `GpuTargetConfigProto` as text.
 differ between cards and change the program; the rest is the same for all of them.
 """
 
+import importlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 KIB, MIB = 2**10, 2**20
 
-PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-"""What `jax[cuda13]` or `jax[cuda12]` installs, and the compiler with it."""
+PLUGINS = {"jax_cuda13_plugin": "jax_plugins.xla_cuda13", "jax_cuda12_plugin": "jax_plugins.xla_cuda12"}
+"""What `jax[cuda13]` or `jax[cuda12]` installs, the compiler among it, and the module that tells JAX of it."""
 
 NOT_COUNTED = "cuDNN's workspace, which is chosen on the card, and what the CUDA driver itself keeps"
 """What the memory of a program compiled without a card leaves out."""
@@ -95,24 +98,41 @@ device_description_str: "{card.name}"
 
 def missing() -> str | None:
     """Why nothing can be compiled for GPUs here, in one line; None where it can."""
-    if any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
+    if _plugin() is not None:
         return None
     return "XLA's CUDA compiler is not installed: pip install -e '.[cuda]' (no GPU has to be there)"
+
+
+def _plugin() -> str | None:
+    return next((module for plugin, module in PLUGINS.items() if importlib.util.find_spec(plugin)), None)
 
 
 def devices(target: str, count: int) -> Sequence[Any]:
     """So many devices of one host, to compile for. OSError, in one line, where the compiler is missing or refuses.
 
+    Where no card is, sets JAX_SKIP_CUDA_CONSTRAINTS_CHECK for the rest of the process, unless it is set: without a
+    driver that check fails, and JAX leaves the plugin aside. JAX itself goes on computing on the CPU.
+
     Args:
         target: from `target_text`
     """
-    from jax.experimental import topologies
-
-    reason = missing()
-    if reason is not None:
-        raise OSError(reason)
+    plugin = _plugin()
+    if plugin is None:
+        raise OSError(missing())
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
-        return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=f"1x1x{count}").devices
+        try:
+            return _described(target, count)
+        except NotImplementedError:  # JAX has looked for plugins before, and left this one aside
+            importlib.import_module(plugin).initialize()
+            return _described(target, count)
     except Exception as error:  # of the plugin, in several types
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"XLA's CUDA compiler describes no GPUs here: {text}") from error
+
+
+def _described(target: str, count: int) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=f"1x1x{count}").devices

@@ -3,9 +3,12 @@
 The compiler itself is tried where it is installed (`pytest -m slow`, with `.[cuda]`).
 """
 
+import importlib
 import importlib.util
 import math
+import os
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,12 +95,32 @@ def test_a_compiler_that_refuses_is_one_line(monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("INVALID_ARGUMENT: no such field\nsecond line")
 
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     assert chips.missing_compiler(chips.parse("h100:8")) is None
     with pytest.raises(OSError) as error:
         chips.described(chips.parse("h100:8"))
     assert str(error.value).endswith("no GPUs here: INVALID_ARGUMENT: no such field") and "\n" not in str(error.value)
+
+
+def test_a_plugin_that_jax_has_left_aside_is_told_again(monkeypatch):
+    """Without a driver the plugin's first start fails where JAX was used before."""
+    calls = []
+
+    def describe(*args, **options):
+        calls.append("describe")
+        if "initialize" not in calls:
+            raise NotImplementedError("topology not implemented for cuda")
+        return type("Topology", (), {"devices": ["a"]})
+
+    plugin = type("Plugin", (), {"initialize": lambda: calls.append("initialize")})
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
+    monkeypatch.setattr(importlib, "import_module", {"jax_plugins.xla_cuda13": plugin}.__getitem__)
+    assert chips.described(chips.parse("l4:1")) == ["a"]
+    assert calls == ["describe", "initialize", "describe"]
 
 
 def test_gpus_have_no_slices():
@@ -112,9 +135,13 @@ def test_what_the_compiler_is_asked_for(monkeypatch):
         asked.update(options, name=name, platform=platform)
         return type("Topology", (), {"devices": ["a", "b"]})
 
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # no card is here
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", answer)
     assert chips.described(chips.parse("l4:2")) == ["a", "b"]
+    assert os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1"
     assert (asked["name"], asked["platform"], asked["topology"]) == ("", "cuda", "1x1x2")
     assert fields(asked["target_config"]) == described(chips.L4)
 
