@@ -213,6 +213,11 @@ def missing_compiler(topology: Topology) -> str | None:
     return None
 
 
+def compiler_options(topology: Topology) -> dict[str, str | bool | int | float]:
+    """What to compile with for chips that are not there: `lowered.compile(compiler_options=…)`."""
+    return {} if topology.is_tpu else dict(gpu_targets.COMPILER_OPTIONS)
+
+
 def described(topology: Topology, slices: int = 1) -> list[Any]:
     """The devices of TPU slices, or of a host of GPUs, that need not exist, to compile for. OSError where the compiler
     is missing (`missing_compiler`) or refuses; ValueError for no slices, or slices of GPUs.
@@ -225,8 +230,7 @@ def described(topology: Topology, slices: int = 1) -> list[Any]:
         return _slices(topology, slices)
     if slices > 1:
         raise ValueError(f"{slices} slices of {topology}: GPUs are planned for on one host")
-    chip = topology.chip
-    target = gpu_targets.target_text(topology.chip.card, chip.memory, chip.bandwidth)
+    target = gpu_targets.target_text(topology.chip.card, topology.chip.memory, topology.chip.bandwidth)
     return list(gpu_targets.devices(target, topology.devices))
 
 

@@ -20,6 +20,11 @@ PLUGINS = {"jax_cuda13_plugin": "jax_plugins.xla_cuda13", "jax_cuda12_plugin": "
 NOT_COUNTED = "cuDNN's workspace, which is chosen on the card, and what the CUDA driver itself keeps"
 """What the memory of a program compiled without a card leaves out."""
 
+COMPILER_OPTIONS: dict[str, str | bool | int | float] = {"xla_gpu_enable_triton_gemm": False}
+"""Matrix products by cuBLAS. On a card XLA times its own kernels for each product against cuBLAS. Without one it takes
+its own untimed, and refuses a whole program whose product has a shape that their default tiles do not fit, such as the
+enlargement of super-resolution's input ("Couldn't find output tile sizes", jax 0.10.1)."""
+
 
 @dataclass(frozen=True)
 class Card:

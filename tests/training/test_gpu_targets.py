@@ -146,6 +146,10 @@ def test_what_the_compiler_is_asked_for(monkeypatch):
     assert fields(asked["target_config"]) == described(chips.L4)
 
 
+def test_tpus_are_compiled_for_without_options():
+    assert chips.compiler_options(chips.parse("v5e:2x2")) == {} != chips.compiler_options(chips.parse("h100:8"))
+
+
 def step(x, k, w, q, kv):
     """Gradients of a convolution, a matrix product and an attention, at shapes that stand in `FLOPS`."""
 
@@ -162,6 +166,21 @@ FLOPS = 3 * 2 * 8 * 32 * 32 * 9 * 64 * 96 + 3 * 2 * 8192 * 96 * 128 + 7 * 2 * 8 
 
 
 @pytest.mark.slow
+def test_products_that_the_compilers_own_kernels_refuse():
+    """The enlargement of super-resolution's input is a product of 24,576 rows by 64 columns, in float32."""
+    pytest.importorskip("jax_cuda13_plugin")
+    topology = chips.parse("rtx4090:1")
+    mesh = make_mesh(devices=chips.described(topology))
+    whole = NamedSharding(mesh, PartitionSpec())
+    images = jax.ShapeDtypeStruct((32, 64, 64, 3), jnp.float32, sharding=whole)
+    enlarged = jax.jit(lambda x: jax.image.resize(x, (32, 256, 256, 3), "cubic"))
+    with jax.set_mesh(mesh), without_compilation_cache():
+        compiled = enlarged.lower(images).compile(compiler_options=chips.compiler_options(topology))
+    found = compiled_costs(compiled, 1)
+    assert found.flops == pytest.approx(2 * 32 * 3 * 256 * 64 * (64 + 256))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["h100:1", "rtx4090:1", "l4:2", "rtx3090:1", "a100:1", "h200:1", "b200:1"])
 def test_a_program_is_compiled_for_a_gpu_that_is_not_there(text):
     """By the CUDA compiler, where it is installed: cuDNN's attention is in it, and its counts and sizes are right."""
@@ -171,7 +190,7 @@ def test_a_program_is_compiled_for_a_gpu_that_is_not_there(text):
     split = [NamedSharding(mesh, PartitionSpec("data") if i in (0, 3, 4) else PartitionSpec()) for i in range(5)]
     given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape, place in zip(SHAPES, split)]
     with jax.set_mesh(mesh), without_compilation_cache():
-        compiled = jax.jit(step).lower(*given).compile()
+        compiled = jax.jit(step).lower(*given).compile(compiler_options=chips.compiler_options(topology))
     assert jax.default_backend() == "cpu"
     program = compiled.as_text()
     assert "__cudnn$fmhaSoftmax" in program and "__cudnn$fmhaSoftmaxBackward" in program
@@ -182,4 +201,4 @@ def test_a_program_is_compiled_for_a_gpu_that_is_not_there(text):
     assert 2 * costs.argument_bytes < costs.peak_bytes < 8 * costs.argument_bytes
     assert costs.bytes_accessed > 3 * costs.argument_bytes
     assert ("all-reduce" in costs.collectives) == (topology.devices > 1)
-    assert roofline(costs, topology, FLOPS, {}).serial > 0
+    assert roofline(costs, topology, float(FLOPS), {}).serial > 0

@@ -181,7 +181,7 @@ GPU = """HloModule made_up
   %y = bf16[8192,96] get-tuple-element(%p), index=1
   %w = bf16[96,128] constant({...})
   %z = bf16[8192,128]{1,0} fusion(%y, %w), kind=kCustom, calls=%product
-  %g = (bf16[8192,96]{1,0}, s8[4096]{0}) custom-call(%z, %w), custom_call_target="__cublas$gemm", PRODUCT
+  %g = (bf16[8192,96]{1,0}, s8[4096]{0}) custom-call(%z, %w), custom_call_target="__cublas$lt$matmul", PRODUCT
   %t = bf16[8192,96]{1,0} get-tuple-element(%g), index=0
   ROOT %out = (s32[], bf16[8192,96]) tuple(%i, %t)
 }
