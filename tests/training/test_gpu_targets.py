@@ -198,7 +198,8 @@ def test_a_program_is_compiled_for_a_gpu_that_is_not_there(text):
     assert costs.flops == pytest.approx(FLOPS / topology.devices)
     sizes = [math.prod(shape) * 2 / (topology.devices if i in (0, 3, 4) else 1) for i, shape in enumerate(SHAPES)]
     assert costs.argument_bytes == pytest.approx(sum(sizes), rel=0.01)
-    assert 2 * costs.argument_bytes < costs.peak_bytes < 8 * costs.argument_bytes
+    workspace = 4 * 2**20  # of cuBLAS, which the compiler knows
+    assert 2 * costs.argument_bytes + workspace < costs.peak_bytes < 8 * costs.argument_bytes + workspace
     assert costs.bytes_accessed > 3 * costs.argument_bytes
     assert ("all-reduce" in costs.collectives) == (topology.devices > 1)
     assert roofline(costs, topology, float(FLOPS), {}).serial > 0
