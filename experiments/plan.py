@@ -3,10 +3,11 @@
     python -m experiments.plan imagen.base64 --preset 2b --topology v5p:4x8x8 --batch 2048 --mesh fsdp=256
     python -m experiments.plan imagen.sr256 --preset paper --topology v5e:16x16 --batch 2048 --remat blocks
     python -m experiments.plan t5 --preset xxl --topology v5e:2x2 --batch 256 --sample --json runs/t5.json
-    python -m experiments.plan imagen.base64 --preset 500m --topology h100:8 --batch 512     # an estimate from shapes
+    python -m experiments.plan imagen.base64 --preset 50m --topology rtx4090:1 --batch 32 --mesh data=1
 
-The real step is compiled by the TPU's own compiler (libtpu, `pip install -e '.[tpu]'`), which needs no TPU. That takes
-from one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. With `--json` the result is
+The real step is compiled by the TPU's own compiler (libtpu, `pip install -e '.[tpu]'`) or by XLA for NVIDIA GPUs
+(`pip install -e '.[cuda]'`; without it, GPUs are estimated from shapes, which is said). Neither needs the chip. That
+takes from one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. With `--json` the result is
 kept, and the same question is answered from the file. `--sample` plans what the trained model does.
 
 Sizes, counts and rates are of the compiled program and the vendors' data sheets; how near a real run comes to them is
@@ -17,17 +18,14 @@ every chip. `--mesh` counts devices, which are two a chip on tpu7x.
 import dataclasses
 import importlib.metadata
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from experiments.cli import Command, run
 from experiments.options.training import ComputeOptions
@@ -36,6 +34,7 @@ from experiments.planning.settings import Planned, PlanSettings, check, flat
 from experiments.table import TASKS
 from experiments.tasks.task import Task
 from jaxdiff.core import json_files
+from jaxdiff.core.clock import clock
 from jaxdiff.core.files import usable_file, write_json
 from jaxdiff.training import chips
 from jaxdiff.training.compilation_cache import without_compilation_cache
@@ -88,15 +87,19 @@ def asked(question: Planned, topology: chips.Topology | None) -> dict[str, Any]:
 
 
 def compiler(topology: chips.Topology) -> str:
-    """Versions of what would compile; `none` for chips that are only estimated."""
-    if not topology.is_tpu:
-        return f"none, jax {jax.__version__}"
-    try:
-        return f"libtpu {importlib.metadata.version('libtpu')}, jax {jax.__version__}"
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            "planning for TPUs needs their compiler: pip install -e '.[tpu]' (no TPU has to be there)"
-        ) from None
+    """Versions of what would compile; `none` for GPUs that are only estimated. ValueError for TPUs without theirs."""
+    missing = chips.missing_compiler(topology)
+    if missing is None:
+        name = f"libtpu {importlib.metadata.version('libtpu')}" if topology.is_tpu else "XLA for CUDA"
+        return f"{name}, jax {jax.__version__}"
+    if topology.is_tpu:
+        raise ValueError(f"planning for TPUs needs their compiler: {missing}")
+    return f"none, jax {jax.__version__}"
+
+
+def is_estimate(topology: chips.Topology) -> bool:
+    """Whether nothing is compiled: for GPUs without their compiler."""
+    return not topology.is_tpu and chips.missing_compiler(topology) is not None
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -119,14 +122,15 @@ def planned(question: Planned, topology: chips.Topology) -> dict[str, Any]:
     mesh = mesh_of(settings, topology)
     check_batch(settings.batch, mesh, settings.accumulate)
     begun = time.monotonic()
-    if not topology.is_tpu:
+    if is_estimate(topology):
         work = _estimate(question, mesh)
     else:
-        work = _inference(question, mesh) if settings.sample else _training(question, mesh)
+        options = chips.compiler_options(topology)
+        work = (_inference if settings.sample else _training)(question, mesh, options)
     costs = work["costs"]
     return {
         "asked": asked(question, topology),
-        "estimate": not topology.is_tpu,
+        "estimate": is_estimate(topology),
         "mesh": dict(mesh.shape),
         "chips": topology.chips,
         "unit": question.task.unit,
@@ -160,23 +164,23 @@ def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
 
 def mesh_of(settings: PlanSettings, topology: chips.Topology) -> AnyMesh:
     shape = parse(settings.mesh).over(topology.devices)
-    if topology.is_tpu:
-        return make_mesh(*shape.sizes, devices=chips.described(topology))
-    return AbstractMesh(shape.sizes, AXES)
+    if is_estimate(topology):
+        return AbstractMesh(shape.sizes, AXES)
+    return make_mesh(*shape.sizes, devices=chips.described(topology))
 
 
-def _training(question: Planned, mesh: Mesh) -> dict[str, Any]:
+def _training(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
     model, settings = question.model, question.settings
     placement = question.task.placement(model, settings.compute)
     state = abstract_state(model, question.optimizer, mesh, placement)
     step = make_step(model, question.optimizer, placements_of(state), accumulate=settings.accumulate)
     with jax.set_mesh(mesh):
         batch = placed(question.spec, mesh, BATCH_AXES)
-        costs = _compiled(step, state, batch, key_shape(mesh), name=str(question), hlo=settings.hlo)
+        costs = _compiled(step, state, batch, key_shape(mesh), name=str(question), hlo=settings.hlo, options=options)
     return _sizes(settings, state) | {"costs": costs}
 
 
-def _inference(question: Planned, mesh: Mesh) -> dict[str, Any]:
+def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
     """What the trained model does: the batch split over the devices, parameters in the compute type, of diffusion
     models whole on every device and of others split as in training."""
     model = question.model
@@ -189,7 +193,9 @@ def _inference(question: Planned, mesh: Mesh) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         arguments = [placed(value, mesh, BATCH_AXES) for value in inference.given]
         name = f"sampling with {question}"
-        costs = _compiled(jax.jit(inference.function), params, *arguments, name=name, hlo=question.settings.hlo)
+        costs = _compiled(
+            jax.jit(inference.function), params, *arguments, name=name, hlo=question.settings.hlo, options=options
+        )
     return {"parameters": count_of(cast), "costs": costs}
 
 
@@ -226,34 +232,15 @@ def count_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None) -> Costs:
+def _compiled(function: Any, *arguments: Any, name: str, hlo: Path | None, options: dict[str, Any]) -> Costs:
     devices = jax.tree.leaves(arguments)[0].sharding.mesh.size
     with clock(f"tracing {name}"):
         lowered = function.lower(*arguments)
     with clock(f"compiling {name}"), without_compilation_cache():
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options or None)
     if hlo is not None:
         hlo.write_text(compiled.as_text())
     return compiled_costs(compiled, devices)
-
-
-@contextmanager
-def clock(what: str) -> Iterator[None]:
-    """A line that shows how long something takes that cannot say how far it is."""
-    done = threading.Event()
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}") as bar:
-
-        def tick() -> None:
-            while not done.wait(1.0):
-                bar.refresh()
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield
-        finally:
-            done.set()
-            clock.join()
 
 
 if __name__ == "__main__":

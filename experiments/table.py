@@ -10,7 +10,7 @@ from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
-from jaxdiff.systems import imagen, imagen_tiny
+from jaxdiff.systems import imagen, imagen_small, imagen_tiny
 
 SHIPPED_T5 = 24, 128
 """Length and width of what the shipped text encoder gives."""
@@ -26,6 +26,8 @@ TASKS: dict[str, Task] = {
         {
             "tiny": Preset(imagen_tiny.BASE_64_TINY, imagen_tiny.SAMPLING_BASE_TINY, SHIPPED_T5),
             "quick": Preset(imagen_tiny.BASE_64_QUICK, imagen_tiny.SAMPLING_BASE_QUICK, SHIPPED_T5),
+            "50m": Preset(imagen_small.BASE_64_50M, imagen_small.SAMPLING_BASE_SMALL, imagen.T5_XXL),
+            "120m": Preset(imagen_small.BASE_64_120M, imagen_small.SAMPLING_BASE_SMALL, imagen.T5_XXL),
             "300m": Preset(imagen.BASE_64_300M, imagen.SAMPLING_BASE, imagen.T5_XXL),
             "500m": Preset(imagen.BASE_64_500M, imagen.SAMPLING_BASE, imagen.T5_XXL),
             "2b": Preset(imagen.BASE_64_2B, imagen.SAMPLING_BASE, imagen.T5_XXL),
@@ -36,6 +38,8 @@ TASKS: dict[str, Task] = {
         "Imagen's super-resolution to 256×256",
         {
             "tiny": Preset(imagen_tiny.SR_256_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5),
+            "small": Preset(imagen_small.SR_256_SMALL, imagen_small.SAMPLING_SR_SMALL, imagen.T5_XXL),
+            "medium": Preset(imagen_small.SR_256_MEDIUM, imagen_small.SAMPLING_SR_SMALL, imagen.T5_XXL),
             "paper": Preset(imagen.SR_256, imagen.SAMPLING_SR, imagen.T5_XXL),
         },
         Settings(_folder("sr256")),
@@ -44,6 +48,8 @@ TASKS: dict[str, Task] = {
         "Imagen's super-resolution to 1024×1024",
         {
             "tiny": Preset(imagen_tiny.SR_1024_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5),
+            "small": Preset(imagen_small.SR_1024_SMALL, imagen_small.SAMPLING_SR_SMALL, imagen.T5_XXL),
+            "medium": Preset(imagen_small.SR_1024_MEDIUM, imagen_small.SAMPLING_SR_SMALL, imagen.T5_XXL),
             "paper": Preset(imagen.SR_1024, imagen.SAMPLING_SR, imagen.T5_XXL),
         },
         Settings(_folder("sr1024")),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdiff.training import chips
+from jaxdiff.training.gpu_targets import NOT_COUNTED
 from jaxdiff.training.plan import Costs, Roofline, roofline
 
 PAPER_STEPS = 2_500_000
@@ -92,6 +93,8 @@ def report(plan: Mapping[str, Any]) -> str:
     ]
     if plan["estimate"]:
         lines.append("AN ESTIMATE from shapes alone: nothing was compiled for this chip")
+    elif not topology.is_tpu:
+        lines.append(f"compiled, not run; memory is without {NOT_COUNTED}")
     lines += ["", f"parameters            {plan['parameters'] / 1e6:,.1f} M"]
     for name, size in plan.get("bytes_per_device", {}).items():
         lines.append(f"{name + ', a device':21} {_gib(size)}")

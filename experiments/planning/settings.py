@@ -23,7 +23,9 @@ class PlanSettings:
     """What to plan."""
 
     topology: str = ""
-    """Chips and their shape: v4:4x8x8 | v5e:16x16 | v5p:4x8x8 | v6e:16x16 | tpu7x:4x8x8, or h100:8 (an estimate)."""
+    """Chips and their shape: v4:4x8x8 | v5e:16x16 | v5p:4x8x8 | v6e:16x16 | tpu7x:4x8x8, or GPUs of one host:
+    h100:8 | h200:8 | b200:8 | a100:8 | l4:1 | rtx4090:1 | rtx3090:1, which are estimated where the extra `cuda` is not
+    installed."""
     preset: str = "tiny"
     """Size of the network."""
     batch: int = 256
@@ -105,11 +107,12 @@ def check(asked: Planned, topology: chips.Topology) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least 1")
-    if settings.sample and not topology.is_tpu:
-        raise ValueError("--sample: for TPU topologies, which are compiled for")
+    missing = None if topology.is_tpu else chips.missing_compiler(topology)
     shape = parse(settings.mesh).over(topology.devices)
-    if not topology.is_tpu and shape.tensor > 1:
-        raise ValueError("--mesh tensor: for TPU topologies, which are compiled for; estimates know data and fsdp")
+    if missing is not None and settings.sample:
+        raise ValueError(f"--sample is for chips that are compiled for: {missing}")
+    if missing is not None and shape.tensor > 1:
+        raise ValueError(f"--mesh tensor: estimates know data and fsdp alone, and {missing}")
     default = flat(dataclasses.replace(PlanSettings(), compute=type(settings.compute)()))
     given = flat(settings)
     for names, reason in _without_meaning(asked, topology, shape.tensor):
@@ -135,8 +138,8 @@ def _without_meaning(asked: Planned, topology: chips.Topology, tensor: int) -> I
         )
     if tensor == 1:
         yield ("rows",), "the mesh has one device along tensor, as in --mesh data=2,tensor=2 it has two"
-    if not topology.is_tpu:
-        yield ("scan", "hlo"), "nothing is compiled for GPUs"
+    if not topology.is_tpu and (missing := chips.missing_compiler(topology)):
+        yield ("scan", "hlo"), f"nothing is compiled: {missing}"
 
 
 def _check_memory(asked: Planned, topology: chips.Topology, parts: int) -> None:

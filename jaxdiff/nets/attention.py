@@ -48,17 +48,27 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
 
 
+def platform() -> str:
+    """What the program that is being traced will run on: cpu, gpu or tpu.
+
+    The devices of the mesh that is set (`jax.set_mesh`) decide, as they may be others than JAX's own: a CPU beside a
+    GPU, or chips that are compiled for and not there. Without a mesh it is JAX's default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
-    platform = jax.default_backend()
+    target = platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+    if target == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
         # cuDNN's gradient needs even lengths, without a mask too. An odd number of keys can be padded under a mask.
         even = q.shape[1] % 2 == 0 and (k.shape[1] % 2 == 0 or bias is None)
         # On an H100 masks of keys were right to 0.4 %. A CLIP with a mask for each query and 65 unmasked image tokens
         # was off by 16 % (jax 0.11.2): which of the two is to blame is not known.
         if even and (mask is None or mask.shape[2] == 1):
             return Kernel.CUDNN
-    if platform == "tpu" and min(q.shape[1], k.shape[1]) >= LONG_SEQUENCE and importlib.util.find_spec("tokamax"):
+    if target == "tpu" and min(q.shape[1], k.shape[1]) >= LONG_SEQUENCE and importlib.util.find_spec("tokamax"):
         return Kernel.TOKAMAX
     return Kernel.XLA
 

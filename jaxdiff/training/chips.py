@@ -1,5 +1,7 @@
-"""Accelerators that a run can be planned for: their published rates, and how a TPU topology is described to XLA."""
+"""Accelerators that a run can be planned for: their published rates, and how a topology is described to XLA, which
+compiles for chips that are not there."""
 
+import importlib.util
 import itertools
 import math
 import os
@@ -9,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from jaxdiff.training import gpu_targets
+from jaxdiff.training.gpu_targets import Card
 
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
@@ -24,6 +29,8 @@ PEAK_TFLOPS = {
     "L40": 181,
     "L4": 121,
     "RTX 4090": 165,
+    "RTX 3090 Ti": 80,
+    "RTX 3090": 71,
     "TPU v4": 275,
     "TPU v5 lite": 197,
     "TPU v5": 459,
@@ -37,11 +44,11 @@ PEAK_TFLOPS = {
 class Chip:
     """Rates of one chip, from the vendor's data sheet (November 2026).
 
-    peak: dense bfloat16 FLOP/s. memory: bytes of HBM; bandwidth: of it, bytes/s. interconnect: what a chip can receive
-    from its neighbours by all of its links, bytes/s: half of what is published as bidirectional.
+    peak: dense bfloat16 FLOP/s. memory: its size in bytes; bandwidth: of it, bytes/s. interconnect: what a chip can
+    receive from its neighbours by all of its links, bytes/s: half of what is published as bidirectional.
     largest: chips of the largest slice (TPUs). units: cores × matrix units × multipliers of each, where what is
     published of them agrees with the peak. devices: as how many devices JAX shows it. config: the name that libtpu
-    wants for this kind beside the topology.
+    wants for this kind beside the topology. card: what the CUDA compiler asks of a GPU.
     """
 
     name: str
@@ -53,6 +60,7 @@ class Chip:
     units: int | None = None
     devices: int = 1
     config: str | None = None
+    card: Card | None = None
 
     @property
     def clock(self) -> float | None:
@@ -65,13 +73,17 @@ V5E = Chip("v5e", PEAK_TFLOPS["TPU v5 lite"] * TERA, 16 * GIB, 819 * GB, 200 * G
 V5P = Chip("v5p", PEAK_TFLOPS["TPU v5"] * TERA, 95 * GIB, 2765 * GB, 600 * GB, 8960, 2 * 4 * 128**2)
 V6E = Chip("v6e", PEAK_TFLOPS["TPU v6 lite"] * TERA, 32 * GIB, 1638 * GB, 400 * GB, 256)
 TPU7X = Chip("tpu7x", 2 * PEAK_TFLOPS["TPU7x"] * TERA, 192 * GIB, 7380 * GB, 600 * GB, 9216, devices=2)
-A100 = Chip("a100", PEAK_TFLOPS["A100"] * TERA, 80 * GB, 2039 * GB, 300 * GB)
-H100 = Chip("h100", PEAK_TFLOPS["H100"] * TERA, 80 * GB, 3350 * GB, 450 * GB)
-H200 = Chip("h200", PEAK_TFLOPS["H200"] * TERA, 141 * GB, 4800 * GB, 450 * GB)
-B200 = Chip("b200", PEAK_TFLOPS["B200"] * TERA, 180 * GB, 7700 * GB, 900 * GB)
+A100 = Chip("a100", PEAK_TFLOPS["A100"] * TERA, 80 * GB, 2039 * GB, 300 * GB, card=gpu_targets.A100)
+H100 = Chip("h100", PEAK_TFLOPS["H100"] * TERA, 80 * GB, 3350 * GB, 450 * GB, card=gpu_targets.H100)
+H200 = Chip("h200", PEAK_TFLOPS["H200"] * TERA, 141 * GB, 4800 * GB, 450 * GB, card=gpu_targets.H200)
+B200 = Chip("b200", PEAK_TFLOPS["B200"] * TERA, 180 * GB, 7700 * GB, 900 * GB, card=gpu_targets.B200)
+# PCIe 4.0 ×16 joins them; NVLink joins two RTX 3090 at most.
+L4 = Chip("l4", PEAK_TFLOPS["L4"] * TERA, 24 * GB, 300 * GB, 32 * GB, card=gpu_targets.L4)
+RTX_4090 = Chip("rtx4090", PEAK_TFLOPS["RTX 4090"] * TERA, 24 * GB, 1008 * GB, 32 * GB, card=gpu_targets.RTX_4090)
+RTX_3090 = Chip("rtx3090", PEAK_TFLOPS["RTX 3090"] * TERA, 24 * GB, 936 * GB, 32 * GB, card=gpu_targets.RTX_3090)
 
 TPUS = (V4, V5E, V5P, V6E, TPU7X)
-GPUS = (A100, H100, H200, B200)
+GPUS = (A100, H100, H200, B200, L4, RTX_4090, RTX_3090)
 GPUS_OF_A_HOST = 8
 
 
@@ -123,7 +135,7 @@ def parse(text: str) -> Topology:
             f"tpu7x:4x8x8 or h100:8 (GPUs: {', '.join(chip.name for chip in GPUS)})"
         )
     if chip in GPUS and shape[0] > GPUS_OF_A_HOST:
-        raise ValueError(f"topology {text!r}: estimates are of one host, whose {GPUS_OF_A_HOST} GPUs NVLink joins")
+        raise ValueError(f"topology {text!r}: plans for GPUs are of one host, which has at most {GPUS_OF_A_HOST}")
     if chip in TPUS:
         _check_slice(text, chip, shape)
     return Topology(chip, shape)
@@ -192,16 +204,39 @@ _NO_TPU_HERE = {
 }
 
 
+def missing_compiler(topology: Topology) -> str | None:
+    """Why nothing can be compiled for these chips here, in one line that says what to install; None where it can."""
+    if not topology.is_tpu:
+        return gpu_targets.missing()
+    if importlib.util.find_spec("libtpu") is None:
+        return "the TPUs' compiler is not installed: pip install -e '.[tpu]' (no TPU has to be there)"
+    return None
+
+
+def compiler_options(topology: Topology) -> dict[str, str | bool | int | float]:
+    """What to compile with for chips that are not there: `lowered.compile(compiler_options=…)`."""
+    return {} if topology.is_tpu else dict(gpu_targets.COMPILER_OPTIONS)
+
+
 def described(topology: Topology, slices: int = 1) -> list[Any]:
-    """The devices of TPU slices that need not exist, to compile for. OSError where libtpu is missing or refuses;
-    ValueError for no slices.
+    """The devices of TPU slices, or of a host of GPUs, that need not exist, to compile for. OSError where the compiler
+    is missing (`missing_compiler`) or refuses; ValueError for no slices, or slices of GPUs.
 
-    Sets libtpu's environment variables where they are unset, for the rest of the process.
+    For TPUs, sets libtpu's environment variables where they are unset, for the rest of the process.
     """
-    from jax.experimental import topologies
-
     if slices < 1:
         raise ValueError(f"{slices} slices of {topology}: at least 1")
+    if topology.chip.card is None:
+        return _slices(topology, slices)
+    if slices > 1:
+        raise ValueError(f"{slices} slices of {topology}: GPUs are planned for on one host")
+    target = gpu_targets.target_text(topology.chip.card, topology.chip.memory, topology.chip.bandwidth)
+    return list(gpu_targets.devices(target, topology.devices))
+
+
+def _slices(topology: Topology, slices: int) -> list[Any]:
+    from jax.experimental import topologies
+
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     chip = topology.chip

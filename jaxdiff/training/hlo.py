@@ -1,7 +1,7 @@
 """What a compiled program does, read from its text: collectives with their bytes, loops, where the time goes.
 
-XLA's own cost analysis counts the body of a loop once and says nothing of communication. The text (`as_text()` of a
-compiled function, optimised HLO of one device) has both.
+XLA's own cost analysis counts the body of a loop once and says nothing of communication, and for GPUs it is not there
+at all. The text (`as_text()` of a compiled function, optimised HLO of one device) has it all.
 """
 
 import math
@@ -48,13 +48,18 @@ class Program:
 
     loop_factor: FLOPs of convolutions and matrix products with loops, divided by those with each body once: what a cost
     analysis that knows no loops has to be multiplied by. unknown_loops: how many loops do not say how often they run.
-    cycles: the compiler's estimate by kind of operation (TPU alone).
+    cycles: the compiler's estimate by kind of operation (TPU alone). flops: of convolutions, matrix products and (GPU)
+    attention. bytes: operands and results of all kernels, each as if it were read or written once; kernels: their
+    number, copies and collectives among them.
     """
 
     collectives: dict[str, Collectives]
     loop_factor: float
     unknown_loops: int
     cycles: Counter = field(default_factory=Counter)
+    flops: float = 0.0
+    bytes: float = 0.0
+    kernels: int = 0
 
 
 def read(text: str, devices: int) -> Program:
@@ -65,6 +70,7 @@ def read(text: str, devices: int) -> Program:
     once = looped = 0.0
     cycles: Counter = Counter()
     chains: set[str] = set()
+    launching, moved, kernels = _launching(computations, entry), 0.0, 0
     for name, instructions in computations.items():
         if name not in times:
             continue
@@ -76,10 +82,13 @@ def read(text: str, devices: int) -> Program:
                 collectives[kind].bytes += times[name] * _received(instruction, kind, devices)
             flops = _flops(instruction, shapes)
             once, looped = once + flops, looped + times[name] * flops
+            if name in launching and _is_kernel(instruction):
+                kernels += times[name]
+                moved += times[name] * _moved(instruction, shapes)
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             if estimate and int(estimate[1]) < _UNKNOWN and "fused" not in name:
                 cycles[_label(instruction)] += times[name] * int(estimate[1])
-    return Program(dict(collectives), looped / once if once else 1.0, unknown, cycles)
+    return Program(dict(collectives), looped / once if once else 1.0, unknown, cycles, looped, moved, kernels)
 
 
 def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -217,20 +226,86 @@ def _group_size(text: str, devices: int) -> int:
     return len(listed[1].split(",")) if listed else devices
 
 
+def _launching(computations: dict[str, list[Instruction]], entry: str) -> set[str]:
+    """The computations whose instructions are kernels of their own: the entry, and what loops, branches and calls run.
+    Those of fusions and reductions are parts of a kernel."""
+    launching, new = set(), [entry]
+    while new:
+        name = new.pop()
+        launching.add(name)
+        for instruction in computations[name]:
+            if instruction.opcode in ("while", "conditional", "call", "async-start"):
+                new += [called for called in _called(instruction) if called in computations and called not in launching]
+    return launching
+
+
+_NO_KERNELS = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call", "async-start", "async-update", "opt-barrier"),
+}
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return instruction.opcode not in _NO_KERNELS and not instruction.opcode.endswith("-done")
+
+
+def _operands(instruction: Instruction) -> list[str]:
+    """Names of what an instruction reads."""
+    return re.findall(r"%([\w.\-]+)", instruction.rest[: _closing("(" + instruction.rest) - 1])
+
+
+def _moved(instruction: Instruction, shapes: dict[str, str]) -> float:
+    """Bytes of the operands and the result, without a library's workspace (an array of bytes behind the result)."""
+    result = _ARRAY.findall(instruction.shape)
+    if instruction.opcode == "custom-call" and len(result) > 1 and result[-1][0] in ("u8", "s8"):
+        result = result[:-1]
+    read = [array for name in _operands(instruction) for array in _ARRAY.findall(shapes.get(name, ""))]
+    return sum(_size(dtype, dims) for dtype, dims in (*result, *read))
+
+
 def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    """Of a convolution (matrix products are such on a TPU) or a dot; borders count as if they were inside."""
-    if instruction.opcode not in ("convolution", "dot"):
+    """Of a convolution (matrix products are such on a TPU), a dot, or a call of NVIDIA's libraries in their place;
+    borders count as if they were inside."""
+    if instruction.opcode not in ("convolution", "dot", "custom-call"):
         return 0.0
-    operands = [shapes.get(name, "") for name in re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])]
-    result, right = _dims(instruction.shape), _dims(operands[1] if len(operands) > 1 else "")
+    result = _dims(instruction.shape)
+    operands = [_dims(shapes.get(name, "")) for name in _operands(instruction)] + [(), ()]
+    if instruction.opcode == "custom-call":
+        return _library_flops(instruction.rest, result, operands)
     if instruction.opcode == "dot":
         contracted = re.search(r"rhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
-        return 2.0 * math.prod(result) * math.prod(right[axis] for axis in axes if axis < len(right))
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
-    window = re.search(r"window=\{size=([\dx]+)", instruction.rest)
-    inputs = right[labels[1].index("i")] if labels and len(right) == len(labels[1]) else 1
-    return 2.0 * math.prod(result) * inputs * math.prod(map(int, window[1].split("x")) if window else ())
+        return _product_flops(result, operands[1], contracted[1].split(",") if contracted else [])
+    return _window_flops(instruction.rest, result, operands[1])
+
+
+def _library_flops(rest: str, result: tuple[int, ...], operands: list[tuple[int, ...]]) -> float:
+    """Of a call of cuDNN (convolutions and their gradients, attention) or cuBLAS."""
+    found = re.search(r'custom_call_target="__(cudnn|cublas)\$([\w$]+)"', rest)
+    target, (first, second) = found[2] if found else "", operands[:2]
+    if target.startswith("convBackwardInput"):
+        return _window_flops(rest, first, second)
+    if target.startswith("convBackwardFilter"):
+        return _window_flops(rest, second, result)
+    if target.startswith("conv"):
+        return _window_flops(rest, result, second)
+    if target.startswith("fmha"):  # batch, queries, heads, channels; the backward pass has five products, not two
+        return (10.0 if target.endswith("Backward") else 4.0) * math.prod(first) * (second[1] if second else 0)
+    contracted = re.search(r'"rhs_contracting_dimensions":\[([\d",]*)\]', rest) if found else None
+    return _product_flops(result, second, contracted[1].replace('"', "").split(",")) if contracted else 0.0
+
+
+def _product_flops(result: tuple[int, ...], right: tuple[int, ...], contracted: list[str]) -> float:
+    axes = [int(axis) for axis in contracted if axis]
+    return 2.0 * math.prod(result) * math.prod(right[axis] for axis in axes if axis < len(right))
+
+
+def _window_flops(rest: str, output: tuple[int, ...], kernel: tuple[int, ...]) -> float:
+    """Of a convolution, whichever of its three arrays is wanted: each number of the output is a sum over the window and
+    the kernel's inputs."""
+    labels = re.search(r"dim_labels=\w+_(\w+)->", rest)
+    window = re.search(r"window=\{size=([\dx]+)", rest)
+    inputs = kernel[labels[1].index("i")] if labels and len(kernel) == len(labels[1]) else 1
+    return 2.0 * math.prod(output) * inputs * math.prod(map(int, window[1].split("x")) if window else ())
 
 
 def _label(instruction: Instruction) -> str:

@@ -23,7 +23,8 @@ class Costs:
     """Of one step on one device: bytes of memory, FLOPs, bytes that pass through memory, collectives by kind.
 
     peak_bytes: arguments, results that do not reuse their memory, temporaries and the program itself.
-    flops: of the compiled program, with all that it computes again or pads. seconds: the compiler's own estimate, None
+    For GPUs it lacks `gpu_targets.NOT_COUNTED`. flops: of the compiled program, with all that it computes again or
+    pads; for GPUs of convolutions and matrix products alone. seconds: the compiler's own estimate, None
     where it gives none (or nonsense, below zero or none per FLOP). cycles: its counts by kind of operation, the largest
     first (TPU alone); total_cycles: of all kinds, None where only the largest are kept. Neither holds communication.
     unknown_loops: loops counted once.
@@ -134,9 +135,15 @@ def _received(
 
 
 def compiled_costs(compiled: Any, devices: int) -> Costs:
-    """Of a function compiled ahead of time (`jax.jit(…).lower(…).compile()`) for so many devices."""
+    """Of a function compiled ahead of time (`jax.jit(…).lower(…).compile()`) for so many devices.
+
+    For GPUs the compiler counts nothing: FLOPs are those of convolutions and matrix products, bytes the operands and
+    results of all kernels, both from the program's text. Memory is without cuDNN's workspace.
+    """
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     program = hlo.read(compiled.as_text(), devices)
+    if counted is None:
+        counted = {"flops": program.flops / program.loop_factor, "bytes accessed": program.bytes / program.loop_factor}
     temporary = memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes

@@ -79,7 +79,7 @@ def test_every_kind_of_step_can_be_asked_for(model, settings, monkeypatch):
     shrink(monkeypatch)
     lowered = []
 
-    def stop(function, *arguments, name, hlo):
+    def stop(function, *arguments, name, hlo, options):
         lowered.append((function.lower(*arguments).as_text(), arguments[0]))
         return Costs(1, 1, 2, 1.0, 1.0, {})
 
@@ -173,7 +173,10 @@ T5 = "t5", "--preset", "xxl", "--sample"
         ((*BASE, *V5E, "--sample", "--optimizer", "adam"), "--optimizer means nothing here: sampling"),
         ((*BASE, *V5E, "--sample", "--arrays"), "--arrays means nothing here: sampling"),
         ((*PAPER, *V5E, "--sample", "--crop", 64), "--crop means nothing here: sampling"),
-        ((*BASE, *GPUS, "--hlo", "x.hlo"), "--hlo means nothing here: nothing is compiled for GPUs"),
+        (
+            (*BASE, *GPUS, "--hlo", "x.hlo"),
+            "--hlo means nothing here: nothing is compiled: XLA's CUDA compiler is not installed",
+        ),
     ],
 )
 def test_bad_questions(command, arguments, message):

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from jaxdiff.nets.attention import Kernel, attention
+from jaxdiff.nets.attention import Kernel, attention, platform
 
 B, T, S, N, H = 2, 5, 7, 3, 8
 
@@ -99,6 +100,36 @@ def test_kernels_on_each_platform(chosen):
     assert chosen("gpu", t=4, dtype=jnp.float32)[0] == "xla"
     assert chosen("gpu", t=4, h=12)[0] == "xla"  # not a multiple of 8
     assert chosen("gpu", t=4, h=136)[0] == "xla"
+
+
+def mesh_of(platform):
+    """A mesh of one device of a platform that need not be here."""
+    return AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice("a chip", None, platform))
+
+
+def test_kernels_are_those_of_what_is_compiled_for(chosen):
+    """The devices of the mesh decide, and not those that JAX sees here."""
+    for here, there in (("cpu", "gpu"), ("gpu", "cpu"), ("tpu", "gpu")):
+        with use_abstract_mesh(mesh_of(there)):
+            assert chosen(here, t=4)[0] == ("cudnn" if there == "gpu" else "xla")
+    assert chosen("cpu", t=4)[0] == "xla" and chosen("gpu", t=4)[0] == "cudnn"
+
+
+def test_a_program_is_traced_anew_for_another_platform():
+    """One of equal shapes was traced for the CPU before, and must not be taken for the GPU's."""
+    traced = []
+
+    @jax.jit
+    def function(x):
+        traced.append(platform())
+        return x
+
+    shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for there in ("cpu", "gpu", "cpu"):
+        with use_abstract_mesh(mesh_of(there)):
+            function.trace(shape)
+    function.trace(shape)
+    assert traced[:2] == ["cpu", "gpu"] and traced[-1] == jax.default_backend()
 
 
 def test_cudnn_is_asked_for_nothing_that_it_refuses(chosen):

@@ -166,3 +166,69 @@ def test_flops_of_a_convolution_are_its_own():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.read("nothing", 8)
+
+
+GPU = """HloModule made_up
+
+%product (p: bf16[8192,96], q: bf16[96,128]) -> bf16[8192,128] {
+  %p = bf16[8192,96]{1,0} parameter(0)
+  %q = bf16[96,128]{1,0} parameter(1)
+  ROOT %dot = bf16[8192,128]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (p: (s32[], bf16[8192,96])) -> (s32[], bf16[8192,96]) {
+  %p = (s32[], bf16[8192,96]) parameter(0)
+  %y = bf16[8192,96] get-tuple-element(%p), index=1
+  %w = bf16[96,128] constant({...})
+  %z = bf16[8192,128]{1,0} fusion(%y, %w), kind=kCustom, calls=%product
+  %g = (bf16[8192,96]{1,0}, s8[4096]{0}) custom-call(%z, %w), custom_call_target="__cublas$lt$matmul", PRODUCT
+  %t = bf16[8192,96]{1,0} get-tuple-element(%g), index=0
+  ROOT %out = (s32[], bf16[8192,96]) tuple(%i, %t)
+}
+
+ENTRY %main (x: bf16[8,32,32,64], k: bf16[96,3,3,64], q: bf16[8,64,4,64], kv: bf16[8,78,4,64]) -> bf16[96,3,3,64] {
+  %x = bf16[8,32,32,64]{3,2,1,0} parameter(0)
+  %k = bf16[96,3,3,64]{3,2,1,0} parameter(1)
+  %q = bf16[8,64,4,64]{3,2,1,0} parameter(2)
+  %kv = bf16[8,78,4,64]{3,2,1,0} parameter(3)
+  %conv = (bf16[8,16,16,96]{3,2,1,0}, u8[9]{0}) custom-call(%x, %k), WINDOW, cuDNN$convForward"
+  %y = bf16[8,16,16,96]{3,2,1,0} get-tuple-element(%conv), index=0
+  %dx = (bf16[8,32,32,64]{3,2,1,0}, u8[9]{0}) custom-call(%y, %k), WINDOW, cuDNN$convBackwardInput"
+  %dk = (bf16[96,3,3,64]{3,2,1,0}, u8[9]{0}) custom-call(%x, %y), WINDOW, cuDNN$convBackwardFilter"
+  %a = (bf16[8,4,64,64]{3,1,2,0}, f32[8,4,64]{2,1,0}, u8[9]{0}) custom-call(%q, %kv, %kv), cuDNN$fmhaSoftmax"
+  %b = bf16[8,4,64,64]{3,1,2,0} get-tuple-element(%a), index=0
+  %d = (bf16[8,4,64,64], u8[9]) custom-call(%q, %kv, %kv, %b, %b, /*index=5*/%b), cuDNN$fmhaSoftmaxBackward"
+  %loop = (s32[], bf16[8192,96]) while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %sort = bf16[8] custom-call(%x), custom_call_target="__cub$DeviceRadixSort"
+  ROOT %r = bf16[96,3,3,64]{3,2,1,0} get-tuple-element(%dk), index=0
+}
+"""
+GPU = GPU.replace("WINDOW", "window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_o01i->b01f")
+GPU = GPU.replace("cuDNN$", 'custom_call_target="__cudnn$')
+GPU = GPU.replace("PRODUCT", 'backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}')
+
+
+def test_what_libraries_of_nvidia_compute():
+    program = hlo.read(GPU, 1)
+    convolution, product, attention = 2 * 8 * 16 * 16 * 96 * 9 * 64, 2 * 8192 * 96 * 128, 2 * 8 * 4 * 64 * 78 * 64
+    assert program.flops == 3 * convolution + 3 * 2 * product + (2 + 5) * attention
+    assert program.loop_factor == pytest.approx(program.flops / (program.flops - 2 * 2 * product))
+    assert program.kernels == 3 * 2 + 6  # the instructions inside of a fusion are no kernels
+
+
+def test_what_kernels_move():
+    """Operands and results, in loops as often as they run; no workspaces."""
+    program = hlo.read(GPU, 1)
+    x, k, y = 8 * 32 * 32 * 64, 96 * 9 * 64, 8 * 16 * 16 * 96
+    q, kv, a = 8 * 64 * 4 * 64, 8 * 78 * 4 * 64, 8 * 4 * 64 * 64
+    arrays = (
+        3 * (x + k + y) + (q + 2 * kv + a) + (q + 2 * kv + 4 * a) + (x + 8) + 3 * 2 * (8192 * (96 + 128) + 96 * 128)
+    )
+    assert program.bytes == 2 * arrays + 8 * 4 * 64 * 4  # the sums of the softmax are float32
+    assert hlo.read(GPU.replace("u8[9]", "u8[99]").replace("s8[4096]", "s8[8192]"), 1).bytes == program.bytes
+
+
+def test_a_program_without_products_has_no_flops():
+    body = "%x = f32[4]{0} parameter(0)\n  ROOT %y = f32[4]{0} negate(%x)"
+    program = hlo.read(f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  {body}\n}}", 1)
+    assert (program.flops, program.bytes, program.kernels, program.loop_factor) == (0.0, 32.0, 1, 1.0)
