@@ -135,9 +135,18 @@ T5 = "t5", "--preset", "xxl", "--sample"
         (("imagen.base64", *V5E, "--preset", "3b"), "--preset 3b: choose from tiny, quick, 300m, 500m, 2b"),
         (("imagen.base256", *V5E), "unknown 'imagen.base256': the first argument names one of imagen.base64"),
         ((*BASE, "--topology", "h100:16"), "estimates are of one host, whose 8 GPUs NVLink joins"),
-        (("imagen.base64", *GPUS, "--batch", 8, "--mesh", "tensor=2"), "--mesh tensor: for TPU"),
-        ((*BASE, *GPUS, "--batch", 8, "--sample"), "--sample: for TPU topologies"),
-        ((*T5, *GPUS, "--batch", 8), "--sample: for TPU topologies"),
+        (
+            ("imagen.base64", *GPUS, "--batch", 8, "--mesh", "tensor=2"),
+            "--mesh tensor: estimates know data and fsdp alone",
+        ),
+        (
+            (*BASE, *GPUS, "--batch", 8, "--sample"),
+            "--sample is for chips that are compiled for: XLA's CUDA compiler is not installed",
+        ),
+        (
+            (*T5, *GPUS, "--batch", 8),
+            "--sample is for chips that are compiled for: XLA's CUDA compiler is not installed",
+        ),
         ((*PAPER, *GPUS, "--batch", 8, "--crop", 40), "a crop of 40"),
         ((*BASE, *V5E, "--mesh", "tensor=3"), "does not fit 4 devices"),
         ((*BASE, *V5E, "--mesh", "data=0"), "sizes are at least 1"),
