@@ -5,6 +5,7 @@ step already runs, and learns of losses that are not finite from counters that l
 """
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,6 +221,7 @@ class _Loop:
         config = self.config
         self.first = self.saved = self.number
         self.in_flight: deque[Any] = deque()
+        self.compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches that a step was taken with
         save_due = False
         while self.number < config.steps:
             self.watchdog.doing(f"waiting for the data of step {self.number + 1}")
@@ -248,8 +250,14 @@ class _Loop:
 
     def advance(self, batch: Any, rows: int) -> Any:
         """One step, begun; its metrics."""
-        self.watchdog.doing(f"in step {self.number + 1}", compiles=self.number == self.first)
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        compiles = shapes not in self.compiled
+        self.watchdog.doing(f"in step {self.number + 1}", compiles)
+        began = time.perf_counter()
         self.state, metrics = self.step(self.state, batch)
+        if compiles:
+            self.compiled.add(shapes)
+            self.reporter.leave_out(time.perf_counter() - began)
         self.number += 1
         self.reporter.add(self.number, rows, metrics)
         self.in_flight.append(metrics["loss"])

@@ -65,6 +65,11 @@ class Reporter:
         """Leave the time since the last step out of the speed."""
         self._clock = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave so much of the time since the last step out of the speed."""
+        if self._clock is not None:
+            self._clock += seconds
+
     def close(self) -> None:
         self._bar.close()
         if self._log is not None:
