@@ -3,7 +3,8 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import BinaryIO, NotRequired, Protocol, TypedDict, overload, runtime_checkable
+from io import BufferedIOBase
+from typing import NotRequired, Protocol, TypedDict, overload, runtime_checkable
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def open_image(source: Source, index: int) -> BinaryIO | bytes | np.ndarray:
+def open_image(source: Source, index: int) -> BufferedIOBase | bytes | np.ndarray:
     """What an example's header is read from: where the source can, its open file, of which the caller reads as little
     as it needs and closes it; otherwise the image. OSError where it cannot be opened."""
     opened = getattr(source, "open_image", None)

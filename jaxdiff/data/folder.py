@@ -15,8 +15,9 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from jaxdiff.core.messages import plain, quoted
 from jaxdiff.data import captions
@@ -51,7 +52,7 @@ class FolderSource:
         name, text = self.entries[index]
         return _text_beside(self.path / name) if text is None else text
 
-    def open_image(self, index: int) -> BinaryIO:
+    def open_image(self, index: int) -> BufferedReader:
         return (self.path / self.entries[index][0]).open("rb")
 
     def fingerprint(self) -> str:

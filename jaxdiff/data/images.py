@@ -18,7 +18,7 @@ and its judges notice the difference between two of them.
 
 import io
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -63,7 +63,7 @@ def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         raise Unreadable(f"damaged picture ({error})") from error
 
 
-def upright_size(source: bytes | np.ndarray | BinaryIO) -> tuple[int, int]:
+def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, int]:
     """(height, width) of what `decode` makes of an encoded image, of its file or of an array, read from the header
     alone. Of a PNG whose EXIF lies behind its pixels, the size before it is turned. Raises `Unreadable`.
     """
@@ -72,7 +72,7 @@ def upright_size(source: bytes | np.ndarray | BinaryIO) -> tuple[int, int]:
             raise Unreadable(f"an array of shape {source.shape}")
         return source.shape[0], source.shape[1]
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else cast(IO[bytes], source)) as image:
             width, height = image.size
             # Not PNG's own `getexif`, which decodes the pixels to look behind them. TIFF has its size upright already.
             turn = None if image.format == "TIFF" else _turn_of(image, Image.Image.getexif)

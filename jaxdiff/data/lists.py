@@ -45,8 +45,8 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str | None, str | None]]
 @contextlib.contextmanager
 def open_csv(path: str) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
     """The names of a CSV's columns, and its rows, each with the number of its first line and as many fields."""
-    with remote.open_binary(path) as stream:
-        table = _table(path, captions.reader(stream))
+    with remote.open_binary(path) as stream, captions.reader(stream) as text:
+        table = _table(path, text)
         _, header = next(table, (1, []))
         yield header, table
 

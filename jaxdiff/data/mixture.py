@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class MixtureSource:
     """
 
     sources: tuple[Source, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float | int, ...] | None = None
 
     def __post_init__(self):
         if not self.sources or not all(len(source) for source in self.sources):
@@ -46,7 +46,7 @@ class MixtureSource:
         source, place = self.where(index)
         return self.sources[source][place]
 
-    def open_image(self, index: int) -> BinaryIO | bytes | np.ndarray:
+    def open_image(self, index: int) -> BufferedIOBase | bytes | np.ndarray:
         source, place = self.where(index)
         return open_image(self.sources[source], place)
 
@@ -114,7 +114,7 @@ def whole_numbers(fractions: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(number // divisor for number in whole)
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> None:
+def check_weights(weights: Sequence[float | int] | None, count: int) -> None:
     """ValueError for weights that are not one positive, finite number for each of `count` sources."""
     if weights is None:
         return
@@ -155,5 +155,5 @@ class Spread:
         """Where an example of these lies in the source."""
         return index * len(self.source) // self.count
 
-    def open_image(self, index: int) -> BinaryIO | bytes | np.ndarray:
+    def open_image(self, index: int) -> BufferedIOBase | bytes | np.ndarray:
         return open_image(self.source, self.place(index))

@@ -76,7 +76,7 @@ class Mixture:
     ValueError for fewer than two sources, one that is named twice, and bad weights."""
 
     specs: tuple[Single, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float | int, ...] | None = None
 
     def __post_init__(self):
         if len(self.specs) < 2:
@@ -92,7 +92,7 @@ DataSpec = Single | Mixture
 CHOICES = "shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"
 
 
-def parse_several(texts: Sequence[str], weights: Sequence[float] | None = None) -> DataSpec:
+def parse_several(texts: Sequence[str], weights: Sequence[float | int] | None = None) -> DataSpec:
     """What `--data` and `--data-weights` say: of one text its source, of several a `Mixture`. ValueError for no text,
     one that is none of CHOICES, one given twice, and weights that are not one positive number for each."""
     if not texts:

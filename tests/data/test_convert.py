@@ -268,7 +268,9 @@ def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, cap
     with pytest.raises(SystemExit) as ended:
         run(command.main, ["no.zip", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a folder, a tar file, nor")
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a folder, a tar file, nor")
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
