@@ -125,7 +125,8 @@ def _of_split(
     if not found:
         raise FileNotFoundError(f"{where}: no file is there of what README.md lists for the split {split!r}")
     if len(by_split) > 1:
-        counts = ", ".join(f"{each} ({len(files)} files)" for each, files in sorted(by_split.items()))
+        sizes = {each: f"{len(files)} file{'' if len(files) == 1 else 's'}" for each, files in by_split.items()}
+        counts = ", ".join(f"{each} ({size})" for each, size in sorted(sizes.items()))
         warnings.warn(Note(f"{where}: read the split {wanted}; there are {counts}"), stacklevel=2)
     return sorted(found)
 

@@ -66,7 +66,8 @@ def read(file: Path, named: Named, where: str) -> Listed:
             name = file_name(row, image)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        entries.append((name, None if caption is None else parquet_images.text_of(place, row.get(caption))))
+        text = None if caption is None else parquet_images.text_of(place, row.get(caption))
+        entries.append((name, captions.present(text)))
     return Listed(tuple(entries), without)
 
 
