@@ -243,7 +243,7 @@ def text_of(name: str, value: Any, classes: Sequence[str] = ()) -> str | None:
         return classes[value]
     if value is None or isinstance(value, str) or (isinstance(value, int) and classes):
         return value if isinstance(value, str) else None  # -1: of no class
-    raise ValueError(f"{name}: the caption is not text but {quoted(value)}")
+    raise ValueError(f"{name}: the caption is no text but {quoted(value)}")
 
 
 def table_of(file: Path | str, named: Named, where: str | None = None) -> Table:
