@@ -24,7 +24,7 @@ from typing import Any
 import huggingface_hub
 
 from jaxdiff.core.messages import Note, plain, quoted, reason
-from jaxdiff.data import folder, metadata, parquet_images
+from jaxdiff.data import folder, metadata, parquet_columns, parquet_images
 from jaxdiff.data.columns import GUESSED, Named
 from jaxdiff.data.example import Source
 from jaxdiff.data.folder import FolderSource, Walk, counted
@@ -100,8 +100,8 @@ def _is_hub_name(path: Path) -> bool:
 
 
 def _has_images(file: Path) -> bool:
-    with parquet_images.opened(file) as table:
-        return parquet_images.has_images(table.schema_arrow)
+    with parquet_columns.opened(file) as table:
+        return parquet_columns.has_images(table.schema_arrow)
 
 
 def _of_split(

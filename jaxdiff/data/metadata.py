@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxdiff.core.messages import Note, plain
-from jaxdiff.data import captions, columns, lists, parquet_images
+from jaxdiff.data import captions, columns, lists, parquet_columns
 from jaxdiff.data.columns import Named
 from jaxdiff.data.folder import TABLES, file_name, json_row
 
@@ -66,7 +66,7 @@ def read(file: Path, named: Named, where: str) -> Listed:
             name = file_name(row, image)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        text = None if caption is None else parquet_images.text_of(place, row.get(caption))
+        text = None if caption is None else parquet_columns.text_of(place, row.get(caption))
         entries.append((name, captions.present(text)))
     return Listed(tuple(entries), without)
 
@@ -117,13 +117,13 @@ def _jsonl(file: Path, where: str) -> tuple[list[str], list[str], Any]:
 
 
 def _parquet(file: Path, where: str) -> tuple[list[str], list[str], Any]:
-    with parquet_images.opened(file) as table:
+    with parquet_columns.opened(file) as table:
         there = table.schema_arrow.names
-        texts = parquet_images.text_columns(table.schema_arrow)
+        texts = parquet_columns.text_columns(table.schema_arrow)
 
     def read(image: str, caption: str | None) -> Rows:
         names = [image] if caption is None else [image, caption]
-        for number, row in enumerate(parquet_images.text_rows(file, names), 1):
+        for number, row in enumerate(parquet_columns.text_rows(file, names), 1):
             yield f"{where}, row {number}", row
 
     return there, texts, read

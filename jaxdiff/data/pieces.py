@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from jaxdiff.core.messages import Note
-from jaxdiff.data import folder, hugging_face, lists, parquet_images, remote, tar_shards
+from jaxdiff.data import folder, hugging_face, lists, parquet_columns, parquet_images, remote, tar_shards
 from jaxdiff.data.columns import GUESSED, Named, chosen
 from jaxdiff.data.fault import Fault, Raw
 
@@ -138,10 +138,10 @@ def pieces(inputs: Iterable[str], settings: Settings) -> Iterator[Piece]:
 
 def _holds_images(path: str, settings: Settings) -> bool:
     """Whether a Parquet file holds the images, rather than their paths in the column that is said."""
-    with parquet_images.opened(path) as file:
+    with parquet_columns.opened(path) as file:
         kinds = file.schema_arrow
         paths = "path" if settings.image_column is None else settings.image_column
-        return parquet_images.has_images(kinds) and paths not in parquet_images.text_columns(kinds)
+        return parquet_columns.has_images(kinds) and paths not in parquet_columns.text_columns(kinds)
 
 
 def _of_folder(path: str, settings: Settings) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import sys
 import threading
@@ -171,7 +172,7 @@ def test_opening_reads_no_rows_and_row_groups_are_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_images, "KEPT", sum(source.tables[0].sizes[:2]))
     for i in (0, 1, 2, 3, 0, 6, 0, 3):  # of the groups 0, 0, 0, 1, 0, 2, 0, 1: the one used last before is let go
         source[i]
-    assert reads == [0, 1, 2, 1] and len(source._kept._groups) == 2
+    assert reads == [0, 1, 2, 1] and len(source._kept) == 2
 
 
 def test_threads_read_a_row_group_once(tmp_path, monkeypatch):
@@ -267,3 +268,87 @@ def test_conversion_reads_buckets(tmp_path):
     fsspec.filesystem("memory").pipe("/mine/a.parquet", content)
     assert convert.convert(["memory://mine/a.parquet"], tmp_path / "out")["images"] == 5
     assert records.read(tmp_path / "out")[4]["caption"] == "image 4"
+
+
+def cells_of(file):
+    return [row["bytes"] if isinstance(row, dict) else row for row in pq.read_table(file).column("image").to_pylist()]
+
+
+PLAIN = {"compression": "none", "use_dictionary": False}
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("struct", [True, False])
+@pytest.mark.parametrize("nullable", [True, False])
+def test_images_that_are_stored_as_they_are_are_read_one_by_one(tmp_path, monkeypatch, version, struct, nullable):
+    """From pages of all sizes, with checksums and statistics: the bytes that pyarrow reads, in any order."""
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(int(rng.integers(0, 5000))) for _ in range(60)]
+    inner = pa.struct([pa.field("bytes", pa.binary(), nullable), pa.field("path", pa.string())])
+    field = inner if struct else pa.binary()
+    cells = [{"bytes": each, "path": None} for each in contents] if struct else contents
+    schema = pa.schema([pa.field("text", pa.string()), pa.field("image", field, nullable)])
+    table = pa.table([[str(i) for i in range(60)], cells], schema)
+    more = {"data_page_version": version, "data_page_size": 9000, "write_batch_size": 2, "write_page_checksum": True}
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=25, write_statistics=True, **PLAIN, **more)
+    source = quiet([tmp_path / "a.parquet"])
+    assert source.tables[0].plain is not None and source.blocks is None
+    asked, real = [], pq.ParquetFile.read_row_group
+
+    def read_row_group(*arguments, columns, **options):
+        asked.append(columns)
+        return real(*arguments, columns=columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+    order = rng.permutation(60).tolist()
+    assert [source[i]["image"] for i in order] == [contents[i] for i in order]
+    assert [source[i]["caption"] for i in order] == [str(i) for i in order]
+    assert asked == [["text"]] * 3
+
+
+def test_what_is_not_stored_as_it_is_is_read_by_row_groups(tmp_path):
+    """Compressed, in a dictionary, or with missing values: the same images; with blocks, where that is known before."""
+    contents = [png(i) for i in range(9)]
+    table = pa.table({"image": contents, "text": list("abcdefghi")})
+    for name, options in {"snappy": {"use_dictionary": False}, "dictionary": {"compression": "none"}}.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4, **options)
+        source = quiet([tmp_path / f"{name}.parquet"])
+        assert source.blocks.sizes == (4, 4, 1) and [source[i]["image"] for i in range(9)] == contents
+    missing = pa.table({"image": [*contents[:6], None, *contents[7:]], "text": list("abcdefghi")})
+    pq.write_table(missing, tmp_path / "missing.parquet", row_group_size=4, **PLAIN)
+    source = quiet([tmp_path / "missing.parquet"])
+    assert source.blocks is None and [source[i]["image"] for i in (0, 5, 7, 8)] == [contents[i] for i in (0, 5, 7, 8)]
+    with pytest.raises(OSError, match="row 6: no image in this row"):
+        source[6]
+    both = quiet([tmp_path / "missing.parquet", tmp_path / "snappy.parquet"])
+    assert both.blocks.sizes == (4, 4, 1) * 2 and both[17]["image"] == contents[8]
+
+
+def test_many_files_are_not_all_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_images, "_OPEN", 2)
+    files = []
+    for number in range(6):
+        pq.write_table(pa.table({"image": [png(number)], "text": ["x"]}), tmp_path / f"{number}.parquet", **PLAIN)
+        files.append(tmp_path / f"{number}.parquet")
+    source = quiet(files)
+    for _ in range(2):
+        assert [source[i]["image"] for i in range(6)] == [png(i) for i in range(6)]
+    assert len(source._kept._files) == 2 and len(source._kept._footers) == 2
+
+
+def test_a_plain_file_that_is_damaged_or_cut_off(tmp_path):
+    """Where the pages make no sense pyarrow is asked, which says what is wrong."""
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png(i) for i in range(400)], "text": ["x"] * 400}), file, **PLAIN)
+    content = file.read_bytes()
+    source = quiet([file])
+    start = pq.ParquetFile(file).metadata.row_group(0).column(0).data_page_offset
+    file.write_bytes(content[:start] + b"\xff" * 3000 + content[start + 3000 :])
+    with pytest.raises(ValueError, match=r"a\.parquet, row group 0: damaged"):
+        source[0]
+    file.write_bytes(content)
+    source = quiet([file])
+    assert source[0]["image"] == png(0)
+    os.truncate(file, start + 2000)
+    with pytest.raises(ValueError, match="cut off since it was opened"):
+        source[399]
