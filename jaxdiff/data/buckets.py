@@ -94,7 +94,7 @@ class BucketPlan:
     ) -> None:
         if len(image_sizes) != len(source):
             raise ValueError(f"sizes of {len(image_sizes)} images for {len(source)} examples; read them again")
-        self._schedule = schedule
+        self.schedule = schedule
         possible = buckets.sizes(resolution)
         nearest = _nearest(image_sizes.sizes, possible)
         used, of, self.merged = _merged(nearest, possible, schedule.step)
@@ -117,10 +117,10 @@ class BucketPlan:
 
     def slot(self, position: int) -> Slot:
         """The place `position` of the stream: of batch position // step."""
-        number, place = divmod(position, self._schedule.step)
+        number, place = divmod(position, self.schedule.step)
         bucket, batch = self._batch(number)
-        place += batch * self._schedule.step
-        most = None if self._schedule.repeat else math.ceil(self._rates[bucket])
+        place += batch * self.schedule.step
+        most = None if self.schedule.repeat else math.ceil(self._rates[bucket])
         spare = most is not None and place >= most
         return Slot(self._index(bucket, place % most if most and spare else place), bucket, spare)
 
@@ -134,27 +134,27 @@ class BucketPlan:
         """`3 buckets (height × width: images): 48 × 88: 12, …`"""
         sizes = ", ".join(f"{h} × {w}: {n}" for (h, w), n in zip(self.sizes, self.counts))
         moved = f"; {self.merged} images of smaller buckets went to the next" if self.merged else ""
-        full = sum(self._full(1, bucket) for bucket in range(len(self.sizes))) * self._schedule.step
+        full = sum(self._full(1, bucket) for bucket in range(len(self.sizes))) * self.schedule.step
         left = int(sum(self._rates)) - full
-        kept = self._schedule.repeat and left
+        kept = self.schedule.repeat and left
         over = f"; {left} that fill no batch of the first epoch begin the next" if kept else ""
         kinds = "1 bucket" if len(self.sizes) == 1 else f"{len(self.sizes)} buckets"
         return f"{kinds} (height × width: images): {sizes}{moved}{over}"
 
     def fingerprint(self) -> str:
         """Changes with anything that changes which form the batches have, and when."""
-        said = (self._schedule, self.sizes, self._weights, self._rates)
+        said = (self.schedule, self.sizes, self._weights, self._rates)
         return hashlib.blake2b(repr(said).encode() + self._of.tobytes(), digest_size=12).hexdigest()
 
     def _batch(self, number: int) -> tuple[int, int]:
         """The bucket of a batch, and which of the bucket's batches it is."""
-        if not self._schedule.repeat:
+        if not self.schedule.repeat:
             return self._ended[number % len(self._ended)]
         return self._batches(number, lambda: self._found(number))
 
     def _found(self, number: int) -> tuple[int, int]:
         # The first epoch at whose end there are more batches than `number`. Buckets keep less than a batch each back.
-        step, images = self._schedule.step, int(sum(self._rates))
+        step, images = self.schedule.step, int(sum(self._rates))
         span = range(number * step // images, (number + len(self.sizes)) * step // images + 2)
         epoch = span[bisect.bisect_right(span, number, key=lambda epoch: self._before(epoch + 1))]
         first, batches = self._epochs(epoch, lambda: (self._before(epoch), self._epoch(epoch)))
@@ -166,18 +166,18 @@ class BucketPlan:
 
     def _full(self, epochs: int, bucket: int) -> int:
         """Batches that a bucket's images of so many epochs fill."""
-        return int(epochs * self._rates[bucket] // self._schedule.step)
+        return int(epochs * self._rates[bucket] // self.schedule.step)
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
         ranges = [(self._full(epoch, bucket), self._full(epoch + 1, bucket)) for bucket in range(len(self.sizes))]
-        return _arranged(epoch, ranges, self._schedule)
+        return _arranged(epoch, ranges, self.schedule)
 
     @functools.cached_property
     def _ended(self) -> list[tuple[int, int]]:
-        return _arranged(0, [(0, count) for count in self._ended_counts()], self._schedule)
+        return _arranged(0, [(0, count) for count in self._ended_counts()], self.schedule)
 
     def _ended_counts(self) -> list[int]:
-        return [math.ceil(math.ceil(rate) / self._schedule.step) for rate in self._rates]
+        return [math.ceil(math.ceil(rate) / self.schedule.step) for rate in self._rates]
 
     def _index(self, bucket: int, place: int) -> int:
         """The source's example at a place of a bucket's stream."""

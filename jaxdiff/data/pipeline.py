@@ -143,19 +143,14 @@ def image_batches(
             f"{embeddings.path}: holds {embeddings.count} embeddings for {len(source)} examples; store them again"
         )
     report = Skipped(len(source), config.strict)
-    plan = None
-    if config.buckets is None:
-        if sizes is not None:
-            raise ValueError("sizes of the images are for buckets: give the config buckets, or leave the sizes out")
-        examples = _ordered(source, config).random_map(_Prepare(config, embeddings))
+    prepare = _Prepare(config, embeddings)
+    plan = _bucket_plan(source, config, sizes, process_count)
+    if plan is None:
+        examples = _ordered(source, config).random_map(prepare)
     else:
-        if sizes is None:
-            raise ValueError("buckets need the sizes of the images: give image_batches(…, sizes=read_sizes(source))")
-        schedule = Schedule(config.batch * process_count, config.seed, config.shuffle, config.repeat)
-        plan = BucketPlan(source, sizes, config.buckets, config.resolution, schedule)
+        assert sizes is not None  # there would be no plan
         report.leave_out(sizes.faults)
-        prepare = _PrepareInBucket(_Prepare(config, embeddings), _Numbered(source), plan)
-        examples = _Slots(plan, schedule).seed(config.seed).random_map(prepare)
+        examples = _Slots(plan).seed(config.seed).random_map(_PrepareInBucket(prepare, _Numbered(source), plan))
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
     if process_count > 1 and (config.repeat or plan is not None):
         examples = _Share(examples, config.batch, process_index, process_count)
@@ -167,6 +162,18 @@ def image_batches(
         stream = stream.filter(lambda batch: len(batch["image"]) > 0)  # where all of them were skipped
     options = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
     return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report, plan)
+
+
+def _bucket_plan(source: Source, config: DataConfig, sizes: ImageSizes | None, process_count: int) -> BucketPlan | None:
+    """With buckets, which image comes when. ValueError for sizes that are missing, or not asked for."""
+    if config.buckets is None:
+        if sizes is not None:
+            raise ValueError("sizes of the images are for buckets: give the config buckets, or leave the sizes out")
+        return None
+    if sizes is None:
+        raise ValueError("buckets need the sizes of the images: give image_batches(…, sizes=read_sizes(source))")
+    schedule = Schedule(config.batch * process_count, config.seed, config.shuffle, config.repeat)
+    return BucketPlan(source, sizes, config.buckets, config.resolution, schedule)
 
 
 def _ordered(source: Source, config: DataConfig) -> grain.MapDataset:
@@ -253,12 +260,12 @@ class _Arranged(grain.MapDataset):
 class _Slots(grain.MapDataset):
     """The places of the batches of a plan."""
 
-    def __init__(self, plan: BucketPlan, schedule: Schedule):
+    def __init__(self, plan: BucketPlan):
         super().__init__()
-        self._plan, self._schedule = plan, schedule
+        self._plan = plan
 
     def __len__(self) -> int:
-        return sys.maxsize if self._schedule.repeat else len(self._plan) * self._schedule.step
+        return sys.maxsize if self._plan.schedule.repeat else len(self._plan) * self._plan.schedule.step
 
     def __getitem__(self, index):
         if isinstance(index, slice):
