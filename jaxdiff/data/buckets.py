@@ -259,4 +259,4 @@ def _merged(nearest: np.ndarray, buckets: tuple[Size, ...], least: int) -> tuple
         to[to == smallest] = other
     places = np.full(len(buckets) + 1, -1)
     places[used] = np.arange(len(used))
-    return used, places[np.append(to, len(buckets))[nearest]], moved
+    return used, places[np.append(to, len(buckets))[nearest]].astype(np.int16), moved

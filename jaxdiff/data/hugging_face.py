@@ -56,6 +56,9 @@ def read(path: Path | str, split: str = "train", named: Named = GUESSED) -> Sour
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"hf:{path}: neither a folder nor a .parquet file")
+        own = _split_of_file(path.name) or "train"
+        if _SPLITS.get(split, split) not in (own, "train"):  # who names a file trains on it, whatever it is called
+            raise ValueError(f"hf:{path}: a file of the split {own!r}, not of {split!r}")
         return parquet_images.read([path], named, f"hf:{path}")
     root, config = _located(path)
     walk = folder.walk(root)
@@ -162,13 +165,11 @@ def _config_of(name: str) -> str:
 
 
 def _split_of_file(name: str) -> str | None:
-    """Of a Parquet file: by its own name, or else by its folders, the innermost first."""
+    """Of a Parquet file: by its own name, or else by its folders, the innermost first; in data/ any word is one."""
     path = PurePosixPath(name)
     shard = _SHARD.fullmatch(path.name)
-    own = _split_in(path.stem if shard is None else shard["split"])
-    if own is not None or shard is not None:
-        return own or shard["split"]  # type: ignore[index]  # one of them is there
-    return _split_of_folders(path)
+    own = _split_in(path.stem if shard is None else shard["split"]) or _split_of_folders(path)
+    return shard["split"] if own is None and shard is not None and path.parent.name == "data" else own
 
 
 def _split_of_folders(path: PurePosixPath) -> str | None:

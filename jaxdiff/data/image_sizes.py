@@ -21,11 +21,11 @@ _RUN = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSizes:
-    """(height, width) of each image of a source, upright; (0, 0) where it cannot be read, for which `faults` has a line
-    each that names it."""
+    """(height, width) of each image of a source, upright; (0, 0) where it cannot be read, for which `faults` has the
+    name and the reason, in order."""
 
     sizes: Int32[np.ndarray, "n 2"]
-    faults: tuple[str, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -61,7 +61,7 @@ def read_sizes(
             try:
                 sizes[index] = _size(source, index)
             except (OSError, images.Unreadable) as error:
-                faults[index] = _line(index, error)
+                faults[index] = _named(source, index), reason(error)
         return last - first
 
     with ThreadPoolExecutor(threads) as pool:
@@ -92,13 +92,16 @@ def _size(source: Source, index: int) -> tuple[int, int]:
     return height, width
 
 
-def _fault(source: Source, index: int) -> str:
+def _fault(source: Source, index: int) -> tuple[str, str]:
     try:
         _size(source, index)
     except (OSError, images.Unreadable) as error:
-        return _line(index, error)
-    return f"example {index}: could not be read when the sizes were stored"
+        return _named(source, index), reason(error)
+    return _named(source, index), "could not be read when the sizes were stored"
 
 
-def _line(index: int, error: Exception) -> str:
-    return f"example {index}: {reason(error)}"
+def _named(source: Source, index: int) -> str:
+    try:
+        return source[index]["name"]
+    except OSError:
+        return f"example {index}"

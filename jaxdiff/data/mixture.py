@@ -76,6 +76,13 @@ class MixtureSource:
         return position_of(source, np.arange(self.counts[source]), self.counts)
 
     @functools.cached_property
+    def within(self) -> int:
+        """Of so many places in order, each example has one."""
+        return max(math.ceil(count / fraction) for count, fraction in zip(self.counts, self.fractions)) + len(
+            self.counts
+        )
+
+    @functools.cached_property
     def fractions(self) -> tuple[Fraction, ...]:
         """How much of an epoch each source gives; their sum is 1."""
         weights = [Fraction(str(weight)) for weight in self.weights or self.counts]

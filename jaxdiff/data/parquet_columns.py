@@ -17,6 +17,9 @@ def chosen_columns(where: str, schema: Any, named: Named) -> tuple[str, str | No
     images = [name for name in there if holds_images(schema.field(name).type, kinds.get(name))]
     texts = text_columns(schema)
     classes = [name for name in there if class_names(kinds.get(name))]
+    lists = [name for name in there if is_list(kind := schema.field(name).type) and holds_images(kind.value_type, None)]
+    if lists and not images:
+        raise ValueError(f"{where}: column {lists[0]!r} holds a list of images in each row; one image a row is read")
     image = columns.image_column(where, images, named.image, there)
     texts = [name for name in [*texts, *(classes if named.caption else [])] if name != image]
     return image, columns.caption_column(where, texts, named.caption, there)

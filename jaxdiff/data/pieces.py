@@ -146,7 +146,7 @@ def _holds_images(path: str, settings: Settings) -> bool:
 
 def _of_folder(path: str, settings: Settings) -> Iterator[Piece]:
     """ValueError or FileNotFoundError for a folder without images."""
-    if hugging_face.is_layout(Path(path)) or settings.named != GUESSED:
+    if hugging_face.is_layout(Path(path)) or settings.named != GUESSED or settings.split != GUESSING.split:
         source = hugging_face.read(path, settings.split, settings.named)
     else:
         source = folder.read(path)

@@ -8,6 +8,7 @@ its weights; with aspect-ratio buckets (`buckets.py`) by them too, and each batc
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 import signal
@@ -142,7 +143,7 @@ def image_batches(
         raise ValueError(
             f"{embeddings.path}: holds {embeddings.count} embeddings for {len(source)} examples; store them again"
         )
-    report = Skipped(len(source), config.strict)
+    report = Skipped(len(source), config.strict, source.within if isinstance(source, MixtureSource) else None)
     prepare = _Prepare(config, embeddings)
     plan = _bucket_plan(source, config, sizes, process_count)
     if plan is None:
@@ -208,7 +209,7 @@ class Batches:
         self._iterator = iter(stream)
         self.skipped, self.buckets = skipped, buckets
 
-    @property
+    @functools.cached_property
     def varying_shapes(self) -> str | None:
         """Where the batches differ in shape, a text that decides which comes when; the same on all processes."""
         return None if self.buckets is None else self.buckets.fingerprint()

@@ -14,12 +14,14 @@ REJECTS = "rejects"
 class Skipped:
     """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind.
 
+    within: of how many places in order each example has one, where that is not as many as there are examples.
     replaced: captions in which characters were replaced; those examples are used.
     """
 
     _LINES = 10
 
-    def __init__(self, examples: int, strict: bool):
+    def __init__(self, examples: int, strict: bool, within: int | None = None):
+        self._within = examples if within is None else within
         self.reasons: Counter[str] = Counter()
         self.replaced = 0
         self._strict, self._examples = strict, examples
@@ -46,10 +48,12 @@ class Skipped:
         self._reject(*example["rejected"])
         return False
 
-    def leave_out(self, lines: Sequence[str]) -> None:
-        """Counts images of which not even the header could be read. Raises ValueError when strict."""
-        for line in lines:
-            self._reject(line.partition(":")[0], "unreadable", line.partition(": ")[2])
+    def leave_out(self, faults: Sequence[tuple[str, str]]) -> None:
+        """Counts images of which not even the header could be read, each a name and a reason. Raises ValueError when
+        strict."""
+        for name, reason in faults:
+            self._reject(name, "unreadable", reason)
+        self._in_a_row = 0  # others have a header
 
     def _reject(self, name: str, kind: str, reason: str) -> None:
         line = f"{name}: {reason}"
@@ -59,7 +63,7 @@ class Skipped:
             self._in_a_row += 1
             # Twice the source, as a usable example may come first in one order of it and last in the next: beyond, it
             # would never end.
-            if self._in_a_row >= 2 * self._examples:
+            if self._in_a_row >= 2 * self._within:
                 raise ValueError(f"not one of the {self._examples} examples is usable; the last: {line}")
             if name not in self._names:
                 self._names.add(name)

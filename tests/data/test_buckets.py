@@ -107,7 +107,7 @@ def test_sizes_are_asked_for_and_checked(mixed_forms, make):
         image_batches(mixed_forms, DataConfig(64, 2), sizes=read_sizes(mixed_forms))
     with pytest.raises(ValueError, match="sizes of 3 images for 45 examples"):
         image_batches(mixed_forms, DataConfig(64, 2, buckets=BUCKETS), sizes=read_sizes(make(3, 8, 8)))
-    nothing = ImageSizes(np.zeros((45, 2), np.int32), ("x",) * 45)
+    nothing = ImageSizes(np.zeros((45, 2), np.int32), (("x", "gone"),) * 45)
     with pytest.raises(ValueError, match="not one of the 45 images has a header"):
         image_batches(mixed_forms, DataConfig(64, 2, buckets=BUCKETS), sizes=nothing)
 
@@ -255,7 +255,7 @@ def test_in_one_epoch_a_damaged_image_is_left_out(mixed_forms, listed):
 
 def test_strict_names_the_culprit(mixed_forms, listed):
     faulty = with_faults(mixed_forms, listed)
-    with pytest.raises(ValueError, match=r"example 4: not an image .*\(strict\)"):
+    with pytest.raises(ValueError, match=r"set/a4: not an image .*\(strict\)"):
         batches(faulty, strict=True)
     only_caption = listed((*mixed_forms.examples[:5], faulty.examples[5], *mixed_forms.examples[6:]))
     with pytest.raises(ValueError, match=r"set/a5: no caption \(strict\)"):

@@ -252,8 +252,10 @@ def test_parquet_files_of_splits(tmp_path, names):
 
 
 def test_other_splits_and_none(tmp_path):
-    parquet(tmp_path / "one" / "held_out-00000-of-00001.parquet", 1)
+    parquet(tmp_path / "one" / "data" / "held_out-00000-of-00001.parquet", 1)
     assert opened(tmp_path / "one", "held_out")[0] == [(1, "image 1")]
+    parquet(tmp_path / "three" / "photos-00000-of-00001.parquet", 1)
+    assert opened(tmp_path / "three")[0] == [(1, "image 1")]
     parquet(tmp_path / "two" / "photos.parquet", 1)
     assert opened(tmp_path / "two")[0] == opened(tmp_path / "two" / "photos.parquet")[0] == [(1, "image 1")]
     parquet(tmp_path / "two" / "test.parquet", 2)
@@ -261,6 +263,9 @@ def test_other_splits_and_none(tmp_path):
         opened(tmp_path / "two")
     read, _, warned = opened(tmp_path / "two", "test")
     assert read == [(2, "image 2")] and "left out 1 file of no split (photos.parquet)" in warned[0]
+    assert opened(tmp_path / "two" / "test.parquet", "test")[0] == opened(tmp_path / "two" / "test.parquet")[0] == read
+    with pytest.raises(ValueError, match="a file of the split 'test', not of 'validation'"):
+        opened(tmp_path / "two" / "test.parquet", "validation")
 
 
 def test_folders_of_configurations(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+import warnings
 from collections import Counter
 from fractions import Fraction
 
@@ -32,6 +33,12 @@ class Flat:
     def __getitem__(self, index):
         image = np.full((8, 8, 3), index, np.uint8)
         return {"image": image, "caption": f"{self.name}{index}", "name": f"{self.name}/{index}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged(Flat):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "image": b""}
 
 
 SOURCES = (Flat("a", 5), Flat("b", 12), Flat("c", 3))
@@ -98,6 +105,16 @@ def test_a_saved_state_continues_exactly(workers):
     second = image_batches(mixed, config, read_ahead=ReadAhead(workers=workers))
     second.set_state(json.loads(json.dumps(first.get_state())))
     assert [next(second)["caption"].tolist() for _ in range(5)] == expected[6:]
+
+
+def test_a_rare_good_source_beside_a_damaged_one_is_enough():
+    """Between two usable examples lie more places than there are examples."""
+    mixed = MixtureSource((Damaged("x", 3), Flat("b", 2)), (200, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert {name for batch in taken(mixed, DataConfig(8, 2, captions=True), 3) for name in batch} == {"b0", "b1"}
+        with pytest.raises(ValueError, match="not one of the 6 examples is usable"):
+            taken(MixtureSource((Damaged("x", 3), Damaged("y", 3)), (200, 1)), DataConfig(8, 2, captions=True), 1)
 
 
 def test_the_shares_together_are_the_one_process_stream():

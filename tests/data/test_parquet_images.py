@@ -85,6 +85,12 @@ def test_ambiguous_columns_name_the_setting(tmp_path):
     }  # fmt: skip
 
 
+def test_lists_of_images_are_named(tmp_path):
+    pq.write_table(pa.table({"images": [[{"bytes": png(0), "path": None}]], "text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="column 'images' holds a list of images in each row"):
+        quiet([tmp_path / "a.parquet"])
+
+
 def test_lists_of_captions_missing_ones_and_bytes_that_are_no_text(tmp_path):
     captions = [["first", "second"], [None, " ", "third"], [], None]
     pq.write_table(pa.table({"image": [png(i) for i in range(4)], "captions": captions}), tmp_path / "a.parquet")

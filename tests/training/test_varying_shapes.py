@@ -82,18 +82,19 @@ def shapes(bucket_stream):
     return [batch["image"].shape[1:3] for batch in itertools.islice(bucket_stream(), 4)]
 
 
+@pytest.mark.parametrize("model", [MODEL, pytest.param(SR, marks=pytest.mark.slow)], ids=["convolution", "U-Net"])
 def test_a_diffusion_model_trains_on_two_buckets_and_resumes_bit_by_bit(
-    bucket_stream, shapes, shared_steps, tmp_path, monkeypatch
+    model, bucket_stream, shapes, shared_steps, tmp_path, monkeypatch
 ):
     assert set(shapes[:3]) == {(12, 20), (16, 16)}
     said = []
     monkeypatch.setattr(Watchdog, "doing", lambda self, what, compiles=False: said.append((what, compiles)))
     settings = dataclasses.replace(config(steps=4), log_every=1, save_every=2)
-    whole = train(MODEL, bucket_stream(), settings, tmp_path / "whole", layout=Layout(ONE))
+    whole = train(model, bucket_stream(), settings, tmp_path / "whole", layout=Layout(ONE))
     compiled = [compiles for what, compiles in said if what.startswith("in step")]
     assert compiled == [shape not in shapes[:i] for i, shape in enumerate(shapes)]
-    train(MODEL, bucket_stream(), dataclasses.replace(settings, steps=2), tmp_path / "parts", layout=Layout(ONE))
-    resumed = train(MODEL, bucket_stream(), settings, tmp_path / "parts", layout=Layout(ONE))
+    train(model, bucket_stream(), dataclasses.replace(settings, steps=2), tmp_path / "parts", layout=Layout(ONE))
+    resumed = train(model, bucket_stream(), settings, tmp_path / "parts", layout=Layout(ONE))
     losses = [[line["loss"] for line in read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
     assert losses[0] == losses[1] and np.isfinite(losses[0]).all() and len(set(losses[0])) == 4
     assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(whole.params), jax.device_get(resumed.params)))
