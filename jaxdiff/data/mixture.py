@@ -78,9 +78,8 @@ class MixtureSource:
     @functools.cached_property
     def within(self) -> int:
         """Of so many places in order, each example has one."""
-        return max(math.ceil(count / fraction) for count, fraction in zip(self.counts, self.fractions)) + len(
-            self.counts
-        )
+        longest = max(count / fraction for count, fraction in zip(self.counts, self.fractions))
+        return math.ceil(longest) + len(self.counts)
 
     @functools.cached_property
     def fractions(self) -> tuple[Fraction, ...]:
