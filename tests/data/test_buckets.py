@@ -217,6 +217,11 @@ def test_small_buckets_go_to_the_next(listed):
     assert "1 bucket (height × width: images): 64 × 64: 23; 2 images of smaller buckets went to the next" in str(plan)
     two = batches(source, 2).buckets
     assert two.sizes == ((48, 88), (64, 64)) and two.merged == 0
+    between = batches(make_source(listed, 25, ((64, 64), (80, 40), (72, 58), (64, 64), (80, 40)) * 5), 6)
+    assert between.buckets.sizes == ((64, 64), (88, 48)) and between.buckets.counts == (
+        15,
+        10,
+    )  # 72 × 58 is nearly square
     few = take(batches(make_source(listed, 3), 8), 3)  # fewer than a batch in all
     assert {batch["image"].shape for batch in few} == {few[0]["image"].shape} and sorted(set(indices(few))) == [0, 1, 2]
 
