@@ -202,12 +202,15 @@ def _imagefolder(
         left_out.append(counted(others, "table that is not named metadata|tables that are not named metadata"))
     nearest = {name: metadata.nearest(name, tables) for name in names}
     used = sorted({tables[folder] for folder in nearest.values() if folder is not None})
+    splits = {_split_of_folders(PurePosixPath(name)) for name in names} | {None}
+    unused = [name for name in tables.values() if name not in used and _split_of_folders(PurePosixPath(name)) in splits]
+    if unused:
+        left_out.append(counted(unused, "metadata file of no image|metadata files of no image"))
     if not used:
         warnings.warn(Note(f"{where}: no metadata.csv, .jsonl or .parquet: captions from .txt files"), stacklevel=2)
         return [(name, None) for name in names], left_out
     entries = []
     absent, pictures = 0, set(walk.pictures)
-    splits = {_split_of_folders(PurePosixPath(name)) for name in names} | {None}
     for table in used:
         listed = metadata.read(root / table, named, f"{where}/{table}")
         absent += listed.without_name
@@ -219,7 +222,7 @@ def _imagefolder(
             if own and (place in nearest or _split_of_folders(PurePosixPath(place)) in splits):
                 entries.append((place, caption))
     if absent:
-        left_out.append(f"{absent} rows without a file_name")
+        left_out.append(f"{absent} row{'' if absent == 1 else 's'} without a file_name")
     unlisted = sorted(set(names) - {name for name, _ in entries})
     if unlisted:
         left_out.append(counted(unlisted, "image that no metadata lists|images that no metadata lists"))
@@ -266,6 +269,8 @@ def _configs(root: Path, config: str | None) -> Configs:
         patterns = _patterns(each.get("data_files"), str(each.get("data_dir") or ""), card)
         if patterns:
             configs[each["config_name"]] = patterns
+            if each.get("default") is True:
+                configs["default"] = patterns
     return configs
 
 

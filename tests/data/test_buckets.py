@@ -217,11 +217,9 @@ def test_small_buckets_go_to_the_next(listed):
     assert "1 bucket (height × width: images): 64 × 64: 23; 2 images of smaller buckets went to the next" in str(plan)
     two = batches(source, 2).buckets
     assert two.sizes == ((48, 88), (64, 64)) and two.merged == 0
-    between = batches(make_source(listed, 25, ((64, 64), (80, 40), (72, 58), (64, 64), (80, 40)) * 5), 6)
-    assert between.buckets.sizes == ((64, 64), (88, 48)) and between.buckets.counts == (
-        15,
-        10,
-    )  # 72 × 58 is nearly square
+    forms = (64, 64), (80, 40), (72, 58), (64, 64), (80, 40)  # the third is nearer to the square
+    between = batches(make_source(listed, 25, forms), 6).buckets
+    assert between.sizes == ((64, 64), (88, 48)) and between.counts == (15, 10)
     few = take(batches(make_source(listed, 3), 8), 3)  # fewer than a batch in all
     assert {batch["image"].shape for batch in few} == {few[0]["image"].shape} and sorted(set(indices(few))) == [0, 1, 2]
 

@@ -187,9 +187,19 @@ def test_all_that_is_ignored_is_counted_and_named(tmp_path):
         f"{where} 1 hidden folder or image (.cache)",
         f"{where} 1 file of an unknown kind (1 .mp4)",
         f"{where} 1 table that is not named metadata (list.csv)",
-        f"{where} 1 rows without a file_name",
+        f"{where} 1 row without a file_name",
         f"{where} 2 images that no metadata lists (2.png, 3.png)",
     ]
+
+
+def test_metadata_of_no_image_is_named(tmp_path):
+    put(tmp_path / "a", 1)
+    for name in ("a", "b", "test"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        table(tmp_path / name / "metadata.csv", [{"file_name": "1.png", "text": "one"}])
+    read, _, warned = opened(tmp_path)
+    assert read == [(1, "one")]
+    assert warned == [f"hf:{tmp_path}: left out 1 metadata file of no image (b/metadata.csv)"]
 
 
 def test_listed_images_that_are_not_there_are_counted_when_asked_for(tmp_path):
@@ -302,8 +312,12 @@ def test_the_readme_decides(tmp_path):
     assert opened(tmp_path / "small")[0] == [(0, "image 0")]
     assert opened(tmp_path / "small", "test")[0] == [(2, "image 2"), (1, "image 1")]
     assert opened(tmp_path / "large")[0] == [(4, "image 4")]
-    (tmp_path / "README.md").write_text(CARD.replace("small", "default"))
-    assert opened(tmp_path)[0] == [(0, "image 0")]
+    for card in (
+        CARD.replace("small", "default"),
+        CARD.replace("config_name: small", "config_name: small\n  default: true"),
+    ):
+        (tmp_path / "README.md").write_text(card)
+        assert opened(tmp_path)[0] == [(0, "image 0")]
     (tmp_path / "README.md").write_text(CARD.replace("a/*.parquet", "z/*.parquet").replace("small", "default"))
     with pytest.raises(FileNotFoundError, match=r"no file is there of what README.md lists for the split 'train'"):
         opened(tmp_path)
