@@ -11,6 +11,10 @@ LONGEST = 80
 """Characters of a name or a value that are shown."""
 
 
+class Note(UserWarning):
+    """What was chosen or found, for people to see, where nothing is wrong: a warning that is shown as a note."""
+
+
 def quoted(value: Any, most: int = LONGEST) -> str:
     """`repr` of a value in about `most` characters: long text is cut, of lists and groups the first items are shown."""
     if isinstance(value, str):

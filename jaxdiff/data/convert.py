@@ -4,8 +4,11 @@
                  caption in it (tar_shards.py says what a key is)
     lists        CSV or Parquet with a column of picture paths (relative ones are beside the list) and one of captions
                  (lists.py)
+    Parquet      with the images in a column, as on the Hugging Face hub (parquet_images.py)
+    folders      of images with captions beside them or in metadata.jsonl (folder.py), and as they come from the Hugging
+                 Face hub (hugging_face.py)
 
-The work is cut into pieces, a tar file or a run of a list's rows each, and every piece becomes one ArrayRecord file
+The work is cut into pieces, a tar file or a run of rows or images each, and every piece becomes one ArrayRecord file
 and one small JSON report, both renamed into place when whole. A killed run therefore loses only the pieces in
 progress; the same command does those again and nothing twice. Whatever is left out is counted by its reason: a
 picture that is missing or damaged, one without a caption, a member of a tar file that is of no use. A file or bucket
@@ -17,7 +20,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import multiprocessing
 import os
 import threading
@@ -32,75 +34,11 @@ from jaxdiff.core.files import remove_leftovers, write_json
 from jaxdiff.core.json_files import read_object
 from jaxdiff.core.messages import plain
 from jaxdiff.core.settings import canonical
-from jaxdiff.data import captions, images, lists, remote, tar_shards
+from jaxdiff.data import captions, images
 from jaxdiff.data.array_records import new_records
-from jaxdiff.data.fault import Fault, Raw
+from jaxdiff.data.fault import Fault
+from jaxdiff.data.pieces import GUESSING, Piece, Settings, pieces
 from jaxdiff.data.records import INDEX, is_count, pack
-
-
-@dataclasses.dataclass(frozen=True)
-class Tar:
-    """One tar file."""
-
-    path: str
-
-    def identity(self) -> str:
-        return f"tar, rules 3\n{self.path}\n{remote.size(self.path)}"
-
-    def examples(self, settings: "Settings") -> Iterator[Raw]:
-        with remote.open_binary(self.path) as stream:
-            yield from tar_shards.examples(self.path, stream, settings.caption_column)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A run of rows of a list: (path, caption) each, from row `start` of `path`."""
-
-    path: str
-    start: int
-    rows: tuple[tuple[str | None, str | None], ...]
-
-    def identity(self) -> str:
-        return f"rows\n{self.path}\n{self.start}\n{self.rows}"
-
-    def examples(self, settings: "Settings") -> Iterator[Raw]:
-        for number, (file, caption) in enumerate(self.rows, self.start):
-            if file is None:
-                yield f"{self.path}, row {number}", Fault("no path"), caption
-                continue
-            try:
-                yield file, remote.read_bytes(file), caption
-            except OSError as error:
-                if not remote.is_absent(error):  # a bucket out of reach for a moment must not cost its pictures
-                    raise
-                yield file, Fault("not there", str(error)), caption
-
-
-Piece = Tar | Rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to convert."""
-
-    image_column: str = "path"
-    """the column of picture paths in a list"""
-    caption_column: str = "caption"
-    """the column of captions in a list; the key of the caption in a tar file's KEY.json"""
-    rows_per_file: int = 10_000
-    """rows of a list that become one output file"""
-    images_only: bool = False
-    """keep pictures without a caption too (for super-resolution, which needs none)"""
-    verify: bool = True
-    """decode every picture, so that damaged ones are left out now and not met in training"""
-    strict: bool = False
-    """stop at the first damaged picture, missing caption or other fault"""
-    retry: bool = False
-    """do those pieces again in which something was left out, because it is there or repaired now"""
-
-    def __post_init__(self):
-        if self.rows_per_file < 1:
-            raise ValueError(f"rows_per_file must be at least 1, got {self.rows_per_file}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +67,12 @@ REPLACED = "characters replaced"
 def convert(
     inputs: Iterable[str],
     out: Path | str,
-    settings: Settings = Settings(),
+    settings: Settings = GUESSING,
     *,
     processes: int = 1,
     progress: Callable[[Report], None] = lambda report: None,
 ) -> dict:
-    """Converts `inputs` (.tar, .csv, .parquet; local or `://` paths) into the folder `out`.
+    """Converts `inputs` (.tar, .csv, .parquet; local or `://` paths; local folders) into the folder `out`.
 
     Returns what dataset.json says. `processes` pieces are done at a time (1: in this process). `progress` is told of
     each piece as it is finished, or found finished by an earlier run. ValueError or OSError for an input that cannot
@@ -170,25 +108,6 @@ def _index(reports: list[Report], settings: Settings) -> dict:
         "settings": dataclasses.asdict(settings),
         "shards": [{"file": report.file, "source": report.source, "images": report.images} for report in reports],
     }
-
-
-def pieces(inputs: Iterable[str], settings: Settings) -> Iterator[Piece]:
-    """The pieces of work, in order. Lists are read as a stream, never whole. A piece given twice is an error."""
-    seen: set[str] = set()
-    for path in inputs:
-        if path in seen:
-            raise ValueError(f"{path}: given twice")
-        seen.add(path)
-        suffixes = PurePosixPath(path).suffixes
-        if ".tar" in suffixes or suffixes[-1:] == [".tgz"]:
-            yield Tar(path)
-        elif suffixes[-1:] in ([".csv"], [".parquet"]):
-            columns = lists.Columns(settings.image_column, settings.caption_column, not settings.images_only)
-            rows = enumerate(lists.rows(path, columns))
-            while run := list(itertools.islice(rows, settings.rows_per_file)):
-                yield Rows(path, run[0][0], tuple(row for _, row in run))
-        else:
-            raise ValueError(f"{path}: neither a tar file nor a .csv or .parquet list")
 
 
 def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
@@ -318,6 +237,6 @@ def _fault(image: bytes | Fault, caption: str | None, settings: Settings) -> Fau
 
 def _name(piece: Piece, settings: Settings) -> str:
     """The output's name tells the content: the same piece has the same name in every run, any other has another."""
-    what = (piece.identity(), settings.images_only, settings.verify, settings.caption_column)
+    what = (piece.identity(), settings.images_only, settings.verify, settings.caption_key)
     stem = PurePosixPath(piece.path).name.partition(".")[0]
     return f"{stem}-{hashlib.blake2b(canonical(what), digest_size=8).hexdigest()}"

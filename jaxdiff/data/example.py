@@ -3,11 +3,13 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from io import BufferedIOBase
 from typing import NotRequired, Protocol, TypedDict, overload, runtime_checkable
 
 import numpy as np
 
 from jaxdiff.data.captions import Cleaned, clean
+from jaxdiff.data.orders import Blocks
 
 
 class Example(TypedDict):
@@ -24,11 +26,33 @@ class Example(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """A random-access sequence of examples. It must pickle when worker processes are asked for."""
+    """A random-access sequence of examples. It must pickle when worker processes are asked for.
+
+    It may also have `open_image(index)` (see `open_image`), `blocks` (`orders.Blocks`), and `fingerprint()`: a text
+    that changes with its files, by which what was read from them is kept (None: nothing to go by).
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def open_image(source: Source, index: int) -> BufferedIOBase | bytes | np.ndarray:
+    """What an example's header is read from: where the source can, its open file, of which the caller reads as little
+    as it needs and closes it; otherwise the image. OSError where it cannot be opened."""
+    opened = getattr(source, "open_image", None)
+    return source[index]["image"] if opened is None else opened(index)
+
+
+def blocks_of(source: Source) -> Blocks | None:
+    """How the examples of a source are read together, where they are."""
+    return getattr(source, "blocks", None)
+
+
+def fingerprint_of(source: Source) -> str | None:
+    """What changes with the files of a source, where it has something to go by."""
+    said = getattr(source, "fingerprint", None)
+    return None if said is None else said()
 
 
 @dataclasses.dataclass(frozen=True)

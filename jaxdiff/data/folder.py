@@ -8,11 +8,14 @@ Training and evaluation find the same pictures: `walk` is the one way through a 
 """
 
 import collections
+import contextlib
 import dataclasses
+import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from jaxdiff.data import captions
 from jaxdiff.data.example import Example
 
 METADATA = "metadata.jsonl"
+TABLES = frozenset({".csv", ".jsonl", ".parquet"})
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
@@ -43,10 +47,26 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Example:
+    def text(self, index: int) -> str | None:
+        """A caption as it is, still to be cleaned."""
         name, text = self.entries[index]
-        file = self.path / name
-        caption, fault = captions.clean(_text_beside(file) if text is None else text)
+        return _text_beside(self.path / name) if text is None else text
+
+    def open_image(self, index: int) -> BufferedReader:
+        return (self.path / self.entries[index][0]).open("rb")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b()
+        for name, _ in self.entries:
+            with contextlib.suppress(OSError):
+                status = (self.path / name).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+            digest.update(os.fsencode(name) + b"\0")
+        return f"folder {self.path.absolute()}: {digest.hexdigest()}"
+
+    def __getitem__(self, index: int) -> Example:
+        file = self.path / self.entries[index][0]
+        caption, fault = captions.clean(self.text(index))
         return {"image": file.read_bytes(), "caption": caption, "name": str(file), "caption_fault": fault}
 
 
@@ -67,6 +87,9 @@ def read(path: Path | str) -> FolderSource:
             if unlisted
             else []
         )
+    others = sorted(name for name in listing.tables if os.path.basename(name) in ("metadata.csv", "metadata.parquet"))
+    if others:
+        left_out.append(counted(others, "table that hf:PATH would read|tables that hf:PATH would read"))
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not entries:
@@ -82,6 +105,7 @@ class Walk:
     unknown: files that are neither pictures nor what usually lies beside them, by suffix
     closed: folders that cannot be read, with the reason
     outward: links to folders around the folder itself, or around the one that the link lies in
+    tables: files that may say something of the images (.csv, .jsonl, .parquet)
     """
 
     pictures: tuple[str, ...]
@@ -89,6 +113,7 @@ class Walk:
     unknown: tuple[tuple[str, int], ...]
     closed: tuple[str, ...]
     outward: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
     def left_out(self) -> list[str]:
         """Each kind with its count, in a line of its own."""
@@ -118,7 +143,7 @@ def walk(path: Path | str) -> Walk:
     """Everything below a folder. Links to folders are followed; a folder is visited once, by its own path rather than
     by a link, so that links in a circle end. A link to a folder around the set is not followed: it leads to the set's
     neighbours. A link to a file counts as the file."""
-    pictures, hidden, closed, outward = [], [], [], []
+    pictures, hidden, closed, outward, tables = [], [], [], [], []
     root = os.path.realpath(path)
     unknown: collections.Counter[str] = collections.Counter()
     folders = collections.deque([("", root)])  # relative and real paths
@@ -149,10 +174,14 @@ def walk(path: Path | str) -> Walk:
                 folders.append((f"{name}/", entry.path))
             elif suffix in SUFFIXES and kind == stat.S_IFREG:
                 pictures.append(name)
+            elif suffix in TABLES and kind == stat.S_IFREG:
+                tables.append(name)
             elif suffix not in COMPANIONS:
                 unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
     kinds = tuple(unknown.most_common())
-    return Walk(tuple(sorted(pictures)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward))
+    return Walk(
+        tuple(sorted(pictures)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward), tuple(sorted(tables))
+    )
 
 
 def _is_around(outer: str, inner: str) -> bool:
@@ -192,24 +221,37 @@ def from_metadata(content: bytes, where: str) -> Iterator[tuple[str, str | None]
 
 def _entry(line: str) -> tuple[str, str | None]:
     """The name of a picture, and its caption where the line has one. ValueError for what is wrong with the line."""
+    row = json_row(line)
+    return file_name(row), captions.chosen(row, ("text", "caption"))
+
+
+def json_row(line: str) -> dict[str, Any]:
+    """A line of a metadata.jsonl. ValueError for what is no JSON object."""
     try:
         row = captions.from_json(line)
     except ValueError as error:
         raise ValueError(f"not a JSON object with a file_name ({error})") from error
-    if not isinstance(row, dict) or "file_name" not in row:
+    if not isinstance(row, dict):
         raise ValueError("not a JSON object with a file_name")
-    name = row["file_name"]
+    return row
+
+
+def file_name(row: Mapping[str, Any], column: str = "file_name") -> str:
+    """The name of an image's file in a row. ValueError for what no file can be named."""
+    if column not in row:
+        raise ValueError(f"not a JSON object with a {column}")
+    name = row[column]
     if name is None:
-        raise ValueError("file_name is null")
+        raise ValueError(f"{column} is null")
     if not isinstance(name, str):
-        raise ValueError(f"file_name is not a string but {quoted(name)}")
+        raise ValueError(f"{column} is not a string but {quoted(name)}")
     try:
         possible = name.strip() and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise ValueError(f"no file can have the file_name {quoted(name)}")
-    return name, captions.chosen(row, ("text", "caption"))
+        raise ValueError(f"no file can have the {column} {quoted(name)}")
+    return name
 
 
 def _text_beside(file: Path) -> str | None:

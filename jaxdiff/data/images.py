@@ -1,4 +1,4 @@
-"""One encoded picture in, one square uint8 array out: decoding, resizing and aligned crops.
+"""One encoded image in, one uint8 array of a given size out: decoding, resizing and aligned crops.
 
 `decode` is the only way from a file to pixels: for training, evaluation, conversion and the images that a user gives.
 It turns every format upright as its EXIF or XMP orientation says, and brings every mode of Pillow to 8-bit RGB:
@@ -18,6 +18,7 @@ and its judges notice the difference between two of them.
 
 import io
 from collections.abc import Callable
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -35,6 +36,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 class Unreadable(Exception):
@@ -61,6 +63,26 @@ def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         raise Unreadable(f"damaged picture ({error})") from error
 
 
+def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, int]:
+    """(height, width) of what `decode` makes of an encoded image, of its file or of an array, read from the header
+    alone. Of a PNG whose EXIF lies behind its pixels, the size before it is turned. Raises `Unreadable`.
+    """
+    if isinstance(source, np.ndarray):
+        if source.ndim < 2:
+            raise Unreadable(f"an array of shape {source.shape}")
+        return source.shape[0], source.shape[1]
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else cast(IO[bytes], source)) as image:
+            width, height = image.size
+            # Not PNG's own `getexif`, which decodes the pixels to look behind them. TIFF has its size upright already.
+            turn = None if image.format == "TIFF" else _turn_of(image, Image.Image.getexif)
+    except UnidentifiedImageError as error:
+        raise Unreadable("not an image in any known format") from error
+    except Exception as error:
+        raise Unreadable(f"damaged image ({error})") from error
+    return (width, height) if turn in _SIDEWAYS else (height, width)
+
+
 def has_transparency(image: Image.Image) -> bool:
     """Whether any pixel is not opaque: an alpha channel that is 255 everywhere is no transparency.
 
@@ -70,19 +92,24 @@ def has_transparency(image: Image.Image) -> bool:
     return image.has_transparency_data and bool((np.asarray(_rgba(image).getchannel("A")) < 255).any())
 
 
-def resize(image: UInt8[np.ndarray, "h w 3"], resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """The centred square of a picture, resampled to `resolution`: the short side fits, the long one is cut.
+def resize(image: UInt8[np.ndarray, "h w 3"], size: int | tuple[int, int]) -> UInt8[np.ndarray, "r q 3"]:
+    """The centred part of an image that has the form of `size` (height, width; one number: a square), resampled to it:
+    one side fits, the ends of the other are cut.
 
-    The square's edges may fall between pixels (an odd difference of the sides), and the filter sees what lies beyond
-    them, as if the whole picture had been resized, then cut. One that already has the size comes back untouched.
+    The part's edges may fall between pixels, and the filter sees what lies beyond them, as if the whole image had been
+    resized, then cut. One that already has the size comes back untouched.
     """
     height, width = image.shape[:2]
-    if height == width == resolution:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if (height, width) == (rows, columns):
         return image
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    square = (left, top, left + side, top + side)
-    resampled = Image.fromarray(image).resize((resolution, resolution), FILTER, box=square, reducing_gap=None)
+    if height * columns <= width * rows:
+        part_height, part_width = float(height), height * columns / rows
+    else:
+        part_height, part_width = width * rows / columns, float(width)
+    left, top = (width - part_width) / 2, (height - part_height) / 2
+    part = (left, top, left + part_width, top + part_height)
+    resampled = Image.fromarray(image).resize((columns, rows), FILTER, box=part, reducing_gap=None)
     return np.asarray(resampled)
 
 
@@ -123,8 +150,12 @@ def _from_array(image: np.ndarray) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    return _turn_of(image, lambda image: image.getexif())
+
+
+def _turn_of(image: Image.Image, exif: Callable[[Image.Image], Image.Exif]) -> Image.Transpose | None:
     try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(exif(image).get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF, in as many errors as there are parsers; the pixels are sound
         return None
 

@@ -4,6 +4,7 @@ A CSV is read as RFC 4180 has it, with commas, and nothing about its quotes is g
 swallows the rows behind it, and a comma outside quotes cuts a caption, so both are errors that name the line.
 """
 
+import contextlib
 import csv
 import dataclasses
 import re
@@ -23,10 +24,10 @@ _ROW = re.compile(rf"{_FIELD}(?:,{_FIELD})*+[\r\n]*")
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read."""
+    """The names of the columns that are read; a caption of None: there are none to be read."""
 
     image: str
-    caption: str
+    caption: str | None
     caption_required: bool = True
 
 
@@ -35,16 +36,24 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str | None, str | None]]
 
     ValueError, with the line of a CSV, for what is no such list or is damaged.
     """
-    read = _parquet_rows if path.endswith(".parquet") else _csv_rows
+    read = _parquet_rows if path.endswith(".parquet") else csv_rows
     for image, caption in read(path, columns):
         named = isinstance(image, str) and image.strip()
         yield remote.beside(path, image) if named else None, (caption or None) if isinstance(caption, str) else None
 
 
-def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
-    with remote.open_binary(path) as stream:
-        table = _table(path, captions.reader(stream))
-        line, header = next(table, (1, []))
+@contextlib.contextmanager
+def open_csv(path: str) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
+    """The names of a CSV's columns, and its rows, each with the number of its first line and as many fields."""
+    with remote.open_binary(path) as stream, captions.reader(stream) as text:
+        table = _table(path, text)
+        _, header = next(table, (1, []))
+        yield header, table
+
+
+def csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
+    """The columns of a CSV as they are. ValueError as for `rows`."""
+    with open_csv(path) as (header, table):
         _check_columns(path, header, columns)
         image = header.index(columns.image)
         caption = header.index(columns.caption) if columns.caption in header else None
@@ -132,7 +141,7 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a Parquet file ({reason(error)})") from error
         _check_columns(path, table.schema_arrow.names, columns)
-        names = sorted({columns.image, columns.caption} & set(table.schema_arrow.names))
+        names = [name for name in table.schema_arrow.names if name in (columns.image, columns.caption)]
         batches = table.iter_batches(columns=names)
         while True:
             try:
@@ -142,7 +151,8 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
             if batch is None:
                 return
             values = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
-            yield from zip(values[columns.image], values.get(columns.caption, [None] * batch.num_rows))
+            captions_there = values.get(columns.caption or "", [None] * batch.num_rows)
+            yield from zip(values[columns.image], captions_there)
 
 
 def _values(column: Any) -> list:
@@ -156,10 +166,11 @@ def _values(column: Any) -> list:
 
 def _check_columns(path: str, header: list[str], columns: Columns) -> None:
     """Images alone may have captions or not."""
-    for name in (columns.image, *((columns.caption,) if columns.caption_required else ())):
+    required = (columns.image, *((columns.caption,) if columns.caption_required else ()))
+    for name in filter(None, required):
         if name not in header:
             there = plain(", ".join(header), 400) or "none"
             raise ValueError(f"{path}: no column {name!r}, only {there}; name the right one")
-    for name in (columns.image, columns.caption):
+    for name in filter(None, (columns.image, columns.caption)):
         if header.count(name) > 1:
             raise ValueError(f"{path}: {header.count(name)} columns are named {name!r}: keep one")

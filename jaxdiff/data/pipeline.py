@@ -3,16 +3,16 @@
     source → shuffle → repeat → decode, resize, crop, join embeddings → this process's share → drop rejects → batch
 
 The order of examples and every random crop are functions of the seed and the position alone, so an iterator that is
-set to a saved state continues exactly, whatever the number of threads.
+set to a saved state continues exactly, whatever the number of threads. Of a mixture (`mixture.py`) the order goes by
+its weights; with aspect-ratio buckets (`buckets.py`) by them too, and each batch has images of one size.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
 import signal
-import threading
-import warnings
-from collections import Counter
+import sys
 from typing import Any
 
 import absl.flags
@@ -21,13 +21,17 @@ import numpy as np
 
 from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import images
+from jaxdiff.data.buckets import BucketPlan, Buckets, Schedule, Slot
 from jaxdiff.data.embeddings import Embeddings, digest
-from jaxdiff.data.example import Source, cleaned
+from jaxdiff.data.example import Source, blocks_of, cleaned
+from jaxdiff.data.image_sizes import ImageSizes
+from jaxdiff.data.mixture import MixtureOrder, MixtureSource
+from jaxdiff.data.orders import SMALL, Order
+from jaxdiff.data.skipped import REJECTS, REPLACED, Skipped
 
-_SMALL = 4096
 _ENDED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
 """What Grain says of a worker that a signal ended. One that ends itself has a bug."""
-_REPLACED = "replaced"  # what was replaced in a caption, on its way to where it is counted
+_SPARE = "spare"  # with buckets, in a single epoch: this one only fills up a batch, and leaves it at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class DataConfig:
     """What the batches hold, and in which order. ValueError for sizes that do not fit together.
 
     resolution: side in pixels of the images; those that are not square lose the ends of their long side.
+    buckets: images of about resolution² pixels instead, in a few sizes (`buckets.Buckets`), each batch of one size.
     batch: images per batch of this process.
     low_resolution: side of the same image shrunk, for super-resolution; the resolution is a multiple of it.
     crop: side of a random window of the image, a multiple of the factor between both resolutions.
@@ -63,6 +68,7 @@ class DataConfig:
     batch: int
     low_resolution: int | None = None
     crop: int | None = None
+    buckets: Buckets | None = None
     captions: bool = False
     caption_optional: bool = False
     strict: bool = False
@@ -76,14 +82,28 @@ class DataConfig:
         low = self.low_resolution
         if low is not None and (low < 1 or self.resolution % low):
             raise ValueError(f"resolution {self.resolution} is not a multiple of the low resolution {low}")
+        if self.buckets is not None:
+            self.buckets.sizes(self.resolution)
+            if self.crop is not None:
+                raise ValueError("crop is a square window: not with buckets of other aspect ratios")
+            if self.buckets.stride % self.factor:
+                raise ValueError(
+                    f"buckets: the stride {self.buckets.stride} is not a multiple of the factor {self.factor} between "
+                    "both resolutions"
+                )
         if self.crop is not None:
             if low is None:
                 raise ValueError("crop is for super-resolution: give low_resolution too")
-            factor = self.resolution // low
+            factor = self.factor
             if not factor <= self.crop <= self.resolution or self.crop % factor:
                 raise ValueError(
                     f"crop {self.crop} must be a multiple of the factor {factor}, at most {self.resolution}"
                 )
+
+    @property
+    def factor(self) -> int:
+        """Between both resolutions; 1 without a low one."""
+        return 1 if self.low_resolution is None else self.resolution // self.low_resolution
 
 
 def image_batches(
@@ -91,13 +111,15 @@ def image_batches(
     config: DataConfig,
     embeddings: Embeddings | None = None,
     *,
+    sizes: ImageSizes | None = None,
     process_index: int = 0,
     process_count: int = 1,
     read_ahead: ReadAhead = ReadAhead(),
 ) -> "Batches":
     """Batches of images, `config.batch` of them from this process, as dicts of numpy arrays.
 
-    image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given
+    image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given; with `buckets` one of
+               their sizes, the same on all processes at the same step
     low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same image shrunk
                by `images.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
     text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool, zero behind the mask
@@ -108,6 +130,10 @@ def image_batches(
     replaced is used, but counted and warned of alike. Of `process_count` processes each gets a disjoint share; while
     it repeats, their batches one after the other are the batch that one process would get (until something is
     skipped). ValueError for an empty source, and for embeddings of another number of examples.
+
+    `sizes`, with `buckets` alone: those of the source's images (`image_sizes.read_sizes`). A skipped image's place is
+    then taken by another of its bucket, so that all processes keep to one order of sizes. In a single epoch the last
+    batch of each bucket may be short, and with several processes empty.
     """
     if not len(source):
         raise ValueError(f"{source}: no examples")
@@ -117,24 +143,49 @@ def image_batches(
         raise ValueError(
             f"{embeddings.path}: holds {embeddings.count} embeddings for {len(source)} examples; store them again"
         )
-    examples = _ordered(source, config).random_map(_Prepare(config, embeddings))
+    report = Skipped(len(source), config.strict, source.within if isinstance(source, MixtureSource) else None)
+    prepare = _Prepare(config, embeddings)
+    plan = _bucket_plan(source, config, sizes, process_count)
+    if plan is None:
+        examples = _ordered(source, config).random_map(prepare)
+    else:
+        assert sizes is not None  # there would be no plan
+        report.leave_out(sizes.faults)
+        examples = _Slots(plan).seed(config.seed).random_map(_PrepareInBucket(prepare, _Numbered(source), plan))
     # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
-    if process_count > 1 and config.repeat:
+    if process_count > 1 and (config.repeat or plan is not None):
         examples = _Share(examples, config.batch, process_index, process_count)
     elif process_count > 1:
         examples = examples[process_index::process_count]
-    report = Skipped(len(source), config.strict)
     # The rejects are counted here, in the main process, whoever did the decoding.
     stream = _read(examples, read_ahead).filter(report.keep).batch(config.batch, drop_remainder=False).map(_finish)
+    if plan is not None and not config.repeat and process_count == 1:
+        stream = stream.filter(lambda batch: len(batch["image"]) > 0)  # where all of them were skipped
     options = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
-    return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report)
+    return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report, plan)
+
+
+def _bucket_plan(source: Source, config: DataConfig, sizes: ImageSizes | None, process_count: int) -> BucketPlan | None:
+    """With buckets, which image comes when. ValueError for sizes that are missing, or not asked for."""
+    if config.buckets is None:
+        if sizes is not None:
+            raise ValueError("sizes of the images are for buckets: give the config buckets, or leave the sizes out")
+        return None
+    if sizes is None:
+        raise ValueError("buckets need the sizes of the images: give image_batches(…, sizes=read_sizes(source))")
+    schedule = Schedule(config.batch * process_count, config.seed, config.shuffle, config.repeat)
+    return BucketPlan(source, sizes, config.buckets, config.resolution, schedule)
 
 
 def _ordered(source: Source, config: DataConfig) -> grain.MapDataset:
     """The source's examples in the order in which they are used."""
     examples = grain.MapDataset.source(_Numbered(source)).seed(config.seed)
-    if config.shuffle:
-        examples = _ShuffleSmall(examples, config.seed) if len(source) < _SMALL else examples.shuffle()
+    if isinstance(source, MixtureSource):
+        examples = _Arranged(examples, MixtureOrder(source, config.seed, config.shuffle))
+    elif config.shuffle and (len(source) < SMALL or blocks_of(source) is not None):
+        examples = _Arranged(examples, Order(len(source), config.seed, True, blocks_of(source)))
+    elif config.shuffle:
+        examples = examples.shuffle()
     return examples.repeat() if config.repeat else examples
 
 
@@ -149,11 +200,19 @@ def _read(examples: grain.MapDataset, read_ahead: ReadAhead) -> grain.IterDatase
 
 
 class Batches:
-    """The iterator over batches: `next`, `get_state` and `set_state` (a small JSON-able dict), and what was skipped."""
+    """The iterator over batches: `next`, `get_state` and `set_state` (a small JSON-able dict), and what was skipped.
 
-    def __init__(self, stream: grain.IterDataset, skipped: "Skipped"):
+    buckets: which sizes the batches have (its `str` says it in a line); None: all the same.
+    """
+
+    def __init__(self, stream: grain.IterDataset, skipped: Skipped, buckets: BucketPlan | None = None):
         self._iterator = iter(stream)
-        self.skipped = skipped
+        self.skipped, self.buckets = skipped, buckets
+
+    @functools.cached_property
+    def varying_shapes(self) -> str | None:
+        """Where the batches differ in shape, a text that decides which comes when; the same on all processes."""
+        return None if self.buckets is None else self.buckets.fingerprint()
 
     def __iter__(self) -> "Batches":
         return self
@@ -183,78 +242,12 @@ class Batches:
             raise ValueError(f"the saved place is another pipeline's (of other workers?): {error!r}") from error
 
 
-class Skipped:
-    """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind.
+class _Arranged(grain.MapDataset):
+    """The examples in an order that goes on from epoch to epoch."""
 
-    replaced: captions in which characters were replaced; those examples are used.
-    """
-
-    _LINES = 10
-
-    def __init__(self, examples: int, strict: bool):
-        self.reasons: Counter[str] = Counter()
-        self.replaced = 0
-        self._strict, self._examples = strict, examples
-        self._names: set[str] = set()
-        self._in_a_row = 0
-        self._lock = threading.Lock()
-
-    @property
-    def count(self) -> int:
-        return sum(self.reasons.values())
-
-    def __str__(self) -> str:
-        """`3 (2 unreadable, 1 no caption)`"""
-        return f"{self.count} ({', '.join(f'{count} {kind}' for kind, count in self.reasons.most_common())})"
-
-    def keep(self, example: dict) -> bool:
-        """False for a reject, after counting it. Raises ValueError when strict, or when nothing else is left."""
-        if "rejected" not in example:
-            self._in_a_row = 0
-            self._note(example[_REPLACED])
-            return True
-        name, kind, reason = example["rejected"]
-        line = f"{name}: {reason}"
-        if self._strict:
-            raise ValueError(f"{line} (strict)")
-        with self._lock:
-            self._in_a_row += 1
-            # Twice the source, as a usable example may come first in one order of it and last in the next: beyond, it
-            # would never end.
-            if self._in_a_row >= 2 * self._examples:
-                raise ValueError(f"not one of the {self._examples} examples is usable; the last: {line}")
-            if name not in self._names:
-                self._names.add(name)
-                self.reasons[kind] += 1
-                self._warn(f"skipped {line}", self.count)
-        return False
-
-    def summary(self, total: int) -> str:
-        """What was left out of `total` examples, or replaced, for people; empty where nothing was."""
-        skipped = [f"skipped {self} of {total} examples"] if self.count else []
-        return "; ".join(skipped + ([f"characters replaced in {self.replaced} captions"] if self.replaced else []))
-
-    def _note(self, fault: str) -> None:
-        if fault and self._strict:
-            raise ValueError(f"{fault} (strict)")
-        with self._lock:
-            if fault and fault not in self._names:
-                self._names.add(fault)
-                self.replaced += 1
-                self._warn(fault, self.replaced)
-
-    def _warn(self, line: str, number: int) -> None:
-        if number <= self._LINES:
-            rest = "; further ones are only counted" if number == self._LINES else ""
-            warnings.warn(f"{line}{rest}", stacklevel=2)
-
-
-class _ShuffleSmall(grain.MapDataset):
-    """A new permutation every epoch, held as a table: Grain's own, made for big sets, takes 0.5 ms an index on 64."""
-
-    def __init__(self, parent: grain.MapDataset, seed: int):
+    def __init__(self, parent: grain.MapDataset, order: Order | MixtureOrder):
         super().__init__(parent)
-        self._examples, self._seed = parent, seed
+        self._examples, self._order = parent, order
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -262,8 +255,23 @@ class _ShuffleSmall(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, place = divmod(index, len(self))
-        return self._examples[epoch * len(self) + _permutation(self._seed, epoch, len(self))[place]]
+        return self._examples[self._order.place(index)]
+
+
+class _Slots(grain.MapDataset):
+    """The places of the batches of a plan."""
+
+    def __init__(self, plan: BucketPlan):
+        super().__init__()
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return sys.maxsize if self._plan.schedule.repeat else len(self._plan) * self._plan.schedule.step
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._plan.slot(index)
 
 
 class _Share(grain.MapDataset):
@@ -281,11 +289,6 @@ class _Share(grain.MapDataset):
             return self.slice(index)
         round, place = divmod(index, self._batch)
         return self._examples[(round * self._count + self._process) * self._batch + place]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +315,9 @@ class _Prepare(grain.transforms.RandomMap):
     embeddings: Embeddings | None
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+        return self.entry(element, (self.config.resolution, self.config.resolution), rng)
+
+    def entry(self, element: dict, size: tuple[int, int], rng: np.random.Generator) -> dict:
         if "rejected" in element:
             return element
         text, fault = cleaned(element["caption"], element.get("caption_fault"))
@@ -320,23 +326,23 @@ class _Prepare(grain.transforms.RandomMap):
         if wanted and not caption and not self.config.caption_optional:
             return {"rejected": (element["name"], "no caption", "no caption")}
         try:
-            picture = images.resize(images.decode(element["image"]), self.config.resolution)
+            image = images.resize(images.decode(element["image"]), size)
         except images.Unreadable as error:
             return {"rejected": (element["name"], "unreadable", str(error))}
         replaced = f"{element['name']}: {fault}" if wanted and fault is not None else ""
         return {
-            **self._views(picture, rng),
+            **self._views(image, rng),
             **self._text(element["name"], element["index"], caption),
-            _REPLACED: replaced,
+            REPLACED: replaced,
         }
 
-    def _views(self, picture: np.ndarray, rng: np.random.Generator) -> dict:
+    def _views(self, image: np.ndarray, rng: np.random.Generator) -> dict:
         if self.config.low_resolution is None:
-            return {"image": picture}
-        low = images.resize(picture, self.config.low_resolution)
+            return {"image": image}
+        low = images.resize(image, (len(image) // self.config.factor, image.shape[1] // self.config.factor))
         if self.config.crop is not None:
-            picture, low = images.aligned_crops(picture, low, self.config.crop, rng)
-        return {"image": picture, "low_res": low}
+            image, low = images.aligned_crops(image, low, self.config.crop, rng)
+        return {"image": image, "low_res": low}
 
     def _text(self, name: str, index: int, caption: str) -> dict:
         joined = {"caption": caption, "index": index} if self.config.captions else {}
@@ -351,9 +357,34 @@ class _Prepare(grain.transforms.RandomMap):
         return joined
 
 
+@dataclasses.dataclass(frozen=True)
+class _PrepareInBucket(grain.transforms.RandomMap):
+    """The example of a place in a batch, or another one of its bucket where that is rejected."""
+
+    prepare: _Prepare
+    source: "_Numbered"
+    plan: BucketPlan
+
+    def random_map(self, element: Slot, rng: np.random.Generator) -> dict:
+        rejects: list[tuple[str, str, str]] = []
+        size = self.plan.sizes[element.bucket]
+        for index in itertools.chain([element.index], self.plan.others(element, rng)):
+            entry = self.prepare.entry(self.source[index], size, rng)
+            if "rejected" not in entry:
+                spare = element.spare or (bool(rejects) and not self.prepare.config.repeat)
+                return {**entry, REJECTS: rejects, _SPARE: spare}
+            rejects.append(entry["rejected"])
+        name, _, reason = rejects[-1]
+        raise ValueError(
+            f"not one of the {len(rejects) - 1} images of the bucket {size[0]} × {size[1]} is usable; the last: "
+            f"{name}: {reason}"
+        )
+
+
 def _finish(batch: dict) -> dict[str, np.ndarray]:
+    kept = ~batch.pop(_SPARE) if _SPARE in batch else slice(None)
     return {
-        key: images.to_float(value) if key in ("image", "low_res") else value
+        key: images.to_float(value[kept]) if key in ("image", "low_res") else value[kept]
         for key, value in batch.items()
-        if key != _REPLACED
+        if key != REPLACED
     }

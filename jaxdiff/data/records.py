@@ -62,6 +62,11 @@ class RecordSource:
             where = self._records.where(index)
             raise ValueError(f"{where}: not written by experiments.convert ({reason(error)})") from error
 
+    def fingerprint(self) -> str:
+        files = [(self.path / shard).stat() for shard in self.shards]
+        kept = [(shard, file.st_size, file.st_mtime_ns) for shard, file in zip(self.shards, files, strict=True)]
+        return f"records {self.path.absolute()}: {kept}"
+
     @functools.cached_property
     def _records(self) -> Parts:
         return Parts([self.path / shard for shard in self.shards], self.sizes)

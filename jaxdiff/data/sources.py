@@ -1,15 +1,18 @@
-"""Where captioned pictures come from: six sources, each a plain value, all opened into the same kind of sequence.
+"""Where captioned images come from: seven sources, each a plain value, all opened into the same kind of sequence.
 
 spec = parse("folder:photos")                      # once, at the command line
-source = open(spec, 64, "train", "runs/data")      # what pipeline.images reads
+spec = parse_several(["hf:mine", "shapes"], [3, 1])
+source = open(spec, 64, "train", "runs/data")      # what pipeline.image_batches reads
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxdiff.data import emoji, folder, rainbow, records, shapes, tfds_sets
+from jaxdiff.data import emoji, folder, hugging_face, rainbow, records, shapes, tfds_sets
+from jaxdiff.data.columns import Named
 from jaxdiff.data.example import Source
+from jaxdiff.data.mixture import MixtureSource, check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +54,74 @@ class Records:
     path: Path
 
 
-DataSpec = Shapes | Emoji | Rainbow | Folder | Tfds | Records
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """A dataset as it lies on the Hugging Face hub, downloaded: an imagefolder with metadata, or Parquet files with the
+    images in them. Splits: those that are there.
 
-CHOICES = "shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"
+    image_column, caption_column: None: guessed from the usual names, and said. A caption_column of "": no captions.
+    """
+
+    path: Path
+    image_column: str | None = None
+    caption_column: str | None = None
 
 
-def parse(text: str) -> DataSpec:
+Single = Shapes | Emoji | Rainbow | Folder | Tfds | Records | HuggingFace
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources, each used as often as its weight says (`mixture.py`); None: as often as it has examples.
+    ValueError for fewer than two sources, one that is named twice, and bad weights."""
+
+    specs: tuple[Single, ...]
+    weights: tuple[float | int, ...] | None = None
+
+    def __post_init__(self):
+        if len(self.specs) < 2:
+            raise ValueError("a mixture needs at least two sources")
+        twice = next((spec for number, spec in enumerate(self.specs) if spec in self.specs[:number]), None)
+        if twice is not None:
+            raise ValueError(f"{describe(twice)} is named twice: name it once, with a larger weight")
+        check_weights(self.weights, len(self.specs))
+
+
+DataSpec = Single | Mixture
+
+CHOICES = "shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"
+
+
+def parse_several(texts: Sequence[str], weights: Sequence[float | int] | None = None) -> DataSpec:
+    """What `--data` and `--data-weights` say: of one text its source, of several a `Mixture`. ValueError for no text,
+    one that is none of CHOICES, one given twice, and weights that are not one positive number for each."""
+    if not texts:
+        raise ValueError(f"--data names no source; it is one or more of: {CHOICES}")
+    specs = tuple(parse(text) for text in texts)
+    if weights is not None:
+        try:
+            check_weights(weights, len(specs))
+        except ValueError as error:
+            raise ValueError(f"--data-weights: {error}") from None
+    return specs[0] if len(specs) == 1 else Mixture(specs, None if weights is None else tuple(weights))
+
+
+def changed(spec: DataSpec, change: Callable[[Single], Single]) -> DataSpec:
+    """The same with `change` made to its source, or to each of a mixture."""
+    if isinstance(spec, Mixture):
+        return Mixture(tuple(change(each) for each in spec.specs), spec.weights)
+    return change(spec)
+
+
+def parse(text: str) -> Single:
     """One of CHOICES → its dataclass; ValueError for anything else."""
     kind, colon, rest = text.partition(":")
     plain = {"shapes": Shapes, "emoji": Emoji, "rainbow": Rainbow}
     if kind in plain and not colon:
         return plain[kind]()
-    with_path: dict[str, Callable[[str], DataSpec]] = {
+    with_path: dict[str, Callable[[str], Single]] = {
         "folder": lambda path: Folder(Path(path)),
+        "hf": lambda path: HuggingFace(Path(path)),
         "tfds": Tfds,
         "records": lambda path: Records(Path(path)),
     }
@@ -76,7 +134,10 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
     """The examples of one split. `resolution` picks the stored size of sets that are drawn (shapes, emoji); `data_dir`
     is where prepared sets live. An unknown split or a set that is not there is an error that says what to do.
     """
-    if not isinstance(spec, Shapes | Rainbow | Tfds) and split != "train":
+    if isinstance(spec, Mixture):
+        sources = tuple(open(each, resolution, split, data_dir) for each in spec.specs)
+        return MixtureSource(sources, spec.weights)
+    if not isinstance(spec, Shapes | Rainbow | Tfds | HuggingFace) and split != "train":
         raise ValueError(f"{describe(spec)} has only the split 'train', not {split!r}")
     match spec:
         case Shapes(train, held_out):
@@ -87,6 +148,8 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
             return tfds_sets.Captioned(rainbow.prepare(data_dir), split)
         case Folder(path):
             return folder.read(path)
+        case HuggingFace(path, image, caption):
+            return hugging_face.read(path, split, Named(image, caption))
         case Tfds(name):
             return tfds_sets.Captioned(tfds_sets.builder(name, data_dir), split)
         case Records(path):
@@ -94,8 +157,14 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
 
 
 def describe(spec: DataSpec) -> str:
-    """The command-line form of a spec: the inverse of `parse` (sizes of the shapes set aside)."""
+    """The command-line form of a spec: the inverse of `parse` (sizes of the shapes and named columns set aside); of a
+    mixture, its sources and weights."""
     match spec:
+        case Mixture(specs, weights):
+            shown = "" if weights is None else f" with weights {' '.join(f'{weight:g}' for weight in weights)}"
+            return " ".join(map(describe, specs)) + shown
+        case HuggingFace(path):
+            return f"hf:{path}"
         case Folder(path) | Records(path):
             return f"{_KIND[type(spec)]}:{path}"
         case Tfds(name):
@@ -103,4 +172,4 @@ def describe(spec: DataSpec) -> str:
     return _KIND[type(spec)]
 
 
-_KIND = {Shapes: "shapes", Emoji: "emoji", Rainbow: "rainbow", Folder: "folder", Tfds: "tfds", Records: "records"}
+_KIND: dict[type, str] = {Shapes: "shapes", Emoji: "emoji", Rainbow: "rainbow", Folder: "folder", Records: "records"}

@@ -14,7 +14,11 @@ from jaxdiff.training.mesh import check_batch, to_devices
 
 @runtime_checkable
 class Batches(Protocol):
-    """A resumable stream of dicts of numpy arrays (this process's rows), such as Grain's DatasetIterator."""
+    """A resumable stream of dicts of numpy arrays (this process's rows), such as Grain's DatasetIterator.
+
+    One whose batches differ in shape has a `varying_shapes` too: a text that decides which shape comes when, so that
+    several processes can see that they agree. The step is compiled for each shape.
+    """
 
     def __next__(self) -> Any: ...
 
@@ -38,6 +42,10 @@ class OwnRows:
 
         return {name: own(value) for name, value in next(self._batches).items()}
 
+    @property
+    def varying_shapes(self) -> str | None:
+        return getattr(self._batches, "varying_shapes", None)
+
     def get_state(self) -> Any:
         return self._batches.get_state()
 
@@ -49,7 +57,8 @@ class Prefetch:
     """`next` gives a batch on the devices, its number of rows over all processes, and the stream's state after it.
 
     `count` batches in all; one more than is asked for is on its way to the devices. With several processes each must
-    have as many rows as the others, and as in its first batch: what differs would hang them all.
+    have as many rows as the others, and the shapes of its first batch, or the same `varying_shapes` as the others: what
+    differs would hang them all.
     """
 
     def __init__(self, batches: Batches, mesh: Mesh, accumulate: int, count: int) -> None:
@@ -83,9 +92,17 @@ class Prefetch:
 
     def _check_form(self, batch: Mapping[str, Any]) -> None:
         arrays = {name: np.asarray(value) for name, value in sorted(batch.items())}
-        form = {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items() if a.dtype.kind not in "OSU"}
+        arrays = {name: a for name, a in arrays.items() if a.dtype.kind not in "OSU"}
+        varying = getattr(self._batches, "varying_shapes", None)
         if self._form is None:
-            agree("the first batch", form)
+            shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items()}
+            agree("the first batch", {**shapes, "order of shapes": varying})
+        # Of batches whose shapes vary, the rows are fixed and the number of axes.
+        shown = {
+            name: list(a.shape) if varying is None else [len(a), *["*"] * (a.ndim - 1)] for name, a in arrays.items()
+        }
+        form = {name: f"{arrays[name].dtype}{shape}" for name, shape in shown.items()}
+        if self._form is None:
             self._form = form
         if form != self._form:
             name = next(name for name in form | self._form if form.get(name) != self._form.get(name))

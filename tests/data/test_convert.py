@@ -240,7 +240,7 @@ def test_bad_inputs_are_named(tmp_path):
     tars = write_tars(tmp_path / "tars", 1, 1)
     empty = write_tar(tmp_path / "empty.tar", {"readme.md": b"x"})
     for inputs, message in [
-        (["a.zip"], "a.zip: neither a tar file nor"),
+        (["a.zip"], "a.zip: neither a folder, a tar file, nor"),
         ([tars[0], tars[0]], "given twice"),
         ([str(tmp_path / "no.tar")], "no.tar"),
         ([empty], "no usable picture"),
@@ -268,7 +268,9 @@ def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, cap
     with pytest.raises(SystemExit) as ended:
         run(command.main, ["no.zip", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a tar file nor")
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no.zip: neither a folder, a tar file, nor")
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

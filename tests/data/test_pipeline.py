@@ -29,7 +29,7 @@ def same(a, b):
 @pytest.fixture(params=["table", "grain"])
 def either_shuffle(request, monkeypatch):
     """Small sets are shuffled by a table, large ones by Grain: both must behave alike."""
-    monkeypatch.setattr(pipeline, "_SMALL", 4096 if request.param == "table" else 0)
+    monkeypatch.setattr(pipeline, "SMALL", 4096 if request.param == "table" else 0)
 
 
 def test_batches_hold_the_pictures(source):

@@ -169,7 +169,7 @@ def test_what_is_not_there(tmp_path):
         (sources.Folder(tmp_path / "no"), "no such folder"),
         (sources.Folder(tmp_path / "empty"), "no pictures there"),
         (sources.Records(tmp_path / "empty"), "no dataset.json there"),
-        (sources.Emoji(), "run python -m experiments.data.emoji"),
+        (sources.Emoji(), "run python -m experiments.recipes.emoji_data"),
     ]:
         with pytest.raises(FileNotFoundError, match=message):
             sources.open(spec, 64, "train", tmp_path)

@@ -1,0 +1,262 @@
+"""Aspect-ratio buckets: images of about one number of pixels in a few forms, and every batch of one form.
+
+Each image goes to the bucket whose aspect ratio is nearest to its own (in its logarithm), is resized until one side
+fits and loses the ends of the other. A batch holds images of one bucket; which bucket comes when is a function of the
+settings, the sizes, the seed and the number of images a step, and the same however many processes share the step.
+
+    stream   every bucket has an endless stream of its images, epoch after epoch, each once an epoch (of a mixture: as
+             its weights say), as `orders` has it
+    batch    the next images of a bucket's stream, so many as a step takes. What does not fill a batch at the end of an
+             epoch begins the bucket's next batch in the next one: nothing is left out
+    epoch    the batches that the streams' next len(source) images fill, in an order at random
+"""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from jaxdiff.data.example import Source
+from jaxdiff.data.image_sizes import ImageSizes
+from jaxdiff.data.mixture import MixtureSource, orders_of, whole_numbers
+from jaxdiff.data.orders import Cache, interleaved
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Which buckets there may be.
+
+    stride: heights and widths are multiples of it (those that the network takes; for super-resolution multiples of
+    the factor too).
+    max_aspect: of the long side to the short one, at most; images that are longer lose the more.
+    ValueError for what makes no sense.
+    """
+
+    stride: int = 64
+    max_aspect: float = 2.0
+
+    def __post_init__(self):
+        if self.stride < 1:
+            raise ValueError(f"buckets: a stride of {self.stride} pixels; it must be at least 1")
+        if not (math.isfinite(self.max_aspect) and self.max_aspect >= 1):
+            raise ValueError(f"buckets: max_aspect {self.max_aspect:g} must be a number of at least 1")
+
+    def sizes(self, resolution: int) -> tuple[Size, ...]:
+        """(height, width) of about resolution² pixels, from wide to high; the square is one of them. ValueError where
+        the resolution is no multiple of the stride."""
+        if resolution % self.stride:
+            raise ValueError(f"buckets: resolution {resolution} is not a multiple of the stride {self.stride}")
+        sizes = {(resolution, resolution)}
+        for short in range(self.stride, resolution, self.stride):
+            long = round(resolution**2 / short / self.stride) * self.stride
+            if long <= self.max_aspect * short:
+                sizes |= {(short, long), (long, short)}
+        return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A place in a batch: an example, its bucket, and whether it only fills up the last batch of a single epoch."""
+
+    index: int
+    bucket: int
+    spare: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """In which order images are used: images a step over all processes, the seed, and as in `DataConfig`."""
+
+    step: int
+    seed: int
+    shuffle: bool = True
+    repeat: bool = True
+
+
+class BucketPlan:
+    """Which image is at which place of the stream: a function of what it is made from. It pickles.
+
+    sizes: (height, width) of the buckets that are used. Those with fewer images than a step takes would repeat them
+    within a batch: their images go to the nearest other bucket, the smallest bucket first.
+    counts: how many images each has. merged: images that went from a smaller bucket to the next.
+    """
+
+    def __init__(
+        self, source: Source, image_sizes: ImageSizes, buckets: Buckets, resolution: int, schedule: Schedule
+    ) -> None:
+        if len(image_sizes) != len(source):
+            raise ValueError(f"sizes of {len(image_sizes)} images for {len(source)} examples; read them again")
+        self.schedule = schedule
+        possible = buckets.sizes(resolution)
+        nearest = _nearest(image_sizes.sizes, possible)
+        used, of, self.merged = _merged(nearest, possible, schedule.step)
+        if not used:
+            raise ValueError(f"not one of the {len(source)} images has a header that can be read")
+        self.sizes: tuple[Size, ...] = tuple(possible[number] for number in used)
+        self.counts: tuple[int, ...] = tuple(np.bincount(of[of >= 0], minlength=len(used)).tolist())
+        self._of = of
+        self._orders = orders_of(source, schedule.seed, schedule.shuffle)
+        self._parts = _parts(source)
+        self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._parts]
+        """Images of each part of a mixture in each bucket."""
+        self._weights, self._rates = _rates(source, self._counts)
+        self._batches, self._epochs, self._all = Cache(64), Cache(4), Cache(4)
+        self._passes = Cache(3 * len(self._parts))
+
+    def __len__(self) -> int:
+        """Batches of one epoch that ends there, the last of each bucket not full."""
+        return sum(self._ended_counts())
+
+    def slot(self, position: int) -> Slot:
+        """The place `position` of the stream: of batch position // step."""
+        number, place = divmod(position, self.schedule.step)
+        bucket, batch = self._batch(number)
+        place += batch * self.schedule.step
+        most = None if self.schedule.repeat else math.ceil(self._rates[bucket])
+        spare = most is not None and place >= most
+        return Slot(self._index(bucket, place % most if most and spare else place), bucket, spare)
+
+    def others(self, slot: Slot, rng: np.random.Generator) -> Iterator[int]:
+        """All images of the slot's bucket, from one at random on: what can take the place of one that is damaged."""
+        members = self._in_bucket(slot.bucket)
+        first = int(rng.integers(len(members)))
+        return (int(members[(first + step) % len(members)]) for step in range(len(members)))
+
+    def __str__(self) -> str:
+        """`3 buckets (height × width: images): 48 × 88: 12, …`"""
+        sizes = ", ".join(f"{h} × {w}: {n}" for (h, w), n in zip(self.sizes, self.counts))
+        moved = f"; {self.merged} images of smaller buckets went to the next" if self.merged else ""
+        full = sum(self._full(1, bucket) for bucket in range(len(self.sizes))) * self.schedule.step
+        left = int(sum(self._rates)) - full
+        kept = self.schedule.repeat and left
+        over = f"; {left} that fill no batch of the first epoch begin the next" if kept else ""
+        kinds = "1 bucket" if len(self.sizes) == 1 else f"{len(self.sizes)} buckets"
+        return f"{kinds} (height × width: images): {sizes}{moved}{over}"
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes which form the batches have, and when."""
+        said = (self.schedule, self.sizes, self._weights, self._rates)
+        return hashlib.blake2b(repr(said).encode() + self._of.tobytes(), digest_size=12).hexdigest()
+
+    def _batch(self, number: int) -> tuple[int, int]:
+        """The bucket of a batch, and which of the bucket's batches it is."""
+        if not self.schedule.repeat:
+            return self._ended[number % len(self._ended)]
+        return self._batches(number, lambda: self._found(number))
+
+    def _found(self, number: int) -> tuple[int, int]:
+        # The first epoch at whose end there are more batches than `number`. Buckets keep less than a batch each back.
+        step, images = self.schedule.step, int(sum(self._rates))
+        span = range(number * step // images, (number + len(self.sizes)) * step // images + 2)
+        epoch = span[bisect.bisect_right(span, number, key=lambda epoch: self._before(epoch + 1))]
+        first, batches = self._epochs(epoch, lambda: (self._before(epoch), self._epoch(epoch)))
+        return batches[number - first]
+
+    def _before(self, epoch: int) -> int:
+        """Batches of all epochs before this one."""
+        return sum(self._full(epoch, bucket) for bucket in range(len(self.sizes)))
+
+    def _full(self, epochs: int, bucket: int) -> int:
+        """Batches that a bucket's images of so many epochs fill."""
+        return int(epochs * self._rates[bucket] // self.schedule.step)
+
+    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
+        ranges = [(self._full(epoch, bucket), self._full(epoch + 1, bucket)) for bucket in range(len(self.sizes))]
+        return _arranged(epoch, ranges, self.schedule)
+
+    @functools.cached_property
+    def _ended(self) -> list[tuple[int, int]]:
+        return _arranged(0, [(0, count) for count in self._ended_counts()], self.schedule)
+
+    def _ended_counts(self) -> list[int]:
+        return [math.ceil(math.ceil(rate) / self.schedule.step) for rate in self._rates]
+
+    def _index(self, bucket: int, place: int) -> int:
+        """The source's example at a place of a bucket's stream."""
+        part, number = interleaved(place, self._weights[bucket])
+        epoch, inside = divmod(number, self._counts[part][bucket])
+        places = self._passes((part, epoch), lambda: self._order(part, epoch))
+        return int(self._parts[part][places[bucket][inside]])
+
+    def _order(self, part: int, epoch: int) -> list[np.ndarray]:
+        """Of each bucket, its places in a part in the order of one of the part's epochs."""
+        order = self._orders[part].epoch(epoch)
+        return [order[chosen] for chosen in _by_bucket(self._of[self._parts[part]][order], len(self.sizes))]
+
+    def _in_bucket(self, bucket: int) -> np.ndarray:
+        return self._all(bucket, lambda: np.flatnonzero(self._of == bucket))
+
+
+def _rates(source: Source, counts: list[list[int]]) -> tuple[list[tuple[int, ...]], list[Fraction]]:
+    """For each bucket the weights of the parts of a mixture in it, and how many of its images an epoch uses."""
+    fractions = source.fractions if isinstance(source, MixtureSource) else (Fraction(1),)
+    readable = [sum(part) for part in counts]
+    # Of the images used, those of a part in a bucket: the part's fraction, times the fraction of it in the bucket.
+    shares = [
+        [f * Fraction(part[bucket], n) if n else Fraction(0) for f, n, part in zip(fractions, readable, counts)]
+        for bucket in range(len(counts[0]))
+    ]
+    total = sum((sum(each, Fraction(0)) for each in shares), Fraction(0))
+    return [whole_numbers(each) for each in shares], [sum(readable) * sum(each, Fraction(0)) / total for each in shares]
+
+
+def _arranged(epoch: int, ranges: list[tuple[int, int]], schedule: Schedule) -> list[tuple[int, int]]:
+    """The batches of an epoch, in turn: of each bucket a range of its batches. Which bucket comes when is at random."""
+    weights = tuple(last - first for first, last in ranges)
+    buckets = [interleaved(place, weights)[0] for place in range(sum(weights))]
+    if schedule.shuffle:
+        buckets = np.random.default_rng((schedule.seed, epoch, 1)).permutation(buckets).astype(int).tolist()
+    following = [itertools.count(first) for first, _ in ranges]
+    return [(bucket, next(following[bucket])) for bucket in buckets]
+
+
+def _parts(source: Source) -> list[np.ndarray]:
+    """The indices of the examples of each source of a mixture, in its order."""
+    if not isinstance(source, MixtureSource):
+        return [np.arange(len(source))]
+    return [source.indices(part) for part in range(len(source.sources))]
+
+
+def _by_bucket(of: np.ndarray, count: int) -> list[np.ndarray]:
+    """For each of `count` buckets the places where `of` has it, in order."""
+    order = np.argsort(of, kind="stable")
+    ends = np.searchsorted(of[order], np.arange(count + 1))
+    return [order[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def _nearest(sizes: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
+    """The bucket of each image, by the aspect ratio; -1 where there is no size."""
+    readable = sizes[:, 0] > 0
+    aspects = np.log([height / width for height, width in buckets])
+    middles = (aspects[1:] + aspects[:-1]) / 2
+    known = np.where(readable[:, None], sizes, 1)
+    return np.where(readable, np.searchsorted(middles, np.log(known[:, 0] / known[:, 1])), -1)
+
+
+def _merged(nearest: np.ndarray, buckets: tuple[Size, ...], least: int) -> tuple[list[int], np.ndarray, int]:
+    """The buckets that are used, the place among them of each image's, and how many images changed theirs."""
+    counts = np.bincount(nearest[nearest >= 0], minlength=len(buckets))
+    used = [number for number in range(len(buckets)) if counts[number]]
+    aspects = np.log([height / width for height, width in buckets])
+    to = np.arange(len(buckets))
+    moved = 0
+    while len(used) > 1:
+        smallest = min(used, key=lambda number: (counts[number], number))
+        if counts[smallest] >= least:
+            break
+        used.remove(smallest)
+        other = min(used, key=lambda number: (abs(aspects[number] - aspects[smallest]), number))
+        moved += int(counts[smallest])
+        counts[other] += counts[smallest]
+        to[to == smallest] = other
+    places = np.full(len(buckets) + 1, -1)
+    places[used] = np.arange(len(used))
+    return used, places[np.append(to, len(buckets))[nearest]].astype(np.int16), moved

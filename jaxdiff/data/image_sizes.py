@@ -1,0 +1,107 @@
+"""Heights and widths of all images of a source, read once from their headers: what aspect-ratio buckets go by."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxdiff.core.files import replacing
+from jaxdiff.core.messages import reason
+from jaxdiff.data import images
+from jaxdiff.data.example import Source, fingerprint_of, open_image
+
+_RUN = 64
+"""Neighbours that one thread reads, so that what lies together is read together."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSizes:
+    """(height, width) of each image of a source, upright; (0, 0) where it cannot be read, for which `faults` has the
+    name and the reason, in order."""
+
+    sizes: Int32[np.ndarray, "n 2"]
+    faults: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def read_sizes(
+    source: Source,
+    cache: Path | str | None = None,
+    *,
+    threads: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> ImageSizes:
+    """The sizes of all images; nothing is decoded. An image of which not even the header can be read costs no others.
+
+    `cache`: a folder where they are kept, for sources that can say whether their files changed (folders, converted
+    datasets, Parquet files, and mixtures of those): read again where they did. `progress` is called with how many more
+    are read. OSError where the cache cannot be written, ValueError for an empty source.
+    """
+    if not len(source):
+        raise ValueError(f"{source}: no examples")
+    file = _kept(source, cache)
+    if file is not None and file.is_file():
+        with suppress(ValueError, EOFError, OSError):  # not what this writes: read again
+            sizes = np.load(file)
+            if sizes.shape == (len(source), 2) and sizes.dtype == np.int32:
+                progress(len(source))
+                return ImageSizes(sizes, tuple(_fault(source, int(i)) for i in np.flatnonzero(sizes[:, 0] == 0)))
+    sizes, faults = np.zeros((len(source), 2), np.int32), {}
+
+    def read(first: int) -> int:
+        last = min(first + _RUN, len(source))
+        for index in range(first, last):
+            try:
+                sizes[index] = _size(source, index)
+            except (OSError, images.Unreadable) as error:
+                faults[index] = _named(source, index), reason(error)
+        return last - first
+
+    with ThreadPoolExecutor(threads) as pool:
+        for count in pool.map(read, range(0, len(source), _RUN)):
+            progress(count)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, sizes)
+    return ImageSizes(sizes, tuple(faults[index] for index in sorted(faults)))
+
+
+def _kept(source: Source, cache: Path | str | None) -> Path | None:
+    said = None if cache is None else fingerprint_of(source)
+    if cache is None or said is None:
+        return None
+    digest = hashlib.blake2b(said.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
+    return Path(cache) / f"image-sizes-{digest}.npy"
+
+
+def _size(source: Source, index: int) -> tuple[int, int]:
+    """OSError or `Unreadable` for an image that has none."""
+    image = open_image(source, index)
+    with nullcontext() if isinstance(image, bytes | np.ndarray) else closing(image):
+        height, width = images.upright_size(image)
+    if height < 1 or width < 1:
+        raise images.Unreadable(f"an image of {height} × {width} pixels")
+    return height, width
+
+
+def _fault(source: Source, index: int) -> tuple[str, str]:
+    try:
+        _size(source, index)
+    except (OSError, images.Unreadable) as error:
+        return _named(source, index), reason(error)
+    return _named(source, index), "could not be read when the sizes were stored"
+
+
+def _named(source: Source, index: int) -> str:
+    try:
+        return source[index]["name"]
+    except OSError:
+        return f"example {index}"

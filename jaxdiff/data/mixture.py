@@ -1,0 +1,165 @@
+"""Several sources as one, each used as often as its weight says.
+
+As a sequence, a mixture holds every example of its sources once, evenly interleaved: index ↔ (source, place). Stored
+embeddings and captions are those of this sequence; weights may change without storing them again.
+
+What weights decide is the order in which `pipeline.image_batches` uses the examples. An epoch of a mixture is as many
+examples as its sources have together, of each source the fraction that its weight is of all weights. A source that has
+fewer than its fraction is repeated within the epoch, one that has more is used in part: the next epoch goes on where
+this one stopped. So each source runs through its own examples, every one of them once before any comes again.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from io import BufferedIOBase
+
+import numpy as np
+
+from jaxdiff.data.example import Example, Source, blocks_of, fingerprint_of, open_image
+from jaxdiff.data.orders import Order, interleaved, position_of
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSource:
+    """The examples of `sources`, which may be of any kind but a mixture. It pickles where they do.
+
+    weights: how often each is used, positive; None: as often as it has examples. ValueError for bad ones.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[float | int, ...] | None = None
+
+    def __post_init__(self):
+        if not self.sources or not all(len(source) for source in self.sources):
+            raise ValueError("a mixture needs sources, and each of them an example")
+        if any(isinstance(source, MixtureSource) for source in self.sources):
+            raise ValueError("a mixture of mixtures: name all the sources in one")
+        check_weights(self.weights, len(self.sources))
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, index: int) -> Example:
+        source, place = self.where(index)
+        return self.sources[source][place]
+
+    def open_image(self, index: int) -> BufferedIOBase | bytes | np.ndarray:
+        source, place = self.where(index)
+        return open_image(self.sources[source], place)
+
+    def fingerprint(self) -> str | None:
+        """None where one of them has none."""
+        parts = [fingerprint_of(source) for source in self.sources]
+        known = [part for part in parts if part is not None]
+        return f"mixture of {known}" if len(known) == len(parts) else None
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many examples each source has."""
+        return tuple(len(source) for source in self.sources)
+
+    def where(self, index: int) -> tuple[int, int]:
+        """The source that holds an example, and its place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return interleaved(int(index), self.counts)
+
+    def index(self, source: int, place: int) -> int:
+        """The inverse of `where`."""
+        return position_of(source, place, self.counts)
+
+    def indices(self, source: int) -> np.ndarray:
+        """`index` of all places of a source."""
+        return position_of(source, np.arange(self.counts[source]), self.counts)
+
+    @functools.cached_property
+    def within(self) -> int:
+        """Of so many places in order, each example has one."""
+        longest = max(count / fraction for count, fraction in zip(self.counts, self.fractions))
+        return math.ceil(longest) + len(self.counts)
+
+    @functools.cached_property
+    def fractions(self) -> tuple[Fraction, ...]:
+        """How much of an epoch each source gives; their sum is 1."""
+        weights = [Fraction(str(weight)) for weight in self.weights or self.counts]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+class MixtureOrder:
+    """Position in the endless stream → index in the mixture: by the weights, each source in its own `Order`."""
+
+    def __init__(self, source: MixtureSource, seed: int, shuffle: bool) -> None:
+        self._source = source
+        self._weights = whole_numbers(source.fractions)
+        self.orders = orders_of(source, seed, shuffle)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def place(self, position: int) -> int:
+        source, number = interleaved(position, self._weights)
+        return self._source.index(source, self.orders[source].place(number))
+
+
+def orders_of(source: Source, seed: int, shuffle: bool) -> tuple[Order, ...]:
+    """The order of each source of a mixture, no two alike, or that of a source alone."""
+    if not isinstance(source, MixtureSource):
+        return (Order(len(source), seed, shuffle, blocks_of(source)),)
+    seeds = np.random.SeedSequence(seed).generate_state(len(source.sources)).tolist()
+    return tuple(Order(len(each), s, shuffle, blocks_of(each)) for each, s in zip(source.sources, seeds, strict=True))
+
+
+def whole_numbers(fractions: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest whole numbers in the same proportion."""
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    whole = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*whole)
+    return tuple(number // divisor for number in whole)
+
+
+def check_weights(weights: Sequence[float | int] | None, count: int) -> None:
+    """ValueError for weights that are not one positive, finite number for each of `count` sources."""
+    if weights is None:
+        return
+    shown = " ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != count:
+        raise ValueError(f"weights {shown}: {len(weights)} for {count} sources; give one for each")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"weights {shown}: each must be a positive number")
+
+
+def spread(source: Source, count: int) -> Source:
+    """At most `count` examples of a source, evenly spread over it; of a mixture at least one of each of its sources,
+    with the same weights. The source itself where it has no more."""
+    if count < 1:
+        raise ValueError(f"{count} examples of a source: at least 1")
+    if count >= len(source):
+        return source
+    if isinstance(source, MixtureSource):
+        counts = [max(1, count * each // len(source)) for each in source.counts]
+        return MixtureSource(tuple(map(spread, source.sources, counts)), source.weights or source.counts)
+    return Spread(source, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """So many examples of a source, evenly spread over it."""
+
+    source: Source
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Where an example of these lies in the source."""
+        return index * len(self.source) // self.count
+
+    def open_image(self, index: int) -> BufferedIOBase | bytes | np.ndarray:
+        return open_image(self.source, self.place(index))
