@@ -1,4 +1,4 @@
-"""Converts large captioned sets to ArrayRecord, once: tar shards (the webdataset layout), CSV or Parquet lists.
+"""Converts captioned images to ArrayRecord, once: tar shards (webdataset), lists, Parquet files, folders.
 
     python -m experiments.convert --out runs/data/laion 'tars/*.tar' --processes 16
     python -m experiments.convert --out gathered photos.csv --image-column file --caption-column text
@@ -34,13 +34,13 @@ def main(
     """Convert captioned images to ArrayRecord.
 
     Args:
-        inputs: .tar, .csv and .parquet files, patterns or bucket paths.
+        inputs: .tar, .csv and .parquet files, folders of images, patterns or bucket paths.
         out: the folder to write.
         processes: files converted at the same time.
         settings: how to convert.
     """
     if not inputs:
-        raise ValueError("no inputs: name .tar, .csv or .parquet files")
+        raise ValueError("no inputs: name .tar, .csv or .parquet files, or folders")
     files = [file for pattern in inputs for file in remote.expand(pattern)]
     # A second conversion into the folder would have what it writes taken for leftovers.
     with locked(out), tqdm(desc="convert", unit=" images") as bar:

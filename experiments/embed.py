@@ -52,7 +52,7 @@ class Settings:
     """What is embedded, by which encoder, and how it is stored."""
 
     data: str
-    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
     text_encoder: str
     """Directory or hub id (id@revision) of a T5 in the transformers layout."""
     out: Path

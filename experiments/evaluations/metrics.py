@@ -83,7 +83,7 @@ class Settings:
     up_to: int | None = None
     """The resolution that is measured; left out: the base's."""
     data: str = "shapes"
-    """The true images: shapes | emoji | rainbow | folder:PATH (or a zip) | tfds:NAME | records:PATH"""
+    """The true images: shapes | emoji | rainbow | folder:PATH (or a zip) | hf:PATH | tfds:NAME | records:PATH"""
     split: str | None = None
     """Left out: held_out of shapes, test of rainbow, train of other datasets."""
     reference: tuple[Path, ...] = ()

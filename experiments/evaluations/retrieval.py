@@ -35,7 +35,7 @@ class CLIPData:
     """The CLIP: OUT/model of a training run, or a directory or hub id in the transformers layout. Left out: the shipped
     one of `shapes`."""
     data: str = "shapes"
-    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
     split: str | None = None
     """Left out: the held-out images of shapes, the train split of other datasets."""
     batch: int = 64

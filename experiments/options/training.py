@@ -23,8 +23,14 @@ SCHEDULES = {"cosine": Decay.COSINE, "constant": Decay.CONSTANT, "stable": Stabl
 class DataOptions:
     """What is trained on."""
 
-    data: str = "shapes"
-    """shapes | emoji | rainbow | folder:PATH | tfds:NAME | records:PATH"""
+    data: tuple[str, ...] = ("shapes",)
+    """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH, or several of them, mixed."""
+    data_weights: tuple[float, ...] = ()
+    """How often each of several is used, such as 3 1; left out: by their numbers of examples."""
+    image_column: str | None = None
+    """Of hf:PATH, where its name is not a usual one."""
+    caption_column: str | None = None
+    """Of hf:PATH, where its name is not a usual one, or several could be meant; "": no captions."""
     examples: int = 20_000
     """Images of `shapes` to draw."""
     held_out: int = 1_000
@@ -50,19 +56,30 @@ class DataOptions:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more")
         if self.evaluate_n < 1:
             raise ValueError(f"--evaluate-n {self.evaluate_n}: at least one example; --evaluate-every 0 measures none")
-        return self._sized(self.data)
+        spec = sources.parse_several(self.data, self.data_weights or None)
+        return sources.changed(spec, self._told)
 
     def held_out_split(self) -> tuple[sources.DataSpec, str] | None:
         """What the held-out loss is measured on, and the split; None where there is nothing."""
         if self.evaluate_data is not None:
-            return self._sized(self.evaluate_data), "train"
+            return self._told(sources.parse(self.evaluate_data)), "train"
         spec = self.spec()
         splits: dict[type, str] = {sources.Shapes: "held_out", sources.Rainbow: "test"}
         return (spec, splits[type(spec)]) if type(spec) in splits else None
 
-    def _sized(self, text: str) -> sources.DataSpec:
-        spec = sources.parse(text)
-        return sources.Shapes(self.examples, self.held_out) if isinstance(spec, sources.Shapes) else spec
+    @property
+    def shown(self) -> str:
+        """As it was told, in one line."""
+        weights = " ".join(f"{weight:g}" for weight in self.data_weights)
+        return " ".join(self.data) + (f" --data-weights {weights}" if weights else "")
+
+    def _told(self, spec: sources.Single) -> sources.Single:
+        """With the sizes and columns that the command line says."""
+        if isinstance(spec, sources.Shapes):
+            return sources.Shapes(self.examples, self.held_out)
+        if isinstance(spec, sources.HuggingFace):
+            return sources.HuggingFace(spec.path, self.image_column, self.caption_column)
+        return spec
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,11 @@ def main(settings: Settings) -> None:
     use_cores(TEXT_BATCH, settings.batch)
     emoji_data.main(settings.data_dir, resolutions=(64,))
     text = settings.out / "t5"
-    data = DataOptions("emoji", limit=settings.count, data_dir=settings.data_dir)
+    data = DataOptions(("emoji",), limit=settings.count, data_dir=settings.data_dir)
     of_text = t5.Settings(
         text,
         run=RunOptions(settings.text_steps, TEXT_BATCH, ema_decay=0.99, save_every=100),
-        dataset=DataOptions("emoji", data_dir=settings.data_dir),
+        dataset=DataOptions(("emoji",), data_dir=settings.data_dir),
         optimization=OptimizerOptions(learning_rate=2e-3),
         t5=t5.T5Options(vocab=2048),
     )

@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
     use_cores(TEXT_BATCH, settings.batch)
     started = time.monotonic()
     text = settings.out / "t5"
-    data = DataOptions("rainbow", data_dir=settings.data_dir)
+    data = DataOptions(("rainbow",), data_dir=settings.data_dir)
     of_text = t5.Settings(
         text,
         run=RunOptions(settings.text_steps, TEXT_BATCH, ema_decay=0.99, save_every=200),

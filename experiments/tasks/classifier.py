@@ -85,8 +85,8 @@ class ClassifierTask(Task):
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         options, run, data = settings.classifier, settings.run, settings.dataset
-        if data.data != "shapes":
-            raise ValueError(f"--data {data.data}: the classifier is one of `shapes`, whose attributes are known")
+        if data.data != ("shapes",):
+            raise ValueError(f"--data {data.shown}: the classifier is one of `shapes`, whose attributes are known")
         for name, value in (("--init", run.init), ("--limit", data.limit)):
             if value:
                 raise ValueError(f"{name} {value}: the classifier is trained from scratch, on all images")

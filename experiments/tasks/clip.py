@@ -158,7 +158,7 @@ class CLIPTask(Task):
             line = f"{folder}: a CLIP of {side} pixels, {len(tokenizer)} ids"
             return f"{summary}\n{line}" if summary else line
 
-        data: dict[str, Any] = {"data": settings.dataset.data, "batch": run.batch, "workers": settings.dataset.workers}
+        data: dict[str, Any] = {"data": settings.dataset.shown, "batch": run.batch, "workers": settings.dataset.workers}
         data |= {"tokenizer": options.tokenizer, "examples": len(source)}
         return Work(model, Pairs(stream, tokenizer, config.text.length), data, finish, initial=initial)
 

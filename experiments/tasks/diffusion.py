@@ -9,6 +9,7 @@ jaxdiff/weights/tiny/README.md.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, Rule, TrainSettings
 from experiments.tasks.samples import Samples
@@ -27,8 +29,10 @@ from experiments.tasks.text_embeddings import TextOptions, find, stored
 from jaxdiff.core.files import usable
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
+from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source, Subset
+from jaxdiff.data.image_sizes import ImageSizes, read_sizes
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.losses import PowerSNR
@@ -58,6 +62,9 @@ class DiffusionOptions:
 
     crop: int | None = None
     """Side of super-resolution's training crops in pixels; 0: whole images; left out: a quarter of the image."""
+    buckets: bool = False
+    """Keep the shape of images: each batch has one of a few heights and widths of about as many pixels (aspect-ratio
+    buckets), in place of centred squares. A program is compiled for each."""
     logsnr: tuple[float, float] | None = None
     """Train at log-SNRs spread evenly over this range. A stage whose images are sharp but do not follow their captions
     learns faster where that is decided: -5.5 to 0 for shapes at 64 pixels."""
@@ -149,7 +156,7 @@ class DiffusionTask(Task):
     def prepare(self, settings: Settings, start: Start) -> Work:
         preset, model = self.preset(settings.preset), self.trained_model(settings)
         spec = settings.dataset.spec()
-        encoder, embeddings = find(settings.text_encoder, settings.dataset.data, preset, model)
+        encoder, embeddings = find(settings.text_encoder, settings.dataset, preset, model)
         without_text = encoder is None and embeddings is None
         text = encoder or embeddings
         model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
@@ -280,11 +287,15 @@ def open_source(settings: TrainSettings, spec: sources.DataSpec, model: Diffusio
 
 def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None, **order: bool):
     """This process's part of the batches. order: `shuffle` and `repeat` of `DataConfig`."""
+    buckets, sizes = None, None
+    if settings.diffusion.buckets:
+        buckets, sizes = buckets_of(model, settings.diffusion.crop), sizes_of(source, settings.dataset.data_dir)
     config = DataConfig(
         model.side,
         settings.run.batch // jax.process_count(),
         low_resolution=model.side // model.factor if model.low_res is not None else None,
-        crop=crop_of(model, settings.diffusion.crop),
+        crop=None if settings.diffusion.buckets else crop_of(model, settings.diffusion.crop),
+        buckets=buckets,
         seed=settings.run.seed,
         caption_optional=model.low_res is not None,
         strict=settings.dataset.strict,
@@ -294,10 +305,25 @@ def batches(settings: Settings, model: DiffusionModel, source: Source, embedding
         source,
         config,
         embeddings,
+        sizes=sizes,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         read_ahead=ReadAhead(workers=settings.dataset.workers),
     )
+
+
+def buckets_of(model: DiffusionModel, crop: int | None) -> Buckets:
+    """Heights and widths in steps of about an eighth of the side, as the network takes them."""
+    if crop:
+        raise ValueError(f"--crop {crop} and --buckets: crops are squares; give one of them")
+    unit = math.lcm(model.unet.stride, model.factor)
+    return Buckets(unit * max(1, round(model.side / 8 / unit)))
+
+
+def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
+    """Of all images, read once from their headers."""
+    with tqdm(total=len(source), desc="read sizes", unit="image", disable=multihost.index() > 0) as bar:
+        return read_sizes(source, data_dir / "sizes", progress=bar.update)
 
 
 def held_out_batches(settings: Settings, model: DiffusionModel, encoder: TextEncoder | None) -> HeldOutBatches | None:
@@ -328,10 +354,10 @@ def data_of(settings: Settings, model: DiffusionModel, source: Source, embedding
     """What a run's batches are made of: run again with something else, it would not be the same run."""
     whole = source.source if isinstance(source, Subset) else source
     return {
-        "data": settings.dataset.data,
+        "data": settings.dataset.shown,
         "batch": settings.run.batch,
         "workers": settings.dataset.workers,
-        "crop": crop_of(model, settings.diffusion.crop),
+        "crop": "buckets" if settings.diffusion.buckets else crop_of(model, settings.diffusion.crop),
         "examples": len(source),
         "of": len(whole),
         "text": None if embeddings is None else embeddings.encoder,

@@ -117,7 +117,7 @@ class T5Task(Task):
         config = dataclasses.replace(
             self.preset(settings.preset), vocab=len(tokenizer), dtype=compute.dtype, remat=compute.remat
         )
-        data: dict[str, Any] = {"data": settings.dataset.data, "batch": settings.run.batch}
+        data: dict[str, Any] = {"data": settings.dataset.shown, "batch": settings.run.batch}
         data |= {name: getattr(options, name) for name in ("length", "tokenizer", "vocab")}
         data |= {"captions": len(captions)} | ({} if options.texts is None else {"texts": str(options.texts)})
 

@@ -51,7 +51,7 @@ class TextOptions:
 
 
 def find(
-    options: TextOptions, data: str, preset: "Preset", model: DiffusionModel
+    options: TextOptions, data: DataOptions, preset: "Preset", model: DiffusionModel
 ) -> tuple[TextEncoder | None, Embeddings | None]:
     """The encoder, where captions are still to be embedded, or the embeddings that are named; without text neither.
 
@@ -67,10 +67,10 @@ def find(
             raise ValueError("--text none: only super-resolution can do without text")
         return None, None
     if options.embeddings is None:
-        if options.text is None and data not in KNOWN:
+        if options.text is None and not set(data.data) <= set(KNOWN):
             raise ValueError(
-                f"--data {data}: its captions need a text encoder, and the shipped one knows the words of "
-                f"{' and '.join(KNOWN)} alone: name {CHOICES.format(data=data)}"
+                f"--data {data.shown}: its captions need a text encoder, and the shipped one knows the words of "
+                f"{' and '.join(KNOWN)} alone: name {CHOICES.format(data=data.shown)}"
             )
         return load_text_encoder(options.source, options.text_length or preset.reads[0], options.text_dtype), None
     embeddings = open_embeddings(options.embeddings)
@@ -89,7 +89,7 @@ def stored(data: DataOptions, source: Source, encoder: TextEncoder, prefix: str 
     """The stored embeddings of the source's captions, computed now where they are not there yet; `prefix`: of their
     folder's name, where it is not the training split."""
     made_by = encoder.fingerprint
-    name = "".join(c if c.isalnum() else "-" for c in data.data)
+    name = "".join(c if c.isalnum() else "-" for c in data.shown)
     limited = f"-of-{len(source.source)}" if isinstance(source, Subset) else ""
     path = data.data_dir / "embeddings" / f"{prefix}{name}-{len(source)}{limited}-{made_by}"
     if (path / "embeddings.json").is_file():

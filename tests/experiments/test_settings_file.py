@@ -19,7 +19,7 @@ CHANGED = diffusion.Settings(
     Path("runs/a b"),
     "300m",
     run=RunOptions(steps=7, init=Path("runs/x"), ema_decay=0.5),
-    dataset=DataOptions("folder:my photos", strict=True),
+    dataset=DataOptions(("folder:my photos", "shapes"), (3.0, 1.0), strict=True),
     optimization=OptimizerOptions("muon", 1e-5, warmup=3),
     diffusion=diffusion.DiffusionOptions(logsnr=(-5.5, 0.0), text_dropout=0.2),
     compute=diffusion.UNetCompute("bfloat16", "blocks", scan=True),

@@ -132,7 +132,7 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     done = command(train, *arguments, "--out", tmp_path / "alone")
     assert done.code == 0, done.err
 
-    data = DataOptions(f"folder:{photos}")
+    data = DataOptions((f"folder:{photos}",))
     source = diffusion.open_source(Settings(tmp_path, dataset=data), data.spec(), reading)
     rows = {i: (np.full((16, small_cascade.WIDTH), i, np.float16), np.arange(16) < 3, b"") for i in range(9)}
     with pytest.warns(UserWarning, match=r"3\.png"):
@@ -148,7 +148,7 @@ def test_a_model_reads_what_its_text_encoder_gives(standin, tmp_path):
     base, task = small_cascade.BASE, TASKS["imagen.base64"]
     for length in (None, 12):
         options = TextOptions(str(standin / "text"), length)
-        encoder, _ = text_embeddings.find(options, "shapes", task.preset("tiny"), base)
+        encoder, _ = text_embeddings.find(options, DataOptions(), task.preset("tiny"), base)
         assert base.reading(encoder.length, encoder.width).text.shape == (length or 24, small_cascade.WIDTH)
     assert task.model("300m", task.settings.compute).text.shape == (128, 4096)
 
