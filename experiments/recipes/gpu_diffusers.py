@@ -20,7 +20,7 @@ from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.nets.conditioning import Conditioning, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
 from jaxdiff.systems.deepfloyd import IF_I_M, T5_XXL
-from jaxdiff.weights.deepfloyd import described
+from jaxdiff.weights.deepfloyd import Network, described
 
 BATCH = 16
 
@@ -34,7 +34,8 @@ def main(context: Context) -> None:
     # Parameters of one value each are enough: no test of numbers here. Zeros would be faster than what is trained.
     shapes = jax.eval_shape(stage.init, jax.random.key(0))[0]
     context.attempt("jaxdiff", partial(_ours, context, config, shapes, inputs, runs))
-    context.attempt("diffusers", partial(_diffusers, context, config, shapes, inputs, runs))
+    network = Network(config, inputs[2].shape[-1], low_res=False)
+    context.attempt("diffusers", partial(_diffusers, context, network, shapes, inputs, runs))
 
 
 def _small(unet: UNetConfig) -> UNetConfig:
@@ -75,13 +76,13 @@ def _ours(context: Context, config: UNetConfig, shapes: Any, inputs: tuple, runs
         _record(context, f"jaxdiff, jax {jax.__version__}", what, image.shape, seconds, first)
 
 
-def _diffusers(context: Context, config: UNetConfig, shapes: Any, inputs: tuple, runs: int) -> None:
+def _diffusers(context: Context, ours: Network, shapes: Any, inputs: tuple, runs: int) -> None:
     import diffusers
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.execution.dtype == "bfloat16" else torch.float32
-    settings = {k: v for k, v in described(config, shapes).items() if not k.startswith("_")}
+    dtype = torch.bfloat16 if ours.unet.execution.dtype == "bfloat16" else torch.float32
+    settings = {k: v for k, v in described(ours, shapes).items() if not k.startswith("_")}
     network = diffusers.UNet2DConditionModel.from_config(settings).to(device, dtype)
     image, time_, text = (torch.from_numpy(a).to(device, dtype) for a in inputs)
     image = image.permute(0, 3, 1, 2).contiguous()

@@ -18,7 +18,7 @@ def write(folder, count=16, first=0):
     (folder / "train").mkdir(parents=True)
     lines = []
     for i in range(first, first + count):
-        image = np.full((64, 96, 3) if i % 2 else (96, 64, 3), 10 * i, np.uint8)
+        image = np.full((64, 96, 3) if i % 2 else (96, 64, 3), 7 * i, np.uint8)
         Image.fromarray(image).save(folder / "train" / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"grey {i}"}))
     (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
