@@ -43,7 +43,8 @@ def scaled(array: np.ndarray, side: int) -> Image.Image:
     if longer == side:
         return image
     filter = Image.Resampling.NEAREST if side % longer == 0 else Image.Resampling.LANCZOS
-    return image.resize(tuple(max(1, round(length * side / longer)) for length in image.size), filter)
+    width, height = (max(1, round(length * side / longer)) for length in image.size)
+    return image.resize((width, height), filter)
 
 
 def grid(

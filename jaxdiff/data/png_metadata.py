@@ -42,7 +42,8 @@ def read(image: bytes) -> Metadata | None:
         return None
     try:
         with Image.open(io.BytesIO(image)) as opened:
-            text = opened.text.get(KEY)  # reads to the file's end: programs may have moved the text behind the pixels
+            # Reads to the file's end: programs may have moved the text behind the pixels.
+            text = getattr(opened, "text", {}).get(KEY)
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet
         raise ValueError(f"damaged image ({error})") from error
     return None if text is None else _of_text(str(text))

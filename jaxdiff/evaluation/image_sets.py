@@ -59,7 +59,9 @@ class SourceImages:
         """Of the files, by the first."""
         first = self.source[0]["image"]
         try:
-            return "pixels" if isinstance(first, np.ndarray) else Image.open(io.BytesIO(first)).format.lower()
+            if isinstance(first, np.ndarray):
+                return "pixels"
+            return (Image.open(io.BytesIO(first)).format or "unknown").lower()
         except (OSError, Image.DecompressionBombError):
             return "unknown"
 
@@ -205,8 +207,10 @@ def without_captions(captions: Sequence[str | None]) -> str:
     return f"{count} of {len(captions)} images have no caption: {advice}" if count else ""
 
 
-def _own_caption(file: Path | zipped.Member, image: bytes) -> str | None:
-    """The prompt in a PNG of ours; None where there is none, or where it was drawn without text."""
+def _own_caption(file: Path | zipped.Member, image: bytes | np.ndarray) -> str | None:
+    """The prompt in a PNG of ours; None where there is none, or where it was sampled without text."""
+    if isinstance(image, np.ndarray):
+        return None
     try:
         metadata = png_metadata.read(image)
     except ValueError as error:

@@ -34,8 +34,9 @@ def observe(
     where none is left, and for images of several sizes.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, seen, unreadable = hashlib.sha256(), {str(extractor): [] for extractor in extractors}, []
-    sizes: set[str] = set()
+    whole, sizes = hashlib.sha256(), set[str]()
+    seen: dict[str, list[dict[str, np.ndarray]]] = {str(extractor): [] for extractor in extractors}
+    unreadable: list[str] = []
     with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="image") as bar:
         for start in range(0, len(shown), PART):
             places = range(start, min(start + PART, len(shown)))
@@ -58,8 +59,8 @@ def observe(
         joined = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
         resize = extractor.resize.value
         (size,) = sizes
-        told = {"seed": seed, "fit": shown.fit.value, "size": size}
-        origin = Origin(shown.name, whole.hexdigest()[:12], str(extractor), resize, shown.format, **told)
+        digest, fit = whole.hexdigest()[:12], shown.fit.value
+        origin = Origin(shown.name, digest, str(extractor), resize, shown.format, seed=seed, fit=fit, size=size)
         results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
     return results
 
@@ -94,7 +95,7 @@ def _seen(
     parts = list(extract(extractor, part, batch, mesh))
     seen = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
     with replacing(file) as temporary, temporary.open("wb") as opened:
-        np.savez(opened, **seen)
+        np.savez(opened, allow_pickle=False, **seen)
     return seen
 
 

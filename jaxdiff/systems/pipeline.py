@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +123,9 @@ class Pipeline:
         return _run(self, _planned(self, prompts, options), progress)
 
 
-def with_boxes(pipeline: Pipeline, boxes: Sequence[Generator | Decoder]) -> Pipeline:
-    """The pipeline with other boxes, in their order."""
-    generator, *decoders = boxes
-    return replace(pipeline, generator=generator, decoders=tuple(decoders))
+def with_boxes(pipeline: Pipeline, boxes: Sequence[Any]) -> Pipeline:
+    """The pipeline with other boxes, the generator first."""
+    return replace(pipeline, generator=boxes[0], decoders=tuple(boxes[1:]))
 
 
 def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:
