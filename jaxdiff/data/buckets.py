@@ -72,7 +72,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class PlanSettings:
     """In which order images are used: images a step over all processes, the seed, and as in `DataConfig`."""
 
     step: int
@@ -90,20 +90,20 @@ class BucketPlan:
     """
 
     def __init__(
-        self, source: Source, image_sizes: ImageSizes, buckets: Buckets, resolution: int, schedule: Schedule
+        self, source: Source, image_sizes: ImageSizes, buckets: Buckets, resolution: int, settings: PlanSettings
     ) -> None:
         if len(image_sizes) != len(source):
             raise ValueError(f"sizes of {len(image_sizes)} images for {len(source)} examples; read them again")
-        self.schedule = schedule
+        self.settings = settings
         possible = buckets.sizes(resolution)
         nearest = _nearest(image_sizes.sizes, possible)
-        used, of, self.merged = _merged(nearest, possible, schedule.step)
+        used, of, self.merged = _merged(nearest, possible, settings.step)
         if not used:
             raise ValueError(f"not one of the {len(source)} images has a header that can be read")
         self.sizes: tuple[Size, ...] = tuple(possible[number] for number in used)
         self.counts: tuple[int, ...] = tuple(np.bincount(of[of >= 0], minlength=len(used)).tolist())
         self._of = of
-        self._orders = orders_of(source, schedule.seed, schedule.shuffle)
+        self._orders = orders_of(source, settings.seed, settings.shuffle)
         self._parts = _parts(source)
         self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._parts]
         """Images of each part of a mixture in each bucket."""
@@ -117,10 +117,10 @@ class BucketPlan:
 
     def slot(self, position: int) -> Slot:
         """The place `position` of the stream: of batch position // step."""
-        number, place = divmod(position, self.schedule.step)
+        number, place = divmod(position, self.settings.step)
         bucket, batch = self._batch(number)
-        place += batch * self.schedule.step
-        most = None if self.schedule.repeat else math.ceil(self._rates[bucket])
+        place += batch * self.settings.step
+        most = None if self.settings.repeat else math.ceil(self._rates[bucket])
         spare = most is not None and place >= most
         return Slot(self._index(bucket, place % most if most and spare else place), bucket, spare)
 
@@ -134,27 +134,27 @@ class BucketPlan:
         """`3 buckets (height × width: images): 48 × 88: 12, …`"""
         sizes = ", ".join(f"{h} × {w}: {n}" for (h, w), n in zip(self.sizes, self.counts))
         moved = f"; {self.merged} images of smaller buckets went to the next" if self.merged else ""
-        full = sum(self._full(1, bucket) for bucket in range(len(self.sizes))) * self.schedule.step
+        full = sum(self._full(1, bucket) for bucket in range(len(self.sizes))) * self.settings.step
         left = int(sum(self._rates)) - full
-        kept = self.schedule.repeat and left
+        kept = self.settings.repeat and left
         over = f"; {left} that fill no batch of the first epoch begin the next" if kept else ""
         kinds = "1 bucket" if len(self.sizes) == 1 else f"{len(self.sizes)} buckets"
         return f"{kinds} (height × width: images): {sizes}{moved}{over}"
 
     def fingerprint(self) -> str:
         """Changes with anything that changes which form the batches have, and when."""
-        said = (self.schedule, self.sizes, self._weights, self._rates)
+        said = (self.settings, self.sizes, self._weights, self._rates)
         return hashlib.blake2b(repr(said).encode() + self._of.tobytes(), digest_size=12).hexdigest()
 
     def _batch(self, number: int) -> tuple[int, int]:
         """The bucket of a batch, and which of the bucket's batches it is."""
-        if not self.schedule.repeat:
+        if not self.settings.repeat:
             return self._ended[number % len(self._ended)]
         return self._batches(number, lambda: self._found(number))
 
     def _found(self, number: int) -> tuple[int, int]:
         # The first epoch at whose end there are more batches than `number`. Buckets keep less than a batch each back.
-        step, images = self.schedule.step, int(sum(self._rates))
+        step, images = self.settings.step, int(sum(self._rates))
         span = range(number * step // images, (number + len(self.sizes)) * step // images + 2)
         epoch = span[bisect.bisect_right(span, number, key=lambda epoch: self._before(epoch + 1))]
         first, batches = self._epochs(epoch, lambda: (self._before(epoch), self._epoch(epoch)))
@@ -166,18 +166,18 @@ class BucketPlan:
 
     def _full(self, epochs: int, bucket: int) -> int:
         """Batches that a bucket's images of so many epochs fill."""
-        return int(epochs * self._rates[bucket] // self.schedule.step)
+        return int(epochs * self._rates[bucket] // self.settings.step)
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
         ranges = [(self._full(epoch, bucket), self._full(epoch + 1, bucket)) for bucket in range(len(self.sizes))]
-        return _arranged(epoch, ranges, self.schedule)
+        return _arranged(epoch, ranges, self.settings)
 
     @functools.cached_property
     def _ended(self) -> list[tuple[int, int]]:
-        return _arranged(0, [(0, count) for count in self._ended_counts()], self.schedule)
+        return _arranged(0, [(0, count) for count in self._ended_counts()], self.settings)
 
     def _ended_counts(self) -> list[int]:
-        return [math.ceil(math.ceil(rate) / self.schedule.step) for rate in self._rates]
+        return [math.ceil(math.ceil(rate) / self.settings.step) for rate in self._rates]
 
     def _index(self, bucket: int, place: int) -> int:
         """The source's example at a place of a bucket's stream."""
@@ -208,12 +208,12 @@ def _rates(source: Source, counts: list[list[int]]) -> tuple[list[tuple[int, ...
     return [whole_numbers(each) for each in shares], [sum(readable) * sum(each, Fraction(0)) / total for each in shares]
 
 
-def _arranged(epoch: int, ranges: list[tuple[int, int]], schedule: Schedule) -> list[tuple[int, int]]:
+def _arranged(epoch: int, ranges: list[tuple[int, int]], settings: PlanSettings) -> list[tuple[int, int]]:
     """The batches of an epoch, in turn: of each bucket a range of its batches. Which bucket comes when is at random."""
     weights = tuple(last - first for first, last in ranges)
     buckets = [interleaved(place, weights)[0] for place in range(sum(weights))]
-    if schedule.shuffle:
-        buckets = np.random.default_rng((schedule.seed, epoch, 1)).permutation(buckets).astype(int).tolist()
+    if settings.shuffle:
+        buckets = np.random.default_rng((settings.seed, epoch, 1)).permutation(buckets).astype(int).tolist()
     following = [itertools.count(first) for first, _ in ranges]
     return [(bucket, next(following[bucket])) for bucket in buckets]
 

@@ -20,14 +20,14 @@ _OTHER_WORDS = {"id", "ids", "url", "path", "file", "filename", "name", "source"
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
+class ColumnNames:
     """Columns that were named; None: to be guessed. A caption of "" is none at all."""
 
     image: str | None = None
     caption: str | None = None
 
 
-GUESSED = Named()
+GUESSED = ColumnNames()
 
 
 def image_column(where: str, images: Sequence[str], named: str | None, there: Sequence[str]) -> str:

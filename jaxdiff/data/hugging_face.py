@@ -25,7 +25,7 @@ import huggingface_hub
 
 from jaxdiff.core.messages import Note, plain, quoted, reason
 from jaxdiff.data import folder, metadata, parquet_columns, parquet_images
-from jaxdiff.data.columns import GUESSED, Named
+from jaxdiff.data.columns import GUESSED, ColumnNames
 from jaxdiff.data.example import Source
 from jaxdiff.data.folder import FolderSource, Walk, counted
 
@@ -46,7 +46,7 @@ Configs = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Of a README.md: for each configuration the patterns of the files of each split."""
 
 
-def read(path: Path | str, split: str = "train", named: Named = GUESSED) -> Source:
+def read(path: Path | str, split: str = "train", named: ColumnNames = GUESSED) -> Source:
     """The examples of a split. Notes say which columns hold images and captions, warnings what is left out, counted.
 
     FileNotFoundError where there is nothing of the kind; ValueError for a split or a configuration that is not there or
@@ -192,7 +192,7 @@ def _split_of_image(names: Iterable[str]) -> Any:
 
 
 def _imagefolder(
-    where: str, root: Path, walk: Walk, names: list[str], named: Named
+    where: str, root: Path, walk: Walk, names: list[str], named: ColumnNames
 ) -> tuple[list[tuple[str, str | None]], list[str]]:
     """Names and captions of the images of a split, and what is left out."""
     tables = metadata.by_folder(where, [name for name in walk.tables if metadata.is_metadata(name)])

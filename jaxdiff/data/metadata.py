@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxdiff.core.messages import Note, plain
 from jaxdiff.data import captions, columns, lists, parquet_columns
-from jaxdiff.data.columns import Named
+from jaxdiff.data.columns import ColumnNames
 from jaxdiff.data.folder import TABLES, file_name, json_row
 
 _LOOKED_AT = 100
@@ -18,7 +18,7 @@ _LOOKED_AT = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Listed:
+class MetadataRows:
     """(file name, caption) of each row; how many rows had no file name."""
 
     entries: tuple[tuple[str, str | None], ...]
@@ -47,7 +47,7 @@ def nearest(name: str, tables: Mapping[str, str]) -> str | None:
     return next((parent for parent in parents if parent in tables), None)
 
 
-def read(file: Path, named: Named, where: str) -> Listed:
+def read(file: Path, named: ColumnNames, where: str) -> MetadataRows:
     """What a file lists. A note says which columns were chosen. ValueError, with `where` in front, for a damaged file,
     or columns that are missing or ambiguous."""
     open_rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix]
@@ -68,7 +68,7 @@ def read(file: Path, named: Named, where: str) -> Listed:
             raise ValueError(f"{place}: {error}") from error
         text = None if caption is None else parquet_columns.text_of(place, row.get(caption))
         entries.append((name, captions.present(text)))
-    return Listed(tuple(entries), without)
+    return MetadataRows(tuple(entries), without)
 
 
 def _image_column(where: str, files: Sequence[str], named: str | None, there: Sequence[str]) -> str:

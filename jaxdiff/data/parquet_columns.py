@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxdiff.core.messages import quoted, reason
 from jaxdiff.data import captions, columns, remote
-from jaxdiff.data.columns import Named
+from jaxdiff.data.columns import ColumnNames
 
 
-def chosen_columns(where: str, schema: Any, named: Named) -> tuple[str, str | None]:
+def chosen_columns(where: str, schema: Any, named: ColumnNames) -> tuple[str, str | None]:
     """The columns of images and of captions of an Arrow schema. ValueError where none or several could be meant."""
     there, kinds = schema.names, features(schema)
     images = [name for name in there if holds_images(schema.field(name).type, kinds.get(name))]

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxdiff.core.messages import Note, reason
 from jaxdiff.data import captions, columns, parquet_pages
-from jaxdiff.data.columns import GUESSED, Named
+from jaxdiff.data.columns import GUESSED, ColumnNames
 from jaxdiff.data.example import Example
 from jaxdiff.data.fault import Fault, Raw
 from jaxdiff.data.orders import Blocks
@@ -232,7 +232,7 @@ class _Handle:
             os.close(self.descriptor)
 
 
-def read(files: Sequence[Path], named: Named = GUESSED, where: str | None = None) -> ParquetSource:
+def read(files: Sequence[Path], named: ColumnNames = GUESSED, where: str | None = None) -> ParquetSource:
     """The rows of Parquet files with images in them. A note says which columns were chosen; a warning, where row groups
     are so large that converting the files first is worth it. ValueError for files that hold no images, or cannot be
     read; one without rows counts for nothing."""
@@ -261,7 +261,7 @@ def read(files: Sequence[Path], named: Named = GUESSED, where: str | None = None
     return ParquetSource(tables)
 
 
-def table_of(file: Path | str, named: Named, where: str | None = None) -> Table:
+def table_of(file: Path | str, named: ColumnNames, where: str | None = None) -> Table:
     """One file. ValueError as for `read`."""
     with opened(file) as open_file:
         return _table(file, open_file, *chosen_columns(where or str(file), open_file.schema_arrow, named))

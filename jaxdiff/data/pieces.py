@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from jaxdiff.core.messages import Note
 from jaxdiff.data import folder, hugging_face, lists, parquet_columns, parquet_images, remote, tar_shards
-from jaxdiff.data.columns import GUESSED, Named, chosen
+from jaxdiff.data.columns import GUESSED, ColumnNames, chosen
 from jaxdiff.data.fault import Fault, Raw
 
 
@@ -45,8 +45,8 @@ class Settings:
         return "caption" if self.caption_column is None else self.caption_column
 
     @property
-    def named(self) -> Named:
-        return Named(self.image_column, self.caption_column)
+    def named(self) -> ColumnNames:
+        return ColumnNames(self.image_column, self.caption_column)
 
 
 GUESSING = Settings()

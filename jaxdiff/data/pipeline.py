@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdiff.core.errors import ProcessLostError
 from jaxdiff.data import images
-from jaxdiff.data.buckets import BucketPlan, Buckets, Schedule, Slot
+from jaxdiff.data.buckets import BucketPlan, Buckets, PlanSettings, Slot
 from jaxdiff.data.embeddings import Embeddings, digest
 from jaxdiff.data.example import Source, blocks_of, cleaned
 from jaxdiff.data.image_sizes import ImageSizes
@@ -173,8 +173,8 @@ def _bucket_plan(source: Source, config: DataConfig, sizes: ImageSizes | None, p
         return None
     if sizes is None:
         raise ValueError("buckets need the sizes of the images: give image_batches(…, sizes=read_sizes(source))")
-    schedule = Schedule(config.batch * process_count, config.seed, config.shuffle, config.repeat)
-    return BucketPlan(source, sizes, config.buckets, config.resolution, schedule)
+    settings = PlanSettings(config.batch * process_count, config.seed, config.shuffle, config.repeat)
+    return BucketPlan(source, sizes, config.buckets, config.resolution, settings)
 
 
 def _ordered(source: Source, config: DataConfig) -> grain.MapDataset:
@@ -266,7 +266,7 @@ class _Slots(grain.MapDataset):
         self._plan = plan
 
     def __len__(self) -> int:
-        return sys.maxsize if self._plan.schedule.repeat else len(self._plan) * self._plan.schedule.step
+        return sys.maxsize if self._plan.settings.repeat else len(self._plan) * self._plan.settings.step
 
     def __getitem__(self, index):
         if isinstance(index, slice):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxdiff.data import emoji, folder, hugging_face, rainbow, records, shapes, tfds_sets
-from jaxdiff.data.columns import Named
+from jaxdiff.data.columns import ColumnNames
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import MixtureSource, check_weights
 
@@ -149,7 +149,7 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
         case Folder(path):
             return folder.read(path)
         case HuggingFace(path, image, caption):
-            return hugging_face.read(path, split, Named(image, caption))
+            return hugging_face.read(path, split, ColumnNames(image, caption))
         case Tfds(name):
             return tfds_sets.Captioned(tfds_sets.builder(name, data_dir), split)
         case Records(path):

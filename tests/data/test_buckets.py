@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.data import images
-from jaxdiff.data.buckets import BucketPlan, Buckets, Schedule
+from jaxdiff.data.buckets import BucketPlan, Buckets, PlanSettings
 from jaxdiff.data.image_sizes import ImageSizes, read_sizes
 from jaxdiff.data.mixture import MixtureSource
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
@@ -292,16 +292,16 @@ def test_a_mixture_keeps_its_weights_over_the_buckets(listed):
 
 def test_a_plan_is_a_function_of_its_settings(mixed_forms):
     sizes = read_sizes(mixed_forms)
-    plan = BucketPlan(mixed_forms, sizes, BUCKETS, 64, Schedule(4, seed=1))
+    plan = BucketPlan(mixed_forms, sizes, BUCKETS, 64, PlanSettings(4, seed=1))
     slots = [plan.slot(i) for i in range(500)]
     copy = pickle.loads(pickle.dumps(plan))
     assert [copy.slot(i) for i in reversed(range(500))] == slots[::-1]
     far = [plan.slot(4 * 10**6 + i) for i in range(45 * 4)]
     assert {slot.index for slot in far} == set(range(45))
-    other = dataclasses.replace(Schedule(4, seed=1), seed=2)
+    other = dataclasses.replace(PlanSettings(4, seed=1), seed=2)
     assert copy.fingerprint() == plan.fingerprint() != BucketPlan(mixed_forms, sizes, BUCKETS, 64, other).fingerprint()
     moved = ImageSizes(sizes.sizes[::-1].copy())
-    assert BucketPlan(mixed_forms, moved, BUCKETS, 64, Schedule(4, seed=1)).fingerprint() != plan.fingerprint()
+    assert BucketPlan(mixed_forms, moved, BUCKETS, 64, PlanSettings(4, seed=1)).fingerprint() != plan.fingerprint()
     assert (
         batches(mixed_forms).varying_shapes == batches(mixed_forms, 2, process_index=1, process_count=2).varying_shapes
     )

@@ -16,7 +16,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 from jaxdiff.core.messages import Note  # noqa: E402
 from jaxdiff.data import convert, images, parquet_images, records  # noqa: E402
-from jaxdiff.data.columns import Named  # noqa: E402
+from jaxdiff.data.columns import ColumnNames  # noqa: E402
 from jaxdiff.data.convert import Settings  # noqa: E402
 from jaxdiff.data.mixture import MixtureSource  # noqa: E402
 from jaxdiff.data.orders import Blocks, Order  # noqa: E402
@@ -37,7 +37,7 @@ def write(file, count=10, first=0, rows=4, struct=True, captions=None, **columns
     return file
 
 
-def quiet(files, named=Named()):  # noqa: B008
+def quiet(files, named=ColumnNames()):  # noqa: B008
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
         return parquet_images.read(files, named)
@@ -79,8 +79,8 @@ def test_ambiguous_columns_name_the_setting(tmp_path):
     file = write(tmp_path / "a.parquet", caption=["other"] * 10, mask=[png(0)] * 10)
     with pytest.raises(ValueError, match=r"text, caption could all .* caption_column"):
         quiet([file])
-    assert quiet([file], Named(caption="caption"))[3]["caption"] == "other"
-    assert quiet([file], Named("mask", ""))[3] | {"name": ""} == {
+    assert quiet([file], ColumnNames(caption="caption"))[3]["caption"] == "other"
+    assert quiet([file], ColumnNames("mask", ""))[3] | {"name": ""} == {
         "image": png(0), "caption": None, "name": "", "caption_fault": None
     }  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_the_names_of_classes_are_captions_where_they_are_asked_for(tmp_path):
     cells = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [1, 0, -1]}
     table = pa.table({**cells, "sound": [{"bytes": b"", "path": None}] * 3})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "a.parquet")
-    source = quiet([tmp_path / "a.parquet"], Named(caption="label"))
+    source = quiet([tmp_path / "a.parquet"], ColumnNames(caption="label"))
     assert [source[i]["caption"] for i in range(3)] == ["dog", "cat", None]
     assert quiet([tmp_path / "a.parquet"])[0]["caption"] is None
 
