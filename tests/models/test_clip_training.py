@@ -20,6 +20,7 @@ from jaxdiff.models.clip import (
     normalised,
 )
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
+from jaxdiff.training.held_out import HeldOut
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, to_devices
 from jaxdiff.training.optimizer import AdamW, Decay, OptimizerConfig
 from jaxdiff.training.state import abstract_state, init_state, placements_of
@@ -165,7 +166,11 @@ def test_it_learns_a_handful_of_pairs(batch, name):
         on_devices, key = to_devices(batch, mesh), jax.random.key(1)
         for _ in range(120):
             state, metrics = step(state, on_devices, key)
+        held_out = HeldOut(stage, placed, (), mesh, lambda: [jax.device_get(batch)])(state)
     assert float(metrics["accuracy"]) > 0.75
+    (loss, own), _ = program(CLIPTraining(CONFIG, LOSSES[name]))(jax.device_get(state.ema), batch)
+    wanted = {"held_out_loss": loss, "held_out_accuracy": own["accuracy"], "held_out_scale": own["scale"]}
+    assert held_out == pytest.approx({metric: float(value) for metric, value in wanted.items()}, rel=1e-4)
 
 
 def test_a_stage_has_two_towers():

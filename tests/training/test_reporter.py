@@ -15,6 +15,7 @@ from jaxdiff.training.reporter import _Stopwatch
 
 ONE = make_mesh(devices=jax.devices()[:1])
 COMPILES = 1.5  # seconds
+FAST = 8  # steps a second: six of them with one compilation, or twelve with two, are at most 4
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,18 @@ def test_it_says_that_it_compiles_and_then_a_speed_without_that(tmp_path, capsys
     assert compiling and "0/6" in compiling[0] and "compiling 00:00" in compiling[0] and "?step/s" in compiling[0]
     assert "compiling" not in bars[-1] and "6/6" in bars[-1]
     assert min(speeds(tmp_path).values()) > 16 / COMPILES * 3  # else 3 steps in 1.5 s or more: at most 32
-    assert min(rates(shown)) > 20
+    assert min(rates(shown)) > FAST
     run(tmp_path, steps=12)  # goes on, compiled anew
     assert [speeds(tmp_path)[step] > 16 / COMPILES * 3 for step in (9, 12)] == [True, True]
     again = capsys.readouterr().err
-    assert "compiling 00:00" in again and "6/12" in again and min(rates(again)) > 20
+    assert "compiling 00:00" in again and "6/12" in again and min(rates(again)) > FAST
 
 
 def test_a_second_shape_is_compiled_outside_of_the_speed_too(tmp_path, capsys):
     run(tmp_path, TwoShapes())
     assert min(speeds(tmp_path).values()) > 8 / COMPILES * 3
     shown = capsys.readouterr().err
-    assert min(rates(shown)) > 20
+    assert min(rates(shown)) > FAST
     compiling = [bar for bar in shown.split("\r") if "compiling" in bar]
     assert any("0/12" in bar for bar in compiling) and any("6/12" in bar for bar in compiling)
 
@@ -78,7 +79,7 @@ def test_the_time_of_samples_is_none_of_the_speed(tmp_path, capsys):
     hooks = Hooks(lambda step, averaged: time.sleep(COMPILES))
     run(tmp_path, trainable=Toy(), hooks=hooks, sample_every=6)
     shown = capsys.readouterr().err
-    assert "sampling 00:00" in shown and min(rates(shown)) > 20
+    assert "sampling 00:00" in shown and min(rates(shown)) > FAST
     assert min(speeds(tmp_path).values()) > 16 / COMPILES * 3
 
 
