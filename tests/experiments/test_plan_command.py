@@ -132,9 +132,9 @@ T5 = "t5", "--preset", "xxl", "--sample"
         ((*BASE, *V5E, "--mesh", "fsdp=3"), "does not fit 4 devices"),
         ((*BASE, *V5E, "--mesh", "pipe=4"), "mesh 'pipe=4': write sizes of"),
         ((*BASE, *V5E, "--batch", 6), "a batch of 6 does not divide over 4 devices"),
-        (("imagen.base64", *V5E, "--preset", "3b"), "--preset 3b: choose from tiny, quick, 300m, 500m, 2b"),
+        (("imagen.base64", *V5E, "--preset", "3b"), "--preset 3b: choose from tiny, quick, 50m, 120m, 300m, 500m, 2b"),
         (("imagen.base256", *V5E), "unknown 'imagen.base256': the first argument names one of imagen.base64"),
-        ((*BASE, "--topology", "h100:16"), "estimates are of one host, whose 8 GPUs NVLink joins"),
+        ((*BASE, "--topology", "h100:16"), "plans for GPUs are of one host"),
         (
             ("imagen.base64", *GPUS, "--batch", 8, "--mesh", "tensor=2"),
             "--mesh tensor: estimates know data and fsdp alone",

@@ -110,7 +110,7 @@ def test_stages_out_of_order(exported, copy):
         with pytest.raises(ValueError, match="if: holds sr256 without the stage before it"):
             imagen.load(weights, **options)
     shutil.rmtree(second)
-    with pytest.raises(FileNotFoundError, match="base64: no stage here"):
+    with pytest.raises(FileNotFoundError, match="if: an empty folder"):
         imagen.load(copy)
 
 
