@@ -45,7 +45,7 @@ CAPTIONS = ["a large red circle on a white background", "two blue stars left of 
 
 def random_params(shapes: dict, seed: int = 0) -> dict:
     """Parameters none of which is 0; drawn by numpy, since compiling `init` takes long. The last layer is a small one:
-    a network that says more than there is noise makes a picture's every rounding error grow with each step."""
+    a network that says more than there is noise makes an image's every rounding error grow with each step."""
     rng, drawn = np.random.default_rng(seed), {}
     for path, leaf in trees.flatten(shapes).items():
         x = rng.normal(size=leaf.shape)

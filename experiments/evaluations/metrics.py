@@ -277,7 +277,7 @@ def _runs(numbers: Iterable[int]) -> Iterator[range]:
 
 
 def _same_run(folder: Path, made_of: dict) -> None:
-    """ValueError where the folder has the pictures of other settings."""
+    """ValueError where the folder has the images of other settings."""
     note = usable(folder) / "made_of.json"
     if not note.is_file():
         write_json(note, made_of)

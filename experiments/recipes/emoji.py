@@ -105,7 +105,7 @@ def report(out: Path, names: list[str], artwork: list[np.ndarray], drawn: np.nda
     right = [true == found for true, found in colours]
     score = {
         "dominant_colour_accuracy": sum(right) / len(right),
-        "pictures": [
+        "images": [
             {"name": name, "colour": true, "drawn": found} for name, (true, found) in zip(names, colours, strict=True)
         ],
     }

@@ -1,8 +1,8 @@
 """Large captioned sets, once, into the ArrayRecord files of records.py: tar shards, and lists of paths and captions.
 
-    tar shards   the webdataset layout: KEY.jpg (png, webp, …) is the picture, KEY.txt its caption, or KEY.json with a
+    tar shards   the webdataset layout: KEY.jpg (png, webp, …) is the image, KEY.txt its caption, or KEY.json with a
                  caption in it (tar_shards.py says what a key is)
-    lists        CSV or Parquet with a column of picture paths (relative ones are beside the list) and one of captions
+    lists        CSV or Parquet with a column of image paths (relative ones are beside the list) and one of captions
                  (lists.py)
     Parquet      with the images in a column, as on the Hugging Face hub (parquet_images.py)
     folders      of images with captions beside them or in metadata.jsonl (folder.py), and as they come from the Hugging
@@ -11,8 +11,8 @@
 The work is cut into pieces, a tar file or a run of rows or images each, and every piece becomes one ArrayRecord file
 and one small JSON report, both renamed into place when whole. A killed run therefore loses only the pieces in
 progress; the same command does those again and nothing twice. Whatever is left out is counted by its reason: a
-picture that is missing or damaged, one without a caption, a member of a tar file that is of no use. A file or bucket
-out of reach stops the command, so that it costs no pictures. `dataset.json` appears at the end and lists the pieces
+image that is missing or damaged, one without a caption, a member of a tar file that is of no use. A file or bucket
+out of reach stops the command, so that it costs no images. `dataset.json` appears at the end and lists the pieces
 that belong to the inputs given, so that leftovers of other inputs are never read. Paths with `://` go through fsspec.
 """
 
@@ -43,7 +43,7 @@ from jaxdiff.data.records import INDEX, is_count, pack
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of a piece: its file, the pictures in it, how many were left out by kind of fault, and the first."""
+    """What came of a piece: its file, the images in it, how many were left out by kind of fault, and the first."""
 
     file: str
     source: str
@@ -51,7 +51,7 @@ class Report:
     skipped: dict[str, int]
     first: dict[str, str]
     replaced: int = 0
-    """captions of those pictures in which characters were replaced; `first` has one under REPLACED"""
+    """captions of those images in which characters were replaced; `first` has one under REPLACED"""
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     """members of tar files that a good set has too, by kind; `first` has one of each"""
 
@@ -87,7 +87,7 @@ def convert(
     index = _index(reports, settings)
     if not index["images"]:
         left_out = index["skipped"] | index["unused"]
-        raise ValueError(f"no usable picture in the inputs; left out: {left_out or 'nothing'}")
+        raise ValueError(f"no usable image in the inputs; left out: {left_out or 'nothing'}")
     write_json(out / INDEX, index)
     remove_leftovers(out)
     return index

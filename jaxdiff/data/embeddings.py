@@ -1,4 +1,4 @@
-"""Text embeddings computed once and kept beside the pictures: an ArrayRecord entry for each example, in its order.
+"""Text embeddings computed once and kept beside the images: an ArrayRecord entry for each example, in its order.
 
 A directory holds `part-00000.array_record`, … and `embeddings.json`, which says what made them. Entry i is the digest
 of caption i (16 bytes) and the embeddings of its tokens without padding: float16, (tokens, width), row by row. A

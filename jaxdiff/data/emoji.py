@@ -2,7 +2,7 @@
 
 The artwork (`@iconify-json/noto`, Apache-2.0) and the names (`emojibase-data`, MIT) come from two npm packages that
 `experiments.recipes.emoji_data` fetches and unpacks; nothing of either is part of jaxdiff. Flags are left out (a flag's
-name says nothing of its picture), and so are skin-tone variants (the same name five times) and bare components.
+name says nothing of its image), and so are skin-tone variants (the same name five times) and bare components.
 
     builder = prepare(64, "runs/data", packages="runs/data/npm")
     source = sources.open(sources.Emoji(), 64, "train", "runs/data")
@@ -153,9 +153,7 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
-        emoji = tqdm(
-            read(config.packages), f"emoji {config.resolution} px", unit="picture", disable=not config.progress
-        )
+        emoji = tqdm(read(config.packages), f"emoji {config.resolution} px", unit="image", disable=not config.progress)
         for index, each in enumerate(emoji):
             png = io.BytesIO(draw(each.svg, config.resolution))
             yield (

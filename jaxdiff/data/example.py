@@ -1,4 +1,4 @@
-"""What every source of captioned pictures holds, and what a source is."""
+"""What every source of captioned images holds, and what a source is."""
 
 import dataclasses
 import warnings
@@ -13,7 +13,7 @@ from jaxdiff.data.orders import Blocks
 
 
 class Example(TypedDict):
-    """What a source holds: an encoded picture (or uint8 array), its caption (None: missing) and a name for messages.
+    """What a source holds: an encoded image (or uint8 array), its caption (None: missing) and a name for messages.
 
     caption_fault: what was replaced in the caption, because no text can hold it; missing or None: nothing.
     """

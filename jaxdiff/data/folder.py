@@ -1,10 +1,10 @@
-"""A folder of pictures with captions: `.txt` beside each picture, or one metadata.jsonl for all.
+"""A folder of images with captions: `.txt` beside each image, or one metadata.jsonl for all.
 
 photos/cat.jpg  photos/cat.txt                          any depth; the whole text is the caption
 photos/metadata.jsonl                                   {"file_name": "a/cat.jpg", "text": "a cat"}, one a line;
                                                         "caption" is read where "text" is missing or blank
 
-Training and evaluation find the same pictures: `walk` is the one way through a folder.
+Training and evaluation find the same images: `walk` is the one way through a folder.
 """
 
 import collections
@@ -30,7 +30,7 @@ SUFFIXES = frozenset(
 )
 # Folders that programs and systems keep for themselves: thumbnails, resource forks, deleted files.
 PROGRAMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
-# What lies beside pictures and is none. Everything else that is not read is counted: it may have been meant as one.
+# What lies beside images and is none. Everything else that is not read is counted: it may have been meant as one.
 COMPANIONS = frozenset(
     {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy", ".npz", ".safetensors", ".md", ".html", ".xml"}
     | {".yaml", ".yml", ".ini", ".log", ".db", ".py", ".sh"}
@@ -39,7 +39,7 @@ COMPANIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """The pictures in order of their paths (or of metadata.jsonl); a caption of None is looked for in a `.txt`."""
+    """The images in order of their paths (or of metadata.jsonl); a caption of None is looked for in a `.txt`."""
 
     path: Path
     entries: tuple[tuple[str, str | None], ...]
@@ -72,16 +72,16 @@ class FolderSource:
 
 def read(path: Path | str) -> FolderSource:
     """The examples of a folder. Warns of what is left out, counted. FileNotFoundError when it is not there or holds no
-    picture; ValueError for a metadata.jsonl that is damaged, naming the line."""
+    image; ValueError for a metadata.jsonl that is damaged, naming the line."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     listing = walk(path)
-    entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in listing.pictures)
+    entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in listing.images)
     left_out = listing.left_out()
     if (path / METADATA).is_file():
         entries = tuple(from_metadata((path / METADATA).read_bytes(), str(path / METADATA)))
-        unlisted = sorted(set(listing.pictures) - {os.path.normpath(name) for name, _ in entries})
+        unlisted = sorted(set(listing.images) - {os.path.normpath(name) for name, _ in entries})
         left_out = (
             [counted(unlisted, f"image that {METADATA} does not list|images that {METADATA} does not list")]
             if unlisted
@@ -93,22 +93,22 @@ def read(path: Path | str) -> FolderSource:
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not entries:
-        raise FileNotFoundError(f"{path}: no pictures there ({', '.join(sorted(SUFFIXES))})")
+        raise FileNotFoundError(f"{path}: no images there ({', '.join(sorted(SUFFIXES))})")
     return FolderSource(path, entries)
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """What lies in a folder, as relative paths in order: the pictures, and what is left out.
+    """What lies in a folder, as relative paths in order: the images, and what is left out.
 
-    hidden: folders, and pictures, whose names begin with a dot; folders that a program keeps for itself
-    unknown: files that are neither pictures nor what usually lies beside them, by suffix
+    hidden: folders, and images, whose names begin with a dot; folders that a program keeps for itself
+    unknown: files that are neither images nor what usually lies beside them, by suffix
     closed: folders that cannot be read, with the reason
     outward: links to folders around the folder itself, or around the one that the link lies in
     tables: files that may say something of the images (.csv, .jsonl, .parquet)
     """
 
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     hidden: tuple[str, ...]
     unknown: tuple[tuple[str, int], ...]
     closed: tuple[str, ...]
@@ -220,7 +220,7 @@ def from_metadata(content: bytes, where: str) -> Iterator[tuple[str, str | None]
 
 
 def _entry(line: str) -> tuple[str, str | None]:
-    """The name of a picture, and its caption where the line has one. ValueError for what is wrong with the line."""
+    """The name of an image, and its caption where the line has one. ValueError for what is wrong with the line."""
     row = json_row(line)
     return file_name(row), captions.chosen(row, ("text", "caption"))
 

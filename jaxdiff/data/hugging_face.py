@@ -71,9 +71,9 @@ def read(path: Path | str, split: str = "train", named: ColumnNames = GUESSED) -
         names = _of_split(where, embedded, split, configs, config, _split_of_file)
         _warn(where, _beside_parquet(walk, embedded))
         return parquet_images.read([root / name for name in names], named, where)
-    if not walk.pictures:
+    if not walk.images:
         raise FileNotFoundError(_nothing(where, walk))
-    names = _of_split(where, walk.pictures, split, configs, config, _split_of_image(walk.pictures))
+    names = _of_split(where, walk.images, split, configs, config, _split_of_image(walk.images))
     entries, left_out = _imagefolder(where, root, walk, names, named)
     _warn(where, [*walk.left_out(), *left_out])
     if not entries:
@@ -210,14 +210,14 @@ def _imagefolder(
         warnings.warn(Note(f"{where}: no metadata.csv, .jsonl or .parquet: captions from .txt files"), stacklevel=2)
         return [(name, None) for name in names], left_out
     entries = []
-    absent, pictures = 0, set(walk.pictures)
+    absent, present = 0, set(walk.images)
     for table in used:
         listed = metadata.read(root / table, named, f"{where}/{table}")
         absent += listed.without_name
         inside = os.path.dirname(table)
         for name, caption in listed.entries:
             place = os.path.normpath(os.path.join(inside, name))
-            own = nearest[place] == inside if place in nearest else place not in pictures
+            own = nearest[place] == inside if place in nearest else place not in present
             # What is listed and not there is counted when it is asked for, with the split whose folder it should be in.
             if own and (place in nearest or _split_of_folders(PurePosixPath(place)) in splits):
                 entries.append((place, caption))
@@ -231,8 +231,8 @@ def _imagefolder(
 
 def _beside_parquet(walk: Walk, embedded: list[str]) -> list[str]:
     lines = walk.left_out()
-    if walk.pictures:
-        lines.append(counted(walk.pictures, "image beside Parquet files|images beside Parquet files"))
+    if walk.images:
+        lines.append(counted(walk.images, "image beside Parquet files|images beside Parquet files"))
     rest = sorted(set(walk.tables) - set(embedded))
     if rest:
         lines.append(counted(rest, "table without images|tables without images"))

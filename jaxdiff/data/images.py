@@ -11,8 +11,8 @@ It turns every format upright as its EXIF or XMP orientation says, and brings ev
     I of other files, F                    refused: the range of their values is not known
 
 The filter is Pillow's BICUBIC (a = -0.5), which widens with the scale when it shrinks (antialiased), applied in
-one pass over the whole picture (`reducing_gap=None`). Every picture that is trained on, every low-resolution input
-made from a true picture and every bicubic baseline goes through `resize`: one filter everywhere, because a model
+one pass over the whole image (`reducing_gap=None`). Every image that is trained on, every low-resolution input
+made from a true image and every bicubic baseline goes through `resize`: one filter everywhere, because a model
 and its judges notice the difference between two of them.
 """
 
@@ -40,13 +40,13 @@ _SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 class Unreadable(Exception):
-    """A picture that cannot be decoded; the message is the reason, in a few words."""
+    """An image that cannot be decoded; the message is the reason, in a few words."""
 
 
 def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    """An encoded picture (anything Pillow reads) or a uint8 array (h w), (h w 1|3|4) → uint8 RGB.
+    """An encoded image (anything Pillow reads) or a uint8 array (h w), (h w 1|3|4) → uint8 RGB.
 
-    Transparent pictures are laid on white, and every format is turned upright as its EXIF or XMP orientation says. Of
+    Transparent images are laid on white, and every format is turned upright as its EXIF or XMP orientation says. Of
     several frames the first is taken. Raises `Unreadable`, whatever is wrong with the bytes; damaged EXIF counts as
     none.
     """
@@ -58,9 +58,9 @@ def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable("not a picture in any known format") from error
+        raise Unreadable("not an image in any known format") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet: SyntaxError, zlib.error, …
-        raise Unreadable(f"damaged picture ({error})") from error
+        raise Unreadable(f"damaged image ({error})") from error
 
 
 def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, int]:
@@ -116,9 +116,9 @@ def resize(image: UInt8[np.ndarray, "h w 3"], size: int | tuple[int, int]) -> UI
 def aligned_crops(
     high: UInt8[np.ndarray, "r r 3"], low: UInt8[np.ndarray, "q q 3"], crop: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "c c 3"], UInt8[np.ndarray, "d d 3"]]:
-    """The same random window of a picture and of its small version: `crop` pixels of the high one on a side.
+    """The same random window of an image and of its small version: `crop` pixels of the high one on a side.
 
-    Windows start at whole pixels of the low picture, so pixel (0, 0) of one is the top left of the other.
+    Windows start at whole pixels of the low image, so pixel (0, 0) of one is the top left of the other.
     """
     factor = len(high) // len(low)
     size = crop // factor
@@ -139,7 +139,7 @@ def to_uint8(images: np.ndarray) -> UInt8[np.ndarray, "*b h w 3"]:
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A uint8 picture as PNG bytes."""
+    """A uint8 image as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

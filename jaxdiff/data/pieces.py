@@ -27,11 +27,11 @@ class Settings:
     rows_per_file: int = 10_000
     """rows of a list, images of a folder or (about) rows of a Parquet file that become one output file"""
     images_only: bool = False
-    """keep pictures without a caption too (for super-resolution, which needs none)"""
+    """keep images without a caption too (for super-resolution, which needs none)"""
     verify: bool = True
-    """decode every picture, so that damaged ones are left out now and not met in training"""
+    """decode every image, so that damaged ones are left out now and not met in training"""
     strict: bool = False
-    """stop at the first damaged picture, missing caption or other fault"""
+    """stop at the first damaged image, missing caption or other fault"""
     retry: bool = False
     """do those pieces again in which something was left out, because it is there or repaired now"""
 
@@ -85,7 +85,7 @@ class Rows:
             try:
                 yield file, remote.read_bytes(file), caption
             except OSError as error:
-                if not remote.is_absent(error):  # a bucket out of reach for a moment must not cost its pictures
+                if not remote.is_absent(error):  # a bucket out of reach for a moment must not cost its images
                     raise
                 yield file, Fault("not there", str(error)), caption
 

@@ -1,4 +1,4 @@
-"""From any source of captioned pictures to numpy batches: the one Grain pipeline that all data goes through.
+"""From any source of captioned images to numpy batches: the one Grain pipeline that all data goes through.
 
     source → shuffle → repeat → decode, resize, crop, join embeddings → this process's share → drop rejects → batch
 
@@ -293,7 +293,7 @@ class _Share(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-    """The source with each example's place in it; a file that cannot be opened becomes an example without picture."""
+    """The source with each example's place in it; a file that cannot be opened becomes an example without image."""
 
     source: Source
 

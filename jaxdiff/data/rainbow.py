@@ -1,6 +1,6 @@
 """`rainbow`, the composition benchmark: every combination of six attributes at 32×32, of which few are trained on.
 
-4 scales × 2 fills × 3 shadings × 12 colours × 8 shapes × 4 rotations are 9,216 captioned pictures, each one object in
+4 scales × 2 fills × 3 shadings × 12 colours × 8 shapes × 4 rotations are 9,216 captioned images, each one object in
 the middle of white. A model that is trained on 30 % of them and draws the others has composed what it learned. The idea
 and the counts are those of the DALL·E 1 community's notebook of that name; shapes, words and pixels are our own.
 
@@ -47,7 +47,7 @@ RainbowImage = UInt8[np.ndarray, "32 32 3"]
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What is in a picture, in the words of its caption."""
+    """What is in an image, in the words of its caption."""
 
     scale: str
     fill: str
@@ -65,11 +65,11 @@ class Attributes:
 
 
 EVERY = tuple(itertools.starmap(Attributes, itertools.product(SCALES, FILLS, SHADINGS, COLOURS, SHAPES, ROTATIONS)))
-"""All combinations; picture i of the set is that of the i-th."""
+"""All combinations; image i of the set is that of the i-th."""
 
 
 def draw(attributes: Attributes) -> RainbowImage:
-    """Its picture, without anti-aliasing: turned first, then shaded and coloured by rows and columns of the picture."""
+    """Its image, without anti-aliasing: turned first, then shaded and coloured by rows and columns of the image."""
     inside = np.rot90(_shape(attributes.scale, attributes.fill, attributes.shape), attributes.rotation // 90)
     y, x = np.indices((SIDE, SIDE))
     kept = {"plain": True, "striped": y % 2 == 0, "dotted": (x + y) % 2 == 0}[attributes.shading]
@@ -81,7 +81,7 @@ def draw(attributes: Attributes) -> RainbowImage:
 
 def split(which: Split, share: float = TRAINED, seed: int = 0) -> tuple[int, ...]:
     """The places of a split among all combinations: a random share to train on, without replacement, and of the others
-    those whose picture is none of the trained ones (a rotation can leave a shape as it is)."""
+    those whose image is none of the trained ones (a rotation can leave a shape as it is)."""
     order = np.random.default_rng(seed).permutation(len(EVERY))
     trained = order[: round(share * len(EVERY))]
     if which == "train":
@@ -115,7 +115,7 @@ class RainbowConfig(tfds.core.BuilderConfig):
 
 
 class RainbowShapes(tfds.core.GeneratorBasedBuilder):
-    """Captioned pictures of one object, all combinations of six attributes, a random 30 % of them for training."""
+    """Captioned images of one object, all combinations of six attributes, a random 30 % of them for training."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [RainbowConfig()]  # noqa: RUF012 (the name that TFDS reads)

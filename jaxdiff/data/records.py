@@ -1,7 +1,7 @@
-"""Captioned pictures in ArrayRecord: what convert.py writes once and training reads at random.
+"""Captioned images in ArrayRecord: what convert.py writes once and training reads at random.
 
 A folder holds `*.array_record` files and `dataset.json`, which lists them in order. A record is a 4-byte length, that
-many bytes of JSON ({"caption": …, "name": …}) and the picture's own bytes, untouched.
+many bytes of JSON ({"caption": …, "name": …}) and the image's own bytes, untouched.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def read(path: Path | str) -> RecordSource:
             f"{path}: {quoted(missing[0])} is listed in {INDEX} but not there; run experiments.convert again"
         )
     if not sizes:
-        raise ValueError(f"{path}: no pictures were converted")
+        raise ValueError(f"{path}: no images were converted")
     check_parts([path / shard for shard in sizes], list(sizes.values()))
     return RecordSource(path, tuple(sizes), tuple(sizes.values()))
 

@@ -1,10 +1,10 @@
-"""`shapes`, the embedded set: a TFDS builder that draws its own pictures, so nothing is downloaded.
+"""`shapes`, the embedded set: a TFDS builder that draws its own images, so nothing is downloaded.
 
     builder = shapes.prepare(64, "data", train=20_000)
     source = builder.as_data_source("train")        # random access, decoded on demand; no TensorFlow
 
 Example i of a split is `scene(split, i)` with `caption(scene, split, i)`, whatever the resolution, so the same index at
-64, 256 and 1024 pixels is the same picture.
+64, 256 and 1024 pixels is the same image.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         name = f"shapes {config.resolution} px, {split}"
-        for index in tqdm(range(count), desc=name, unit="picture", disable=not self.progress):
+        for index in tqdm(range(count), desc=name, unit="image", disable=not self.progress):
             yield index, example(split, index, config.resolution)
 
 

@@ -2,7 +2,7 @@
 
 A caption always names colour and kind; size, fill, position and background are said or left out at random. `stated`
 holds what was said, in the scene's own words, whatever the synonym used; what it leaves out (None) is free, and a
-picture is right when it agrees with `stated` (evaluation/attributes.py).
+image is right when it agrees with `stated` (evaluation/attributes.py).
 """
 
 import dataclasses
@@ -104,8 +104,8 @@ def describes(stated: Stated, scene: Scene) -> bool:
 
 
 def distinct_examples(n: int, split: Split = "held_out", start: int = 0) -> list[tuple[Scene, Caption]]:
-    """The first n examples from `start` on of which no caption describes the picture of another: what retrieval needs,
-    since "a red star" is true of many pictures."""
+    """The first n examples from `start` on of which no caption describes the image of another: what retrieval needs,
+    since "a red star" is true of many images."""
     chosen: list[tuple[Scene, Caption]] = []
     index = start
     while len(chosen) < n:

@@ -1,4 +1,4 @@
-"""Drawing `shapes`: analytic signed distances, one anti-aliased pass, the same picture at any resolution.
+"""Drawing `shapes`: analytic signed distances, one anti-aliased pass, the same image at any resolution.
 
 `draw` turns a scene into pixels. Every outline is an exact Euclidean distance (negative inside), so the coverage of a
 pixel is clip(1/2 - distance in pixels, 0, 1) and an outline of constant width is a band of distances. Symmetric shapes
@@ -19,7 +19,7 @@ Grid = Float[np.ndarray, "h w"]
 
 
 def draw(scene: Scene, resolution: int) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """The picture of a scene, sRGB; `resolution` is any positive number of pixels a side."""
+    """The image of a scene, sRGB; `resolution` is any positive number of pixels a side."""
     if resolution < 1:
         raise ValueError(f"resolution {resolution} is not a positive number of pixels")
     image = np.empty((resolution, resolution, 3), np.uint8)

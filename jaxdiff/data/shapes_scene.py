@@ -5,7 +5,7 @@ machine, from its split and index alone. About one combination of (kind, colour,
 training scene contains it, and the object named first in every `held_out` scene is one of them. Every value and every
 pair of values still occurs in training, so that a held-out caption asks for a new combination of known words.
 
-Lengths are fractions of the picture's side; x grows to the right and y downwards, as in an image.
+Lengths are fractions of the image's side; x grows to the right and y downwards, as in an image.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ POSITIONS = tuple(f"{row} {column}".strip() or "center" for row in ROWS for colu
 RELATIONS = ("left of", "right of", "above", "below")
 
 REACH = 1.13  # no outline leaves its centre by more than this many radii along x or y (shapes_draw.py, tested)
-MARGIN = 0.015  # the least distance from an object to the picture's border
+MARGIN = 0.015  # the least distance from an object to the image's border
 LOW, MIDDLE, HIGH = (
     (0.20, 0.32),
     (0.45, 0.55),

@@ -35,7 +35,7 @@ class Rainbow:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder of pictures with `.txt` files beside them, or with a metadata.jsonl."""
+    """A folder of images with `.txt` files beside them, or with a metadata.jsonl."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""Any TFDS set with a picture and a text, read at random from ArrayRecord without TensorFlow."""
+"""Any TFDS set with an image and a text, read at random from ArrayRecord without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -21,9 +21,9 @@ _PREFERRED = ("caption", "captions", "text", "prompt", "description")
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-    """One split of a prepared TFDS builder. The picture and the caption are found by the types of the features.
+    """One split of a prepared TFDS builder. The image and the caption are found by the types of the features.
 
-    Of several captions of a picture the first is taken. Raises ValueError when there is no picture or no text among
+    Of several captions of an image the first is taken. Raises ValueError when there is no image or no text among
     the features, no such split, or when the files allow no random access.
     """
 
@@ -108,13 +108,13 @@ def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
 
 
 def caption_features(features: tfds.features.FeatureConnector, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The paths of the picture and of the caption among a set's features; ValueError, listing them, without both."""
+    """The paths of the image and of the caption among a set's features; ValueError, listing them, without both."""
     leaves = list(_leaves(features))
     images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and len(path) == 1]
     texts = [path for path, feature in leaves if isinstance(feature, tfds.features.Text)]
     listed = ", ".join(f"{'.'.join(path)} ({type(feature).__name__})" for path, feature in leaves)
     if not images:
-        raise ValueError(f"tfds:{name}: no picture among its features: {listed}")
+        raise ValueError(f"tfds:{name}: no image among its features: {listed}")
     if not texts:
         raise ValueError(f"tfds:{name}: no text among its features, so no captions: {listed}")
     return images[0], min(texts, key=_rank)

@@ -1,6 +1,6 @@
-"""A zip of pictures, as datasets of EDM and ADM come: read like a folder, and never unpacked.
+"""A zip of images, as datasets of EDM and ADM come: read like a folder, and never unpacked.
 
-photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; a `.txt` beside a picture is its caption
+photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; a `.txt` beside an image is its caption
 photos.zip: metadata.jsonl                              the same as in a folder
 """
 
@@ -62,7 +62,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZipSource:
-    """The pictures in order of their names (or of metadata.jsonl, whose captions are `listed`)."""
+    """The images in order of their names (or of metadata.jsonl, whose captions are `listed`)."""
 
     path: Path
     members: tuple[Member, ...]
@@ -86,8 +86,8 @@ def is_zip(path: Path) -> bool:
 
 
 def read(path: Path) -> ZipSource:
-    """The pictures of a zip, which stays open. Warns of what is left out, counted, as for a folder. FileNotFoundError
-    when it is not there or holds no picture; ValueError for a damaged one."""
+    """The images of a zip, which stays open. Warns of what is left out, counted, as for a folder. FileNotFoundError
+    when it is not there or holds no image; ValueError for a damaged one."""
     try:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def read(path: Path) -> ZipSource:
     for line in left_out:
         warnings.warn(f"{path}: left out {line}", stacklevel=2)
     if not members:
-        raise FileNotFoundError(f"{path}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
+        raise FileNotFoundError(f"{path}: no images in it ({', '.join(sorted(SUFFIXES))})")
     return ZipSource(path, members, texts, listed)
 
 

@@ -1,7 +1,7 @@
 """Noise-conditioning augmentation (Imagen, Sec. 2.4, Fig. A.32): the low-resolution input is noised, to a known level.
 
 Training draws one level per example, uniform in [0, 1]; sampling uses one that the user picks (0 gives the best FID,
-0.1 to 0.3 the best looking pictures). The level says the time of a variance-preserving schedule. Whoever noises must
+0.1 to 0.3 the best looking images). The level says the time of a variance-preserving schedule. Whoever noises must
 hand the network the *noised* input and the level, both in training and in sampling.
 """
 

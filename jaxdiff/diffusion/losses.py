@@ -63,7 +63,7 @@ class PowerSNR:
     Factors, with W = e^(power · clip(λ)) and S = e^λ: x₀: W; ε: W/S; v: W/(S + 1); velocity: W/(1 + √S)². Power 0 is
     the plain x₀ error and 1, within those limits, the plain ε error. Between them lies the power at which every noise
     level has about the same loss, which is what learned weights come to (EDM2, arXiv 2312.02696): about a fifth for
-    flat pictures.
+    flat images.
     """
 
     power: float = 0.5

@@ -1,4 +1,4 @@
-"""Per-sample randomness: the noise of picture i of a seed does not depend on what else is in the batch.
+"""Per-sample randomness: the noise of image i of a seed does not depend on what else is in the batch.
 
 Each sample has its own key, folded from the seed's key and the sample's index; each use folds in what it is for (a step
 number, a stage). Draws are then made key by key, so that they are bit-equal whatever the batch size or the mesh.

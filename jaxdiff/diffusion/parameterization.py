@@ -1,9 +1,9 @@
-"""What a network predicts, and how each prediction turns into the clean picture and the noise.
+"""What a network predicts, and how each prediction turns into the clean image and the noise.
 
 With x = α x₀ + σ ε and r = √(α² + σ²) (1 for variance-preserving schedules):
 
     ε          the noise                                 x₀ = (x − σ ε)/α
-    x₀         the clean picture                         ε  = (x − α x₀)/σ
+    x₀         the clean image                         ε  = (x − α x₀)/σ
     v          (α ε − σ x₀)/r      (arXiv 2202.00512)    x₀ = (α x/r − σ v)/r,   ε = (σ x/r + α v)/r
     velocity   ε − x₀              (rectified flow)      x₀ = (x − σ u)/(α + σ), ε = (x + α u)/(α + σ)
 

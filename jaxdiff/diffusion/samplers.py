@@ -1,4 +1,4 @@
-"""Samplers: from noise to picture along a grid of times.
+"""Samplers: from noise to image along a grid of times.
 
 A sampler is a frozen dataclass with three functions of its state, the carry (only the current one: no trajectories):
 
@@ -12,8 +12,8 @@ n = i + 1 the next. All but DDIM read x₀ alone. After thresholding x₀, ε is
 (`parameterization.from_x0`, which makes DDIM consistent with the others) or stays the network's own (as in
 diffusers' DDIM).
 
-The grid ends at the schedule's last log-SNR, clipped, where σ is 5e-5 of the picture's range by default (0.002 with
-EDM): the state there is the picture. State and coefficients are float32 (float64 if x is), whatever the network
+The grid ends at the schedule's last log-SNR, clipped, where σ is 5e-5 of the image's range by default (0.002 with
+EDM): the state there is the image. State and coefficients are float32 (float64 if x is), whatever the network
 computes in.
 """
 

@@ -1,6 +1,6 @@
-"""Noise schedules: how much of the picture is left at time t.
+"""Noise schedules: how much of the image is left at time t.
 
-A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean picture and t = 1 the noise. Everything follows from
+A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean image and t = 1 the noise. Everything follows from
 the log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each schedule clips λ (to ±20 unless told
 otherwise) and recomputes α and σ from the clipped value, so that neither is zero and no conversion divides by zero.
 
@@ -77,7 +77,7 @@ class _VariancePreserving(_Continuous, abc.ABC):
 class CosineSchedule(_VariancePreserving):
     """Imagen's schedule, in continuous time: α = cos(πt/2), σ = sin(πt/2), so λ(t) = −2 log tan(πt/2) + shift.
 
-    The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for pictures of d pixels a side.
+    The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for images of d pixels a side.
     """
 
     shift: float = 0.0
@@ -182,7 +182,7 @@ class TabulatedSchedule(_VariancePreserving):
     """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) laid on continuous time.
 
     Table index i (the integer timestep that such a network was trained with) lies at t = (i + 1)/N, so that t = 0 is
-    the clean picture and t = 1 the last entry; `time` and `network_time` convert. Between entries log ᾱ is interpolated
+    the clean image and t = 1 the last entry; `time` and `network_time` convert. Between entries log ᾱ is interpolated
     linearly.
     """
 
@@ -238,7 +238,7 @@ class TabulatedSchedule(_VariancePreserving):
         return jnp.where(jnp.abs(entry - nearest) < 1e-3, nearest, entry)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """That of the table's entry `level` · N, so that 0 is the first one and not the clean picture."""
+        """That of the table's entry `level` · N, so that 0 is the first one and not the clean image."""
         return self.time(jnp.clip(jnp.round(at_least_float32(level) * self.steps), 0.0, self.steps - 1.0))
 
     def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -276,7 +276,7 @@ def at_least_float32(value) -> Array:
 
 @functools.lru_cache(maxsize=32)
 def _table(alpha_bar: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Knots 0…N and −log ᾱ there, beginning with the clean picture."""
+    """Knots 0…N and −log ᾱ there, beginning with the clean image."""
     return np.arange(len(alpha_bar) + 1.0), np.concatenate([[0.0], -np.log(np.asarray(alpha_bar))])
 
 

@@ -1,4 +1,4 @@
-"""Thresholding of the predicted clean picture (Imagen, Sec. 2.3), so that strong guidance does not saturate it.
+"""Thresholding of the predicted clean image (Imagen, Sec. 2.3), so that strong guidance does not saturate it.
 
 Each is a frozen dataclass with `apply(x0) -> x0`, of the samples one by one: nothing couples the samples of a batch.
 Each is a pytree whose numbers are leaves, so that `jax.jit` may trace them; arrays may hold a number for each sample
@@ -68,7 +68,7 @@ class DynamicThreshold:
 def _percentile(values: Float[Array, "b n"], fraction: Number) -> Float[Array, " b"]:
     """Of each row of non-negative numbers, interpolated linearly between order statistics.
 
-    Without sorting, which takes seconds on the three million values of a 1024×1024 picture: the bits of a non-negative
+    Without sorting, which takes seconds on the three million values of a 1024×1024 image: the bits of a non-negative
     float32 are ordered as it is, so 31 halvings of their range, each a count, find an order statistic exactly.
     """
     values = values.astype(jnp.float32)

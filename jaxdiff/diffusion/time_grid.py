@@ -1,4 +1,4 @@
-"""The times at which a sampler stops: k steps are k + 1 points, from noise to picture.
+"""The times at which a sampler stops: k steps are k + 1 points, from noise to image.
 
 `time_grid(schedule, steps)` is what most callers want; `time_grid_at` takes any times, `time_grid_of` any α and σ
 (σ = 0 at the end included), such as the leading spacing of a published discrete sampler.

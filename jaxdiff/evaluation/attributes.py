@@ -1,4 +1,4 @@
-"""An exact reader for `shapes` pictures: what is in the picture, and does it agree with what the caption states?
+"""An exact reader for `shapes` images: what is in the image, and does it agree with what the caption states?
 
 Nothing here is learned. The background is the border's median colour; shapes_fit.py explains what differs from it by
 drawing; here the fits become words, and the words are compared with a caption's.
@@ -18,17 +18,17 @@ from jaxdiff.data.shapes_caption import Stated, StatedObject
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, SIZES, position, relation
 from jaxdiff.evaluation.shapes_fit import Fit, explain
 
-WORKING = 128  # larger pictures are averaged down to this many pixels a side: no detail of `shapes` is finer
+WORKING = 128  # larger images are averaged down to this many pixels a side: no detail of `shapes` is finer
 EXPLAINED = 0.85  # an object whose best candidate explains less of its energy has no kind and no filling
 COLOUR_ERROR = 0.22  # an object further than this from every palette colour has none of them
-SPECK = 0.045  # half side, in picture sides, of what is too small to be an object
+SPECK = 0.045  # half side, in image sides, of what is too small to be an object
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """An object in a picture. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
+    """An object in an image. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
 
-    `x`, `y`, `radius` are fractions of the picture's side; `explained`: the share of its energy that its kind explains.
+    `x`, `y`, `radius` are fractions of the image's side; `explained`: the share of its energy that its kind explains.
     """
 
     kind: str | None
@@ -44,7 +44,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """The objects in a picture, the most striking first, and its background, None where it is none of the set's."""
+    """The objects in an image, the most striking first, and its background, None where it is none of the set's."""
 
     background: str | None
     objects: tuple[Detection, ...]
@@ -58,12 +58,12 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Everything that the caption states is in the picture."""
+        """Everything that the caption states is in the image."""
         return all(self.checks.values())
 
 
 def read(image: Num[np.ndarray, "h w 3"]) -> Detections:
-    """The objects and the background of a square picture: uint8, or float in [-1, 1]; 64 pixels a side or more."""
+    """The objects and the background of a square image: uint8, or float in [-1, 1]; 64 pixels a side or more."""
     pixels = _working(image)
     ground, noise = _background(pixels)
     fits = [f for f in explain(pixels - ground, noise) if f.half > SPECK * len(pixels)]
@@ -72,7 +72,7 @@ def read(image: Num[np.ndarray, "h w 3"]) -> Detections:
 
 
 def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
-    """The verdict on a picture, for what one caption states."""
+    """The verdict on an image, for what one caption states."""
     return compare(read(image), stated)
 
 
@@ -101,10 +101,10 @@ def _agreement(detections: tuple[Detection | None, ...], stated: Stated) -> dict
 
 
 def _working(image: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "m m 3"]:
-    """The picture in [0, 1], averaged down to the working size."""
+    """The image in [0, 1], averaged down to the working size."""
     if image.shape[0] != image.shape[1] or image.shape[0] < 64:
         raise ValueError(
-            f"a picture to read is square and at least 64 pixels a side, not {image.shape[1]}x{image.shape[0]}"
+            f"an image to read is square and at least 64 pixels a side, not {image.shape[1]}x{image.shape[0]}"
         )
     scale, shift = (255.0, 0.0) if image.dtype == np.uint8 else (2.0, 0.5)
     side, factor = len(image), len(image) // WORKING

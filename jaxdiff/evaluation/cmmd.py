@@ -13,8 +13,8 @@ SCALE = 1000.0
 def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], chunk: int = 2048) -> float:
     """Of embeddings of length 1 (they are made so), times 1000; the paper's estimate, with its σ of 10.
 
-    It is the one with a small bias, pairs of a picture with itself included, as published figures are. ValueError for
-    no pictures, and for embeddings of different width, not finite, or of length 0.
+    It is the one with a small bias, pairs of an image with itself included, as published figures are. ValueError for
+    no images, and for embeddings of different width, not finite, or of length 0.
     """
     require_features("CMMD", a, b)
     a, b = l2_normalize(a), l2_normalize(b)

@@ -1,4 +1,4 @@
-"""The dominant colour of a picture on white, by name: a coarse judge for artwork that has no exact attributes."""
+"""The dominant colour of an image on white, by name: a coarse judge for artwork that has no exact attributes."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUND = 235
 """Pixels whose channels are all above this (of 255) are background."""
 LEAST = 0.01
-"""A picture of which no larger share is drawn on is white."""
+"""An image of which no larger share is drawn on is white."""
 
 
 def dominant(image: Float[np.ndarray, "h w 3"]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures to features: any frozen network, some pictures at a time, on one device or spread over a mesh."""
+"""Images to features: any frozen network, some images at a time, on one device or spread over a mesh."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from jaxdiff.text.encoder import TextEncoder
 class Extractor:
     """A frozen network. `name` tells it, with the digest of its weights and settings, from all others.
 
-    see: (params, pictures (b s s 3) from 0 to 255) → a dict of arrays (b …), compiled once; `features` is among them.
+    see: (params, images (b s s 3) from 0 to 255) → a dict of arrays (b …), compiled once; `features` is among them.
     Its `repr` tells settings apart.
     """
 
@@ -57,7 +57,7 @@ def inception(params: dict, resize: Resize = Resize.CLEAN, dims: int = WIDTH) ->
     """FID's network: features and the logits of 1008 classes. With `Resize.PYTORCH` it sees 2 x / 255 - 1, as in
     pytorch-fid; else (x - 128) / 128, as in its own graph, clean-fid and torch-fidelity.
 
-    dims: 2048 for FID; 64, 192, 768 for features of earlier layers, averaged over places, which fewer pictures suffice
+    dims: 2048 for FID; 64, 192, 768 for features of earlier layers, averaged over places, which fewer images suffice
     for: a distance of another name. ValueError for another number."""
     if dims not in TAPS:
         raise ValueError(f"dims {dims}: Inception has features of {', '.join(map(str, TAPS))}")
@@ -83,10 +83,10 @@ def extract(
     batch: int = 64,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What the network sees in the pictures (uint8, h w 3), a batch at a time, in their order.
+    """What the network sees in the images (uint8, h w 3), a batch at a time, in their order.
 
     Every batch has the same size inside (the last one is filled up), which is a multiple of the mesh's devices: what
-    is seen in a picture depends on nothing beside it.
+    is seen in an image depends on nothing beside it.
     """
     devices = 1 if mesh is None else mesh.size
     batch = -(-batch // devices) * devices
@@ -104,10 +104,10 @@ def extract(
 def all_features(
     extractor: Extractor, images: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "n d"]:
-    """The features alone, of all pictures."""
+    """The features alone, of all images."""
     parts = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
     if not parts:
-        raise ValueError("no pictures")
+        raise ValueError("no images")
     return np.concatenate(parts)
 
 

@@ -16,7 +16,7 @@ def frechet(
     """The squared distance, in float64, never below 0. ValueError for moments that are not finite.
 
     With Σ₁ = F Fᵀ and Σ₂ = G Gᵀ the trace of the root is the sum of the singular values of Fᵀ G. Eigenvalues of
-    Σ₁^½ Σ₂ Σ₁^½ are the squares of these: of covariances without full rank, as of fewer pictures than features, the
+    Σ₁^½ Σ₂ Σ₁^½ are the squares of these: of covariances without full rank, as of fewer images than features, the
     root of each 0 that is rounded to 1e-16 would count as 1e-8.
     """
     moments = [np.asarray(each, np.float64) for each in (mean_a, covariance_a, mean_b, covariance_b)]

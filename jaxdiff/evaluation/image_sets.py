@@ -77,7 +77,7 @@ class SourceImages:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Picture files, of a folder or in a zip; what cannot be read was left out when it was opened."""
+    """Image files, of a folder or in a zip; what cannot be read was left out when it was opened."""
 
     name: str
     files: tuple[Path | zipped.Member, ...]

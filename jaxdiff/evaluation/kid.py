@@ -1,6 +1,6 @@
 """KID: the squared maximum mean discrepancy of Inception's features under a cubic kernel (arXiv 1801.01401).
 
-Unlike FID's its estimate is unbiased, whatever the number of pictures.
+Unlike FID's its estimate is unbiased, whatever the number of images.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from jaxdiff.evaluation.checks import require_features
 class KID(NamedTuple):
     """The mean over subsets.
 
-    error: its standard error, how far it would be from that of other pictures of the same two kinds. None where subsets
-    tell nothing of it: a single one, or of all pictures. deviation: the standard deviation over subsets, which is what
+    error: its standard error, how far it would be from that of other images of the same two kinds. None where subsets
+    tell nothing of it: a single one, or of all images. deviation: the standard deviation over subsets, which is what
     is published beside KID (as torch-fidelity has it, divided by their number); it does not fall with more subsets.
     """
 
@@ -27,10 +27,10 @@ class KID(NamedTuple):
 def kid(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> KID:
-    """`subsets` times `size` pictures of each set, drawn without replacement with `seed`.
+    """`subsets` times `size` images of each set, drawn without replacement with `seed`.
 
-    Subsets share pictures, so that the deviation of their mean over √subsets would go to 0 with more of them, whatever
-    the number of pictures n. The variance of one of s pictures around that of all n is about that of all times
+    Subsets share images, so that the deviation of their mean over √subsets would go to 0 with more of them, whatever
+    the number of images n. The variance of one of s images around that of all n is about that of all times
     (n − s) / s (to first order; n of the smaller set): the error is on the safe side.
 
     ValueError where a set has fewer than `size`, size is below 2 or subsets below 1, and for features of different
@@ -38,7 +38,7 @@ def kid(
     require_features("KID", a, b)
     n = min(len(a), len(b))
     if size < 2 or n < size or subsets < 1:
-        raise ValueError(f"KID of {subsets} subsets of {size}, but there are {len(a)} and {len(b)} pictures")
+        raise ValueError(f"KID of {subsets} subsets of {size}, but there are {len(a)} and {len(b)} images")
     rng = np.random.default_rng(seed)
     pick = lambda x: x[rng.choice(len(x), size, replace=False)].astype(np.float64)  # noqa: E731
     values = [mmd(pick(a), pick(b)) for _ in range(subsets)]
@@ -47,12 +47,12 @@ def kid(
 
 
 def mmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"]) -> float:
-    """The unbiased estimate of the squared discrepancy under (x·y/d + 1)³: pairs of a picture with itself left out.
+    """The unbiased estimate of the squared discrepancy under (x·y/d + 1)³: pairs of an image with itself left out.
 
-    ValueError for a set of one picture, and for features of different width, or not finite."""
+    ValueError for a set of one image, and for features of different width, or not finite."""
     require_features("MMD", a, b)
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"MMD of {len(a)} and {len(b)} pictures: at least 2 of each are wanted")
+        raise ValueError(f"MMD of {len(a)} and {len(b)} images: at least 2 of each are wanted")
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
     within = lambda x: (k := kernel(x, x)).sum() - np.trace(k)  # noqa: E731
     n, m = len(a), len(b)

@@ -1,7 +1,7 @@
-"""All numbers that can be had of drawn pictures and true ones, each with the line that says how it came about.
+"""All numbers that can be had of drawn images and true ones, each with the line that says how it came about.
 
-An `Observed` is what one network saw in a set of pictures; `metrics_of` compares two of them. A number that cannot be
-had (too few pictures, no logits) is there all the same, with the reason in place of its value.
+An `Observed` is what one network saw in a set of images; `metrics_of` compares two of them. A number that cannot be
+had (too few images, no logits) is there all the same, with the reason in place of its value.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Score:
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """force: Fréchet distances of fewer pictures than features, which then say so. kid_subsets, kid_size (at most; of
+    """force: Fréchet distances of fewer images than features, which then say so. kid_subsets, kid_size (at most; of
     what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
     split_seed: of its shuffle, by default torch-fidelity's; None: not shuffled.
     """
@@ -79,7 +79,7 @@ def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = N
     try:
         require_features("statistics", features)
     except ValueError as error:
-        raise ValueError(f"{origin.pictures}, {origin.extractor}: {error}") from error
+        raise ValueError(f"{origin.images}, {origin.extractor}: {error}") from error
     statistics = empty(features.shape[1])
     for start in range(0, len(features), BLOCK):
         statistics = add(statistics, features[start : start + BLOCK])
@@ -90,7 +90,7 @@ def keep(path: Path, reference: Observed) -> None:
     """As .npz, for later comparisons; the features beside it where they are known. ValueError for what another program
     kept."""
     if not isinstance(reference.statistics, Statistics):
-        raise ValueError(f"{reference.origin.pictures}: of another program, and kept already")
+        raise ValueError(f"{reference.origin.images}: of another program, and kept already")
     beside = path.with_suffix(".features.npy")
     beside.unlink(missing_ok=True)  # of older statistics
     save(path, reference.statistics, reference.origin)
@@ -102,7 +102,7 @@ def keep(path: Path, reference: Observed) -> None:
 def kept(path: Path) -> Observed:
     """The inverse of `keep`; without the second file, the sums alone. Files of other programs (`foreign`) are read too:
     their network is unknown, and `seen_by` says which it is taken to be. FileNotFoundError, or ValueError for files
-    that are damaged, or of different pictures."""
+    that are damaged, or of different images."""
     if not is_ours(path):
         origin, content = foreign.read(path)
         return observed(origin, content) if isinstance(content, np.ndarray) else Observed(origin, content)
@@ -116,7 +116,7 @@ def kept(path: Path) -> Observed:
         raise ValueError(f"{beside}: no features of ours; make them anew, or delete the file") from error
     shape = statistics.count, len(statistics.mean)
     if features.dtype.kind != "f" or features.shape != shape or not _has_mean(features, statistics.mean):
-        raise ValueError(f"{beside}: features of other pictures than those of {path}")
+        raise ValueError(f"{beside}: features of other images than those of {path}")
     return Observed(origin, statistics, features)
 
 
@@ -130,7 +130,7 @@ def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observe
     if len(fitting) != 1:
         what = ", ".join(f"{name} ({features})" for name, features in networks)
         raise ValueError(
-            f"{reference.origin.pictures}: {width} features, which {len(fitting) or 'none'} of the judges have: {what}"
+            f"{reference.origin.images}: {width} features, which {len(fitting) or 'none'} of the networks have: {what}"
         )
     return dataclasses.replace(reference, origin=dataclasses.replace(reference.origin, extractor=fitting[0]))
 
@@ -145,7 +145,7 @@ def require_alike(drawn: Origin, true: Origin, names: Sequence[str] = ALIKE) -> 
     for name in names:
         ours, theirs = getattr(drawn, name), getattr(true, name)
         if ours != theirs and not (true.protocol_unknown and name != "extractor"):
-            raise ValueError(f"{true.pictures}: {name} is {theirs}, and {ours} of {drawn.pictures}")
+            raise ValueError(f"{true.images}: {name} is {theirs}, and {ours} of {drawn.images}")
 
 
 def metrics_of(
@@ -178,7 +178,7 @@ def metrics_of(
 
 
 def caption_metrics(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
-    """CLIP score, of the captions' embeddings beside those of the pictures. prefix: what stood before each caption when
+    """CLIP score, of the captions' embeddings beside those of the images. prefix: what stood before each caption when
     it was embedded, for the line. ValueError where they are not as many."""
     assert drawn.features is not None  # only a reference may keep sums alone
     result = clip_score(text, drawn.features)

@@ -1,7 +1,7 @@
-"""Precision and recall of pictures (arXiv 1904.06991, equation 2): how many of one set lie where the other's do.
+"""Precision and recall of images (arXiv 1904.06991, equation 2): how many of one set lie where the other's do.
 
 A set lies within balls about its features, each as wide as the distance to its k-th neighbour in the set. Precision:
-the share of drawn pictures that lie where real ones do (fidelity); recall: of real ones where drawn ones do (variety).
+the share of drawn images that lie where real ones do (fidelity); recall: of real ones where drawn ones do (variety).
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def precision_recall(
     finite."""
     require_features("precision and recall", real, drawn)
     if k < 1 or min(len(real), len(drawn)) <= k:
-        raise ValueError(f"precision and recall of {k} neighbours, but there are {len(real)} and {len(drawn)} pictures")
+        raise ValueError(f"precision and recall of {k} neighbours, but there are {len(real)} and {len(drawn)} images")
     return PrecisionRecall(_within(drawn, real, k, chunk), _within(real, drawn, k, chunk))
 
 

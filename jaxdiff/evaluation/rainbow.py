@@ -1,4 +1,4 @@
-"""An exact reader for `rainbow` pictures: all of them are known, so what is drawn is the nearest one, or none."""
+"""An exact reader for `rainbow` images: all of them are known, so what is drawn is the nearest one, or none."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ from jaxdiff.data.images import to_uint8
 from jaxdiff.data.rainbow import EVERY, Attributes, draw
 
 EXPLAINED = 0.85
-"""A picture of whose difference from plain white the nearest one explains less is none of them."""
+"""An image of whose difference from plain white the nearest one explains less is none of them."""
 
 NAMES = tuple(field.name for field in dataclasses.fields(Attributes))
 
 
 class Read(NamedTuple):
-    """What a picture shows: all combinations that look like it (several, where a rotation changes nothing; none, where
-    it is no picture of the set), and the share of its difference from plain white that they explain."""
+    """What an image shows: all combinations that look like it (several, where a rotation changes nothing; none, where
+    it is no image of the set), and the share of its difference from plain white that they explain."""
 
     found: tuple[Attributes, ...]
     explained: float
@@ -36,14 +36,14 @@ class Read(NamedTuple):
 
 
 def read(images: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
-    """Each picture (uint8, or floats in [-1, 1], which are read as 8 bits would hold them)."""
+    """Each image (uint8, or floats in [-1, 1], which are read as 8 bits would hold them)."""
     templates, places = _templates()
     lengths = (templates**2).sum(1)
     readings = []
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk]
         part = _from_white(part if part.dtype == np.uint8 else np.stack([to_uint8(p) for p in part]))
-        squares = lengths - 2 * part @ templates.T  # and the length of the picture, the same for all
+        squares = lengths - 2 * part @ templates.T  # and the length of the image, the same for all
         nearest = squares.argmin(1)
         contrast = (part**2).sum(1)
         apart = np.maximum(squares[np.arange(len(part)), nearest] + contrast, 0)
@@ -55,7 +55,7 @@ def read(images: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
 
 @functools.cache
 def _templates() -> tuple[Float[np.ndarray, "t d"], Sequence[Int[np.ndarray, "k"]]]:
-    """All different pictures, and of each the places of the combinations that look like it."""
+    """All different images, and of each the places of the combinations that look like it."""
     different, inverse = np.unique(
         np.stack([draw(attributes) for attributes in EVERY]).reshape(len(EVERY), -1), axis=0, return_inverse=True
     )

@@ -1,12 +1,12 @@
-"""How pictures come to the size that a network judges them at: numbers of two ways cannot be compared.
+"""How images come to the size that a network judges them at: numbers of two ways cannot be compared.
 
 First a `Fit`, the same for both sets. `SQUEEZE`: the whole image goes to the network's square, whatever its shape, as
 in pytorch-fid, clean-fid and torch-fidelity. `CROP`: the centred square is cut out and brought to one size by the
 filter of training (`jaxdiff.data.images.resize`), for models that were trained on such squares. Then a `Resize`:
 
 `CLEAN`: Pillow's antialiased BICUBIC on floating-point channels, nothing rounded in between, and what goes beyond the
-range of a picture clipped, as clean-fid does (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the
-output read at i · scale, without antialiasing: what FID was published with, which makes shrunk pictures jagged and
+range of an image clipped, as clean-fid does (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the
+output read at i · scale, without antialiasing: what FID was published with, which makes shrunk images jagged and
 moves them by part of a pixel. `PYTORCH`: bilinear with the centres of pixels aligned (`align_corners=False`), without
 antialiasing either: pytorch-fid, which also scales what Inception sees a little otherwise (`features.inception`).
 """
@@ -30,7 +30,7 @@ class Resize(enum.Enum):
 
 
 def resized(image: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Float[np.ndarray, "s s 3"]:
-    """The whole picture, squeezed where it is not square as FID does, as float32 from 0 to 255. One that has the
+    """The whole image, squeezed where it is not square as FID does, as float32 from 0 to 255. One that has the
     size already is not touched."""
     if image.shape[:2] == (side, side):
         return image.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What CLIP is judged by: finding pictures by their captions and captions by their pictures, and naming classes."""
+"""What CLIP is judged by: finding images by their captions and captions by their images, and naming classes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from jaxdiff.evaluation.checks import require_features
 
 
 class Recall(NamedTuple):
-    """R@k, the share of queries whose own answer is among the k nearest, for each k: of pictures found by captions, and
-    of captions found by pictures."""
+    """R@k, the share of queries whose own answer is among the k nearest, for each k: of images found by captions, and
+    of captions found by images."""
 
     image: dict[int, float]
     text: dict[int, float]
@@ -20,11 +20,11 @@ class Recall(NamedTuple):
 def retrieval(
     text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
 ) -> Recall:
-    """Of embeddings of any length, the caption and the picture of a pair in the same row. An answer as near as the
+    """Of embeddings of any length, the caption and the image of a pair in the same row. An answer as near as the
     right one counts as nearer. ValueError without pairs, for a k below 1, and for embeddings of different width, not
     finite, or of length 0."""
     if not len(text) or len(text) != len(image) or min(ks, default=0) < 1:
-        raise ValueError(f"retrieval of {len(text)} captions and {len(image)} pictures at {tuple(ks)}")
+        raise ValueError(f"retrieval of {len(text)} captions and {len(image)} images at {tuple(ks)}")
     require_features("retrieval", text, image)
     text, image = l2_normalize(text), l2_normalize(image)
     share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
@@ -32,9 +32,9 @@ def retrieval(
 
 
 def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e"]) -> Int[np.ndarray, " n"]:
-    """The class of each picture: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4).
+    """The class of each image: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4).
 
-    ValueError for no pictures, classes or prompts, and for embeddings of different width, not finite, or of length 0.
+    ValueError for no images, classes or prompts, and for embeddings of different width, not finite, or of length 0.
     """
     require_features("zero-shot classes", image, classes.reshape(-1, classes.shape[-1]))
     means = l2_normalize(l2_normalize(classes).mean(1))

@@ -1,4 +1,4 @@
-"""Analysis by synthesis: which drawn objects explain what differs from a picture's background?
+"""Analysis by synthesis: which drawn objects explain what differs from an image's background?
 
 What differs falls into connected pieces; pieces are gathered into objects (a striped object has several); every object
 is explained by drawing all kinds and fillings at its place with the set's own drawing code and keeping the best. With
@@ -24,7 +24,7 @@ PER_OBJECT = 0.12  # cutting one object in two must explain at least this much m
 GOOD = 0.95  # an object explained this well is not cut
 REFINED = 4  # so many candidates, the best at first sight, have their place fitted
 CERTAIN = 0.975  # no other kind and filling than the true one explains so much: the search ends
-SOFT = (0.010, 0.016)  # blurs, in picture sides, that a generated picture's edges may have
+SOFT = (0.010, 0.016)  # blurs, in image sides, that a generated image's edges may have
 
 Place = tuple[float, float, float]  # x, y, radius
 
@@ -45,7 +45,7 @@ class Fit:
 
 
 def explain(difference: Float[np.ndarray, "m m 3"], noise: float) -> list[Fit]:
-    """The objects that explain a picture less its background; `noise`: its standard deviation per channel."""
+    """The objects that explain an image less its background; `noise`: its standard deviation per channel."""
     distance = np.sqrt((difference**2).sum(-1))
     pieces, count = _pieces(distance > max(CONTRAST, 5 * noise))
     if count == 0:
@@ -78,13 +78,13 @@ class _Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Pieces taken for one object: a window of the picture, and the candidates at first sight."""
+    """Pieces taken for one object: a window of the image, and the candidates at first sight."""
 
     members: frozenset[int]
     window: Float[np.ndarray, "hw 3"]  # difference to the background, zero where another group's piece is nearer
     xs: Float[np.ndarray, "1 w"]  # coordinates of the window's pixel centres
     ys: Float[np.ndarray, "h 1"]
-    side: int  # of the whole picture
+    side: int  # of the whole image
     energy: float
     half: float
     candidates: list["_Candidate"]  # every kind and filling, the best first

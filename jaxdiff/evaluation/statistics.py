@@ -1,6 +1,6 @@
 """Mean and covariance of features, added up in float64 in any order, and kept with what they were made of.
 
-both = add(empty(2048), features)          # some pictures at a time
+both = add(empty(2048), features)          # some images at a time
 whole = merge(both, those_of_another_host)
 save(path, whole, origin)
 
@@ -28,19 +28,19 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Origin:
-    """What features depend on, beside the pictures themselves: a number without it cannot be compared with another."""
+    """What features depend on, beside the images themselves: a number without it cannot be compared with another."""
 
-    pictures: str
+    images: str
     """Which set, or which model's drawings."""
     digest: str
-    """Of the pictures, in their order."""
+    """Of the images, in their order."""
     extractor: str
     """The network with the first digits of its weights' digest."""
     resize: str
-    """How pictures came to its size: clean, legacy or pytorch."""
+    """How images came to its size: clean, legacy or pytorch."""
     format: str = "png"
     seed: int | None = None
-    """Of what was drawn; None for pictures that are simply there."""
+    """Of what was drawn; None for images that are simply there."""
     fit: str = "squeeze"
     """What was looked at: the whole image (squeeze), or its centred square (crop)."""
     size: str = UNKNOWN
@@ -48,11 +48,11 @@ class Origin:
 
     @property
     def shown(self) -> str:
-        """Of the pictures alone."""
+        """Of the images alone."""
         if self.protocol_unknown:
-            return f"{self.pictures} {self.digest} ({self.format}, protocol unknown)"
+            return f"{self.images} {self.digest} ({self.format}, protocol unknown)"
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.pictures} {self.digest} ({self.format}, {self.size}{seed})"
+        return f"{self.images} {self.digest} ({self.format}, {self.size}{seed})"
 
     @property
     def protocol_unknown(self) -> bool:
@@ -74,7 +74,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of pictures; any two can be merged. scatter: the sum of (x − mean)(x − mean)ᵀ."""
+    """Of images; any two can be merged. scatter: the sum of (x − mean)(x − mean)ᵀ."""
 
     count: int
     mean: Float[np.ndarray, "d"]
@@ -82,9 +82,9 @@ class Statistics:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """Unbiased (divided by n − 1), as FID has it. ValueError for fewer than two pictures."""
+        """Unbiased (divided by n − 1), as FID has it. ValueError for fewer than two images."""
         if self.count < 2:
-            raise ValueError(f"a covariance of {self.count} pictures: at least 2 are wanted")
+            raise ValueError(f"a covariance of {self.count} images: at least 2 are wanted")
         return self.scatter / (self.count - 1)
 
 
@@ -97,7 +97,7 @@ def empty(width: int) -> Statistics:
 
 
 def add(statistics: Statistics, features: Num[np.ndarray, "n d"]) -> Statistics:
-    """With these pictures too. ValueError for features that are not finite, no rows, or of another width."""
+    """With these images too. ValueError for features that are not finite, no rows, or of another width."""
     require_features("statistics", features, np.zeros((1, len(statistics.mean))))
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
@@ -108,7 +108,7 @@ def add(statistics: Statistics, features: Num[np.ndarray, "n d"]) -> Statistics:
 
 
 def merge(*parts: Statistics) -> Statistics:
-    """Of all pictures of the parts, in whatever order they come."""
+    """Of all images of the parts, in whatever order they come."""
     full = [part for part in parts if part.count]
     if len(full) < 2:
         return full[0] if full else parts[0]

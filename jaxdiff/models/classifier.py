@@ -16,7 +16,7 @@ from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 class ClassifierTraining(SingleOptimizer):
     """The stage: each attribute's cross-entropy, the same weight for all.
 
-    noise: the standard deviation of the noise on the pictures, up to which (at random) they are spoilt: features that
+    noise: the standard deviation of the noise on the images, up to which (at random) they are spoilt: features that
     hang on single grey levels would judge those.
     """
 
@@ -55,8 +55,8 @@ class ClassifierTraining(SingleOptimizer):
 
 
 def of_size_one(config: ClassifierConfig, params: dict, image: Float[Array, "b s s 3"]) -> dict:
-    """The same classifier with features whose mean square over these pictures is 1: distances of features depend on
-    their size, which training leaves to chance. What it says of pictures stays as it is, because features pass a ReLU
+    """The same classifier with features whose mean square over these images is 1: distances of features depend on
+    their size, which training leaves to chance. What it says of images stays as it is, because features pass a ReLU
     alone on their way to the logits."""
     features, _ = Classifier(config).apply({"params": params}, image)
     size = jnp.sqrt((features**2).mean())

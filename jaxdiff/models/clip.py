@@ -1,6 +1,6 @@
-"""CLIP from scratch (arXiv 2103.00020): captions and pictures embedded so that what belongs together lies together.
+"""CLIP from scratch (arXiv 2103.00020): captions and images embedded so that what belongs together lies together.
 
-The loss compares every caption of the global batch with every picture of it. Each device keeps its own rows and gathers
+The loss compares every caption of the global batch with every image of it. Each device keeps its own rows and gathers
 the embeddings of all others, which are small; their logits are made and summed up in chunks of columns, and made again
 in the backward pass, so that no device ever holds a matrix of the batch by the batch.
 """
@@ -21,7 +21,7 @@ from jaxdiff.nets.clip import CLIP, CLIPConfig, TowerOutput, l2_normalize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the channels in [0, 1], of the pictures that every published model was trained with."""
+"""Of the channels in [0, 1], of the images that every published model was trained with."""
 
 NEAR = 1e-4
 """Cosines that differ by less are equal: a matrix product rounds them otherwise than a sum."""
@@ -29,7 +29,7 @@ NEAR = 1e-4
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """CLIP's loss (Figure 3): the cross-entropy of finding each caption's picture in the batch, and the other way
+    """CLIP's loss (Figure 3): the cross-entropy of finding each caption's image in the batch, and the other way
     round. `scale`: the inverse temperature in the beginning."""
 
     scale: float = 1 / 0.07
@@ -89,9 +89,9 @@ class CLIPTraining(SingleOptimizer):
     def loss(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
-        """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its picture.
+        """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its image.
 
-        Metrics: `accuracy`, the share of captions whose picture is nearer than all others of the batch; `scale`. `key`
+        Metrics: `accuracy`, the share of captions whose image is nearer than all others of the batch; `scale`. `key`
         is not used.
         """
         network, variables = CLIP(self.config), {"params": clip_params(params)}
@@ -114,7 +114,7 @@ class CLIPTraining(SingleOptimizer):
 
 
 class _Compared(NamedTuple):
-    """The loss, and for each caption whether its own picture is nearer than all others."""
+    """The loss, and for each caption whether its own image is nearer than all others."""
 
     loss: Float[Array, ""]
     first: Array
@@ -192,7 +192,7 @@ clipped.defvjp(_clipped_forward, _clipped_backward)
 
 
 def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """A picture in [-1, 1] as the image tower takes it."""
+    """An image in [-1, 1] as the image tower takes it."""
     return ((image + 1) / 2 - jnp.array(MEAN)) / jnp.array(STD)
 
 

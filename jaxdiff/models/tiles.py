@@ -1,4 +1,4 @@
-"""Run a network on a large picture in overlapping tiles, one at a time, so that memory does not grow with the picture.
+"""Run a network on a large image in overlapping tiles, one at a time, so that memory does not grow with the image.
 
 The tiles of one denoising step are blended before the sampler goes on (as in MultiDiffusion, arXiv 2302.08113), and all
 of them see the same noise, so neighbours agree at every step and no seam can build up.
@@ -30,9 +30,9 @@ class Tiles:
 def in_tiles(
     network: Callable[..., Float[Array, "b h w o"]], images: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
 ) -> Float[Array, "b h w o"]:
-    """`network(*pictures)`, where the pictures all have one size and the result has it too, with channels of its own.
+    """`network(*images)`, where the images all have one size and the result has it too, with channels of its own.
 
-    Every tile has the same shape, so the network is compiled once; a picture smaller than a tile is one tile.
+    Every tile has the same shape, so the network is compiled once; an image smaller than a tile is one tile.
     """
     height, width = images[0].shape[1:3]
     sides = min(tiles.side, height), min(tiles.side, width)

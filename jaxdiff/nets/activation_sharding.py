@@ -40,7 +40,7 @@ class ActivationSharding:
         return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.spatial or None))
 
     def sizes(self) -> tuple[int, int]:
-        """Into how many parts the ambient mesh splits a batch, and the rows of a picture."""
+        """Into how many parts the ambient mesh splits a batch, and the rows of an image."""
         sizes = jax.sharding.get_abstract_mesh().shape
         batch, rows = (math.prod(sizes.get(name, 1) for name in names) for names in (self.batch, self.spatial))
         return batch, rows

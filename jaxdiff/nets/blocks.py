@@ -1,7 +1,7 @@
 """The blocks that every U-Net here is built from.
 
 The embedding of times and noise levels; the residual block with scale-shift norm and BigGAN resampling; attention over
-the picture and the text. Shapes: pictures `b h w c`, text `b n e`, embeddings `b t`.
+the image and the text. Shapes: images `b h w c`, text `b n e`, embeddings `b t`.
 """
 
 import enum
@@ -29,7 +29,7 @@ class Activation(enum.Enum):
 
 
 class Resample(enum.Enum):
-    """What a residual block does to the size of the picture."""
+    """What a residual block does to the size of the image."""
 
     NONE = "none"
     DOWN = "down"

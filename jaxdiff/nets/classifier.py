@@ -1,5 +1,5 @@
 """A small convolutional classifier of several attributes at once, whose features judge drawings where no large network
-knows the pictures."""
+knows the images."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """`side`: of the pictures it sees; `channels`: of its convolutions, each of which halves the sides; `features`:
+    """`side`: of the images it sees; `channels`: of its convolutions, each of which halves the sides; `features`:
     width of what it compares; `classes`: how many each attribute has, of the attributes `names`."""
 
     side: int = 64
@@ -26,7 +26,7 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Pictures (b s s 3) in [-1, 1] to features (b f), none below 0, and the logits (b c) of each attribute."""
+    """Images (b s s 3) in [-1, 1] to features (b f), none below 0, and the logits (b c) of each attribute."""
 
     config: ClassifierConfig
 

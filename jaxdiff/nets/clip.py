@@ -1,4 +1,4 @@
-"""CLIP's two towers (arXiv 2103.00020): captions and pictures, embedded so that what belongs together lies together.
+"""CLIP's two towers (arXiv 2103.00020): captions and images, embedded so that what belongs together lies together.
 
 Both are pre-norm transformers: the text tower is causal and its embedding is read where the caption ends, the image
 tower is a ViT (arXiv 2010.11929) whose embedding is read at a learned first token. Stable Diffusion and DALL·E 2 are
@@ -123,7 +123,7 @@ class CLIP(nn.Module):
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
 
     def __call__(self, ids: Int[Array, "b n"], image: Float[Array, "c h w 3"]) -> Float[Array, "b c"]:
-        """Logits: cosines of captions and pictures, over the temperature."""
+        """Logits: cosines of captions and images, over the temperature."""
         text, image = (l2_normalize(e.embedding) for e in (self.text(ids), self.image(image)))
         return jnp.exp(self.logit_scale) * text @ image.T
 
@@ -131,7 +131,7 @@ class CLIP(nn.Module):
         return self.text(ids, skip_last, final_norm)
 
     def embed_image(self, image: Float[Array, "b h w 3"]) -> TowerOutput:
-        """Of pictures at the tower's resolution, normalised as it was trained (`models.clip.normalised`)."""
+        """Of images at the tower's resolution, normalised as it was trained (`models.clip.normalised`)."""
         return self.image(image)
 
 
@@ -163,7 +163,7 @@ class TextTower(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures to embeddings: patches, a learned token before them, and what that token has become at the end."""
+    """Images to embeddings: patches, a learned token before them, and what that token has become at the end."""
 
     config: CLIPConfig
 
@@ -173,7 +173,7 @@ class ImageTower(nn.Module):
         assert config is not None
         side = config.resolution
         if image.shape[1:3] != (side, side):
-            raise ValueError(f"pictures of {image.shape[1]}x{image.shape[2]}, but this tower reads {side}x{side}")
+            raise ValueError(f"images of {image.shape[1]}x{image.shape[2]}, but this tower reads {side}x{side}")
         patches = nn.Conv(
             config.width,
             (config.patch, config.patch),

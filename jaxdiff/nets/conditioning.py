@@ -105,7 +105,7 @@ class WholeText:
 class TextContext(nn.Module):
     """Text as attention sees it: LayerNorm, projection, and one learned token that is always present.
 
-    The extra token gives a picture without text (every position masked) something to attend to, so that no softmax
+    The extra token gives an image without text (every position masked) something to attend to, so that no softmax
     runs over nothing; it also serves as the attention sink that padding would otherwise become. LayerNorm on the
     text embeddings is Imagen 2.5.
     """

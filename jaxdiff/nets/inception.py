@@ -2,7 +2,7 @@
 
 It differs from the Inception-v3 that libraries train: its average pools do not count the padding, and the last block
 pools by the maximum. FID reads the 2048 features before the classifier, the Inception score its 1008 logits without
-their bias. Where a distance is wanted of fewer pictures, features of earlier layers serve, averaged over places: 64
+their bias. Where a distance is wanted of fewer images, features of earlier layers serve, averaged over places: 64
 after the first maximum pool, 192 after the second, 768 before the last reduction.
 """
 
@@ -31,7 +31,7 @@ class InceptionOutputs(NamedTuple):
 
 
 class Inception(nn.Module):
-    """Pictures of 299 × 299 in [-1, 1] to features; parameters are read from public weights, and never trained here."""
+    """Images of 299 × 299 in [-1, 1] to features; parameters are read from public weights, and never trained here."""
 
     @nn.compact
     def __call__(self, image: Float[Array, "b 299 299 3"]) -> InceptionOutputs:

@@ -126,7 +126,7 @@ class UNetConfig:
 
     @property
     def stride(self) -> int:
-        """Picture sides must be multiples of this."""
+        """Image sides must be multiples of this."""
         return self.patch * 2 ** (len(self.blocks) - 1)
 
     @property

@@ -41,10 +41,10 @@ BASE_64_TINY = DiffusionModel(
 )
 """For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
 
-The schedule is shifted towards noise: of a flat picture, 4096 pixels of a background say its colour through any noise
+The schedule is shifted towards noise: of a flat image, 4096 pixels of a background say its colour through any noise
 that Imagen's schedule spends time on, and the text would have nothing left to decide. Colours are decided at log-SNRs
 of -10 to -5, places and sizes at -9 to -4, forms at -5 to 0; all get the same share of the training.
-It predicts x₀: ε or v would have to carry a patch's noise through few channels; a picture's content is less."""
+It predicts x₀: ε or v would have to carry a patch's noise through few channels; an image's content is less."""
 
 BASE_64_QUICK = replace(
     BASE_64_TINY,
@@ -58,7 +58,7 @@ BASE_64_QUICK = replace(
         patch=4,
     ),
 )
-"""For minutes of training: twice as fast for each picture, because colours take many pictures to learn from and no fine
+"""For minutes of training: twice as fast for each image, because colours take many images to learn from and no fine
 patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
 
 BASE_32_TINY = replace(
@@ -93,7 +93,7 @@ SR_256_TINY = DiffusionModel(
     weighting=MinSNR(floor=1.0),
     residual=True,
 )
-"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on pictures alone."""
+"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on images alone."""
 
 SR_1024_TINY = replace(SR_256_TINY, side=1024)
 """The same network and schedule: enlarging edges fourfold is the same task again, so it may start from SR_256_TINY."""

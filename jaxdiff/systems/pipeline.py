@@ -233,7 +233,7 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
     if after is not None:
         check_product(boxes[after.box].produces, after.product, "what to go on from")
         if len(after.product) != count:
-            raise ValueError(f"{len(after.product)} pictures to go on from, for {count} to draw")
+            raise ValueError(f"{len(after.product)} images to go on from, for {count} to draw")
         begin, size = after.box + 1, after.product.shape[1:3]
         if begin >= end:
             raise ValueError(
@@ -336,10 +336,10 @@ def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -
     if len(init.strengths) != len(pipeline.boxes):
         raise ValueError(f"{len(init.strengths)} strengths for {len(pipeline.boxes)} stages: give one for each")
     if init.image.ndim != 3 or init.image.shape[2] != 3:
-        raise ValueError(f"a picture to begin with is of h×w×3 values, not of {_times(init.image.shape)}")
+        raise ValueError(f"an image to begin with is of h×w×3 values, not of {_times(init.image.shape)}")
     if init.mask is not None and init.mask.shape != init.image.shape[:2]:
         have, want = _times(init.mask.shape), _times(init.image.shape[:2])
-        raise ValueError(f"a mask of {have} pixels for a picture of {want}")
+        raise ValueError(f"a mask of {have} pixels for an image of {want}")
     for stage in stages:
         box = pipeline.boxes[stage.number]
         first_step(init.strengths[stage.number], box.steps)

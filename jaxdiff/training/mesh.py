@@ -4,7 +4,7 @@ The same code runs on one CPU device and on a pod of several slices: an axis of 
 
 * `data`: copies of the parameters, each with its part of the batch;
 * `fsdp`: parameters, optimizer state and averages split, each device with its part of the batch;
-* `tensor`: single layers split by their channels, or pictures by their rows.
+* `tensor`: single layers split by their channels, or images by their rows.
 
 Axes are `Auto`: the compiler derives every intermediate placement from those of the arguments and results. Where
 parameters go is `placement.py`.
@@ -100,7 +100,7 @@ def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray |
     """The devices of a slice as a grid; None where its network has no such one.
 
     Physical axes of the network stay whole where they can, but rather than that, devices along `tensor` belong to one
-    process: they compute on the same pictures, which that process alone has read.
+    process: they compute on the same images, which that process alone has read.
     """
     hosts = _parts(devices, "process_index")
     fsdp = math.gcd(sizes[1], len(hosts[0]) // sizes[2])

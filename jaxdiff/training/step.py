@@ -6,8 +6,8 @@ the same on every mesh shape.
 
 Parameters that lie split over `fsdp` are made whole once a step, in the type that the network computes with, and their
 gradients are summed straight into the parts. Left to itself the compiler may split the convolutions instead, and move
-pictures between devices where kernels are smaller; and its gradient of a strided convolution is wrong where both the
-kernel and the rows of the picture are split (XLA of jax 0.10 to 0.12).
+images between devices where kernels are smaller; and its gradient of a strided convolution is wrong where both the
+kernel and the rows of the image are split (XLA of jax 0.10 to 0.12).
 """
 
 from collections.abc import Callable

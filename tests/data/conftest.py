@@ -25,7 +25,7 @@ class Listed:
 
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A random picture of low frequencies: shrinking it loses little."""
+    """A random image of low frequencies: shrinking it loses little."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(2 * np.pi * (rng.uniform(1, 3) * x + rng.uniform(1, 3) * y + rng.uniform())) for _ in range(3)]
     return (127.5 + 127 * np.stack(waves, -1)).astype(np.uint8)
@@ -38,7 +38,7 @@ def listed():
 
 @pytest.fixture(scope="session")
 def source() -> Listed:
-    """Eleven 32-pixel pictures with captions."""
+    """Eleven 32-pixel images with captions."""
     return make_source(11, 32, 32)
 
 
@@ -53,7 +53,7 @@ def make_source(count: int, height: int, width: int) -> Listed:
         tuple(
             {
                 "image": images.encode_png(smooth(rng, height, width)),
-                "caption": f"picture number {i}",
+                "caption": f"image number {i}",
                 "name": f"set/{i}.png",
             }
             for i in range(count)

@@ -98,7 +98,7 @@ HALF = '{"file_name": "1.png", "text": "half \\ud83d"}'
 
 @pytest.fixture
 def photos(tmp_path, source):
-    """Three pictures: the captions of two have characters that no text can hold."""
+    """Three images: the captions of two have characters that no text can hold."""
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(source.examples[number]["image"])
     (tmp_path / "0.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -161,7 +161,7 @@ def test_a_source_that_cleans_nothing_is_cleaned(listed, source):
         assert example.captions(raw)[0] == "\ufffd\ufffd \ufffd"
     clean = dataclasses.replace(source, examples=source.examples[:1])
     with warnings.catch_warnings(action="error"):
-        assert list(example.captions(clean)) == ["picture number 0"]
+        assert list(example.captions(clean)) == ["image number 0"]
 
 
 def test_metadata_in_utf_16(tmp_path, source):

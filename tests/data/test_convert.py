@@ -127,9 +127,9 @@ def test_bucket_paths(tmp_path):
     bucket = fsspec.filesystem("memory")
     for path in local:
         bucket.pipe(f"/tars/{Path(path).name}", Path(path).read_bytes())
-    bucket.pipe("/lists/pictures/a.png", PNG)
+    bucket.pipe("/lists/images/a.png", PNG)
     bucket.pipe(
-        "/lists/list.csv", b"path,caption\npictures/a.png,beside\nmemory://lists/pictures/a.png,whole\nno.png,x\n"
+        "/lists/list.csv", b"path,caption\nimages/a.png,beside\nmemory://lists/images/a.png,whole\nno.png,x\n"
     )
     inputs = [*remote.expand("memory://tars/*.tar"), "memory://lists/list.csv"]
     index = convert.convert(inputs, tmp_path / "out")
@@ -243,7 +243,7 @@ def test_bad_inputs_are_named(tmp_path):
         (["a.zip"], "a.zip: neither a folder, a tar file, nor"),
         ([tars[0], tars[0]], "given twice"),
         ([str(tmp_path / "no.tar")], "no.tar"),
-        ([empty], "no usable picture"),
+        ([empty], "no usable image"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             convert.convert(inputs, tmp_path / "out")
@@ -414,7 +414,7 @@ def test_replaced_characters_are_said_once_they_are_counted(tmp_path, capsys):
 
 
 def test_names_that_are_no_text(tmp_path):
-    """A file name is bytes: what is not UTF-8 in it neither stops the job nor hides the picture."""
+    """A file name is bytes: what is not UTF-8 in it neither stops the job nor hides the image."""
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / name).write_bytes(PNG)
     (tmp_path / "list.csv").write_bytes(b"path,caption\ncaf\xe9.png,one\ncaf\xe9s.png,gone\n")

@@ -10,7 +10,7 @@ from jaxdiff.data import folder
 from jaxdiff.evaluation.image_sets import open_folder
 
 
-def fill(root, *names: str, picture: bytes = b"picture") -> None:
+def fill(root, *names: str, picture: bytes = b"image") -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(picture)
@@ -78,7 +78,7 @@ def test_links_to_files_are_read_and_broken_ones_counted(tmp_path):
     (photos / "c.png").symlink_to(tmp_path / "gone")
     found = folder.read(photos)
     assert [name for name, _ in found.entries] == ["a.png", "b.png", "c.png"]
-    assert found[1]["image"] == b"picture"
+    assert found[1]["image"] == b"image"
     with pytest.raises(FileNotFoundError):  # which training counts as unreadable
         found[2]
 

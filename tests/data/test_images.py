@@ -25,7 +25,7 @@ def test_resize_averages_what_it_shrinks():
 
 
 def test_resize_keeps_the_centre_of_the_long_side():
-    """As if the whole picture had been resized, then cut: the filter sees beyond the cut."""
+    """As if the whole image had been resized, then cut: the filter sees beyond the cut."""
     picture = np.random.default_rng(4).integers(0, 256, (20, 60, 3), dtype=np.uint8)
     whole = Image.fromarray(picture).resize((30, 10), Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((10, 0, 20, 10)))
@@ -46,7 +46,7 @@ def test_resize_leaves_the_right_size_alone():
 
 
 def test_windows_are_aligned_and_go_everywhere():
-    """Pixels that hold their own place in the small picture: the two windows must tell of the same places."""
+    """Pixels that hold their own place in the small image: the two windows must tell of the same places."""
     factor = 4
     small = np.stack([*np.mgrid[0:8, 0:8], np.zeros((8, 8), int)], -1).astype(np.uint8)
     large = small.repeat(factor, 0).repeat(factor, 1)
@@ -170,7 +170,7 @@ def test_decode_takes_arrays(picture):
 
 def test_decode_says_what_is_damaged():
     whole = images.encode_png(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    for broken in (b"", b"no picture at all", whole[:200], whole[:40] + b"\0" * 40 + whole[80:]):
+    for broken in (b"", b"no image at all", whole[:200], whole[:40] + b"\0" * 40 + whole[80:]):
         with pytest.raises(images.Unreadable):
             images.decode(broken)
 

@@ -117,7 +117,7 @@ def test_super_resolution_pairs_show_the_same_place(make):
 
 
 def test_the_low_resolution_picture_is_shrunk_before_cropping(source):
-    """A crop's edge must see its neighbours, as it does in the full picture at sampling."""
+    """A crop's edge must see its neighbours, as it does in the full image at sampling."""
     (batch,) = image_batches(source, DataConfig(32, 11, low_resolution=8, shuffle=False, repeat=False))
     for low, example in zip(batch["low_res"], source.examples, strict=True):
         expected = images.resize(images.decode(example["image"]), 8)
@@ -171,7 +171,7 @@ def test_captions_that_nothing_needs_may_be_missing(source, listed):
     assert len(next(image_batches(keep, DataConfig(32, 3, repeat=False, strict=True)))["image"]) == 3
     config = DataConfig(32, 3, repeat=False, shuffle=False, captions=True, caption_optional=True, strict=True)
     batch = next(image_batches(keep, config))
-    assert batch["caption"].tolist() == ["picture number 0", "", ""]
+    assert batch["caption"].tolist() == ["image number 0", "", ""]
 
 
 def test_a_source_without_one_usable_example_ends(listed):

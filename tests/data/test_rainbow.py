@@ -20,7 +20,7 @@ def test_the_counts_of_the_notebook(drawn):
 
 
 def test_only_rotations_make_equal_pictures(drawn):
-    """Circles, squares and crosses have one picture, bars two, the others four."""
+    """Circles, squares and crosses have one image, bars two, the others four."""
     alike = {}
     for attributes, picture in zip(EVERY, drawn):
         alike.setdefault(picture.tobytes(), []).append(attributes)

@@ -76,7 +76,7 @@ def test_the_default_size_is_drawn_like_any_other(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(shapes, "example", stop)
     with pytest.raises(OSError, match="reached"):
         shapes.prepare(64, tmp_path, progress=False)
-    assert "picture" not in capsys.readouterr().err
+    assert "image" not in capsys.readouterr().err
 
 
 def test_bad_settings_name_the_culprit(tmp_path):

@@ -1,4 +1,4 @@
-"""The drawings: exact distances and areas, the same picture at every resolution."""
+"""The drawings: exact distances and areas, the same image at every resolution."""
 
 import math
 

@@ -58,14 +58,14 @@ def shapes_dir(data_dir):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, source):
-    """A folder with captions in text files, one picture a level deeper."""
+    """A folder with captions in text files, one image a level deeper."""
     folder = tmp_path_factory.mktemp("photos")
     for i, example in enumerate(source.examples[:6]):
         file = folder / ("deep" if i == 2 else "") / f"{i}.PNG"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(example["image"])
         file.with_suffix(".txt").write_text(f" {example['caption']}\n")
-    (folder / "notes.md").write_text("not a picture")
+    (folder / "notes.md").write_text("not an image")
     return folder
 
 
@@ -129,7 +129,7 @@ def test_sources_without_splits_say_so(spec, data_dir):
 def test_a_folder_is_read_in_order(photos, source):
     read = sources.open(sources.Folder(photos), 64, "train", "")
     assert [Path(read[i]["name"]).name for i in range(6)] == ["0.PNG", "1.PNG", "3.PNG", "4.PNG", "5.PNG", "2.PNG"]
-    assert read[5]["caption"] == "picture number 2" and read[5]["image"] == source.examples[2]["image"]
+    assert read[5]["caption"] == "image number 2" and read[5]["image"] == source.examples[2]["image"]
 
 
 def test_a_folder_with_metadata(tmp_path, source):
@@ -167,7 +167,7 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     for spec, message in [
         (sources.Folder(tmp_path / "no"), "no such folder"),
-        (sources.Folder(tmp_path / "empty"), "no pictures there"),
+        (sources.Folder(tmp_path / "empty"), "no images there"),
         (sources.Records(tmp_path / "empty"), "no dataset.json there"),
         (sources.Emoji(), "run python -m experiments.recipes.emoji_data"),
     ]:
@@ -211,7 +211,7 @@ def test_picture_and_caption_are_found_by_type(features, paths):
             {"image": IMAGE, "label": tfds.features.ClassLabel(num_classes=3)},
             "no text among its features.*label .ClassLabel",
         ),
-        ({"size": np.int64, "text": TEXT}, "no picture among its features.*size .Tensor"),
+        ({"size": np.int64, "text": TEXT}, "no image among its features.*size .Tensor"),
     ],
 )
 def test_a_set_without_them_is_refused(features, message):
@@ -220,7 +220,7 @@ def test_a_set_without_them_is_refused(features, message):
 
 
 class SeveralCaptions(tfds.core.GeneratorBasedBuilder):
-    """A set as people have them: shuffled, several captions a picture, sometimes none."""
+    """A set as people have them: shuffled, several captions an image, sometimes none."""
 
     VERSION = tfds.core.Version("1.0.0")
 

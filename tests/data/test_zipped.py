@@ -1,4 +1,4 @@
-"""A zip of pictures read like a folder: names, captions, what is left out, and damaged archives."""
+"""A zip of images read like a folder: names, captions, what is left out, and damaged archives."""
 
 import io
 import json
@@ -112,7 +112,7 @@ def test_what_is_no_zip_of_pictures(tmp_path):
             zipped.read(tmp_path / f"{name}.zip")
     with pytest.raises(FileNotFoundError, match="no such zip"):
         zipped.read(tmp_path / "absent.zip")
-    with pytest.raises(FileNotFoundError, match="no pictures in it"):
+    with pytest.raises(FileNotFoundError, match="no images in it"):
         zipped.read(write(tmp_path / "other.zip", {"a.json": "{}", "__MACOSX/a.png": png(1)}))
 
 

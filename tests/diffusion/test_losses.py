@@ -133,7 +133,7 @@ def _steps(entry, schedule=TABLE):
 
 @pytest.mark.parametrize("entry", [1, 2, 37, 500, 731, 998, 999])
 def test_variance_loss_is_the_divergence_of_two_steps(entry):
-    """KL(N(m, v) ‖ N(m', v')) in bits, averaged over values, times 0.001 and the number of steps that a picture has."""
+    """KL(N(m, v) ‖ N(m', v')) in bits, averaged over values, times 0.001 and the number of steps that an image has."""
     rng = np.random.default_rng(entry)
     gamma, x0, wrong = rng.uniform(size=(4, 4, 3)), rng.uniform(-1, 1, (4, 4, 3)), 0.3 * rng.normal(size=(4, 4, 3))
     for schedule in (TABLE, TabulatedSchedule.cosine(4000)):

@@ -1,4 +1,4 @@
-"""The reader: right on drawings, clean, noisy and soft, and never right on a picture that contradicts the caption."""
+"""The reader: right on drawings, clean, noisy and soft, and never right on an image that contradicts the caption."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def everything(s: Scene) -> Stated:
 
 
 def picture(s: Scene, resolution: int, noise: float, blur: float, rng: np.random.Generator) -> np.ndarray:
-    """In [-1, 1]; `blur`: the standard deviation in pixels of a 64-pixel picture."""
+    """In [-1, 1]; `blur`: the standard deviation in pixels of a 64-pixel image."""
     image = draw(s, resolution).astype(np.float32) / 127.5 - 1
     if blur:
         image = ndimage.gaussian_filter(image, (blur * resolution / 64,) * 2 + (0,))

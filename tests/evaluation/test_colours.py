@@ -1,4 +1,4 @@
-"""The dominant colour of pictures on white."""
+"""The dominant colour of images on white."""
 
 import numpy as np
 import pytest

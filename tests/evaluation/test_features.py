@@ -124,5 +124,5 @@ def test_a_network_is_named_with_its_digest(network):
 
 
 def test_no_pictures(network):
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         all_features(network, [])

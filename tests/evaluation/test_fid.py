@@ -1,4 +1,4 @@
-"""FID refuses what says nothing, and its limit for many pictures is what few of them show."""
+"""FID refuses what says nothing, and its limit for many images is what few of them show."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def of(features):
 def test_fewer_pictures_than_features_are_refused_unless_forced():
     many, few = of(RNG.normal(size=(100, D))), of(RNG.normal(size=(D, D)))
     for pair in ((many, few), (few, many)):
-        with pytest.raises(ValueError, match="12 pictures for 12 features"):
+        with pytest.raises(ValueError, match="12 images for 12 features"):
             distance(*pair)
         assert distance(*pair, force=True) > 0
     assert distance(many, of(RNG.normal(size=(D + 1, D)))) > 0
@@ -42,7 +42,7 @@ def test_the_limit_is_nearer_to_the_truth_than_all_pictures_are():
 
 def test_few_pictures_have_no_limit_unless_forced():
     """From little more than d on, distances lie on no line: through them, that of two equal sets would be below 0 by
-    more than half of what it is for all pictures."""
+    more than half of what it is for all images."""
     reference = of(RNG.normal(size=(400_000, D)))
     with pytest.raises(ValueError, match="take 48 or more"):
         limit(RNG.normal(size=(47, D)), reference)

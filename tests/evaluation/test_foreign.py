@@ -71,9 +71,9 @@ def test_the_network_is_the_one_of_that_width(tmp_path):
     named = lambda *networks: seen_by(reference, networks).origin.extractor  # noqa: E731
     assert named(("clip a", 6), ("shapes b", 5)) == "clip a"
     assert named(("clip a", 6), (f"{INCEPTION} b", 6), ("shapes c", 6)) == f"{INCEPTION} b"
-    with pytest.raises(ValueError, match=r"fid.npz: 6 features, which none of the judges have: clip a \(4\)"):
+    with pytest.raises(ValueError, match=r"fid.npz: 6 features, which none of the networks have: clip a \(4\)"):
         named(("clip a", 4))
-    with pytest.raises(ValueError, match="6 features, which 2 of the judges have"):
+    with pytest.raises(ValueError, match="6 features, which 2 of the networks have"):
         named(("clip a", 6), ("shapes b", 6))
 
 

@@ -1,4 +1,4 @@
-"""The reader of `rainbow`: exact on true pictures, equal rotations, noise, and what is none of the set's pictures."""
+"""The reader of `rainbow`: exact on true images, equal rotations, noise, and what is none of the set's images."""
 
 import dataclasses
 

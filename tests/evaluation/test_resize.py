@@ -77,7 +77,7 @@ def test_pytorch_is_symmetric_and_aliases():
 
 
 def test_legacy_shifts_to_the_top_left():
-    """A symmetric picture stays symmetric only in the clean way."""
+    """A symmetric image stays symmetric only in the clean way."""
     dot = np.zeros((32, 32, 3), np.uint8)
     dot[12:20, 12:20] = 255
     clean, legacy = (resized(dot, 48, how)[..., 0] for how in (Resize.CLEAN, Resize.LEGACY))

@@ -11,7 +11,7 @@ from jaxdiff.evaluation.retrieval import retrieval, zero_shot
 def test_recall_by_counting():
     angles = np.array([0.0, 0.1, 0.25, 3.0])
     image = 7 * np.stack([np.cos(angles), np.sin(angles)], 1)
-    turned = angles + np.array([0.0, 0.12, 0.0, 0.0])  # the second caption lies nearer to the third picture
+    turned = angles + np.array([0.0, 0.12, 0.0, 0.0])  # the second caption lies nearer to the third image
     text = np.stack([np.cos(turned), np.sin(turned)], 1)
     found = retrieval(text, image, (1, 2, 4), chunk=3)
     assert found.image == {1: 0.75, 2: 1.0, 4: 1.0}

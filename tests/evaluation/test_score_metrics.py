@@ -25,7 +25,7 @@ def seen(count=40, shift=0.0, origin=ORIGIN, logits=True, seed=0):
 
 
 def true(**changes):
-    origin = dataclasses.replace(ORIGIN, pictures="true", digest="9876", seed=None)
+    origin = dataclasses.replace(ORIGIN, images="true", digest="9876", seed=None)
     return seen(60, 0.5, dataclasses.replace(origin, **changes), seed=1)
 
 
@@ -90,7 +90,7 @@ def test_only_inceptions_is_called_fid():
 def test_few_pictures_are_refused_unless_forced_and_then_it_says_so():
     few = seen(5)
     score = by_name(metrics_of(few, true(), HOW, 3))["FD-shapes"]
-    assert score.value is None and "5 pictures for 6 features" in score.missing
+    assert score.value is None and "5 images for 6 features" in score.missing
     forced = by_name(metrics_of(few, true(), dataclasses.replace(HOW, force=True)))["FD-shapes"]
     assert forced.value > 0 and "FORCED: fewer than the 6 features" in forced.protocol
     assert (
@@ -132,7 +132,7 @@ def test_sums_alone_give_the_distance_and_reasons(tmp_path):
 def test_features_of_other_pictures_are_refused(tmp_path):
     keep(tmp_path / "true.npz", true())
     np.save(tmp_path / "true.features.npy", np.zeros((3, 6), np.float32))
-    with pytest.raises(ValueError, match="features of other pictures"):
+    with pytest.raises(ValueError, match="features of other images"):
         kept(tmp_path / "true.npz")
 
 
@@ -152,7 +152,7 @@ def test_features_that_are_not_finite_are_refused_by_name(tmp_path):
     keep(tmp_path / "true.npz", true())
     for changed in (bad, true().features.astype(str), true().features[:, :5]):
         np.save(tmp_path / "true.features.npy", changed)
-        with pytest.raises(ValueError, match="features of other pictures"):
+        with pytest.raises(ValueError, match="features of other images"):
             kept(tmp_path / "true.npz")
 
 
@@ -173,7 +173,7 @@ def test_the_splits_of_the_inception_score_are_named():
 def test_features_of_other_sums_are_refused_and_stale_ones_go(tmp_path):
     keep(tmp_path / "true.npz", true())
     np.save(tmp_path / "true.features.npy", true().features[::-1] + np.float32(0.1))
-    with pytest.raises(ValueError, match="features of other pictures"):
+    with pytest.raises(ValueError, match="features of other images"):
         kept(tmp_path / "true.npz")
     keep(tmp_path / "true.npz", dataclasses.replace(true(), features=None))
     assert kept(tmp_path / "true.npz").features is None
@@ -196,5 +196,5 @@ def test_clip_scores_have_their_names_and_lines():
     assert ", no prefix, " in score.protocol
     assert "prefix 'A photo depicts '" in caption_metrics(captions, text, drawn, "A photo depicts ")[0].protocol
     assert caption_metrics(captions[::-1], text, drawn)[0].protocol != score.protocol
-    with pytest.raises(ValueError, match="39 captions and 40 pictures"):
+    with pytest.raises(ValueError, match="39 captions and 40 images"):
         caption_metrics(captions[1:], text[1:], drawn)

@@ -57,5 +57,5 @@ def test_it_is_its_definition():
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     wanted = np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, p.mean(0))) for row in p]))
     assert inception_score(logits, splits=1).value == pytest.approx(wanted, rel=1e-5)
-    with pytest.raises(ValueError, match="61 splits, but there are 60 pictures"):
+    with pytest.raises(ValueError, match="61 splits, but there are 60 images"):
         inception_score(logits, splits=61)

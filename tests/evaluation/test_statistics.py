@@ -53,7 +53,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.npz")
     np.savez(tmp_path / "other.npz", mu=1)
-    old = {"pictures": "p", "digest": "0", "extractor": "e", "resize": "clean", "format": "png", "seed": None}
+    old = {"images": "p", "digest": "0", "extractor": "e", "resize": "clean", "format": "png", "seed": None}
     np.savez(tmp_path / "old.npz", count=3, total=np.ones(2), products=np.ones((2, 2)), origin=json.dumps(old))
     with pytest.raises(ValueError, match=r"old.npz: kept by an earlier version.*--keep-reference"):
         load(tmp_path / "old.npz")
@@ -92,7 +92,7 @@ def test_numbers_that_say_nothing():
         add(empty(2), np.zeros((0, 2)))
     with pytest.raises(ValueError, match="width 2 and 3"):
         add(empty(2), np.zeros((4, 3)))
-    with pytest.raises(ValueError, match="a covariance of 1 pictures"):
+    with pytest.raises(ValueError, match="a covariance of 1 images"):
         _ = add(empty(2), np.ones((1, 2))).covariance
 
 
@@ -108,10 +108,10 @@ def test_numbers_that_say_nothing():
         ({"scatter": np.eye(4)}, r"scatter of shape \(4, 4\)"),
         ({"count": -5}, "a count of -5"),
         ({"origin": "[" * 100_000}, "nested too deeply"),
-        ({"origin": json.dumps({"fit": "crop", "pictures": "\x1b[31mred\nrow"})}, r"pictures is '\\x1b"),
+        ({"origin": json.dumps({"fit": "crop", "images": "\x1b[31mred\nrow"})}, r"images is '\\x1b"),
         ({"origin": json.dumps({"fit": "crop", "digest": 7})}, "digest is 7"),
         ({"origin": json.dumps({"fit": "crop", "seed": "x"})}, "seed is 'x'"),
-        ({"origin": json.dumps({"fit": "crop", "weights": "x"})}, "pictures"),
+        ({"origin": json.dumps({"fit": "crop", "weights": "x"})}, "images"),
     ],
 )
 def test_kept_numbers_that_can_be_none_are_refused(tmp_path, changes, reason):

@@ -38,7 +38,7 @@ ARGUMENTS = {
     "eta without ddim": (("--sampler", "euler", "--eta", "0.5"), "--eta"),
     "an interval upside down": (("--guidance-interval", "1", "-1"), "interval"),
     "percentile": (("--thresholding", "dynamic", "--percentile", "2"), "percentile"),
-    "no pictures": (("--per-prompt", "0"), "--per-prompt 0"),
+    "no images": (("--per-prompt", "0"), "--per-prompt 0"),
     "an option that does not exist": (("--colour", "red"), "--colour"),
     "a number that is none": (("--seed", "x"), "--seed"),
     "no such folder of weights": (("--weights", "/nowhere"), "/nowhere"),
@@ -180,7 +180,7 @@ def test_full_disk_while_saving_a_picture(standin, tmp_path, command, monkeypatc
 
 
 def photos(folder: Path) -> Path:
-    """Eight captioned pictures; then one that is damaged, one without a caption, and one that is not there."""
+    """Eight captioned images; then one that is damaged, one without a caption, and one that is not there."""
     folder.mkdir()
     for i in range(8):
         Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(folder / f"{i}.png")

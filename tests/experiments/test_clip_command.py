@@ -167,7 +167,7 @@ def test_pairs_of_ones_own(trained, command, tmp_path):
         evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--data", f"folder:{photos}", "--n", 8
     )  # fmt: skip
     assert done.code == 0 and "R@10" in done.out
-    (photos / "5.png").write_bytes(b"no picture")
+    (photos / "5.png").write_bytes(b"no image")
     damaged = command(evaluate, "retrieval", "--clip", tmp_path / "clip" / "model", "--data", f"folder:{photos}")
     assert damaged.code == 2 and damaged.err.strip().splitlines()[-1].startswith("error: ") and "5.png" in damaged.err
     (photos / "3.txt").unlink()

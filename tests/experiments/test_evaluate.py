@@ -49,7 +49,7 @@ def without_weights(model: Pipeline) -> Pipeline:
 
 
 def test_enlarging_alone_scores_like_bicubic(standin):
-    """Our input is aligned with the true picture, and our filter is Pillow's: a stage that adds nothing is bicubic."""
+    """Our input is aligned with the true image, and our filter is Pillow's: a stage that adds nothing is bicubic."""
     model = without_weights(load(standin))
     # Augmentation is switched off by the score itself; dynamic thresholding would take bicubic's overshoot as a scale.
     noisy = [dataclasses.replace(m.sampling, aug_level=0.3, thresholding=StaticThreshold()) for m in trained(model)]

@@ -1,4 +1,4 @@
-"""`experiments.train imagen.base64` on two real processes: the losses, pictures and parameters of one, written once.
+"""`experiments.train imagen.base64` on two real processes: the losses, images and parameters of one, written once.
 
 A long form: in the ordinary run tests/training/test_several_processes.py has processes that train a toy.
 """

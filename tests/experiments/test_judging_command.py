@@ -33,7 +33,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def judged(command, judges, data_dir, tmp_path):
-    """`judged(*more)`: the command with the small judges and 20 true pictures; its result and its scores by name."""
+    """`judged(*more)`: the command with the small judges and 20 true images; its result and its scores by name."""
 
     def call(*more):
         named = ["--clip", judges["clip"], "--classifier", judges["classifier"], "--data-dir", data_dir]
@@ -50,7 +50,7 @@ def judged(command, judges, data_dir, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve held-out pictures as files with their captions."""
+    """Twelve held-out images as files with their captions."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(12):
@@ -130,7 +130,7 @@ def one_line(done, *culprits):
 def test_an_empty_folder(judged, tmp_path):
     (tmp_path / "empty").mkdir()
     done, _ = judged("--images", tmp_path / "empty")
-    one_line(done, str(tmp_path / "empty"), "no pictures")
+    one_line(done, str(tmp_path / "empty"), "no images")
     done, _ = judged("--images", tmp_path / "nowhere")
     one_line(done, "no such folder")
 
@@ -152,7 +152,7 @@ def test_pictures_that_are_not_rgb(judged, photos, mode, what):
 
 def test_unreadable_files_are_counted_and_named(judged, photos):
     (photos / "04.png").write_bytes((photos / "04.png").read_bytes()[:60])
-    (photos / "07.png").write_bytes(b"no picture")
+    (photos / "07.png").write_bytes(b"no image")
     done, scores = judged("--images", photos)
     assert done.code == 0, done.err
     (line,) = (line for line in done.err.splitlines() if line.startswith("warning"))
@@ -162,7 +162,7 @@ def test_unreadable_files_are_counted_and_named(judged, photos):
 
 def test_unreadable_true_pictures_too(judged, photos):
     for i in (2, 5):
-        (photos / f"{i:02d}.png").write_bytes(b"no picture")
+        (photos / f"{i:02d}.png").write_bytes(b"no image")
     shutil.copytree(photos, photos.with_name("true"))
     done, scores = judged("--images", photos, "--data", f"folder:{photos.with_name('true')}")
     assert done.code == 0, done.err
@@ -172,7 +172,7 @@ def test_unreadable_true_pictures_too(judged, photos):
 
 
 def test_what_judges_cannot_read_is_no_picture_from_the_beginning(judged, photos, monkeypatch):
-    """Captions stay with their pictures; numbers of unknown range and pictures of untold size are named, not judged."""
+    """Captions stay with their images; numbers of unknown range and images of untold size are named, not judged."""
     Image.fromarray(np.ones((64, 64), np.float32)).save(photos / "03.tiff")
     (photos / "03.png").unlink()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
@@ -203,7 +203,7 @@ def test_attributes_of_a_folder_whose_captions_are_those_of_the_set(judged, phot
     one = sum(len(scene("held_out", i).objects) == 1 for i in range(12))
     assert [each["value"] for each in right] == [1, 1] and 0 < one < 12
     assert [each["protocol"].partition(", exact reader, ")[0] for each in right] == [f"n {one}", f"n {12 - one}"]
-    assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these pictures
+    assert "seed" not in scores["FD-shapes"]["protocol"].partition(";")[0]  # none has drawn these images
     assert "(png, 64x64)" in scores["FD-shapes"]["protocol"].partition("reference")[2]
     (photos / "02.txt").write_text("something else")
     _, scores = judged("--images", photos)

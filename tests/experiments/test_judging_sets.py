@@ -89,7 +89,7 @@ def test_left_out_the_whole_image_is_looked_at(judged, tmp_path):
 
 @pytest.mark.parametrize("size, other", [((64, 64), (64, 65)), ((37, 81), (81, 37)), ((64, 64), (128, 128))])
 def test_two_sizes_are_compared_only_where_they_are_cropped(judged, tmp_path, size, other):
-    pictures, true = write(tmp_path / "pictures", *size), write(tmp_path / "true", *other, count=20)
+    pictures, true = write(tmp_path / "images", *size), write(tmp_path / "true", *other, count=20)
     done, _ = judged("--images", pictures, "--data", f"folder:{true}")
     one_line(done, f"{size[0]}x{size[1]} and {other[0]}x{other[1]}", str(true), "--fit crop")
     assert not (tmp_path / "out" / "seen").exists()
@@ -106,7 +106,7 @@ def test_generated_sets_of_another_size(judged, tmp_path):
 
 
 def test_mixed_sizes_of_true_images(judged, tmp_path):
-    pictures, true = write(tmp_path / "pictures", 48, 48), write(tmp_path / "true", 60, 90)
+    pictures, true = write(tmp_path / "images", 48, 48), write(tmp_path / "true", 60, 90)
     write(true, 90, 60, 2, first=12)
     write(true, 30, 30, 1, first=14)
     options = "--images", pictures, "--data", f"folder:{true}"
@@ -134,7 +134,7 @@ def transparent(image):
     ],
 )
 def test_true_images_are_checked_as_judged_ones_are(judged, tmp_path, change, what):
-    pictures, true = write(tmp_path / "pictures", 40, 40), write(tmp_path / "true", 40, 40)
+    pictures, true = write(tmp_path / "images", 40, 40), write(tmp_path / "true", 40, 40)
     change(Image.open(true / "03.png")).save(true / "03.png")
     for both in ((pictures, true), (true, pictures)):
         options = "--images", both[0], "--data", f"folder:{both[1]}"
@@ -158,7 +158,7 @@ def test_true_images_of_other_sources_too():
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
 def test_opaque_alpha_is_no_transparency(judged, tmp_path, suffix):
-    pictures, true = write(tmp_path / "pictures", 40, 30), write(tmp_path / "true", 40, 30)
+    pictures, true = write(tmp_path / "images", 40, 30), write(tmp_path / "true", 40, 30)
     for file in sorted(pictures.glob("*.png")):
         image = Image.open(file).convert("RGBA")
         file.unlink()
@@ -252,7 +252,7 @@ def test_zips_are_checked_as_folders_are(judged, tmp_path):
     folder = write(tmp_path / "photos", 40, 40)
     Image.open(folder / "03.png").convert("L").save(folder / "03.png")
     Image.new("RGB", (41, 40)).save(folder / "90.png")
-    (folder / "91.png").write_bytes(b"no picture")
+    (folder / "91.png").write_bytes(b"no image")
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The user's own pictures: upright and in 8-bit RGB whatever their format, before anything is computed with them."""
+"""The user's own images: upright and in 8-bit RGB whatever their format, before anything is computed with them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +70,7 @@ def test_a_mask_of_any_mode_is_the_same(mode, model, tmp_path):
     np.testing.assert_array_equal(begun.mask, UPRIGHT[..., 0] > 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
 def test_what_cannot_be_read_is_named(content, tmp_path):
     (tmp_path / "photo.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"photo\.png: "):

@@ -71,7 +71,7 @@ def test_one_object_and_two_are_scored_apart():
     one, two = quickstart.notes(tallies)
     assert one.startswith("One object") and "11 of 12 at 64, 1 of 2 at 1024" in one
     assert two.startswith("Two objects") and "0 of 4 at 64 pixels" in two
-    # The sheet has a line of each below the pictures.
+    # The sheet has a line of each below the images.
     texts, drawn = [c.text for c in captions], {64: drawn, 256: drawn.repeat(4, 1).repeat(4, 2)}
     plain, noted = (quickstart.sheet(texts, drawn, lines) for lines in ((), (one, two)))
     assert noted.size[0] == plain.size[0] and noted.size[1] > plain.size[1] + 2 * quickstart.FONT

@@ -1,4 +1,4 @@
-"""Prompts to pictures on disk: what is written, what it says of itself, and that settings do what they say."""
+"""Prompts to images on disk: what is written, what it says of itself, and that settings do what they say."""
 
 import dataclasses
 import re
@@ -52,7 +52,7 @@ def test_one_png_for_each_picture_with_all_settings(standin, tmp_path, command):
     assert (told["number"], told["up_to"], told["negative"]) == (3, 256, "a square")
     chosen = [from_json(stage, "the PNG") for stage in told["stages"]]
     assert [sampling.steps for sampling in chosen] == [2, 2, 1]
-    # What the file says draws the same picture again.
+    # What the file says draws the same image again.
     options = SampleOptions(seed=7, per_prompt=2, negative="a square", last=1)
     again = sampled_as(load(standin), chosen).sample(["a red circle", "a blue star"], options)[1][3]
     difference = np.asarray(found["0003-a-blue-star.png"], int) - to_uint8(again)
@@ -87,7 +87,7 @@ def test_large_lists_are_drawn_in_batches(standin, tmp_path, command):
 
 @pytest.mark.parametrize("mesh", [pytest.param("data=-1", marks=pytest.mark.slow), "data=2,tensor=4"])
 def test_all_devices_draw_the_same_pictures(mesh, standin, tmp_path, command):
-    """Three pictures, which fill no mesh evenly; `tensor` splits the rows of what is enlarged."""
+    """Three images, which fill no mesh evenly; `tensor` splits the rows of what is enlarged."""
     arguments = "a red circle", "a blue star", "a yellow cross", "--up-to", 256, "--seed", 3, "--weights", standin
     found = {}
     for name, given in {"one": (), "all": ("--mesh", mesh)}.items():
@@ -231,7 +231,7 @@ def test_seconds_belong_to_the_box_that_reports(monkeypatch):
         report(104, 0, 16, 16)
         report(105, 1, 4, 4)
     assert (bars.seconds(0), bars.seconds(1)) == (16, 4)
-    assert bars.per_image(0, 8) == (2 + 2 + 2) / 24 * 32 / 8  # seconds a step, times steps a picture
+    assert bars.per_image(0, 8) == (2 + 2 + 2) / 24 * 32 / 8  # seconds a step, times steps an image
     assert bars.per_image(1, 4) == 1 / 4 * 8 / 4
 
 

@@ -31,7 +31,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture of no convenient size."""
+    """An image of no convenient size."""
     rows, columns = np.mgrid[:45, :38]
     picture = np.stack([rows * 5, columns * 6, 0 * rows + 90], -1).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "photo.png")
@@ -73,7 +73,7 @@ def test_pipelines_named_one_by_one(exported, tmp_path, command):
 
 
 def test_embeddings_are_made_once(exported, tmp_path, command):
-    """With their file the text encoder is not even looked for, and the picture is the same."""
+    """With their file the text encoder is not even looked for, and the image is the same."""
     folder, file = tmp_path / "copy", tmp_path / "captions.safetensors"
     shutil.copytree(exported, folder)
     arguments = "--weights", folder, "--embeddings", file, "--negative", "a green heart", *FEW
@@ -94,7 +94,7 @@ def test_a_prompt_that_cleaning_leaves_nothing_of(exported, tmp_path, command):
 
 @pytest.mark.slow
 def test_image_to_image(exported, photo, tmp_path, command):
-    """In the shape of the given picture; the less is drawn, the nearer it stays."""
+    """In the shape of the given image; the less is drawn, the nearer it stays."""
     original, errors = None, []
     for strength in ("0.34,0.5", "1"):
         options = "--weights", exported, "--image", photo, "--strength", strength, *FEW
@@ -146,15 +146,15 @@ def test_respacings(exported):
 
 
 BAD = {
-    "a strength without a picture": (("--strength", "0.5"), "--strength is for an image"),
-    "a mask without a picture": (("--mask", "photo"), "--mask is for an image"),
-    "two pictures": (("--image", "photo", "--enlarge", "photo"), "one image at a time"),
-    "a place without a picture": (("--enlarge-from", "16"), "--enlarge-from is for an image"),
+    "a strength without an image": (("--strength", "0.5"), "--strength is for an image"),
+    "a mask without an image": (("--mask", "photo"), "--mask is for an image"),
+    "two images": (("--image", "photo", "--enlarge", "photo"), "one image at a time"),
+    "a place without an image": (("--enlarge-from", "16"), "--enlarge-from is for an image"),
     "no step left": (("--image", "photo", "--strength", "0.1", "--steps", "3"), "strength 0.1 leaves no step of 3"),
     "a strength above 1": (("--image", "photo", "--strength", "1.5"), "strength 1.5"),
     "a strength in words": (("--image", "photo", "--strength", "half"), "--strength half"),
-    "no such picture": (("--image", "/nowhere.png"), "/nowhere.png"),
-    "no picture at all": (("--image", "weights"), "not a picture in any known format"),
+    "no such image": (("--image", "/nowhere.png"), "/nowhere.png"),
+    "no image at all": (("--image", "weights"), "not an image in any known format"),
     "a mask of another size": (("--image", "photo", "--mask", "small"), "10×10 pixels, but --image has 45×38"),
     "nothing enlarges it": (("--enlarge", "photo", "--enlarge-from", "64"), "no stage enlarges 64"),
     "no such variant": (("--variant", "fp16"), "model.fp16.safetensors"),

@@ -1,4 +1,4 @@
-"""Two steps of training on pictures and captions of one's own, and on emoji; on shapes, test_quickstart.py trains."""
+"""Two steps of training on images and captions of one's own, and on emoji; on shapes, test_quickstart.py trains."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_presets")
 
 @pytest.fixture
 def photos(tmp_path):
-    """Eight pictures with captions, and one without."""
+    """Eight images with captions, and one without."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(9):
@@ -118,7 +118,7 @@ def test_parameters_to_begin_with(standin, photos, tmp_path, command):
 
 
 def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):
-    """Its sample grids pair each enlarged picture with that picture's own caption, where there are captions."""
+    """Its sample grids pair each enlarged image with that image's own caption, where there are captions."""
     plain, base = small_cascade.SR_256, small_cascade.BASE
     reading = dataclasses.replace(
         plain,
@@ -127,7 +127,7 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     )
     task = TASKS["imagen.sr256"]
     monkeypatch.setitem(task.presets, "tiny", dataclasses.replace(task.preset("tiny"), model=reading))
-    (photos / "3.png").write_bytes(b"no picture")
+    (photos / "3.png").write_bytes(b"no image")
     arguments = *ENLARGE, *SHORT, "--data", f"folder:{photos}", "--data-dir", tmp_path / "data"
     done = command(train, *arguments, "--out", tmp_path / "alone")
     assert done.code == 0, done.err
@@ -276,7 +276,7 @@ def test_emoji(tmp_path, command):
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert 0 <= report["dominant_colour_accuracy"] <= 1
-    assert {picture["name"]: picture["colour"] for picture in report["pictures"]} == {
+    assert {picture["name"]: picture["colour"] for picture in report["images"]} == {
         name: name.split()[0] for name in squares
     }
     assert (tmp_path / "out" / "grid.png").is_file()

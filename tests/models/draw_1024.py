@@ -1,4 +1,4 @@
-"""Draws a picture with the tiny cascade's stages, random weights and two steps each, and prints the peak memory.
+"""Draws an image with the tiny cascade's stages, random weights and two steps each, and prints the peak memory.
 
 python draw_1024.py SIDE TILE [last]      # SIDE 1024 or 512 pixels; TILE 0 for none; last: the last stage alone
 """

@@ -52,7 +52,7 @@ def params_of(name):
 
 @jax.jit
 def embedded(params, batch):
-    """Embeddings of the captions and of the pictures, as the network gives them."""
+    """Embeddings of the captions and of the images, as the network gives them."""
     network, whole = CLIP(CONFIG), {"params": clip_params(params)}
     text = network.apply(whole, batch["ids"], method="embed_text").embedding
     image = network.apply(whole, normalised(batch["image"]), method="embed_image").embedding

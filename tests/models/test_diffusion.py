@@ -123,7 +123,7 @@ def test_super_resolution_sees_the_noised_low_resolution_input():
     )
     eps = (low_res - alpha * batch["low_res"]) / sigma
     assert eps[level > 0.1].std() == pytest.approx(1, abs=0.02)
-    assert abs(np.corrcoef(x.ravel(), (sigma * eps).ravel())[0, 1]) < 0.02  # not the picture's own noise
+    assert abs(np.corrcoef(x.ravel(), (sigma * eps).ravel())[0, 1]) < 0.02  # not the image's own noise
     assert seen_in_training(changed(stage, LowResConditioner, max_level=0.2), batch)[-1].max() == pytest.approx(
         0.2 * level.max()
     )
@@ -154,7 +154,7 @@ def test_residual_stages_add_to_the_enlarged_input():
 
 
 def test_the_loss_depends_on_the_augmentation_noise(monkeypatch):
-    """Nothing else is changed: times, levels and the picture's noise stay as they were."""
+    """Nothing else is changed: times, levels and the image's noise stay as they were."""
     stage = replace(SR, unet=Formula(output=see_low_res))
     batch = batch_of(SR, 64)
     before = loss_of(stage, {}, batch, KEY)[0]
@@ -327,7 +327,7 @@ def test_the_low_resolution_noise_stays_the_same_at_every_step():
 
 
 def mean_text(x, time, text, mask, *low_res):
-    """A picture of one grey, half the mean of the text."""
+    """An image of one grey, half the mean of the text."""
     return 0 * x + 0.5 * text.mean((1, 2))[:, None, None, None]
 
 
@@ -460,7 +460,7 @@ TEXTS, NULL = texts(8), TEXT.null_text(8)
 
 @pytest.fixture(scope="module")
 def whole():
-    """Eight pictures of the base network with noise at every step and guidance."""
+    """Eight images of the base network with noise at every step and guidance."""
     sampling, params = SamplingConfig(DDPM(), 3, thresholding=StaticThreshold()), random_params(BASE)
 
     def run(rows=slice(None), put=lambda a: a, guidance=GUIDED, text=TEXTS, negative=NULL, progress=None):
@@ -563,7 +563,7 @@ def test_four_flat_colours_are_learned_and_redrawn():
 
 
 def test_rows_of_large_pictures_are_drawn_by_several_devices():
-    """A picture too large for one: its rows over `tensor`, the pictures of the batch over `data`."""
+    """An image too large for one: its rows over `tensor`, the images of the batch over `data`."""
     params, mesh = random_params(SR), make_mesh(data=2, tensor=4)
     low_res = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
     sampling = SamplingConfig(sampler=DDIM(), steps=3, guidance=Guidance(2.0))

@@ -1,4 +1,4 @@
-"""A picture to begin with: image to image and inpainting, with every sampler, in one stage and in a cascade."""
+"""An image to begin with: image to image and inpainting, with every sampler, in one stage and in a cascade."""
 
 import warnings
 from dataclasses import replace
@@ -33,7 +33,7 @@ EMBEDDED = TextEmbedding(jnp.asarray(RNG.normal(size=(COUNT, LENGTH, 6)), jnp.fl
 
 
 def grey(x, time, text, mask):
-    """A network that sees a flat picture in whatever it is given, of the text's brightness."""
+    """A network that sees a flat image in whatever it is given, of the text's brightness."""
     return 0 * x + 0.5 * jnp.tanh(text.sum((1, 2)))[:, None, None, None]
 
 
@@ -59,7 +59,7 @@ def sampling_of(sampler, steps=8, **settings):
 
 
 def seen(stage=GREY):
-    """A stage that writes down what its network is given, and those pictures and times."""
+    """A stage that writes down what its network is given, and those images and times."""
     calls = []
 
     def record(x, time, *rest):
@@ -86,14 +86,14 @@ def test_drawing_begins_from_the_noised_picture(strength):
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_strength_one_is_drawn_afresh(sampler):
-    """The noisiest point of Imagen's schedule has hardly a trace of the picture, and the network sees none of it."""
+    """The noisiest point of Imagen's schedule has hardly a trace of the image, and the network sees none of it."""
     afresh = drawn(None, sampling_of(sampler))
     np.testing.assert_allclose(drawn(given(1.0), sampling_of(sampler)), afresh, atol=2e-3)
     np.testing.assert_allclose(afresh, np.broadcast_to(WANTED, afresh.shape), atol=2e-2)
 
 
 def keeper(x, time, text, mask):
-    """A network of small strength: what is left of the picture in x, a little smoothed."""
+    """A network of small strength: what is left of the image in x, a little smoothed."""
     return 0.9 * jnp.clip(x, -1.0, 1.0) + 0.1 * grey(x, time, text, mask)
 
 
@@ -240,10 +240,10 @@ def test_without_a_mask_and_from_a_later_stage(picture):
         ({"strengths": (1.0, 1.0, 1.0, 1.0)}, "4 strengths for 3 stages"),
         ({"strengths": (1.0, 0.1, 1.0)}, "strength 0.1 leaves no step of 8"),
         ({"strengths": (1.0, 1.0, 1.5)}, "strength 1.5 leaves no step of 8 to draw, or lies above 1"),
-        ({"mask": np.zeros((24, 32), bool)}, "a mask of 24×32 pixels for a picture of 32×24"),
-        ({"mask": np.zeros((32, 24, 1), bool)}, "a mask of 32×24×1 pixels for a picture of 32×24"),
-        ({"image": np.zeros((32, 24, 4), "f4")}, "a picture to begin with is of h×w×3 values, not of 32×24×4"),
-        ({"image": np.zeros((32, 24), "f4")}, "a picture to begin with is of h×w×3 values, not of 32×24"),
+        ({"mask": np.zeros((24, 32), bool)}, "a mask of 24×32 pixels for an image of 32×24"),
+        ({"mask": np.zeros((32, 24, 1), bool)}, "a mask of 32×24×1 pixels for an image of 32×24"),
+        ({"image": np.zeros((32, 24, 4), "f4")}, "an image to begin with is of h×w×3 values, not of 32×24×4"),
+        ({"image": np.zeros((32, 24), "f4")}, "an image to begin with is of h×w×3 values, not of 32×24"),
     ],
 )
 def test_refused_before_anything_is_sampled(picture, changes, match):

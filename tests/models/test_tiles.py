@@ -1,4 +1,4 @@
-"""Tiles: the picture is the same as without them, as far as the network is local, and nowhere is there a seam."""
+"""Tiles: the image is the same as without them, as far as the network is local, and nowhere is there a seam."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ SIDE = 80
 
 @pytest.fixture(scope="module")
 def enlarged():
-    """(untiled, tiled) pictures of a random super-resolution network, which enlarges a smooth picture."""
+    """(untiled, tiled) images of a random super-resolution network, which enlarges a smooth image."""
     unet = replace(SR.unet, attention=AttentionConfig((False,), (True,), heads=2))
     model = replace(SR, unet=unet, side=SIDE, prediction=Prediction.X0, residual=True)
     y, x = np.mgrid[: SIDE // 4, : SIDE // 4] / 16
@@ -113,7 +113,7 @@ def test_no_seam(enlarged):
         elsewhere = np.delete(steps, np.array(borders) - 1)
         assert at_borders.mean() < 1.1 * elsewhere.mean()
         assert at_borders.max() < elsewhere.max()
-        # What the tiles changed is smooth too: no jump of the difference to the untiled picture.
+        # What the tiles changed is smooth too: no jump of the difference to the untiled image.
         jumps = np.abs(np.diff(tiled - whole, axis=1)).mean((0, 2, 3))
         assert jumps[np.array(borders) - 1].max() < 0.5 * steps.mean()
 
@@ -129,7 +129,7 @@ def test_a_hard_cut_would_be_seen(enlarged):
 
 
 def peak_of(side, tile):
-    """Peak resident bytes of a process that draws such a picture; its largest stage, which alone decides them."""
+    """Peak resident bytes of a process that draws such an image; its largest stage, which alone decides them."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     script = str(Path(__file__).with_name("draw_1024.py"))

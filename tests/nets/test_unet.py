@@ -158,7 +158,7 @@ def test_text_matters_to_its_own_picture(network):
 
 
 def test_what_the_tiny_settings_add():
-    """A block behind the last enlargement, a condition at the head, and the noised picture times a factor."""
+    """A block behind the last enlargement, a condition at the head, and the noised image times a factor."""
     tiny = made("tiny")
     plain = replace(tiny.config, outer_blocks=0, conditioned_head=False, input_skip=False)
     fewer = initialised(plain, inputs_of()).keys()

@@ -1,4 +1,4 @@
-"""The cascade: stages that fit together, pictures that depend on nothing but their own number, and clear refusals.
+"""The cascade: stages that fit together, images that depend on nothing but their own number, and clear refusals.
 
 The networks are formulas in which everything that a stage is given leaves its trace.
 """
@@ -227,7 +227,7 @@ def test_stages_must_fit(encoder):
         ({"seed": 2**32}, "seed 4294967296"),
         ({"size": (8, 9)}, "9 pixels is not a multiple of the network's stride 2"),
         ({"after": After(0, np.zeros((1, 8, 8, 3), np.float32)), "last": 0}, "nothing to draw: going on from 8 pixels"),
-        ({"after": After(0, np.zeros((2, 8, 8, 3), np.float32))}, "2 pictures to go on from, for 1 to draw"),
+        ({"after": After(0, np.zeros((2, 8, 8, 3), np.float32))}, "2 images to go on from, for 1 to draw"),
         ({"after": After(0, np.zeros((1, 8, 8, 4), np.float32))}, "1×8×8×4, which is no batch of images of 3 channels"),
         ({"sampling": replace(LARGER, tiles=Tiles(9, 4)), "last": 0}, "a tile of 9 pixels is not"),
         ({"sampling": replace(LARGER, tiles=Tiles(8, 3)), "last": 0}, "a tile overlap of 3 pixels"),

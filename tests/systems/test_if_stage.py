@@ -56,7 +56,7 @@ def seen_in_training(low_res=False, batch=BATCH, dropout=0.1):
 
 
 def test_entries_of_the_table():
-    """Whole numbers from 0 to 999, and the picture noised by the ᾱ of each."""
+    """Whole numbers from 0 to 999, and the image noised by the ᾱ of each."""
     x, entry = seen_in_training()[:2]
     np.testing.assert_array_equal(entry, np.round(entry))
     assert 0 <= entry.min() < 20 and 980 < entry.max() <= 999
@@ -117,7 +117,7 @@ def test_loss_of_the_mean_and_of_the_variance():
         steps[gamma] = float(loss_of(stage_of(partial(right, gamma)), {}, BATCH, KEY)[0])
     assert -1e-3 < steps[0.0] < steps[0.5] < steps[1.0] < 1.0
     wrong = loss_of(stage_of(lambda x, *rest: jnp.zeros((*shape[:3], 6))), {}, BATCH, KEY)[0]
-    assert wrong == pytest.approx(1 + steps[0.5], abs=0.5)  # of ε, squared, and a bound that knows no picture
+    assert wrong == pytest.approx(1 + steps[0.5], abs=0.5)  # of ε, squared, and a bound that knows no image
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ class Share(Stream):
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "raise":
-            raise ValueError("picture 7 is torn")
+            raise ValueError("image 7 is torn")
         if self.fault.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[self.fault])
         if self.fault == "hang":

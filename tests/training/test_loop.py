@@ -1,4 +1,4 @@
-"""Whole runs: resumed after SIGKILL and SIGTERM bit by bit, divergence, logs and pictures of the loss."""
+"""Whole runs: resumed after SIGKILL and SIGTERM bit by bit, divergence, logs and images of the loss."""
 
 import os
 import re

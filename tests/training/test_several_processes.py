@@ -95,7 +95,7 @@ def test_a_process_that_is_gone_ends_the_others_and_the_run_resumes_bit_by_bit(t
 @pytest.mark.parametrize(
     ("fault", "at", "who", "line"),
     [
-        ("raise", 7, 0, "error: picture 7 is torn"),
+        ("raise", 7, 0, "error: image 7 is torn"),
         ("end", 7, 1, "the data ended on process 1"),
         ("short", 7, 1, "noise is float32[7, 8], was float32[8, 8] in the first"),
         ("short", 0, 1, "the first batch: noise is 'float32[8, 8]' on process 0 and 'float32[7, 8]' on process 1"),

@@ -131,7 +131,7 @@ def furthest(a, b):
     ("sizes", "settings"),
     [
         ((2, 2, 2), {"accumulate": 4, "scan": True, "remat": "blocks"}),
-        # Rows of pictures over `tensor`: the gradient of a strided convolution is where XLA goes wrong by itself.
+        # Rows of images over `tensor`: the gradient of a strided convolution is where XLA goes wrong by itself.
         ((1, 4, 2), {"sharding": ROWS, "scan": True, "remat": "outputs"}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)

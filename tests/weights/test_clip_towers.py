@@ -30,7 +30,7 @@ def transformers_class(tower, width):
 
 
 def inputs(config, tower):
-    """Two captions with their ends in different places, or two pictures."""
+    """Two captions with their ends in different places, or two images."""
     rng = np.random.default_rng(1)
     if tower == "image":
         return rng.normal(size=(2, 28, 28, 3)).astype("f4")

@@ -101,5 +101,5 @@ def test_inputs_that_do_not_fit():
     network, variables = nets.CLIP(OPENAI), {"params": init(OPENAI)}
     with pytest.raises(ValueError, match="captions of 13 tokens, but this tower reads 12"):
         network.apply(variables, jnp.zeros((1, 13), jnp.int32), method="embed_text")
-    with pytest.raises(ValueError, match="pictures of 28x32, but this tower reads 28x28"):
+    with pytest.raises(ValueError, match="images of 28x32, but this tower reads 28x28"):
         network.apply(variables, jnp.zeros((1, 28, 32, 3)), method="embed_image")

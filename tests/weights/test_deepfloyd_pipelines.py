@@ -1,4 +1,4 @@
-"""DeepFloyd IF as diffusers draws it: the same pictures from the same noise, whole pipelines, real captions.
+"""DeepFloyd IF as diffusers draws it: the same images from the same noise, whole pipelines, real captions.
 
 diffusers' pipelines open the small cascade that was exported, and are handed the noise of ours. Both draw with DDIM.
 """
@@ -105,7 +105,7 @@ def drawn(ours, clean_known=True, **options):
 
 
 def assert_same(found, wanted):
-    """Nearly every value within a hundredth of a step of 255, and pictures that differ from one another."""
+    """Nearly every value within a hundredth of a step of 255, and images that differ from one another."""
     for ours, theirs in zip(found, wanted, strict=True):
         difference = 127.5 * np.abs(ours - theirs)
         print(f"{ours.shape[1]}: mean {difference.mean():.4f}, most {difference.max():.3f} of 255")

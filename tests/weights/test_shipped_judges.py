@@ -18,7 +18,7 @@ from jaxdiff.weights.imagen import SHIPPED
 
 
 def r_at_1(examples):
-    """Of pictures by their captions, of captions by their pictures; and the worse R@5."""
+    """Of images by their captions, of captions by their images; and the worse R@5."""
     scenes, captions = zip(*examples)
     image = clip_image(*clip.load_image(SHIPPED / "clip"))
     text = clip.load_text_encoder(SHIPPED / "clip").encode([caption.text for caption in captions]).pooled
@@ -27,14 +27,14 @@ def r_at_1(examples):
 
 
 def test_clip_finds_a_hundred_pictures_that_it_never_saw():
-    """It was trained on the first 300,000; the captions of a hundred are true of one picture each."""
+    """It was trained on the first 300,000; the captions of a hundred are true of one image each."""
     image, text, five = r_at_1(distinct_examples(100, "train", 10**6))
     assert image >= 0.95 and text >= 0.95
     assert five == 1
 
 
 def test_clip_finds_a_hundred_pictures_of_combinations_that_it_never_saw():
-    """No picture of that kind, colour, fill and size together was in training."""
+    """No image of that kind, colour, fill and size together was in training."""
     image, text, five = r_at_1(distinct_examples(100))
     assert image >= 0.92 and text >= 0.92
     assert five >= 0.99
