@@ -250,6 +250,7 @@ def test_two_metadata_files_in_a_folder(tmp_path):
         ("train/0000.parquet", "train/0001.parquet", "test/0000.parquet"),
         ("set-train-00000-of-00002.parquet", "set-train-00001-of-00002.parquet", "set-test-00000-of-00001.parquet"),
         ("train1.parquet", "train2.parquet", "test.parquet"),
+        ("data/train-1.parquet", "training/0000.parquet", "eval.parquet"),
     ],
 )
 def test_parquet_files_of_splits(tmp_path, names):
@@ -312,6 +313,10 @@ def test_the_readme_decides(tmp_path):
     assert opened(tmp_path / "small")[0] == [(0, "image 0")]
     assert opened(tmp_path / "small", "test")[0] == [(2, "image 2"), (1, "image 1")]
     assert opened(tmp_path / "large")[0] == [(4, "image 4")]
+    parquet(tmp_path / "x.parquet", 9)
+    (tmp_path / "README.md").write_text(CARD.replace("a/*.parquet", "'**/x.parquet'"))
+    assert opened(tmp_path / "small")[0] == [(0, "image 0"), (9, "image 9")]
+    (tmp_path / "x.parquet").unlink()
     for card in (
         CARD.replace("small", "default"),
         CARD.replace("config_name: small", "config_name: small\n  default: true"),

@@ -267,6 +267,16 @@ def test_conversion_reads_what_training_would(tmp_path):
         convert.convert([str(file)], tmp_path / "no", Settings(caption_column="prompt"))
 
 
+def test_a_list_of_paths_may_have_bytes_too(tmp_path):
+    """It is the column of paths that is converted, where there is one; the other where it is named."""
+    (tmp_path / "a.png").write_bytes(png(7))
+    pq.write_table(pa.table({"path": ["a.png"], "caption": ["x"], "thumbnail": [png(1)]}), tmp_path / "list.parquet")
+    convert.convert([str(tmp_path / "list.parquet")], tmp_path / "out")
+    assert records.read(tmp_path / "out")[0]["image"] == png(7)
+    convert.convert([str(tmp_path / "list.parquet")], tmp_path / "small", Settings(image_column="thumbnail"))
+    assert records.read(tmp_path / "small")[0]["image"] == png(1)
+
+
 def test_conversion_reads_buckets(tmp_path):
     fsspec = pytest.importorskip("fsspec", reason="bucket paths need the bucket extra")
     content = write(tmp_path / "a.parquet", 5).read_bytes()
