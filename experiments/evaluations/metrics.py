@@ -181,9 +181,9 @@ def _references(settings: Settings, networks: Networks, fit: Fit, size: str) -> 
             raise ValueError(f"--reference {path}: seen by {name}, and the networks are {', '.join(networks)}")
         if any(other.origin.extractor == name for other in found):
             raise ValueError(f"--reference: two of {name}, and images are compared with one dataset")
-        judged = Origin("the measured images", "", name, networks[name].resize.value, fit=fit.value, size=size)
+        measured = Origin("the measured images", "", name, networks[name].resize.value, fit=fit.value, size=size)
         try:
-            require_alike(judged, each.origin)
+            require_alike(measured, each.origin)
         except ValueError as error:
             raise ValueError(f"--reference {path}: {error}; look at the true images again, or measure alike") from error
         found.append(each)

@@ -1,1 +1,1 @@
-"""The judges."""
+"""Metrics of images."""

@@ -1,4 +1,4 @@
-"""The dominant colour of an image on white, by name: a coarse judge for artwork that has no exact attributes."""
+"""The dominant colour of an image on white, by name: a coarse metric for artwork that has no exact attributes."""
 
 import numpy as np
 from jaxtyping import Float, Int

@@ -1,4 +1,4 @@
-"""How images come to the size that a network judges them at: numbers of two ways cannot be compared.
+"""How images come to the size that a metric's network takes: numbers of two ways cannot be compared.
 
 First a `Fit`, the same for both sets. `SQUEEZE`: the whole image goes to the network's square, whatever its shape, as
 in pytorch-fid, clean-fid and torch-fidelity. `CROP`: the centred square is cut out and brought to one size by the

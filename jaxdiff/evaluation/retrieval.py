@@ -1,4 +1,4 @@
-"""What CLIP is judged by: finding images by their captions and captions by their images, and naming classes."""
+"""Metrics of a CLIP: finding images by their captions and captions by their images, and naming classes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

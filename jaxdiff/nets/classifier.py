@@ -1,5 +1,5 @@
-"""A small convolutional classifier of several attributes at once, whose features judge drawings where no large network
-knows the images."""
+"""A small convolutional classifier of several attributes at once, whose features serve metrics of datasets that no large
+network knows."""
 
 from dataclasses import dataclass
 

@@ -2,7 +2,7 @@
 
 Both are pre-norm transformers: the text tower is causal and its embedding is read where the caption ends, the image
 tower is a ViT (arXiv 2010.11929) whose embedding is read at a learned first token. Stable Diffusion and DALL·E 2 are
-conditioned by them, CLIP score judges by them.
+conditioned by them, CLIP score uses them.
 """
 
 from dataclasses import dataclass
