@@ -26,13 +26,13 @@ from PIL import Image
 from experiments.cli import run
 from experiments.evaluations.attributes import KINDS, Tally
 from experiments.evaluations.psnr import psnr_scores
-from experiments.output.bars import Bars
 from experiments.output.names import Named, save_all
 from experiments.quickstart_train import Training, train_cascade
 from jaxdiff.core.files import usable, write_json
 from jaxdiff.data import grids
 from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import Caption, held_out_captions
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged

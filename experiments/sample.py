@@ -46,7 +46,6 @@ from experiments.options.sampling import (
     with_samplings,
 )
 from experiments.options.weights import WeightsOptions
-from experiments.output.bars import Bars
 from experiments.output.folder import folder_for_images
 from experiments.output.names import Named, save_all
 from experiments.table import TASKS
@@ -56,6 +55,7 @@ from jaxdiff.data import grids
 from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import WORDS, unknown_words
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Batch, Pipeline, SampleOptions
 from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
 from jaxdiff.weights import captions as captions_file

@@ -20,12 +20,12 @@ import numpy as np
 from experiments.evaluations.scores import made_by, report
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
-from experiments.output.bars import Bars
 from experiments.tasks.task import Task
 from jaxdiff.core.files import usable_file
 from jaxdiff.data import images
 from jaxdiff.data.shapes_caption import Caption, Stated, held_out_captions
 from jaxdiff.evaluation.attributes import Verdict, matches
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
 
 OBJECTS = {"1": (1,), "2": (2,), "both": (1, 2)}

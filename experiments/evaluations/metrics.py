@@ -24,7 +24,6 @@ import numpy as np
 from experiments.options.metric_networks import MetricNetworks, Networks, loaded
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
-from experiments.output.bars import Bars
 from experiments.tasks.task import Task
 from jaxdiff.core import json_files
 from jaxdiff.core.files import usable, write_json
@@ -62,6 +61,7 @@ from jaxdiff.evaluation.observe import observe
 from jaxdiff.evaluation.resize import Fit
 from jaxdiff.evaluation.statistics import Origin
 from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
 from jaxdiff.weights.settings import to_json
 

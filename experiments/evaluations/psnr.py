@@ -17,7 +17,6 @@ import numpy as np
 from experiments.evaluations.scores import made_by, report
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
-from experiments.output.bars import Bars
 from experiments.tasks.task import Task
 from jaxdiff.core.files import usable_file
 from jaxdiff.data import images
@@ -26,6 +25,7 @@ from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions, up_to, with_boxes
 from jaxdiff.weights.imagen import trained
 

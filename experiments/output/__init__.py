@@ -1,1 +1,1 @@
-"""What commands write: files of images and their names, progress bars."""
+"""What commands write: files of images and their names."""

@@ -22,7 +22,6 @@ from experiments import train
 from experiments.cli import run
 from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
-from experiments.output.bars import Bars
 from experiments.table import TASKS
 from experiments.tasks import diffusion, t5
 from experiments.tasks.text_embeddings import TextOptions
@@ -31,6 +30,7 @@ from jaxdiff.data import grids
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.training.loop import Diverged

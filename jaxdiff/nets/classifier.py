@@ -1,4 +1,4 @@
-"""A small convolutional classifier of several attributes at once, whose features serve metrics of datasets that no large
+"""A small convolutional classifier of several attributes at once. Its features serve metrics of datasets that no large
 network knows."""
 
 from dataclasses import dataclass

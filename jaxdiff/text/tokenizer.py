@@ -7,6 +7,7 @@ corruption.
 
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,20 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json sa
 _BYTE_SCORE = -1e3  # log probability: a byte is never the best choice, only what is left when no piece fits
 
 
+def _transformers() -> Any:
+    """The library, without its advice to install PyTorch: its tokenizers need none."""
+    name, advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS", os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ[name] = "1"
+    try:
+        import transformers
+    finally:
+        if advice is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = advice
+    return transformers
+
+
 class Tokens(NamedTuple):
     """Token ids, padded to one length, and which of them are not padding."""
 
@@ -56,12 +71,9 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             if "tokenizer_class" not in config:
                 return _of_pieces(folder, config)
         if config.get("tokenizer_class") in _GENERIC:
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
-        from transformers import AutoTokenizer  # imports PyTorch where it is installed, which takes seconds
-
-        return AutoTokenizer.from_pretrained(str(path_or_id))
+            return _transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+        # Imports PyTorch where it is installed, which takes seconds.
+        return _transformers().AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
@@ -74,9 +86,7 @@ def _of_pieces(folder: Path, config: dict) -> PreTrainedTokenizerBase:
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
     sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in config else {}
-    from transformers import T5Tokenizer
-
-    return T5Tokenizer.from_pretrained(str(folder), **sentinels)
+    return _transformers().T5Tokenizer.from_pretrained(str(folder), **sentinels)
 
 
 def _check_pieces(path: Path) -> None:
@@ -106,9 +116,7 @@ def _settings(path: Path) -> dict:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """ByT5's: a token for each byte of UTF-8. It needs no file. 384 ids with its 125 sentinels."""
-    from transformers import ByT5Tokenizer
-
-    return ByT5Tokenizer()
+    return _transformers().ByT5Tokenizer()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -132,9 +140,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     ]
     tokenizer = _pipeline(Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=True)))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",

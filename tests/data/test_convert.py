@@ -128,9 +128,7 @@ def test_bucket_paths(tmp_path):
     for path in local:
         bucket.pipe(f"/tars/{Path(path).name}", Path(path).read_bytes())
     bucket.pipe("/lists/images/a.png", PNG)
-    bucket.pipe(
-        "/lists/list.csv", b"path,caption\nimages/a.png,beside\nmemory://lists/images/a.png,whole\nno.png,x\n"
-    )
+    bucket.pipe("/lists/list.csv", b"path,caption\nimages/a.png,beside\nmemory://lists/images/a.png,whole\nno.png,x\n")
     inputs = [*remote.expand("memory://tars/*.tar"), "memory://lists/list.csv"]
     index = convert.convert(inputs, tmp_path / "out")
     assert captions(tmp_path / "out") == [*(f"{t}/{i}" for t in range(2) for i in range(3)), "beside", "whole"]

@@ -12,13 +12,13 @@ from PIL import Image
 
 from experiments import sample
 from experiments.options.sampling import SamplingOptions, mesh_of, samplings, spread
-from experiments.output.bars import Bars
 from jaxdiff.data import png_metadata
 from jaxdiff.data.images import to_uint8
 from jaxdiff.diffusion.samplers import DDIM, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.unet import EfficientUNet
+from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import SampleOptions, with_boxes
 from jaxdiff.weights.imagen import load, trained
 from jaxdiff.weights.settings import from_json, to_json
@@ -215,7 +215,7 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
 def test_seconds_belong_to_the_box_that_reports(monkeypatch):
     """Two runs of a generator, whose first report compiles, and a decoder; what lies between them belongs to none."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("experiments.output.bars.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("jaxdiff.systems.bars.time", SimpleNamespace(perf_counter=lambda: clock.now))
     with Bars(SimpleNamespace(sides=(64, 256)), runs=2) as bars:
 
         def report(now, *progress):

@@ -1,10 +1,21 @@
-"""Progress bars of sampling, and the seconds that it took."""
+"""Progress bars of sampling, for whoever asks for them, and the seconds that it took.
+
+with Bars(pipeline) as bars:
+    pipeline.sample(prompts, options, bars)
+"""
 
 import time
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from jaxdiff.systems.pipeline import Pipeline
+
+@runtime_checkable
+class HasSides(Protocol):
+    """What a pipeline has: the side of each box's product, in pixels of its own."""
+
+    @property
+    def sides(self) -> tuple[int, ...]: ...
 
 
 class Bars:
@@ -14,7 +25,7 @@ class Bars:
     will be called, for about as many samples each.
     """
 
-    def __init__(self, pipeline: Pipeline, runs: int = 1):
+    def __init__(self, pipeline: HasSides, runs: int = 1):
         self._sides, self._runs = pipeline.sides, runs
         self._boxes: dict[int, _Box] = {}
         self._clock = time.perf_counter()
@@ -45,7 +56,7 @@ class Bars:
     def __enter__(self) -> "Bars":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         for box in self._boxes.values():
             box.bar.close()
 
