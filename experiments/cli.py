@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import jaxdiff
 from experiments.options import settings_file
-from jaxdiff.core.messages import plain
+from jaxdiff.core.messages import Note, plain
 from jaxdiff.training import multihost
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
@@ -159,4 +159,5 @@ class _Warnings:
         count = self._shown[file, line]
         if count <= self.LINES:
             rest = "; further ones like it are not shown" if count == self.LINES else ""
-            tqdm.write(f"warning: {_line(str(message))}{rest}", file=sys.stderr)
+            kind = "note" if issubclass(category, Note) else "warning"
+            tqdm.write(f"{kind}: {_line(str(message))}{rest}", file=sys.stderr)

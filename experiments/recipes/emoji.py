@@ -28,6 +28,7 @@ from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.core.files import write_json
 from jaxdiff.data import grids
 from jaxdiff.data.images import decode, to_float
+from jaxdiff.data.mixture import spread
 from jaxdiff.evaluation.colours import dominant
 from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import SampleOptions
@@ -92,6 +93,7 @@ def main(settings: Settings) -> None:
     model = load_model(of_images.out / "model")
     encoder = load_text_encoder(text / "encoder", model.model.text.shape[0])
     source = diffusion.open_source(of_images, data.spec(), model.model)
+    source = spread(source, settings.count) if settings.count else source
     shown = min(settings.shown, len(source))
     chosen = [source[i * len(source) // shown] for i in range(shown)]
     names = [example["caption"] for example in chosen]

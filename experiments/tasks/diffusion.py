@@ -31,9 +31,10 @@ from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.embeddings import Embeddings
-from jaxdiff.data.example import Source, Subset
+from jaxdiff.data.example import Source
 from jaxdiff.data.image_sizes import ImageSizes, read_sizes
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.data.mixture import spread
+from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.losses import PowerSNR
 from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
@@ -164,14 +165,18 @@ class DiffusionTask(Task):
         if start.processes > 1 or settings.out.is_file():
             check_shared(usable(settings.out))
         data_dir = settings.dataset.data_dir
-        source = once(data_dir, lambda: open_source(settings, spec, model))
+        whole = once(data_dir, lambda: open_source(settings, spec, model))
+        limit = settings.dataset.limit
+        source = spread(whole, limit) if limit else whole
         if encoder is not None:
-            embeddings = once(data_dir, lambda: stored(settings.dataset, source, encoder))
+            embeddings = once(data_dir, lambda: stored(settings.dataset, source, len(whole), encoder))
         held_out = None
         if settings.run.evaluate_every and (encoder is not None or without_text):
             held_out = held_out_batches(settings, model, encoder)
         del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
         stream = batches(settings, model, source, embeddings)
+        if stream.buckets is not None and multihost.index() == 0:
+            print(stream.buckets)
         # How it was computed in training is no part of what was learned.
         plain = executed(model, dtype="float32")
         made_by = None if embeddings is None else embeddings.encoder
@@ -195,7 +200,7 @@ class DiffusionTask(Task):
         return Work(
             split(model, settings.compute),
             stream,
-            data=data_of(settings, model, source, embeddings),
+            data=data_of(settings, model, stream, (len(source), len(whole)), embeddings),
             initial=initial,
             begin=begin,
             finish=finish,
@@ -280,9 +285,7 @@ def time_sampler(model: DiffusionModel, low: float, high: float, fraction: float
 
 def open_source(settings: TrainSettings, spec: sources.DataSpec, model: DiffusionModel, split: str = "train") -> Source:
     """The images, at the model's resolution where the dataset is drawn."""
-    source = sources.open(spec, model.side, split, settings.dataset.data_dir)
-    limit = settings.dataset.limit
-    return Subset(source, limit) if 0 < limit < len(source) else source
+    return sources.open(spec, model.side, split, settings.dataset.data_dir)
 
 
 def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None, **order: bool):
@@ -323,7 +326,7 @@ def buckets_of(model: DiffusionModel, crop: int | None) -> Buckets:
 def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
     """Of all images, read once from their headers."""
     with tqdm(total=len(source), desc="read sizes", unit="image", disable=multihost.index() > 0) as bar:
-        return read_sizes(source, data_dir / "sizes", progress=bar.update)
+        return once(data_dir, lambda: read_sizes(source, data_dir / "sizes", progress=bar.update))
 
 
 def held_out_batches(settings: Settings, model: DiffusionModel, encoder: TextEncoder | None) -> HeldOutBatches | None:
@@ -333,10 +336,10 @@ def held_out_batches(settings: Settings, model: DiffusionModel, encoder: TextEnc
         return None
     data_dir = settings.dataset.data_dir
     source = once(data_dir, lambda: sources.open(split[0], model.side, split[1], data_dir))
-    some = Subset(source, min(settings.dataset.evaluate_n, len(source)))
+    some = spread(source, settings.dataset.evaluate_n)
     embeddings = None
     if encoder is not None:
-        embeddings = once(data_dir, lambda: stored(settings.dataset, some, encoder, "held-out-"))
+        embeddings = once(data_dir, lambda: stored(settings.dataset, some, len(source), encoder, "held-out-"))
     in_order = {"shuffle": False, "repeat": False}
     return lambda: batches(settings, model, some, embeddings, **in_order)
 
@@ -350,15 +353,18 @@ def crop_of(model: DiffusionModel, crop: int | None) -> int | None:
     return model.side // 4 if crop is None else crop or None
 
 
-def data_of(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None) -> dict[str, Any]:
-    """What a run's batches are made of: run again with something else, it would not be the same run."""
-    whole = source.source if isinstance(source, Subset) else source
-    return {
+def data_of(
+    settings: Settings, model: DiffusionModel, stream: Batches, counts: tuple[int, int], embeddings: Embeddings | None
+) -> dict[str, Any]:
+    """What a run's batches are made of: run again with something else, it would not be the same run. counts: of the
+    examples that are used, and of all."""
+    varying = {} if stream.varying_shapes is None else {"shapes": stream.varying_shapes}
+    return varying | {
         "data": settings.dataset.shown,
         "batch": settings.run.batch,
         "workers": settings.dataset.workers,
         "crop": "buckets" if settings.diffusion.buckets else crop_of(model, settings.diffusion.crop),
-        "examples": len(source),
-        "of": len(whole),
+        "examples": counts[0],
+        "of": counts[1],
         "text": None if embeddings is None else embeddings.encoder,
     }

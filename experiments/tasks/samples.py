@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from jaxdiff.data import grids
 from jaxdiff.data.embeddings import Embeddings
-from jaxdiff.data.example import Source, Subset, captions
+from jaxdiff.data.example import Source, captions
+from jaxdiff.data.mixture import Spread
 from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel
@@ -33,7 +34,7 @@ class Samples:
     ) -> None:
         self._stage, self._sampling, self._folder = stage, sampling, folder
         self._captions, self._text, self._low_res = [], None, None
-        shown, found = Subset(source, self.COUNT), range(self.COUNT)
+        shown, found = Spread(source, self.COUNT), range(self.COUNT)
         if stage.low_res is not None:
             config = DataConfig(
                 stage.side,

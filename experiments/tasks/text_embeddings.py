@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from experiments.options.training import DataOptions
 from jaxdiff.data.embeddings import Embeddings, open_embeddings, store_embeddings
-from jaxdiff.data.example import Source, Subset, captions
+from jaxdiff.data.example import Source, captions
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights.imagen import SHIPPED
@@ -85,12 +85,13 @@ def find(
     return None, embeddings
 
 
-def stored(data: DataOptions, source: Source, encoder: TextEncoder, prefix: str = "") -> Embeddings:
+def stored(data: DataOptions, source: Source, of: int, encoder: TextEncoder, prefix: str = "") -> Embeddings:
     """The stored embeddings of the source's captions, computed now where they are not there yet; `prefix`: of their
-    folder's name, where it is not the training split."""
+    folder's name, where it is not the training split. of: how many examples there are, of which the source may be a
+    part."""
     made_by = encoder.fingerprint
     name = "".join(c if c.isalnum() else "-" for c in data.shown)
-    limited = f"-of-{len(source.source)}" if isinstance(source, Subset) else ""
+    limited = f"-of-{of}" if len(source) < of else ""
     path = data.data_dir / "embeddings" / f"{prefix}{name}-{len(source)}{limited}-{made_by}"
     if (path / "embeddings.json").is_file():
         try:

@@ -82,24 +82,6 @@ class Captions(Sequence[str | None]):
             return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """So many examples of a source, evenly spread over it."""
-
-    source: Source
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[self.place(index)]
-
-    def place(self, index: int) -> int:
-        """Where an example of these lies in the source."""
-        return index * len(self.source) // self.count
-
-
 def caption_of(example: Example) -> str | None:
     """The caption. Warns where characters were replaced in it, and names the example."""
     text, fault = cleaned(example["caption"], example.get("caption_fault"))
