@@ -156,7 +156,7 @@ def useful_flops(question: Planned) -> float:
 
 def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
     """Links of a chip for each axis of more than one device; none for GPUs, which a switch joins."""
-    if not isinstance(mesh, Mesh):
+    if not topology.is_tpu or not isinstance(mesh, Mesh):
         return {}
     counted = zip(AXES, chips.links(mesh.devices, topology), strict=True)
     return {name: number for name, number in counted if mesh.shape[name] > 1}
