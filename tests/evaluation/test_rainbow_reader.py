@@ -10,6 +10,7 @@ from jaxdiff.data.rainbow import EVERY, Attributes, draw
 from jaxdiff.evaluation.rainbow import NAMES, read
 
 
+@pytest.mark.slow
 def test_every_true_picture_is_read_right():
     found = read(np.stack([draw(attributes) for attributes in EVERY]))
     assert all(each.right(attributes) for each, attributes in zip(found, EVERY))

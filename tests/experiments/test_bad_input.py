@@ -244,7 +244,7 @@ def test_training_arguments(standin, tmp_path, command):
         (("imagen.sr256", "--crop", 512), "--crop 512"),
         (("imagen.sr256", "--text-dropout", 0.2), "--text-dropout 0.2: --preset tiny reads no text"),
         (("imagen.base64", "--max-aug-level", 0.5), "--max-aug-level 0.5: --preset tiny is no super-resolution"),
-        (("imagen.base64", "--text-dropout", 2), "fraction between 0 and 1"),
+        (("imagen.base64", "--text-dropout", 2), "dropout 2.0: must be a fraction"),
         (("imagen.base64", "--embeddings", "/nowhere"), "/nowhere"),
         (("imagen.base64", "--text", "none"), "--text none"),
         (("imagen.base64", "--logsnr", -60, -40), "--logsnr -60 -40"),

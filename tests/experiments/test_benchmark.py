@@ -75,7 +75,7 @@ def test_every_model_can_be_measured(model, unit, side, tmp_path, command, monke
     [
         (("imagen.base64", "--batch", 0), "--batch must be at least 1"),
         (("imagen.base64", "--steps", -1), "--steps at least 0"),
-        (("imagen.sr256", "--preset", "2b"), "--preset 2b: choose from tiny, paper"),
+        (("imagen.sr256", "--preset", "2b"), "--preset 2b: choose from tiny, small, medium, paper"),
         (("imagen.base64", "--crop", 32), "--crop 32: for super-resolution"),
         (("t5", "--crop", 32), "--crop: this model is not trained on crops"),
         (("imagen.base64", "--preset", "2b", "--scan"), "--scan: this network has no equal blocks in a row"),

@@ -156,6 +156,7 @@ def test_bad_questions(finished, command, more, culprit):
     assert done.code == 2 and culprit in done.err, done.err
 
 
+@pytest.mark.slow
 def test_pairs_of_ones_own(trained, command, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -81,6 +81,7 @@ def hangs(context):
     time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_costs_only_itself(tmp_path, command, monkeypatch):
     """What it had recorded stays, the report says what happened, and the next section runs."""
     monkeypatch.setattr(gpu_report, "GRACE", 1.0)

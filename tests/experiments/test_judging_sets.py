@@ -274,7 +274,7 @@ def test_statistics_of_others(judged, judges, tmp_path):
         np.savez(tmp_path / "fid.npz", mu=read["mu"], sigma=read["sigma"])
     np.savez(tmp_path / "kid.npz", feats=np.load(ours.with_suffix(".features.npy")))
     options = "--images", folder, "--reference", tmp_path / "fid.npz"
-    one_line(judged(*options)[0], "fid.npz", "6 features, which 2 of the judges have")
+    one_line(judged(*options)[0], "fid.npz", "6 features, which 2 of the networks have")
     done, of_sums = judged(*options, "--clip", "None")
     assert done.code == 0, done.err
     assert of_sums["FD-shapes"]["value"] == pytest.approx(scores["FD-shapes"]["value"], abs=1e-9)

@@ -106,6 +106,7 @@ def test_image_to_image(exported, photo, tmp_path, command):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_inpainting(exported, photo, tmp_path, command):
     mask = np.zeros((45, 38), np.uint8)
     mask[:, 19:] = 255
@@ -118,6 +119,7 @@ def test_inpainting(exported, photo, tmp_path, command):
     assert difference[:, :31].max() <= 3 and difference[:, 34:].mean() > 10
 
 
+@pytest.mark.slow
 def test_ones_own_picture_is_enlarged(exported, photo, tmp_path, command):
     """Of any size, without a prompt, in tiles."""
     options = "--weights", exported, "--enlarge", photo, "--tile", 64, "--tile-overlap", 32, "--respacing", ",leading"

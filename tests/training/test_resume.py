@@ -55,6 +55,7 @@ def test_a_constant_rate_goes_on_for_as_long_as_is_asked(tmp_path):
     assert lines(tmp_path / "longer") == lines(tmp_path / "at once")
 
 
+@pytest.mark.slow
 def test_a_stable_rate_may_fall_later_until_it_falls(tmp_path):
     """Bit by bit as if it had been begun with the longer schedule; from then on its schedule stays."""
     longer = rates(StableDecay(0.4), total=20)  # falls from 12 on

@@ -132,7 +132,7 @@ def furthest(a, b):
     [
         ((2, 2, 2), {"accumulate": 4, "scan": True, "remat": "blocks"}),
         # Rows of images over `tensor`: the gradient of a strided convolution is where XLA goes wrong by itself.
-        ((1, 4, 2), {"sharding": ROWS, "scan": True, "remat": "outputs"}),
+        pytest.param((1, 4, 2), {"sharding": ROWS, "scan": True, "remat": "outputs"}, marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (

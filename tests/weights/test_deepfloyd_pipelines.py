@@ -141,6 +141,7 @@ def seen(init, side):
     return [None if each is None else np.repeat(np.float32(each)[None], COUNT, 0) for each in (image, mask)]
 
 
+@pytest.mark.slow
 def test_image_to_image(ours, theirs, init):
     init = replace(init, mask=None)
     given = [tensor(seen(init, side)[0]) for side in SIDES]
@@ -169,6 +170,7 @@ def test_inpainting(ours, theirs, init):
     assert np.abs(found[0] - noised)[~kept[0]].mean() > 0.01
 
 
+@pytest.mark.slow
 def test_ddpm_with_the_variance_that_the_network_has_learned(folder, ours, monkeypatch):
     """As a pipeline draws that was never told otherwise, its thresholding and guidance too; of a respacing."""
     spacing = Respaced((2, 1, 2))
