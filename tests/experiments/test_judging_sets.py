@@ -286,7 +286,7 @@ def test_statistics_of_others(judged, judges, tmp_path):
     one_line(done, "--keep-reference", "--reference")
     np.savez(tmp_path / "wide.npz", feats=np.ones((20, 7)))
     done, _ = judged("--images", folder, "--reference", tmp_path / "wide.npz")
-    one_line(done, "wide.npz", "7 features, which none of the judges have")
+    one_line(done, "wide.npz", "7 features, which none of the networks have")
 
 
 def test_the_prefix_of_captions_is_named(judged, tmp_path):
