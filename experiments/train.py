@@ -36,8 +36,13 @@ def main(name: str, task: Task, settings: Any) -> None:
     """Train what a line of the table names, and write what it has learned."""
     processes = start(settings.cluster)  # before anything touches a device
     alike(vars(settings))
-    with locked(settings.out):
-        _train(name, task, settings, processes)
+    try:
+        with locked(settings.out):
+            _train(name, task, settings, processes)
+    except ValueError as error:
+        if (message := settings_file.in_flags(str(error), settings)) == str(error):
+            raise
+        raise ValueError(message) from error
 
 
 def _train(name: str, task: Task, settings: Any, processes: int) -> None:

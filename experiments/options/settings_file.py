@@ -17,6 +17,8 @@ from jaxdiff.training.distributed import Cluster
 
 NAME = "settings.json"
 VERSION = 1
+OTHER_NAMES = {"dropout": "text_dropout", "max_level": "max_aug_level", "total": "steps"}
+"""Fields of the library whose flags have other names."""
 FREE = ("out", "mesh", "log-every", "sample-every", "evaluate-every", "save-every", "keep", "init", "strict")
 """What may differ from one start of a run to the next."""
 
@@ -79,6 +81,13 @@ def changed(path: Path, settings: Any) -> list[str]:
     before, now = read(path)[1], flags(settings)
     names = [name for name in now if name in before and before[name] != now[name] and name not in FREE]
     return [f"--{name} {before[name]} → {now[name]}" for name in names]
+
+
+def in_flags(message: str, settings: Any) -> str:
+    """A message of the library that begins with the name of one of its fields, with the flag in its place."""
+    name, blank, rest = message.partition(" ")
+    flagged = flag(OTHER_NAMES.get(name, name))
+    return f"--{flagged}{blank}{rest}" if flagged in flags(settings) else message
 
 
 def words(settings: dict[str, Any]) -> list[str]:
