@@ -2,9 +2,9 @@
 
     python -m experiments.recipes.minimal
 
-Trains a small 64×64 base model of Imagen on `shapes` and samples eight captions that training never saw. Five minutes
-on 2 CPU cores; runs/minimal/grid.png then has shapes of the right colours, still blurred (`experiments.quickstart
---train` goes on to 25 minutes). Run again, it goes on where it was.
+Trains a small 64×64 base model of Imagen on `shapes` and samples eight captions that training never saw. Five to seven
+minutes on 2 CPU cores; runs/minimal/grid.png then has blurred objects whose colours begin to follow the captions, most
+of them not yet (`experiments.quickstart --train` goes on for 25 minutes). Run again, it goes on where it was.
 """
 
 from pathlib import Path

@@ -219,13 +219,13 @@ def test_seconds_belong_to_the_box_that_reports(monkeypatch):
     with Bars(SimpleNamespace(sides=(64, 256)), runs=2) as bars:
 
         def report(now, *progress):
-            clock.now = now
+            clock.now = float(now)
             bars(*progress)
 
         report(10, 0, 8, 16)
         report(12, 0, 16, 16)
         report(15, 1, 4, 4)
-        clock.now = 100
+        clock.now = 100.0
         bars.resume()
         report(102, 0, 8, 16)
         report(104, 0, 16, 16)
