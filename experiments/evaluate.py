@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 from experiments.cli import Command, run
-from experiments.evaluations import attributes, metrics, psnr, retrieval, zero_shot
+from experiments.evaluations import attributes, colours, metrics, psnr, retrieval, zero_shot
 from experiments.table import TASKS
 from experiments.tasks.task import Task
 
 EVALUATIONS: dict[str, tuple[Callable[[Any, Mapping[str, Task]], None], Any]] = {
     "attributes": (attributes.main, attributes.Settings()),
+    "colours": (colours.main, colours.Settings()),
     "psnr": (psnr.main, psnr.Settings()),
     "metrics": (metrics.main, metrics.Settings()),
     "retrieval": (retrieval.main, retrieval.Settings()),

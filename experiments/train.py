@@ -50,7 +50,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
     run_options = settings.run
     use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
     # What is wrong is said before anything is rasterised, embedded or written.
-    config = settings.config(task.rules, name, task.unit)
+    config = task.config(settings, name)
     if run_options.batch < task.least_batch:
         raise ValueError(f"--batch {run_options.batch}: at least {task.least_batch} for {name}")
     mesh = settings.devices.make(run_options.batch, run_options.accumulate)

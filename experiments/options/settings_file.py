@@ -80,7 +80,14 @@ def changed(path: Path, settings: Any) -> list[str]:
     """Which flags of a command differ from those in its file: `--preset tiny → quick`."""
     before, now = read(path)[1], flags(settings)
     names = [name for name in now if name in before and before[name] != now[name] and name not in FREE]
-    return [f"--{name} {before[name]} → {now[name]}" for name in names]
+    return [f"--{name} {_shown(before[name])} → {_shown(now[name])}" for name in names]
+
+
+def _shown(value: Any) -> str:
+    """As it is typed; None is a flag that is not there."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or '""'
+    return "left out" if value is None else str(value)
 
 
 def in_flags(message: str, settings: Any) -> str:

@@ -41,7 +41,7 @@ class DataOptions:
     """What the held-out loss is measured on, as --data; left out: the held-out split of `shapes` and `rainbow`, and of
     other datasets nothing."""
     evaluate_n: int = 64
-    """Held-out examples, from the first."""
+    """Held-out examples, evenly spread over them; of CLIP, whose loss belongs to a batch, whole batches."""
     strict: bool = False
     """An image that cannot be read or lacks its caption is an error, not a warning."""
     workers: int = 0
@@ -60,7 +60,7 @@ class DataOptions:
         return sources.changed(spec, self._told)
 
     def held_out_split(self) -> tuple[sources.DataSpec, str] | None:
-        """What the held-out loss is measured on, and the split; None where there is nothing."""
+        """The held-out dataset, and its split; None where there is none."""
         if self.evaluate_data is not None:
             return self._told(sources.parse(self.evaluate_data)), "train"
         spec = self.spec()
@@ -113,13 +113,22 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class PresetOptimizer:
+    """What a network of a certain size is trained with where the command line does not say."""
+
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """How parameters are updated."""
 
-    optimizer: Literal["adam", "adafactor", "muon"] = "adam"
-    """Adam and Adafactor are the papers'; Muon learns more from each image where images are few."""
-    learning_rate: float = 1e-3
-    """At its peak."""
+    optimizer: Literal["adam", "adafactor", "muon"] | None = None
+    """Adam and Adafactor are the papers'; Muon learns more from each image where images are few. Left out: the
+    preset's, or adam."""
+    learning_rate: float | None = None
+    """At its peak; left out: the preset's, or 1e-3. One for another optimizer than the preset's must be given."""
     warmup: int | None = None
     """Updates from 0 to the peak; left out: a tenth of the steps."""
     schedule: Literal["cosine", "constant", "stable"] = "cosine"
@@ -130,14 +139,22 @@ class OptimizerOptions:
     clip: float = 1.0
     """Largest norm of the gradient."""
 
-    def config(self, rules: Mapping[str, Rule], steps: int) -> OptimizerConfig:
-        """ValueError for an optimizer that is not among the model's."""
-        if self.optimizer not in rules:
-            raise ValueError(f"--optimizer {self.optimizer}: this model has {', '.join(rules)}")
+    def config(self, rules: Mapping[str, Rule], steps: int, preset: PresetOptimizer) -> OptimizerConfig:
+        """ValueError for an optimizer that is not among the model's, or one without its learning rate."""
+        name, rate = self.optimizer or preset.optimizer, self.learning_rate
+        if name not in rules:
+            raise ValueError(f"--optimizer {name}: this model has {', '.join(rules)}")
+        if rate is None:
+            if name != preset.optimizer:
+                raise ValueError(
+                    f"--optimizer {name}: needs a --learning-rate; the preset's {preset.learning_rate:g} is for "
+                    f"{preset.optimizer}"
+                )
+            rate = preset.learning_rate
         warmup = steps // 10 if self.warmup is None else self.warmup
         return OptimizerConfig(
-            kind=dataclasses.replace(rules[self.optimizer], weight_decay=self.weight_decay),
-            learning_rate=self.learning_rate,
+            kind=dataclasses.replace(rules[name], weight_decay=self.weight_decay),
+            learning_rate=rate,
             warmup=min(warmup, steps - 1),
             total=steps,
             decay=SCHEDULES[self.schedule],
@@ -181,7 +198,13 @@ class TrainSettings:
     devices: MeshOptions = MeshOptions()
     cluster: Cluster = Cluster()
 
-    def config(self, rules: Mapping[str, Rule], description: str, unit: str = "images") -> TrainConfig:
+    def config(
+        self,
+        rules: Mapping[str, Rule],
+        description: str,
+        unit: str = "images",
+        preset: PresetOptimizer = PresetOptimizer(),
+    ) -> TrainConfig:
         """For the loop. ValueError naming the flag."""
         run = self.run
         if run.steps < 1 or run.batch < 1:
@@ -189,7 +212,7 @@ class TrainSettings:
         if run.batch % multihost.count():
             raise ValueError(f"--batch {run.batch}: does not divide over {multihost.count()} processes")
         return TrainConfig(
-            optimizer=self.optimization.config(rules, run.steps),
+            optimizer=self.optimization.config(rules, run.steps, preset),
             steps=run.steps,
             accumulate=run.accumulate,
             ema_decay=run.ema_decay,

@@ -4,8 +4,9 @@
 
 takes 64 emoji from all over the set and at most 20 minutes of training on 2 CPU cores (900 updates of about a second).
 Expected: the right dominant colour in at least 80 % of the images sampled from their names; seen: 62 of 64 (2 cores
-of an AMD EPYC, jax 0.10.2, 2026-11-24). Writes OUT/grid.png (above each other: the artwork and what was sampled) and
-OUT/report.json. It needs npm and the network once, for the artwork (experiments.recipes.emoji_data).
+of an AMD EPYC, jax 0.10.2, 2026-11-24). Writes OUT/grid.png and OUT/report.json, as
+`experiments.evaluate colours` does. It needs npm and the network once, for the artwork
+(experiments.recipes.emoji_data).
 
 The whole set on one GPU, 1,644 images with names of their own (not measured yet):
 
@@ -15,28 +16,18 @@ The whole set on one GPU, 1,644 images with names of their own (not measured yet
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from experiments import train
 from experiments.cli import run
+from experiments.evaluations import colours
 from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
+from experiments.options.weights import WeightsOptions
 from experiments.recipes import emoji_data
 from experiments.table import TASKS
 from experiments.tasks import diffusion, t5
 from experiments.tasks.text_embeddings import TextOptions
-from jaxdiff.core.files import write_json
-from jaxdiff.data import grids
-from jaxdiff.data.images import decode, to_float
-from jaxdiff.data.mixture import spread
-from jaxdiff.evaluation.colours import dominant
-from jaxdiff.systems.imagen import imagen
-from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.training.loop import Diverged
-from jaxdiff.weights.stages import load_model
-from jaxdiff.weights.t5 import load_text_encoder
 
-COLUMNS = 16
 TEXT_BATCH = 64
 
 
@@ -90,37 +81,17 @@ def main(settings: Settings) -> None:
         diffusion=diffusion.DiffusionOptions(logsnr=(-9.0, 0.0), logsnr_fraction=0.75, snr_power=0.0),
     )
     train.main("imagen.base64", TASKS["imagen.base64"], of_images)
-    model = load_model(of_images.out / "model")
-    encoder = load_text_encoder(text / "encoder", model.model.text.shape[0])
-    source = diffusion.open_source(of_images, data.spec(), model.model)
-    source = spread(source, settings.count) if settings.count else source
-    shown = min(settings.shown, len(source))
-    chosen = [source[i * len(source) // shown] for i in range(shown)]
-    names = [example["caption"] for example in chosen]
-    (drawn,) = imagen(encoder, model).sample(names, SampleOptions(seed=settings.seed))
-    report(settings.out, names, [to_float(decode(example["image"])) for example in chosen], drawn)
-
-
-def report(out: Path, names: list[str], artwork: list[np.ndarray], drawn: np.ndarray) -> None:
-    """Compare colours; write the grid and the numbers."""
-    colours = [(dominant(true), dominant(np.asarray(found))) for true, found in zip(artwork, drawn)]
-    right = [true == found for true, found in colours]
-    score = {
-        "dominant_colour_accuracy": sum(right) / len(right),
-        "images": [
-            {"name": name, "colour": true, "drawn": found} for name, (true, found) in zip(names, colours, strict=True)
-        ],
-    }
-    marks = [f"{name}{'' if ok else ' (colour!)'}" for name, ok in zip(names, right)]
-    shown, captions = [], []
-    for first in range(0, len(names), COLUMNS):  # a row of artwork, then the same row as it was sampled
-        row = slice(first, first + COLUMNS)
-        blank = [np.ones_like(artwork[0])] * (COLUMNS - len(names[row]))
-        shown += [*artwork[row], *blank, *drawn[row], *blank]
-        captions += [""] * COLUMNS + marks[row] + [""] * len(blank)
-    grids.write(out / "grid.png", grids.grid(shown, captions, 96, COLUMNS, font_size=9))
-    write_json(out / "report.json", score)
-    print(f"{out / 'grid.png'}: dominant colour right in {sum(right)} of {len(right)}")
+    score = colours.Settings(
+        "emoji",
+        settings.count,
+        settings.shown,
+        seed=settings.seed,
+        json=settings.out / "report.json",
+        grid=settings.out / "grid.png",
+        pipeline=WeightsOptions((str(of_images.out),)),
+        data_dir=settings.data_dir,
+    )
+    colours.main(score, TASKS)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ package ships one (jaxdiff/weights/tiny/README.md).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options.training import OptimizerOptions, Rule, RunOptions, TrainSettings
+from experiments.tasks.held_out import held_out_source
 from experiments.tasks.task import Inference, Start, Task, Work
 from jaxdiff.data import sources
+from jaxdiff.data.mixture import Spread
 from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, POSITIONS, SIZES, Scene, scene
 from jaxdiff.models.classifier import ClassifierTraining, of_size_one
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.training.distributed import once
+from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.state import Params
 from jaxdiff.weights import classifier
@@ -106,7 +109,20 @@ class ClassifierTask(Task):
             return f"{folder}: a classifier of {', '.join(ATTRIBUTES)} with {config.features} features"
 
         made_of = {"examples": len(source), "batch": run.batch}
-        return Work(ClassifierTraining(config, options.noise), Labelled(stream), made_of, finish)
+        model = ClassifierTraining(config, options.noise)
+        return Work(model, Labelled(stream), made_of, finish, held_out=_held_out(settings, config))
+
+
+def _held_out(settings: Settings, config: ClassifierConfig) -> HeldOutBatches | None:
+    """Held-out images with the labels of their scenes."""
+    if settings.dataset.evaluate_data is not None:
+        raise ValueError(f"--evaluate-data {settings.dataset.evaluate_data}: the held-out images of `shapes` are known")
+    source = held_out_source(settings, config.side)
+    if source is None:
+        return None
+    some = Spread(source, min(len(source), settings.dataset.evaluate_n))
+    in_order = DataConfig(config.side, settings.run.batch, shuffle=False, repeat=False, captions=True)
+    return lambda: Labelled(image_batches(some, in_order), "held_out", some.place)
 
 
 def labels(true: Scene) -> list[int]:
@@ -120,12 +136,15 @@ def labels(true: Scene) -> list[int]:
 class Labelled:
     """Batches of training images with their labels, which are those of the scene in the same place of the dataset."""
 
-    def __init__(self, stream: Batches):
-        self._stream = stream
+    def __init__(self, stream: Batches, split: str = "train", place: Callable[[int], int] = int):
+        self._stream, self._split, self._place = stream, split, place
+
+    def __iter__(self) -> "Labelled":
+        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._stream)
-        classes = np.array([labels(scene("train", int(index))) for index in batch["index"]], np.int32)
+        classes = np.array([labels(scene(self._split, self._place(int(index)))) for index in batch["index"]], np.int32)
         return {"image": batch["image"], "labels": classes}
 
     def get_state(self) -> dict:

@@ -26,6 +26,7 @@ from experiments.options.training import (
     RunOptions,
     TrainSettings,
 )
+from experiments.tasks.held_out import held_out_source, whole_batches
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.tokenizers import captions_of, save_tokenizer
 from jaxdiff.data import sources
@@ -35,6 +36,7 @@ from jaxdiff.nets import clip as nets
 from jaxdiff.nets.clip import CLIPConfig
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, load_tokenizer, tokenize, train_tokenizer
 from jaxdiff.training.distributed import on_process_0, once
+from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.state import Params
@@ -160,7 +162,24 @@ class CLIPTask(Task):
 
         data: dict[str, Any] = {"data": settings.dataset.shown, "batch": run.batch, "workers": settings.dataset.workers}
         data |= {"tokenizer": options.tokenizer, "examples": len(source)}
-        return Work(model, Pairs(stream, tokenizer, config.text.length), data, finish, initial=initial)
+        held_out = _held_out(settings, config, tokenizer)
+        return Work(model, Pairs(stream, tokenizer, config.text.length), data, finish, initial, held_out=held_out)
+
+
+def _held_out(settings: Settings, config: CLIPConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOutBatches | None:
+    """Held-out pairs in batches like those of training: with fewer, each would be told from fewer others."""
+    side, rows = config.image.resolution, settings.run.batch // jax.process_count()
+    source = held_out_source(settings, side)
+    if source is None:
+        return None
+    some = whole_batches(settings, source)
+    in_order = DataConfig(side, rows, shuffle=False, repeat=False, captions=True, strict=settings.dataset.strict)
+
+    def batches() -> Pairs:
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return Pairs(image_batches(some, in_order, **processes), tokenizer, config.text.length)
+
+    return batches
 
 
 def config_of(preset: CLIPConfig, settings: Settings) -> CLIPConfig:
@@ -197,6 +216,9 @@ class Pairs:
 
     def __init__(self, stream: Batches, tokenizer: PreTrainedTokenizerBase, length: int):
         self._stream, self._tokenizer, self._length = stream, tokenizer, length
+
+    def __iter__(self) -> "Pairs":
+        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._stream)

@@ -22,7 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.options.training import ComputeOptions, Rule, TrainSettings
+from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
+from experiments.tasks.held_out import held_out_source
 from experiments.tasks.samples import Samples
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
@@ -46,6 +47,7 @@ from jaxdiff.nets.unet import EfficientUNetConfig, Remat
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema
+from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import check_shared, once
 from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.mesh import BATCH_AXES
@@ -111,6 +113,7 @@ class Preset:
     model: DiffusionModel
     sampling: SamplingConfig
     reads: tuple[int, int]
+    optimizer: PresetOptimizer = PresetOptimizer("adam", 1e-4)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class DiffusionTask(Task):
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(b2=0.99), "adafactor": Adafactor(), "muon": Muon()}
     presets: dict[str, Preset] = dataclasses.field(default_factory=dict)
     settings: Settings = Settings()
+
+    def config(self, settings: TrainSettings, name: str) -> TrainConfig:
+        return settings.config(self.rules, name, self.unit, self.preset(settings.preset).optimizer)
 
     def model(self, preset: str, compute: UNetCompute) -> DiffusionModel:
         chosen = self.preset(preset)
@@ -158,8 +164,7 @@ class DiffusionTask(Task):
         preset, model = self.preset(settings.preset), self.trained_model(settings)
         spec = settings.dataset.spec()
         encoder, embeddings = find(settings.text_encoder, settings.dataset, preset, model)
-        without_text = encoder is None and embeddings is None
-        text = encoder or embeddings
+        text = embeddings or encoder
         model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
         initial = self._initial(settings, model, start.mesh)
         if start.processes > 1 or settings.out.is_file():
@@ -168,11 +173,9 @@ class DiffusionTask(Task):
         whole = once(data_dir, lambda: open_source(settings, spec, model))
         limit = settings.dataset.limit
         source = spread(whole, limit) if limit else whole
-        if encoder is not None:
+        if encoder is not None and embeddings is None:
             embeddings = once(data_dir, lambda: stored(settings.dataset, source, len(whole), encoder))
-        held_out = None
-        if settings.run.evaluate_every and (encoder is not None or without_text):
-            held_out = held_out_batches(settings, model, encoder)
+        held_out = held_out_batches(settings, model, encoder, text=text is not None)
         del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
         stream = batches(settings, model, source, embeddings)
         if stream.buckets is not None and multihost.index() == 0:
@@ -234,7 +237,7 @@ class DiffusionTask(Task):
     def _initial(self, settings: Settings, model: DiffusionModel, mesh: Mesh) -> dict | None:
         if settings.run.init is None or settings.goes_on:
             return None
-        shardings = abstract_state(model, settings.config(self.rules, "").optimizer, mesh).ema
+        shardings = abstract_state(model, self.config(settings, "").optimizer, mesh).ema
         return initial(settings.run.init, model, shardings)
 
 
@@ -329,13 +332,19 @@ def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
         return once(data_dir, lambda: read_sizes(source, data_dir / "sizes", progress=bar.update))
 
 
-def held_out_batches(settings: Settings, model: DiffusionModel, encoder: TextEncoder | None) -> HeldOutBatches | None:
-    """Examples that are not trained on, the same ones at each call; None where the dataset has none."""
-    split = settings.dataset.held_out_split()
-    if split is None:
+def held_out_batches(
+    settings: Settings, model: DiffusionModel, encoder: TextEncoder | None, text: bool
+) -> HeldOutBatches | None:
+    """Examples that are not trained on, the same ones at each call; None where the dataset has none, or `text` is read
+    and no encoder is at hand."""
+    source = held_out_source(settings, model.side)
+    if source is None:
+        return None
+    if encoder is None and text:
+        if multihost.index() == 0:
+            print("no held-out loss: give --text beside --embeddings, which holds no embeddings of held-out captions")
         return None
     data_dir = settings.dataset.data_dir
-    source = once(data_dir, lambda: sources.open(split[0], model.side, split[1], data_dir))
     some = spread(source, settings.dataset.evaluate_n)
     embeddings = None
     if encoder is not None:

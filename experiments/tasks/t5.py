@@ -16,13 +16,16 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from experiments.options.training import ComputeOptions, OptimizerOptions, Rule, RunOptions, TrainSettings
+from experiments.tasks.held_out import held_out_source, kept
 from experiments.tasks.task import Inference, Start, Task, Work
-from experiments.tasks.tokenizers import captions_of, lines_of, save_tokenizer
+from experiments.tasks.tokenizers import captions_in, captions_of, lines_of, save_tokenizer
+from jaxdiff.data.mixture import spread
 from jaxdiff.models.t5 import T5Pretraining, span_batches
 from jaxdiff.nets import t5
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, byte_tokenizer, load_tokenizer, train_tokenizer
 from jaxdiff.training.distributed import on_process_0, once
+from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.prefetch import OwnRows
 from jaxdiff.training.state import Params
@@ -128,7 +131,8 @@ class T5Task(Task):
             reads = f"{len(tokenizer)} ids, {options.length} tokens per caption"
             return f"{encoder}: an encoder of width {config.d_model}, {reads}"
 
-        return Work(T5Pretraining(config, options.length), stream, data, finish)
+        held_out = _held_out(settings, tokenizer)
+        return Work(T5Pretraining(config, options.length), stream, data, finish, held_out=held_out)
 
 
 def _captions(settings: Settings) -> list[str]:
@@ -136,6 +140,17 @@ def _captions(settings: Settings) -> list[str]:
     spec, data_dir, texts = settings.dataset.spec(), settings.dataset.data_dir, settings.t5.texts
     captions = once(data_dir, lambda: captions_of(spec, data_dir))
     return captions if texts is None else captions + lines_of(texts, len(captions))
+
+
+def _held_out(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> HeldOutBatches | None:
+    """Held-out captions with gaps in fixed places, in whole batches: what is short of one is read again with others."""
+    source = held_out_source(settings, 64)
+    if source is None:
+        return None
+    captions = captions_in(spread(source, settings.dataset.evaluate_n))
+    batch = settings.run.batch
+    stream = OwnRows(span_batches(tokenizer, captions, batch, settings.t5.length, seed=0))
+    return kept(stream, -(-len(captions) // batch))
 
 
 def _stream(settings: Settings, captions: list[str]) -> tuple[PreTrainedTokenizerBase, OwnRows]:

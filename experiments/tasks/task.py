@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.options.training import ComputeOptions, Rule, TrainSettings
 from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW
 from jaxdiff.training.param_sharding import ParamSharding
@@ -83,6 +84,10 @@ class Task:
     def prepare(self, settings: Any, start: Start) -> Work:
         """What a training run needs. All that can be wrong is refused before anything is written."""
         raise NotImplementedError
+
+    def config(self, settings: TrainSettings, name: str) -> TrainConfig:
+        """Of the training loop, where `settings` leave something to the preset too. ValueError naming the flag."""
+        return settings.config(self.rules, name, self.unit)
 
     def model(self, preset: str, compute: ComputeOptions) -> Trainable:
         """The settings of a preset, computed in a certain way. ValueError for a preset that there is not."""

@@ -53,7 +53,7 @@ class TextOptions:
 def find(
     options: TextOptions, data: DataOptions, preset: "Preset", model: DiffusionModel
 ) -> tuple[TextEncoder | None, Embeddings | None]:
-    """The encoder, where captions are still to be embedded, or the embeddings that are named; without text neither.
+    """The encoder, where one is named or needed, and the embeddings that are named; without text neither.
 
     ValueError where neither is named and the shipped encoder does not know the dataset's words, and for embeddings of
     another length than is asked for, or that TEXT has not made.
@@ -79,10 +79,10 @@ def find(
             f"{embeddings.path}: embeddings of {embeddings.length} tokens a caption, not of --text-length "
             f"{options.text_length}: store them again with that length"
         )
-    if options.text is not None:
-        encoder = load_text_encoder(options.text, embeddings.length, options.text_dtype, place=np.asarray)
-        embeddings = open_embeddings(options.embeddings, encoder.fingerprint)
-    return None, embeddings
+    if options.text is None:
+        return None, embeddings
+    encoder = load_text_encoder(options.text, embeddings.length, options.text_dtype, place=np.asarray)
+    return encoder, open_embeddings(options.embeddings, encoder.fingerprint)
 
 
 def stored(data: DataOptions, source: Source, of: int, encoder: TextEncoder, prefix: str = "") -> Embeddings:

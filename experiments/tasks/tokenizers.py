@@ -15,7 +15,11 @@ from jaxdiff.training import multihost
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
     """Every caption of a dataset's training split; examples without one are left out, with one warning of how many."""
-    source = sources.open(data, 64, "train", data_dir)
+    return captions_in(sources.open(data, 64, "train", data_dir))
+
+
+def captions_in(source: example.Source) -> list[str]:
+    """The same of an open dataset."""
     read = tqdm(
         example.captions(source), total=len(source), desc="read captions", unit="caption", disable=multihost.index() > 0
     )

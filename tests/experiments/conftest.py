@@ -13,7 +13,6 @@ from small_cascade import BASE, STAGES, T5, WIDTH
 from experiments.cli import run
 from experiments.options import names
 from experiments.table import TASKS
-from experiments.tasks.diffusion import Preset
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
@@ -50,8 +49,9 @@ def small_presets(monkeypatch) -> None:
     sampling = SamplingConfig(names.SAMPLERS["ddim"], steps=2)
     for name, stage in STAGES.items():
         presets = TASKS[f"imagen.{name}"].presets
+        small = dataclasses.replace(presets["tiny"], model=stage, sampling=sampling, reads=(24, WIDTH))
         for preset in ("tiny", "quick"):
-            monkeypatch.setitem(presets, preset, Preset(stage, sampling, (24, WIDTH)))
+            monkeypatch.setitem(presets, preset, small)
     monkeypatch.setitem(TASKS["t5"].presets, "tiny", T5)
 
 

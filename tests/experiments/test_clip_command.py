@@ -87,7 +87,7 @@ def test_a_run_leaves_a_clip(finished, command, tmp_path):
 
 @pytest.mark.slow
 def test_siglips_loss_and_muon(trained, tmp_path):
-    done = trained("--loss", "sigmoid", "--optimizer", "muon")
+    done = trained("--loss", "sigmoid", "--optimizer", "muon", "--learning-rate", 4e-3)
     assert done.code == 0, done.err
     check_run(tmp_path / "clip")
 

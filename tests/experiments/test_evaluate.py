@@ -6,12 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from small_cascade import SR_256
 
 from experiments import evaluate
 from experiments.evaluations.attributes import Tally, attribute_scores
+from experiments.evaluations.colours import colour_scores
 from experiments.evaluations.psnr import psnr, psnr_scores, small_image, true_image
-from jaxdiff.data.images import resize, to_float
+from jaxdiff.data.images import resize, to_float, to_uint8
 from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.diffusion.thresholding import StaticThreshold
@@ -167,3 +169,38 @@ def test_what_is_shipped(tmp_path, command):
     assert command(evaluate, "psnr", "--psnr-256", 2, "--psnr-1024", 0, "--json", scores).code == 0
     found = json.loads(scores.read_text())
     assert found["psnr_256"] > found["psnr_256_bicubic"] + 2.0
+
+
+def coloured(colour: tuple[int, int, int], side: int = 64) -> np.ndarray:
+    """A square of a colour on white, in [-1, 1]."""
+    image = np.full((side, side, 3), 255, np.uint8)
+    image[side // 4 : -side // 4, side // 4 : -side // 4] = colour
+    return to_float(image)
+
+
+def test_dominant_colours_are_compared_at_each_resolution():
+    red, blue = coloured((220, 45, 40)), coloured((35, 110, 205))
+    large = [coloured((220, 45, 40), 256), coloured((220, 45, 40), 256)]
+    scores = colour_scores(["a cherry", "the sea"], [red, blue], {64: [red, blue], 256: large})
+    assert scores["dominant_colour_accuracy_64"] == 1 and scores["wrong_64"] == []
+    assert scores["dominant_colour_accuracy_256"] == 0.5
+    assert scores["wrong_256"] == [["the sea", "blue", "red"]]
+
+
+def test_colours_of_a_folder(standin, command, tmp_path):
+    for index, colour in enumerate([(220, 45, 40), (35, 110, 205), (75, 165, 75)]):
+        image = Image.fromarray(to_uint8(coloured(colour, 80)))
+        image.save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"square {index}")
+    files = "--json", tmp_path / "out" / "scores.json", "--grid", tmp_path / "out" / "grid.png"
+    data = "--data", f"folder:{tmp_path}", "--n", 2, "--up-to", 64
+    done = command(evaluate, "colours", *data, "--weights", standin, *files)
+    assert done.code == 0, done.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    true = {caption: colour for caption, colour, _ in scores["wrong_64"]}
+    assert true.items() <= {"square 0": "red", "square 1": "blue"}.items()
+    assert scores["dominant_colour_accuracy_64"] == 1 - len(true) / 2
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width > 16 * 96 and grid.height > 2 * 96
+    done = command(evaluate, "colours", *data, "--weights", standin, "--n", 0)
+    assert done.code == 2 and "--n 0, --limit 0" in done.err

@@ -1,11 +1,23 @@
 """What a run says of itself on the way, and how it becomes longer, from the command line."""
 
+import dataclasses
 import json
 
 import pytest
+import small_others
 
 from experiments import train
+from experiments.options.training import DataOptions, OptimizerOptions
+from experiments.table import TASKS
+from experiments.tasks import diffusion
+from experiments.tasks.text_embeddings import TextOptions
+from jaxdiff.data import sources
+from jaxdiff.data.embeddings import store_embeddings
+from jaxdiff.data.example import captions
+from jaxdiff.nets.t5 import MICRO
 from jaxdiff.training.metrics import read
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
+from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
 
@@ -37,6 +49,48 @@ def test_the_held_out_loss_stands_beside_the_training_loss(base, tmp_path):
     assert done.code == 0 and "step 5" in done.out, done.err
 
 
+@pytest.mark.parametrize("name", ["t5", "clip", "classifier"])
+def test_so_does_that_of_other_models(name, monkeypatch, command, tmp_path):
+    small_others.shrink(monkeypatch, 32)
+    monkeypatch.setitem(TASKS["t5"].presets, "tiny", MICRO)
+    data = "--examples", 64, "--held-out", 24, "--evaluate-n", 24, "--data-dir", tmp_path / "data"
+    arguments = "--steps", 2, "--batch", 16, "--log-every", 1, "--evaluate-every", 1, "--out", tmp_path / "run"
+    vocab = () if name == "classifier" else ("--vocab", 400)
+    done = command(train, name, *arguments, *data, *vocab)
+    assert done.code == 0, done.err
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["held_out_loss"] for line in lines]
+    assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 20 for loss in losses)
+    accuracies = [name for name in lines[0] if name.startswith("held_out_") and name != "held_out_loss"]
+    assert accuracies, lines[0]
+
+
+def test_embeddings_need_their_encoder_for_a_held_out_loss(base, standin, tmp_path, capsys):
+    data = DataOptions(examples=16, held_out=8, evaluate_n=8, data_dir=tmp_path / "data")
+    source, encoder = sources.open(data.spec(), 64, "train", data.data_dir), load_text_encoder(standin / "text", 24)
+    stored = store_embeddings(captions(source), encoder.encode, tmp_path / "stored", encoder=encoder.fingerprint)
+    done = base(1, "--evaluate-every", 1, "--embeddings", stored.path)
+    assert done.code == 0 and "held_out_loss" in read(tmp_path / "run" / "metrics.jsonl")[-1], done.err
+    task = TASKS["imagen.base64"]
+    settings = dataclasses.replace(task.settings, dataset=data, text_encoder=TextOptions(embeddings=stored.path))
+    assert diffusion.held_out_batches(settings, task.preset("tiny").model, None, text=True) is None
+    assert "no held-out loss: give --text beside --embeddings" in capsys.readouterr().out
+
+
+def test_the_optimizer_is_the_presets():
+    task, given = TASKS["imagen.base64"], OptimizerOptions
+    rates = {}
+    for preset in ("tiny", "50m", "300m", "2b"):
+        chosen = task.config(dataclasses.replace(task.settings, preset=preset), "").optimizer
+        rates[preset] = type(chosen.kind), chosen.learning_rate
+    assert rates == {"tiny": (Muon, 2e-3), "50m": (AdamW, 2e-4), "300m": (AdamW, 1e-4), "2b": (Adafactor, 1e-4)}
+    told = dataclasses.replace(task.settings, optimization=given("adam", 1e-5))
+    chosen = task.config(told, "").optimizer
+    assert (type(chosen.kind), chosen.learning_rate) == (AdamW, 1e-5)
+    with pytest.raises(ValueError, match=r"--optimizer adam: needs a --learning-rate; the preset's 0.002 is for muon"):
+        task.config(dataclasses.replace(task.settings, optimization=given("adam")), "")
+
+
 def test_a_finished_run_names_the_command_that_goes_on(base, tmp_path):
     assert base(2, "--evaluate-every", 0).code == 0
     done = base(3, "--evaluate-every", 0)
@@ -53,4 +107,4 @@ def test_what_differs_is_named_by_its_flag(base):
     done = base(2, "--evaluate-every", 0, "--learning-rate", 0.5, "--save-every", 7)
     last = done.err.splitlines()[-1]
     assert done.code == 2 and "saved with other settings" in last
-    assert "--learning-rate 0.001 → 0.5" in last and "--save-every" not in last
+    assert "--learning-rate left out → 0.5" in last and "--save-every" not in last

@@ -1,0 +1,126 @@
+"""The dominant colour: are images sampled from a dataset's captions coloured as its images are?
+
+    python -m experiments.evaluate colours --data folder:photos --weights runs/base64 --grid runs/colours.png
+    python -m experiments.evaluate colours --data folder:photos --limit 64 --weights runs/base64 --json runs/c.json
+
+A coarse metric for artwork on white, which has no exact attributes: right is an image whose dominant colour, of twelve
+by name, is that of the image that the caption belongs to. On the captions that a model was trained on, it says whether
+they were learned. A second an image to 256 pixels on 2 CPU cores.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from experiments.evaluations.scores import made_by, report
+from experiments.options.sampling import SamplingOptions, mesh_of, with_samplings
+from experiments.options.sampling import spread as spread_over
+from experiments.options.weights import WeightsOptions
+from experiments.tasks.task import Task
+from jaxdiff.core.files import usable_file
+from jaxdiff.data import grids, sources
+from jaxdiff.data.mixture import spread
+from jaxdiff.data.pipeline import DataConfig, image_batches
+from jaxdiff.evaluation.colours import dominant
+from jaxdiff.systems.bars import Bars
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
+
+COLUMNS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to score."""
+
+    data: str = "emoji"
+    """The dataset: emoji | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
+    limit: int = 0
+    """The --limit that the model was trained with: of these captions; 0: of all."""
+    n: int = 64
+    """Captions to sample, evenly spread over them."""
+    up_to: int | None = None
+    """Leave out the stages above this resolution."""
+    seed: int = 0
+    """Of the noise."""
+    batch: int = 16
+    """Images sampled at once by the base."""
+    json: Path | None = None
+    """A file for the scores."""
+    grid: Path | None = None
+    """A PNG of both: a row of the dataset's images, below it what was sampled from their captions."""
+    pipeline: WeightsOptions = WeightsOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    data_dir: Path = Path("runs/data")
+    """Where prepared datasets are kept."""
+
+
+def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
+    """The dominant colours of sampled images against those of a dataset."""
+    if settings.n < 1 or settings.limit < 0:
+        raise ValueError(f"--n {settings.n}, --limit {settings.limit}: at least one caption, of some or (0) all")
+    for file in (settings.json, settings.grid):
+        if file is not None:
+            usable_file(file)
+    spec, mesh = sources.parse(settings.data), mesh_of(settings.sampling.mesh)
+    model = up_to(settings.pipeline.load(tasks, settings.sampling.dtype), settings.up_to)
+    model = with_samplings(model, settings.sampling)
+    captions, true = _examples(settings, spec, model.sides[-1])
+    with spread_over(model, mesh) as placed:
+        sampled = _sampled(placed, captions, settings.seed, settings.batch)
+    scores = colour_scores(captions, true, sampled)
+    if settings.grid is not None:
+        grids.write(settings.grid, compared(captions, true, sampled[model.sides[-1]]))
+        print(settings.grid)
+    report(scores, made_by(settings, model, ("data", "limit", "n", "seed", "batch")), settings.json)
+
+
+def _examples(settings: Settings, spec: sources.DataSpec, side: int) -> tuple[list[str], list[np.ndarray]]:
+    """The captions, and their images as training sees them."""
+    source = sources.open(spec, side, "train", settings.data_dir)
+    source = spread(spread(source, settings.limit) if settings.limit else source, settings.n)
+    captions, true = [], []
+    for batch in image_batches(source, DataConfig(side, 16, shuffle=False, repeat=False, captions=True)):
+        captions += list(batch["caption"])
+        true += list(batch["image"])
+    if not captions:
+        raise ValueError(f"--data {settings.data}: no image with a caption")
+    return captions, true
+
+
+def _sampled(model: Pipeline, captions: Sequence[str], seed: int, batch: int) -> dict[int, list[np.ndarray]]:
+    """An image of each caption, by resolution."""
+    sampled: dict[int, list[np.ndarray]] = {side: [] for side in model.sides}
+    with Bars(model) as bars:
+        for _, products in model.batches(captions, SampleOptions(seed=seed, batch=batch), bars):
+            for side, images in zip(model.sides, products, strict=True):
+                sampled[side] += list(np.asarray(images))
+    return sampled
+
+
+def colour_scores(
+    captions: Sequence[str], true: Sequence[np.ndarray], sampled: Mapping[int, Sequence[np.ndarray]]
+) -> dict:
+    """dominant_colour_accuracy_R and wrong_R (caption, the dataset's colour, the sampled one) of each resolution R."""
+    colours = [dominant(image) for image in true]
+    scores: dict = {}
+    for side, images in sampled.items():
+        pairs = list(zip(captions, colours, map(dominant, images), strict=True))
+        wrong = [list(pair) for pair in pairs if pair[1] != pair[2]]
+        scores[f"dominant_colour_accuracy_{side}"] = 1 - len(wrong) / len(pairs)
+        scores[f"wrong_{side}"] = wrong
+    return scores
+
+
+def compared(captions: Sequence[str], true: Sequence[np.ndarray], sampled: Sequence[np.ndarray]) -> Image.Image:
+    """Rows of the dataset's images, below each what was sampled, with its caption."""
+    marks = [f"{c}{'' if dominant(a) == dominant(b) else ' (colour!)'}" for c, a, b in zip(captions, true, sampled)]
+    shown, texts = [], []
+    for first in range(0, len(captions), COLUMNS):
+        row = slice(first, first + COLUMNS)
+        blank = [np.ones_like(true[0])] * (COLUMNS - len(captions[row]))
+        shown += [*true[row], *blank, *sampled[row], *blank]
+        texts += [""] * COLUMNS + marks[row] + [""] * len(blank)
+    return grids.grid(shown, texts, 96, COLUMNS, font_size=9)

@@ -1,0 +1,31 @@
+"""The examples that a held-out loss is measured on."""
+
+from experiments.options.training import TrainSettings
+from jaxdiff.data import sources
+from jaxdiff.data.example import Source
+from jaxdiff.data.mixture import spread
+from jaxdiff.training.distributed import once
+from jaxdiff.training.held_out import HeldOutBatches
+from jaxdiff.training.prefetch import Batches
+
+
+def held_out_source(settings: TrainSettings, side: int) -> Source | None:
+    """All of them, at a resolution where the dataset is drawn; None where nothing is measured."""
+    split = settings.dataset.held_out_split()
+    if not settings.run.evaluate_every or split is None:
+        return None
+    data_dir = settings.dataset.data_dir
+    return once(data_dir, lambda: sources.open(split[0], side, split[1], data_dir))
+
+
+def whole_batches(settings: TrainSettings, source: Source) -> Source:
+    """--evaluate-n of them, in whole batches of --batch, one at least: for a loss that belongs to a batch. What is left
+    where there are fewer."""
+    batch = settings.run.batch
+    return spread(source, max(1, settings.dataset.evaluate_n // batch) * batch)
+
+
+def kept(stream: Batches, count: int) -> HeldOutBatches:
+    """The first batches of an endless stream, the same ones at each call."""
+    batches = [next(stream) for _ in range(count)]
+    return lambda: batches
