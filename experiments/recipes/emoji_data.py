@@ -44,8 +44,7 @@ def fetch(package: str, folder: Path, name: str) -> None:
     """Unpacks what is needed of an npm package into `folder/name`, from a tarball there or fetched by `npm pack`."""
     if all((folder / name / file).is_file() for file in emoji.FILES[name]):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    tarball = _newest(package, folder) or _npm_pack(package, folder)
+    tarball = tarball_of(package, folder)
     try:
         with tarfile.open(tarball) as archive:
             for file in emoji.FILES[name]:
@@ -56,6 +55,12 @@ def fetch(package: str, folder: Path, name: str) -> None:
                     temporary.write_bytes(archive.extractfile(member).read())
     except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{tarball}: not the npm package {package} ({error}); delete it and run again") from error
+
+
+def tarball_of(package: str, folder: Path) -> Path:
+    """The newest tarball of an npm package in `folder`, fetched where there is none. OSError where it cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _newest(package, folder) or _npm_pack(package, folder)
 
 
 def _npm_pack(package: str, folder: Path) -> Path:
