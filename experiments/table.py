@@ -7,7 +7,7 @@ from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
-from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
+from experiments.tasks.diffusion import DiffusionTask, NoiseLevels, Preset, Settings
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
@@ -21,6 +21,8 @@ SMALL = PresetOptimizer("muon", 2e-3)
 """Of networks for CPUs: few updates of few images, from which Muon learns most."""
 MIDDLE = PresetOptimizer("adam", 2e-4)
 """Between these and the papers' 1e-4, as diffusion models of this size are trained elsewhere (DDPM's 36 M: 2e-4)."""
+EARLY = NoiseLevels((-9.0, 0.0), 0.75, snr_power=0.0)
+"""Where noise hides all but shapes and colours, which a small base model has to learn first."""
 
 
 def _folder(name: str) -> Path:
@@ -31,8 +33,8 @@ TASKS: dict[str, Task] = {
     "imagen.base64": DiffusionTask(
         "Imagen's base model: 64×64 images from captions",
         {
-            "tiny": Preset(imagen_tiny.BASE_64_TINY, imagen_tiny.SAMPLING_BASE_TINY, SHIPPED_T5, SMALL),
-            "quick": Preset(imagen_tiny.BASE_64_QUICK, imagen_tiny.SAMPLING_BASE_QUICK, SHIPPED_T5, SMALL),
+            "tiny": Preset(imagen_tiny.BASE_64_TINY, imagen_tiny.SAMPLING_BASE_TINY, SHIPPED_T5, SMALL, EARLY),
+            "quick": Preset(imagen_tiny.BASE_64_QUICK, imagen_tiny.SAMPLING_BASE_QUICK, SHIPPED_T5, SMALL, EARLY),
             "50m": Preset(imagen_small.BASE_64_50M, imagen_small.SAMPLING_BASE_SMALL, imagen.T5_XXL, MIDDLE),
             "120m": Preset(imagen_small.BASE_64_120M, imagen_small.SAMPLING_BASE_SMALL, imagen.T5_XXL, MIDDLE),
             "300m": Preset(imagen.BASE_64_300M, imagen.SAMPLING_BASE, imagen.T5_XXL),

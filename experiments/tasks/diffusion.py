@@ -60,6 +60,17 @@ from jaxdiff.weights.stages import load_params, save_model, save_settings
 
 
 @dataclass(frozen=True)
+class NoiseLevels:
+    """The noise levels that a preset is trained at where the command line does not say: a range of log-SNR (None: the
+    model's own), the fraction of the training in it, and the power of the SNR that weights the error (None: the
+    model's own)."""
+
+    logsnr: tuple[float, float] | None = None
+    fraction: float = 1.0
+    snr_power: float | None = None
+
+
+@dataclass(frozen=True)
 class DiffusionOptions:
     """What a stage is trained for; what is left out is as its preset says."""
 
@@ -71,14 +82,23 @@ class DiffusionOptions:
     logsnr: tuple[float, float] | None = None
     """Train at log-SNRs spread evenly over this range. A stage whose images are sharp but do not follow their captions
     learns faster where that is decided: -5.5 to 0 for shapes at 64 pixels."""
-    logsnr_fraction: float = 1.0
-    """Fraction of the training that is spent in that range; the rest is where the preset trains."""
+    logsnr_fraction: float | None = None
+    """Fraction of the training that is spent in that range; the rest is where the model's own schedule trains. Left
+    out: all of it, or the preset's for the preset's range."""
     snr_power: float | None = None
-    """Weight the x0 error by SNR to this power (0: the same at every noise level)."""
+    """Weight the x0 error by SNR to this power (0: the same at every noise level); left out: as the preset."""
     text_dropout: float | None = None
     """Fraction of captions that are left out, without which there is no guidance."""
     max_aug_level: float | None = None
     """Highest level of the noise on super-resolution's input."""
+
+    def levels(self, preset: NoiseLevels) -> NoiseLevels:
+        """The preset's noise levels, with what the command line changes of them."""
+        fraction = self.logsnr_fraction
+        if fraction is None:
+            fraction = preset.fraction if self.logsnr is None else 1.0
+        power = preset.snr_power if self.snr_power is None else self.snr_power
+        return NoiseLevels(self.logsnr or preset.logsnr, fraction, power)
 
 
 @dataclass(frozen=True)
@@ -108,12 +128,14 @@ class Settings(TrainSettings):
 @dataclass(frozen=True)
 class Preset:
     """A model, how it samples, and length and width of the text embeddings that it is planned and measured with;
-    training takes those of the text encoder at hand."""
+    training takes those of the text encoder at hand. `optimizer` and `levels`: what it is trained with and at where
+    the command line does not say."""
 
     model: DiffusionModel
     sampling: SamplingConfig
     reads: tuple[int, int]
     optimizer: PresetOptimizer = PresetOptimizer("adam", 1e-4)
+    levels: NoiseLevels = NoiseLevels()
 
 
 @dataclass(frozen=True)
@@ -214,8 +236,8 @@ class DiffusionTask(Task):
 
     def trained_model(self, settings: Settings) -> DiffusionModel:
         """The preset with what the command line changes of it."""
-        model = executed(self.preset(settings.preset).model, dtype=settings.compute.dtype)
-        options = settings.diffusion
+        preset = self.preset(settings.preset)
+        model, options = executed(preset.model, dtype=settings.compute.dtype), settings.diffusion
         for option, conditioner, lacks in (
             ("text_dropout", model.text, "reads no text"),
             ("max_aug_level", model.low_res, "is no super-resolution"),
@@ -224,11 +246,12 @@ class DiffusionTask(Task):
                 flag = f"--{option.replace('_', '-')}"
                 raise ValueError(f"{flag} {getattr(options, option)}: --preset {settings.preset} {lacks}")
         changes: dict[str, Any] = {"conditioners": tuple(_conditioner(each, options) for each in model.conditioners)}
-        if options.logsnr is not None:
-            changes["time_sampler"] = time_sampler(model, *options.logsnr, options.logsnr_fraction)
-        if options.snr_power is not None:
+        levels = options.levels(preset.levels)
+        if levels.logsnr is not None:
+            changes["time_sampler"] = time_sampler(model, *levels.logsnr, levels.fraction)
+        if levels.snr_power is not None:
             power = model.weighting if isinstance(model.weighting, PowerSNR) else PowerSNR()
-            changes["weighting"] = dataclasses.replace(power, power=options.snr_power)
+            changes["weighting"] = dataclasses.replace(power, power=levels.snr_power)
         model = dataclasses.replace(model, **changes)
         if crop := crop_of(model, options.crop):
             check_crop(model, crop)

@@ -17,7 +17,7 @@ from experiments.options.training import DataOptions
 from experiments.recipes import emoji as emoji_run
 from experiments.table import TASKS
 from experiments.tasks import diffusion, text_embeddings
-from experiments.tasks.diffusion import DiffusionOptions, Settings
+from experiments.tasks.diffusion import DiffusionOptions, NoiseLevels, Settings
 from experiments.tasks.samples import Samples
 from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.data import emoji
@@ -100,6 +100,11 @@ def test_log_snrs_to_train_at(tmp_path):
     assert changed.time_sampler == LogSNRRange(-5.0, 0.0) and changed.schedule == preset.schedule
     partly = task.trained_model(dataclasses.replace(run, diffusion=dataclasses.replace(options, logsnr_fraction=0.75)))
     assert partly.time_sampler == LogSNRRange(-5.0, 0.0, 0.75, rest=preset.time_sampler)
+    assert options.levels(NoiseLevels()) == NoiseLevels((-5.0, 0.0), 1.0, None)
+    levels = NoiseLevels((-9.0, 0.0), 0.75, 0.0)
+    assert DiffusionOptions().levels(levels) == levels
+    assert DiffusionOptions(snr_power=0.5).levels(levels) == dataclasses.replace(levels, snr_power=0.5)
+    assert DiffusionOptions(logsnr_fraction=0.5).levels(levels) == dataclasses.replace(levels, fraction=0.5)
 
 
 def test_parameters_to_begin_with(standin, photos, tmp_path, command):
