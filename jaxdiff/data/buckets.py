@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxdiff.data.example import Source
 from jaxdiff.data.image_sizes import ImageSizes
-from jaxdiff.data.mixture import MixtureSource, orders_of, whole_numbers
+from jaxdiff.data.mixture import MixtureSource, integer_weights, orders_of
 from jaxdiff.data.orders import Cache, interleaved
 
 Size = tuple[int, int]
@@ -104,12 +104,12 @@ class BucketPlan:
         self.counts: tuple[int, ...] = tuple(np.bincount(of[of >= 0], minlength=len(used)).tolist())
         self._of = of
         self._orders = orders_of(source, settings.seed, settings.shuffle)
-        self._parts = _parts(source)
-        self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._parts]
+        self._source_indices = _source_indices(source)
+        self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._source_indices]
         """Images of each part of a mixture in each bucket."""
         self._weights, self._rates = _rates(source, self._counts)
         self._batches, self._epochs, self._all = Cache(64), Cache(4), Cache(4)
-        self._passes = Cache(3 * len(self._parts))
+        self._passes = Cache(3 * len(self._source_indices))
 
     def __len__(self) -> int:
         """Batches of one epoch that ends there, the last of each bucket not full."""
@@ -143,16 +143,16 @@ class BucketPlan:
 
     def fingerprint(self) -> str:
         """Changes with anything that changes which form the batches have, and when."""
-        said = (self.settings, self.sizes, self._weights, self._rates)
-        return hashlib.blake2b(repr(said).encode() + self._of.tobytes(), digest_size=12).hexdigest()
+        content = (self.settings, self.sizes, self._weights, self._rates)
+        return hashlib.blake2b(repr(content).encode() + self._of.tobytes(), digest_size=12).hexdigest()
 
     def _batch(self, number: int) -> tuple[int, int]:
         """The bucket of a batch, and which of the bucket's batches it is."""
         if not self.settings.repeat:
             return self._ended[number % len(self._ended)]
-        return self._batches(number, lambda: self._found(number))
+        return self._batches(number, lambda: self._locate(number))
 
-    def _found(self, number: int) -> tuple[int, int]:
+    def _locate(self, number: int) -> tuple[int, int]:
         # The first epoch at whose end there are more batches than `number`. Buckets keep less than a batch each back.
         step, images = self.settings.step, int(sum(self._rates))
         span = range(number * step // images, (number + len(self.sizes)) * step // images + 2)
@@ -181,31 +181,32 @@ class BucketPlan:
 
     def _index(self, bucket: int, place: int) -> int:
         """The source's example at a place of a bucket's stream."""
-        part, number = interleaved(place, self._weights[bucket])
-        epoch, inside = divmod(number, self._counts[part][bucket])
-        places = self._passes((part, epoch), lambda: self._order(part, epoch))
-        return int(self._parts[part][places[bucket][inside]])
+        source, number = interleaved(place, self._weights[bucket])
+        epoch, inside = divmod(number, self._counts[source][bucket])
+        places = self._passes((source, epoch), lambda: self._order(source, epoch))
+        return int(self._source_indices[source][places[bucket][inside]])
 
-    def _order(self, part: int, epoch: int) -> list[np.ndarray]:
-        """Of each bucket, its places in a part in the order of one of the part's epochs."""
-        order = self._orders[part].epoch(epoch)
-        return [order[chosen] for chosen in _by_bucket(self._of[self._parts[part]][order], len(self.sizes))]
+    def _order(self, source: int, epoch: int) -> list[np.ndarray]:
+        """Of each bucket, its places in a source in the order of one of the source's epochs."""
+        order = self._orders[source].epoch(epoch)
+        return [order[chosen] for chosen in _by_bucket(self._of[self._source_indices[source]][order], len(self.sizes))]
 
     def _in_bucket(self, bucket: int) -> np.ndarray:
         return self._all(bucket, lambda: np.flatnonzero(self._of == bucket))
 
 
 def _rates(source: Source, counts: list[list[int]]) -> tuple[list[tuple[int, ...]], list[Fraction]]:
-    """For each bucket the weights of the parts of a mixture in it, and how many of its images an epoch uses."""
+    """For each bucket the weights of the sources of a mixture in it, and how many of its images an epoch uses."""
     fractions = source.fractions if isinstance(source, MixtureSource) else (Fraction(1),)
-    readable = [sum(part) for part in counts]
-    # Of the images used, those of a part in a bucket: the part's fraction, times the fraction of it in the bucket.
-    shares = [
-        [f * Fraction(part[bucket], n) if n else Fraction(0) for f, n, part in zip(fractions, readable, counts)]
+    readable = [sum(row) for row in counts]
+    # The fraction of used images from a source and a bucket: the source's fraction times the bucket's fraction of it.
+    bucket_fractions = [
+        [f * Fraction(row[bucket], n) if n else Fraction(0) for f, n, row in zip(fractions, readable, counts)]
         for bucket in range(len(counts[0]))
     ]
-    total = sum((sum(each, Fraction(0)) for each in shares), Fraction(0))
-    return [whole_numbers(each) for each in shares], [sum(readable) * sum(each, Fraction(0)) / total for each in shares]
+    sums = [sum(each, Fraction(0)) for each in bucket_fractions]
+    total = sum(sums, Fraction(0))
+    return [integer_weights(each) for each in bucket_fractions], [sum(readable) * each / total for each in sums]
 
 
 def _arranged(epoch: int, ranges: list[tuple[int, int]], settings: PlanSettings) -> list[tuple[int, int]]:
@@ -218,11 +219,11 @@ def _arranged(epoch: int, ranges: list[tuple[int, int]], settings: PlanSettings)
     return [(bucket, next(following[bucket])) for bucket in buckets]
 
 
-def _parts(source: Source) -> list[np.ndarray]:
+def _source_indices(source: Source) -> list[np.ndarray]:
     """The indices of the examples of each source of a mixture, in its order."""
     if not isinstance(source, MixtureSource):
         return [np.arange(len(source))]
-    return [source.indices(part) for part in range(len(source.sources))]
+    return [source.indices(number) for number in range(len(source.sources))]
 
 
 def _by_bucket(of: np.ndarray, count: int) -> list[np.ndarray]:

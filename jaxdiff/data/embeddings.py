@@ -184,7 +184,7 @@ def store_rows(
         raise ValueError(f"{path}: no captions to encode")
     there = _stored(path)  # before the settings, which are written before any part
     settings = _begin(path, there, encoder.fingerprint, part, len(captions))
-    mine = range(shard.index, settings.parts, shard.count)
+    mine = range(shard.index, settings.part_count, shard.count)
     done = [number for number in mine if _name(number) in there]
     _check_stored(path, settings, done, captions, verify)
     path.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ class _Settings:
     part: int
 
     @property
-    def parts(self) -> int:
+    def part_count(self) -> int:
         return -(-self.count // self.part)
 
     def size(self, number: int) -> int:
@@ -349,7 +349,7 @@ def _settle(path: Path, settings: _Settings) -> None:
 
 
 def _finish(path: Path, settings: _Settings) -> Embeddings | None:
-    names = [_name(number) for number in range(settings.parts)]
+    names = [_name(number) for number in range(settings.part_count)]
     if not _stored(path).issuperset(names):
         return None
     sidecar = _read_sidecar(path)

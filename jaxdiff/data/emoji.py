@@ -107,10 +107,10 @@ def _pairs(artwork: dict, characters: dict, names: list) -> list[Emoji]:
 
 def draw(svg: str, resolution: int) -> bytes:
     """An SVG on white, `resolution` pixels a side, as the bytes of an RGB PNG."""
-    drawn = resvg_py.svg_to_bytes(
+    png = resvg_py.svg_to_bytes(
         svg_string=svg, width=resolution, height=resolution, background="white", skip_system_fonts=True
     )
-    return images.encode_png(images.decode(bytes(drawn)))
+    return images.encode_png(images.decode(bytes(png)))
 
 
 @dataclasses.dataclass(kw_only=True)

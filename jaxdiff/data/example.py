@@ -51,8 +51,8 @@ def blocks_of(source: Source) -> Blocks | None:
 
 def fingerprint_of(source: Source) -> str | None:
     """What changes with the files of a source, where it has something to go by."""
-    said = getattr(source, "fingerprint", None)
-    return None if said is None else said()
+    fingerprint = getattr(source, "fingerprint", None)
+    return None if fingerprint is None else fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,18 +132,20 @@ class Walk:
 
 
 def is_hidden(name: str, is_folder: bool = False) -> bool:
-    """Whether a path (parts separated by `/`) is left out in folders, zips and tar files alike: a part of it begins
-    with a dot, or is a folder that a program keeps for itself."""
-    parts = name.split("/")
-    folders = parts if is_folder else parts[:-1]
-    return any(part.startswith(".") and part not in (".", "..") for part in parts) or not PROGRAMS.isdisjoint(folders)
+    """Whether a path (with `/`) is left out of a folder, a zip or a tar file: a component begins with a dot, or is a
+    folder that a program keeps for itself."""
+    path_parts = name.split("/")
+    folders = path_parts if is_folder else path_parts[:-1]
+    return any(part.startswith(".") and part not in (".", "..") for part in path_parts) or not PROGRAMS.isdisjoint(
+        folders
+    )
 
 
 def walk(path: Path | str) -> Walk:
     """Everything below a folder. Links to folders are followed; a folder is visited once, by its own path rather than
     by a link, so that links in a circle end. A link to a folder around the set is not followed: it leads to the set's
     neighbours. A link to a file counts as the file."""
-    pictures, hidden, closed, outward, tables = [], [], [], [], []
+    images, hidden, closed, outward, tables = [], [], [], [], []
     root = os.path.realpath(path)
     unknown: collections.Counter[str] = collections.Counter()
     folders = collections.deque([("", root)])  # relative and real paths
@@ -173,14 +175,14 @@ def walk(path: Path | str) -> Walk:
             elif kind == stat.S_IFDIR:
                 folders.append((f"{name}/", entry.path))
             elif suffix in SUFFIXES and kind == stat.S_IFREG:
-                pictures.append(name)
+                images.append(name)
             elif suffix in TABLES and kind == stat.S_IFREG:
                 tables.append(name)
             elif suffix not in COMPANIONS:
                 unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
     kinds = tuple(unknown.most_common())
     return Walk(
-        tuple(sorted(pictures)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward), tuple(sorted(tables))
+        tuple(sorted(images)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward), tuple(sorted(tables))
     )
 
 

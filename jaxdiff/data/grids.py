@@ -61,12 +61,12 @@ def sheet(
     texts = [wrapped(caption, side, font_size) for caption in captions]
     height = side + text_height(texts, font_size)
     rows = -(-len(images) // columns)
-    whole = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    canvas = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
     for i, image in enumerate(images):
         x, y = GAP + (i % columns) * (side + GAP), GAP + (i // columns) * (height + GAP)
-        paste(whole, image, (x, y))
-        write_text(whole, texts[i], (x, y + side + 3), font_size)
-    return whole
+        paste(canvas, image, (x, y))
+        write_text(canvas, texts[i], (x, y + side + 3), font_size)
+    return canvas
 
 
 def paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int]) -> None:

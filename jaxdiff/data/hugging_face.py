@@ -121,17 +121,17 @@ def _of_split(
     else:
         by_split = _by_split(where, names, split_of)
     wanted = _SPLITS.get(split, split)
-    found = next((by_split[each] for each in (split, wanted) if each in by_split), None)
+    selected = next((by_split[each] for each in (split, wanted) if each in by_split), None)
     there = ", ".join(sorted(by_split))
-    if found is None:
+    if selected is None:
         raise ValueError(f"{where}: no split {split!r}, only {there}")
-    if not found:
+    if not selected:
         raise FileNotFoundError(f"{where}: no file is there of what README.md lists for the split {split!r}")
     if len(by_split) > 1:
         sizes = {each: f"{len(files)} file{'' if len(files) == 1 else 's'}" for each, files in by_split.items()}
         counts = ", ".join(f"{each} ({size})" for each, size in sorted(sizes.items()))
         warnings.warn(Note(f"{where}: read the split {wanted}; there are {counts}"), stacklevel=2)
-    return sorted(found)
+    return sorted(selected)
 
 
 def _by_split(where: str, names: list[str], split_of: Any) -> dict[str, list[str]]:
@@ -258,12 +258,12 @@ def _configs(root: Path, config: str | None) -> Configs:
     if not card.is_file():
         return {}
     try:
-        said = (huggingface_hub.metadata_load(card) or {}).get("configs")
+        entries = (huggingface_hub.metadata_load(card) or {}).get("configs")
     except Exception as error:  # of YAML: as many errors as there are parsers
         warnings.warn(f"{card}: its metadata cannot be read ({reason(error)}): names of files decide", stacklevel=2)
         return {}
     configs = {}
-    for each in said if isinstance(said, list) else []:
+    for each in entries if isinstance(entries, list) else []:
         if not isinstance(each, dict) or not isinstance(each.get("config_name"), str):
             raise ValueError(f"{card}: a config without a config_name: {quoted(each)}")
         patterns = _patterns(each.get("data_files"), str(each.get("data_dir") or ""), card)

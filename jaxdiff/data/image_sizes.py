@@ -75,10 +75,10 @@ def read_sizes(
 
 
 def _kept(source: Source, cache: Path | str | None) -> Path | None:
-    said = None if cache is None else fingerprint_of(source)
-    if cache is None or said is None:
+    fingerprint = None if cache is None else fingerprint_of(source)
+    if cache is None or fingerprint is None:
         return None
-    digest = hashlib.blake2b(said.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
+    digest = hashlib.blake2b(fingerprint.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
     return Path(cache) / f"image-sizes-{digest}.npy"
 
 

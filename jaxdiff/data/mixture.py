@@ -52,9 +52,9 @@ class MixtureSource:
 
     def fingerprint(self) -> str | None:
         """None where one of them has none."""
-        parts = [fingerprint_of(source) for source in self.sources]
-        known = [part for part in parts if part is not None]
-        return f"mixture of {known}" if len(known) == len(parts) else None
+        fingerprints = [fingerprint_of(source) for source in self.sources]
+        known = [each for each in fingerprints if each is not None]
+        return f"mixture of {known}" if len(known) == len(fingerprints) else None
 
     @functools.cached_property
     def counts(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class MixtureOrder:
 
     def __init__(self, source: MixtureSource, seed: int, shuffle: bool) -> None:
         self._source = source
-        self._weights = whole_numbers(source.fractions)
+        self._weights = integer_weights(source.fractions)
         self.orders = orders_of(source, seed, shuffle)
 
     def __len__(self) -> int:
@@ -112,12 +112,12 @@ def orders_of(source: Source, seed: int, shuffle: bool) -> tuple[Order, ...]:
     return tuple(Order(len(each), s, shuffle, blocks_of(each)) for each, s in zip(source.sources, seeds, strict=True))
 
 
-def whole_numbers(fractions: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest whole numbers in the same proportion."""
+def integer_weights(fractions: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest integers in the same proportion."""
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    whole = [int(fraction * scale) for fraction in fractions]
-    divisor = math.gcd(*whole)
-    return tuple(number // divisor for number in whole)
+    integers = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*integers)
+    return tuple(number // divisor for number in integers)
 
 
 def check_weights(weights: Sequence[float | int] | None, count: int) -> None:

@@ -133,9 +133,9 @@ def position_of(stream: int, number: Any, weights: tuple[int, ...]) -> Any:
     rest = sum(weights[stream:])
     position = -(-(number + 1) * rest // weights[stream]) - 1
     for weight in reversed(weights[:stream]):
-        whole = rest + weight
-        position = position * whole // rest  # of the elements that this stream leaves, the one of that number
-        rest = whole
+        total = rest + weight
+        position = position * total // rest  # of the elements that this stream leaves, the one of that number
+        rest = total
     return position
 
 

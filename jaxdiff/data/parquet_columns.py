@@ -107,8 +107,8 @@ def readable(file: Path | str, part: str = "", what: str = "damaged, or cannot b
 def features(schema: Any) -> dict[str, Any]:
     """What `datasets` says of each column, where it wrote the file."""
     try:
-        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = said["info"]["features"]
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
     return features if isinstance(features, dict) else {}

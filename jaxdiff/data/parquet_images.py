@@ -300,13 +300,13 @@ def _table(file: Path | str, open_file: Any, image: str, caption: str | None) ->
         raise ValueError(f"{file}: column {image!r} holds no images but {schema.field(image).type}")
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    whole = [i for i, path in enumerate(paths) if path.split(".")[0] in (image, caption)]
-    texts = [i for i in whole if paths[i].split(".")[0] == caption]
+    used_columns = [i for i, path in enumerate(paths) if path.split(".")[0] in (image, caption)]
+    caption_columns = [i for i in used_columns if paths[i].split(".")[0] == caption]
     plain = next((i for i, path in enumerate(paths) if path in (image, f"{image}.bytes")), None)
     if plain is not None and not all(parquet_pages.is_plain(group.column(plain)) for group in groups):
         plain = None
     rows = tuple(group.num_rows for group in groups)
-    own = texts if plain is not None else whole
+    own = caption_columns if plain is not None else used_columns
     kept = [sum(group.column(i).total_uncompressed_size for i in own) for group in groups]
     sizes = tuple(size + (16 * count if plain is not None else 0) for size, count in zip(kept, rows))
     classes = class_names(features(schema).get(caption or ""))

@@ -39,16 +39,16 @@ def places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray |
     `definition_levels`: the column's maximum; the column does not repeat.
     """
     try:
-        found = _places(descriptor, column, definition_levels)
+        offsets = _places(descriptor, column, definition_levels)
     except (struct.error, IndexError, KeyError, ValueError, OverflowError):
         return None
-    return found if len(found) == column.num_values else None  # fewer where values are missing
+    return offsets if len(offsets) == column.num_values else None  # fewer where values are missing
 
 
 def _places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray:
     position = column.data_page_offset
     end = position + column.total_compressed_size
-    found: list[tuple[int, int]] = []
+    offsets: list[tuple[int, int]] = []
     while position < end:
         header, length = _page_header(descriptor, position)
         first = position + length
@@ -65,13 +65,13 @@ def _places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray:
             raise ValueError("values that are encoded")
         while first < position:
             size = _length(descriptor, first)
-            found.append((first + 4, size))
+            offsets.append((first + 4, size))
             first += 4 + size
         if first != position:
             raise ValueError("values that do not fill their page")
     if position != end:
         raise ValueError("pages that do not fill their chunk")
-    return np.asarray(found, np.int64).reshape(-1, 2)
+    return np.asarray(offsets, np.int64).reshape(-1, 2)
 
 
 def _length(descriptor: int, position: int) -> int:

@@ -79,11 +79,11 @@ def draw(attributes: Attributes) -> RainbowImage:
     return np.where((inside & kept)[..., None], colour, np.uint8(255))
 
 
-def split(which: Split, share: float = TRAINED, seed: int = 0) -> tuple[int, ...]:
-    """The places of a split among all combinations: a random share to train on, without replacement, and of the others
-    those whose image is none of the trained ones (a rotation can leave a shape as it is)."""
+def split(which: Split, fraction: float = TRAINED, seed: int = 0) -> tuple[int, ...]:
+    """Indices into EVERY. train: a random fraction, without replacement. test: the others whose image is not among the
+    training images (a rotation can leave a shape as it is)."""
     order = np.random.default_rng(seed).permutation(len(EVERY))
-    trained = order[: round(share * len(EVERY))]
+    trained = order[: round(fraction * len(EVERY))]
     if which == "train":
         return tuple(int(i) for i in trained)
     seen = {draw(EVERY[i]).tobytes() for i in trained}
@@ -95,12 +95,12 @@ def prepare(data_dir: str | Path, seed: int = 0) -> "RainbowShapes":
     with quiet():
         config = RainbowConfig(seed=seed)
         listed = config.name in [other.name for other in RainbowShapes.BUILDER_CONFIGS]
-        drawn = RainbowShapes(
+        builder = RainbowShapes(
             config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record"
         )
         with full_disk_is_an_os_error(data_dir):
-            drawn.download_and_prepare()
-    return drawn
+            builder.download_and_prepare()
+    return builder
 
 
 @dataclasses.dataclass(kw_only=True)

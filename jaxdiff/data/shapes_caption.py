@@ -23,8 +23,8 @@ from jaxdiff.data.shapes_scene import (
     stream,
 )
 
-SAID = 0.6  # the chance that an optional attribute is said of a single object
-SAID_OF_TWO = 0.35  # and of each of two, to keep the sentence short
+STATED = 0.6  # the chance that an optional attribute is said of a single object
+STATED_OF_TWO = 0.35  # and of each of two, to keep the sentence short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Caption:
 def caption(scene: Scene, split: Split, index: int, wording: int = 0) -> Caption:
     """A caption of a scene; each `wording` (0, 1, …) draws anew what is said, and how."""
     rng = stream(split, index, 16 + wording)
-    background = scene.background if rng.random() < SAID else None
+    background = scene.background if rng.random() < STATED else None
     if len(scene.objects) == 1:
-        stated = Stated((_stated(rng, scene.objects[0], SAID, rng.random() < SAID),), background)
+        stated = Stated((_stated(rng, scene.objects[0], STATED, rng.random() < STATED),), background)
         return Caption(_tidy(pick(rng, (_sentence, _sentence, _list))(rng, stated)), stated)
-    objects = tuple(_stated(rng, o, SAID_OF_TWO, False) for o in scene.objects)
+    objects = tuple(_stated(rng, o, STATED_OF_TWO, False) for o in scene.objects)
     stated = Stated(objects, background, scene.relation)
     return Caption(_tidy(_sentence_of_two(rng, stated)), stated)
 
@@ -90,9 +90,9 @@ def describes(stated: Stated, scene: Scene) -> bool:
     if len(stated.objects) != len(scene.objects) or stated.background not in (None, scene.background):
         return False
 
-    def agree(said: StatedObject, there: Object) -> bool:
-        names = (field.name for field in dataclasses.fields(said))
-        return all(getattr(said, name) in (None, getattr(there, name)) for name in names)
+    def agree(description: StatedObject, actual: Object) -> bool:
+        names = (field.name for field in dataclasses.fields(description))
+        return all(getattr(description, name) in (None, getattr(actual, name)) for name in names)
 
     if len(scene.objects) == 1:
         return agree(stated.objects[0], scene.objects[0])
@@ -111,7 +111,7 @@ def distinct_examples(n: int, split: Split = "held_out", start: int = 0) -> list
     while len(chosen) < n:
         s = scene(split, index)
         c = caption(s, split, index)
-        if not any(describes(c.stated, other) or describes(said.stated, s) for other, said in chosen):
+        if not any(describes(c.stated, other) or describes(other_caption.stated, s) for other, other_caption in chosen):
             chosen.append((s, c))
         index += 1
     return chosen
@@ -162,10 +162,10 @@ def _list(rng: np.random.Generator, stated: Stated) -> str:
     (o,) = stated.objects
     size = o.size if o.size is not None and rng.random() < 0.5 else None  # said apart from the noun
     noun = _noun(rng, dataclasses.replace(o, size=None) if size else o, article=False)
-    parts = [noun, pick(rng, SIZE_WORDS[size]) if size else "", o.position or ""]
+    phrases = [noun, pick(rng, SIZE_WORDS[size]) if size else "", o.position or ""]
     ground = f"{stated.background} background" if stated.background else ""
-    parts = [ground, *parts] if rng.random() < 0.5 else [*parts, ground]
-    return ", ".join(p for p in parts if p)
+    phrases = [ground, *phrases] if rng.random() < 0.5 else [*phrases, ground]
+    return ", ".join(p for p in phrases if p)
 
 
 def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
@@ -173,8 +173,8 @@ def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
     assert stated.relation is not None
     first, second = (_noun(rng, o, article=True) for o in stated.objects)
     between, ground = pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
-    said = f"{first} {between} {second}"
-    return pick(rng, (f"{said} {ground}", f"there is {said} {ground}", f"a picture of {said} {ground}"))
+    phrase = f"{first} {between} {second}"
+    return pick(rng, (f"{phrase} {ground}", f"there is {phrase} {ground}", f"a picture of {phrase} {ground}"))
 
 
 def _noun(rng: np.random.Generator, o: StatedObject, article: bool) -> str:

@@ -94,7 +94,7 @@ def extract(
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-    for part in _parts(images, batch):
+    for part in _batches(images, batch):
         shrunk = np.stack([resized(image, extractor.side, extractor.resize) for image in part])
         filled = np.pad(shrunk, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
         seen = _see(extractor.see, params, place(filled))
@@ -105,10 +105,10 @@ def all_features(
     extractor: Extractor, images: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "n d"]:
     """The features alone, of all images."""
-    parts = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
-    if not parts:
+    batches = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
+    if not batches:
         raise ValueError("no images")
-    return np.concatenate(parts)
+    return np.concatenate(batches)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,7 +149,7 @@ class _SeeClassifier:
         return {"features": features, "logits": (first[:, :, None] + second[:, None]).reshape(len(features), -1)}
 
 
-def _parts(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
+def _batches(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
     part: list[np.ndarray] = []
     for image in images:
         part.append(image)

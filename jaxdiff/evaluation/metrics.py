@@ -1,4 +1,4 @@
-"""All numbers that can be had of drawn images and true ones, each with the line that says how it came about.
+"""All numbers that can be had of sampled images and true ones, each with the line that says how it came about.
 
 An `Observed` is what one network saw in a set of images; `metrics_of` compares two of them. A number that cannot be
 had (too few images, no logits) is there all the same, with the reason in place of its value.
@@ -139,52 +139,52 @@ ALIKE = ("extractor", "fit", "size", "resize")
 """What the origins of two sets that are compared must have in common."""
 
 
-def require_alike(drawn: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
+def require_alike(sampled: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
     """ValueError where the two sets were seen by different networks, or were brought to its size in different ways. Of
     what another program kept the way is unknown, and taken to be the same."""
     for name in names:
-        ours, theirs = getattr(drawn, name), getattr(true, name)
+        ours, theirs = getattr(sampled, name), getattr(true, name)
         if ours != theirs and not (true.protocol_unknown and name != "extractor"):
-            raise ValueError(f"{true.images}: {name} is {theirs}, and {ours} of {drawn.images}")
+            raise ValueError(f"{true.images}: {name} is {theirs}, and {ours} of {sampled.images}")
 
 
 def metrics_of(
-    drawn: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
+    sampled: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
 ) -> list[Score]:
     """Every number that this network gives; `seed` is that of KID's and the limit's subsets.
 
     ValueError where the two sets were seen by different networks, or came to their size in different ways.
     """
-    require_alike(drawn.origin, true.origin)
-    distance, limit, suffix = _names(drawn.origin.extractor)
-    write = _Writer(drawn, true, settings)
-    scores = [write(distance, lambda: _Value(_distance(drawn, true, settings)))]
-    if drawn.features is not None:
-        count, width = drawn.features.shape
+    require_alike(sampled.origin, true.origin)
+    distance, limit, suffix = _names(sampled.origin.extractor)
+    write = _Writer(sampled, true, settings)
+    scores = [write(distance, lambda: _Value(_distance(sampled, true, settings)))]
+    if sampled.features is not None:
+        count, width = sampled.features.shape
         sizes = f"{fid.SIZES} sizes from {fid.smallest(count, width, settings.force)}"
-        scores.append(write(limit, lambda: _Value(_limit(drawn, true, settings, seed)), sizes))
-    if drawn.logits is None:
-        return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(drawn, true))))]
-    subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
-    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
+        scores.append(write(limit, lambda: _Value(_limit(sampled, true, settings, seed)), sizes))
+    if sampled.logits is None:
+        return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(sampled, true))))]
+    subsets = f"{settings.kid_subsets} subsets of {_size(sampled, true, settings)}"
+    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(sampled, true, settings, seed), subsets))
     order = "not shuffled" if settings.split_seed is None else f"shuffled by {settings.split_seed}"
     splits = f"{settings.splits} splits, {order}"
     # The logits are those of the whole network, whichever layer the distance reads.
     score = "IS" if distance.startswith("FID") else f"IS{suffix}"
-    scores.append(write(score, lambda: _inception_score(drawn, settings), splits))
-    near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
+    scores.append(write(score, lambda: _inception_score(sampled, settings), splits))
+    near = functools.cache(lambda: precision_recall(*_both(true, sampled), settings.neighbours))
     scores.append(write(f"precision{suffix}", lambda: _Value(near().precision), f"k {settings.neighbours}"))
     return [*scores, write(f"recall{suffix}", lambda: _Value(near().recall), f"k {settings.neighbours}")]
 
 
-def caption_metrics(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
+def caption_metrics(captions: Sequence[str], text: np.ndarray, sampled: Observed, prefix: str = "") -> list[Score]:
     """CLIP score, of the captions' embeddings beside those of the images. prefix: what stood before each caption when
     it was embedded, for the line. ValueError where they are not as many."""
-    assert drawn.features is not None  # only a reference may keep sums alone
-    result = clip_score(text, drawn.features)
+    assert sampled.features is not None  # only a reference may keep sums alone
+    result = clip_score(text, sampled.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
     before = f"prefix {prefix!r}" if prefix else "no prefix"
-    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {drawn.origin}"
+    name, protocol = _name(sampled.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {sampled.origin}"
     return [Score(f"score-{name}, w 2.5", result.score, protocol), Score(f"cosine-{name}", result.cosine, protocol)]
 
 
@@ -198,15 +198,15 @@ class _Value(NamedTuple):
 class _Writer:
     """Makes a score of what a function returns, or of the reason why it cannot."""
 
-    drawn: Observed
+    sampled: Observed
     true: Observed
     settings: MetricSettings
 
     def __call__(self, name: str, value: Callable[[], _Value], how: str = "") -> Score:
-        drawn, true = self.drawn, self.true
-        least, width = fid.fewest(drawn.statistics, true.statistics), len(true.statistics.mean)
+        sampled, true = self.sampled, self.true
+        least, width = fid.fewest(sampled.statistics, true.statistics), len(true.statistics.mean)
         known = "an unknown number" if true.statistics.count is None else str(true.statistics.count)
-        details = [f"n {drawn.statistics.count} against {known}", how, str(drawn.origin)]
+        details = [f"n {sampled.statistics.count} against {known}", how, str(sampled.origin)]
         if name.startswith(("FID", "FD")) and least is not None and least <= width and self.settings.force:
             details.insert(1, f"FORCED: fewer than the {width} features")
         protocol = f"{', '.join(filter(None, details))}; reference {true.origin.shown}"
@@ -239,29 +239,29 @@ def _both(a: Observed, b: Observed) -> tuple[np.ndarray, np.ndarray]:
     return a.features, b.features
 
 
-def _distance(drawn: Observed, true: Observed, settings: MetricSettings) -> float:
-    return fid.distance(drawn.statistics, true.statistics, settings.force)
+def _distance(sampled: Observed, true: Observed, settings: MetricSettings) -> float:
+    return fid.distance(sampled.statistics, true.statistics, settings.force)
 
 
-def _limit(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> float:
-    assert drawn.features is not None  # see `metrics_of`
-    return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value
+def _limit(sampled: Observed, true: Observed, settings: MetricSettings, seed: int) -> float:
+    assert sampled.features is not None  # see `metrics_of`
+    return fid.limit(sampled.features, true.statistics, seed=seed, force=settings.force).value
 
 
-def _size(drawn: Observed, true: Observed, settings: MetricSettings) -> int:
-    least = fid.fewest(drawn.statistics, true.statistics)
+def _size(sampled: Observed, true: Observed, settings: MetricSettings) -> int:
+    least = fid.fewest(sampled.statistics, true.statistics)
     return settings.kid_size if least is None else min(settings.kid_size, least // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
-    result = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
+def _kid(sampled: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
+    result = kid(*_both(sampled, true), settings.kid_subsets, _size(sampled, true, settings), seed)
     error = None if result.error is None else 1000 * result.error
     return _Value(1000 * result.value, error, 1000 * result.deviation)
 
 
-def _inception_score(drawn: Observed, settings: MetricSettings) -> _Value:
-    assert drawn.logits is not None  # see `metrics_of`
-    result = inception_score(drawn.logits, settings.splits, settings.split_seed)
+def _inception_score(sampled: Observed, settings: MetricSettings) -> _Value:
+    assert sampled.logits is not None  # see `metrics_of`
+    result = inception_score(sampled.logits, settings.splits, settings.split_seed)
     return _Value(result.value, result.deviation)
 
 

@@ -34,7 +34,7 @@ def observe(
     where none is left, and for images of several sizes.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, sizes = hashlib.sha256(), set[str]()
+    total_digest, sizes = hashlib.sha256(), set[str]()
     seen: dict[str, list[dict[str, np.ndarray]]] = {str(extractor): [] for extractor in extractors}
     unreadable: list[str] = []
     with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="image") as bar:
@@ -46,7 +46,7 @@ def observe(
                 such = " and ".join(sorted(sizes)[:2])
                 raise ValueError(f"{shown.name}: images of several sizes, such as {such}; {CROP_THEM}")
             digest = _digest(part)
-            whole.update(digest.encode())
+            total_digest.update(digest.encode())
             for extractor in extractors if part else ():
                 seen[str(extractor)].append(_seen(extractor, part, digest, cache, batch, mesh))
             bar.update(len(places))
@@ -55,11 +55,11 @@ def observe(
     warn_of(shown.name, unreadable)
     results = {}
     for extractor in extractors:
-        parts = seen[str(extractor)]
-        joined = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+        chunks = seen[str(extractor)]
+        joined = {name: np.concatenate([each[name] for each in chunks]) for name in chunks[0]}
         resize = extractor.resize.value
         (size,) = sizes
-        digest, fit = whole.hexdigest()[:12], shown.fit.value
+        digest, fit = total_digest.hexdigest()[:12], shown.fit.value
         origin = Origin(shown.name, digest, str(extractor), resize, shown.format, seed=seed, fit=fit, size=size)
         results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
     return results
@@ -92,8 +92,8 @@ def _seen(
                 return dict(kept)
         except Exception:  # a damaged file, in zipfile's and numpy's many errors: look again
             file.unlink()
-    parts = list(extract(extractor, part, batch, mesh))
-    seen = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+    batches = list(extract(extractor, part, batch, mesh))
+    seen = {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
     with replacing(file) as temporary, temporary.open("wb") as opened:
         np.savez(opened, allow_pickle=False, **seen)
     return seen

@@ -19,14 +19,14 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m e"], k: int = 3, chunk: int = 1024
+    real: Float[np.ndarray, "n d"], sampled: Float[np.ndarray, "m e"], k: int = 3, chunk: int = 1024
 ) -> PrecisionRecall:
     """The paper's k is 3. ValueError where a set has no k neighbours, and for features of different width, or not
     finite."""
-    require_features("precision and recall", real, drawn)
-    if k < 1 or min(len(real), len(drawn)) <= k:
-        raise ValueError(f"precision and recall of {k} neighbours, but there are {len(real)} and {len(drawn)} images")
-    return PrecisionRecall(_within(drawn, real, k, chunk), _within(real, drawn, k, chunk))
+    require_features("precision and recall", real, sampled)
+    if k < 1 or min(len(real), len(sampled)) <= k:
+        raise ValueError(f"precision and recall of {k} neighbours, but there are {len(real)} and {len(sampled)} images")
+    return PrecisionRecall(_within(sampled, real, k, chunk), _within(real, sampled, k, chunk))
 
 
 def _within(points: np.ndarray, of: np.ndarray, k: int, chunk: int) -> float:

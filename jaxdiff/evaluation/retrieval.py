@@ -27,8 +27,8 @@ def retrieval(
         raise ValueError(f"retrieval of {len(text)} captions and {len(image)} images at {tuple(ks)}")
     require_features("retrieval", text, image)
     text, image = l2_normalize(text), l2_normalize(image)
-    share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
-    return Recall(share(_ranks(text, image, chunk)), share(_ranks(image, text, chunk)))
+    recall_at = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
+    return Recall(recall_at(_ranks(text, image, chunk)), recall_at(_ranks(image, text, chunk)))
 
 
 def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e"]) -> Int[np.ndarray, " n"]:

@@ -107,17 +107,17 @@ def add(statistics: Statistics, features: Num[np.ndarray, "n d"]) -> Statistics:
     return merge(statistics, Statistics(len(features), mean + mean_left, scatter))
 
 
-def merge(*parts: Statistics) -> Statistics:
-    """Of all images of the parts, in whatever order they come."""
-    full = [part for part in parts if part.count]
-    if len(full) < 2:
-        return full[0] if full else parts[0]
-    count = sum(part.count for part in full)
-    shift = full[0].mean  # means are averaged about one of them: they may be large
-    mean = shift + sum(part.count * (part.mean - shift) for part in full) / count
-    scatter = np.zeros_like(full[0].scatter)
-    for part in full:
-        scatter += part.scatter + part.count * np.outer(part.mean - mean, part.mean - mean)
+def merge(*statistics: Statistics) -> Statistics:
+    """The statistics of all images together, in any order."""
+    nonempty = [each for each in statistics if each.count]
+    if len(nonempty) < 2:
+        return nonempty[0] if nonempty else statistics[0]
+    count = sum(each.count for each in nonempty)
+    shift = nonempty[0].mean  # means are averaged about one of them: they may be large
+    mean = shift + sum(each.count * (each.mean - shift) for each in nonempty) / count
+    scatter = np.zeros_like(nonempty[0].scatter)
+    for each in nonempty:
+        scatter += each.scatter + each.count * np.outer(each.mean - mean, each.mean - mean)
     return Statistics(count, mean, scatter)
 
 

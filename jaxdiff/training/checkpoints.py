@@ -307,7 +307,7 @@ def _way_on(directory: Path, steps: list[int], damage: Callable[[Path], str | No
 
 def _shared_damage(folder: Path) -> str | None:
     """`manifest.damage`, the work shared by all processes, and the answer the same in all."""
-    problems = gather(manifest.damage(folder, part=jax.process_index(), parts=jax.process_count()))
+    problems = gather(manifest.damage(folder, process=jax.process_index(), processes=jax.process_count()))
     return next((problem for problem in problems if problem), None)
 
 

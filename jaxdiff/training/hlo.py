@@ -109,13 +109,13 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(line: str) -> Instruction | None:
-    parts = _LINE.match(line)
-    if parts is None:
+    match = _LINE.match(line)
+    if match is None:
         return None
-    text = parts[2]
+    text = match[2]
     end = _closing(text) + 1 if text.startswith("(") else text.find(" ")
     opcode = _OPCODE.match(text[end:])
-    return None if opcode is None else Instruction(parts[1], text[:end], opcode[1], opcode[2])
+    return None if opcode is None else Instruction(match[1], text[:end], opcode[1], opcode[2])
 
 
 def _closing(text: str) -> int:
@@ -217,8 +217,8 @@ def _group_size(text: str, devices: int) -> int:
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
-        return math.prod(int(part or sizes[name]) for name, part in parts) or 1
+        factors = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(factor or sizes[name]) for name, factor in factors) or 1
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
     if iota:
         return int(iota[2])
@@ -280,8 +280,8 @@ def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
 
 def _library_flops(rest: str, result: tuple[int, ...], operands: list[tuple[int, ...]]) -> float:
     """Of a call of cuDNN (convolutions and their gradients, attention) or cuBLAS."""
-    found = re.search(r'custom_call_target="__(cudnn|cublas)\$([\w$]+)"', rest)
-    target, (first, second) = found[2] if found else "", operands[:2]
+    match = re.search(r'custom_call_target="__(cudnn|cublas)\$([\w$]+)"', rest)
+    target, (first, second) = match[2] if match else "", operands[:2]
     if target.startswith("convBackwardInput"):
         return _window_flops(rest, first, second)
     if target.startswith("convBackwardFilter"):
@@ -290,7 +290,7 @@ def _library_flops(rest: str, result: tuple[int, ...], operands: list[tuple[int,
         return _window_flops(rest, result, second)
     if target.startswith("fmha"):  # batch, queries, heads, channels; the backward pass has five products, not two
         return (10.0 if target.endswith("Backward") else 4.0) * math.prod(first) * (second[1] if second else 0)
-    contracted = re.search(r'"rhs_contracting_dimensions":\[([\d",]*)\]', rest) if found else None
+    contracted = re.search(r'"rhs_contracting_dimensions":\[([\d",]*)\]', rest) if match else None
     return _product_flops(result, second, contracted[1].replace('"', "").split(",")) if contracted else 0.0
 
 

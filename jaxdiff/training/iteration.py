@@ -80,7 +80,7 @@ class Iteration:
             if stop and (evaluated or not last):
                 self.stop(stop)
             if self.sample is not None and (last or self.number % config.sample_every == 0):
-                self.draw(self.sample)
+                self.run_sampling(self.sample)
         return self.state
 
     def advance(self, batch: Any, rows: int) -> Any:
@@ -120,9 +120,9 @@ class Iteration:
             self.outside.checkpoints.save(self.number, self.state, self.place)
         self.saved = self.number
 
-    def draw(self, sample: Callable[[int, Params], None]) -> None:
+    def run_sampling(self, sample: Callable[[int, Params], None]) -> None:
         self.look()
-        self.outside.watchdog.doing(f"drawing samples after step {self.number}", compiles=True)
+        self.outside.watchdog.doing(f"sampling after step {self.number}", compiles=True)
         with self.outside.reporter.paused("sampling"):
             self.outside.reporter.flush()
             stop = self.broken_off(lambda: sample(self.number, self.state.ema))

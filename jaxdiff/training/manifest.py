@@ -28,10 +28,10 @@ def write(folder: str | Path) -> None:
         sync(place)
 
 
-def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, parts: int = 1) -> str | None:
+def damage(folder: Path, only: Collection[str] | None = None, process: int = 0, processes: int = 1) -> str | None:
     """What is wrong with the first file that is not as listed, None where all are.
 
-    only: of the folders in `folder`, look into these. With `parts`, the files are shared out, and this is one share.
+    only: check these subfolders alone. processes: the files are split over them; `process` checks its own.
     """
     if not folder.is_dir():
         return f"{folder} is {'not a folder' if folder.exists() else 'gone'}"
@@ -50,8 +50,8 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
     except (ValueError, KeyError, TypeError):
         return f"{folder / MANIFEST} is damaged"
     names = [name for name in listed if only is None or "/" not in name or name.split("/")[0] in only]
-    names.sort(key=lambda name: (-listed[name][0], name))  # the largest first, so that shares are alike
-    mine = names[part::parts]
+    names.sort(key=lambda name: (-listed[name][0], name))  # the largest first, to balance the processes
+    mine = names[process::processes]
     wrong = _each(lambda name: _wrong_size(folder / name, listed[name][0]), mine)
     if not any(wrong):
         wrong = _each(lambda name: _wrong_bytes(folder / name, listed[name][1]), mine)

@@ -87,7 +87,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if shape.fsdp % across:
         raise ValueError(f"mesh {shape} does not fit {slices} slices: data, or else fsdp, must be a multiple of them")
     inside = (shape.data // copies, shape.fsdp // across, shape.tensor)
-    grids = [_neighbours(inside, part) for part in _parts(devices, "slice_index")]
+    grids = [_neighbours(inside, part) for part in _groups_by(devices, "slice_index")]
     fitting = [grid for grid in grids if grid is not None]
     if len(fitting) < len(grids):
         raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes")
@@ -102,7 +102,7 @@ def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray |
     Physical axes of the network stay whole where they can, but rather than that, devices along `tensor` belong to one
     process: they compute on the same images, which that process alone has read.
     """
-    hosts = _parts(devices, "process_index")
+    hosts = _groups_by(devices, "process_index")
     fsdp = math.gcd(sizes[1], len(hosts[0]) // sizes[2])
     host = (len(hosts[0]) // sizes[2] // fsdp, fsdp, sizes[2])  # what of the grid is one process's
     result = None
@@ -121,7 +121,7 @@ def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray |
     return result
 
 
-def _parts(devices: Sequence[Any], attribute: str) -> list[list[Any]]:
+def _groups_by(devices: Sequence[Any], attribute: str) -> list[list[Any]]:
     """The devices by their slice or process, in its order."""
     number = lambda device: getattr(device, attribute, 0)  # noqa: E731
     return [[device for device in devices if number(device) == part] for part in sorted(set(map(number, devices)))]

@@ -193,14 +193,14 @@ class _Readable:
     cut: int | None  # the last, if it has no end
 
     def problem(self, cut: bool = True) -> str:
-        parts = []
+        problems = []
         if self.damaged:
-            parts.append(f"{_numbers(self.damaged)} cannot be read (damaged, or without a step)")
+            problems.append(f"{_numbers(self.damaged)} cannot be read (damaged, or without a step)")
         if self.repeated:
-            parts.append(f"{_numbers(self.repeated)} have a step that a later line has too")
+            problems.append(f"{_numbers(self.repeated)} have a step that a later line has too")
         if cut and self.cut is not None:
-            parts.append(f"line {self.cut}, the last, was cut short")
-        return f"{', '.join(parts)}: left out, {len(self.lines)} are kept" if parts else ""
+            problems.append(f"line {self.cut}, the last, was cut short")
+        return f"{', '.join(problems)}: left out, {len(self.lines)} are kept" if problems else ""
 
 
 def _readable(content: bytes) -> _Readable:

@@ -193,18 +193,18 @@ class OptimizerConfig:
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates made."""
     rate = config.learning_rate
-    parts, boundaries = [], []
+    schedules, boundaries = [], []
     if config.warmup:
-        parts, boundaries = [optax.linear_schedule(0.0, rate, config.warmup)], [config.warmup]
+        schedules, boundaries = [optax.linear_schedule(0.0, rate, config.warmup)], [config.warmup]
     if config.decay is Decay.COSINE:
-        parts.append(optax.cosine_decay_schedule(rate, config.total - config.warmup, alpha=0.0))
+        schedules.append(optax.cosine_decay_schedule(rate, config.total - config.warmup, alpha=0.0))
     else:
-        parts.append(optax.constant_schedule(rate))
+        schedules.append(optax.constant_schedule(rate))
     if isinstance(config.decay, StableDecay):
         start = int(config.stable_until)
-        parts.append(optax.linear_schedule(rate, 0.0, config.total - start))
+        schedules.append(optax.linear_schedule(rate, 0.0, config.total - start))
         boundaries.append(start)
-    return parts[0] if len(parts) == 1 else optax.join_schedules(parts, boundaries)
+    return schedules[0] if len(schedules) == 1 else optax.join_schedules(schedules, boundaries)
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -134,19 +134,19 @@ def _check_matched(rules: tuple[Rule, ...], names: list[str]) -> None:
             raise ValueError(f"placement rule {rule.pattern!r} matches no array: correct it, or leave it out")
 
 
-def _split_by_rule(spec: list[str | None], shape: tuple[int, ...], rule: Rule, name: str, parts: int) -> None:
-    if not -len(shape) <= rule.axis < len(shape) or shape[rule.axis] % parts:
+def _split_by_rule(spec: list[str | None], shape: tuple[int, ...], rule: Rule, name: str, count: int) -> None:
+    if not -len(shape) <= rule.axis < len(shape) or shape[rule.axis] % count:
         size = shape[rule.axis] if -len(shape) <= rule.axis < len(shape) else "none"
         raise ValueError(
-            f"tensor={parts} does not divide axis {rule.axis} ({size}) of {name}, which the placement rule "
+            f"tensor={count} does not divide axis {rule.axis} ({size}) of {name}, which the placement rule "
             f"{rule.pattern!r} splits: choose another number of devices along tensor"
         )
     spec[rule.axis] = "tensor"
 
 
-def _split_by_shape(spec: list[str | None], shape: tuple[int, ...], parts: int, minimum: int) -> None:
-    candidates = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0 and spec[axis] is None]
-    if parts > 1 and int(np.prod(shape)) >= minimum and candidates:
+def _split_by_shape(spec: list[str | None], shape: tuple[int, ...], count: int, minimum: int) -> None:
+    candidates = [(size, axis) for axis, size in enumerate(shape) if size % count == 0 and spec[axis] is None]
+    if count > 1 and int(np.prod(shape)) >= minimum and candidates:
         spec[max(candidates)[1]] = "fsdp"
 
 
