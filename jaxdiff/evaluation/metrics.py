@@ -1,7 +1,7 @@
-"""All numbers that can be had of sampled images and true ones, each with the line that says how it came about.
+"""All metrics of sampled and true images, each with a one-line protocol.
 
-An `Observed` is what one network saw in a set of images; `metrics_of` compares two of them. A number that cannot be
-had (too few images, no logits) is there all the same, with the reason in place of its value.
+An `Observed` holds one network's outputs for an image dataset; `metrics_of` compares two of them. A metric that cannot
+be computed (too few images, no logits) is included with the reason in place of its value.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ BLOCK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one network saw in a set. `features` is None where only the sums were kept, `logits` where the network only
-    embeds, as CLIP does. The number of images is None where another program kept a mean and a covariance alone."""
+    """One network's outputs for an image dataset. `features` is None if only statistics were stored, `logits` is None
+    for a network without classes, such as CLIP. The number of images is None for a mean and covariance of other
+    programs."""
 
     origin: Origin
     statistics: Gaussian
@@ -42,23 +43,23 @@ class Observed:
 
 @dataclass(frozen=True)
 class Score:
-    """A number, or the reason why there is none. `protocol`: one line without which it can be compared with nothing."""
+    """A value, or the reason why it is missing. protocol: one line with everything needed to compare it."""
 
     name: str
     value: float | None
     protocol: str
     error: float | None = None
-    """Its standard error, or as is customary the deviation over splits."""
+    """The standard error; for the Inception score, by convention, the deviation over splits."""
     deviation: float | None = None
-    """Of KID over subsets, which other programs publish in place of the standard error."""
+    """For KID: the deviation over subsets, which other programs publish instead of the standard error."""
     missing: str | None = None
 
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """force: Fréchet distances of fewer images than features, which then say so. kid_subsets, kid_size (at most; of
-    what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
-    split_seed: of its shuffle, by default torch-fidelity's; None: not shuffled.
+    """force: allow Fréchet distances of fewer images than features; the protocol records it. kid_subsets, kid_size: of
+    KID (the size is at most half of the images). neighbours: of precision and recall. splits: of the Inception score.
+    split_seed: seed of its shuffle, by default torch-fidelity's; None: not shuffled.
     """
 
     force: bool = False
@@ -75,7 +76,7 @@ class MetricSettings:
 
 
 def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = None) -> Observed:
-    """ValueError, with the set's name, for features that are not finite, or of no images."""
+    """An `Observed` with its statistics. ValueError, naming the dataset, for no images or non-finite features."""
     try:
         require_features("statistics", features)
     except ValueError as error:
@@ -87,12 +88,12 @@ def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = N
 
 
 def keep(path: Path, reference: Observed) -> None:
-    """As .npz, for later comparisons; the features beside it where they are known. ValueError for what another program
-    kept."""
+    """Store a reference as .npz, with its features, if any, in a second file. ValueError for a reference of another
+    program."""
     if not isinstance(reference.statistics, Statistics):
-        raise ValueError(f"{reference.origin.images}: of another program, and kept already")
+        raise ValueError(f"{reference.origin.images}: of another program, and already stored")
     beside = path.with_suffix(".features.npy")
-    beside.unlink(missing_ok=True)  # of older statistics
+    beside.unlink(missing_ok=True)  # from older statistics
     save(path, reference.statistics, reference.origin)
     if reference.features is not None:
         with replacing(beside) as temporary, temporary.open("wb") as file:
@@ -100,9 +101,9 @@ def keep(path: Path, reference: Observed) -> None:
 
 
 def kept(path: Path) -> Observed:
-    """The inverse of `keep`; without the second file, the sums alone. Files of other programs (`foreign`) are read too:
-    their network is unknown, and `seen_by` says which it is taken to be. FileNotFoundError, or ValueError for files
-    that are damaged, or of different images."""
+    """The inverse of `keep`; statistics only, if the second file is missing. Also reads files of other programs
+    (`foreign`), whose network is unknown; `seen_by` assigns one. FileNotFoundError, or ValueError for files that are
+    damaged or belong to different images."""
     if not is_ours(path):
         origin, content = foreign.read(path)
         return observed(origin, content) if isinstance(content, np.ndarray) else Observed(origin, content)
@@ -112,8 +113,10 @@ def kept(path: Path) -> Observed:
         return Observed(origin, statistics)
     try:
         features = np.load(beside, allow_pickle=False)
-    except Exception as error:  # of numpy, in several types
-        raise ValueError(f"{beside}: no features of ours; make them anew, or delete the file") from error
+    except Exception as error:  # numpy raises several types
+        raise ValueError(
+            f"{beside}: not features written by jaxdiff; compute them again, or delete the file"
+        ) from error
     shape = statistics.count, len(statistics.mean)
     if features.dtype.kind != "f" or features.shape != shape or not _has_mean(features, statistics.mean):
         raise ValueError(f"{beside}: features of other images than those of {path}")
@@ -121,8 +124,8 @@ def kept(path: Path) -> Observed:
 
 
 def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observed:
-    """What another program kept, taken to be of the one network (by its name and the width of its features) that has as
-    many features; of several, Inception. ValueError for none, or several others."""
+    """Assign a reference of another program to the network (name, width) with the same feature width; Inception is
+    preferred among several. ValueError if none or several others match."""
     width = len(reference.statistics.mean)
     fitting = [name for name, features in networks if features == width]
     if len(fitting) > 1:
@@ -136,12 +139,12 @@ def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observe
 
 
 ALIKE = ("extractor", "fit", "size", "resize")
-"""What the origins of two sets that are compared must have in common."""
+"""Fields of the origins that must be equal for a comparison."""
 
 
 def require_alike(sampled: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
-    """ValueError where the two sets were seen by different networks, or were brought to its size in different ways. Of
-    what another program kept the way is unknown, and taken to be the same."""
+    """ValueError if the networks differ, or the way images were resized for them. A reference of another program is
+    assumed to have been resized in the same way."""
     for name in names:
         ours, theirs = getattr(sampled, name), getattr(true, name)
         if ours != theirs and not (true.protocol_unknown and name != "extractor"):
@@ -151,9 +154,9 @@ def require_alike(sampled: Origin, true: Origin, names: Sequence[str] = ALIKE) -
 def metrics_of(
     sampled: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
 ) -> list[Score]:
-    """Every number that this network gives; `seed` is that of KID's and the limit's subsets.
+    """All metrics of this network; `seed` selects the subsets of KID and of the limit.
 
-    ValueError where the two sets were seen by different networks, or came to their size in different ways.
+    ValueError if the networks or the resizing differ.
     """
     require_alike(sampled.origin, true.origin)
     distance, limit, suffix = _names(sampled.origin.extractor)
@@ -169,7 +172,7 @@ def metrics_of(
     scores.append(write(f"KID{suffix} × 1000", lambda: _kid(sampled, true, settings, seed), subsets))
     order = "not shuffled" if settings.split_seed is None else f"shuffled by {settings.split_seed}"
     splits = f"{settings.splits} splits, {order}"
-    # The logits are those of the whole network, whichever layer the distance reads.
+    # The logits come from the last layer, whichever layer the distance uses.
     score = "IS" if distance.startswith("FID") else f"IS{suffix}"
     scores.append(write(score, lambda: _inception_score(sampled, settings), splits))
     near = functools.cache(lambda: precision_recall(*_both(true, sampled), settings.neighbours))
@@ -178,9 +181,9 @@ def metrics_of(
 
 
 def caption_metrics(captions: Sequence[str], text: np.ndarray, sampled: Observed, prefix: str = "") -> list[Score]:
-    """CLIP score, of the captions' embeddings beside those of the images. prefix: what stood before each caption when
-    it was embedded, for the line. ValueError where they are not as many."""
-    assert sampled.features is not None  # only a reference may keep sums alone
+    """CLIP score of caption embeddings and image embeddings. prefix: the prefix of the embedded captions, for the
+    protocol. ValueError if their numbers differ."""
+    assert sampled.features is not None  # only a reference may lack features
     result = clip_score(text, sampled.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
     before = f"prefix {prefix!r}" if prefix else "no prefix"
@@ -196,7 +199,7 @@ class _Value(NamedTuple):
 
 @dataclass(frozen=True)
 class _Writer:
-    """Makes a score of what a function returns, or of the reason why it cannot."""
+    """Makes a `Score` from a function's result or its ValueError."""
 
     sampled: Observed
     true: Observed
@@ -225,7 +228,7 @@ def _name(extractor: str) -> str:
 
 
 def _names(extractor: str) -> tuple[str, str, str]:
-    """Of the distance, of its limit, and what ends the other names: nothing for FID's own features alone."""
+    """Names of the distance and of its limit, and the suffix of the other names (empty for FID's features)."""
     name = _name(extractor)
     if name.startswith(INCEPTION):
         suffix = name.removeprefix(INCEPTION)
@@ -266,6 +269,6 @@ def _inception_score(sampled: Observed, settings: MetricSettings) -> _Value:
 
 
 def _has_mean(features: np.ndarray, mean: np.ndarray) -> bool:
-    """To rounding, which is small beside the largest feature; never of features that are not finite."""
+    """Whether the features have this mean up to rounding; False for non-finite features."""
     apart = np.abs(features.mean(0, dtype=np.float64) - mean).max(initial=0)
     return bool(apart <= 1e-9 * np.abs(features).max(initial=0))
