@@ -114,9 +114,7 @@ def kept(path: Path) -> Observed:
     try:
         features = np.load(beside, allow_pickle=False)
     except Exception as error:  # numpy raises several types
-        raise ValueError(
-            f"{beside}: not features written by jaxdiff; compute them again, or delete the file"
-        ) from error
+        raise ValueError(f"{beside}: not features of jaxdiff; compute them again, or delete the file") from error
     shape = statistics.count, len(statistics.mean)
     if features.dtype.kind != "f" or features.shape != shape or not _has_mean(features, statistics.mean):
         raise ValueError(f"{beside}: features of other images than those of {path}")

@@ -1,4 +1,4 @@
-"""A folder's manifest: the size and SHA-256 of every file in it, so that a folder that has changed is recognised."""
+"""Folder manifests: the size and SHA-256 of every file, to detect changes."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ MANIFEST = "manifest.json"
 
 
 def write(folder: str | Path) -> None:
-    """List all that is in `folder`, and have it on disk before the list is."""
+    """Write the manifest of `folder` after syncing its files to disk."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    # Training goes on meanwhile, so most of the host's cores are left alone.
+    # Training continues meanwhile, so use only a quarter of the host's cores.
     files = _each(lambda path: (path.stat().st_size, _digest(path, sync=True)), paths, (os.cpu_count() or 1) // 4)
     listed = {path.relative_to(folder).as_posix(): list(file) for path, file in zip(paths, files, strict=True)}
     with (folder / MANIFEST).open("w") as file:
@@ -29,7 +29,7 @@ def write(folder: str | Path) -> None:
 
 
 def damage(folder: Path, only: Collection[str] | None = None, process: int = 0, processes: int = 1) -> str | None:
-    """What is wrong with the first file that is not as listed, None where all are.
+    """A description of the first file that does not match the manifest, None if all match.
 
     only: check these subfolders alone. processes: the files are split over them; `process` checks its own.
     """
@@ -59,14 +59,14 @@ def damage(folder: Path, only: Collection[str] | None = None, process: int = 0, 
 
 
 def verify(folder: str | Path) -> None:
-    """Raises ValueError, naming the file, where one in `folder` is not as its manifest says."""
+    """Raises ValueError, naming the file, if one in `folder` does not match the manifest."""
     wrong = damage(Path(folder))
     if wrong:
         raise ValueError(wrong)
 
 
 def sync(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
+    """Sync the directory entries of `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,6 +103,6 @@ def _digest_of(listed: object) -> str:
 
 
 def _each(do: Callable[[Any], Any], items: list[Any], threads: int = 16) -> list[Any]:
-    """`do` of every item, in threads: reading and hashing hold no lock."""
+    """`do` of every item, in threads: reading and hashing release the GIL."""
     with ThreadPoolExecutor(max(1, min(threads, 16))) as pool:
         return list(pool.map(do, items))
