@@ -69,13 +69,13 @@ class Table:
         fields = {name: self.from_json(value, where) for name, value in data.items() if name not in passed_over}
         self._check_fields(cls, fields, where)
         try:
-            made = cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
+            value = cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
         except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{where}: settings of {tag} that this version does not know ({reason(error)})") from error
         except ValueError as error:  # of the class itself, which knows no file
             raise ValueError(f"{where}: {reason(error)}") from error
-        self.check_value(made, where)
-        return made
+        self.check_value(value, where)
+        return value
 
     def _tag(self, cls: type) -> str:
         if cls not in self._tags:

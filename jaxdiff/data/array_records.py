@@ -1,4 +1,4 @@
-"""ArrayRecord files that are there whole or not at all, and its errors as those of files."""
+"""Atomic writing of ArrayRecord files; its errors become OSError."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from jaxdiff.core.files import replacing
 
 @contextlib.contextmanager
 def new_records(file: Path, compression: str = "zstd:3") -> Iterator[Callable[[bytes], None]]:
-    """The function that adds a record to a new ArrayRecord file, which gets its name when the block ends well.
+    """Yields a function that appends a record to a new ArrayRecord file, which is renamed into place on success.
 
-    `compression`: ArrayRecord's option; "uncompressed" for what would not shrink. OSError when it cannot be written, a
-    full disk included.
+    compression: ArrayRecord's option; "uncompressed" for incompressible data. OSError if writing fails, a full disk
+    included.
     """
     with replacing(file) as temporary:
         with full_disk_is_an_os_error(file):
@@ -38,7 +38,7 @@ def new_records(file: Path, compression: str = "zstd:3") -> Iterator[Callable[[b
 
 @contextlib.contextmanager
 def full_disk_is_an_os_error(file: Path | str) -> Iterator[None]:
-    """ArrayRecord raises RuntimeError when it cannot write; to a user that is an OSError about `file`."""
+    """Turn ArrayRecord's RuntimeError on a failed write into an OSError that names `file`."""
     try:
         yield
     except RuntimeError as error:

@@ -1,14 +1,14 @@
-"""Aspect-ratio buckets: images of about one number of pixels in a few forms, and every batch of one form.
+"""Aspect-ratio buckets: batches of one size each, all sizes with about the same number of pixels.
 
-Each image goes to the bucket whose aspect ratio is nearest to its own (in its logarithm), is resized until one side
-fits and loses the ends of the other. A batch holds images of one bucket; which bucket comes when is a function of the
-settings, the sizes, the seed and the number of images a step, and the same however many processes share the step.
+Each image is assigned to the bucket with the nearest log aspect ratio, resized until one side fits, and centre-cropped
+along the other. A batch holds images of one bucket. The order of buckets is a function of the settings, the image
+sizes, the seed and the number of images per step; it does not depend on the number of processes.
 
-    stream   every bucket has an endless stream of its images, epoch after epoch, each once an epoch (of a mixture: as
-             its weights say), as `orders` has it
-    batch    the next images of a bucket's stream, so many as a step takes. What does not fill a batch at the end of an
-             epoch begins the bucket's next batch in the next one: nothing is left out
-    epoch    the batches that the streams' next len(source) images fill, in an order at random
+    stream   each bucket has an endless stream of its images, each once per epoch (in a mixture: by its weights), in
+             the order of `orders`
+    batch    the next images of a bucket's stream, one step's worth. Images that do not fill a batch at the end of an
+             epoch start the bucket's next batch, so no image is dropped
+    epoch    the batches filled by the streams' next len(source) images, in random order
 """
 
 import bisect
@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxdiff.data.example import Source
 from jaxdiff.data.image_sizes import ImageSizes
-from jaxdiff.data.mixture import MixtureSource, orders_of, whole_numbers
+from jaxdiff.data.mixture import MixtureSource, integer_weights, orders_of
 from jaxdiff.data.orders import Cache, interleaved
 
 Size = tuple[int, int]
@@ -32,12 +32,12 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Which buckets there may be.
+    """Constraints on the bucket sizes.
 
-    stride: heights and widths are multiples of it (those that the network takes; for super-resolution multiples of
-    the factor too).
-    max_aspect: of the long side to the short one, at most; images that are longer lose the more.
-    ValueError for what makes no sense.
+    stride: heights and widths are multiples of it (the network's stride; for super-resolution also a multiple of the
+    factor).
+    max_aspect: largest ratio of the long side to the short one; longer images are cropped more.
+    ValueError for values out of range.
     """
 
     stride: int = 64
@@ -50,8 +50,8 @@ class Buckets:
             raise ValueError(f"buckets: max_aspect {self.max_aspect:g} must be a number of at least 1")
 
     def sizes(self, resolution: int) -> tuple[Size, ...]:
-        """(height, width) of about resolution² pixels, from wide to high; the square is one of them. ValueError where
-        the resolution is no multiple of the stride."""
+        """(height, width) of about resolution² pixels, from wide to tall, the square included. ValueError if the
+        resolution is not a multiple of the stride."""
         if resolution % self.stride:
             raise ValueError(f"buckets: resolution {resolution} is not a multiple of the stride {self.stride}")
         sizes = {(resolution, resolution)}
@@ -64,7 +64,7 @@ class Buckets:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A place in a batch: an example, its bucket, and whether it only fills up the last batch of a single epoch."""
+    """One entry of a batch. spare: it only pads the last batch of a single epoch."""
 
     index: int
     bucket: int
@@ -73,7 +73,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class PlanSettings:
-    """In which order images are used: images a step over all processes, the seed, and as in `DataConfig`."""
+    """step: images per step over all processes. seed, shuffle, repeat: as in `DataConfig`."""
 
     step: int
     seed: int
@@ -82,11 +82,11 @@ class PlanSettings:
 
 
 class BucketPlan:
-    """Which image is at which place of the stream: a function of what it is made from. It pickles.
+    """Maps each position of the stream to an image, as a pure function of its arguments. Picklable.
 
-    sizes: (height, width) of the buckets that are used. Those with fewer images than a step takes would repeat them
-    within a batch: their images go to the nearest other bucket, the smallest bucket first.
-    counts: how many images each has. merged: images that went from a smaller bucket to the next.
+    sizes: (height, width) of the buckets in use. A bucket with fewer images than a step would repeat them within a
+    batch, so its images are moved to the nearest other bucket, the smallest bucket first.
+    counts: images per bucket. merged: images that were moved.
     """
 
     def __init__(
@@ -104,19 +104,19 @@ class BucketPlan:
         self.counts: tuple[int, ...] = tuple(np.bincount(of[of >= 0], minlength=len(used)).tolist())
         self._of = of
         self._orders = orders_of(source, settings.seed, settings.shuffle)
-        self._parts = _parts(source)
-        self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._parts]
-        """Images of each part of a mixture in each bucket."""
+        self._source_indices = _source_indices(source)
+        self._counts = [[len(each) for each in _by_bucket(of[indices], len(used))] for indices in self._source_indices]
+        """Images of each source of a mixture in each bucket."""
         self._weights, self._rates = _rates(source, self._counts)
         self._batches, self._epochs, self._all = Cache(64), Cache(4), Cache(4)
-        self._passes = Cache(3 * len(self._parts))
+        self._passes = Cache(3 * len(self._source_indices))
 
     def __len__(self) -> int:
-        """Batches of one epoch that ends there, the last of each bucket not full."""
+        """Batches of a single epoch; the last one of each bucket may be partial."""
         return sum(self._ended_counts())
 
     def slot(self, position: int) -> Slot:
-        """The place `position` of the stream: of batch position // step."""
+        """The entry at `position` of the stream, in batch position // step."""
         number, place = divmod(position, self.settings.step)
         bucket, batch = self._batch(number)
         place += batch * self.settings.step
@@ -125,7 +125,7 @@ class BucketPlan:
         return Slot(self._index(bucket, place % most if most and spare else place), bucket, spare)
 
     def others(self, slot: Slot, rng: np.random.Generator) -> Iterator[int]:
-        """All images of the slot's bucket, from one at random on: what can take the place of one that is damaged."""
+        """All images of the slot's bucket, from a random start: replacements for a damaged image."""
         members = self._in_bucket(slot.bucket)
         first = int(rng.integers(len(members)))
         return (int(members[(first + step) % len(members)]) for step in range(len(members)))
@@ -142,18 +142,18 @@ class BucketPlan:
         return f"{kinds} (height × width: images): {sizes}{moved}{over}"
 
     def fingerprint(self) -> str:
-        """Changes with anything that changes which form the batches have, and when."""
-        said = (self.settings, self.sizes, self._weights, self._rates)
-        return hashlib.blake2b(repr(said).encode() + self._of.tobytes(), digest_size=12).hexdigest()
+        """Changes with anything that changes the sizes of the batches or their order."""
+        content = (self.settings, self.sizes, self._weights, self._rates)
+        return hashlib.blake2b(repr(content).encode() + self._of.tobytes(), digest_size=12).hexdigest()
 
     def _batch(self, number: int) -> tuple[int, int]:
-        """The bucket of a batch, and which of the bucket's batches it is."""
+        """The bucket of a batch, and the batch's index within the bucket."""
         if not self.settings.repeat:
             return self._ended[number % len(self._ended)]
-        return self._batches(number, lambda: self._found(number))
+        return self._batches(number, lambda: self._locate(number))
 
-    def _found(self, number: int) -> tuple[int, int]:
-        # The first epoch at whose end there are more batches than `number`. Buckets keep less than a batch each back.
+    def _locate(self, number: int) -> tuple[int, int]:
+        # The first epoch that ends after batch `number`. Each bucket carries over less than one batch.
         step, images = self.settings.step, int(sum(self._rates))
         span = range(number * step // images, (number + len(self.sizes)) * step // images + 2)
         epoch = span[bisect.bisect_right(span, number, key=lambda epoch: self._before(epoch + 1))]
@@ -165,7 +165,7 @@ class BucketPlan:
         return sum(self._full(epoch, bucket) for bucket in range(len(self.sizes)))
 
     def _full(self, epochs: int, bucket: int) -> int:
-        """Batches that a bucket's images of so many epochs fill."""
+        """Batches filled by a bucket's images in this many epochs."""
         return int(epochs * self._rates[bucket] // self.settings.step)
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
@@ -181,35 +181,36 @@ class BucketPlan:
 
     def _index(self, bucket: int, place: int) -> int:
         """The source's example at a place of a bucket's stream."""
-        part, number = interleaved(place, self._weights[bucket])
-        epoch, inside = divmod(number, self._counts[part][bucket])
-        places = self._passes((part, epoch), lambda: self._order(part, epoch))
-        return int(self._parts[part][places[bucket][inside]])
+        source, number = interleaved(place, self._weights[bucket])
+        epoch, inside = divmod(number, self._counts[source][bucket])
+        places = self._passes((source, epoch), lambda: self._order(source, epoch))
+        return int(self._source_indices[source][places[bucket][inside]])
 
-    def _order(self, part: int, epoch: int) -> list[np.ndarray]:
-        """Of each bucket, its places in a part in the order of one of the part's epochs."""
-        order = self._orders[part].epoch(epoch)
-        return [order[chosen] for chosen in _by_bucket(self._of[self._parts[part]][order], len(self.sizes))]
+    def _order(self, source: int, epoch: int) -> list[np.ndarray]:
+        """For each bucket, its places in a source, in the order of one epoch of that source."""
+        order = self._orders[source].epoch(epoch)
+        return [order[chosen] for chosen in _by_bucket(self._of[self._source_indices[source]][order], len(self.sizes))]
 
     def _in_bucket(self, bucket: int) -> np.ndarray:
         return self._all(bucket, lambda: np.flatnonzero(self._of == bucket))
 
 
 def _rates(source: Source, counts: list[list[int]]) -> tuple[list[tuple[int, ...]], list[Fraction]]:
-    """For each bucket the weights of the parts of a mixture in it, and how many of its images an epoch uses."""
+    """For each bucket: the weights of the sources in it, and the number of its images that an epoch uses."""
     fractions = source.fractions if isinstance(source, MixtureSource) else (Fraction(1),)
-    readable = [sum(part) for part in counts]
-    # Of the images used, those of a part in a bucket: the part's fraction, times the fraction of it in the bucket.
-    shares = [
-        [f * Fraction(part[bucket], n) if n else Fraction(0) for f, n, part in zip(fractions, readable, counts)]
+    readable = [sum(row) for row in counts]
+    # The fraction of used images from a source and a bucket: the source's fraction times the bucket's fraction of it.
+    bucket_fractions = [
+        [f * Fraction(row[bucket], n) if n else Fraction(0) for f, n, row in zip(fractions, readable, counts)]
         for bucket in range(len(counts[0]))
     ]
-    total = sum((sum(each, Fraction(0)) for each in shares), Fraction(0))
-    return [whole_numbers(each) for each in shares], [sum(readable) * sum(each, Fraction(0)) / total for each in shares]
+    sums = [sum(each, Fraction(0)) for each in bucket_fractions]
+    total = sum(sums, Fraction(0))
+    return [integer_weights(each) for each in bucket_fractions], [sum(readable) * each / total for each in sums]
 
 
 def _arranged(epoch: int, ranges: list[tuple[int, int]], settings: PlanSettings) -> list[tuple[int, int]]:
-    """The batches of an epoch, in turn: of each bucket a range of its batches. Which bucket comes when is at random."""
+    """The batches of an epoch, given a range of batch numbers per bucket; the order of buckets is random."""
     weights = tuple(last - first for first, last in ranges)
     buckets = [interleaved(place, weights)[0] for place in range(sum(weights))]
     if settings.shuffle:
@@ -218,22 +219,22 @@ def _arranged(epoch: int, ranges: list[tuple[int, int]], settings: PlanSettings)
     return [(bucket, next(following[bucket])) for bucket in buckets]
 
 
-def _parts(source: Source) -> list[np.ndarray]:
-    """The indices of the examples of each source of a mixture, in its order."""
+def _source_indices(source: Source) -> list[np.ndarray]:
+    """The indices of the examples of each source of a mixture, in order."""
     if not isinstance(source, MixtureSource):
         return [np.arange(len(source))]
-    return [source.indices(part) for part in range(len(source.sources))]
+    return [source.indices(number) for number in range(len(source.sources))]
 
 
 def _by_bucket(of: np.ndarray, count: int) -> list[np.ndarray]:
-    """For each of `count` buckets the places where `of` has it, in order."""
+    """For each of `count` buckets, the places where `of` equals it, in order."""
     order = np.argsort(of, kind="stable")
     ends = np.searchsorted(of[order], np.arange(count + 1))
     return [order[first:last] for first, last in itertools.pairwise(ends)]
 
 
 def _nearest(sizes: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
-    """The bucket of each image, by the aspect ratio; -1 where there is no size."""
+    """The bucket of each image by aspect ratio; -1 if the size is unknown."""
     readable = sizes[:, 0] > 0
     aspects = np.log([height / width for height, width in buckets])
     middles = (aspects[1:] + aspects[:-1]) / 2
@@ -242,7 +243,7 @@ def _nearest(sizes: np.ndarray, buckets: tuple[Size, ...]) -> np.ndarray:
 
 
 def _merged(nearest: np.ndarray, buckets: tuple[Size, ...], least: int) -> tuple[list[int], np.ndarray, int]:
-    """The buckets that are used, the place among them of each image's, and how many images changed theirs."""
+    """The buckets in use, the index among them of each image's bucket, and the number of images moved."""
     counts = np.bincount(nearest[nearest >= 0], minlength=len(buckets))
     used = [number for number in range(len(buckets)) if counts[number]]
     aspects = np.log([height / width for height, width in buckets])

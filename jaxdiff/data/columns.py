@@ -1,7 +1,7 @@
-"""Which columns of a table hold images and captions: those that are named, or else what they are usually called.
+"""Select the image and caption columns of a table: the named ones, or those with usual names.
 
-A guess is a guess: callers say in a line what was chosen. Where several columns could be meant, or captions are there
-under no usual name, that is an error that names the columns and the setting that decides.
+Callers report the selection in a note. If several columns match, or captions have no usual name, an error names the
+columns and the setting to use.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _OTHER_WORDS = {"id", "ids", "url", "path", "file", "filename", "name", "source"
 
 @dataclasses.dataclass(frozen=True)
 class ColumnNames:
-    """Columns that were named; None: to be guessed. A caption of "" is none at all."""
+    """Column names from the settings; None: select by usual names. caption "": no captions."""
 
     image: str | None = None
     caption: str | None = None
@@ -31,8 +31,8 @@ GUESSED = ColumnNames()
 
 
 def image_column(where: str, images: Sequence[str], named: str | None, there: Sequence[str]) -> str:
-    """The column of images. `images`: those that can be one, by their types; `there`: all columns. ValueError, with
-    `where` in front, where none or several could be."""
+    """The image column. `images`: candidates by type; `there`: all columns. ValueError, prefixed by `where`, if none or
+    several match."""
     if named is not None:
         return _named(where, images, named, there, "images", "image_column")
     usual = [name for name in images if name.lower() in _IMAGES]
@@ -45,8 +45,8 @@ def image_column(where: str, images: Sequence[str], named: str | None, there: Se
 
 
 def caption_column(where: str, texts: Sequence[str], named: str | None, there: Sequence[str]) -> str | None:
-    """The column of captions, None where no column holds text or none is wanted. `texts`: those that hold text.
-    ValueError, with `where` in front, where several could be meant, or those there have no usual names."""
+    """The caption column; None if no column holds text or captions are disabled. `texts`: the text columns. ValueError,
+    prefixed by `where`, if several match, or if none has a usual name."""
     if named == "":
         return None
     if named is not None:

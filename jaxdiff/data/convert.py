@@ -1,19 +1,18 @@
-"""Large captioned sets, once, into the ArrayRecord files of records.py: tar shards, and lists of paths and captions.
+"""Convert large captioned datasets into the ArrayRecord files of records.py.
 
-    tar shards   the webdataset layout: KEY.jpg (png, webp, …) is the image, KEY.txt its caption, or KEY.json with a
-                 caption in it (tar_shards.py says what a key is)
-    lists        CSV or Parquet with a column of image paths (relative ones are beside the list) and one of captions
-                 (lists.py)
+    tar shards   the webdataset layout: KEY.jpg (png, webp, …) is the image; KEY.txt is its caption, or KEY.json
+                 contains it (tar_shards.py defines keys)
+    lists        CSV or Parquet with a column of image paths (relative to the list) and one of captions (lists.py)
     Parquet      with the images in a column, as on the Hugging Face hub (parquet_images.py)
-    folders      of images with captions beside them or in metadata.jsonl (folder.py), and as they come from the Hugging
+    folders      of images with captions in .txt files or in metadata.jsonl (folder.py), or in the layout of the Hugging
                  Face hub (hugging_face.py)
 
-The work is cut into pieces, a tar file or a run of rows or images each, and every piece becomes one ArrayRecord file
-and one small JSON report, both renamed into place when whole. A killed run therefore loses only the pieces in
-progress; the same command does those again and nothing twice. Whatever is left out is counted by its reason: a
-image that is missing or damaged, one without a caption, a member of a tar file that is of no use. A file or bucket
-out of reach stops the command, so that it costs no images. `dataset.json` appears at the end and lists the pieces
-that belong to the inputs given, so that leftovers of other inputs are never read. Paths with `://` go through fsspec.
+The work is split into pieces: a tar file, or a run of rows or images. Each piece becomes one ArrayRecord file and one
+small JSON report, both renamed into place when complete. A killed run loses only the pieces in progress; the same
+command redoes those and no others. Skipped examples are counted by reason: a missing or damaged image, a missing
+caption, an unused member of a tar file. An unreachable file or bucket stops the command, so that no images are lost.
+`dataset.json` is written last and lists the pieces of the given inputs, so leftovers of other inputs are never read.
+Paths with `://` use fsspec.
 """
 
 import collections
@@ -43,7 +42,7 @@ from jaxdiff.data.records import INDEX, is_count, pack
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of a piece: its file, the images in it, how many were left out by kind of fault, and the first."""
+    """Result of a piece: its file and image count, the number skipped by kind of fault, and the first of each kind."""
 
     file: str
     source: str
@@ -51,13 +50,13 @@ class Report:
     skipped: dict[str, int]
     first: dict[str, str]
     replaced: int = 0
-    """captions of those images in which characters were replaced; `first` has one under REPLACED"""
+    """captions in which characters were replaced; `first` has one under REPLACED"""
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
-    """members of tar files that a good set has too, by kind; `first` has one of each"""
+    """harmless unused members of tar files, by kind; `first` has one of each"""
 
     @property
     def fault(self) -> str | None:
-        """The first line of those that are errors under strict."""
+        """The first line that is an error under strict."""
         return next((line for kind, line in self.first.items() if kind not in self.unused), None)
 
 
@@ -72,11 +71,11 @@ def convert(
     processes: int = 1,
     progress: Callable[[Report], None] = lambda report: None,
 ) -> dict:
-    """Converts `inputs` (.tar, .csv, .parquet; local or `://` paths; local folders) into the folder `out`.
+    """Convert `inputs` (.tar, .csv, .parquet; local or `://` paths; local folders) into the folder `out`.
 
-    Returns what dataset.json says. `processes` pieces are done at a time (1: in this process). `progress` is told of
-    each piece as it is finished, or found finished by an earlier run. ValueError or OSError for an input that cannot
-    be read, ProcessLostError where a process was killed; what was done stays done, and an older dataset.json valid.
+    Returns the content of dataset.json. `processes` pieces run in parallel (1: in this process). `progress` is called
+    with each report, including those of an earlier run. ValueError or OSError for an unreadable input,
+    ProcessLostError if a process was killed; finished pieces are kept, and an older dataset.json stays valid.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +110,7 @@ def _index(reports: list[Report], settings: Settings) -> dict:
 
 
 def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
-    """One piece → one ArrayRecord file and its report, unless an earlier run left both."""
+    """Convert one piece into an ArrayRecord file and its report, unless both exist already."""
     file = out / f"{_name(piece, settings)}.array_record"
     done = file.with_suffix(".json")
     if done.is_file() and file.is_file():
@@ -136,7 +135,7 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
                 replaced += 1
                 first.setdefault(REPLACED, f"{name}: {invalid}")
             if fault is None:
-                assert not isinstance(image, Fault)  # it would be the fault
+                assert not isinstance(image, Fault)  # otherwise it is the fault
                 write(pack(image, caption, name))
                 images += 1
             elif settings.strict and not fault.harmless:
@@ -145,17 +144,17 @@ def convert_piece(piece: Piece, out: Path, settings: Settings) -> Report:
                 (unused if fault.harmless else skipped)[fault.kind] += 1
                 first.setdefault(fault.kind, f"{name}: {fault}")
     report = Report(file.name, piece.path, images, dict(skipped), first, replaced, dict(unused))
-    write_json(done, dataclasses.asdict(report))  # last: only a file with its report counts as done
+    write_json(done, dataclasses.asdict(report))  # last: a file without its report is incomplete
     return report
 
 
 def shown(text: str) -> str:
-    """A name in an input and what is wrong with it, for a message: inputs are not to decide what a terminal shows."""
+    """Text from an input, escaped for a message, so that inputs cannot control the terminal."""
     return plain(text, 400)
 
 
 def _report(values: Mapping[str, Any], file: str) -> Report:
-    """The report of the output `file`. ValueError for what no conversion wrote."""
+    """The report of the output `file`. ValueError if it was not written by a conversion."""
     expected = {field.name for field in dataclasses.fields(Report)}
     if set(values) - expected:
         raise ValueError("it has other entries than a report")
@@ -166,7 +165,7 @@ def _report(values: Mapping[str, Any], file: str) -> Report:
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(each, dict) for each in counts):
         raise ValueError("a text or a group of counts is missing, or something else")
     if not all(is_count(number) for number in (*numbers, *(number for each in counts for number in each.values()))):
-        raise ValueError("a count is missing, or no whole number of at least 0")
+        raise ValueError("a count is missing, or not an integer of at least 0")
     report = Report(**values)
     if report.file != file:
         raise ValueError("it is about another file")
@@ -176,7 +175,7 @@ def _report(values: Mapping[str, Any], file: str) -> Report:
 
 
 def _run(work: Iterator[Piece], out: Path, settings: Settings, processes: int) -> Iterator[Report]:
-    """The reports in the order of the pieces, whichever ends first: the set's order must not depend on timing."""
+    """The reports in the order of the pieces: the dataset's order must not depend on timing."""
     if processes <= 1:
         yield from (convert_piece(piece, out, settings) for piece in work)
         return
@@ -186,7 +185,7 @@ def _run(work: Iterator[Piece], out: Path, settings: Settings, processes: int) -
         try:
             for piece in work:
                 queue.append(pool.submit(convert_piece, piece, out, settings))
-                if len(queue) >= 4 * processes:  # bounded: the rows of the pieces ahead are held in memory
+                if len(queue) >= 4 * processes:  # bounded: queued pieces hold their rows in memory
                     wait(queue, return_when=FIRST_COMPLETED)
                 while queue and (queue[0].done() or len(queue) >= 8 * processes):
                     yield queue.popleft().result()
@@ -209,7 +208,7 @@ def _lost_processes() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """Workers of a killed command would wait for work for ever."""
+    """Exit with the parent: workers of a killed command would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
 
@@ -236,7 +235,7 @@ def _fault(image: bytes | Fault, caption: str | None, settings: Settings) -> Fau
 
 
 def _name(piece: Piece, settings: Settings) -> str:
-    """The output's name tells the content: the same piece has the same name in every run, any other has another."""
+    """The output's name, which contains a hash of the piece and of the settings that affect it."""
     what = (piece.identity(), settings.images_only, settings.verify, settings.caption_key)
     stem = PurePosixPath(piece.path).name.partition(".")[0]
     return f"{stem}-{hashlib.blake2b(canonical(what), digest_size=8).hexdigest()}"

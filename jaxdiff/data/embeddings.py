@@ -1,12 +1,12 @@
-"""Text embeddings computed once and kept beside the images: an ArrayRecord entry for each example, in its order.
+"""Stored text embeddings: one ArrayRecord entry per example, in the order of the dataset.
 
-A directory holds `part-00000.array_record`, … and `embeddings.json`, which says what made them. Entry i is the digest
-of caption i (16 bytes) and the embeddings of its tokens without padding: float16, (tokens, width), row by row. A
-missing or empty caption has no tokens. (What T5 gives has gone through a norm: float16 holds it well.)
+A directory holds `part-00000.array_record`, … and `embeddings.json`, which identifies the encoder. Entry i is the
+digest of caption i (16 bytes) and its token embeddings without padding: float16, (tokens, width), row by row. A missing
+or empty caption has no tokens. (T5's output is normalised, so float16 is precise enough.)
 
-Which parts are done is told by the files alone: each gets its name when it is whole. embeddings.json is written before
-the first and once more when all are there, so that any number of processes can fill a store, each its own parts, with
-no word between them, and any of them can be killed and run again.
+A part file that exists is complete, because it is renamed into place. embeddings.json is written before the first part
+and again after the last, so that any number of processes can fill a store without communicating, each with its own
+parts, and any of them can be killed and run again.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ SIDECAR = "embeddings.json"
 _DIGEST = 16
 _SETTINGS = {"encoder", "length", "width", "count", "part", "parts", "complete"}
 
-# Of a text encoder that masks padding: the mask is true for the first tokens of each row.
+# A text encoder that masks padding: the mask is True for the first tokens of each row.
 Encode = Callable[[list[str]], TextEmbedding]
-# Captions, prepared, in; for each its embeddings without padding, (tokens, width), and how many tokens it could have.
+# Prepared captions → the embeddings of each without padding, (tokens, width), and the maximum number of tokens.
 EncodeRows = Callable[[Any], tuple[list[np.ndarray], int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowEncoder:
-    """What turns captions into embeddings without padding.
+    """Turns captions into embeddings without padding.
 
-    rows: gets at most `window` captions, or what `prepare` makes of them.
-    fingerprint: changes with anything that changes the embeddings; a store holds those of one encoder alone.
-    prepare: what is done with a window of captions on the host first, while the window before it is encoded.
+    rows: encodes at most `window` captions, as returned by `prepare`.
+    fingerprint: changes with anything that changes the embeddings; a store belongs to one encoder.
+    prepare: host-side preprocessing of a window of captions, run while the previous window is encoded.
     """
 
     rows: EncodeRows
@@ -55,10 +55,10 @@ class RowEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class StoreProgress:
-    """Who is called while embeddings are stored.
+    """Callbacks while embeddings are stored.
 
-    begun: once, with how many captions of this shard are stored already and how many it has.
-    encoded: with how many more captions are, again and again.
+    begun: called once with the number of captions of this shard that are already stored, and their total.
+    encoded: called repeatedly with the number of captions stored since.
     """
 
     begun: Callable[[int, int], None] = lambda stored, total: None
@@ -67,7 +67,7 @@ class StoreProgress:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Of `count` processes that fill a store together, the one that makes the parts index, index + count, …"""
+    """One of `count` processes that fill a store: it writes the parts index, index + count, …"""
 
     index: int = 0
     count: int = 1
@@ -79,9 +79,9 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """A finished store, random access by the example's place: (text (n d) float16, mask (n,) bool, caption digest).
+    """A complete store with random access by example: (text (n d) float16, mask (n,) bool, caption digest).
 
-    Rows behind the mask are zero. Threads may share it, and it pickles. Opened by `open_embeddings`.
+    Masked rows are zero. Thread-safe and picklable. Opened by `open_embeddings`.
     """
 
     path: Path
@@ -98,7 +98,7 @@ class Embeddings:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, bytes]:
         try:
             entry = self._records[index]
-        except DamagedRecordError as error:  # it can be made again, so nothing is left out for it
+        except DamagedRecordError as error:  # it can be recomputed, so no example is skipped
             raise ValueError(str(error)) from error
         rows = np.frombuffer(entry, np.float16, offset=_DIGEST).reshape(-1, self.width)
         text = np.zeros((self.length, self.width), np.float16)
@@ -112,12 +112,12 @@ class Embeddings:
 
 
 def digest(caption: str | None) -> bytes:
-    """16 bytes that tell a caption from any other; a missing one counts as empty, outer blanks do not count."""
+    """A 16-byte hash of a caption without outer whitespace; a missing caption counts as empty."""
     return hashlib.blake2b((caption or "").strip().encode(), digest_size=_DIGEST).digest()
 
 
 def open_embeddings(path: Path | str, encoder: str | None = None) -> Embeddings:
-    """A finished store. `encoder`, when given, is the fingerprint that the model needs; another one is a ValueError."""
+    """Open a complete store. encoder: the fingerprint that the model needs; ValueError if it differs."""
     path = Path(path)
     settings = _read_sidecar(path)
     if settings is None:
@@ -147,14 +147,14 @@ def store_embeddings(
     part: int = 8192,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Embeddings:
-    """`store_rows` with an encoder that pads: `batch` captions at a time, in one process.
+    """`store_rows` for an encoder that pads: `batch` captions at a time, in one process.
 
-    `progress` is called with how many captions are stored already, then with how many more are.
+    progress: called with the number of captions that are already stored, then with the number stored since.
     """
     rows = RowEncoder(functools.partial(_without_padding, encode, batch), encoder, window=batch)
     reported = StoreProgress(lambda stored, total: progress(stored), progress)
     stored = store_rows(captions, rows, path, part=part, progress=reported)
-    assert stored is not None  # one process makes all parts
+    assert stored is not None  # one process writes all parts
     return stored
 
 
@@ -168,23 +168,22 @@ def store_rows(
     verify: bool = False,
     progress: StoreProgress = StoreProgress(),
 ) -> Embeddings | None:
-    """Encodes every caption and stores the result under `path`.
+    """Encode every caption and store the embeddings under `path`.
 
-    Parts of `part` captions are written whole (temporary name, then renamed), so a killed run loses at most one and
-    the same call continues. Of several processes each gives its `shard`; the one that finds all parts there finishes
-    the store, for the others None comes back. A store made by another encoder or from other captions is a ValueError:
-    nothing is overwritten. Of parts that are there already the size and the last caption are checked; with `verify` all
-    that they hold.
+    Parts of `part` captions are written atomically, so a killed run loses at most one part and the same call resumes.
+    Each process passes its `shard`; the process that completes the last part finishes the store, the others return
+    None. ValueError if the store belongs to another encoder or other captions; nothing is overwritten. Existing parts
+    are checked by size and last caption, or fully with `verify`.
 
-    Reading and `encoder.prepare`, `encoder.rows`, and writing go on at the same time, each a window ahead of the next;
-    the embeddings of two windows are in memory.
+    Reading with `encoder.prepare`, `encoder.rows`, and writing overlap, each one window ahead of the next; the
+    embeddings of two windows are held in memory.
     """
     path = Path(path)
     if not len(captions):
         raise ValueError(f"{path}: no captions to encode")
-    there = _stored(path)  # before the settings, which are written before any part
+    there = _stored(path)  # before the settings, which are written before any part is
     settings = _begin(path, there, encoder.fingerprint, part, len(captions))
-    mine = range(shard.index, settings.parts, shard.count)
+    mine = range(shard.index, settings.part_count, shard.count)
     done = [number for number in mine if _name(number) in there]
     _check_stored(path, settings, done, captions, verify)
     path.mkdir(parents=True, exist_ok=True)
@@ -198,7 +197,7 @@ def store_rows(
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What all parts of a store share; length and width are the encoder's, known when it has said something."""
+    """Settings common to all parts of a store; length and width are None until the encoder has run."""
 
     encoder: str
     length: int | None
@@ -207,7 +206,7 @@ class _Settings:
     part: int
 
     @property
-    def parts(self) -> int:
+    def part_count(self) -> int:
         return -(-self.count // self.part)
 
     def size(self, number: int) -> int:
@@ -215,7 +214,7 @@ class _Settings:
 
 
 def _begin(path: Path, there: set[str], encoder: str, part: int, count: int) -> _Settings:
-    """The settings of a new store, or of the one that is there: ValueError if it is another one."""
+    """The settings of a new or an existing store. ValueError if the existing one does not match."""
     sidecar = _read_sidecar(path)
     if sidecar is None:
         if there:
@@ -236,17 +235,17 @@ def _begin(path: Path, there: set[str], encoder: str, part: int, count: int) -> 
 
 
 def _half_done_before_shards(sidecar: dict) -> bool:
-    """embeddings.json used to list the parts as they were stored; the count is of those then, not of all captions."""
+    """An older format: embeddings.json listed the parts written so far, and `count` covered only those."""
     return bool(sidecar["parts"]) and not sidecar["complete"]
 
 
 def _check_stored(
     path: Path, settings: _Settings, numbers: list[int], captions: Sequence[str | None], verify: bool
 ) -> None:
-    """ValueError for a part that is damaged, or made from other captions."""
+    """ValueError for a part that is damaged or has other captions."""
 
     def check(number: int) -> None:
-        assert settings.width is not None  # known since the first part
+        assert settings.width is not None  # known after the first part
         file, size = path / _name(number), settings.size(number)
         reader = open_part(file, size)
         for place in range(size) if verify else (size - 1,):
@@ -285,7 +284,7 @@ def _store_parts(
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """From the places of a window of captions to their embeddings, in two steps that can go on at the same time."""
+    """Two pipelined steps from the indices of a window of captions to their embeddings."""
 
     captions: Sequence[str | None]
     encoder: RowEncoder
@@ -305,7 +304,7 @@ class _Steps:
 
 
 def _ahead(thread: ThreadPoolExecutor, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-    """`function` of each argument, in order; while one result is used the next is made."""
+    """`function` of each argument, in order; the next result is computed while one is used."""
     pending = None
     for argument in arguments:
         following = thread.submit(function, argument)
@@ -333,13 +332,13 @@ def _bytes_of(row: np.ndarray) -> bytes:
 
 
 def _settle(path: Path, settings: _Settings) -> None:
-    """Before a part gets its name: the settings are written, and are those that other processes go by."""
+    """Called before a part is renamed: write the settings, and check them against other processes'."""
     ours = dataclasses.asdict(settings)
     sidecar = _read_sidecar(path)
     if sidecar is None or _half_done_before_shards(sidecar):
         write_json(path / SIDECAR, {**ours, "parts": [], "complete": False})
         sidecar = _read_sidecar(path)
-    assert sidecar is not None  # written above, if not before
+    assert sidecar is not None  # written above or earlier
     other = [name for name in ours if sidecar[name] != ours[name]]
     if other:
         raise ValueError(
@@ -349,7 +348,7 @@ def _settle(path: Path, settings: _Settings) -> None:
 
 
 def _finish(path: Path, settings: _Settings) -> Embeddings | None:
-    names = [_name(number) for number in range(settings.parts)]
+    names = [_name(number) for number in range(settings.part_count)]
     if not _stored(path).issuperset(names):
         return None
     sidecar = _read_sidecar(path)
@@ -364,7 +363,7 @@ def _name(number: int) -> str:
 
 
 def _stored(path: Path) -> set[str]:
-    """The names of the parts that are there."""
+    """The names of the existing parts."""
     return {name for name in os.listdir(path) if _PART.fullmatch(name)} if path.is_dir() else set()
 
 
@@ -372,9 +371,9 @@ _PART = re.compile(r"part-\d{5,}\.array_record")
 
 
 def _without_padding(encode: Encode, batch: int, captions: list[str]) -> tuple[list[np.ndarray], int]:
-    """Padded to a full batch, so that a compiled encoder sees one shape."""
+    """Pad to a full batch, so that the compiled encoder sees one shape."""
     encoded = encode(captions + [""] * (batch - len(captions)))
-    with np.errstate(over="ignore"):  # what is not finite is found later
+    with np.errstate(over="ignore"):  # non-finite values are detected later
         text = np.asarray(encoded.tokens, np.float16)[: len(captions)]
     mask = np.asarray(encoded.mask, bool)[: len(captions)]
     if (mask[:, 1:] & ~mask[:, :-1]).any():

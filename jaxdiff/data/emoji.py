@@ -1,8 +1,8 @@
-"""`emoji`: Noto's artwork with the names of emojibase, as a TFDS builder that draws the SVGs at any size.
+"""`emoji`: Noto's artwork with the names of emojibase, as a TFDS builder that rasterises the SVGs at any size.
 
 The artwork (`@iconify-json/noto`, Apache-2.0) and the names (`emojibase-data`, MIT) come from two npm packages that
-`experiments.recipes.emoji_data` fetches and unpacks; nothing of either is part of jaxdiff. Flags are left out (a flag's
-name says nothing of its image), and so are skin-tone variants (the same name five times) and bare components.
+`experiments.recipes.emoji_data` downloads and unpacks; jaxdiff contains neither. Flags are excluded (a flag's name does
+not describe its image), and so are skin-tone variants (the same name five times) and bare components.
 
     builder = prepare(64, "runs/data", packages="runs/data/npm")
     source = sources.open(sources.Emoji(), 64, "train", "runs/data")
@@ -34,7 +34,7 @@ _COMPONENT, _FLAGS = 2, 9
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One emoji: its name (the caption), the words that emojibase lists for it, its code points and its SVG."""
+    """One emoji: its name (the caption), its emojibase tags, its code points and its SVG."""
 
     name: str
     tags: tuple[str, ...]
@@ -45,21 +45,21 @@ class Emoji:
 def prepare(
     resolution: int, data_dir: str | Path, packages: str | Path, *, progress: bool = True
 ) -> tfds.core.DatasetBuilder:
-    """Draws every emoji at `resolution` into a TFDS set below `data_dir`, unless it is there already.
+    """Prepare the TFDS dataset at `resolution` below `data_dir`, unless it exists.
 
-    `packages` holds the unpacked packages, in folders `noto` and `emojibase`. FileNotFoundError when they are missing.
+    packages: the folder with the unpacked packages `noto` and `emojibase`. FileNotFoundError if they are missing.
     """
     with quiet():
         builder = _builder(resolution, data_dir, packages, progress)
         if not builder.is_prepared():
-            read(packages)  # whatever is wrong with the packages is said before TFDS makes a folder
+            read(packages)  # fails on bad packages before TFDS creates a folder
             with full_disk_is_an_os_error(data_dir):
                 builder.download_and_prepare()
     return builder
 
 
 def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
-    """The set that `prepare` drew; FileNotFoundError when it did not."""
+    """The dataset written by `prepare`; FileNotFoundError if it does not exist."""
     with quiet():
         builder = _builder(resolution, data_dir, "", False)
         ready = builder.is_prepared()
@@ -72,7 +72,7 @@ def prepared(resolution: int, data_dir: str | Path) -> tfds.core.DatasetBuilder:
 
 
 def read(packages: str | Path) -> list[Emoji]:
-    """The emoji that have both a name and a drawing, in the order of emojibase: flags and skin tones left out."""
+    """The emoji with both a name and artwork, in the order of emojibase, without flags and skin tones."""
     artwork, characters, names = (
         _json(Path(packages) / file, kind)
         for file, kind in (
@@ -86,12 +86,12 @@ def read(packages: str | Path) -> list[Emoji]:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{packages}: the packages are not of the form that is read here ({reason(error)})") from error
     if not pairs:
-        raise ValueError(f"{packages}: no emoji has both a name and a drawing; are these the two packages?")
+        raise ValueError(f"{packages}: no emoji has both a name and artwork; are these the two packages?")
     return pairs
 
 
 def _pairs(artwork: dict, characters: dict, names: list) -> list[Emoji]:
-    """Names with their drawings. AttributeError, KeyError or TypeError for values of other types."""
+    """Names with their artwork. AttributeError, KeyError or TypeError for values of other types."""
     drawings = {_plain(code): icon for code, icon in characters.items()}
     wanted = [entry for entry in names if entry.get("group") not in (None, _COMPONENT, _FLAGS)]
     pairs = []
@@ -106,16 +106,16 @@ def _pairs(artwork: dict, characters: dict, names: list) -> list[Emoji]:
 
 
 def draw(svg: str, resolution: int) -> bytes:
-    """An SVG on white, `resolution` pixels a side, as the bytes of an RGB PNG."""
-    drawn = resvg_py.svg_to_bytes(
+    """Rasterise an SVG on white, `resolution` pixels a side, to the bytes of an RGB PNG."""
+    png = resvg_py.svg_to_bytes(
         svg_string=svg, width=resolution, height=resolution, background="white", skip_system_fonts=True
     )
-    return images.encode_png(images.decode(bytes(drawn)))
+    return images.encode_png(images.decode(bytes(png)))
 
 
 @dataclasses.dataclass(kw_only=True)
 class NotoEmojiConfig(tfds.core.BuilderConfig):
-    """`resolution`: pixels a side; `packages`: where the npm packages lie, needed only to prepare the set."""
+    """`resolution`: pixels a side; `packages`: the folder of the npm packages, needed only for preparation."""
 
     name: str = ""  # from the resolution
     resolution: int = 64
@@ -129,7 +129,7 @@ class NotoEmojiConfig(tfds.core.BuilderConfig):
 
 
 class NotoEmoji(tfds.core.GeneratorBasedBuilder):
-    """Noto's emoji on white with their names; `tags` are further words for them, separated by commas."""
+    """Noto's emoji on white with their names; `tags` are further words, separated by commas."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -168,7 +168,7 @@ def _builder(resolution: int, data_dir: str | Path, packages: str | Path, progre
 
 
 def _icon(artwork: dict, name: str | None) -> dict | None:
-    """A drawing by its name, or by an alias of it."""
+    """Artwork by its name or an alias."""
     alias = artwork.get("aliases", {}).get(name)
     return artwork["icons"].get(alias["parent"] if alias else name)
 
@@ -185,7 +185,7 @@ _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
 
 
 def _plain(hexcode: str) -> str:
-    """Code points without the variation selector, which the two packages write in different places."""
+    """Code points without the variation selector, which the two packages place differently."""
     return "-".join(point for point in hexcode.lower().split("-") if point != "fe0f")
 
 

@@ -1,4 +1,4 @@
-"""What every source of captioned images holds, and what a source is."""
+"""The example format and the interface of a source of captioned images."""
 
 import dataclasses
 import warnings
@@ -13,9 +13,9 @@ from jaxdiff.data.orders import Blocks
 
 
 class Example(TypedDict):
-    """What a source holds: an encoded image (or uint8 array), its caption (None: missing) and a name for messages.
+    """An encoded image (or uint8 array), its caption (None: missing) and a name for messages.
 
-    caption_fault: what was replaced in the caption, because no text can hold it; missing or None: nothing.
+    caption_fault: a description of characters replaced in the caption; missing or None: none.
     """
 
     image: bytes | np.ndarray
@@ -26,10 +26,10 @@ class Example(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """A random-access sequence of examples. It must pickle when worker processes are asked for.
+    """A random-access sequence of examples. It must be picklable for worker processes.
 
-    It may also have `open_image(index)` (see `open_image`), `blocks` (`orders.Blocks`), and `fingerprint()`: a text
-    that changes with its files, by which what was read from them is kept (None: nothing to go by).
+    Optional members: `open_image(index)` (see `open_image`), `blocks` (`orders.Blocks`), and `fingerprint()`, a text
+    that changes with its files and is the key of cached metadata (None: not cacheable).
     """
 
     def __len__(self) -> int: ...
@@ -38,27 +38,27 @@ class Source(Protocol):
 
 
 def open_image(source: Source, index: int) -> BufferedIOBase | bytes | np.ndarray:
-    """What an example's header is read from: where the source can, its open file, of which the caller reads as little
-    as it needs and closes it; otherwise the image. OSError where it cannot be opened."""
+    """The input for reading an image header: an open file if the source supports it, which the caller closes; otherwise
+    the image. OSError if it cannot be opened."""
     opened = getattr(source, "open_image", None)
     return source[index]["image"] if opened is None else opened(index)
 
 
 def blocks_of(source: Source) -> Blocks | None:
-    """How the examples of a source are read together, where they are."""
+    """The blocks in which a source reads its examples; None if it reads them one by one."""
     return getattr(source, "blocks", None)
 
 
 def fingerprint_of(source: Source) -> str | None:
-    """What changes with the files of a source, where it has something to go by."""
-    said = getattr(source, "fingerprint", None)
-    return None if said is None else said()
+    """A text that changes with the files of a source; None if it has none."""
+    fingerprint = getattr(source, "fingerprint", None)
+    return None if fingerprint is None else fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)
 class Captions(Sequence[str | None]):
-    """The captions of a source, in order; that of a file that cannot be read is missing, as it is in training. Warns of
-    those in which characters were replaced."""
+    """The captions of a source, in order. An unreadable file counts as a missing caption, as in training. Warns of
+    captions in which characters were replaced."""
 
     source: Source
 
@@ -83,7 +83,7 @@ class Captions(Sequence[str | None]):
 
 
 def caption_of(example: Example) -> str | None:
-    """The caption. Warns where characters were replaced in it, and names the example."""
+    """The caption. Warns, naming the example, if characters were replaced in it."""
     text, fault = cleaned(example["caption"], example.get("caption_fault"))
     if fault is not None:
         warnings.warn(f"{example['name']}: {fault}", stacklevel=2)
@@ -91,11 +91,11 @@ def caption_of(example: Example) -> str | None:
 
 
 def cleaned(caption: str | None, fault: str | None) -> Cleaned:
-    """An example's caption and what was replaced in it, whether or not its source has cleaned it."""
+    """An example's cleaned caption and its fault, whether or not the source has cleaned it."""
     text, replaced = clean(caption)
     return Cleaned(text, fault or replaced)
 
 
 def captions(source: Source) -> Captions:
-    """The captions of a source, read when they are asked for."""
+    """The captions of a source, read lazily."""
     return Captions(source)

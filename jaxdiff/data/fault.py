@@ -1,13 +1,13 @@
-"""An example on its way from an input to a record, and why one is left out."""
+"""Raw examples during conversion, and the reasons for skipping one."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Why something is left out: a kind to count by, and the detail.
+    """Why something is skipped: a kind to count by, and the detail.
 
-    harmless: a good input may hold it too (the class of an image beside its caption): counted, no error under strict.
+    harmless: valid inputs may contain it (such as a class file beside a caption): counted, but no error under strict.
     """
 
     kind: str
@@ -18,5 +18,5 @@ class Fault:
         return f"{self.kind} ({self.detail})" if self.detail else self.kind
 
 
-# Name, the image's bytes or what is wrong, caption.
+# Name, the image's bytes or a fault, caption.
 Raw = tuple[str, bytes | Fault, str | None]

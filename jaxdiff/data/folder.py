@@ -1,10 +1,10 @@
 """A folder of images with captions: `.txt` beside each image, or one metadata.jsonl for all.
 
-photos/cat.jpg  photos/cat.txt                          any depth; the whole text is the caption
+photos/cat.jpg  photos/cat.txt                          any depth; the file's text is the caption
 photos/metadata.jsonl                                   {"file_name": "a/cat.jpg", "text": "a cat"}, one a line;
-                                                        "caption" is read where "text" is missing or blank
+                                                        "caption" is used if "text" is missing or blank
 
-Training and evaluation find the same images: `walk` is the one way through a folder.
+`walk` lists the images of a folder for training and evaluation alike.
 """
 
 import collections
@@ -28,9 +28,9 @@ TABLES = frozenset({".csv", ".jsonl", ".parquet"})
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
-# Folders that programs and systems keep for themselves: thumbnails, resource forks, deleted files.
+# Folders of programs and systems: thumbnails, resource forks, deleted files.
 PROGRAMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
-# What lies beside images and is none. Everything else that is not read is counted: it may have been meant as one.
+# Suffixes of files that usually accompany images. Other files are counted: they may be unsupported images.
 COMPANIONS = frozenset(
     {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy", ".npz", ".safetensors", ".md", ".html", ".xml"}
     | {".yaml", ".yml", ".ini", ".log", ".db", ".py", ".sh"}
@@ -39,7 +39,7 @@ COMPANIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """The images in order of their paths (or of metadata.jsonl); a caption of None is looked for in a `.txt`."""
+    """The images in order of their paths (or of metadata.jsonl); a caption of None is read from a `.txt`."""
 
     path: Path
     entries: tuple[tuple[str, str | None], ...]
@@ -48,7 +48,7 @@ class FolderSource:
         return len(self.entries)
 
     def text(self, index: int) -> str | None:
-        """A caption as it is, still to be cleaned."""
+        """The caption, not yet cleaned."""
         name, text = self.entries[index]
         return _text_beside(self.path / name) if text is None else text
 
@@ -71,8 +71,8 @@ class FolderSource:
 
 
 def read(path: Path | str) -> FolderSource:
-    """The examples of a folder. Warns of what is left out, counted. FileNotFoundError when it is not there or holds no
-    image; ValueError for a metadata.jsonl that is damaged, naming the line."""
+    """The examples of a folder. Warns with the counts of skipped files. FileNotFoundError if the folder is missing or
+    has no image; ValueError, naming the line, for a damaged metadata.jsonl."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
@@ -99,13 +99,13 @@ def read(path: Path | str) -> FolderSource:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """What lies in a folder, as relative paths in order: the images, and what is left out.
+    """The sorted relative paths of a folder's images, and what is skipped.
 
-    hidden: folders, and images, whose names begin with a dot; folders that a program keeps for itself
-    unknown: files that are neither images nor what usually lies beside them, by suffix
-    closed: folders that cannot be read, with the reason
-    outward: links to folders around the folder itself, or around the one that the link lies in
-    tables: files that may say something of the images (.csv, .jsonl, .parquet)
+    hidden: folders and images whose names begin with a dot; folders of programs (`PROGRAMS`)
+    unknown: files that are neither images nor companions (`COMPANIONS`), counted by suffix
+    closed: unreadable folders, with the reason
+    outward: links to an ancestor of the root or of the folder that contains the link
+    tables: possible metadata files (.csv, .jsonl, .parquet)
     """
 
     images: tuple[str, ...]
@@ -116,7 +116,7 @@ class Walk:
     tables: tuple[str, ...] = ()
 
     def left_out(self) -> list[str]:
-        """Each kind with its count, in a line of its own."""
+        """One line per kind of skipped file, with its count."""
         lines = []
         if self.hidden:
             lines.append(counted(self.hidden, "hidden folder or image|hidden folders or images"))
@@ -132,18 +132,20 @@ class Walk:
 
 
 def is_hidden(name: str, is_folder: bool = False) -> bool:
-    """Whether a path (parts separated by `/`) is left out in folders, zips and tar files alike: a part of it begins
-    with a dot, or is a folder that a program keeps for itself."""
-    parts = name.split("/")
-    folders = parts if is_folder else parts[:-1]
-    return any(part.startswith(".") and part not in (".", "..") for part in parts) or not PROGRAMS.isdisjoint(folders)
+    """Whether a path (with `/`) is left out of a folder, a zip or a tar file: a component begins with a dot, or is a
+    folder that a program keeps for itself."""
+    path_parts = name.split("/")
+    folders = path_parts if is_folder else path_parts[:-1]
+    return any(part.startswith(".") and part not in (".", "..") for part in path_parts) or not PROGRAMS.isdisjoint(
+        folders
+    )
 
 
 def walk(path: Path | str) -> Walk:
-    """Everything below a folder. Links to folders are followed; a folder is visited once, by its own path rather than
-    by a link, so that links in a circle end. A link to a folder around the set is not followed: it leads to the set's
-    neighbours. A link to a file counts as the file."""
-    pictures, hidden, closed, outward, tables = [], [], [], [], []
+    """List everything below a folder. Links to folders are followed, but each folder is visited once, preferably by its
+    own path, so link cycles end. A link to an ancestor folder is not followed: it leads out of the dataset. A link to a
+    file counts as the file."""
+    images, hidden, closed, outward, tables = [], [], [], [], []
     root = os.path.realpath(path)
     unknown: collections.Counter[str] = collections.Counter()
     folders = collections.deque([("", root)])  # relative and real paths
@@ -173,24 +175,24 @@ def walk(path: Path | str) -> Walk:
             elif kind == stat.S_IFDIR:
                 folders.append((f"{name}/", entry.path))
             elif suffix in SUFFIXES and kind == stat.S_IFREG:
-                pictures.append(name)
+                images.append(name)
             elif suffix in TABLES and kind == stat.S_IFREG:
                 tables.append(name)
             elif suffix not in COMPANIONS:
                 unknown[(suffix or "without suffix") if kind == stat.S_IFREG else "neither file nor folder"] += 1
     kinds = tuple(unknown.most_common())
     return Walk(
-        tuple(sorted(pictures)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward), tuple(sorted(tables))
+        tuple(sorted(images)), tuple(sorted(hidden)), kinds, tuple(closed), tuple(outward), tuple(sorted(tables))
     )
 
 
 def _is_around(outer: str, inner: str) -> bool:
-    """Of two real paths."""
+    """Whether one real path contains the other."""
     return Path(inner).is_relative_to(outer)
 
 
 def _kind(entry: os.DirEntry) -> int:
-    """A folder, a file (one that a broken link stands for included, to be counted when it is read), or neither."""
+    """Folder, file or neither. A broken link counts as a file, which is counted when it is read."""
     if entry.is_symlink():
         try:
             return stat.S_IFMT(entry.stat().st_mode)
@@ -210,7 +212,7 @@ def counted(names: Any, what: str, count: int | None = None) -> str:
 
 
 def from_metadata(content: bytes, where: str) -> Iterator[tuple[str, str | None]]:
-    """Names of images and, where there are any, captions. ValueError with the line, after `where`, for a bad one."""
+    """Image names and captions (None: missing). ValueError for a bad line, with `where` and the line number."""
     for number, line in enumerate(captions.decode(content).split("\n"), 1):
         if line.strip():
             try:
@@ -220,13 +222,13 @@ def from_metadata(content: bytes, where: str) -> Iterator[tuple[str, str | None]
 
 
 def _entry(line: str) -> tuple[str, str | None]:
-    """The name of an image, and its caption where the line has one. ValueError for what is wrong with the line."""
+    """The image name and the caption of a line (None: missing). ValueError for a bad line."""
     row = json_row(line)
     return file_name(row), captions.chosen(row, ("text", "caption"))
 
 
 def json_row(line: str) -> dict[str, Any]:
-    """A line of a metadata.jsonl. ValueError for what is no JSON object."""
+    """Parse a line of a metadata.jsonl. ValueError if it is not a JSON object."""
     try:
         row = captions.from_json(line)
     except ValueError as error:
@@ -237,7 +239,7 @@ def json_row(line: str) -> dict[str, Any]:
 
 
 def file_name(row: Mapping[str, Any], column: str = "file_name") -> str:
-    """The name of an image's file in a row. ValueError for what no file can be named."""
+    """The image file name in a row. ValueError for an impossible file name."""
     if column not in row:
         raise ValueError(f"not a JSON object with a {column}")
     name = row[column]

@@ -1,4 +1,4 @@
-"""Images for people to look at: arrays to PNG files and captioned grids."""
+"""Arrays to PNG files and captioned grids."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from jaxdiff.data.images import to_uint8
 from jaxdiff.data.png_metadata import Metadata
 
 GAP = 8
-"""Pixels between the images of a sheet."""
+"""Pixels between the images of a grid."""
 LINES = 12
-"""Lines of a caption on a sheet, whatever its length."""
+"""Maximum lines of a caption in a grid."""
 
 
 def save_png(path: Path, image: np.ndarray, metadata: Metadata | None = None) -> None:
-    """One image (h w 3) in [-1, 1], complete or not at all; `metadata` as PNG text (`png_metadata`)."""
+    """Write one image (h w 3) in [-1, 1] atomically, with `metadata` as PNG text (`png_metadata`)."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt(png_metadata.KEY, png_metadata.to_text(metadata))
@@ -27,16 +27,16 @@ def save_png(path: Path, image: np.ndarray, metadata: Metadata | None = None) ->
 
 
 def write(path: Path, image: Image.Image, **options) -> None:
-    """An image as a PNG file, whole or not at all."""
+    """Write an image as a PNG file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="png", **options)
 
 
 def scaled(array: np.ndarray, side: int) -> Image.Image:
-    """An image (h w 3) in [-1, 1] as one of Pillow's whose longer side has `side` pixels.
+    """Convert an image (h w 3) in [-1, 1] to a Pillow image whose longer side has `side` pixels.
 
-    Small images are enlarged without smoothing where that goes evenly: what one sees are their own pixels.
+    Integer enlargements use nearest neighbour, so that individual pixels stay visible; other scales use Lanczos.
     """
     image = Image.fromarray(to_uint8(array))
     longer = max(image.size)
@@ -57,34 +57,34 @@ def grid(
 def sheet(
     images: Sequence[Image.Image], captions: Sequence[str], side: int, columns: int, font_size: int = 12
 ) -> Image.Image:
-    """The same for images that have their size already, `side` pixels at most."""
+    """`grid` for images already scaled to at most `side` pixels."""
     texts = [wrapped(caption, side, font_size) for caption in captions]
     height = side + text_height(texts, font_size)
     rows = -(-len(images) // columns)
-    whole = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    canvas = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (height + GAP) + GAP), "white")
     for i, image in enumerate(images):
         x, y = GAP + (i % columns) * (side + GAP), GAP + (i // columns) * (height + GAP)
-        paste(whole, image, (x, y))
-        write_text(whole, texts[i], (x, y + side + 3), font_size)
-    return whole
+        paste(canvas, image, (x, y))
+        write_text(canvas, texts[i], (x, y + side + 3), font_size)
+    return canvas
 
 
 def paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int]) -> None:
-    """`image` with a thin frame, its top left corner at `place`."""
+    """Paste `image` with a thin frame, its top left corner at `place`."""
     (x, y), (width, height) = place, image.size
     ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
     sheet.paste(image, place)
 
 
 def wrapped(text: str, width: int, font_size: int, lines: int = LINES) -> str:
-    """Broken into lines that fit into `width` pixels; what is beyond so many lines is left out ("…")."""
+    """Wrap text to `width` pixels; text beyond `lines` lines is cut ("…")."""
     characters = max(8, int(width / (0.52 * font_size)))
     printable = "".join(c if c.isprintable() else " " for c in text[: 2 * lines * characters])
     return "\n".join(textwrap.wrap(printable, characters, max_lines=lines, placeholder=" …"))
 
 
 def text_height(texts: Sequence[str], font_size: int) -> int:
-    """Pixels that the longest of these texts takes below an image."""
+    """Height in pixels of the longest of these texts."""
     return max((text.count("\n") + 1 for text in texts), default=0) * int(1.3 * font_size) + GAP
 
 

@@ -1,13 +1,13 @@
-"""Datasets as they lie on the Hugging Face hub, read where they were downloaded to: no `datasets` library, no network.
+"""Datasets in the layout of the Hugging Face hub, read from a local copy without `datasets` or network access.
 
 photos/metadata.csv  photos/cat.jpg                     an imagefolder: metadata.csv, .jsonl or .parquet, with a column
 photos/train/metadata.jsonl  photos/train/a/cat.jpg     file_name (or *_file_name) and one of captions; each lists the
-                                                        images of its own folder and of those in it
+                                                        images of its own folder and its subfolders
 mine/data/train-00000-of-00001.parquet                  Parquet files that hold the images (`parquet_images.py`), in
 mine/train/0000.parquet  mine/CONFIG/test-00000-…       the folder, in data/, or in folders of configurations
 
-The split of a file is in its name or in a folder's (train, validation, test and what else they are called); files
-without any are `train`. Where README.md has `configs` with `data_files`, those decide. `hf:PATH/CONFIG` names one of
+The split of a file is part of its name or of a folder's name (train, validation, test and their synonyms); files
+without one are `train`. `configs` with `data_files` in README.md take precedence. `hf:PATH/CONFIG` selects one of
 several configurations.
 """
 
@@ -43,21 +43,21 @@ _OTHER_FORMS = {
 }
 
 Configs = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""Of a README.md: for each configuration the patterns of the files of each split."""
+"""The configurations of a README.md: file patterns by configuration and split."""
 
 
 def read(path: Path | str, split: str = "train", named: ColumnNames = GUESSED) -> Source:
-    """The examples of a split. Notes say which columns hold images and captions, warnings what is left out, counted.
+    """The examples of a split. Notes list the selected columns; warnings count skipped files.
 
-    FileNotFoundError where there is nothing of the kind; ValueError for a split or a configuration that is not there or
-    is to be named, columns that are ambiguous (`columns.py`), and damaged files.
+    FileNotFoundError if there are no images; ValueError for a missing or ambiguous split or configuration, ambiguous
+    columns (`columns.py`), and damaged files.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"hf:{path}: neither a folder nor a .parquet file")
         own = _split_of_file(path.name) or "train"
-        if _SPLITS.get(split, split) not in (own, "train"):  # who names a file trains on it, whatever it is called
+        if _SPLITS.get(split, split) not in (own, "train"):  # a file given by name is used for training in any case
             raise ValueError(f"hf:{path}: a file of the split {own!r}, not of {split!r}")
         return parquet_images.read([path], named, f"hf:{path}")
     root, config = _located(path)
@@ -82,14 +82,14 @@ def read(path: Path | str, split: str = "train", named: ColumnNames = GUESSED) -
 
 
 def is_layout(path: Path) -> bool:
-    """Whether a folder is for `read`, rather than a plain one of images with `.txt` files or one metadata.jsonl."""
+    """Whether a folder needs `read`; otherwise it is a plain folder of images with `.txt` files or a metadata.jsonl."""
     tables = folder.walk(path).tables
     nested = any(metadata.is_metadata(name) and name != folder.METADATA for name in tables)
     return nested or any(name.endswith(".parquet") for name in tables)
 
 
 def _located(path: Path) -> tuple[Path, str | None]:
-    """The folder, and the configuration where the last part of a path that is not there names one."""
+    """The folder and the configuration, which may be the last component of the path."""
     if path.is_dir():
         return path, None
     if path.parent.is_dir() and path.name in _configs(path.parent, None):
@@ -110,7 +110,7 @@ def _has_images(file: Path) -> bool:
 def _of_split(
     where: str, names: Iterable[str], split: str, configs: Configs, config: str | None, split_of: Any
 ) -> list[str]:
-    """The files of a split, in order; those of the only configuration, or of the one that is named."""
+    """The sorted files of a split, in the only or the named configuration."""
     names = list(names)
     if configs:
         patterns = _chosen_config(where, configs, config)
@@ -121,17 +121,17 @@ def _of_split(
     else:
         by_split = _by_split(where, names, split_of)
     wanted = _SPLITS.get(split, split)
-    found = next((by_split[each] for each in (split, wanted) if each in by_split), None)
+    selected = next((by_split[each] for each in (split, wanted) if each in by_split), None)
     there = ", ".join(sorted(by_split))
-    if found is None:
+    if selected is None:
         raise ValueError(f"{where}: no split {split!r}, only {there}")
-    if not found:
+    if not selected:
         raise FileNotFoundError(f"{where}: no file is there of what README.md lists for the split {split!r}")
     if len(by_split) > 1:
         sizes = {each: f"{len(files)} file{'' if len(files) == 1 else 's'}" for each, files in by_split.items()}
         counts = ", ".join(f"{each} ({size})" for each, size in sorted(sizes.items()))
         warnings.warn(Note(f"{where}: read the split {wanted}; there are {counts}"), stacklevel=2)
-    return sorted(found)
+    return sorted(selected)
 
 
 def _by_split(where: str, names: list[str], split_of: Any) -> dict[str, list[str]]:
@@ -159,13 +159,13 @@ def _by_split(where: str, names: list[str], split_of: Any) -> dict[str, list[str
 
 
 def _config_of(name: str) -> str:
-    """The folder of a Parquet file, without what only says the split, and without data/."""
+    """The folder of a Parquet file, without components that name a split, and without data/."""
     kept = [part for part in PurePosixPath(name).parent.parts if part != "data" and part.lower() not in _SPLITS]
     return "/".join(kept)
 
 
 def _split_of_file(name: str) -> str | None:
-    """Of a Parquet file: by its own name, or else by its folders, the innermost first; in data/ any word is one."""
+    """The split of a Parquet file: by its name, else by its folders, innermost first; in data/ any word is a split."""
     path = PurePosixPath(name)
     shard = _SHARD.fullmatch(path.name)
     own = _split_in(path.stem if shard is None else shard["split"]) or _split_of_folders(path)
@@ -181,7 +181,8 @@ def _split_in(text: str) -> str | None:
 
 
 def _split_of_image(names: Iterable[str]) -> Any:
-    """Of images: by their folders. Where all names of files begin with a split (`train_7.jpg`), by those."""
+    """The split of an image: by its folders, or by its file name if all file names start with a split
+    (`train_7.jpg`)."""
     paths = list(map(PurePosixPath, names))
     if any(_split_of_folders(path) for path in paths):
         return lambda name: _split_of_folders(PurePosixPath(name))
@@ -194,7 +195,7 @@ def _split_of_image(names: Iterable[str]) -> Any:
 def _imagefolder(
     where: str, root: Path, walk: Walk, names: list[str], named: ColumnNames
 ) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """Names and captions of the images of a split, and what is left out."""
+    """Names and captions of the images of a split, and the lines about skipped files."""
     tables = metadata.by_folder(where, [name for name in walk.tables if metadata.is_metadata(name)])
     others = [name for name in walk.tables if not metadata.is_metadata(name)]
     left_out = []
@@ -218,7 +219,7 @@ def _imagefolder(
         for name, caption in listed.entries:
             place = os.path.normpath(os.path.join(inside, name))
             own = nearest[place] == inside if place in nearest else place not in present
-            # What is listed and not there is counted when it is asked for, with the split whose folder it should be in.
+            # A listed file that is missing is counted when it is read, in the split of its folder.
             if own and (place in nearest or _split_of_folders(PurePosixPath(place)) in splits):
                 entries.append((place, caption))
     if absent:
@@ -253,17 +254,17 @@ def _warn(where: str, lines: Iterable[str]) -> None:
 
 
 def _configs(root: Path, config: str | None) -> Configs:
-    """What README.md says of its files; nothing where it says nothing. ValueError where it cannot be understood."""
+    """The configurations in README.md; empty if it has none. ValueError if they are malformed."""
     card = root / "README.md"
     if not card.is_file():
         return {}
     try:
-        said = (huggingface_hub.metadata_load(card) or {}).get("configs")
-    except Exception as error:  # of YAML: as many errors as there are parsers
+        entries = (huggingface_hub.metadata_load(card) or {}).get("configs")
+    except Exception as error:  # YAML parsers raise many types
         warnings.warn(f"{card}: its metadata cannot be read ({reason(error)}): names of files decide", stacklevel=2)
         return {}
     configs = {}
-    for each in said if isinstance(said, list) else []:
+    for each in entries if isinstance(entries, list) else []:
         if not isinstance(each, dict) or not isinstance(each.get("config_name"), str):
             raise ValueError(f"{card}: a config without a config_name: {quoted(each)}")
         patterns = _patterns(each.get("data_files"), str(each.get("data_dir") or ""), card)
@@ -275,7 +276,7 @@ def _configs(root: Path, config: str | None) -> Configs:
 
 
 def _patterns(files: Any, inside: str, card: Path) -> dict[str, tuple[str, ...]]:
-    """`data_files` in any of the forms that it may have."""
+    """`data_files` in any of its forms, as patterns by split."""
     if files is None:
         return {"train": (os.path.join(inside, "**"),)} if inside else {}
     if isinstance(files, dict):
@@ -303,6 +304,6 @@ def _chosen_config(where: str, configs: Configs, config: str | None) -> Mapping[
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A glob pattern of the hub: `**` is any number of folders, none included."""
+    """Match a glob pattern of the hub: `**` is any number of folders, zero included."""
     pattern = pattern.removeprefix("./")
     return any(fnmatch.fnmatchcase(name, each) for each in (pattern, pattern.replace("**/", "")))

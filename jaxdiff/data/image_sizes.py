@@ -1,4 +1,4 @@
-"""Heights and widths of all images of a source, read once from their headers: what aspect-ratio buckets go by."""
+"""Heights and widths of all images of a source, read once from their headers, for aspect-ratio buckets."""
 
 import dataclasses
 import hashlib
@@ -16,13 +16,13 @@ from jaxdiff.data import images
 from jaxdiff.data.example import Source, fingerprint_of, open_image
 
 _RUN = 64
-"""Neighbours that one thread reads, so that what lies together is read together."""
+"""Neighbouring images read by one thread, for locality."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSizes:
-    """(height, width) of each image of a source, upright; (0, 0) where it cannot be read, for which `faults` has the
-    name and the reason, in order."""
+    """(height, width) of each image, after orientation; (0, 0) if unreadable, with its name and the reason in `faults`,
+    in order."""
 
     sizes: Int32[np.ndarray, "n 2"]
     faults: tuple[tuple[str, str], ...] = ()
@@ -38,17 +38,17 @@ def read_sizes(
     threads: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ImageSizes:
-    """The sizes of all images; nothing is decoded. An image of which not even the header can be read costs no others.
+    """The sizes of all images, from headers only. An unreadable header does not affect other images.
 
-    `cache`: a folder where they are kept, for sources that can say whether their files changed (folders, converted
-    datasets, Parquet files, and mixtures of those): read again where they did. `progress` is called with how many more
-    are read. OSError where the cache cannot be written, ValueError for an empty source.
+    cache: a folder for the result, used for sources with a fingerprint (folders, converted datasets, Parquet files, and
+    mixtures of those); sizes are read again when the files change. progress: called with the number read since. OSError
+    if the cache cannot be written, ValueError for an empty source.
     """
     if not len(source):
         raise ValueError(f"{source}: no examples")
     file = _kept(source, cache)
     if file is not None and file.is_file():
-        with suppress(ValueError, EOFError, OSError):  # not what this writes: read again
+        with suppress(ValueError, EOFError, OSError):  # not a valid cache file: read again
             sizes = np.load(file)
             if sizes.shape == (len(source), 2) and sizes.dtype == np.int32:
                 progress(len(source))
@@ -75,15 +75,15 @@ def read_sizes(
 
 
 def _kept(source: Source, cache: Path | str | None) -> Path | None:
-    said = None if cache is None else fingerprint_of(source)
-    if cache is None or said is None:
+    fingerprint = None if cache is None else fingerprint_of(source)
+    if cache is None or fingerprint is None:
         return None
-    digest = hashlib.blake2b(said.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
+    digest = hashlib.blake2b(fingerprint.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
     return Path(cache) / f"image-sizes-{digest}.npy"
 
 
 def _size(source: Source, index: int) -> tuple[int, int]:
-    """OSError or `Unreadable` for an image that has none."""
+    """(height, width). OSError or `Unreadable` if it cannot be determined."""
     image = open_image(source, index)
     with nullcontext() if isinstance(image, bytes | np.ndarray) else closing(image):
         height, width = images.upright_size(image)

@@ -1,19 +1,18 @@
-"""One encoded image in, one uint8 array of a given size out: decoding, resizing and aligned crops.
+"""Image decoding, resizing and aligned crops: an encoded image to a uint8 array of a given size.
 
-`decode` is the only way from a file to pixels: for training, evaluation, conversion and the images that a user gives.
-It turns every format upright as its EXIF or XMP orientation says, and brings every mode of Pillow to 8-bit RGB:
+All images are decoded by `decode`: for training, evaluation, conversion and user input. It applies the EXIF or XMP
+orientation and converts every Pillow mode to 8-bit RGB:
 
-    1, L, P, RGB, RGBX, CMYK, YCbCr, HSV   as Pillow converts them (CMYK without a colour profile)
-    RGBA, RGBa, LA, La, PA, and any mode   laid on white
+    1, L, P, RGB, RGBX, CMYK, YCbCr, HSV   Pillow's conversion (CMYK without a colour profile)
+    RGBA, RGBa, LA, La, PA, and any mode   composited on white
     with a transparent colour (tRNS)
     I;16 in any byte order, I of a PGM     16 bits, 0…65535 → 0…255, rounded
     LAB                                    to sRGB by LittleCMS (white point D50)
-    I of other files, F                    refused: the range of their values is not known
+    I of other files, F                    refused: the value range is unknown
 
-The filter is Pillow's BICUBIC (a = -0.5), which widens with the scale when it shrinks (antialiased), applied in
-one pass over the whole image (`reducing_gap=None`). Every image that is trained on, every low-resolution input
-made from a true image and every bicubic baseline goes through `resize`: one filter everywhere, because a model
-and its judges notice the difference between two of them.
+The filter is Pillow's BICUBIC (a = -0.5), antialiased when downsampling, applied in one pass over the whole image
+(`reducing_gap=None`). Training images, low-resolution inputs made from true images and bicubic baselines all use
+`resize`: models and metrics are sensitive to the choice of filter.
 """
 
 import io
@@ -26,7 +25,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 FILTER = Image.Resampling.BICUBIC
 
-# EXIF's orientation → what turns the stored pixels upright.
+# EXIF orientation → the transpose that makes the stored pixels upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,20 +39,19 @@ _SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 class Unreadable(Exception):
-    """An image that cannot be decoded; the message is the reason, in a few words."""
+    """An image that cannot be decoded; the message is the reason."""
 
 
 def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     """An encoded image (anything Pillow reads) or a uint8 array (h w), (h w 1|3|4) → uint8 RGB.
 
-    Transparent images are laid on white, and every format is turned upright as its EXIF or XMP orientation says. Of
-    several frames the first is taken. Raises `Unreadable`, whatever is wrong with the bytes; damaged EXIF counts as
-    none.
+    Transparent images are composited on white, and the EXIF or XMP orientation is applied. Only the first frame is
+    used. Raises `Unreadable` for any damage; damaged EXIF is ignored.
     """
     try:
         image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else _from_array(source)
         rgb = _rgb(image)
-        turn = _turn(image)  # after the pixels: PNG may hold it behind them, TIFF turns itself
+        turn = _turn(image)  # after the pixels: PNG may store it behind them, TIFF applies it itself
         return np.asarray(rgb if turn is None else rgb.transpose(turn))
     except Unreadable:
         raise
@@ -64,8 +62,8 @@ def decode(source: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, int]:
-    """(height, width) of what `decode` makes of an encoded image, of its file or of an array, read from the header
-    alone. Of a PNG whose EXIF lies behind its pixels, the size before it is turned. Raises `Unreadable`.
+    """(height, width) after `decode`, from the header alone. source: encoded bytes, an open file or an array. A PNG
+    with EXIF behind its pixels gives the size before orientation. Raises `Unreadable`.
     """
     if isinstance(source, np.ndarray):
         if source.ndim < 2:
@@ -74,7 +72,7 @@ def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, i
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else cast(IO[bytes], source)) as image:
             width, height = image.size
-            # Not PNG's own `getexif`, which decodes the pixels to look behind them. TIFF has its size upright already.
+            # PNG's own `getexif` would decode the pixels to read EXIF behind them. TIFF's size is already oriented.
             turn = None if image.format == "TIFF" else _turn_of(image, Image.Image.getexif)
     except UnidentifiedImageError as error:
         raise Unreadable("not an image in any known format") from error
@@ -84,20 +82,19 @@ def upright_size(source: bytes | np.ndarray | io.BufferedIOBase) -> tuple[int, i
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether any pixel is not opaque: an alpha channel that is 255 everywhere is no transparency.
+    """Whether any pixel is not opaque: an alpha channel that is 255 everywhere does not count.
 
-    Give it as `Image.open` returned it: the bit depth, by which a PNG's transparent colour is read, is known until the
-    pixels are loaded.
+    Pass the result of `Image.open` before its pixels are loaded: the bit depth needed for a PNG's transparent colour is
+    lost afterwards.
     """
     return image.has_transparency_data and bool((np.asarray(_rgba(image).getchannel("A")) < 255).any())
 
 
 def resize(image: UInt8[np.ndarray, "h w 3"], size: int | tuple[int, int]) -> UInt8[np.ndarray, "r q 3"]:
-    """The centred part of an image that has the form of `size` (height, width; one number: a square), resampled to it:
-    one side fits, the ends of the other are cut.
+    """Centre-crop an image to the aspect ratio of `size` (height, width; one number: a square) and resample it.
 
-    The part's edges may fall between pixels, and the filter sees what lies beyond them, as if the whole image had been
-    resized, then cut. One that already has the size comes back untouched.
+    The crop's edges may fall between pixels, and the filter reads pixels beyond them, as if the whole image were
+    resized and then cropped. An image of the right size is returned unchanged.
     """
     height, width = image.shape[:2]
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -116,9 +113,9 @@ def resize(image: UInt8[np.ndarray, "h w 3"], size: int | tuple[int, int]) -> UI
 def aligned_crops(
     high: UInt8[np.ndarray, "r r 3"], low: UInt8[np.ndarray, "q q 3"], crop: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "c c 3"], UInt8[np.ndarray, "d d 3"]]:
-    """The same random window of an image and of its small version: `crop` pixels of the high one on a side.
+    """The same random window of an image and of its downsampled version; `crop` is its side in the high image.
 
-    Windows start at whole pixels of the low image, so pixel (0, 0) of one is the top left of the other.
+    Windows start at integer pixels of the low image, so their top left corners coincide.
     """
     factor = len(high) // len(low)
     size = crop // factor
@@ -134,7 +131,7 @@ def to_float(images: UInt8[np.ndarray, "*b h w 3"]) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> UInt8[np.ndarray, "*b h w 3"]:
-    """float -1…1 → uint8 0…255, rounded; what lies outside the range is clipped. The inverse of `to_float`."""
+    """float -1…1 → uint8 0…255, rounded and clipped. The inverse of `to_float`."""
     return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -156,7 +153,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _turn_of(image: Image.Image, exif: Callable[[Image.Image], Image.Exif]) -> Image.Transpose | None:
     try:
         return _TURNS.get(exif(image).get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF, in as many errors as there are parsers; the pixels are sound
+    except Exception:  # damaged EXIF raises many types; the pixels are intact
         return None
 
 
@@ -183,7 +180,7 @@ def _rgba(image: Image.Image) -> Image.Image:
         rgba.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
         return rgba
     if image.mode in ("L", "RGB") and transparent is not None:
-        # Pillow brings the pixels to 8 bits, but leaves the transparent colour in those of the file.
+        # Pillow converts the pixels to 8 bits, but not the transparent colour.
         scale = _eight_bits_from(image)
         image = image.copy()
         image.info["transparency"] = scale(transparent) if image.mode == "L" else tuple(map(scale, transparent))
@@ -204,5 +201,5 @@ def _has_sixteen_bits(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pixels 0…65535, which Pillow would clip at 255."""
+    """Scale pixels 0…65535, which Pillow would clip at 255."""
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,7 +1,7 @@
 """CSV and Parquet lists of image paths and captions, read as a stream.
 
-A CSV is read as RFC 4180 has it, with commas, and nothing about its quotes is guessed: a quote that is not closed
-swallows the rows behind it, and a comma outside quotes cuts a caption, so both are errors that name the line.
+CSV follows RFC 4180 with commas, and quotes are never guessed: an unclosed quote swallows the following rows, and an
+unquoted comma splits a caption, so both are errors that name the line.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from jaxdiff.data import captions, remote
 from jaxdiff.data.folder import SUFFIXES
 
 _RULE = "a field with commas, quotes or line ends in it needs quotes around it, and the quotes in it doubled"
-# Each field is quoted as a whole, or does not begin with a quote.
+# A field is quoted entirely, or does not begin with a quote.
 _FIELD = r'(?:"[^"]*+(?:""[^"]*+)*+"|(?![ \t]*")[^,\r\n]*+)'
 _ROW = re.compile(rf"{_FIELD}(?:,{_FIELD})*+[\r\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read; a caption of None: there are none to be read."""
+    """The names of the columns that are read; caption None: no captions."""
 
     image: str
     caption: str | None
@@ -32,9 +32,9 @@ class Columns:
 
 
 def rows(path: str, columns: Columns) -> Iterator[tuple[str | None, str | None]]:
-    """Paths of images (relative ones are beside the list) and captions; None for what is not a string, or no path.
+    """Image paths (resolved relative to the list) and captions; None for a value that is not a string or not a path.
 
-    ValueError, with the line of a CSV, for what is no such list or is damaged.
+    ValueError, with the line of a CSV, for an invalid or damaged list.
     """
     read = _parquet_rows if path.endswith(".parquet") else csv_rows
     for image, caption in read(path, columns):
@@ -44,7 +44,7 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str | None, str | None]]
 
 @contextlib.contextmanager
 def open_csv(path: str) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
-    """The names of a CSV's columns, and its rows, each with the number of its first line and as many fields."""
+    """The column names of a CSV, and its rows, each with the number of its first line."""
     with remote.open_binary(path) as stream, captions.reader(stream) as text:
         table = _table(path, text)
         _, header = next(table, (1, []))
@@ -52,7 +52,7 @@ def open_csv(path: str) -> Iterator[tuple[list[str], Iterator[tuple[int, list[st
 
 
 def csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
-    """The columns of a CSV as they are. ValueError as for `rows`."""
+    """The image and caption columns of a CSV, unprocessed. ValueError as for `rows`."""
     with open_csv(path) as (header, table):
         _check_columns(path, header, columns)
         image = header.index(columns.image)
@@ -76,7 +76,7 @@ def csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, str | None]]:
 
 
 def _table(path: str, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the number of its first line."""
+    """The non-blank rows, each with the number of its first line."""
     lines: list[str] = []  # of the row in progress
     reader = csv.reader(_recorded(text, lines), strict=True)
     while True:
@@ -108,20 +108,20 @@ def _recorded(text: Iterable[str], lines: list[str]) -> Iterator[str]:
 
 
 def _rows_within(row: list[str], image: int) -> Iterator[str]:
-    """Lines of the fields of a row that are whole rows themselves: with as many cells, and an image in its column."""
+    """Lines within the fields of a row that are rows themselves: the same number of cells, an image in its column."""
     for column, value in enumerate(row):
         lines = re.split(r"[\r\n]+", value)
-        for line in lines[1:] if column else lines:  # the first goes on with a row
+        for line in lines[1:] if column else lines:  # the first line continues the row
             cells = line.split(",")
             if len(lines) == 1 or len(cells) != len(row) or not _alike(cells[image], row[image]):
                 continue
             blank = not any(cell.strip() for cell in cells[:image] + cells[image + 1 :])
-            if not blank or " " not in cells[image].strip() or " " in row[image]:  # `see b.png,` is no row
+            if not blank or " " not in cells[image].strip() or " " in row[image]:  # `see b.png,` is not a row
                 yield line
 
 
 def _alike(cell: str, image: str) -> bool:
-    """Whether a cell names an image, by its suffix, or by the suffix, the folder or the scheme of the row's own."""
+    """Whether a cell names an image: by its suffix, or by the suffix, folder or scheme of the row's image."""
     cell, image = cell.strip('" '), image.strip()
     suffix = PurePosixPath(cell).suffix.lower()
     if suffix in SUFFIXES or (suffix and suffix == PurePosixPath(image).suffix.lower()):
@@ -146,7 +146,7 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
         while True:
             try:
                 batch = next(batches, None)
-            except (pyarrow.ArrowException, OSError) as error:  # Arrow has OSError for damaged pages too
+            except (pyarrow.ArrowException, OSError) as error:  # Arrow raises OSError for damaged pages too
                 raise ValueError(f"{path}: damaged, or cannot be read ({reason(error)})") from error
             if batch is None:
                 return
@@ -156,7 +156,7 @@ def _parquet_rows(path: str, columns: Columns) -> Iterator[tuple[Any, Any]]:
 
 
 def _values(column: Any) -> list:
-    """An Arrow column; text by way of its bytes, as Arrow itself fails at those that are not UTF-8."""
+    """The values of an Arrow column; text is decoded here, because Arrow fails on invalid UTF-8."""
     import pyarrow
 
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
@@ -165,7 +165,7 @@ def _values(column: Any) -> list:
 
 
 def _check_columns(path: str, header: list[str], columns: Columns) -> None:
-    """Images alone may have captions or not."""
+    """ValueError for a missing or duplicate column."""
     required = (columns.image, *((columns.caption,) if columns.caption_required else ()))
     for name in filter(None, required):
         if name not in header:

@@ -1,4 +1,4 @@
-"""The metadata.csv, metadata.jsonl or metadata.parquet of an imagefolder: names of images, and captions."""
+"""The metadata.csv, metadata.jsonl or metadata.parquet of an imagefolder: image names and captions."""
 
 import dataclasses
 import itertools
@@ -14,12 +14,12 @@ from jaxdiff.data.columns import ColumnNames
 from jaxdiff.data.folder import TABLES, file_name, json_row
 
 _LOOKED_AT = 100
-"""Rows by which the types of columns are judged, where the file does not say them."""
+"""Rows used to infer column types in formats without types."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetadataRows:
-    """(file name, caption) of each row; how many rows had no file name."""
+    """(file name, caption) of each row; the number of rows without a file name."""
 
     entries: tuple[tuple[str, str | None], ...]
     without_name: int
@@ -31,7 +31,7 @@ def is_metadata(name: str) -> bool:
 
 
 def by_folder(where: str, names: Iterable[str]) -> dict[str, str]:
-    """The metadata of each folder that has some. ValueError for two of one folder."""
+    """The metadata file of each folder. ValueError for two in one folder."""
     tables: dict[str, str] = {}
     for name in names:
         inside = os.path.dirname(name)
@@ -42,14 +42,14 @@ def by_folder(where: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def nearest(name: str, tables: Mapping[str, str]) -> str | None:
-    """The folder whose metadata an image is listed in: its own, or the nearest around it."""
+    """The nearest folder with metadata, from the image's own folder upwards."""
     parents = ("" if str(parent) == "." else str(parent) for parent in PurePosixPath(name).parents)
     return next((parent for parent in parents if parent in tables), None)
 
 
 def read(file: Path, named: ColumnNames, where: str) -> MetadataRows:
-    """What a file lists. A note says which columns were chosen. ValueError, with `where` in front, for a damaged file,
-    or columns that are missing or ambiguous."""
+    """The rows of a metadata file. A note lists the selected columns. ValueError, prefixed by `where`, for a damaged
+    file, or missing or ambiguous columns."""
     open_rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix]
     there, texts, rows = open_rows(file, where)
     files = [name for name in there if name == "file_name" or name.endswith("_file_name")]
@@ -72,7 +72,7 @@ def read(file: Path, named: ColumnNames, where: str) -> MetadataRows:
 
 
 def _image_column(where: str, files: Sequence[str], named: str | None, there: Sequence[str]) -> str:
-    """`image_column` may be said with or without the `_file_name` at its end."""
+    """`image_column` may be given with or without the suffix `_file_name`."""
     if named is not None and f"{named}_file_name" in files:
         return f"{named}_file_name"
     if named is None and "file_name" in files:

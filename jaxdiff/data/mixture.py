@@ -1,12 +1,12 @@
-"""Several sources as one, each used as often as its weight says.
+"""A weighted mixture of sources.
 
 As a sequence, a mixture holds every example of its sources once, evenly interleaved: index ↔ (source, place). Stored
-embeddings and captions are those of this sequence; weights may change without storing them again.
+embeddings and captions follow this sequence, so they remain valid when the weights change.
 
-What weights decide is the order in which `pipeline.image_batches` uses the examples. An epoch of a mixture is as many
-examples as its sources have together, of each source the fraction that its weight is of all weights. A source that has
-fewer than its fraction is repeated within the epoch, one that has more is used in part: the next epoch goes on where
-this one stopped. So each source runs through its own examples, every one of them once before any comes again.
+The weights determine the order in which `pipeline.image_batches` uses the examples. An epoch of a mixture has as many
+examples as all sources together; each source contributes its weight divided by the sum of the weights. A source with
+fewer examples repeats within the epoch; a larger one is used in part and continues in the next epoch. No example of a
+source repeats before all of its examples are used.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from jaxdiff.data.orders import Order, interleaved, position_of
 
 @dataclasses.dataclass(frozen=True)
 class MixtureSource:
-    """The examples of `sources`, which may be of any kind but a mixture. It pickles where they do.
+    """The examples of `sources`, which may be of any kind but a mixture. Picklable if they are.
 
-    weights: how often each is used, positive; None: as often as it has examples. ValueError for bad ones.
+    weights: positive relative frequencies; None: the sizes of the sources. ValueError for invalid weights.
     """
 
     sources: tuple[Source, ...]
@@ -51,18 +51,18 @@ class MixtureSource:
         return open_image(self.sources[source], place)
 
     def fingerprint(self) -> str | None:
-        """None where one of them has none."""
-        parts = [fingerprint_of(source) for source in self.sources]
-        known = [part for part in parts if part is not None]
-        return f"mixture of {known}" if len(known) == len(parts) else None
+        """None if a source has none."""
+        fingerprints = [fingerprint_of(source) for source in self.sources]
+        known = [each for each in fingerprints if each is not None]
+        return f"mixture of {known}" if len(known) == len(fingerprints) else None
 
     @functools.cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many examples each source has."""
+        """Examples of each source."""
         return tuple(len(source) for source in self.sources)
 
     def where(self, index: int) -> tuple[int, int]:
-        """The source that holds an example, and its place there."""
+        """The source of an example, and its place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return interleaved(int(index), self.counts)
@@ -77,23 +77,23 @@ class MixtureSource:
 
     @functools.cached_property
     def within(self) -> int:
-        """Of so many places in order, each example has one."""
+        """A number of consecutive positions that contains every example."""
         longest = max(count / fraction for count, fraction in zip(self.counts, self.fractions))
         return math.ceil(longest) + len(self.counts)
 
     @functools.cached_property
     def fractions(self) -> tuple[Fraction, ...]:
-        """How much of an epoch each source gives; their sum is 1."""
+        """The fraction of an epoch from each source; their sum is 1."""
         weights = [Fraction(str(weight)) for weight in self.weights or self.counts]
         return tuple(weight / sum(weights) for weight in weights)
 
 
 class MixtureOrder:
-    """Position in the endless stream → index in the mixture: by the weights, each source in its own `Order`."""
+    """Position in the endless stream → index in the mixture, by the weights and each source's own `Order`."""
 
     def __init__(self, source: MixtureSource, seed: int, shuffle: bool) -> None:
         self._source = source
-        self._weights = whole_numbers(source.fractions)
+        self._weights = integer_weights(source.fractions)
         self.orders = orders_of(source, seed, shuffle)
 
     def __len__(self) -> int:
@@ -105,23 +105,23 @@ class MixtureOrder:
 
 
 def orders_of(source: Source, seed: int, shuffle: bool) -> tuple[Order, ...]:
-    """The order of each source of a mixture, no two alike, or that of a source alone."""
+    """The order of each source of a mixture, with different seeds; or the order of a single source."""
     if not isinstance(source, MixtureSource):
         return (Order(len(source), seed, shuffle, blocks_of(source)),)
     seeds = np.random.SeedSequence(seed).generate_state(len(source.sources)).tolist()
     return tuple(Order(len(each), s, shuffle, blocks_of(each)) for each, s in zip(source.sources, seeds, strict=True))
 
 
-def whole_numbers(fractions: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest whole numbers in the same proportion."""
+def integer_weights(fractions: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest integers in the same proportion."""
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    whole = [int(fraction * scale) for fraction in fractions]
-    divisor = math.gcd(*whole)
-    return tuple(number // divisor for number in whole)
+    integers = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*integers)
+    return tuple(number // divisor for number in integers)
 
 
 def check_weights(weights: Sequence[float | int] | None, count: int) -> None:
-    """ValueError for weights that are not one positive, finite number for each of `count` sources."""
+    """ValueError unless there is one positive, finite weight for each of `count` sources."""
     if weights is None:
         return
     shown = " ".join(f"{weight:g}" for weight in weights)
@@ -132,8 +132,8 @@ def check_weights(weights: Sequence[float | int] | None, count: int) -> None:
 
 
 def spread(source: Source, count: int) -> Source:
-    """At most `count` examples of a source, evenly spread over it; of a mixture at least one of each of its sources,
-    with the same weights. The source itself where it has no more."""
+    """At most `count` evenly spaced examples of a source; at least one of each source of a mixture, with the same
+    weights. Returns the source itself if it has no more."""
     if count < 1:
         raise ValueError(f"{count} examples of a source: at least 1")
     if count >= len(source):
@@ -146,7 +146,7 @@ def spread(source: Source, count: int) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """So many examples of a source, evenly spread over it."""
+    """`count` evenly spaced examples of a source."""
 
     source: Source
     count: int
@@ -158,7 +158,7 @@ class Spread:
         return self.source[self.place(index)]
 
     def place(self, index: int) -> int:
-        """Where an example of these lies in the source."""
+        """The index in the source."""
         return index * len(self.source) // self.count
 
     def open_image(self, index: int) -> BufferedIOBase | bytes | np.ndarray:

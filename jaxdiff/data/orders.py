@@ -1,8 +1,7 @@
-"""In which order the examples of one source are used: endless, an epoch after another, each example once an epoch.
+"""The endless order of the examples of one source: epoch after epoch, each example once per epoch.
 
-Every order is a function of the seed and the position alone, so a stream that is set to a saved position continues
-exactly. A source whose examples are cheap to read block by block (`Blocks`) is shuffled so that a cache of a few
-blocks is enough.
+An order is a function of the seed and the position alone, so a stream resumes exactly from a saved position. A source
+that reads block by block (`Blocks`) is shuffled such that a cache of a few blocks suffices.
 """
 
 import dataclasses
@@ -16,8 +15,8 @@ import grain
 import numpy as np
 
 SMALL = 4096
-"""Up to so many examples an epoch's order is a table; Grain's shuffle, made for large datasets, takes 0.5 ms an index
-on 64 of them."""
+"""Below this many examples an epoch's order is a table; Grain's shuffle, made for large datasets, takes 0.5 ms an index
+on 64 examples."""
 
 T = TypeVar("T")
 
@@ -26,8 +25,8 @@ T = TypeVar("T")
 class Blocks:
     """Examples that are read together, such as the row groups of Parquet files.
 
-    sizes: how many examples each block has, in the order of the source.
-    together: how many blocks a reader may hold at a time.
+    sizes: examples per block, in the order of the source.
+    together: blocks that a reader may hold at a time.
     """
 
     sizes: tuple[int, ...]
@@ -37,9 +36,9 @@ class Blocks:
 class Order:
     """Position in the endless stream → place in the source, of `count` examples.
 
-    Without `shuffle` the places in turn. With it a new permutation every epoch, which the seed decides. With `blocks`
-    the blocks are shuffled, then the examples of each run of `blocks.together` of them among themselves: examples of
-    one block come near each other, in a random company of blocks. Threads may share one, and it pickles.
+    Without `shuffle` the order is sequential; with it each epoch is a new permutation determined by the seed. With
+    `blocks` the blocks are shuffled, then the examples within each run of `blocks.together` blocks, so that examples of
+    one block stay close together. Thread-safe and picklable.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool, blocks: Blocks | None = None) -> None:
@@ -66,7 +65,7 @@ class Order:
         return int(self._large[position])
 
     def epoch(self, number: int) -> np.ndarray:
-        """All places of an epoch, in order. Not that of `place` for large sources, but as good."""
+        """All places of an epoch, in order. For large sources it differs from the order of `place`."""
         if not self._shuffle:
             return np.arange(self._count)
         if self._blocks is not None:
@@ -89,7 +88,7 @@ class Order:
         return np.cumsum(self._blocks.sizes)
 
     def _runs(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks in the order of an epoch, and where each run of them begins."""
+        """The blocks in the order of an epoch, and the start of each run of blocks."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
             assert self._blocks is not None
@@ -114,10 +113,10 @@ class Order:
 
 
 def interleaved(position: int, weights: tuple[int, ...]) -> tuple[int, int]:
-    """Which of several endless streams gives the element at `position`, and which of its elements that is.
+    """The stream that gives the element at `position`, and the index within that stream.
 
-    Streams are taken as evenly as whole numbers allow: of the first n elements, stream k gives n · weight / sum of the
-    weights, to within the number of streams. Of the first sum(weights) it gives exactly its weight.
+    Streams are interleaved as evenly as integers allow: of the first n elements, stream k gives n · weight / sum of the
+    weights, to within the number of streams; of the first sum(weights), exactly its weight.
     """
     rest = sum(weights)
     for stream, weight in enumerate(weights):
@@ -129,18 +128,18 @@ def interleaved(position: int, weights: tuple[int, ...]) -> tuple[int, int]:
 
 
 def position_of(stream: int, number: Any, weights: tuple[int, ...]) -> Any:
-    """The inverse of `interleaved`, of one number or an array of them."""
+    """The inverse of `interleaved`, for one number or an array."""
     rest = sum(weights[stream:])
     position = -(-(number + 1) * rest // weights[stream]) - 1
     for weight in reversed(weights[:stream]):
-        whole = rest + weight
-        position = position * whole // rest  # of the elements that this stream leaves, the one of that number
-        rest = whole
+        total = rest + weight
+        position = position * total // rest  # that index among the elements that this stream leaves
+        rest = total
     return position
 
 
 class Cache:
-    """The last `most` values that were made; each is made once, by whichever thread comes first."""
+    """The last `most` values; each is computed once, by the first thread that needs it."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.RLock()

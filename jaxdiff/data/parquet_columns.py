@@ -1,4 +1,4 @@
-"""Columns of Parquet files: which hold images and captions, and what their cells say. pyarrow is an extra."""
+"""The image and caption columns of Parquet files, and their cells. pyarrow is an optional dependency."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from jaxdiff.data.columns import ColumnNames
 
 
 def chosen_columns(where: str, schema: Any, named: ColumnNames) -> tuple[str, str | None]:
-    """The columns of images and of captions of an Arrow schema. ValueError where none or several could be meant."""
+    """The image and caption columns of an Arrow schema. ValueError if none or several match."""
     there, kinds = schema.names, features(schema)
     images = [name for name in there if holds_images(schema.field(name).type, kinds.get(name))]
     texts = text_columns(schema)
@@ -26,13 +26,13 @@ def chosen_columns(where: str, schema: Any, named: ColumnNames) -> tuple[str, st
 
 
 def has_images(schema: Any) -> bool:
-    """Whether a column of an Arrow schema may hold images, rather than paths of them."""
+    """Whether a column of an Arrow schema may hold images rather than paths."""
     kinds = features(schema)
     return any(holds_images(schema.field(name).type, kinds.get(name)) for name in schema.names)
 
 
 def image_of(name: str, value: Any, file: Path | str) -> bytes:
-    """The bytes of an image in a cell of `file`. OSError where it has none."""
+    """The image bytes of a cell of `file`. OSError if it has none."""
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if content is not None:
         return content
@@ -42,8 +42,8 @@ def image_of(name: str, value: Any, file: Path | str) -> bytes:
 
 
 def text_of(name: str, value: Any, classes: Sequence[str] = ()) -> str | None:
-    """The caption in a cell: text, the first that is not blank of a list, or the name of a class. ValueError for
-    anything else."""
+    """The caption of a cell: text, the first non-blank text of a list, or a class name. ValueError for anything
+    else."""
     if isinstance(value, list):
         texts = (text_of(name, each, classes) for each in value)
         return next((text for text in texts if captions.present(text) is not None), None)
@@ -52,7 +52,7 @@ def text_of(name: str, value: Any, classes: Sequence[str] = ()) -> str | None:
     if isinstance(value, int) and 0 <= value < len(classes):
         return classes[value]
     if value is None or isinstance(value, str) or (isinstance(value, int) and classes):
-        return value if isinstance(value, str) else None  # -1: of no class
+        return value if isinstance(value, str) else None  # -1: no class
     raise ValueError(f"{name}: the caption is no text but {quoted(value)}")
 
 
@@ -62,7 +62,7 @@ def text_columns(schema: Any) -> list[str]:
 
 
 def text_rows(file: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Columns of text, row by row, still to be read by `text_of`: the first of them decoded."""
+    """Rows of text columns, to be read with `text_of`; the first column is decoded."""
     with opened(file) as table:
         batches = table.iter_batches(columns=list(names), use_threads=False)
         while True:
@@ -78,7 +78,7 @@ def text_rows(file: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def opened(file: Path | str) -> Iterator[Any]:
-    """A Parquet file, local or in a bucket. ValueError where it is none, or pyarrow is missing."""
+    """Open a Parquet file, local or in a bucket. ValueError if it is not one, or pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -92,7 +92,7 @@ def opened(file: Path | str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def readable(file: Path | str, part: str = "", what: str = "damaged, or cannot be read") -> Iterator[None]:
-    """Arrow's errors as ValueErrors that name the file: it has OSError for damaged pages too."""
+    """Turn Arrow's errors, OSError for damaged pages included, into ValueErrors that name the file."""
     import pyarrow
 
     try:
@@ -105,10 +105,10 @@ def readable(file: Path | str, part: str = "", what: str = "damaged, or cannot b
 
 
 def features(schema: Any) -> dict[str, Any]:
-    """What `datasets` says of each column, where it wrote the file."""
+    """The features that `datasets` stored in the schema; empty for files of other writers."""
     try:
-        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = said["info"]["features"]
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
     return features if isinstance(features, dict) else {}
@@ -151,7 +151,7 @@ def is_list(kind: Any) -> bool:
 
 
 def as_bytes(column: Any) -> Any:
-    """Text by way of its bytes, as Arrow itself fails at those that are not UTF-8."""
+    """Text columns as bytes, because Arrow fails on invalid UTF-8."""
     import pyarrow
 
     kind = column.type

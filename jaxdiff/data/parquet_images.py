@@ -1,13 +1,13 @@
-"""Parquet files that hold the images themselves, as Hugging Face stores datasets, read at random.
+"""Random access to Parquet files that contain the images, as in Hugging Face datasets.
 
-A column of images holds the bytes of a file, or a struct {bytes, path}; where the bytes are missing the path is that of
-a file beside. There are two ways to one image:
+An image column holds file bytes, or a struct {bytes, path}; if the bytes are missing, the path names a file relative to
+the Parquet file. There are two access paths:
 
-    stored as they are   neither compressed nor encoded, as recent versions of `datasets` write them (5.2 does): each is
-                         read from its own place in the file (`parquet_pages.py`), in any order
-    anything else        Parquet is read by whole row groups (usually 100 to 1,000 rows), so the last ones read are
-                         kept, and `blocks` has the pipeline shuffle the row groups first, then the rows of as many
-                         groups as are kept: each is read about once an epoch, and not once an example
+    plain pages     neither compressed nor encoded, as written by recent versions of `datasets` (5.2 does): each image
+                    is read at its own offset (`parquet_pages.py`), in any order
+    anything else   Parquet is read by row groups (usually 100 to 1,000 rows). The most recent groups are cached, and
+                    `blocks` makes the pipeline shuffle the groups first, then the rows within as many groups as fit in
+                    the cache, so each group is read about once per epoch, not once per example
 """
 
 import bisect
@@ -45,20 +45,20 @@ from jaxdiff.data.parquet_columns import (
 )
 
 KEPT = 512 << 20
-"""Bytes of row groups that a process keeps. Half of it is for the examples that are read ahead of a run's end."""
+"""Bytes of row groups cached per process. Half of it is for examples read ahead beyond the end of a run."""
 LARGE = 256 << 20
-"""Bytes of a row group above which converting the files first is worth it."""
+"""Bytes of a row group above which a warning recommends converting the files."""
 _OPEN = 256
-"""Files, and footers of files, that are kept open."""
+"""Files kept open, and footers cached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """One Parquet file.
 
-    rows, sizes: of each row group, its rows and about the bytes of it that are kept in memory.
-    image, caption: the columns; classes: the names of an integer column of captions.
-    plain: the image column's number among those of the file, where its images are stored as they are.
+    rows, sizes: rows of each row group, and its approximate bytes in the cache.
+    image, caption: the columns; classes: class names of an integer caption column.
+    plain: the index of the image column, if its pages are plain.
     """
 
     path: Path | str
@@ -75,9 +75,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetSource:
-    """The rows of Parquet files, in order. Threads may share one; it pickles without what it keeps.
+    """The rows of Parquet files, in order. Thread-safe; pickled without its cache.
 
-    A row without an image is an OSError; a row group that cannot be read a ValueError that names it.
+    A row without an image raises OSError; an unreadable row group raises a ValueError that names it.
     """
 
     tables: tuple[Table, ...]
@@ -106,7 +106,7 @@ class ParquetSource:
 
     @functools.cached_property
     def blocks(self) -> Blocks | None:
-        """The row groups, and how many of them are kept; None where images are read one by one."""
+        """The row groups and the number that is cached; None if images are read one by one."""
         if all(table.plain is not None for table in self.tables):
             return None
         largest = max(max(table.sizes) for table in self.tables)
@@ -124,19 +124,19 @@ class ParquetSource:
 
     @functools.cached_property
     def _starts(self) -> list[int]:
-        """Where each row group begins, and where the last one ends."""
+        """The start of each row group, and the end of the last one."""
         return [0, *itertools.accumulate(table.rows[number] for table, number in self._groups)]
 
 
 class RowGroup(NamedTuple):
-    """What is kept of a row group: a function from a row to the cell of its image, and the captions (Arrow)."""
+    """A cached row group: a function from a row to its image cell, and the captions (Arrow)."""
 
     cell: Callable[[int], Any]
     texts: Any
 
 
 class RowGroups:
-    """The row groups that were read last, at most KEPT bytes; each is read by one thread."""
+    """A cache of the most recent row groups, at most KEPT bytes; each is read by one thread."""
 
     def __init__(self) -> None:
         self._lock, self._bytes = threading.Lock(), 0
@@ -183,7 +183,7 @@ class RowGroups:
         return RowGroup(cell, texts)
 
     def _cells(self, table: Table, number: int, file: Any) -> Callable[[int], Any] | None:
-        """Reads single images; None where the row group has to be read."""
+        """A function that reads single images; None if the row group has to be read."""
         if table.plain is None:
             return None
         levels = file.metadata.schema.column(table.plain).max_definition_level
@@ -193,7 +193,7 @@ class RowGroups:
 
     def _cell(self, path: Path | str, places: np.ndarray, row: int) -> bytes:
         first, length = places[row].tolist()
-        handle = self._handle(path)  # not let go while it is read from
+        handle = self._handle(path)  # held open while it is read
         content = os.pread(handle.descriptor, length, first)
         if len(content) != length:
             raise ValueError(f"{path}: cut off since it was opened; start again")
@@ -208,7 +208,7 @@ class RowGroups:
             return handle
 
     def _parquet(self, path: Path | str) -> Any:
-        """The file, opened anew, as threads should not share one; its footer is read once."""
+        """Open the file anew, because threads should not share one; its footer is cached."""
         import pyarrow.parquet
 
         with self._lock:
@@ -222,7 +222,7 @@ class RowGroups:
 
 
 class _Handle:
-    """A file that is open until nobody uses it."""
+    """A file descriptor that is closed with its last reference."""
 
     def __init__(self, path: Path | str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -233,9 +233,9 @@ class _Handle:
 
 
 def read(files: Sequence[Path], named: ColumnNames = GUESSED, where: str | None = None) -> ParquetSource:
-    """The rows of Parquet files with images in them. A note says which columns were chosen; a warning, where row groups
-    are so large that converting the files first is worth it. ValueError for files that hold no images, or cannot be
-    read; one without rows counts for nothing."""
+    """The rows of Parquet files with images. A note lists the selected columns; a warning recommends converting files
+    with very large row groups. ValueError for files without images, or unreadable ones; files without rows are
+    skipped."""
     where = where or str(files[0])
     with opened(files[0]) as first:
         schema = first.schema_arrow
@@ -268,7 +268,7 @@ def table_of(file: Path | str, named: ColumnNames, where: str | None = None) -> 
 
 
 def raw_rows(table: Table, groups: Sequence[int]) -> Iterator[Raw]:
-    """The rows of some row groups in turn, a few at a time in memory, for conversion: a missing image is a fault."""
+    """Iterate over the rows of row groups for conversion, a few in memory at a time; a missing image is a fault."""
     with opened(table.path) as file:
         row = sum(table.rows[: groups[0]])
         batches = file.iter_batches(batch_size=64, row_groups=list(groups), columns=table.columns(), use_threads=False)
@@ -300,13 +300,13 @@ def _table(file: Path | str, open_file: Any, image: str, caption: str | None) ->
         raise ValueError(f"{file}: column {image!r} holds no images but {schema.field(image).type}")
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    whole = [i for i, path in enumerate(paths) if path.split(".")[0] in (image, caption)]
-    texts = [i for i in whole if paths[i].split(".")[0] == caption]
+    used_columns = [i for i, path in enumerate(paths) if path.split(".")[0] in (image, caption)]
+    caption_columns = [i for i in used_columns if paths[i].split(".")[0] == caption]
     plain = next((i for i, path in enumerate(paths) if path in (image, f"{image}.bytes")), None)
     if plain is not None and not all(parquet_pages.is_plain(group.column(plain)) for group in groups):
         plain = None
     rows = tuple(group.num_rows for group in groups)
-    own = texts if plain is not None else whole
+    own = caption_columns if plain is not None else used_columns
     kept = [sum(group.column(i).total_uncompressed_size for i in own) for group in groups]
     sizes = tuple(size + (16 * count if plain is not None else 0) for size, count in zip(kept, rows))
     classes = class_names(features(schema).get(caption or ""))

@@ -1,11 +1,11 @@
-"""Where single values lie in a Parquet file: for columns of bytes that are stored as they are.
+"""Offsets of single values in a Parquet file, for plain byte columns.
 
-Recent versions of `datasets` write images so (5.2 does): no compression, no dictionary, values of 4 bytes of length and
-their bytes one after the other in a few pages. One image can then be read without the rest of its row group, which
-pyarrow cannot do. Everything else (other encodings, missing values, what does not look as it should) is left to
-pyarrow: `places` gives None for it.
+Recent versions of `datasets` write images this way (5.2 does): no compression, no dictionary, and each value as a
+4-byte length followed by its bytes, in a few pages. One image can then be read without the rest of its row group, which
+pyarrow cannot do. For everything else (other encodings, missing values, unexpected structure) `places` returns None,
+and pyarrow is used.
 
-Format: https://parquet.apache.org/docs/file-format/ ; the headers of pages are Thrift's compact protocol.
+Format: https://parquet.apache.org/docs/file-format/ ; page headers use Thrift's compact protocol.
 """
 
 import os
@@ -17,12 +17,12 @@ import numpy as np
 _DATA, _DATA_V2 = 0, 3
 _PLAIN = 0
 _HEADER = 1 << 14
-"""Bytes read for the header of a page at first: it may hold statistics of any length."""
+"""Bytes first read for a page header, which may hold statistics of any length."""
 _LONGEST = 1 << 26
 
 
 def is_plain(column: Any) -> bool:
-    """Whether a column chunk (pyarrow's ColumnChunkMetaData) has its values as they are."""
+    """Whether a column chunk (pyarrow's ColumnChunkMetaData) is plain: uncompressed and not encoded."""
     encodings = set(column.encodings)
     return (
         column.compression == "UNCOMPRESSED"
@@ -34,21 +34,21 @@ def is_plain(column: Any) -> bool:
 
 
 def places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray | None:
-    """(offset, length) of each value of a plain column chunk in its file, int64 (n 2); None where it cannot be told.
+    """(offset, length) of each value of a plain column chunk, int64 (n 2); None if they cannot be determined.
 
     `definition_levels`: the column's maximum; the column does not repeat.
     """
     try:
-        found = _places(descriptor, column, definition_levels)
+        offsets = _places(descriptor, column, definition_levels)
     except (struct.error, IndexError, KeyError, ValueError, OverflowError):
         return None
-    return found if len(found) == column.num_values else None  # fewer where values are missing
+    return offsets if len(offsets) == column.num_values else None  # fewer where values are missing
 
 
 def _places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray:
     position = column.data_page_offset
     end = position + column.total_compressed_size
-    found: list[tuple[int, int]] = []
+    offsets: list[tuple[int, int]] = []
     while position < end:
         header, length = _page_header(descriptor, position)
         first = position + length
@@ -65,13 +65,13 @@ def _places(descriptor: int, column: Any, definition_levels: int) -> np.ndarray:
             raise ValueError("values that are encoded")
         while first < position:
             size = _length(descriptor, first)
-            found.append((first + 4, size))
+            offsets.append((first + 4, size))
             first += 4 + size
         if first != position:
             raise ValueError("values that do not fill their page")
     if position != end:
         raise ValueError("pages that do not fill their chunk")
-    return np.asarray(found, np.int64).reshape(-1, 2)
+    return np.asarray(offsets, np.int64).reshape(-1, 2)
 
 
 def _length(descriptor: int, position: int) -> int:
@@ -79,7 +79,7 @@ def _length(descriptor: int, position: int) -> int:
 
 
 def _page_header(descriptor: int, position: int) -> tuple[dict[int, Any], int]:
-    """The fields of a page's header by their numbers, and its length."""
+    """The fields of a page header by number, and its length."""
     size = _HEADER
     while True:
         content = os.pread(descriptor, size, position)
@@ -92,7 +92,7 @@ def _page_header(descriptor: int, position: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(content: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """IndexError where the content ends before the struct does."""
+    """Parse a Thrift struct. IndexError if the content is too short."""
     fields: dict[int, Any] = {}
     number = 0
     while True:

@@ -1,4 +1,4 @@
-"""ArrayRecord files read as one sequence: stored embeddings and converted images, in thousands of files perhaps."""
+"""Several ArrayRecord files read as one sequence: stored embeddings and converted images."""
 
 import bisect
 import contextlib
@@ -13,27 +13,27 @@ from array_record.python import array_record_module
 AGAIN = "delete the file and run the command that made it again: it makes this part alone"
 
 OPEN = 512
-"""Files open at a time: processes may have 1024. In order at random, a set of more files opens one for most records."""
+"""Files open at a time; the usual process limit is 1024. With more files, random access opens one for most records."""
 
 
 _AT_RANDOM = "readahead_buffer_size:0"
 
 
 class DamagedRecordError(OSError):
-    """One record that cannot be read, in a file whose other records can; the message names the file and the record."""
+    """One unreadable record in an otherwise readable file; the message names the file and the record."""
 
 
 class Parts:
-    """The records of `files`, which hold `sizes` records each.
+    """The records of `files`, with `sizes` records each.
 
-    Threads may share one; it pickles without its open files. A damaged record is a DamagedRecordError; a file that
-    cannot be read at all is a ValueError that names it.
+    Thread-safe; pickled without its open files. A damaged record raises DamagedRecordError; an unreadable file raises a
+    ValueError that names it.
     """
 
     def __init__(self, files: Sequence[Path], sizes: Sequence[int]):
         self._files, self._sizes = tuple(files), tuple(sizes)
         self._ends = list(itertools.accumulate(self._sizes))
-        self._open: dict[int, array_record_module.ArrayRecordReader] = {}  # the last used one is last
+        self._open: dict[int, array_record_module.ArrayRecordReader] = {}  # the most recently used one is last
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -67,44 +67,45 @@ class Parts:
             if reader is not None:
                 self._open[number] = reader
                 return reader
-        # Outside the lock, as it takes a while on remote disks. Two threads may open one file: the later one is kept.
+        # Outside the lock, because it is slow on remote disks. If two threads open one file, the later reader is kept.
         reader = open_part(self._files[number], self._sizes[number])
         with self._lock:
             self._open[number] = reader
             if len(self._open) > OPEN:
-                self._open.pop(next(iter(self._open)))  # closed when the last thread that reads from it lets it go
+                self._open.pop(next(iter(self._open)))  # closed with its last reference
         return reader
 
 
 def part_size(number: int, size: int, count: int) -> int:
-    """How many of `count` records the part of that number holds."""
+    """The number of records in a part, of `count` in all."""
     return min(size, count - number * size)
 
 
 def check_parts(files: Sequence[Path], sizes: Sequence[int]) -> None:
-    """ValueError or FileNotFoundError for the first file that does not hold its number of records."""
-    with ThreadPoolExecutor(16) as threads:  # a look at the end of each file, which takes a while on remote disks
+    """ValueError or FileNotFoundError for the first file with an unexpected number of records."""
+    with ThreadPoolExecutor(16) as threads:  # reads the end of each file, which is slow on remote disks
         for _ in threads.map(open_part, files, sizes):
             pass
 
 
 def open_part(file: Path, expected: int) -> array_record_module.ArrayRecordReader:
-    """One file, to be read at random. ValueError where it does not hold the expected number of records."""
+    """Open one file for random access. ValueError if it does not hold the expected number of records."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing")
     with damage_is_a_value_error(file):
         reader = array_record_module.ArrayRecordReader(str(file), options=_AT_RANDOM, file_reader_buffer_size=32768)
-        records = reader.num_records()  # 0 where the end is cut off
+        records = reader.num_records()  # 0 if the end is truncated
     if records != expected:
         raise damaged(file, f"{records} records where there should be {expected}")
     return reader
 
 
 def named(error: RuntimeError, file: Path | str, place: int, advice: str) -> OSError | ValueError:
-    """What a failed read of a record means. ArrayRecord keeps a hash of each and raises RuntimeError for all failures.
+    """The error for a failed read of a record. ArrayRecord stores a hash of each and raises RuntimeError for any
+    failure.
 
-    A hash that does not fit is a DamagedRecordError. Anything else is a ValueError: a file without its end, of which
-    no record can be found, and a disk that fails, which must not cost so many records one by one.
+    A hash mismatch is a DamagedRecordError. Anything else is a ValueError: a truncated file without readable records,
+    or a failing disk, which must not lose its records one by one.
     """
     if "Corrupted" not in str(error):
         return ValueError(f"{file}: cannot be read ({_reason(error)})")
@@ -116,7 +117,7 @@ def named(error: RuntimeError, file: Path | str, place: int, advice: str) -> OSE
 
 @contextlib.contextmanager
 def damage_is_a_value_error(file: Path) -> Iterator[None]:
-    """The same where one damaged record spoils the whole file, as it can be made again."""
+    """Raise ValueError for any damage in a file that can be recomputed."""
     try:
         yield
     except RuntimeError as error:

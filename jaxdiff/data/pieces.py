@@ -1,4 +1,4 @@
-"""What a conversion works on: inputs cut into pieces, each of which gives its examples in turn."""
+"""The pieces of a conversion: units of input that yield their examples."""
 
 import dataclasses
 import itertools
@@ -17,23 +17,23 @@ class Settings:
     """How to convert."""
 
     image_column: str | None = None
-    """the column of image paths in a list (`path`); that of the images in Parquet files, or of their names in a
-    metadata file, which is guessed where it is not said"""
+    """the column of image paths in a list (default `path`); of images in Parquet files, or of image names in a metadata
+    file (default: selected by its name)"""
     caption_column: str | None = None
-    """the column of captions in a list, and the key of the caption in a tar file's KEY.json (`caption`); in Parquet
-    files with images and in metadata files it is guessed where it is not said"""
+    """the caption column of a list, and the caption key of a tar file's KEY.json (default `caption`); of Parquet files
+    with images and of metadata files (default: selected by its name)"""
     split: str = "train"
     """the split of a Hugging Face folder"""
     rows_per_file: int = 10_000
-    """rows of a list, images of a folder or (about) rows of a Parquet file that become one output file"""
+    """rows of a list, images of a folder or (about) rows of a Parquet file per output file"""
     images_only: bool = False
-    """keep images without a caption too (for super-resolution, which needs none)"""
+    """also keep images without a caption (for super-resolution)"""
     verify: bool = True
-    """decode every image, so that damaged ones are left out now and not met in training"""
+    """decode every image, so that damaged ones are skipped now rather than in training"""
     strict: bool = False
     """stop at the first damaged image, missing caption or other fault"""
     retry: bool = False
-    """do those pieces again in which something was left out, because it is there or repaired now"""
+    """redo pieces with faults, for inputs that have been repaired"""
 
     def __post_init__(self):
         if self.rows_per_file < 1:
@@ -41,7 +41,7 @@ class Settings:
 
     @property
     def caption_key(self) -> str:
-        """Of lists and tar files."""
+        """The caption key of lists and tar files."""
         return "caption" if self.caption_column is None else self.caption_column
 
     @property
@@ -68,7 +68,7 @@ class Tar:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A run of rows of a list: (path, caption) each, from row `start` of `path`."""
+    """A run of rows (path, caption) of a list, from row `start` of `path`."""
 
     path: str
     start: int
@@ -85,7 +85,7 @@ class Rows:
             try:
                 yield file, remote.read_bytes(file), caption
             except OSError as error:
-                if not remote.is_absent(error):  # a bucket out of reach for a moment must not cost its images
+                if not remote.is_absent(error):  # a temporarily unreachable bucket must not lose its images
                     raise
                 yield file, Fault("not there", str(error)), caption
 
@@ -113,7 +113,7 @@ Piece = Tar | Rows | RowGroups
 
 
 def pieces(inputs: Iterable[str], settings: Settings) -> Iterator[Piece]:
-    """The pieces of work, in order. Lists are read as a stream, never whole. A piece given twice is an error."""
+    """The pieces, in order. Lists are streamed. ValueError for an input given twice."""
     seen: set[str] = set()
     for path in inputs:
         if path in seen:
@@ -137,7 +137,7 @@ def pieces(inputs: Iterable[str], settings: Settings) -> Iterator[Piece]:
 
 
 def _holds_images(path: str, settings: Settings) -> bool:
-    """Whether a Parquet file holds the images, rather than their paths in the column that is said."""
+    """Whether a Parquet file holds the images, rather than paths in the path column."""
     with parquet_columns.opened(path) as file:
         kinds = file.schema_arrow
         paths = "path" if settings.image_column is None else settings.image_column
@@ -166,7 +166,7 @@ def _of_rows(path: str, rows: Iterable[tuple[str | None, str | None]], settings:
 
 
 def _of_table(table: parquet_images.Table, settings: Settings) -> Iterator[RowGroups]:
-    """Runs of row groups that have `rows_per_file` rows, or a few more."""
+    """Runs of row groups with at least `rows_per_file` rows."""
     groups: list[int] = []
     for group in range(len(table.rows)):
         groups.append(group)

@@ -1,10 +1,10 @@
-"""From any source of captioned images to numpy batches: the one Grain pipeline that all data goes through.
+"""The Grain input pipeline: from any source of captioned images to numpy batches.
 
-    source → shuffle → repeat → decode, resize, crop, join embeddings → this process's share → drop rejects → batch
+    source → shuffle → repeat → decode, resize, crop, join embeddings → shard by process → drop rejects → batch
 
-The order of examples and every random crop are functions of the seed and the position alone, so an iterator that is
-set to a saved state continues exactly, whatever the number of threads. Of a mixture (`mixture.py`) the order goes by
-its weights; with aspect-ratio buckets (`buckets.py`) by them too, and each batch has images of one size.
+The order of examples and every random crop are functions of the seed and the position alone, so an iterator resumes
+exactly from a saved state, whatever the number of threads. The order of a mixture follows its weights (`mixture.py`).
+With aspect-ratio buckets it also depends on the buckets, and each batch has images of one size (`buckets.py`).
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ from jaxdiff.data.orders import SMALL, Order
 from jaxdiff.data.skipped import REJECTS, REPLACED, Skipped
 
 _ENDED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
-"""What Grain says of a worker that a signal ended. One that ends itself has a bug."""
-_SPARE = "spare"  # with buckets, in a single epoch: this one only fills up a batch, and leaves it at the end
+"""Grain's message for a worker that was ended by a signal. A worker that exits by itself has a bug."""
+_SPARE = "spare"  # with buckets, in a single epoch: an example that only pads a batch and is removed from it
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadAhead:
-    """How the host reads ahead. Order and content of the batches do not depend on it.
+    """Prefetching on the host. It does not affect the order and content of the batches.
 
-    threads: decode in this many threads (Pillow releases the interpreter lock); 0 reads when asked.
-    ahead: examples kept ready.
-    workers: processes, each with those threads, for hosts where one process cannot keep up; 0 is none.
+    threads: decoding threads (Pillow releases the interpreter lock); 0 reads synchronously.
+    ahead: prefetched examples.
+    workers: processes, each with `threads` threads, for hosts where one process is too slow; 0 for none.
     """
 
     threads: int = 2
@@ -50,18 +50,18 @@ class ReadAhead:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What the batches hold, and in which order. ValueError for sizes that do not fit together.
+    """Content and order of the batches. ValueError for incompatible sizes.
 
-    resolution: side in pixels of the images; those that are not square lose the ends of their long side.
+    resolution: side of the images in pixels; other aspect ratios are centre-cropped.
     buckets: images of about resolution² pixels instead, in a few sizes (`buckets.Buckets`), each batch of one size.
     batch: images per batch of this process.
-    low_resolution: side of the same image shrunk, for super-resolution; the resolution is a multiple of it.
+    low_resolution: side of the downsampled image for super-resolution; the resolution is a multiple of it.
     crop: side of a random window of the image, a multiple of the factor between both resolutions.
-    captions: the batches hold the captions.
-    caption_optional: an example without a caption is used where captions or embeddings are asked for.
-    strict: an example that would be skipped, or whose caption would be repaired, is a ValueError.
-    shuffle, seed: a new order every epoch; the seed decides it and the windows.
-    repeat: without end; otherwise one epoch, whose last batch may be short.
+    captions: include the captions in the batches.
+    caption_optional: also use examples without a caption if captions or embeddings are requested.
+    strict: raise ValueError for an example that would be skipped, or whose caption would be repaired.
+    shuffle, seed: a new order every epoch; the seed determines it and the windows.
+    repeat: endless; otherwise one epoch, whose last batch may be partial.
     """
 
     resolution: int
@@ -102,7 +102,7 @@ class DataConfig:
 
     @property
     def factor(self) -> int:
-        """Between both resolutions; 1 without a low one."""
+        """The factor between both resolutions; 1 without a low one."""
         return 1 if self.low_resolution is None else self.resolution // self.low_resolution
 
 
@@ -120,20 +120,20 @@ def image_batches(
 
     image      float32 (b h w 3) in [-1, 1], h = w = `resolution`, or `crop` where one is given; with `buckets` one of
                their sizes, the same on all processes at the same step
-    low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the same image shrunk
-               by `images.resize` (Pillow BICUBIC, antialiased) before both are cropped in the same random place
-    text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool, zero behind the mask
-    caption, index    with `captions`: unicode strings (b,) and places in the source (b,), for the host's use
+    low_res    with `low_resolution`: float32 (b h/f w/f 3), f = resolution / low_resolution: the image downsampled by
+               `images.resize` (Pillow BICUBIC, antialiased) before both are cropped at the same random place
+    text, text_mask   with `embeddings`: (b n d) float16 and (b n) bool; masked rows are zero
+    caption, index    with `captions`: unicode strings (b,) and indices in the source (b,), for the host
 
-    An image that cannot be read, or (where `captions` or `embeddings` ask for it, unless `caption_optional`) one
-    without a caption, is skipped: counted in `.skipped` and warned of in one line. A caption in which characters were
-    replaced is used, but counted and warned of alike. Of `process_count` processes each gets a disjoint share; while
-    it repeats, their batches one after the other are the batch that one process would get (until something is
-    skipped). ValueError for an empty source, and for embeddings of another number of examples.
+    Unreadable images are skipped, and so are images without a caption if `captions` or `embeddings` need one (unless
+    `caption_optional`): each is counted in `.skipped` and warned of in one line. A caption with replaced characters is
+    used, but also counted and warned of. Each of `process_count` processes gets a disjoint shard. With `repeat`, the
+    concatenation of their batches equals the batch of a single process (until an example is skipped). ValueError for an
+    empty source, and for embeddings of another number of examples.
 
-    `sizes`, with `buckets` alone: those of the source's images (`image_sizes.read_sizes`). A skipped image's place is
-    then taken by another of its bucket, so that all processes keep to one order of sizes. In a single epoch the last
-    batch of each bucket may be short, and with several processes empty.
+    sizes: required with `buckets`, the sizes of the source's images (`image_sizes.read_sizes`). A skipped image is then
+    replaced by another one of its bucket, so that all processes follow one order of sizes. In a single epoch the last
+    batch of each bucket may be partial, and with several processes empty.
     """
     if not len(source):
         raise ValueError(f"{source}: no examples")
@@ -149,24 +149,25 @@ def image_batches(
     if plan is None:
         examples = _ordered(source, config).random_map(prepare)
     else:
-        assert sizes is not None  # there would be no plan
+        assert sizes is not None  # otherwise there is no plan
         report.leave_out(sizes.faults)
         examples = _Slots(plan).seed(config.seed).random_map(_PrepareInBucket(prepare, _Numbered(source), plan))
-    # Crops are drawn before the share is taken, so that no two processes draw the same sequence of windows.
+    # Crops are drawn before sharding, so that no two processes draw the same sequence of windows.
     if process_count > 1 and (config.repeat or plan is not None):
-        examples = _Share(examples, config.batch, process_index, process_count)
+        examples = _Shard(examples, config.batch, process_index, process_count)
     elif process_count > 1:
         examples = examples[process_index::process_count]
-    # The rejects are counted here, in the main process, whoever did the decoding.
+    # Rejects are counted here, in the main process, even if workers decode.
     stream = _read(examples, read_ahead).filter(report.keep).batch(config.batch, drop_remainder=False).map(_finish)
     if plan is not None and not config.repeat and process_count == 1:
-        stream = stream.filter(lambda batch: len(batch["image"]) > 0)  # where all of them were skipped
+        # Drops a batch of which all examples were skipped
+        stream = stream.filter(lambda batch: len(batch["image"]) > 0)
     options = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
     return Batches(grain.experimental.WithOptionsIterDataset(stream, options), report, plan)
 
 
 def _bucket_plan(source: Source, config: DataConfig, sizes: ImageSizes | None, process_count: int) -> BucketPlan | None:
-    """With buckets, which image comes when. ValueError for sizes that are missing, or not asked for."""
+    """The plan of the buckets, None without buckets. ValueError for missing or superfluous sizes."""
     if config.buckets is None:
         if sizes is not None:
             raise ValueError("sizes of the images are for buckets: give the config buckets, or leave the sizes out")
@@ -178,7 +179,7 @@ def _bucket_plan(source: Source, config: DataConfig, sizes: ImageSizes | None, p
 
 
 def _ordered(source: Source, config: DataConfig) -> grain.MapDataset:
-    """The source's examples in the order in which they are used."""
+    """The examples of the source in the order of use."""
     examples = grain.MapDataset.source(_Numbered(source)).seed(config.seed)
     if isinstance(source, MixtureSource):
         examples = _Arranged(examples, MixtureOrder(source, config.seed, config.shuffle))
@@ -194,15 +195,15 @@ def _read(examples: grain.MapDataset, read_ahead: ReadAhead) -> grain.IterDatase
     stream = examples.to_iter_dataset(options)
     if not read_ahead.workers:
         return stream
-    if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which only absl's own main parses
+    if not absl.flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which are parsed only by absl's own main
         absl.flags.FLAGS.mark_as_parsed()
     return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=read_ahead.workers, per_worker_buffer_size=8))
 
 
 class Batches:
-    """The iterator over batches: `next`, `get_state` and `set_state` (a small JSON-able dict), and what was skipped.
+    """Iterator over batches with `next`, `get_state` and `set_state` (a small JSON-able dict), and `skipped`.
 
-    buckets: which sizes the batches have (its `str` says it in a line); None: all the same.
+    buckets: the plan of the batch sizes (its `str` is a one-line summary); None: all batches have one size.
     """
 
     def __init__(self, stream: grain.IterDataset, skipped: Skipped, buckets: BucketPlan | None = None):
@@ -211,14 +212,14 @@ class Batches:
 
     @functools.cached_property
     def varying_shapes(self) -> str | None:
-        """Where the batches differ in shape, a text that decides which comes when; the same on all processes."""
+        """A text that identifies the order of the batch shapes, equal on all processes; None if all are the same."""
         return None if self.buckets is None else self.buckets.fingerprint()
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch. ProcessLostError where a worker process was killed."""
+        """The next batch. ProcessLostError if a worker process was killed."""
         try:
             return next(self._iterator)
         except RuntimeError as error:
@@ -231,19 +232,19 @@ class Batches:
             ) from error
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch begins; examples that were only read ahead do not count as used."""
+        """The position of the next batch; prefetched examples do not count as used."""
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly as the iterator that gave `state` did: same source, settings and number of workers."""
+        """Resume exactly from `state`; the source, settings and number of workers must be the same."""
         try:
             self._iterator.set_state(state)
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"the saved place is another pipeline's (of other workers?): {error!r}") from error
+            raise ValueError(f"the saved state belongs to another pipeline (of other workers?): {error!r}") from error
 
 
 class _Arranged(grain.MapDataset):
-    """The examples in an order that goes on from epoch to epoch."""
+    """The examples in an order that continues across epochs."""
 
     def __init__(self, parent: grain.MapDataset, order: Order | MixtureOrder):
         super().__init__(parent)
@@ -259,7 +260,7 @@ class _Arranged(grain.MapDataset):
 
 
 class _Slots(grain.MapDataset):
-    """The places of the batches of a plan."""
+    """The slots of a plan's batches."""
 
     def __init__(self, plan: BucketPlan):
         super().__init__()
@@ -274,8 +275,8 @@ class _Slots(grain.MapDataset):
         return self._plan.slot(index)
 
 
-class _Share(grain.MapDataset):
-    """Of every `batch` × `count` examples those of one process, so many in a row."""
+class _Shard(grain.MapDataset):
+    """One process's consecutive `batch` examples of every `batch` × `count`."""
 
     def __init__(self, parent: grain.MapDataset, batch: int, process: int, count: int):
         super().__init__(parent)
@@ -293,7 +294,7 @@ class _Share(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-    """The source with each example's place in it; a file that cannot be opened becomes an example without image."""
+    """The source with each example's index; a file that cannot be opened becomes a reject."""
 
     source: Source
 
@@ -309,7 +310,7 @@ class _Numbered:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepare(grain.transforms.RandomMap):
-    """One example of a source → one entry of a batch (uint8 still, which is cheaper to pass on), or a reject."""
+    """One example of a source → one entry of a batch (as uint8, which is cheaper to transfer), or a reject."""
 
     config: DataConfig
     embeddings: Embeddings | None
@@ -359,7 +360,7 @@ class _Prepare(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class _PrepareInBucket(grain.transforms.RandomMap):
-    """The example of a place in a batch, or another one of its bucket where that is rejected."""
+    """The example of a slot, or another one of its bucket if it is rejected."""
 
     prepare: _Prepare
     source: "_Numbered"

@@ -1,7 +1,7 @@
-"""What a PNG of ours says of itself: prompt, seed and settings, as JSON under a key of our own.
+"""Metadata of sampled PNGs: prompt, seed and settings, as JSON under our own key.
 
 One iTXt chunk (Unicode, not compressed) with the keyword `jaxdiff` holds `{"version": 1, "prompt": …, "seed": …,
-"settings": {…}}`. Other programs write other things under names such as `prompt`: those are never taken for a caption.
+"settings": {…}}`. Text of other programs under names such as `prompt` is never used as a caption.
 """
 
 import io
@@ -22,7 +22,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an image was sampled from. `settings`: of JSON's types."""
+    """Inputs of a sampled image. settings: JSON types."""
 
     prompt: str
     seed: int
@@ -30,21 +30,21 @@ class Metadata:
 
 
 def to_text(metadata: Metadata) -> str:
-    """The chunk's text. What UTF-8 cannot say (half a character in the name of a file) stays a JSON escape."""
+    """The text of the chunk. Lone surrogates (from file names) stay JSON escapes."""
     values = {"version": VERSION, "prompt": metadata.prompt, "seed": metadata.seed, "settings": dict(metadata.settings)}
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def read(image: bytes) -> Metadata | None:
-    """The metadata in an encoded image; None where there is none of ours. ValueError for ours that is damaged, or of
-    another version."""
+    """The metadata of an encoded image; None if it has no `jaxdiff` text. ValueError if it is damaged or of another
+    version."""
     if not image.startswith(_SIGNATURE) or f"{KEY}\0".encode() not in image:
         return None
     try:
         with Image.open(io.BytesIO(image)) as opened:
-            # Reads to the file's end: programs may have moved the text behind the pixels.
+            # Reads to the end of the file: programs may move the text behind the pixels.
             text = getattr(opened, "text", {}).get(KEY)
-    except Exception as error:  # Pillow's plugins raise whatever their parsers meet
+    except Exception as error:  # Pillow's plugins raise many types
         raise ValueError(f"damaged image ({error})") from error
     return None if text is None else _of_text(str(text))
 

@@ -1,8 +1,8 @@
-"""`rainbow`, the composition benchmark: every combination of six attributes at 32×32, of which few are trained on.
+"""`rainbow`, the composition benchmark: all combinations of six attributes at 32×32, a minority for training.
 
-4 scales × 2 fills × 3 shadings × 12 colours × 8 shapes × 4 rotations are 9,216 captioned images, each one object in
-the middle of white. A model that is trained on 30 % of them and draws the others has composed what it learned. The idea
-and the counts are those of the DALL·E 1 community's notebook of that name; shapes, words and pixels are our own.
+4 scales × 2 fills × 3 shadings × 12 colours × 8 shapes × 4 rotations give 9,216 captioned images, each of one object
+centred on white. A model trained on 30 % of them that samples the others correctly composes attributes. The idea and
+the counts come from the DALL·E 1 community's notebook of that name; shapes, words and pixels are our own.
 
     builder = rainbow.prepare("runs/data")
     source = sources.open(sources.Rainbow(), 32, "test", "runs/data")
@@ -28,18 +28,18 @@ from jaxdiff.data.tfds_sets import quiet
 
 SIDE = 32
 SCALES = {"tiny": 5.5, "small": 8.0, "medium": 10.5, "large": 13.0}
-"""Radii in pixels; an outline may leave its centre by 1.2 of them."""
+"""Radii in pixels; an outline extends at most 1.2 radii from its centre."""
 FILLS = ("filled", "outlined")
 SHADINGS = ("plain", "striped", "dotted")
 COLOURS = {**shapes_scene.COLOURS, "brown": (120, 70, 20), "grey": (140, 140, 140), "black": (0, 0, 0), "rainbow": None}
-"""The last one's rows take the first seven in turn."""
+"""The rows of `rainbow` cycle through the first seven."""
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "bar", "arrow")
 ROTATIONS = (0, 90, 180, 270)
-"""Degrees, to the left."""
+"""Degrees, counterclockwise."""
 STROKE = 1.6
 """Width of an outline in pixels."""
 TRAINED = 0.3
-"""The share that is trained on."""
+"""The fraction used for training."""
 
 Split = Literal["train", "test"]
 RainbowImage = UInt8[np.ndarray, "32 32 3"]
@@ -47,7 +47,7 @@ RainbowImage = UInt8[np.ndarray, "32 32 3"]
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What is in an image, in the words of its caption."""
+    """The attributes of an image, in the words of its caption."""
 
     scale: str
     fill: str
@@ -58,18 +58,18 @@ class Attributes:
 
     @property
     def caption(self) -> str:
-        """`a tiny outlined dotted red arrow rotated 90 degrees`; what is plain or not rotated is not mentioned."""
+        """`a tiny outlined dotted red arrow rotated 90 degrees`; `plain` and a rotation of 0 are omitted."""
         shading = "" if self.shading == "plain" else f" {self.shading}"
         rotated = f" rotated {self.rotation} degrees" if self.rotation else ""
         return f"a {self.scale} {self.fill}{shading} {self.colour} {self.shape}{rotated}"
 
 
 EVERY = tuple(itertools.starmap(Attributes, itertools.product(SCALES, FILLS, SHADINGS, COLOURS, SHAPES, ROTATIONS)))
-"""All combinations; image i of the set is that of the i-th."""
+"""All combinations; image i of the dataset shows the i-th."""
 
 
 def draw(attributes: Attributes) -> RainbowImage:
-    """Its image, without anti-aliasing: turned first, then shaded and coloured by rows and columns of the image."""
+    """Rasterise without anti-aliasing: rotate, then shade and colour by rows and columns of the image."""
     inside = np.rot90(_shape(attributes.scale, attributes.fill, attributes.shape), attributes.rotation // 90)
     y, x = np.indices((SIDE, SIDE))
     kept = {"plain": True, "striped": y % 2 == 0, "dotted": (x + y) % 2 == 0}[attributes.shading]
@@ -79,11 +79,11 @@ def draw(attributes: Attributes) -> RainbowImage:
     return np.where((inside & kept)[..., None], colour, np.uint8(255))
 
 
-def split(which: Split, share: float = TRAINED, seed: int = 0) -> tuple[int, ...]:
-    """The places of a split among all combinations: a random share to train on, without replacement, and of the others
-    those whose image is none of the trained ones (a rotation can leave a shape as it is)."""
+def split(which: Split, fraction: float = TRAINED, seed: int = 0) -> tuple[int, ...]:
+    """Indices into EVERY. train: a random fraction, without replacement. test: the others whose image is not among the
+    training images (a rotation can leave a shape as it is)."""
     order = np.random.default_rng(seed).permutation(len(EVERY))
-    trained = order[: round(share * len(EVERY))]
+    trained = order[: round(fraction * len(EVERY))]
     if which == "train":
         return tuple(int(i) for i in trained)
     seen = {draw(EVERY[i]).tobytes() for i in trained}
@@ -91,21 +91,21 @@ def split(which: Split, share: float = TRAINED, seed: int = 0) -> tuple[int, ...
 
 
 def prepare(data_dir: str | Path, seed: int = 0) -> "RainbowShapes":
-    """The builder, its records written below `data_dir` unless they are there already."""
+    """The builder; its records are written below `data_dir` unless they exist."""
     with quiet():
         config = RainbowConfig(seed=seed)
         listed = config.name in [other.name for other in RainbowShapes.BUILDER_CONFIGS]
-        drawn = RainbowShapes(
+        builder = RainbowShapes(
             config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record"
         )
         with full_disk_is_an_os_error(data_dir):
-            drawn.download_and_prepare()
-    return drawn
+            builder.download_and_prepare()
+    return builder
 
 
 @dataclasses.dataclass(kw_only=True)
 class RainbowConfig(tfds.core.BuilderConfig):
-    """`seed`: of the choice of what is trained on."""
+    """`seed`: of the training split."""
 
     name: str = ""  # from the seed
     seed: int = 0
@@ -146,7 +146,7 @@ class RainbowShapes(tfds.core.GeneratorBasedBuilder):
 
 @functools.cache
 def _shape(scale: str, fill: str, shape: str) -> Bool[np.ndarray, "32 32"]:
-    """The pixels whose centres lie within, before it is turned."""
+    """The pixels whose centres lie inside the shape, before rotation."""
     radius = SCALES[scale]
     centres = ((np.arange(SIDE) + 0.5 - SIDE / 2) / radius).astype(np.float32)
     distance = {**OUTLINES, "bar": _bar, "arrow": _arrow}[shape](*np.meshgrid(centres, centres)) * radius
@@ -164,7 +164,7 @@ def _arrow(x: Grid, y: Grid) -> Grid:
 
 
 def _polygon(x: Grid, y: Grid, corners: tuple[tuple[float, float], ...]) -> Grid:
-    """Signed distance to a polygon, negative inside: the nearest of its edges, and how often a ray crosses them."""
+    """Signed distance to a polygon, negative inside: the nearest edge, and the parity of ray crossings."""
     nearest, inside = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in itertools.pairwise((*corners, corners[0])):
         t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)

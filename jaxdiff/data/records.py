@@ -1,4 +1,4 @@
-"""Captioned images in ArrayRecord: what convert.py writes once and training reads at random.
+"""Captioned images in ArrayRecord, written by convert.py, with random access for training.
 
 A folder holds `*.array_record` files and `dataset.json`, which lists them in order. A record is a 4-byte length, that
 many bytes of JSON ({"caption": …, "name": …}) and the image's own bytes, untouched.
@@ -17,18 +17,18 @@ from jaxdiff.data.example import Example
 from jaxdiff.data.parts import Parts, check_parts
 
 INDEX = "dataset.json"
-_LARGEST_INDEX = 2**30  # a few hundred bytes a file, of which a set may have a million
+_LARGEST_INDEX = 2**30  # a few hundred bytes per file, for up to a million files
 
 
 def pack(image: bytes, caption: str | None, name: str) -> bytes:
     """One example as the bytes of a record."""
     text = json.dumps({"caption": caption, "name": name}, ensure_ascii=False)
-    header = text.encode("utf-8", "backslashreplace")  # names of files may hold bytes that are no text
+    header = text.encode("utf-8", "backslashreplace")  # file names may contain undecodable bytes
     return struct.pack("<I", len(header)) + header + image
 
 
 def unpack(record: bytes) -> Example:
-    """The example that `pack` packed. struct.error or ValueError for what it did not pack."""
+    """The inverse of `pack`. struct.error or ValueError for other bytes."""
     (length,) = struct.unpack_from("<I", record)
     header = parse_object(record[4 : 4 + length], "the header", "a name and a caption", len(record))
     caption, name = header.get("caption"), header.get("name")
@@ -39,9 +39,9 @@ def unpack(record: bytes) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """The examples of a converted set: `sizes` of them in each of the files `shards`.
+    """The examples of a converted dataset: `sizes` of them in each of the files `shards`.
 
-    A damaged record is a DamagedRecordError (an OSError, as for an image that cannot be opened).
+    A damaged record raises DamagedRecordError (an OSError, as for an image that cannot be opened).
     """
 
     path: Path
@@ -54,7 +54,7 @@ class RecordSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-        except FileNotFoundError as error:  # of the whole file: no example that could be left out
+        except FileNotFoundError as error:  # concerns the whole file: no single example to skip
             raise ValueError(str(error)) from error
         try:
             return unpack(record)
@@ -73,13 +73,13 @@ class RecordSource:
 
 
 def read(path: Path | str) -> RecordSource:
-    """A converted set. FileNotFoundError when the conversion is not there or was not finished, ValueError for a file
-    that does not hold the records that it should."""
+    """Open a converted dataset. FileNotFoundError if the conversion is missing or unfinished, ValueError for a file
+    with an unexpected number of records."""
     path = Path(path)
     if not (path / INDEX).is_file():
         raise FileNotFoundError(f"{path}: no {INDEX} there; run (or finish) experiments.convert")
     try:
-        sizes = _sizes(read_object(path / INDEX, "the files of a set", _LARGEST_INDEX))
+        sizes = _sizes(read_object(path / INDEX, "the files of a dataset", _LARGEST_INDEX))
     except ValueError as error:
         raise ValueError(f"{path / INDEX}: not written by experiments.convert ({error})") from error
     missing = [shard for shard in sizes if not (path / shard).is_file()]
@@ -94,7 +94,7 @@ def read(path: Path | str) -> RecordSource:
 
 
 def _sizes(index: dict[str, Any]) -> dict[str, int]:
-    """Images by file, of the files that hold any. ValueError for an index that `convert` does not write."""
+    """Images by file, for files that hold any. ValueError for an index that `convert` did not write."""
     shards = index.get("shards")
     if not isinstance(shards, list):
         raise ValueError(f"its shards are {quoted(shards)}")
@@ -109,5 +109,5 @@ def _sizes(index: dict[str, Any]) -> dict[str, int]:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number of at least 0."""
+    """Whether a JSON value is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,4 +1,4 @@
-"""Local and bucket paths alike: `://` goes through fsspec (the `bucket` extra), everything else is a local file."""
+"""Local and bucket paths: `://` uses fsspec (the `bucket` extra), everything else is a local file."""
 
 import errno
 from pathlib import Path, PurePosixPath
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def open_binary(path: str) -> Any:
-    """A binary file object for reading (fsspec's are no `BinaryIO`); OSError when it cannot be opened."""
+    """A binary file object for reading (fsspec's is not a `BinaryIO`); OSError if it cannot be opened."""
     if not is_url(path):
         return open(path, "rb")
     filesystem, inner = _filesystem(path)
@@ -20,7 +20,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def is_absent(error: OSError) -> bool:
-    """Whether it says that there is no such file, as against one that cannot be had just now."""
+    """Whether the error means that the file does not exist, rather than that it is temporarily unavailable."""
     kinds = FileNotFoundError, IsADirectoryError, NotADirectoryError
     return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -34,7 +34,7 @@ def size(path: str) -> int:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a glob pattern matches, sorted; a path without wildcards is itself. OSError for no match."""
+    """The sorted files that match a glob pattern; a path without wildcards is returned. OSError for no match."""
     if not any(sign in pattern for sign in "*?["):
         return [pattern]
     if is_url(pattern):
@@ -49,7 +49,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def beside(file: str, relative: str) -> str:
-    """`relative` seen from the folder of `file`; absolute paths and URLs stay as they are."""
+    """`relative` resolved against the folder of `file`; absolute paths and URLs are unchanged."""
     if is_url(relative) or PurePosixPath(relative).is_absolute():
         return relative
     folder, slash, _ = file.rpartition("/")

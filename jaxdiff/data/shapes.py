@@ -1,4 +1,4 @@
-"""`shapes`, the embedded set: a TFDS builder that draws its own images, so nothing is downloaded.
+"""`shapes`, the synthetic dataset: a TFDS builder that rasterises its images, so nothing is downloaded.
 
     builder = shapes.prepare(64, "data", train=20_000)
     source = builder.as_data_source("train")        # random access, decoded on demand; no TensorFlow
@@ -30,18 +30,18 @@ RESOLUTIONS = range(32, 1025)
 def prepare(
     resolution: int, data_dir: str | Path, train: int = 20_000, held_out: int = 1_000, progress: bool = True
 ) -> "Shapes":
-    """The builder, its records written below `data_dir` unless they are there already.
+    """The builder; its records are written below `data_dir` unless they exist.
 
-    TFDS writes into a folder of another name and renames it at the end: a prepared set is whole.
+    TFDS writes into a temporary folder and renames it at the end: a prepared dataset is complete.
     """
     config = ShapesConfig(resolution=resolution, train=train, held_out=held_out)
     with quiet():
-        # TFDS wants its listed configurations by name, and no other one of the same name.
+        # TFDS requires listed configurations by name, and rejects another one of the same name.
         listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
         builder = Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
         builder.progress = progress
         with full_disk_is_an_os_error(data_dir):
-            builder.download_and_prepare()  # does nothing where the set is prepared
+            builder.download_and_prepare()  # does nothing if the dataset is prepared
     return builder
 
 
@@ -64,7 +64,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Anti-aliased coloured objects with captions; each example carries its exact attributes."""
+    """Anti-aliased coloured objects with captions; each example includes its exact attributes."""
 
     VERSION = tfds.core.Version("1.0.0")
     progress = True  # whether writing shows a bar
@@ -79,7 +79,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             "objects": np.int64,  # how many: 1 or 2
             "background": tfds.features.Text(),
             "scene": tfds.features.Text(),  # JSON of Scene.as_dict: every attribute of every object
-            "stated": tfds.features.Text(),  # JSON of Stated.as_dict: what the caption says of them
+            "stated": tfds.features.Text(),  # JSON of Stated.as_dict: the attributes stated by the caption
         }
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 

@@ -1,8 +1,8 @@
-"""Captions of `shapes`: natural wordings, and exactly what each of them says.
+"""Captions of `shapes` in varied wording, with the attributes that each caption states.
 
-A caption always names colour and kind; size, fill, position and background are said or left out at random. `stated`
-holds what was said, in the scene's own words, whatever the synonym used; what it leaves out (None) is free, and a
-image is right when it agrees with `stated` (evaluation/attributes.py).
+A caption always names colour and kind; size, fill, position and background are included at random. `stated` holds the
+included attributes in the scene's own words, whatever the synonym; None is unspecified. An image is correct if it
+agrees with `stated` (evaluation/attributes.py).
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from jaxdiff.data.shapes_scene import (
     stream,
 )
 
-SAID = 0.6  # the chance that an optional attribute is said of a single object
-SAID_OF_TWO = 0.35  # and of each of two, to keep the sentence short
+STATED = 0.6  # probability that an optional attribute of a single object is stated
+STATED_OF_TWO = 0.35  # and of each of two objects, to keep the sentence short
 
 
 @dataclasses.dataclass(frozen=True)
 class StatedObject:
-    """What a caption says of one object; None is unsaid."""
+    """The attributes that a caption states of one object; None: not stated."""
 
     kind: str
     colour: str
@@ -40,7 +40,7 @@ class StatedObject:
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """What a caption says. `relation`: where the first of two objects is, seen from the second."""
+    """The attributes that a caption states. `relation`: position of the first of two objects relative to the second."""
 
     objects: tuple[StatedObject, ...]
     background: str | None = None
@@ -62,19 +62,19 @@ class Caption:
 
 
 def caption(scene: Scene, split: Split, index: int, wording: int = 0) -> Caption:
-    """A caption of a scene; each `wording` (0, 1, …) draws anew what is said, and how."""
+    """A caption of a scene; each `wording` (0, 1, …) is an independent random choice of attributes and words."""
     rng = stream(split, index, 16 + wording)
-    background = scene.background if rng.random() < SAID else None
+    background = scene.background if rng.random() < STATED else None
     if len(scene.objects) == 1:
-        stated = Stated((_stated(rng, scene.objects[0], SAID, rng.random() < SAID),), background)
+        stated = Stated((_stated(rng, scene.objects[0], STATED, rng.random() < STATED),), background)
         return Caption(_tidy(pick(rng, (_sentence, _sentence, _list))(rng, stated)), stated)
-    objects = tuple(_stated(rng, o, SAID_OF_TWO, False) for o in scene.objects)
+    objects = tuple(_stated(rng, o, STATED_OF_TWO, False) for o in scene.objects)
     stated = Stated(objects, background, scene.relation)
     return Caption(_tidy(_sentence_of_two(rng, stated)), stated)
 
 
 def held_out_examples(n: int, objects: int = 1) -> list[tuple[Scene, Caption]]:
-    """The first n held-out scenes with this many objects, no two captions alike."""
+    """The first n held-out scenes with this many objects and distinct captions."""
     examples: dict[str, tuple[Scene, Caption]] = {}
     index = 0
     while len(examples) < n:
@@ -86,17 +86,17 @@ def held_out_examples(n: int, objects: int = 1) -> list[tuple[Scene, Caption]]:
 
 
 def describes(stated: Stated, scene: Scene) -> bool:
-    """Whether everything that a caption states is true of a scene; which of two objects it names first is free."""
+    """Whether all stated attributes hold in a scene; the order of two objects does not matter."""
     if len(stated.objects) != len(scene.objects) or stated.background not in (None, scene.background):
         return False
 
-    def agree(said: StatedObject, there: Object) -> bool:
-        names = (field.name for field in dataclasses.fields(said))
-        return all(getattr(said, name) in (None, getattr(there, name)) for name in names)
+    def agree(description: StatedObject, actual: Object) -> bool:
+        names = (field.name for field in dataclasses.fields(description))
+        return all(getattr(description, name) in (None, getattr(actual, name)) for name in names)
 
     if len(scene.objects) == 1:
         return agree(stated.objects[0], scene.objects[0])
-    assert stated.relation is not None  # a caption of two objects says where they are
+    assert stated.relation is not None  # a caption of two objects states their relation
     orders = {stated.objects: stated.relation, stated.objects[::-1]: OPPOSITE[stated.relation]}
     return any(
         relation == scene.relation and all(map(agree, objects, scene.objects)) for objects, relation in orders.items()
@@ -104,14 +104,14 @@ def describes(stated: Stated, scene: Scene) -> bool:
 
 
 def distinct_examples(n: int, split: Split = "held_out", start: int = 0) -> list[tuple[Scene, Caption]]:
-    """The first n examples from `start` on of which no caption describes the image of another: what retrieval needs,
-    since "a red star" is true of many images."""
+    """The first n examples from `start` such that no caption describes another one's image. Retrieval needs this, since
+    "a red star" is true of many images."""
     chosen: list[tuple[Scene, Caption]] = []
     index = start
     while len(chosen) < n:
         s = scene(split, index)
         c = caption(s, split, index)
-        if not any(describes(c.stated, other) or describes(said.stated, s) for other, said in chosen):
+        if not any(describes(c.stated, other) or describes(other_caption.stated, s) for other, other_caption in chosen):
             chosen.append((s, c))
         index += 1
     return chosen
@@ -160,12 +160,12 @@ def _sentence(rng: np.random.Generator, stated: Stated) -> str:
 def _list(rng: np.random.Generator, stated: Stated) -> str:
     """ "black background, outlined green star, large, right" """
     (o,) = stated.objects
-    size = o.size if o.size is not None and rng.random() < 0.5 else None  # said apart from the noun
+    size = o.size if o.size is not None and rng.random() < 0.5 else None  # stated separately from the noun
     noun = _noun(rng, dataclasses.replace(o, size=None) if size else o, article=False)
-    parts = [noun, pick(rng, SIZE_WORDS[size]) if size else "", o.position or ""]
+    phrases = [noun, pick(rng, SIZE_WORDS[size]) if size else "", o.position or ""]
     ground = f"{stated.background} background" if stated.background else ""
-    parts = [ground, *parts] if rng.random() < 0.5 else [*parts, ground]
-    return ", ".join(p for p in parts if p)
+    phrases = [ground, *phrases] if rng.random() < 0.5 else [*phrases, ground]
+    return ", ".join(p for p in phrases if p)
 
 
 def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
@@ -173,8 +173,8 @@ def _sentence_of_two(rng: np.random.Generator, stated: Stated) -> str:
     assert stated.relation is not None
     first, second = (_noun(rng, o, article=True) for o in stated.objects)
     between, ground = pick(rng, RELATION_WORDS[stated.relation]), _ground(rng, stated.background)
-    said = f"{first} {between} {second}"
-    return pick(rng, (f"{said} {ground}", f"there is {said} {ground}", f"a picture of {said} {ground}"))
+    phrase = f"{first} {between} {second}"
+    return pick(rng, (f"{phrase} {ground}", f"there is {phrase} {ground}", f"a picture of {phrase} {ground}"))
 
 
 def _noun(rng: np.random.Generator, o: StatedObject, article: bool) -> str:
@@ -205,7 +205,7 @@ def _tidy(text: str) -> str:
 
 
 def _vocabulary() -> frozenset[str]:
-    """From the tables above, and what the sentences put between them."""
+    """All words of the tables above and of the sentence templates."""
     tables = (*SIZE_WORDS.values(), *FILL_WORDS.values(), *RELATION_WORDS.values(), EDGE_WORDS.values())
     texts = [text for table in tables for text in table]
     texts += [*KINDS, *COLOURS, *BACKGROUNDS, *POSITIONS]
@@ -214,10 +214,10 @@ def _vocabulary() -> frozenset[str]:
 
 
 WORDS = _vocabulary()
-"""Every word of the captions, in small letters."""
+"""Every word of the captions, in lower case."""
 
 
 def unknown_words(texts: Iterable[str]) -> list[str]:
-    """The words of these texts that no caption has, each once, in their order."""
+    """The distinct words of these texts that occur in no caption, in order."""
     words = [word.strip(".,;:!?\"'()") for text in texts for word in text.lower().split()]
     return list(dict.fromkeys(word for word in words if word and word not in WORDS))

@@ -1,8 +1,8 @@
-"""Drawing `shapes`: analytic signed distances, one anti-aliased pass, the same image at any resolution.
+"""Rasterising `shapes`: analytic signed distances, one anti-aliased pass, the same image at any resolution.
 
 `draw` turns a scene into pixels. Every outline is an exact Euclidean distance (negative inside), so the coverage of a
-pixel is clip(1/2 - distance in pixels, 0, 1) and an outline of constant width is a band of distances. Symmetric shapes
-are folded into one sector first, where a single edge is left. Only an object's bounding box is computed.
+pixel is clip(1/2 - distance in pixels, 0, 1), and an outline of constant width is a band of distances. Symmetric shapes
+are first folded into one sector with a single edge. Only an object's bounding box is computed.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, REACH, Scene
 
 STROKE = 0.24  # width of an outline, in radii
-STRIPE = (0.22, 0.56)  # a striped object is bare where |y| is between these many radii: three bands of its colour
+STRIPE = (0.22, 0.56)  # |y| between these many radii is left unpainted: three bands of colour
 
 Grid = Float[np.ndarray, "h w"]
 
@@ -35,7 +35,7 @@ def draw(scene: Scene, resolution: int) -> UInt8[np.ndarray, "{resolution} {reso
 def coverage(
     kind: str, fill: str, x: float, y: float, radius: float, resolution: int, rows: slice, columns: slice
 ) -> Grid:
-    """The share, in [0, 1], of each pixel of a window that the object's colour covers."""
+    """The fraction of each pixel of a window that the object covers, in [0, 1]."""
     px = ((np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) / resolution - x) / radius
     py = ((np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) / resolution - y) / radius
     px, py = np.broadcast_arrays(px[None, :], py[:, None])
@@ -50,7 +50,7 @@ def _span(centre: float, reach: float, resolution: int) -> slice:
     )
 
 
-# Fillings: the distance of the filled outline, and y, to the distance of what is painted.
+# Fills: map the distance of the filled outline, and y, to the distance of the painted area.
 
 
 def _outlined(distance: Grid, y: Grid) -> Grid:
@@ -59,14 +59,14 @@ def _outlined(distance: Grid, y: Grid) -> Grid:
 
 def _striped(distance: Grid, y: Grid) -> Grid:
     low, high = STRIPE
-    bare = np.abs(np.abs(y) - (low + high) / 2) - (high - low) / 2  # distance to the bare bands
+    bare = np.abs(np.abs(y) - (low + high) / 2) - (high - low) / 2  # distance to the unpainted bands
     return np.maximum(distance, -bare)
 
 
 FILLINGS = {"solid": lambda distance, y: distance, "outlined": _outlined, "striped": _striped}
 
 
-# Outlines: signed distance at (x, y), in radii, from the centre of the bounding box, sized to look alike.
+# Outlines: signed distance at (x, y), in radii, from the centre of the bounding box, with similar apparent sizes.
 
 
 def _circle(x: Grid, y: Grid) -> Grid:
@@ -133,7 +133,7 @@ def _fold(x: Grid, y: Grid, n: int, axis: float) -> tuple[Grid, Grid]:
 
 
 def _edge(x: Grid, y: Grid, a: tuple[float, float], b: tuple[float, float]) -> Grid:
-    """Signed distance to the segment from a to b; the side that holds the origin is inside."""
+    """Signed distance to the segment from a to b; the origin's side is inside."""
     ex, ey = b[0] - a[0], b[1] - a[1]
     x, y = x - a[0], y - a[1]
     t = np.clip((x * ex + y * ey) / (ex * ex + ey * ey), 0, 1)

@@ -1,11 +1,11 @@
-"""The scenes of `shapes`: one or two flat objects on a plain background, fully described by a handful of words.
+"""The scenes of `shapes`: one or two flat objects on a plain background, fully described by a few words.
 
-A scene is a value. `scene(split, index)` is a pure function, so an example can be drawn again at any resolution, on any
-machine, from its split and index alone. About one combination of (kind, colour, fill, size) in ten is held out: no
-training scene contains it, and the object named first in every `held_out` scene is one of them. Every value and every
-pair of values still occurs in training, so that a held-out caption asks for a new combination of known words.
+A scene is a value. `scene(split, index)` is a pure function, so an example can be reproduced at any resolution and on
+any machine from its split and index. About one combination of (kind, colour, fill, size) in ten is held out: no
+training scene contains it, and the first object of every `held_out` scene is one of them. Every value and every pair of
+values still occurs in training, so a held-out caption is a new combination of known words.
 
-Lengths are fractions of the image's side; x grows to the right and y downwards, as in an image.
+Lengths are fractions of the image's side; x grows to the right and y downwards.
 """
 
 import dataclasses
@@ -36,20 +36,17 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 POSITIONS = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
 RELATIONS = ("left of", "right of", "above", "below")
 
-REACH = 1.13  # no outline leaves its centre by more than this many radii along x or y (shapes_draw.py, tested)
-MARGIN = 0.015  # the least distance from an object to the image's border
-LOW, MIDDLE, HIGH = (
-    (0.20, 0.32),
-    (0.45, 0.55),
-    (0.68, 0.80),
-)  # ranges of a centre's coordinate; the gaps belong to nobody
+REACH = 1.13  # no outline extends more than this many radii from its centre along x or y (shapes_draw.py, tested)
+MARGIN = 0.015  # minimum distance from an object to the image border
+# Ranges of a centre's coordinate, with gaps between them.
+LOW, MIDDLE, HIGH = (0.20, 0.32), (0.45, 0.55), (0.68, 0.80)
 CELL = 0.385  # a coordinate below is `top` or `left`, above 1 - CELL `bottom` or `right`: the middle of the gaps
-TWO_OBJECTS = 0.3  # the share of scenes with two objects
+TWO_OBJECTS = 0.3  # the fraction of scenes with two objects
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One object. `x`, `y`: the centre of its bounding box; `radius`: that of a circle that looks as big."""
+    """One object. `x`, `y`: the centre of its bounding box; `radius`: of a circle of the same apparent size."""
 
     kind: str
     colour: str
@@ -67,7 +64,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """`relation` says where the first of two objects is, seen from the second; None where there is one object."""
+    """relation: position of the first of two objects relative to the second; None for one object."""
 
     background: str
     objects: tuple[Object, ...]
@@ -80,7 +77,7 @@ class Scene:
 
 
 def scene(split: Split, index: int, objects: int | None = None) -> Scene:
-    """Scene `index` of a split; `objects` forces one or two of them (another sequence of scenes than the mixed one)."""
+    """Scene `index` of a split. objects: 1 or 2 forces their number (and selects another sequence of scenes)."""
     if objects not in (None, 1, 2):
         raise ValueError(f"a scene has 1 or 2 objects, not {objects}")
     rng = stream(split, index, 0 if objects is None else objects)
@@ -100,7 +97,7 @@ def stream(split: Split, index: int, purpose: int) -> np.random.Generator:
 
 
 def held_out(obj: Object) -> bool:
-    """Whether training never sees this object's combination of kind, colour, fill and size."""
+    """Whether the combination of kind, colour, fill and size is held out of training."""
     return _held_out(obj.kind, obj.colour, obj.fill, obj.size)
 
 
@@ -111,7 +108,7 @@ def position(x: float, y: float) -> str:
 
 
 def relation(first: tuple[float, float], second: tuple[float, float]) -> str:
-    """Where the point `first` lies, seen from `second`, along the axis that separates them more."""
+    """The position of `first` relative to `second`, along the axis of the larger separation."""
     dx, dy = first[0] - second[0], first[1] - second[1]
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -123,7 +120,7 @@ def _cell(coordinate: float) -> int:
 
 
 def _held_out(*combination: str) -> bool:
-    # Python's own hash of strings differs from run to run; this one never does.
+    # Python's own hash of strings differs between runs; SHA-256 does not.
     return hashlib.sha256("/".join(combination).encode()).digest()[0] % 10 == 0
 
 
@@ -143,17 +140,15 @@ def _one(rng: np.random.Generator, split: Split, background: str) -> Scene:
 
 
 def _two(rng: np.random.Generator, split: Split, background: str) -> Scene:
-    """Two small or medium objects beside or above one another, with a clear gap; they differ in kind or colour."""
+    """Two small or medium objects side by side or stacked, with a gap; they differ in kind or colour."""
     candidates = {s: [c for c in COMBINATIONS[s] if c[3] != "large"] for s in {split, "train"}}
     first = pick(rng, candidates[split])
     second = first
     while second[:2] == first[:2]:
         second = pick(rng, candidates["train"])  # one new combination at a time
     name = pick(rng, RELATIONS)
-    near, far = (
-        rng.uniform(0.22, 0.26),
-        rng.uniform(0.74, 0.78),
-    )  # the gap is at least 0.74 - 0.26 - 2 · 0.185 · REACH = 0.06
+    # The gap is at least 0.74 - 0.26 - 2 · 0.185 · REACH = 0.06.
+    near, far = rng.uniform(0.22, 0.26), rng.uniform(0.74, 0.78)
     along = (near, far) if name in ("left of", "above") else (far, near)
     common = rng.uniform(0.26, 0.74)
     across = common + rng.uniform(-0.03, 0.03, size=2)
@@ -165,5 +160,5 @@ def _two(rng: np.random.Generator, split: Split, background: str) -> Scene:
 
 
 def pick(rng: np.random.Generator, choices):
-    """One of a sequence, each as likely."""
+    """A uniformly random element of a sequence."""
     return choices[int(rng.integers(len(choices)))]

@@ -1,4 +1,4 @@
-"""What a pipeline leaves out, counted and named."""
+"""Counts and names the examples that a pipeline skips."""
 
 import threading
 import warnings
@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 REPLACED = "replaced"
-"""Of an example: what was replaced in its caption, as a line; empty: nothing."""
+"""Key of an example: a line about replaced characters in its caption; empty: none."""
 REJECTS = "rejects"
-"""Of an example that takes the place of others: for each of them name, kind and reason, as under `rejected`."""
+"""Key of a replacement example: name, kind and reason of each example it replaces, as under `rejected`."""
 
 
 class Skipped:
-    """The examples left out since this iterator was made, each counted once: `reasons` holds how many of each kind.
+    """The examples skipped by an iterator, each counted once, by kind in `reasons`.
 
-    within: of how many places in order each example has one, where that is not as many as there are examples.
+    within: a number of consecutive positions that contains every example; default: the number of examples.
     replaced: captions in which characters were replaced; those examples are used.
     """
 
@@ -38,7 +38,7 @@ class Skipped:
         return f"{self.count} ({', '.join(f'{count} {kind}' for kind, count in self.reasons.most_common())})"
 
     def keep(self, example: dict) -> bool:
-        """False for a reject, after counting it. Raises ValueError when strict, or when nothing else is left."""
+        """False for a reject, which is counted. Raises ValueError if strict, or if no example is usable."""
         for rejected in example.pop(REJECTS, ()):
             self._reject(*rejected)
         if "rejected" not in example:
@@ -49,11 +49,10 @@ class Skipped:
         return False
 
     def leave_out(self, faults: Sequence[tuple[str, str]]) -> None:
-        """Counts images of which not even the header could be read, each a name and a reason. Raises ValueError when
-        strict."""
+        """Count images with unreadable headers, each a name and a reason. Raises ValueError if strict."""
         for name, reason in faults:
             self._reject(name, "unreadable", reason)
-        self._in_a_row = 0  # others have a header
+        self._in_a_row = 0  # other images have a header
 
     def _reject(self, name: str, kind: str, reason: str) -> None:
         line = f"{name}: {reason}"
@@ -61,8 +60,8 @@ class Skipped:
             raise ValueError(f"{line} (strict)")
         with self._lock:
             self._in_a_row += 1
-            # Twice the source, as a usable example may come first in one order of it and last in the next: beyond, it
-            # would never end.
+            # Two epochs, because a usable example may come first in one epoch and last in the next. Beyond that the
+            # search would never end.
             if self._in_a_row >= 2 * self._within:
                 raise ValueError(f"not one of the {self._examples} examples is usable; the last: {line}")
             if name not in self._names:
@@ -71,7 +70,7 @@ class Skipped:
                 self._warn(f"skipped {line}", self.count)
 
     def summary(self, total: int) -> str:
-        """What was left out of `total` examples, or replaced, for people; empty where nothing was."""
+        """A summary of the skipped examples and replaced characters of `total` examples; empty if there are none."""
         skipped = [f"skipped {self} of {total} examples"] if self.count else []
         return "; ".join(skipped + ([f"characters replaced in {self.replaced} captions"] if self.replaced else []))
 

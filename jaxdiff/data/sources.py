@@ -1,8 +1,8 @@
-"""Where captioned images come from: seven sources, each a plain value, all opened into the same kind of sequence.
+"""The seven sources of captioned images as plain values, which `open` turns into sequences of examples.
 
 spec = parse("folder:photos")                      # once, at the command line
 spec = parse_several(["hf:mine", "shapes"], [3, 1])
-source = open(spec, 64, "train", "runs/data")      # what pipeline.image_batches reads
+source = open(spec, 64, "train", "runs/data")      # the input of pipeline.image_batches
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxdiff.data.mixture import MixtureSource, check_weights
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The embedded set: drawn on first use, `train` and `held_out` examples of it. Splits: train, held_out."""
+    """The synthetic dataset, rasterised on first use. train, held_out: sizes of the splits of these names."""
 
     train: int = 20_000
     held_out: int = 1_000
@@ -30,7 +30,7 @@ class Emoji:
 
 @dataclasses.dataclass(frozen=True)
 class Rainbow:
-    """The composition benchmark, 32 pixels a side, drawn on first use. Splits: train, test."""
+    """The composition benchmark, 32 pixels a side, rasterised on first use. Splits: train, test."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """A TFDS name, such as `coco_captions` or `set/config:1.0.0`, or the folder of a prepared set."""
+    """A TFDS name, such as `coco_captions` or `dataset/config:1.0.0`, or the folder of a prepared dataset."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What experiments.convert wrote: a folder of ArrayRecord files with a dataset.json."""
+    """The output of experiments.convert: a folder of ArrayRecord files with a dataset.json."""
 
     path: Path
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """A dataset as it lies on the Hugging Face hub, downloaded: an imagefolder with metadata, or Parquet files with the
-    images in them. Splits: those that are there.
+    """A dataset downloaded from the Hugging Face hub: an imagefolder with metadata, or Parquet files with images.
+    Splits: those of the dataset.
 
-    image_column, caption_column: None: guessed from the usual names, and said. A caption_column of "": no captions.
+    image_column, caption_column: None: selected by usual names, with a note. caption_column "": no captions.
     """
 
     path: Path
@@ -72,8 +72,8 @@ Single = Shapes | Emoji | Rainbow | Folder | Tfds | Records | HuggingFace
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources, each used as often as its weight says (`mixture.py`); None: as often as it has examples.
-    ValueError for fewer than two sources, one that is named twice, and bad weights."""
+    """Several weighted sources (`mixture.py`); weights None: by the number of examples. ValueError for fewer than two
+    sources, a duplicate source, and invalid weights."""
 
     specs: tuple[Single, ...]
     weights: tuple[float | int, ...] | None = None
@@ -93,8 +93,8 @@ CHOICES = "shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | record
 
 
 def parse_several(texts: Sequence[str], weights: Sequence[float | int] | None = None) -> DataSpec:
-    """What `--data` and `--data-weights` say: of one text its source, of several a `Mixture`. ValueError for no text,
-    one that is none of CHOICES, one given twice, and weights that are not one positive number for each."""
+    """Parse `--data` and `--data-weights`: one text to its source, several to a `Mixture`. ValueError for no text, one
+    that is not among CHOICES, a duplicate, and weights that are not one positive number per source."""
     if not texts:
         raise ValueError(f"--data names no source; it is one or more of: {CHOICES}")
     specs = tuple(parse(text) for text in texts)
@@ -107,7 +107,7 @@ def parse_several(texts: Sequence[str], weights: Sequence[float | int] | None = 
 
 
 def changed(spec: DataSpec, change: Callable[[Single], Single]) -> DataSpec:
-    """The same with `change` made to its source, or to each of a mixture."""
+    """The spec with `change` applied to its source, or to each source of a mixture."""
     if isinstance(spec, Mixture):
         return Mixture(tuple(change(each) for each in spec.specs), spec.weights)
     return change(spec)
@@ -131,8 +131,8 @@ def parse(text: str) -> Single:
 
 
 def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> Source:
-    """The examples of one split. `resolution` picks the stored size of sets that are drawn (shapes, emoji); `data_dir`
-    is where prepared sets live. An unknown split or a set that is not there is an error that says what to do.
+    """The examples of one split. resolution: the stored size of rasterised datasets (shapes, emoji). data_dir: the
+    folder of prepared datasets. An unknown split or a missing dataset is an error that says what to do.
     """
     if isinstance(spec, Mixture):
         sources = tuple(open(each, resolution, split, data_dir) for each in spec.specs)
@@ -157,7 +157,7 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
 
 
 def describe(spec: DataSpec) -> str:
-    """The command-line form of a spec: the inverse of `parse` (sizes of the shapes and named columns set aside); of a
+    """The command-line form of a spec: the inverse of `parse`, without the sizes of shapes and column names; for a
     mixture, its sources and weights."""
     match spec:
         case Mixture(specs, weights):

@@ -1,17 +1,16 @@
-"""Captioned images in a tar file: KEY.jpg (png, webp, …) is an image; KEY.txt, or KEY.json with a caption in it, its
-caption.
+"""Captioned images in a tar file: KEY.jpg (png, webp, …) is an image; KEY.txt is its caption, or KEY.json contains it.
 
-Which part of a name is the key? webdataset ends it at the first dot: `7.jpg`, `7.txt` and `7.seg.png` are one example.
-Names such as `22.05.jpg` and `IMG.edited.jpg` need the last dot. Both are served. Members side by side that share a
-name up to the first dot are looked at together:
+In webdataset a key ends at the first dot: `7.jpg`, `7.txt` and `7.seg.png` are one example. Names such as `22.05.jpg`
+and `IMG.edited.jpg` need the last dot. Both are supported: consecutive members that share a name up to the first dot
+form a group, in which
 
     an image with a caption of the same name up to the last dot is an example         22.05.jpg, 22.05.txt
-    the only image among them takes the caption of the first-dot name                 7.rgb.png, 7.txt
+    a single image takes the caption of the first-dot name                            7.rgb.png, 7.txt
     an image without a caption beside KEY.jpg is a feature of KEY, and is not used    7.seg.png
 
-Whatever is left out is reported. Faults are: an image without a caption, a caption without an image, a second image or
-caption of one key and a repeated key (the first is kept), a link, a member of an unknown kind, a file that is cut off
-or damaged. Features beside an image (`7.cls`) and hidden files are harmless.
+Skipped members are reported. Faults are: an image without a caption, a caption without an image, a second image or
+caption of one key and a repeated key (the first is kept), a link, a member of an unknown kind, a truncated or damaged
+file. Features beside an image (`7.cls`) and hidden files are harmless.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from jaxdiff.data.folder import SUFFIXES, is_hidden
 
 _CAPTIONS = (".txt", ".json")  # in the order of preference
 _TOGETHER = 64
-"""Members looked at together: what more share up to the first dot is no key of webdataset's, and would fill memory."""
+"""Maximum group size: a larger group does not share a webdataset key, and would fill memory."""
 
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _UNUSED = Fault("member not used", harmless=True)
@@ -40,9 +39,9 @@ _HIDDEN = Fault("hidden member", harmless=True)
 class _Member:
     name: str
     key: str
-    """the name up to the first dot of its last part"""
+    """the path up to the first dot of the file name"""
     stem: str
-    """the name up to the last dot"""
+    """the path up to the last dot"""
     suffix: str
     content: bytes
     """of an image or a caption"""
@@ -54,7 +53,7 @@ Keyed = dict[str, list[_Member]]
 def examples(path: str, stream: Any, caption_key: str) -> Iterator[Raw]:
     """The examples and faults of the tar file that `stream` reads (compressed or not), named `path`/MEMBER.
 
-    `caption_key`: the key of the caption in a KEY.json. OSError where reading fails; damage is a fault.
+    caption_key: the key of the caption in a KEY.json. OSError if reading fails; damage is a fault.
     """
     try:
         with _opened(stream) as archive:
@@ -65,15 +64,15 @@ def examples(path: str, stream: Any, caption_key: str) -> Iterator[Raw]:
 
 def _opened(stream: Any) -> tarfile.TarFile:
     buffered = io.BufferedReader(stream, 1 << 20)
-    if buffered.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own reader ends with the first of several gzip members
+    if buffered.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own reader stops after the first gzip member
         return tarfile.open(fileobj=gzip.GzipFile(fileobj=buffered), mode="r|", tarinfo=_Header, ignore_zeros=True)
     return tarfile.open(fileobj=buffered, mode="r|*", tarinfo=_Header, ignore_zeros=True)
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose damage is an error: tarfile would take it for the end, and drop all that follows.
+    """A header that raises on damage: tarfile would treat it as the end, and drop all following members.
 
-    To be used with `ignore_zeros`, as the zeros at the end of a tar file may be followed by another one (`cat`).
+    Use it with `ignore_zeros`, because another tar file may follow the zeros at the end (`cat`).
     """
 
     @classmethod
@@ -106,11 +105,11 @@ def _examples(path: str, archive: tarfile.TarFile, caption_key: str) -> Iterator
             yield f"{path}/{name}", image, caption
             if not isinstance(image, Fault):
                 new.append(name.rpartition(".")[0])
-        seen.update(new)  # now, as what else a run holds is judged by the runs before it
+        seen.update(new)  # only now: a run is compared with previous runs
 
 
 def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault]]:
-    """Members side by side of one key; and, with its name, what is none."""
+    """Runs of consecutive members of one key; and (name, fault) for other members."""
     run: list[_Member] = []
     empty = True
     try:
@@ -133,7 +132,7 @@ def _runs(archive: tarfile.TarFile) -> Iterator[list[_Member] | tuple[str, Fault
         if empty:
             yield "", Fault("damaged tar file", "no members")
     except _DAMAGE:
-        if run:  # what came before the damage is kept: one torn file among thousands must not stop the rest
+        if run:  # members before the damage are kept: one truncated file among thousands must not stop the others
             yield run
         raise
     if run:
@@ -161,12 +160,12 @@ def _member(name: str, archive: tarfile.TarFile, header: tarfile.TarInfo) -> _Me
 
 
 def _of_run(run: list[_Member], seen: set[str], caption_key: str) -> Iterator[Raw]:
-    """Names of members, with their image or fault, and caption."""
+    """Member names with their image or fault, and caption."""
     key, stems = run[0].key, _by_stem(run)
     images = [member for member in run if member.suffix in SUFFIXES]
     has_main = any(image.stem == key for image in images)
     lone = images[0].stem if len(images) == 1 else key
-    # The only image takes the key's caption where it has none.
+    # A single image without a caption takes the key's caption.
     shared = [] if lone == key or _caption(stems[lone], caption_key) else stems.get(key, [])
     for stem, members in stems.items():
         own = [member for member in members if member.suffix in SUFFIXES]
@@ -192,7 +191,7 @@ def _of_run(run: list[_Member], seen: set[str], caption_key: str) -> Iterator[Ra
 
 
 def _further(images: list[_Member], texts: list[_Member]) -> Iterator[Raw]:
-    """The faults of an example with more than one image, or more than one caption of a kind."""
+    """The faults of an example with several images, or several captions of one suffix."""
     names = {images[0].name}
     for image in images[1:]:
         kind = "repeated key" if image.name in names else "second image of a key"
@@ -212,7 +211,7 @@ def _by_stem(run: list[_Member]) -> Keyed:
 
 
 def _caption(members: list[_Member], key: str) -> str | None:
-    """The first text that is not blank; then the first JSON with a caption."""
+    """The first non-blank text, else the caption of the first JSON that has one."""
     for suffix in _CAPTIONS:
         for member in members:
             if member.suffix == suffix:

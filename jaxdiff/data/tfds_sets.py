@@ -1,4 +1,4 @@
-"""Any TFDS set with an image and a text, read at random from ArrayRecord without TensorFlow."""
+"""Any TFDS dataset with an image and a text, with random access to ArrayRecord and without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -15,16 +15,16 @@ from jaxdiff.data import captions, parts
 from jaxdiff.data.array_records import full_disk_is_an_os_error
 from jaxdiff.data.example import Example
 
-# Where a set has several texts, the first of these that it has is the caption.
+# If a dataset has several texts, the first of these names is the caption.
 _PREFERRED = ("caption", "captions", "text", "prompt", "description")
 
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-    """One split of a prepared TFDS builder. The image and the caption are found by the types of the features.
+    """One split of a prepared TFDS builder. The image and the caption are selected by feature type.
 
-    Of several captions of an image the first is taken. Raises ValueError when there is no image or no text among
-    the features, no such split, or when the files allow no random access.
+    Only the first of several captions is used. ValueError if the features lack an image or a text, for an unknown
+    split, and for files without random access.
     """
 
     builder: tfds.core.DatasetBuilder
@@ -44,7 +44,7 @@ class Captioned:
             record = self._records[index]
         except RuntimeError as error:
             raise parts.named(
-                error, *self._where(index), "delete the set's folder, so that it is prepared again"
+                error, *self._where(index), "delete the dataset's folder, so that it is prepared again"
             ) from error
         image_path, caption_path = self._paths
         caption = _first(_at(record, caption_path))
@@ -57,7 +57,7 @@ class Captioned:
         }
 
     def _where(self, index: int) -> tuple[str, int]:
-        """The file that holds an example, and its place there."""
+        """The file of an example, and its index in the file."""
         for part in self.builder.info.splits[self.split].file_instructions:
             if index < part.take:
                 return str(part.filename), part.skip + index
@@ -74,17 +74,17 @@ class Captioned:
         decoders = functools.reduce(lambda inner, key: {key: inner}, reversed(image_path), tfds.decode.SkipDecoding())
         try:
             return self.builder.as_data_source(self.split, decoders=decoders)
-        except NotImplementedError as error:  # tfrecord files can only be read in order
+        except NotImplementedError as error:  # tfrecord files allow sequential reads only
             raise ValueError(
                 f"{self.builder.name}: its files allow no random access; prepare it with file_format='array_record'"
             ) from error
 
 
 def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
-    """The builder of a TFDS name, prepared (and downloaded, where need be) below `data_dir`.
+    """The builder of a TFDS name, prepared (and downloaded if necessary) below `data_dir`.
 
-    `name` may also be the folder of a prepared set. A set that TFDS has already put into its own folder
-    (`~/tensorflow_datasets`) is read from there. Preparing most sets takes TensorFlow, reading takes none.
+    `name` may also be the folder of a prepared dataset. A dataset already prepared in TFDS's default folder
+    (`~/tensorflow_datasets`) is read from there. Preparing most datasets needs TensorFlow; reading does not.
     """
     if (Path(name) / "dataset_info.json").is_file():
         return tfds.builder_from_directory(name)
@@ -95,20 +95,20 @@ def builder(name: str, data_dir: Path | str) -> tfds.core.DatasetBuilder:
             default = tfds.builder(name, file_format="array_record")
             dataset = default if default.is_prepared() else dataset
         if not dataset.is_prepared():
-            caption_features(dataset.info.features, name)  # what is no use is not downloaded
+            caption_features(dataset.info.features, name)  # checked before the download
             with full_disk_is_an_os_error(data_dir):
                 dataset.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"tfds:{name}: TFDS knows no set of that name, and no prepared set lies there") from error
+        raise ValueError(f"tfds:{name}: TFDS knows no dataset of that name, and no prepared one is there") from error
     except ImportError as error:
         raise ValueError(f"tfds:{name}: preparing it once needs a package: {error}") from error
-    except AssertionError as error:  # how TFDS says that a version or a manual download is missing
+    except AssertionError as error:  # TFDS's error for a missing version or manual download
         raise ValueError(f"tfds:{name}: {error}") from error
     return dataset
 
 
 def caption_features(features: tfds.features.FeatureConnector, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The paths of the image and of the caption among a set's features; ValueError, listing them, without both."""
+    """The feature paths of the image and the caption. ValueError, listing the features, if one is missing."""
     leaves = list(_leaves(features))
     images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and len(path) == 1]
     texts = [path for path, feature in leaves if isinstance(feature, tfds.features.Text)]
@@ -128,7 +128,7 @@ def _leaves(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     if isinstance(feature, tfds.features.FeaturesDict):
         for key, inner in feature.items():
             yield from _leaves(inner, (*path, key))
-    elif isinstance(feature, tfds.features.Sequence):  # a sequence of dicts is read as a dict of sequences
+    elif isinstance(feature, tfds.features.Sequence):  # TFDS reads a sequence of dicts as a dict of sequences
         yield from _leaves(feature.feature, path)
     else:
         yield path, feature
@@ -148,8 +148,8 @@ def _first(value: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """For builders with one progress bar of their own: none of TFDS's nested ones, nor its messages about paths and
-    custom configurations."""
+    """Suppress TFDS's nested progress bars and its messages about paths and custom configurations, for builders with a
+    progress bar of their own."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     tfds.disable_progress_bar()

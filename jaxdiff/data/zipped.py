@@ -1,6 +1,6 @@
-"""A zip of images, as datasets of EDM and ADM come: read like a folder, and never unpacked.
+"""A zip of images, the format of the EDM and ADM datasets: read like a folder, without unpacking.
 
-photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; a `.txt` beside an image is its caption
+photos.zip: 00000/img00000000.png  00000/img00000000.txt     any depth; the `.txt` of the same name is the caption
 photos.zip: metadata.jsonl                              the same as in a folder
 """
 
@@ -22,10 +22,10 @@ from jaxdiff.data.example import Example
 from jaxdiff.data.folder import COMPANIONS, METADATA, SUFFIXES, Walk, counted, from_metadata, is_hidden
 
 LARGEST = 1 << 30
-"""Bytes of a member that are unpacked at most: a zip may say of a few bytes that they are many."""
+"""Maximum uncompressed bytes of a member: a guard against zip bombs."""
 
 
-# What the decompressors raise; MemoryError for a damaged size of LZMA's dictionary.
+# Errors of the decompressors; MemoryError for a damaged LZMA dictionary size.
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, MemoryError),
     *(NotImplementedError, RuntimeError),
@@ -34,7 +34,7 @@ _DAMAGE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
-    """A file in a zip, with what `Path` calls its parts."""
+    """A file in a zip, with part of the interface of `Path`."""
 
     archive: zipfile.ZipFile
     info: zipfile.ZipInfo
@@ -48,7 +48,7 @@ class Member:
         return PurePosixPath(self.info.filename).suffix
 
     def read_bytes(self) -> bytes:
-        """OSError for a member that is damaged, encrypted or too large."""
+        """The content. OSError for a member that is damaged, encrypted or too large."""
         if self.info.file_size > LARGEST:
             raise OSError(f"unpacks to {self.info.file_size} bytes, of at most {LARGEST}")
         try:
@@ -81,13 +81,13 @@ class ZipSource:
 
 
 def is_zip(path: Path) -> bool:
-    """By its name, or because a file that is there begins as one."""
+    """By suffix, or by content."""
     return not path.is_dir() and (path.suffix.lower() == ".zip" or zipfile.is_zipfile(path))
 
 
 def read(path: Path) -> ZipSource:
-    """The images of a zip, which stays open. Warns of what is left out, counted, as for a folder. FileNotFoundError
-    when it is not there or holds no image; ValueError for a damaged one."""
+    """The images of a zip, which stays open. Warns with the counts of skipped files, as for a folder. FileNotFoundError
+    if it is missing or has no image; ValueError if it is damaged."""
     try:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def read(path: Path) -> ZipSource:
 def _from_metadata(
     metadata: Member, files: Mapping[str, Member], members: tuple[Member, ...]
 ) -> tuple[tuple[Member, ...], tuple[str | None, ...], list[str]]:
-    """The images that a metadata.jsonl lists, their captions, and what is left out. ValueError for a damaged one."""
+    """The images listed in a metadata.jsonl, their captions, and lines about skipped files. ValueError if damaged."""
     try:
         content = metadata.read_bytes()
     except OSError as error:

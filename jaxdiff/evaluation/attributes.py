@@ -1,9 +1,9 @@
-"""An exact reader for `shapes` images: what is in the image, and does it agree with what the caption states?
+"""An exact reader for `shapes` images: detects the objects and compares them with the attributes stated by a caption.
 
-Nothing here is learned. The background is the border's median colour; shapes_fit.py explains what differs from it by
-drawing; here the fits become words, and the words are compared with a caption's.
+No learned components. The background is the median colour of the border. shapes_fit.py fits rasterised objects to the
+pixels that differ from it; here the fits become attribute words, which are compared with the caption's.
 
-`read` returns what is there, `matches` the verdict against a caption's `stated`.
+`read` returns the detections, `matches` the verdict against a caption's `stated`.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ from jaxdiff.data.shapes_caption import Stated, StatedObject
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, SIZES, position, relation
 from jaxdiff.evaluation.shapes_fit import Fit, explain
 
-WORKING = 128  # larger images are averaged down to this many pixels a side: no detail of `shapes` is finer
-EXPLAINED = 0.85  # an object whose best candidate explains less of its energy has no kind and no filling
-COLOUR_ERROR = 0.22  # an object further than this from every palette colour has none of them
-SPECK = 0.045  # half side, in image sides, of what is too small to be an object
+WORKING = 128  # larger images are averaged down to this side: no detail of `shapes` is finer
+EXPLAINED = 0.85  # an object whose best candidate explains less of its energy has no kind and no fill
+COLOUR_ERROR = 0.22  # an object further than this from every palette colour has no colour
+SPECK = 0.045  # half side, in image sides, below which a detection is ignored
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """An object in an image. `kind`, `fill`, `colour` are None where the pixels are like none of the set's.
+    """An object in an image. `kind`, `fill`, `colour` are None if the pixels match none of the dataset's values.
 
-    `x`, `y`, `radius` are fractions of the image's side; `explained`: the share of its energy that its kind explains.
+    `x`, `y`, `radius` are fractions of the image's side; `explained`: the fraction of its energy that its kind
+    explains.
     """
 
     kind: str | None
@@ -44,7 +45,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """The objects in an image, the most striking first, and its background, None where it is none of the set's."""
+    """The objects in an image, by descending energy, and its background; None if it matches none of the dataset's."""
 
     background: str | None
     objects: tuple[Detection, ...]
@@ -52,13 +53,13 @@ class Detections:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether each attribute that was stated is read back equal ("count": as many objects as stated)."""
+    """For each stated attribute, whether the detected one is equal ("count": the number of objects)."""
 
     checks: dict[str, bool]
 
     @property
     def right(self) -> bool:
-        """Everything that the caption states is in the image."""
+        """Whether all stated attributes match."""
         return all(self.checks.values())
 
 
@@ -72,12 +73,12 @@ def read(image: Num[np.ndarray, "h w 3"]) -> Detections:
 
 
 def matches(image: Num[np.ndarray, "h w 3"], stated: Stated) -> Verdict:
-    """The verdict on an image, for what one caption states."""
+    """The verdict on an image for the attributes stated by a caption."""
     return compare(read(image), stated)
 
 
 def compare(reading: Detections, stated: Stated) -> Verdict:
-    """The verdict on a reading. Objects are paired with the stated ones in the order that agrees best."""
+    """The verdict on detections. Objects are paired with the stated ones in the best order."""
     checks = {"count": len(reading.objects) == len(stated.objects)}
     if stated.background is not None:
         checks["background"] = reading.background == stated.background
@@ -118,7 +119,7 @@ def _working(image: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "m m 3"]:
 
 
 def _background(image: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, "3"], float]:
-    """The colour of the border and the standard deviation of its noise, both by medians."""
+    """The colour of the border and the standard deviation of its noise, both from medians."""
     frame = np.ones(image.shape[:2], bool)
     width = max(1, len(image) // 48)
     frame[width:-width, width:-width] = False
@@ -128,7 +129,7 @@ def _background(image: Float[np.ndarray, "m m 3"]) -> tuple[Float[np.ndarray, "3
 
 
 def _detection(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Detection:
-    """A fit in the set's words."""
+    """A fit in the words of the dataset."""
     known = fit.explained >= EXPLAINED
     x, y, radius = (float(v) / side for v in (fit.x, fit.y, fit.radius))
     return Detection(
@@ -145,7 +146,7 @@ def _detection(fit: Fit, ground: Float[np.ndarray, "3"], side: int) -> Detection
 
 
 def _colour(difference: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) -> str | None:
-    """The palette colour whose contrast to the background, up to a little fading or excess, is nearest."""
+    """The palette colour with the nearest contrast to the background, allowing a factor of 0.8 to 1.1."""
     errors = {}
     for name, rgb in COLOURS.items():
         contrast = np.array(rgb, np.float32) / 255 - ground

@@ -1,11 +1,12 @@
-"""What every metric refuses: features that are no rows of finite numbers, or of different networks."""
+"""Checks common to all metrics: features must be rows of finite numbers, of one network."""
 
 import numpy as np
 
 
-def require_features(metric: str, *sets: np.ndarray) -> None:
-    """ValueError, with the metric's name, unless each set is (n d) with a row or more, finite, and all are as wide."""
-    for features in sets:
+def require_features(metric: str, *arrays: np.ndarray) -> None:
+    """ValueError, with the metric's name, unless each array is (n d), not empty and finite, and all widths are
+    equal."""
+    for features in arrays:
         if features.ndim != 2 or not features.shape[1]:
             raise ValueError(f"{metric} of features of shape {features.shape}: rows of numbers are wanted")
         if not len(features):
@@ -14,6 +15,6 @@ def require_features(metric: str, *sets: np.ndarray) -> None:
         if not finite.all():
             count, first = int((~finite).sum()), int(np.argmin(finite))
             raise ValueError(f"{metric} of features that are not finite: {count} rows, the first is row {first}")
-    widths = sorted({features.shape[1] for features in sets})
+    widths = sorted({features.shape[1] for features in arrays})
     if len(widths) > 1:
         raise ValueError(f"{metric} of features of width {' and '.join(map(str, widths))}: of different networks")

@@ -1,4 +1,4 @@
-"""CLIP score (arXiv 2104.08718, equation 1): how well images fit their captions, by cosines of CLIP's embeddings."""
+"""CLIP score (arXiv 2104.08718, equation 1): agreement of images and captions by cosines of CLIP embeddings."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ WEIGHT = 2.5
 
 
 class CLIPScore(NamedTuple):
-    """Means over pairs: `score` = 2.5 · max(cosine, 0), and the cosine as it is, which Imagen's and Stable Diffusion's
-    curves have."""
+    """Means over pairs: `score` = 2.5 · max(cosine, 0), and the plain cosine, which the curves of Imagen and Stable
+    Diffusion show."""
 
     score: float
     cosine: float
 
 
 def clip_score(text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"]) -> CLIPScore:
-    """Of embeddings of any length, the caption and the image of a pair in the same row. ValueError without pairs, for
-    captions and images that are not as many, and for embeddings of different width, not finite, or of length 0."""
+    """The score of embeddings of any length; row i of both arrays is one pair. ValueError for no pairs, different
+    numbers of captions and images, and embeddings that differ in width, are not finite, or have length 0."""
     if not len(text):
         raise ValueError("a CLIP score of no pairs")
     if len(text) != len(image):

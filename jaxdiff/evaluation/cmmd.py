@@ -11,10 +11,10 @@ SCALE = 1000.0
 
 
 def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], chunk: int = 2048) -> float:
-    """Of embeddings of length 1 (they are made so), times 1000; the paper's estimate, with its σ of 10.
+    """CMMD of embeddings (normalised here to length 1), times 1000; the paper's estimator with σ = 10.
 
-    It is the one with a small bias, pairs of an image with itself included, as published figures are. ValueError for
-    no images, and for embeddings of different width, not finite, or of length 0.
+    It is the biased estimator, which includes pairs of an image with itself, as in published figures. ValueError for no
+    images, and for embeddings that differ in width, are not finite, or have length 0.
     """
     require_features("CMMD", a, b)
     a, b = l2_normalize(a), l2_normalize(b)
@@ -22,7 +22,7 @@ def cmmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], chunk: int = 
 
 
 def _mean(a: np.ndarray, b: np.ndarray, chunk: int) -> float:
-    """Of the kernel over all pairs, no matrix of all of them."""
+    """The mean kernel over all pairs, computed in chunks of rows."""
     total = 0.0
     for start in range(0, len(a), chunk):
         squares = 2 - 2 * a[start : start + chunk] @ b.T

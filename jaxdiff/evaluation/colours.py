@@ -20,16 +20,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUND = 235
 """Pixels whose channels are all above this (of 255) are background."""
 LEAST = 0.01
-"""An image of which no larger share is drawn on is white."""
+"""An image with a smaller fraction of foreground is white."""
 
 
 def dominant(image: Float[np.ndarray, "h w 3"]) -> str:
-    """The name of the colour that most pixels off the white background are nearest to; `image` in [-1, 1]."""
+    """The name of the colour nearest to most pixels off the white background; `image` in [-1, 1]."""
     pixels = np.clip((image.reshape(-1, 3) + 1) * 127.5, 0, 255)
-    drawn = pixels[~(pixels > BACKGROUND).all(axis=1)]
-    if len(drawn) < LEAST * len(pixels):
+    foreground = pixels[~(pixels > BACKGROUND).all(axis=1)]
+    if len(foreground) < LEAST * len(pixels):
         return "white"
-    votes = np.bincount(nearest(drawn), minlength=len(COLOURS))
+    votes = np.bincount(nearest(foreground), minlength=len(COLOURS))
     return list(COLOURS)[int(np.argmax(votes))]
 
 

@@ -1,4 +1,4 @@
-"""Images to features: any frozen network, some images at a time, on one device or spread over a mesh."""
+"""Feature extraction: any frozen network, in batches, on one device or over a mesh."""
 
 import functools
 import hashlib
@@ -24,10 +24,10 @@ from jaxdiff.text.encoder import TextEncoder
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A frozen network. `name` tells it, with the digest of its weights and settings, from all others.
+    """A frozen network, identified by `name` and the digest of its weights and settings.
 
-    see: (params, images (b s s 3) from 0 to 255) → a dict of arrays (b …), compiled once; `features` is among them.
-    Its `repr` tells settings apart.
+    see: (params, images (b s s 3) from 0 to 255) → a dict of arrays (b …) that contains `features`; compiled once. Its
+    `repr` identifies its settings.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Extractor:
 
     @functools.cached_property
     def width(self) -> int:
-        """How many features it has."""
+        """The number of features."""
         image = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
         return jax.eval_shape(self.see, self.params, image)["features"].shape[1]
 
@@ -54,11 +54,11 @@ INCEPTION = "inception-2015-12-05"
 
 
 def inception(params: dict, resize: Resize = Resize.CLEAN, dims: int = WIDTH) -> Extractor:
-    """FID's network: features and the logits of 1008 classes. With `Resize.PYTORCH` it sees 2 x / 255 - 1, as in
-    pytorch-fid; else (x - 128) / 128, as in its own graph, clean-fid and torch-fidelity.
+    """FID's network: features and the logits of 1008 classes. With `Resize.PYTORCH` its input is 2 x / 255 - 1, as in
+    pytorch-fid; otherwise (x - 128) / 128, as in the original graph, clean-fid and torch-fidelity.
 
-    dims: 2048 for FID; 64, 192, 768 for features of earlier layers, averaged over places, which fewer images suffice
-    for: a distance of another name. ValueError for another number."""
+    dims: 2048 for FID; 64, 192 or 768 for features of earlier layers, averaged over positions, which need fewer images
+    (a distance with another name). ValueError for other values."""
     if dims not in TAPS:
         raise ValueError(f"dims {dims}: Inception has features of {', '.join(map(str, TAPS))}")
     name = INCEPTION if dims == WIDTH else f"{INCEPTION}-{dims}"
@@ -66,14 +66,14 @@ def inception(params: dict, resize: Resize = Resize.CLEAN, dims: int = WIDTH) ->
 
 
 def clip_image(config: CLIPConfig, params: dict, name: str = "clip") -> Extractor:
-    """CLIP's image tower: its embeddings, not of length 1."""
+    """CLIP's image tower: its embeddings, not normalised."""
     assert config.image is not None  # it comes with its parameters
     alone = replace(config, text=None)
     return Extractor(name, {"image": params["image"]}, config.image.resolution, _SeeCLIP(alone))
 
 
 def classifier(name: str, config: ClassifierConfig, params: dict) -> Extractor:
-    """A classifier that was trained here: its features, and the logits of its first two attributes' joint classes."""
+    """A classifier of this project: its features, and the logits of the joint classes of its first two attributes."""
     return Extractor(f"classifier-{name}", params, config.side, _SeeClassifier(config))
 
 
@@ -83,10 +83,10 @@ def extract(
     batch: int = 64,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What the network sees in the images (uint8, h w 3), a batch at a time, in their order.
+    """The outputs of the network for the images (uint8, h w 3), one batch at a time, in order.
 
-    Every batch has the same size inside (the last one is filled up), which is a multiple of the mesh's devices: what
-    is seen in an image depends on nothing beside it.
+    All batches are padded to one size, a multiple of the mesh's devices, so the output for an image does not depend on
+    the others.
     """
     devices = 1 if mesh is None else mesh.size
     batch = -(-batch // devices) * devices
@@ -94,7 +94,7 @@ def extract(
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-    for part in _parts(images, batch):
+    for part in _batches(images, batch):
         shrunk = np.stack([resized(image, extractor.side, extractor.resize) for image in part])
         filled = np.pad(shrunk, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
         seen = _see(extractor.see, params, place(filled))
@@ -104,11 +104,11 @@ def extract(
 def all_features(
     extractor: Extractor, images: Iterable[np.ndarray], batch: int = 64, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "n d"]:
-    """The features alone, of all images."""
-    parts = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
-    if not parts:
+    """The features of all images."""
+    batches = [seen["features"] for seen in extract(extractor, images, batch, mesh)]
+    if not batches:
         raise ValueError("no images")
-    return np.concatenate(parts)
+    return np.concatenate(batches)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,7 +149,7 @@ class _SeeClassifier:
         return {"features": features, "logits": (first[:, :, None] + second[:, None]).reshape(len(features), -1)}
 
 
-def _parts(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
+def _batches(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.ndarray]]:
     part: list[np.ndarray] = []
     for image in images:
         part.append(image)
@@ -161,6 +161,6 @@ def _parts(images: Iterable[np.ndarray], count: int) -> Iterator[Sequence[np.nda
 
 
 def pooled_text(encoder: TextEncoder, captions: Sequence[str]) -> np.ndarray:
-    """What a CLIP that measures makes of captions (b e): as exactly as images are seen, on accelerators too."""
+    """The pooled embeddings of captions (b e), at the same full precision as `extract`."""
     with jax.default_matmul_precision("highest"):
         return np.asarray(encoder.encode(captions).pooled)

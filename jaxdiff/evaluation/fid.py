@@ -1,8 +1,8 @@
-"""FID (arXiv 1706.08500), its refusals, and FID∞ (arXiv 1911.07023).
+"""FID (arXiv 1706.08500) and FID∞ (arXiv 1911.07023), with checks of the number of images.
 
-Of n images FID is too large by about a constant over n that differs from model to model, so that numbers of different
-n cannot be compared; FID∞ is the limit of a line through FIDs over 1/n. Near n = d they lie on no line, and the limit
-would come out too low.
+FID from n images is biased upwards by about a constant over n, and the constant depends on the model, so values at
+different n are not comparable. FID∞ extrapolates a line through FIDs over 1/n. Near n = d the points are not on a line,
+and the limit would be too low.
 """
 
 from collections.abc import Callable
@@ -17,31 +17,31 @@ from jaxdiff.evaluation.statistics import Gaussian, add, empty
 
 
 def distance(a: Gaussian, b: Gaussian, force: bool = False) -> float:
-    """The squared Fréchet distance. ValueError, unless `force`, where one has fewer images than features: its
-    covariance is that of the images' number, not of the set (a number that is not known is taken to be enough).
-    ValueError for features of different width, or not finite."""
+    """The squared Fréchet distance. ValueError, unless `force`, if one has fewer images than features, because its
+    covariance is then rank-deficient (an unknown number of images is accepted). ValueError for features that differ in
+    width or are not finite."""
     width = len(a.mean)
     require_features("a Fréchet distance", a.mean[None], b.mean[None])
     least = fewest(a, b)
     if least is not None and least <= width and not force:
         raise ValueError(
-            f"{least} images for {width} features: the distance would be that of their number; take more than "
-            f"{width}, or force it, and it says so"
+            f"{least} images for {width} features: the distance would mostly measure their number; take more "
+            f"than {width}, or force it, which the protocol records"
         )
     return frechet(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def fewest(*sets: Gaussian) -> int | None:
-    """The images of the smallest set, of those whose number is known."""
-    return min((each.count for each in sets if each.count is not None), default=None)
+def fewest(*gaussians: Gaussian) -> int | None:
+    """The smallest known number of images."""
+    return min((each.count for each in gaussians if each.count is not None), default=None)
 
 
 SIZES = 15
-"""Of subsets, as in the paper."""
+"""Number of subset sizes, as in the paper."""
 
 
 class Limit(NamedTuple):
-    """FID∞, and the distances at each number of images that the line was drawn through."""
+    """FID∞, and the distances at each subset size that the line was fitted to."""
 
     value: float
     sizes: tuple[int, ...]
@@ -56,7 +56,7 @@ def limit(
     force: bool = False,
     progress: Callable[[], object] = lambda: None,
 ) -> Limit:
-    """FID∞: distances of `sizes` random subsets, evenly from a tenth (but at least 2 d) to all, against 1/n → 0.
+    """FID∞: distances of `sizes` random subsets, from a tenth (at least 2 d) to all images, extrapolated to 1/n → 0.
 
     ValueError, unless `force`, for fewer than 4 d images."""
     require_features("a limit of Fréchet distances", features)
@@ -76,5 +76,5 @@ def limit(
 
 
 def smallest(n: int, d: int, force: bool = False) -> int:
-    """Of the subsets of n images that a limit is drawn through."""
+    """The smallest subset of n images that a limit is fitted to."""
     return max(n // 10, 2 if force else 2 * d)

@@ -1,7 +1,7 @@
-"""Statistics and features of other programs, as a reference: how they came about, their files do not say.
+"""Reference statistics and features of other programs, whose files do not record the protocol.
 
 mu, sigma (.npz)            pytorch-fid --save-stats, clean-fid, the reference batches of guided diffusion and EDM
-feats (.npz), (n d) (.npy)  features, such as clean-fid keeps for KID
+feats (.npz), (n d) (.npy)  features, such as clean-fid stores for KID
 """
 
 import hashlib
@@ -18,9 +18,8 @@ MEAN, COVARIANCE = "mu", "sigma"
 
 
 def read(path: Path) -> tuple[Origin, Moments | np.ndarray]:
-    """A mean with its covariance, or else features (n d); nothing pickled is read. In the origin everything is unknown
-    but the file, the network too. FileNotFoundError, or ValueError for a file of something else, and for numbers that
-    can be neither."""
+    """A mean with its covariance, or features (n d); pickles are not read. The origin records the file only; the
+    network and the protocol are unknown. FileNotFoundError, or ValueError for other files and invalid numbers."""
     arrays = _arrays(path)
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(each).tobytes() for each in arrays)).hexdigest()[:12]
     origin = Origin(str(path), digest, UNKNOWN, UNKNOWN, path.suffix.lower().lstrip("."), fit=UNKNOWN)
@@ -38,7 +37,7 @@ def read(path: Path) -> tuple[Origin, Moments | np.ndarray]:
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, ...]:
-    """Features alone, or a mean and a covariance."""
+    """(features,), or (mean, covariance)."""
     try:
         opened = np.load(path, allow_pickle=False)
         if isinstance(opened, np.ndarray):
@@ -50,6 +49,6 @@ def _arrays(path: Path) -> tuple[np.ndarray, ...]:
             has = ", ".join(plain(name) for name in kept.files[:8]) or "nothing"
     except FileNotFoundError:
         raise
-    except Exception as error:  # of zipfile and numpy, in many types
+    except Exception as error:  # zipfile and numpy raise many types
         raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason(error)}") from error
     raise ValueError(f"{path}: no statistics: has {has}, but neither {MEAN} and {COVARIANCE} nor {FEATURES}")

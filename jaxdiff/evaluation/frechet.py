@@ -15,9 +15,9 @@ def frechet(
 ) -> float:
     """The squared distance, in float64, never below 0. ValueError for moments that are not finite.
 
-    With Σ₁ = F Fᵀ and Σ₂ = G Gᵀ the trace of the root is the sum of the singular values of Fᵀ G. Eigenvalues of
-    Σ₁^½ Σ₂ Σ₁^½ are the squares of these: of covariances without full rank, as of fewer images than features, the
-    root of each 0 that is rounded to 1e-16 would count as 1e-8.
+    With Σ₁ = F Fᵀ and Σ₂ = G Gᵀ the trace of the root is the sum of the singular values of Fᵀ G. The eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½ are their squares: for rank-deficient covariances (fewer images than features), the root of a 0 rounded
+    to 1e-16 would contribute 1e-8.
     """
     moments = [np.asarray(each, np.float64) for each in (mean_a, covariance_a, mean_b, covariance_b)]
     if not all(np.isfinite(each).all() for each in moments):
@@ -29,7 +29,7 @@ def frechet(
 
 
 def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """F with F Fᵀ = covariance, of as many columns as its rank is to rounding."""
+    """F with F Fᵀ = covariance, with as many columns as the numerical rank."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])

@@ -1,4 +1,4 @@
-"""Images that metrics look at: of a dataset, a folder or a zip, each with its caption where it has one."""
+"""Image datasets for metrics: from a source, a folder or a zip, with optional captions."""
 
 import dataclasses
 import functools
@@ -20,12 +20,12 @@ from jaxdiff.evaluation.resize import Fit
 
 CROP_THEM = "--fit crop takes the centred square of each, at one size"
 GRID = re.compile(r"grid(-\d+)?\.png")
-"""The names of grids that experiments.sample writes beside its images."""
+"""The names of grids that experiments.sample writes."""
 
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Images (uint8, all of one size) with captions, None where there are none. fit: what of each is shown."""
+    """Images (uint8, all of one size) with captions (None: missing). fit: whole images or centred squares."""
 
     @property
     def name(self) -> str: ...
@@ -45,8 +45,8 @@ class ImageSet(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SourceImages:
-    """The first images of a captioned set, whole. ValueError for a grayscale or transparent one unless `convert`,
-    once it is looked at."""
+    """The first `count` images of a source, uncropped. Reading a grayscale or transparent image raises ValueError
+    unless `convert`."""
 
     name: str
     source: Source
@@ -56,7 +56,7 @@ class SourceImages:
 
     @functools.cached_property
     def format(self) -> str:
-        """Of the files, by the first."""
+        """The file format, from the first image."""
         first = self.source[0]["image"]
         try:
             if isinstance(first, np.ndarray):
@@ -77,14 +77,14 @@ class SourceImages:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Image files, of a folder or in a zip; what cannot be read was left out when it was opened."""
+    """Image files of a folder or a zip; unreadable files were excluded when it was opened."""
 
     name: str
     files: tuple[Path | zipped.Member, ...]
     captions: tuple[str | None, ...]
     format: str
     shortest: int = 0
-    """Side of any, in pixels."""
+    """The shortest side of all images, in pixels."""
     fit = Fit.SQUEEZE
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class ImageFiles:
 
 @dataclasses.dataclass(frozen=True)
 class CroppedImages:
-    """The centred squares of a set's images at `side` pixels, as training sees them."""
+    """The centred squares of a dataset's images at `side` pixels, as in training."""
 
     shown: ImageSet
     side: int
@@ -124,8 +124,8 @@ class CroppedImages:
 
 
 def strictly(image: bytes | np.ndarray, name: str, convert: bool) -> np.ndarray:
-    """A image (h w 3) as it is looked at. ValueError, unless `convert`, for one that is neither RGB nor opaque RGBA;
-    `images.Unreadable`."""
+    """Decode an image (h w 3). ValueError, unless `convert`, if it is neither RGB nor opaque RGBA; `images.Unreadable`
+    if it is damaged."""
     decoded = images.decode(image)
     if convert:
         return decoded
@@ -142,24 +142,24 @@ def _from_array(image: np.ndarray) -> Image.Image:
 
 
 def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fit.SQUEEZE) -> ImageFiles:
-    """The first images of a folder or zip; a count of 0: all. Their captions are looked for as in training data
-    (`.txt`, metadata.jsonl), and in what a PNG of ours says of itself, never in the text of other programs; the grids
-    `grid.png`, `grid-2.png`, … of such a folder are none of them.
+    """The first `count` images of a folder or zip (0: all). Captions are read as in training data (`.txt`,
+    metadata.jsonl), or from our own PNG metadata, never from the text of other programs. The grids `grid.png`,
+    `grid-2.png`, … of experiments.sample are excluded.
 
-    Warns of unreadable files, and of those that are left out, counted and named. FileNotFoundError for a folder without
-    images; ValueError for grayscale or transparent ones unless `convert`, and for images of several sizes, unless
-    they will be cropped to one.
+    Warns of unreadable and excluded files with their count and names. FileNotFoundError for a folder without images;
+    ValueError for grayscale or transparent images unless `convert`, and for images of several sizes unless they are
+    cropped to one.
     """
     sizes: dict[tuple[int, int], str] = {}
     files, captions, unreadable = [], [], []
     source, entries = _entries(path)
-    for number, (name, file) in enumerate(tqdm(entries[: count or None], desc="look at files", unit="file")):
+    for number, (name, file) in enumerate(tqdm(entries[: count or None], desc="check files", unit="file")):
         if GRID.fullmatch(name):
             warnings.warn(f"{file}: left out, as a grid of experiments.sample", stacklevel=2)
             continue
         try:
             example = source[number]
-            caption_of(example)  # warns of characters that were replaced
+            caption_of(example)  # warns of replaced characters
             height, width, _ = strictly(example["image"], str(file), convert).shape
         except (images.Unreadable, OSError) as error:
             unreadable.append(f"{name} ({reason(error)})")
@@ -180,7 +180,7 @@ def open_folder(path: Path, convert: bool = False, count: int = 0, fit: Fit = Fi
 
 
 def _entries(path: Path) -> tuple[Source, list[tuple[str, Path | zipped.Member]]]:
-    """A folder or zip, and the names of its image files with what reads them."""
+    """A folder or zip as a source, and its image files by name."""
     if not zipped.is_zip(path):
         files = folder.read(path)
         return files, [(name, path / name) for name, _ in files.entries]
@@ -189,7 +189,7 @@ def _entries(path: Path) -> tuple[Source, list[tuple[str, Path | zipped.Member]]
 
 
 def warn_of(name: str, unreadable: list[str]) -> None:
-    """One warning that counts the images that cannot be read, and names the first."""
+    """One warning with the number of unreadable images and the first names."""
     if unreadable:
         more = ", …" if len(unreadable) > 5 else ""
         named = ", ".join(unreadable[:5]) + more
@@ -201,14 +201,14 @@ def captions_of(shown: ImageSet) -> Iterator[str | None]:
 
 
 def without_captions(captions: Sequence[str | None]) -> str:
-    """How many of the images have no caption, and how to give them some; empty where all have one."""
+    """A message with the number of images without a caption and how to add them; empty if all have one."""
     count = sum(caption is None for caption in captions)
     advice = "put a NAME.txt beside each, or a metadata.jsonl into the folder (of the text in PNGs ours alone is read)"
     return f"{count} of {len(captions)} images have no caption: {advice}" if count else ""
 
 
 def _own_caption(file: Path | zipped.Member, image: bytes | np.ndarray) -> str | None:
-    """The prompt in a PNG of ours; None where there is none, or where it was sampled without text."""
+    """The prompt in our PNG metadata; None if there is none, or if the image was sampled without text."""
     if isinstance(image, np.ndarray):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The Inception score (arXiv 1606.03498, section 4): are images of something, and of many things?"""
+"""The Inception score (arXiv 1606.03498, section 4): class confidence per image and class diversity."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from jaxtyping import Float
 from jaxdiff.evaluation.checks import require_features
 
 SPLIT_SEED = 2020
-"""torch-fidelity's."""
+"""The default of torch-fidelity."""
 
 
 class InceptionScore(NamedTuple):
-    """The mean over splits and its standard deviation, as it is published."""
+    """Mean and standard deviation over splits, the form that is published."""
 
     value: float
     deviation: float
@@ -21,11 +21,12 @@ class InceptionScore(NamedTuple):
 def inception_score(
     logits: Float[np.ndarray, "n c"], splits: int = 10, seed: int | None = SPLIT_SEED
 ) -> InceptionScore:
-    """exp of the mean KL divergence of the classes of an image from those of its split; from 1 to the classes' number.
+    """exp of the mean KL divergence of an image's class distribution from that of its split; from 1 to the number of
+    classes.
 
-    Splits are torch-fidelity's: images are shuffled by numpy's RandomState(seed), its own seed being 2020, and split
-    i of s holds those from i n // s to (i + 1) n // s. None: in the order that they have, as the first programs did;
-    each split may then hold other captions. ValueError for fewer images than splits.
+    Splits follow torch-fidelity: images are shuffled by numpy's RandomState(seed), whose default is 2020, and split i
+    of s holds images i n // s to (i + 1) n // s. seed None: not shuffled, as in the first programs; splits may then
+    differ in their captions. ValueError for fewer images than splits.
     """
     require_features("an Inception score", logits)
     count = len(logits)
@@ -40,7 +41,7 @@ def inception_score(
     for i in range(splits):
         part = logs[i * count // splits : (i + 1) * count // splits]
         classes = np.exp(part)
-        # Where no image of the split has a class to rounding, nothing is added: 0 · log 0.
+        # A class with probability 0 in the whole split contributes nothing: 0 · log 0.
         mean = np.log(np.maximum(classes.mean(0), np.finfo(np.float64).tiny))
         values.append(np.exp((classes * (part - mean)).sum(1).mean()))
     return InceptionScore(float(np.mean(values)), float(np.std(values)))

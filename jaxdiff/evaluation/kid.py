@@ -1,6 +1,6 @@
 """KID: the squared maximum mean discrepancy of Inception's features under a cubic kernel (arXiv 1801.01401).
 
-Unlike FID's its estimate is unbiased, whatever the number of images.
+Unlike FID, its estimate is unbiased for any number of images.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from jaxdiff.evaluation.checks import require_features
 class KID(NamedTuple):
     """The mean over subsets.
 
-    error: its standard error, how far it would be from that of other images of the same two kinds. None where subsets
-    tell nothing of it: a single one, or of all images. deviation: the standard deviation over subsets, which is what
-    is published beside KID (as torch-fidelity has it, divided by their number); it does not fall with more subsets.
+    error: its standard error with respect to other samples of both distributions; None if it cannot be estimated (a
+    single subset, or subsets of all images). deviation: the standard deviation over subsets (divided by their number,
+    as in torch-fidelity), which is usually published with KID; it does not decrease with more subsets.
     """
 
     value: float
@@ -27,14 +27,14 @@ class KID(NamedTuple):
 def kid(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"], subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> KID:
-    """`subsets` times `size` images of each set, drawn without replacement with `seed`.
+    """KID over `subsets` random subsets of `size` images of each dataset, drawn without replacement with `seed`.
 
-    Subsets share images, so that the deviation of their mean over √subsets would go to 0 with more of them, whatever
-    the number of images n. The variance of one of s images around that of all n is about that of all times
-    (n − s) / s (to first order; n of the smaller set): the error is on the safe side.
+    Subsets share images, so deviation / √subsets would go to 0 with more subsets, whatever the number of images n. The
+    variance of a subset of s images around the value of all n is about the variance of the latter times (n − s) / s (to
+    first order; n of the smaller dataset), so the error is conservative.
 
-    ValueError where a set has fewer than `size`, size is below 2 or subsets below 1, and for features of different
-    width, or not finite."""
+    ValueError if a dataset has fewer than `size` images, size is below 2 or subsets below 1, and for features that
+    differ in width or are not finite."""
     require_features("KID", a, b)
     n = min(len(a), len(b))
     if size < 2 or n < size or subsets < 1:
@@ -47,9 +47,9 @@ def kid(
 
 
 def mmd(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m e"]) -> float:
-    """The unbiased estimate of the squared discrepancy under (x·y/d + 1)³: pairs of an image with itself left out.
+    """The unbiased estimate of the squared discrepancy under (x·y/d + 1)³, without pairs of an image with itself.
 
-    ValueError for a set of one image, and for features of different width, or not finite."""
+    ValueError for fewer than two images, and for features that differ in width or are not finite."""
     require_features("MMD", a, b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"MMD of {len(a)} and {len(b)} images: at least 2 of each are wanted")

@@ -1,7 +1,7 @@
-"""All numbers that can be had of drawn images and true ones, each with the line that says how it came about.
+"""All metrics of sampled and true images, each with a one-line protocol.
 
-An `Observed` is what one network saw in a set of images; `metrics_of` compares two of them. A number that cannot be
-had (too few images, no logits) is there all the same, with the reason in place of its value.
+An `Observed` holds one network's outputs for an image dataset; `metrics_of` compares two of them. A metric that cannot
+be computed (too few images, no logits) is included with the reason in place of its value.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ BLOCK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one network saw in a set. `features` is None where only the sums were kept, `logits` where the network only
-    embeds, as CLIP does. The number of images is None where another program kept a mean and a covariance alone."""
+    """One network's outputs for an image dataset. `features` is None if only statistics were stored, `logits` is None
+    for a network without classes, such as CLIP. The number of images is None for a mean and covariance of other
+    programs."""
 
     origin: Origin
     statistics: Gaussian
@@ -42,23 +43,23 @@ class Observed:
 
 @dataclass(frozen=True)
 class Score:
-    """A number, or the reason why there is none. `protocol`: one line without which it can be compared with nothing."""
+    """A value, or the reason why it is missing. protocol: one line with everything needed to compare it."""
 
     name: str
     value: float | None
     protocol: str
     error: float | None = None
-    """Its standard error, or as is customary the deviation over splits."""
+    """The standard error; for the Inception score, by convention, the deviation over splits."""
     deviation: float | None = None
-    """Of KID over subsets, which other programs publish in place of the standard error."""
+    """For KID: the deviation over subsets, which other programs publish instead of the standard error."""
     missing: str | None = None
 
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """force: Fréchet distances of fewer images than features, which then say so. kid_subsets, kid_size (at most; of
-    what there is, half): of KID. neighbours: of precision and recall. splits: of the Inception score.
-    split_seed: of its shuffle, by default torch-fidelity's; None: not shuffled.
+    """force: allow Fréchet distances of fewer images than features; the protocol records it. kid_subsets, kid_size: of
+    KID (the size is at most half of the images). neighbours: of precision and recall. splits: of the Inception score.
+    split_seed: seed of its shuffle, by default torch-fidelity's; None: not shuffled.
     """
 
     force: bool = False
@@ -75,7 +76,7 @@ class MetricSettings:
 
 
 def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = None) -> Observed:
-    """ValueError, with the set's name, for features that are not finite, or of no images."""
+    """An `Observed` with its statistics. ValueError, naming the dataset, for no images or non-finite features."""
     try:
         require_features("statistics", features)
     except ValueError as error:
@@ -87,12 +88,12 @@ def observed(origin: Origin, features: np.ndarray, logits: np.ndarray | None = N
 
 
 def keep(path: Path, reference: Observed) -> None:
-    """As .npz, for later comparisons; the features beside it where they are known. ValueError for what another program
-    kept."""
+    """Store a reference as .npz, with its features, if any, in a second file. ValueError for a reference of another
+    program."""
     if not isinstance(reference.statistics, Statistics):
-        raise ValueError(f"{reference.origin.images}: of another program, and kept already")
+        raise ValueError(f"{reference.origin.images}: of another program, and already stored")
     beside = path.with_suffix(".features.npy")
-    beside.unlink(missing_ok=True)  # of older statistics
+    beside.unlink(missing_ok=True)  # from older statistics
     save(path, reference.statistics, reference.origin)
     if reference.features is not None:
         with replacing(beside) as temporary, temporary.open("wb") as file:
@@ -100,9 +101,9 @@ def keep(path: Path, reference: Observed) -> None:
 
 
 def kept(path: Path) -> Observed:
-    """The inverse of `keep`; without the second file, the sums alone. Files of other programs (`foreign`) are read too:
-    their network is unknown, and `seen_by` says which it is taken to be. FileNotFoundError, or ValueError for files
-    that are damaged, or of different images."""
+    """The inverse of `keep`; statistics only, if the second file is missing. Also reads files of other programs
+    (`foreign`), whose network is unknown; `seen_by` assigns one. FileNotFoundError, or ValueError for files that are
+    damaged or belong to different images."""
     if not is_ours(path):
         origin, content = foreign.read(path)
         return observed(origin, content) if isinstance(content, np.ndarray) else Observed(origin, content)
@@ -112,8 +113,8 @@ def kept(path: Path) -> Observed:
         return Observed(origin, statistics)
     try:
         features = np.load(beside, allow_pickle=False)
-    except Exception as error:  # of numpy, in several types
-        raise ValueError(f"{beside}: no features of ours; make them anew, or delete the file") from error
+    except Exception as error:  # numpy raises several types
+        raise ValueError(f"{beside}: not features of jaxdiff; compute them again, or delete the file") from error
     shape = statistics.count, len(statistics.mean)
     if features.dtype.kind != "f" or features.shape != shape or not _has_mean(features, statistics.mean):
         raise ValueError(f"{beside}: features of other images than those of {path}")
@@ -121,8 +122,8 @@ def kept(path: Path) -> Observed:
 
 
 def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observed:
-    """What another program kept, taken to be of the one network (by its name and the width of its features) that has as
-    many features; of several, Inception. ValueError for none, or several others."""
+    """Assign a reference of another program to the network (name, width) with the same feature width; Inception is
+    preferred among several. ValueError if none or several others match."""
     width = len(reference.statistics.mean)
     fitting = [name for name, features in networks if features == width]
     if len(fitting) > 1:
@@ -136,55 +137,55 @@ def seen_by(reference: Observed, networks: Sequence[tuple[str, int]]) -> Observe
 
 
 ALIKE = ("extractor", "fit", "size", "resize")
-"""What the origins of two sets that are compared must have in common."""
+"""Fields of the origins that must be equal for a comparison."""
 
 
-def require_alike(drawn: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
-    """ValueError where the two sets were seen by different networks, or were brought to its size in different ways. Of
-    what another program kept the way is unknown, and taken to be the same."""
+def require_alike(sampled: Origin, true: Origin, names: Sequence[str] = ALIKE) -> None:
+    """ValueError if the networks differ, or the way images were resized for them. A reference of another program is
+    assumed to have been resized in the same way."""
     for name in names:
-        ours, theirs = getattr(drawn, name), getattr(true, name)
+        ours, theirs = getattr(sampled, name), getattr(true, name)
         if ours != theirs and not (true.protocol_unknown and name != "extractor"):
-            raise ValueError(f"{true.images}: {name} is {theirs}, and {ours} of {drawn.images}")
+            raise ValueError(f"{true.images}: {name} is {theirs}, and {ours} of {sampled.images}")
 
 
 def metrics_of(
-    drawn: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
+    sampled: Observed, true: Observed, settings: MetricSettings = MetricSettings(), seed: int = 0
 ) -> list[Score]:
-    """Every number that this network gives; `seed` is that of KID's and the limit's subsets.
+    """All metrics of this network; `seed` selects the subsets of KID and of the limit.
 
-    ValueError where the two sets were seen by different networks, or came to their size in different ways.
+    ValueError if the networks or the resizing differ.
     """
-    require_alike(drawn.origin, true.origin)
-    distance, limit, suffix = _names(drawn.origin.extractor)
-    write = _Writer(drawn, true, settings)
-    scores = [write(distance, lambda: _Value(_distance(drawn, true, settings)))]
-    if drawn.features is not None:
-        count, width = drawn.features.shape
+    require_alike(sampled.origin, true.origin)
+    distance, limit, suffix = _names(sampled.origin.extractor)
+    write = _Writer(sampled, true, settings)
+    scores = [write(distance, lambda: _Value(_distance(sampled, true, settings)))]
+    if sampled.features is not None:
+        count, width = sampled.features.shape
         sizes = f"{fid.SIZES} sizes from {fid.smallest(count, width, settings.force)}"
-        scores.append(write(limit, lambda: _Value(_limit(drawn, true, settings, seed)), sizes))
-    if drawn.logits is None:
-        return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(drawn, true))))]
-    subsets = f"{settings.kid_subsets} subsets of {_size(drawn, true, settings)}"
-    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(drawn, true, settings, seed), subsets))
+        scores.append(write(limit, lambda: _Value(_limit(sampled, true, settings, seed)), sizes))
+    if sampled.logits is None:
+        return [*scores, write(f"CMMD{suffix}", lambda: _Value(cmmd(*_both(sampled, true))))]
+    subsets = f"{settings.kid_subsets} subsets of {_size(sampled, true, settings)}"
+    scores.append(write(f"KID{suffix} × 1000", lambda: _kid(sampled, true, settings, seed), subsets))
     order = "not shuffled" if settings.split_seed is None else f"shuffled by {settings.split_seed}"
     splits = f"{settings.splits} splits, {order}"
-    # The logits are those of the whole network, whichever layer the distance reads.
+    # The logits come from the last layer, whichever layer the distance uses.
     score = "IS" if distance.startswith("FID") else f"IS{suffix}"
-    scores.append(write(score, lambda: _inception_score(drawn, settings), splits))
-    near = functools.cache(lambda: precision_recall(*_both(true, drawn), settings.neighbours))
+    scores.append(write(score, lambda: _inception_score(sampled, settings), splits))
+    near = functools.cache(lambda: precision_recall(*_both(true, sampled), settings.neighbours))
     scores.append(write(f"precision{suffix}", lambda: _Value(near().precision), f"k {settings.neighbours}"))
     return [*scores, write(f"recall{suffix}", lambda: _Value(near().recall), f"k {settings.neighbours}")]
 
 
-def caption_metrics(captions: Sequence[str], text: np.ndarray, drawn: Observed, prefix: str = "") -> list[Score]:
-    """CLIP score, of the captions' embeddings beside those of the images. prefix: what stood before each caption when
-    it was embedded, for the line. ValueError where they are not as many."""
-    assert drawn.features is not None  # only a reference may keep sums alone
-    result = clip_score(text, drawn.features)
+def caption_metrics(captions: Sequence[str], text: np.ndarray, sampled: Observed, prefix: str = "") -> list[Score]:
+    """CLIP score of caption embeddings and image embeddings. prefix: the prefix of the embedded captions, for the
+    protocol. ValueError if their numbers differ."""
+    assert sampled.features is not None  # only a reference may lack features
+    result = clip_score(text, sampled.features)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:12]
     before = f"prefix {prefix!r}" if prefix else "no prefix"
-    name, protocol = _name(drawn.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {drawn.origin}"
+    name, protocol = _name(sampled.origin.extractor), f"n {len(text)}, captions {digest}, {before}, {sampled.origin}"
     return [Score(f"score-{name}, w 2.5", result.score, protocol), Score(f"cosine-{name}", result.cosine, protocol)]
 
 
@@ -196,17 +197,17 @@ class _Value(NamedTuple):
 
 @dataclass(frozen=True)
 class _Writer:
-    """Makes a score of what a function returns, or of the reason why it cannot."""
+    """Makes a `Score` from a function's result or its ValueError."""
 
-    drawn: Observed
+    sampled: Observed
     true: Observed
     settings: MetricSettings
 
     def __call__(self, name: str, value: Callable[[], _Value], how: str = "") -> Score:
-        drawn, true = self.drawn, self.true
-        least, width = fid.fewest(drawn.statistics, true.statistics), len(true.statistics.mean)
+        sampled, true = self.sampled, self.true
+        least, width = fid.fewest(sampled.statistics, true.statistics), len(true.statistics.mean)
         known = "an unknown number" if true.statistics.count is None else str(true.statistics.count)
-        details = [f"n {drawn.statistics.count} against {known}", how, str(drawn.origin)]
+        details = [f"n {sampled.statistics.count} against {known}", how, str(sampled.origin)]
         if name.startswith(("FID", "FD")) and least is not None and least <= width and self.settings.force:
             details.insert(1, f"FORCED: fewer than the {width} features")
         protocol = f"{', '.join(filter(None, details))}; reference {true.origin.shown}"
@@ -225,7 +226,7 @@ def _name(extractor: str) -> str:
 
 
 def _names(extractor: str) -> tuple[str, str, str]:
-    """Of the distance, of its limit, and what ends the other names: nothing for FID's own features alone."""
+    """Names of the distance and of its limit, and the suffix of the other names (empty for FID's features)."""
     name = _name(extractor)
     if name.startswith(INCEPTION):
         suffix = name.removeprefix(INCEPTION)
@@ -239,33 +240,33 @@ def _both(a: Observed, b: Observed) -> tuple[np.ndarray, np.ndarray]:
     return a.features, b.features
 
 
-def _distance(drawn: Observed, true: Observed, settings: MetricSettings) -> float:
-    return fid.distance(drawn.statistics, true.statistics, settings.force)
+def _distance(sampled: Observed, true: Observed, settings: MetricSettings) -> float:
+    return fid.distance(sampled.statistics, true.statistics, settings.force)
 
 
-def _limit(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> float:
-    assert drawn.features is not None  # see `metrics_of`
-    return fid.limit(drawn.features, true.statistics, seed=seed, force=settings.force).value
+def _limit(sampled: Observed, true: Observed, settings: MetricSettings, seed: int) -> float:
+    assert sampled.features is not None  # see `metrics_of`
+    return fid.limit(sampled.features, true.statistics, seed=seed, force=settings.force).value
 
 
-def _size(drawn: Observed, true: Observed, settings: MetricSettings) -> int:
-    least = fid.fewest(drawn.statistics, true.statistics)
+def _size(sampled: Observed, true: Observed, settings: MetricSettings) -> int:
+    least = fid.fewest(sampled.statistics, true.statistics)
     return settings.kid_size if least is None else min(settings.kid_size, least // 2)
 
 
-def _kid(drawn: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
-    result = kid(*_both(drawn, true), settings.kid_subsets, _size(drawn, true, settings), seed)
+def _kid(sampled: Observed, true: Observed, settings: MetricSettings, seed: int) -> _Value:
+    result = kid(*_both(sampled, true), settings.kid_subsets, _size(sampled, true, settings), seed)
     error = None if result.error is None else 1000 * result.error
     return _Value(1000 * result.value, error, 1000 * result.deviation)
 
 
-def _inception_score(drawn: Observed, settings: MetricSettings) -> _Value:
-    assert drawn.logits is not None  # see `metrics_of`
-    result = inception_score(drawn.logits, settings.splits, settings.split_seed)
+def _inception_score(sampled: Observed, settings: MetricSettings) -> _Value:
+    assert sampled.logits is not None  # see `metrics_of`
+    result = inception_score(sampled.logits, settings.splits, settings.split_seed)
     return _Value(result.value, result.deviation)
 
 
 def _has_mean(features: np.ndarray, mean: np.ndarray) -> bool:
-    """To rounding, which is small beside the largest feature; never of features that are not finite."""
+    """Whether the features have this mean up to rounding; False for non-finite features."""
     apart = np.abs(features.mean(0, dtype=np.float64) - mean).max(initial=0)
     return bool(apart <= 1e-9 * np.abs(features).max(initial=0))

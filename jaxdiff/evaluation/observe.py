@@ -1,4 +1,4 @@
-"""One pass of all networks over a set of images; what they saw is kept, so that a pass that was stopped goes on."""
+"""One pass of all networks over an image dataset, with cached outputs, so that an interrupted pass resumes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from jaxdiff.evaluation.metrics import Observed, observed
 from jaxdiff.evaluation.statistics import Origin
 
 PART = 256
-"""Images between two savings of what the networks saw."""
+"""Images per cached chunk of outputs."""
 
 
 def observe(
@@ -27,17 +27,17 @@ def observe(
     mesh: Mesh | None = None,
     seed: int | None = None,
 ) -> dict[str, Observed]:
-    """What each network sees in a set, in one pass, by the network's name.
+    """Each network's outputs for a dataset, in one pass, by the network's name.
 
-    What it saw is kept below `cache` a part of the images at a time, by the digest of their pixels: run again, a part
-    that is there already is not looked at again. Warns of images that cannot be read, counted and named; ValueError
-    where none is left, and for images of several sizes.
+    Outputs are cached in chunks below `cache`, keyed by the digest of the pixels; cached chunks are not computed again.
+    Warns of unreadable images with their count and names; ValueError if no image is readable, and for images of several
+    sizes.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, sizes = hashlib.sha256(), set[str]()
+    total_digest, sizes = hashlib.sha256(), set[str]()
     seen: dict[str, list[dict[str, np.ndarray]]] = {str(extractor): [] for extractor in extractors}
     unreadable: list[str] = []
-    with tqdm(total=len(shown), desc=f"look at {shown.name}", unit="image") as bar:
+    with tqdm(total=len(shown), desc=f"features of {shown.name}", unit="image") as bar:
         for start in range(0, len(shown), PART):
             places = range(start, min(start + PART, len(shown)))
             part = list(_readable(shown, places, unreadable))
@@ -46,7 +46,7 @@ def observe(
                 such = " and ".join(sorted(sizes)[:2])
                 raise ValueError(f"{shown.name}: images of several sizes, such as {such}; {CROP_THEM}")
             digest = _digest(part)
-            whole.update(digest.encode())
+            total_digest.update(digest.encode())
             for extractor in extractors if part else ():
                 seen[str(extractor)].append(_seen(extractor, part, digest, cache, batch, mesh))
             bar.update(len(places))
@@ -55,18 +55,18 @@ def observe(
     warn_of(shown.name, unreadable)
     results = {}
     for extractor in extractors:
-        parts = seen[str(extractor)]
-        joined = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+        chunks = seen[str(extractor)]
+        joined = {name: np.concatenate([each[name] for each in chunks]) for name in chunks[0]}
         resize = extractor.resize.value
         (size,) = sizes
-        digest, fit = whole.hexdigest()[:12], shown.fit.value
+        digest, fit = total_digest.hexdigest()[:12], shown.fit.value
         origin = Origin(shown.name, digest, str(extractor), resize, shown.format, seed=seed, fit=fit, size=size)
         results[str(extractor)] = observed(origin, joined["features"], joined.get("logits"))
     return results
 
 
 def _readable(shown: ImageSet, places: range, unreadable: list[str]) -> Iterator[np.ndarray]:
-    """The images of these places; those that cannot be read are named in `unreadable` instead."""
+    """The readable images at these indices; the others are named in `unreadable`."""
     for place in places:
         try:
             image = shown[place]
@@ -77,7 +77,7 @@ def _readable(shown: ImageSet, places: range, unreadable: list[str]) -> Iterator
 
 
 def size_of(image: np.ndarray) -> str:
-    """As an `Origin` has it."""
+    """WIDTHxHEIGHT, as in `Origin`."""
     height, width = image.shape[:2]
     return f"{width}x{height}"
 
@@ -90,10 +90,10 @@ def _seen(
         try:
             with np.load(file, allow_pickle=False) as kept:
                 return dict(kept)
-        except Exception:  # a damaged file, in zipfile's and numpy's many errors: look again
+        except Exception:  # a damaged file, for which zipfile and numpy raise many types: compute again
             file.unlink()
-    parts = list(extract(extractor, part, batch, mesh))
-    seen = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+    batches = list(extract(extractor, part, batch, mesh))
+    seen = {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
     with replacing(file) as temporary, temporary.open("wb") as opened:
         np.savez(opened, allow_pickle=False, **seen)
     return seen

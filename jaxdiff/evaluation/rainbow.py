@@ -1,4 +1,4 @@
-"""An exact reader for `rainbow` images: all of them are known, so what is drawn is the nearest one, or none."""
+"""An exact reader for `rainbow` images: the nearest of all possible images, or none."""
 
 import dataclasses
 import functools
@@ -12,38 +12,38 @@ from jaxdiff.data.images import to_uint8
 from jaxdiff.data.rainbow import EVERY, Attributes, draw
 
 EXPLAINED = 0.85
-"""An image of whose difference from plain white the nearest one explains less is none of them."""
+"""An image whose difference from white is explained less than this by the nearest one matches none."""
 
 NAMES = tuple(field.name for field in dataclasses.fields(Attributes))
 
 
 class Read(NamedTuple):
-    """What an image shows: all combinations that look like it (several, where a rotation changes nothing; none, where
-    it is no image of the set), and the share of its difference from plain white that they explain."""
+    """All combinations whose image matches (several if a rotation has no effect; none if the image is not of the
+    dataset), and the fraction of the image's difference from white that they explain."""
 
     found: tuple[Attributes, ...]
     explained: float
 
     def right(self, asked: Attributes) -> bool:
-        """Whether every attribute is as asked for."""
+        """Whether all attributes are as requested."""
         return asked in self.found
 
     def attributes(self, asked: Attributes) -> dict[str, bool]:
-        """For each attribute, whether it is as asked for; a rotation, only where the shape is that as well."""
+        """For each attribute, whether it is as requested; the rotation counts only with the right shape."""
         checks = {name: any(getattr(f, name) == getattr(asked, name) for f in self.found) for name in NAMES}
         same_shape = [f for f in self.found if f.shape == asked.shape]
         return {**checks, "rotation": any(f.rotation == asked.rotation for f in same_shape)}
 
 
 def read(images: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
-    """Each image (uint8, or floats in [-1, 1], which are read as 8 bits would hold them)."""
+    """Read each image (uint8, or float in [-1, 1], which is first quantised to 8 bits)."""
     templates, places = _templates()
     lengths = (templates**2).sum(1)
     readings = []
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk]
         part = _from_white(part if part.dtype == np.uint8 else np.stack([to_uint8(p) for p in part]))
-        squares = lengths - 2 * part @ templates.T  # and the length of the image, the same for all
+        squares = lengths - 2 * part @ templates.T  # plus the squared norm of the image, constant over templates
         nearest = squares.argmin(1)
         contrast = (part**2).sum(1)
         apart = np.maximum(squares[np.arange(len(part)), nearest] + contrast, 0)
@@ -55,7 +55,7 @@ def read(images: Num[np.ndarray, "n 32 32 3"], chunk: int = 512) -> list[Read]:
 
 @functools.cache
 def _templates() -> tuple[Float[np.ndarray, "t d"], Sequence[Int[np.ndarray, "k"]]]:
-    """All different images, and of each the places of the combinations that look like it."""
+    """All distinct images, and for each the indices of the combinations with that image."""
     different, inverse = np.unique(
         np.stack([draw(attributes) for attributes in EVERY]).reshape(len(EVERY), -1), axis=0, return_inverse=True
     )

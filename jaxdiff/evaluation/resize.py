@@ -1,14 +1,14 @@
-"""How images come to the size that a metric's network takes: numbers of two ways cannot be compared.
+"""Resizing images for a metric's network: values obtained with different resizing are not comparable.
 
-First a `Fit`, the same for both sets. `SQUEEZE`: the whole image goes to the network's square, whatever its shape, as
-in pytorch-fid, clean-fid and torch-fidelity. `CROP`: the centred square is cut out and brought to one size by the
-filter of training (`jaxdiff.data.images.resize`), for models that were trained on such squares. Then a `Resize`:
+First a `Fit`, the same for both datasets. `SQUEEZE`: the whole image is resized to the network's square, whatever its
+aspect ratio, as in pytorch-fid, clean-fid and torch-fidelity. `CROP`: the centred square is cropped and resized to one
+size with the training filter (`jaxdiff.data.images.resize`), for models trained on such squares. Then a `Resize`:
 
-`CLEAN`: Pillow's antialiased BICUBIC on floating-point channels, nothing rounded in between, and what goes beyond the
-range of an image clipped, as clean-fid does (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, pixel i of the
-output read at i · scale, without antialiasing: what FID was published with, which makes shrunk images jagged and
-moves them by part of a pixel. `PYTORCH`: bilinear with the centres of pixels aligned (`align_corners=False`), without
-antialiasing either: pytorch-fid, which also scales what Inception sees a little otherwise (`features.inception`).
+`CLEAN`: Pillow's antialiased BICUBIC on float channels, without intermediate rounding, clipped to the image range, as
+in clean-fid (arXiv 2104.11222). `LEGACY`: bilinear as in TensorFlow 1, output pixel i read at i · scale, without
+antialiasing: the filter of the original FID, which aliases and shifts downsampled images by a fraction of a pixel.
+`PYTORCH`: bilinear with aligned pixel centres (`align_corners=False`), also without antialiasing: pytorch-fid, which
+also scales Inception's input slightly differently (`features.inception`).
 """
 
 import enum
@@ -30,8 +30,8 @@ class Resize(enum.Enum):
 
 
 def resized(image: UInt8[np.ndarray, "h w 3"], side: int, how: Resize) -> Float[np.ndarray, "s s 3"]:
-    """The whole image, squeezed where it is not square as FID does, as float32 from 0 to 255. One that has the
-    size already is not touched."""
+    """The whole image, resized to a square as in FID, as float32 from 0 to 255. An image of the right size is
+    unchanged."""
     if image.shape[:2] == (side, side):
         return image.astype(np.float32)
     return _clean(image, side) if how is Resize.CLEAN else _bilinear(image, side, how is Resize.PYTORCH)
@@ -52,8 +52,8 @@ def _bilinear(image: np.ndarray, side: int, centred: bool) -> np.ndarray:
 
 
 def _between(length: int, side: int, centred: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two neighbours of each place, and how far it is on the way to the second. centred: pixels are squares, the
-    middle of the first half a pixel from the border; else points, the first on the border."""
+    """The two neighbours of each output pixel, and the weight of the second. centred: pixel centres lie half a pixel
+    from the border; otherwise the first pixel lies on the border."""
     half = np.float32(0.5 if centred else 0)
     at = np.maximum((np.arange(side, dtype=np.float32) + half) * np.float32(length / side) - half, 0)
     low = np.minimum(at.astype(int), length - 1)

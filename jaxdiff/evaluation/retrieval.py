@@ -1,4 +1,4 @@
-"""Metrics of a CLIP: finding images by their captions and captions by their images, and naming classes."""
+"""Metrics of a CLIP: text-to-image and image-to-text retrieval, and zero-shot classification."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from jaxdiff.evaluation.checks import require_features
 
 
 class Recall(NamedTuple):
-    """R@k, the share of queries whose own answer is among the k nearest, for each k: of images found by captions, and
-    of captions found by images."""
+    """R@k, the fraction of queries whose match is among the k nearest, by k. image: images retrieved by captions; text:
+    captions retrieved by images."""
 
     image: dict[int, float]
     text: dict[int, float]
@@ -20,21 +20,21 @@ class Recall(NamedTuple):
 def retrieval(
     text: Float[np.ndarray, "n d"], image: Float[np.ndarray, "m e"], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
 ) -> Recall:
-    """Of embeddings of any length, the caption and the image of a pair in the same row. An answer as near as the
-    right one counts as nearer. ValueError without pairs, for a k below 1, and for embeddings of different width, not
-    finite, or of length 0."""
+    """Recall of embeddings of any length; row i of both arrays is one pair. Ties count against the match. ValueError
+    for no pairs, a k below 1, and embeddings that differ in width, are not finite, or have length 0."""
     if not len(text) or len(text) != len(image) or min(ks, default=0) < 1:
         raise ValueError(f"retrieval of {len(text)} captions and {len(image)} images at {tuple(ks)}")
     require_features("retrieval", text, image)
     text, image = l2_normalize(text), l2_normalize(image)
-    share = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
-    return Recall(share(_ranks(text, image, chunk)), share(_ranks(image, text, chunk)))
+    recall_at = lambda ranks: {k: float((ranks < k).mean()) for k in ks}  # noqa: E731
+    return Recall(recall_at(_ranks(text, image, chunk)), recall_at(_ranks(image, text, chunk)))
 
 
 def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e"]) -> Int[np.ndarray, " n"]:
-    """The class of each image: the nearest mean of a class's `t` prompts, each of length 1 before (CLIP, 3.1.4).
+    """The class of each image: the nearest mean of a class's `t` normalised prompts (CLIP, 3.1.4).
 
-    ValueError for no images, classes or prompts, and for embeddings of different width, not finite, or of length 0.
+    ValueError for no images, classes or prompts, and for embeddings that differ in width, are not finite, or have
+    length 0.
     """
     require_features("zero-shot classes", image, classes.reshape(-1, classes.shape[-1]))
     means = l2_normalize(l2_normalize(classes).mean(1))
@@ -42,7 +42,7 @@ def zero_shot(image: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "c t e
 
 
 def l2_normalize(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
-    """The same directions with length 1, in float64. ValueError for one of length 0, which has none."""
+    """Normalise to length 1, in float64. ValueError for a vector of length 0."""
     x = np.asarray(x, np.float64)
     lengths = np.linalg.norm(x, axis=-1, keepdims=True)
     if not lengths.all():
@@ -51,7 +51,7 @@ def l2_normalize(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
 
 
 def _ranks(queries: np.ndarray, answers: np.ndarray, chunk: int) -> np.ndarray:
-    """How many answers are as near as the right one, or nearer, beside it."""
+    """The number of other answers that are at least as near as the right one."""
     ranks = []
     for start in range(0, len(queries), chunk):
         cosines = queries[start : start + chunk] @ answers.T

@@ -1,10 +1,10 @@
-"""Analysis by synthesis: which drawn objects explain what differs from an image's background?
+"""Analysis by synthesis: fit rasterised objects to the pixels that differ from an image's background.
 
-What differs falls into connected pieces; pieces are gathered into objects (a striped object has several); every object
-is explained by drawing all kinds and fillings at its place with the set's own drawing code and keeping the best. With
-coverage t of a candidate and difference d to the background, the candidate's best colour is closed form, Σ t d / Σ t²,
-and the share of the energy Σ d² that it explains is (Σ t d)² / (Σ t² Σ d²): a squared cosine, which neither contrast
-nor a shift of colour changes.
+These pixels are split into connected pieces, and the pieces are grouped into objects (a striped object has several).
+Each object is fitted by rasterising all kinds and fills at its place with the dataset's own code and keeping the best.
+With coverage t of a candidate and difference d to the background, the candidate's best colour is closed form,
+Σ t d / Σ t², and it explains the fraction (Σ t d)² / (Σ t² Σ d²) of the energy Σ d²: a squared cosine, invariant to
+contrast and colour shifts.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from scipy import ndimage
 
 from jaxdiff.data.shapes_draw import FILLINGS, OUTLINES
 
-CONTRAST = 0.15  # least RGB distance (in the unit cube) to the background of a pixel of an object
-MOST_PIECES = 10  # the largest are kept; `shapes` itself has at most eight
-PER_OBJECT = 0.12  # cutting one object in two must explain at least this much more of its energy
-GOOD = 0.95  # an object explained this well is not cut
-REFINED = 4  # so many candidates, the best at first sight, have their place fitted
-CERTAIN = 0.975  # no other kind and filling than the true one explains so much: the search ends
-SOFT = (0.010, 0.016)  # blurs, in image sides, that a generated image's edges may have
+CONTRAST = 0.15  # minimum RGB distance (in the unit cube) of an object pixel to the background
+MOST_PIECES = 10  # the largest are kept; `shapes` has at most eight
+PER_OBJECT = 0.12  # splitting an object must explain at least this much more of its energy
+GOOD = 0.95  # an object explained this well is not split
+REFINED = 4  # number of best initial candidates whose place is refined
+CERTAIN = 0.975  # only the true kind and fill explain this much: the search ends
+SOFT = (0.010, 0.016)  # blur radii, in image sides, of edges in generated images
 
 Place = tuple[float, float, float]  # x, y, radius
 
@@ -78,7 +78,7 @@ class _Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Pieces taken for one object: a window of the image, and the candidates at first sight."""
+    """Pieces treated as one object: a window of the image, and the initial candidates."""
 
     members: frozenset[int]
     window: Float[np.ndarray, "hw 3"]  # difference to the background, zero where another group's piece is nearer
@@ -87,7 +87,7 @@ class _Group:
     side: int  # of the whole image
     energy: float
     half: float
-    candidates: list["_Candidate"]  # every kind and filling, the best first
+    candidates: list["_Candidate"]  # every kind and fill, the best first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +98,11 @@ class _Candidate:
     place: Place
 
 
-# Gathering pieces into objects
+# Grouping pieces into objects
 
 
 def _divide(image: _Pixels, parent: _Group) -> list[_Group]:
-    """The pieces as one object, or cut in two, and so on, wherever that explains enough more."""
+    """Recursively split the pieces into objects while that explains enough more energy."""
     best = parent.candidates[0].explained
     if best > GOOD:
         return [parent]
@@ -116,7 +116,7 @@ def _divide(image: _Pixels, parent: _Group) -> list[_Group]:
 
 
 def _cuts(image: _Pixels, members: frozenset[int]) -> Iterator[frozenset[int]]:
-    """One side of every straight cut, along a row or a column of pixels, that goes through no piece."""
+    """One side of every axis-aligned cut that does not intersect a piece."""
     for axis in (0, 1):
         ordered = sorted(members, key=lambda m: image.boxes[m - 1][axis].start)
         for i in range(1, len(ordered)):
@@ -151,7 +151,7 @@ def _group(image: _Pixels, members: frozenset[int]) -> _Group:
 
 
 def _box(distance: Float[np.ndarray, "h w"]) -> tuple[float, float, float, float]:
-    """x0, x1, y0, y1 of what has at least half of the object's own contrast."""
+    """x0, x1, y0, y1 of the pixels with at least half of the object's contrast."""
     strong = distance > np.percentile(distance[distance > 0], 80) / 2
     columns, rows = np.flatnonzero(strong.any(0)), np.flatnonzero(strong.any(1))
     return float(columns[0]), float(columns[-1] + 1), float(rows[0]), float(rows[-1] + 1)
@@ -165,7 +165,7 @@ def half_extents(kind: str) -> tuple[float, float]:
     return float(np.abs(axis[inside.any(0)]).max()), float(np.abs(axis[inside.any(1)]).max())
 
 
-# Drawing candidates
+# Rasterising candidates
 
 
 def _explained(window: Float[np.ndarray, "hw 3"], energy: float, coverages: Float[np.ndarray, "f hw"]) -> list[float]:
@@ -184,7 +184,7 @@ def _coverages(kind: str, fills: tuple[str, ...], place: Place, xs, ys) -> Float
 
 
 def _refine(group: _Group) -> Fit:
-    """The best of the most promising candidates, each moved and scaled to fit; softened where none fits sharply."""
+    """The best of the top candidates after refining place and size; blurred if none fits sharply."""
     refined = []
     for candidate in group.candidates[:REFINED]:
         refined.append(_descend(group, candidate))
@@ -227,7 +227,7 @@ def _descend(group: _Group, candidate: _Candidate) -> _Candidate:
 
 
 def _colour(window: Float[np.ndarray, "hw 3"], coverage: Float[np.ndarray, "hw"]) -> Float[np.ndarray, "3"]:
-    """The median difference of the pixels well inside; the candidate's best colour where few are."""
+    """The median difference of interior pixels; the candidate's best colour if there are few."""
     inside = window[coverage > 0.95]
     if len(inside) < 8:
         return coverage @ window / (coverage @ coverage)

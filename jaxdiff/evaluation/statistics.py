@@ -1,11 +1,11 @@
-"""Mean and covariance of features, added up in float64 in any order, and kept with what they were made of.
+"""Mean and covariance of features, accumulated in float64 in any order, and stored with their origin.
 
-both = add(empty(2048), features)          # some images at a time
+both = add(empty(2048), features)          # a batch of images
 whole = merge(both, those_of_another_host)
 save(path, whole, origin)
 
-What is added up are squares about the mean, which merging moves (Chan, Golub and LeVeque, 1979). Sums of the squares
-themselves lose a covariance that is small beside the mean: of a mean of 1e5 standard deviations, ten of 16 digits.
+The accumulated squares are centred on the mean, which merging shifts (Chan, Golub and LeVeque, 1979). Uncentred sums
+of squares lose precision if the covariance is small relative to the mean: ten of 16 digits at 1e5 standard deviations.
 """
 
 import dataclasses
@@ -23,32 +23,32 @@ from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.evaluation.checks import require_features
 
 UNKNOWN = "unknown"
-"""In an `Origin`, what a file of another program does not say."""
+"""The value of `Origin` fields that a file of another program does not record."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What features depend on, beside the images themselves: a number without it cannot be compared with another."""
+    """Provenance of features: everything that must be known to compare metrics."""
 
     images: str
-    """Which set, or which model's drawings."""
+    """The dataset, or the model that generated the images."""
     digest: str
-    """Of the images, in their order."""
+    """Digest of the images, in order."""
     extractor: str
-    """The network with the first digits of its weights' digest."""
+    """The network, with the first digits of its digest."""
     resize: str
-    """How images came to its size: clean, legacy or pytorch."""
+    """Resize filter: clean, legacy or pytorch."""
     format: str = "png"
     seed: int | None = None
-    """Of what was drawn; None for images that are simply there."""
+    """Sampling seed of generated images; None for others."""
     fit: str = "squeeze"
-    """What was looked at: the whole image (squeeze), or its centred square (crop)."""
+    """The part of the image used: all (squeeze), or its centred square (crop)."""
     size: str = UNKNOWN
     """Width x height in pixels, before the network's resize."""
 
     @property
     def shown(self) -> str:
-        """Of the images alone."""
+        """The fields that describe the images."""
         if self.protocol_unknown:
             return f"{self.images} {self.digest} ({self.format}, protocol unknown)"
         seed = "" if self.seed is None else f", seed {self.seed}"
@@ -56,7 +56,7 @@ class Origin:
 
     @property
     def protocol_unknown(self) -> bool:
-        """Statistics or features of another program, whose file does not say how they came about."""
+        """True for statistics or features of another program, whose file does not record the protocol."""
         return self.resize == UNKNOWN
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """A mean and a covariance as other programs keep them, of an unknown number of images."""
+    """A mean and a covariance stored by another program, of an unknown number of images."""
 
     mean: Float[np.ndarray, "d"]
     covariance: Float[np.ndarray, "d d"]
@@ -74,7 +74,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of images; any two can be merged. scatter: the sum of (x − mean)(x − mean)ᵀ."""
+    """Mergeable statistics of images. scatter: the sum of (x − mean)(x − mean)ᵀ."""
 
     count: int
     mean: Float[np.ndarray, "d"]
@@ -82,14 +82,14 @@ class Statistics:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """Unbiased (divided by n − 1), as FID has it. ValueError for fewer than two images."""
+        """Unbiased (divided by n − 1), as in FID. ValueError for fewer than two images."""
         if self.count < 2:
             raise ValueError(f"a covariance of {self.count} images: at least 2 are wanted")
         return self.scatter / (self.count - 1)
 
 
 Gaussian = Statistics | Moments
-"""What a Fréchet distance reads: a mean, a covariance, and a count that may be None."""
+"""The inputs of a Fréchet distance: a mean, a covariance, and a count that may be None."""
 
 
 def empty(width: int) -> Statistics:
@@ -97,32 +97,32 @@ def empty(width: int) -> Statistics:
 
 
 def add(statistics: Statistics, features: Num[np.ndarray, "n d"]) -> Statistics:
-    """With these images too. ValueError for features that are not finite, no rows, or of another width."""
+    """Add a batch of features. ValueError if they are not finite, not rows, or of another width."""
     require_features("statistics", features, np.zeros((1, len(statistics.mean))))
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     apart = features - mean
-    mean_left = apart.mean(0)  # what rounding has left of it
+    mean_left = apart.mean(0)  # the rounding error of the mean
     scatter = apart.T @ apart - len(features) * np.outer(mean_left, mean_left)
     return merge(statistics, Statistics(len(features), mean + mean_left, scatter))
 
 
-def merge(*parts: Statistics) -> Statistics:
-    """Of all images of the parts, in whatever order they come."""
-    full = [part for part in parts if part.count]
-    if len(full) < 2:
-        return full[0] if full else parts[0]
-    count = sum(part.count for part in full)
-    shift = full[0].mean  # means are averaged about one of them: they may be large
-    mean = shift + sum(part.count * (part.mean - shift) for part in full) / count
-    scatter = np.zeros_like(full[0].scatter)
-    for part in full:
-        scatter += part.scatter + part.count * np.outer(part.mean - mean, part.mean - mean)
+def merge(*statistics: Statistics) -> Statistics:
+    """The statistics of all images together, in any order."""
+    nonempty = [each for each in statistics if each.count]
+    if len(nonempty) < 2:
+        return nonempty[0] if nonempty else statistics[0]
+    count = sum(each.count for each in nonempty)
+    shift = nonempty[0].mean  # average relative to one of the means, which may be large
+    mean = shift + sum(each.count * (each.mean - shift) for each in nonempty) / count
+    scatter = np.zeros_like(nonempty[0].scatter)
+    for each in nonempty:
+        scatter += each.scatter + each.count * np.outer(each.mean - mean, each.mean - mean)
     return Statistics(count, mean, scatter)
 
 
 def save(path: Path, statistics: Statistics, origin: Origin) -> None:
-    """As .npz, whole or not at all. Beside ours it has `mu` and `sigma`, which other tools read."""
+    """Write .npz atomically, including `mu` and `sigma` for other tools."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         ours = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter}
         both: dict[str, Any] = {**ours, "mu": statistics.mean, "sigma": statistics.covariance}
@@ -130,7 +130,7 @@ def save(path: Path, statistics: Statistics, origin: Origin) -> None:
 
 
 def _origin(fields: dict[str, Any]) -> Origin:
-    """ValueError where a field is of another type, or has text that is not for a terminal."""
+    """ValueError if a field has another type or unprintable text."""
     for name, value in fields.items():
         if name == "seed":
             right = value is None or type(value) is int
@@ -142,8 +142,8 @@ def _origin(fields: dict[str, Any]) -> Origin:
 
 
 def checked_moments(mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Both in float64. ValueError unless they can be a mean and a covariance (or a multiple of one), to the precision
-    of float32."""
+    """Both as float64. ValueError unless they are a valid mean and covariance (up to a factor), at float32
+    precision."""
     for name, each in zip(names, (mean, covariance)):
         if each.dtype.kind not in "fiu":
             raise ValueError(f"{name} has numbers of type {each.dtype}")
@@ -162,7 +162,7 @@ def checked_moments(mean: np.ndarray, covariance: np.ndarray, names: tuple[str, 
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `save` wrote it, in this version or an earlier one. FileNotFoundError, or ValueError for a file that is
+    """Whether the file was written by `save`, in this or an earlier version. FileNotFoundError, or ValueError if it is
     neither .npz nor .npy."""
     try:
         opened = np.load(path, allow_pickle=False, mmap_mode="r")
@@ -172,12 +172,12 @@ def is_ours(path: Path) -> bool:
             return "origin" in opened.files
     except FileNotFoundError:
         raise
-    except Exception as error:  # of zipfile and numpy, in many types
+    except Exception as error:  # zipfile and numpy raise many types
         raise ValueError(f"{path}: neither statistics nor features (.npz, .npy): {reason(error)}") from error
 
 
 def load(path: Path) -> tuple[Statistics, Origin]:
-    """What `save` wrote. FileNotFoundError, or ValueError for any other file."""
+    """The inverse of `save`. FileNotFoundError, or ValueError for any other file."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             fields = json_files.parse_object(str(kept["origin"]), "origin")
@@ -189,9 +189,9 @@ def load(path: Path) -> tuple[Statistics, Origin]:
                 return Statistics(count, mean, scatter), _origin(fields)
     except FileNotFoundError:
         raise
-    except Exception as error:  # of zipfile and numpy, in many types
+    except Exception as error:  # zipfile and numpy raise many types
         raise ValueError(f"{path}: no statistics of ours: {reason(error)}") from error
     raise ValueError(
-        f"{path}: kept by an earlier version, which does not say whether images were cropped; look at the images anew "
-        "and keep that (--keep-reference)"
+        f"{path}: written by an earlier version, which does not record whether images were cropped; compute the "
+        "statistics again (--keep-reference)"
     )

@@ -148,8 +148,8 @@ class _Columns:
         that are not of the row's own pair."""
         everywhere = _placed(others, PartitionSpec(), self.axes)
         chunk = min(self.chunk, len(others))
-        parts = jnp.pad(everywhere, ((0, -len(others) % chunk), (0, 0))).reshape(-1, chunk, others.shape[1])
-        numbers = jnp.arange(parts.shape[0] * chunk).reshape(-1, chunk)
+        chunks = jnp.pad(everywhere, ((0, -len(others) % chunk), (0, 0))).reshape(-1, chunk, others.shape[1])
+        numbers = jnp.arange(chunks.shape[0] * chunk).reshape(-1, chunk)
         each = jnp.arange(len(rows))[:, None]
 
         @jax.checkpoint
@@ -166,7 +166,7 @@ class _Columns:
             return _placed(jnp.full(len(rows), value, rows.dtype), PartitionSpec(self.axes or None), self.axes)
 
         carry = jax.tree.map(of_rows, (total, -jnp.inf))
-        return jax.lax.scan(body, carry, (parts, numbers))[0]
+        return jax.lax.scan(body, carry, (chunks, numbers))[0]
 
 
 def _placed(x: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:

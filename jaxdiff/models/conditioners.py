@@ -199,14 +199,14 @@ class LowResConditioner:
         return alpha[:, None, None, None] * given.concat
 
 
-def joined(parts: list[Conditioning]) -> Conditioning:
+def joined(conditionings: list[Conditioning]) -> Conditioning:
     """One conditioning of several: tokens one after the other, channels and vectors side by side, levels as given once.
 
     ValueError for two that give a noise level, residuals or an interval.
     """
     fields: dict[str, Any] = {}
     for name in Conditioning._fields:
-        values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        values = [getattr(each, name) for each in conditionings if getattr(each, name) is not None]
         if len(values) > 1 and name not in _AXIS:
             raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
         fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])

@@ -182,8 +182,8 @@ class TrainedModel:
 
     def batch_size(self, wanted: int) -> int:
         """The smallest multiple of the devices that batches are split over, from `wanted` on."""
-        parts, _ = self.model.unet.execution.sharding.sizes()
-        return -(-wanted // parts) * parts
+        batch_devices, _ = self.model.unet.execution.sharding.sizes()
+        return -(-wanted // batch_devices) * batch_devices
 
     def check(self, size: tuple[int, int]) -> None:
         """ValueError where it cannot sample this size, not in tiles or not in these, or not with these settings."""
@@ -292,7 +292,7 @@ def _begin(
 def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inputs: SampleInputs) -> Branches:
     """What the network sees in both branches."""
     branches = [conditioner.sampling(inputs, keys, size) for conditioner in model.conditioners]
-    return Branches(*(joined(list(parts)) for parts in zip(*branches)))
+    return Branches(*(joined(list(conditionings)) for conditionings in zip(*branches)))
 
 
 def _predict_in_tiles(

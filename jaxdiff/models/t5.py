@@ -94,9 +94,9 @@ def span_mask(length: int, corruption: Corruption, rng: np.random.Generator) -> 
     if length < 2:
         return np.zeros(length, bool)
     cut, spans = span_counts(length, corruption)
-    cut_lengths = _parts(cut, spans, rng)
+    cut_lengths = _random_lengths(cut, spans, rng)
     # One kept stretch between two spans at least, so spans never touch; the two ends may be empty.
-    kept_lengths = _parts(length - cut + 2, spans + 1, rng)
+    kept_lengths = _random_lengths(length - cut + 2, spans + 1, rng)
     kept_lengths[0] -= 1
     kept_lengths[-1] -= 1
     lengths = np.empty(2 * spans + 1, int)
@@ -210,9 +210,9 @@ class SpanBatches:
         return padded, mask
 
 
-def _parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+def _random_lengths(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`total` as a sum of `parts` positive numbers, each way equally likely."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 

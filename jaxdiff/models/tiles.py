@@ -39,16 +39,16 @@ def in_tiles(
     corners = jnp.asarray([(y, x) for y in starts(height, sides[0], tiles) for x in starts(width, sides[1], tiles)])
     window = jnp.asarray(ramp(sides[0], tiles)[:, None] * ramp(sides[1], tiles)[None, :])[None, :, :, None]
 
-    def parts(y, x):
+    def crops(y, x):
         return [jax.lax.dynamic_slice(p, (0, y, x, 0), (p.shape[0], *sides, p.shape[3])) for p in images]
 
     def add(i, sums):
         total, weight = sums
         y, x = corners[i]
-        output = network(*parts(y, x)) * window
+        output = network(*crops(y, x)) * window
         return _add_at(total, output, y, x), _add_at(weight, window, y, x)
 
-    channels = jax.eval_shape(lambda: network(*parts(0, 0))).shape[-1]
+    channels = jax.eval_shape(lambda: network(*crops(0, 0))).shape[-1]
     empty = jnp.zeros((images[0].shape[0], height, width, channels)), jnp.zeros((1, height, width, 1))
     total, weight = jax.lax.fori_loop(0, len(corners), add, empty)
     return total / weight

@@ -295,7 +295,7 @@ def _request(
     report = None
     if progress is not None:
         each = box.steps * stage.rows
-        total, before = (_parts(plan, stage, samples) * each for samples in (len(plan.keys), int(rows[0])))
+        total, before = (_runs_of(plan, stage, samples) * each for samples in (len(plan.keys), int(rows[0])))
 
         def report(step: int) -> None:
             progress(stage.number, before + step * stage.rows, total)
@@ -304,7 +304,7 @@ def _request(
     return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report)
 
 
-def _parts(plan: _Plan, stage: _Stage, samples: int) -> int:
+def _runs_of(plan: _Plan, stage: _Stage, samples: int) -> int:
     """How often the box runs for the first `samples` samples."""
     batches, rest = divmod(samples, plan.rows)
     return batches * -(-plan.rows // stage.rows) - (-rest // stage.rows)

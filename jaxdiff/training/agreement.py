@@ -1,4 +1,4 @@
-"""What several processes of one run tell each other: small values, and that one of them has failed."""
+"""Communication between the processes of a run: small values, and failures during a save."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from jaxdiff.core.jax_internals import coordination
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value (what JSON can hold), in the order of the processes. All of them must call it."""
+    """Gather a JSON value from every process, in the order of the processes. All processes must call it."""
     if jax.process_count() == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -25,11 +25,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier(name: str) -> Callable[..., None] | None:
-    """For Orbax: a barrier at which nobody waits for a process that has failed; None for a single process.
+    """A barrier for Orbax that does not wait for failed processes; None for a single process.
 
-    A process whose part of a save fails comes to Orbax's last barrier while its exception is on its way up, when the
-    others already wait at an earlier one, and would for as long as a slow save may take. Here it leaves word under
-    `name` and goes on, and the others raise OSError with what it said. They cannot save again after that.
+    If a save fails on one process, it reaches Orbax's last barrier while its exception propagates, and the others would
+    wait at an earlier barrier until the timeout of a slow save. Here the failed process publishes its error under
+    `name` and continues, and the others raise OSError with that error. They cannot save again afterwards.
     """
     if jax.process_count() == 1:
         return None

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: the train state, the data iterators' places, and the settings that made them.
+"""Checkpoints on disk: the train state, the positions of the data iterators, and the settings of the run.
 
-A step appears in the directory when all of it is written, a manifest of all its files included; a save that fails or is
-cut off leaves the older ones as they were. What is read is first compared with its manifest, byte for byte.
+A step appears in the directory only when it is complete, including a manifest of its files; a failed or interrupted
+save leaves older checkpoints intact. Before reading, all bytes are verified against the manifest.
 """
 
 import base64
@@ -24,16 +24,16 @@ from jaxdiff.training.agreement import barrier, gather
 from jaxdiff.training.multihost import FolderInUseError
 from jaxdiff.training.state import Params, TrainState
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax, and so we, put behind the name of what is being written
+UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of folders in progress, as in Orbax
 SLICE = 1 << 20
-"""Bytes: what replicas of an array, one on each device, write apart is no smaller than this."""
+"""Bytes: smallest slice that replicas of an array write separately."""
 
 
 class SettingsDifferError(ValueError):
     """A checkpoint was saved with other settings.
 
-    name: of the first that differs, as `optimizer.learning_rate`; its last part is the name of the field. saved, given:
-    its values, None where there is none.
+    name: the first setting that differs, such as `optimizer.learning_rate`; the last component is the field. saved,
+    given: its values, None if it is absent.
     """
 
     def __init__(self, directory: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -46,11 +46,11 @@ class SettingsDifferError(ValueError):
 class Checkpoints:
     """The newest `keep` checkpoints in `directory`; `settings` (flat, JSON-able) are saved with them and compared.
 
-    With several processes, all of them share the directory and make the same calls. A context manager: leaving it waits
-    for what is being written. Saving raises OSError, reading ValueError: one line that names the directory.
-    `check` is called before a checkpoint gets its name and before anything is deleted, in process 0, in any thread;
-    where it raises, neither is done, and saving raises the same. `adapt` says with what of the settings saved at a step
-    the given ones are to be compared: what may change.
+    All processes share the directory and make the same calls. A context manager: leaving it waits for pending writes.
+    Saving raises OSError, reading ValueError: one line that names the directory.
+    check: called on process 0, in any thread, before a checkpoint is renamed into place and before a deletion; if it
+    raises, neither is done, and saving raises the same error. adapt: maps the settings saved at a step to those
+    compared with the given ones, so that some settings may change.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Checkpoints:
             self._manager = _manager(self.directory, keep, create=True, check=check)
 
     def latest(self) -> int | None:
-        """The newest step saved, None where there is none."""
+        """The newest saved step, None if there is none."""
         step = problem = None
         try:
             step = _latest(self._manager, self.directory)
         except (ValueError, OSError) as error:
             problem = str(error)
-        step, problem = gather([step, problem])[0]  # a shared directory may look older from another host
+        step, problem = gather([step, problem])[0]  # another host may see an older state of a shared directory
         if problem:
             raise ValueError(problem)
         return step
@@ -83,7 +83,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: Any) -> None:
         """Copy the state off the devices and write it in the background.
 
-        `data` is this process's own place: bytes, or what JSON can hold.
+        data: this process's iterator state: bytes, or a JSON value.
         """
         with self._saving(self._being_saved):
             self._manager.wait_until_finished()
@@ -107,27 +107,27 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Any]:
-        """The newest state, placed as `abstract` says (on any mesh), and the place of this process's data.
+        """The newest state, placed like `abstract` (on any mesh), and this process's iterator state.
 
-        Raises SettingsDifferError where the checkpoint was made with other settings, ValueError where it was made by
-        another number of processes: each reads a share of the data, and a place in one share is none in another.
+        Raises SettingsDifferError if the checkpoint has other settings, ValueError if it was saved by another number of
+        processes: each reads its own shard of the data, and a position in one shard is invalid in another.
         """
         step = self._sound()
         data = self._data(step)
         return self._state(step, abstract), data
 
     def restore_state(self, abstract: TrainState) -> TrainState:
-        """The state alone, which any number of processes can go on from."""
+        """The state without the iterator state, for any number of processes."""
         return self._state(self._sound(), abstract)
 
     def _sound(self) -> int:
-        """The newest step, found to be as it was saved and of these settings."""
+        """The newest step, after verifying its files and settings."""
         step = self.latest()
         if step is None:
             raise ValueError(f"{self.directory}: no checkpoint here")
         problem = _shared_damage(self.directory / str(step))
         if problem:
-            steps = gather(_steps(self.directory))[0]  # all processes must look at the same
+            steps = gather(_steps(self.directory))[0]  # the same steps on all processes
             way = _way_on(self.directory, steps, _shared_damage)
             raise ValueError(f"{self.directory}: checkpoint of step {step} cannot be restored: {problem}; {way}")
         saved = self._restore(step, settings=ocp.args.JsonRestore())["settings"]
@@ -147,7 +147,7 @@ class Checkpoints:
         if len(places) != jax.process_count():
             raise ValueError(
                 f"{self.directory}: the number of processes was {len(places)} and is {jax.process_count()} here: each "
-                "reads its share of the data, and goes on only in that; start as many, or begin a new run from the "
+                "reads its own shard of the data and resumes only in that; start as many, or begin a new run from the "
                 "averaged parameters"
             )
         place = places[jax.process_index()]
@@ -168,23 +168,23 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._manager.close()
         except (OSError, FolderInUseError):
-            if not isinstance(error, Exception):  # otherwise the failure that brought us here is the one to report
+            if not isinstance(error, Exception):  # otherwise report the original failure
                 raise
         finally:
-            gc.collect()  # tasks that failed beside the one that is reported log it as they are collected
+            gc.collect()  # collects failed tasks here, because they log their errors on collection
             for name in _LOGGERS:
                 logging.getLogger(name).removeFilter(_no_tracebacks)
 
     @contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
-        """Failures, those in the background too, as OSError, with nothing half-written left."""
+        """Turn failures, also in the background, into OSError, and remove partial writes."""
         what = "checkpoint" if step is None else f"checkpoint of step {step}"
         try:
             with _explained(OSError, f"{self.directory}: {what} not saved, the older ones are intact"):
                 yield
         except OSError:
             if jax.process_index() == 0:
-                self._check()  # what another run has there is none of ours
+                self._check()  # files of another run are not ours to delete
                 for rest in self.directory.glob(f"*{UNFINISHED}"):
                     shutil.rmtree(rest, ignore_errors=True)
             raise
@@ -193,8 +193,8 @@ class Checkpoints:
 def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
     """The averaged parameters of the newest checkpoint in `directory`, as float32.
 
-    `abstract` (shapes with shardings) says what to expect and where to put it; without it, they come to the first
-    device. Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or not the expected.
+    abstract: expected shapes with shardings; None: load onto the first device. Raises FileNotFoundError if there is no
+    checkpoint, ValueError if it is damaged or unexpected.
     """
     directory = Path(directory).absolute()
     manager = _manager(directory, None, create=False) if directory.is_dir() else None
@@ -215,16 +215,16 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: the loop asks. Orbax asks jax in the background too, once a step is written that then is an old one;
-        jax takes it for the step that this process is at, and has the processes stop after different ones."""
+        """Always False, because the loop checks for preemption. Orbax would ask jax in the background about an older
+        step; jax would take it for the current one, and the processes would stop after different steps."""
         return False
 
 
 class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that is written under another name and gets its own once its manifest is in it; then the oldest go.
+    """A checkpoint folder that is renamed into place after its manifest is written; then old checkpoints are deleted.
 
-    Runs in the background, in process 0, after all processes have written. Orbax itself adds to the folder to the last,
-    and then renames it; so it is let to rename it to a name that still says unfinished.
+    Runs in the background, on process 0, after all processes have written. Orbax adds files until it renames the
+    folder, so here it renames it to another unfinished name first.
     """
 
     keep: int | None = None  # all
@@ -245,7 +245,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         finally:
             self._final_path = final
         for step in _steps(Path(final.parent))[: -self.keep] if self.keep else ():
-            # Under another name first: one that is deleted in part must not look like one that is damaged.
+            # Rename first: a partially deleted checkpoint must not look like a damaged one.
             old = final.parent / str(step)
             shutil.rmtree(old.rename(final.parent / f"{step}-deleted{UNFINISHED}"), ignore_errors=True)
 
@@ -253,14 +253,14 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 def _manager(
     directory: Path, keep: int | None, create: bool, check: Callable[[], None] = lambda: None
 ) -> ocp.CheckpointManager:
-    # Rests of an interrupted save go when a run starts again, but a reader must not touch what a run is writing.
+    # A restarted run removes leftovers of an interrupted save; a reader must not touch what a run is writing.
     options = ocp.CheckpointManagerOptions(
         create=create,
         cleanup_tmp_directories=create,
         temporary_path_class=type("Sealed", (_Sealed,), {"keep": keep, "check": staticmethod(check)}),
         async_options=ocp.AsyncOptions(barrier_sync_fn=barrier(f"failed/{directory}")),
     )
-    # Orbax cuts a replicated array into one piece a device, each copied by a program of its own: small ones go whole.
+    # Orbax splits a replicated array into one slice per device, each copied by its own program; not worth it if small.
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     tree, json = partial(ocp.PyTreeCheckpointHandler, type_handler_registry=registry), ocp.JsonCheckpointHandler
@@ -269,12 +269,12 @@ def _manager(
 
 
 def _placed(abstract: Any) -> ocp.args.PyTreeRestore:
-    """A tree of shapes with shardings, as it is to be restored."""
+    """Restore arguments for a tree of shapes with shardings."""
     return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
-    """The newest step. A damaged directory that would look empty raises: never a silent fresh start."""
+    """The newest step. Raises for a damaged directory that looks empty, to avoid a silent fresh start."""
     steps = _steps(directory)
     if not steps:
         others = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
@@ -282,7 +282,7 @@ def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
         if others:
             raise ValueError(f"{directory}: no checkpoint here, but {others[0]}: a checkpoint is named as its step")
         return None
-    manager.reload()  # a run that goes on may have added some
+    manager.reload()  # a running process may have added some
     if (manager.latest_step() or -1) < steps[-1]:
         way = _way_on(directory, steps, manifest.damage)
         raise ValueError(f"{directory / str(steps[-1])} is not a complete checkpoint; {way}")
@@ -290,13 +290,13 @@ def _latest(manager: ocp.CheckpointManager, directory: Path) -> int | None:
 
 
 def _steps(directory: Path) -> list[int]:
-    """The steps that have something of their name in `directory`."""
+    """The steps with an entry in `directory`."""
     numbers = [int(path.name) for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
     return sorted(number for number in numbers if (directory / str(number)).exists())
 
 
 def _way_on(directory: Path, steps: list[int], damage: Callable[[Path], str | None]) -> str:
-    """What to do about the newest of `steps`, which is damaged: the newest that is intact, by name."""
+    """Advice for a damaged newest step: which steps to delete to resume from the newest intact one."""
     bad = [directory / str(steps[-1])]
     for older in reversed(steps[:-1]):
         if damage(directory / str(older)) is None:
@@ -306,8 +306,8 @@ def _way_on(directory: Path, steps: list[int], damage: Callable[[Path], str | No
 
 
 def _shared_damage(folder: Path) -> str | None:
-    """`manifest.damage`, the work shared by all processes, and the answer the same in all."""
-    problems = gather(manifest.damage(folder, part=jax.process_index(), parts=jax.process_count()))
+    """`manifest.damage` with the work split over all processes, and the same result on all."""
+    problems = gather(manifest.damage(folder, process=jax.process_index(), processes=jax.process_count()))
     return next((problem for problem in problems if problem), None)
 
 
@@ -315,14 +315,14 @@ _LOGGERS = "absl", "asyncio"
 
 
 def _no_tracebacks(record: logging.LogRecord) -> bool:
-    """Orbax logs a background failure with its traceback, several times, and asyncio those of the tasks beside it.
-    Orbax also raises it, and we report that."""
+    """Filter tracebacks of background failures, which Orbax and asyncio log several times. Orbax also raises them, and
+    that is reported."""
     return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 @contextmanager
 def _explained(kind: type[Exception], what: str) -> Iterator[None]:
-    """Any failure inside as one line of the given kind."""
+    """Turn any exception into one line of the given type."""
     try:
         yield
     except Exception as error:

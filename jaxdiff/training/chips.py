@@ -1,5 +1,4 @@
-"""Accelerators that a run can be planned for: their published rates, and how a topology is described to XLA, which
-compiles for chips that are not there."""
+"""Accelerators for planning: published rates, and topology descriptions for ahead-of-time compilation with XLA."""
 
 import importlib.util
 import itertools
@@ -37,18 +36,17 @@ PEAK_TFLOPS = {
     "TPU v6 lite": 918,
     "TPU7x": 2307 / 2,
 }
-"""Dense bfloat16 peaks of a device, from data sheets, by a part of JAX's name of it; the first that fits."""
+"""Dense bfloat16 peaks per device, from data sheets, by a substring of JAX's device name; the first match counts."""
 
 
 @dataclass(frozen=True)
 class Chip:
     """Rates of one chip, from the vendor's data sheet (November 2026).
 
-    peak: dense bfloat16 FLOP/s. memory: its size in bytes; bandwidth: of it, bytes/s. interconnect: what a chip can
-    receive from its neighbours by all of its links, bytes/s: half of what is published as bidirectional.
-    largest: chips of the largest slice (TPUs). units: cores × matrix units × multipliers of each, where what is
-    published of them agrees with the peak. devices: as how many devices JAX shows it. config: the name that libtpu
-    wants for this kind beside the topology. card: what the CUDA compiler asks of a GPU.
+    peak: dense bfloat16 FLOP/s. memory: bytes; bandwidth: memory bandwidth in bytes/s. interconnect: receive bandwidth
+    of all links of a chip, bytes/s, half of the published bidirectional value. largest: chips of the largest slice
+    (TPUs). units: cores × matrix units × multipliers of each, if the published numbers agree with the peak. devices:
+    JAX devices per chip. config: libtpu's config name for this kind. card: the GPU description for the CUDA compiler.
     """
 
     name: str
@@ -77,7 +75,7 @@ A100 = Chip("a100", PEAK_TFLOPS["A100"] * TERA, 80 * GB, 2039 * GB, 300 * GB, ca
 H100 = Chip("h100", PEAK_TFLOPS["H100"] * TERA, 80 * GB, 3350 * GB, 450 * GB, card=gpu_targets.H100)
 H200 = Chip("h200", PEAK_TFLOPS["H200"] * TERA, 141 * GB, 4800 * GB, 450 * GB, card=gpu_targets.H200)
 B200 = Chip("b200", PEAK_TFLOPS["B200"] * TERA, 180 * GB, 7700 * GB, 900 * GB, card=gpu_targets.B200)
-# PCIe 4.0 ×16 joins them; NVLink joins two RTX 3090 at most.
+# Connected by PCIe 4.0 ×16; NVLink connects at most two RTX 3090.
 L4 = Chip("l4", PEAK_TFLOPS["L4"] * TERA, 24 * GB, 300 * GB, 32 * GB, card=gpu_targets.L4)
 RTX_4090 = Chip("rtx4090", PEAK_TFLOPS["RTX 4090"] * TERA, 24 * GB, 1008 * GB, 32 * GB, card=gpu_targets.RTX_4090)
 RTX_3090 = Chip("rtx3090", PEAK_TFLOPS["RTX 3090"] * TERA, 24 * GB, 936 * GB, 32 * GB, card=gpu_targets.RTX_3090)
@@ -89,7 +87,7 @@ GPUS_OF_A_HOST = 8
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips joined by their fast interconnect: `v5p:4x8x8` (a slice), `h100:8` (a host)."""
+    """Chips connected by a fast interconnect: `v5p:4x8x8` (a slice), `h100:8` (a host)."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -107,13 +105,12 @@ class Topology:
 
     @property
     def link(self) -> float:
-        """What a chip can receive by one of its links, bytes/s: TPUs have two along each axis."""
+        """Receive bandwidth of one link, bytes/s; TPUs have two links per axis."""
         return self.chip.interconnect / (2 * len(self.shape))
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Whether each axis is closed to a ring: by whole cubes of 4x4x4 on chips of three axes, by sides of 16 on
-        those of two."""
+        """Whether each axis is a ring: multiples of 4x4x4 cubes with three axes, sides of 16 with two axes."""
         cubes = len(self.shape) == 3 and all(side % 4 == 0 for side in self.shape)
         return tuple(cubes or (side == 16 and len(self.shape) == 2) for side in self.shape)
 
@@ -123,11 +120,11 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """`v5e:16x16`, `v5p:4x8x8`, `h100:8` → Topology. ValueError that lists what there is."""
+    """`v5e:16x16`, `v5p:4x8x8`, `h100:8` → Topology. ValueError that lists the choices."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     chip = next((chip for chip in (*TPUS, *GPUS) if match and chip.name == match[1]), None)
     shape = tuple(map(int, match[2].split("x"))) if match else ()
-    # v5e and v6e are flat tori, v4, v5p and tpu7x have three axes; GPUs are counted.
+    # v5e and v6e are 2D tori; v4, v5p and tpu7x have three axes; GPUs have a count.
     axes = 1 if chip in GPUS else 2 if chip in (V5E, V6E) else 3
     if chip is None or len(shape) != axes or 0 in shape:
         raise ValueError(
@@ -142,7 +139,7 @@ def parse(text: str) -> Topology:
 
 
 def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
-    """ValueError for a slice that does not exist: it would be compiled for until memory ends."""
+    """ValueError for a nonexistent slice, whose compilation would run out of memory."""
     if math.prod(shape) > chip.largest:
         raise ValueError(
             f"topology {text!r}: {math.prod(shape):,} chips, and the largest slice of {chip.name} has {chip.largest:,}"
@@ -154,14 +151,13 @@ def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
 
 
 def links_of(groups: np.ndarray, topology: Topology) -> float:
-    """From how many links a chip hears in collectives among groups of chips.
+    """The number of links from which a chip receives in collectives among groups of chips.
 
-    Along an axis of the network, all of a ring gives two links, part of an axis (or all of an open one) one; groups
-    that are interleaved along it share them. A group that fills no box counts one axis alone, and one of a single chip
-    gives 0.
+    Along an axis of the network, a full ring gives two links, part of an axis (or a full open axis) one; interleaved
+    groups share them. A group that is not a box counts one axis only; a single chip gives 0.
 
     Args:
-        groups: (groups members axes) coordinates of the chips of each group; that of the fewest links counts
+        groups: (groups members axes) coordinates of the chips of each group; the minimum over groups is returned
     """
 
     def along(axis: int, held: Sequence[int]) -> float:
@@ -182,7 +178,7 @@ def links_of(groups: np.ndarray, topology: Topology) -> float:
 
 
 def links(devices: np.ndarray, topology: Topology) -> list[float]:
-    """From how many links a chip hears along each axis of a grid of devices (`Mesh.devices`)."""
+    """The number of links from which a chip receives along each axis of a device grid (`Mesh.devices`)."""
     places = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)[
         ..., : len(topology.shape)
     ]
@@ -193,7 +189,7 @@ def links(devices: np.ndarray, topology: Topology) -> list[float]:
     ]
 
 
-# Without them libtpu asks a metadata server, wants to be the machine's only user, and prints what it does not find.
+# Without them libtpu queries a metadata server, requires exclusive use of the machine, and prints warnings.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -205,7 +201,7 @@ _NO_TPU_HERE = {
 
 
 def missing_compiler(topology: Topology) -> str | None:
-    """Why nothing can be compiled for these chips here, in one line that says what to install; None where it can."""
+    """Why compilation for these chips is unavailable, in one line that says what to install; None if available."""
     if not topology.is_tpu:
         return gpu_targets.missing()
     if importlib.util.find_spec("libtpu") is None:
@@ -214,15 +210,15 @@ def missing_compiler(topology: Topology) -> str | None:
 
 
 def compiler_options(topology: Topology) -> dict[str, str | bool | int | float]:
-    """What to compile with for chips that are not there: `lowered.compile(compiler_options=…)`."""
+    """Compiler options for ahead-of-time compilation: `lowered.compile(compiler_options=…)`."""
     return {} if topology.is_tpu else dict(gpu_targets.COMPILER_OPTIONS)
 
 
 def described(topology: Topology, slices: int = 1) -> list[Any]:
-    """The devices of TPU slices, or of a host of GPUs, that need not exist, to compile for. OSError where the compiler
-    is missing (`missing_compiler`) or refuses; ValueError for no slices, or slices of GPUs.
+    """Abstract devices of TPU slices or of a GPU host, for ahead-of-time compilation. OSError if the compiler is
+    missing (`missing_compiler`) or fails; ValueError for no slices, or several slices of GPUs.
 
-    For TPUs, sets libtpu's environment variables where they are unset, for the rest of the process.
+    For TPUs, sets unset environment variables of libtpu for the rest of the process.
     """
     if slices < 1:
         raise ValueError(f"{slices} slices of {topology}: at least 1")
@@ -244,7 +240,7 @@ def _slices(topology: Topology, slices: int) -> list[Any]:
     settings |= {} if slices == 1 else {"num_slices": slices}
     try:
         devices = topologies.get_topology_desc(str(topology), "tpu", **settings).devices
-    except Exception as error:  # of libtpu, in several types
+    except Exception as error:  # libtpu raises several types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"cannot describe {topology}: {reason} (libtpu compiles for TPUs: pip install libtpu)") from error
     if len(devices) != slices * topology.devices:

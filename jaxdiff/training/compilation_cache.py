@@ -1,5 +1,4 @@
-"""Compiled programs kept on disk, so that the second run of a script starts in seconds. Scripts call it, the library
-never does."""
+"""JAX's persistent compilation cache, so that the second run of a script starts in seconds. Called by scripts only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 def enable_compilation_cache(directory: str | Path) -> None:
-    """Keep every program that takes over half a second to compile in `directory`, and read it from there next time.
+    """Cache programs that take more than half a second to compile in `directory`.
 
-    A directory set by the user (JAX_COMPILATION_CACHE_DIR) is left as it is.
+    A directory set by the user (JAX_COMPILATION_CACHE_DIR) takes precedence.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
@@ -21,11 +20,10 @@ def enable_compilation_cache(directory: str | Path) -> None:
 
 @contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile anew, and keep nothing: to time a compilation, or for chips that are not there, whose programs cannot be
-    read back."""
+    """Disable the cache: to time a compilation, or for absent chips, whose programs cannot be read back."""
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()  # jax asks once, at the first compilation, whether to use one
+    reset_cache()  # jax decides at the first compilation whether to use one
     try:
         yield
     finally:

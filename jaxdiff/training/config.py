@@ -1,4 +1,4 @@
-"""How long and how a run trains, as a plain value."""
+"""Settings of a training run."""
 
 from dataclasses import dataclass, field
 
@@ -7,15 +7,15 @@ from jaxdiff.training.optimizer import OptimizerConfig, Optimizers
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how to train.
+    """Settings of the training loop.
 
-    Raises ValueError for a setting that makes no sense; the message begins with the name of the field.
+    Raises ValueError for an invalid setting; the message begins with the name of the field.
     """
 
-    optimizer: Optimizers = field(default_factory=OptimizerConfig)  # of all arrays, or one for each label
+    optimizer: Optimizers = field(default_factory=OptimizerConfig)  # one for all arrays, or one per label
     steps: int = 2_500_000
-    accumulate: int = 1  # parts that a batch is taken in
-    ema_decay: float = 0.9999  # a convention; the paper prints none
+    accumulate: int = 1  # microbatches per batch
+    ema_decay: float = 0.9999  # a convention; the paper gives no value
     ema_warmup: bool = True  # decay min(ema_decay, (1 + n) / (10 + n)) after n updates
     log_every: int = 100
     sample_every: int = 0  # steps between calls of `Hooks.sample`; 0: never
@@ -23,11 +23,11 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3  # checkpoints
     seed: int = 0
-    stall: float = 0.0  # seconds without progress after which that is reported with stacks; 0: never
-    stall_exit: float = 0.0  # and after which the process ends, and with it the others of the run; 0: never
+    stall: float = 0.0  # seconds without progress before a report with stacks; 0: never
+    stall_exit: float = 0.0  # seconds before the process, and with it the run, ends; 0: never
     progress: bool = True  # whether a bar is shown
     description: str = ""  # of the bar
-    unit: str = "images"  # what a batch has so many of, in the plural: pairs, captions
+    unit: str = "images"  # name of the examples, in the plural: pairs, captions
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep"):

@@ -1,10 +1,10 @@
-"""Several processes as one run: how they find each other, agree, wait for one another, and prepare what they share.
+"""Multi-process runs: joining processes, comparing settings, barriers, and one-time preparation.
 
-    count = start(Cluster())       # before the first use of a device; 1: alone, and nothing was done
-    source = once(folder, open_it) # by one of those that share the folder, then by the others, who find it there
+    count = start(Cluster())       # before the first use of a device; returns 1 for a single process
+    source = once(folder, open_it) # first on one process that shares the folder, then on the others
 
-Who the others are is found by jax itself on TPU VMs, in GKE, under Slurm, Open MPI and in Kubernetes' indexed jobs, or
-said by `coordinator`, `processes` and `process`.
+jax detects the processes on TPU VMs, in GKE, under Slurm, Open MPI and in Kubernetes' indexed jobs; otherwise set
+`coordinator`, `processes` and `process`.
 """
 
 import json
@@ -32,27 +32,27 @@ _DAY = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """How this process joins the others of its run, and when one that hangs is noticed. ValueError for nonsense."""
+    """How this process joins the others, and timeouts for hanging processes. ValueError for invalid settings."""
 
     join: Literal["auto", "none"] = "auto"
-    """Other processes: found where this machine says that it is one of several (TPU VM, GKE, Slurm, Open MPI, indexed
-    Kubernetes job), or given by the next three; `none`: alone, whatever the machine says."""
+    """`auto`: detect other processes from the environment (TPU VM, GKE, Slurm, Open MPI, indexed Kubernetes job),
+    unless the next three settings give them. `none`: a single process."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, as every process can reach it; then with `processes` and `process`."""
+    """HOST:PORT of process 0, reachable from every process; requires `processes` and `process`."""
     processes: int | None = None
-    """How many processes the run has."""
+    """Number of processes of the run."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     join_timeout: int = 300
     """Seconds to wait for the others at the start."""
     heartbeat: int = 30
-    """Seconds after which a process that is silent counts as dead, and all others end."""
+    """Seconds without a heartbeat after which a process counts as dead and all others exit."""
     stall: float = 600.0
-    """Seconds without progress after which a process says what it waits for, with the stacks of its threads, on
-    standard error and in OUT/stall-PROCESS.txt; what compiles may take six times as long. 0: never."""
+    """Seconds without progress after which a process reports what it waits for, with the stacks of its threads, on
+    standard error and in OUT/stall-PROCESS.txt; six times as long during compilation. 0: never."""
     stall_exit: float = 0.0
-    """Seconds without progress after which it ends, and all others with it, for a supervisor to start them again: a
-    collective that hangs never ends by itself. 0: never; 1800 is a good value on a pod."""
+    """Seconds without progress after which all processes exit, for a supervisor to restart them: a hanging collective
+    never ends by itself. 0: never; 1800 is a good value on a pod."""
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
@@ -73,12 +73,11 @@ class Cluster:
 
 
 def start(cluster: Cluster) -> int:
-    """Join the run's other processes and return how many there are; 1, and nothing is called, for one alone.
+    """Join the other processes of the run and return their number; a no-op that returns 1 for a single process.
 
-    To be called before the first use of a device. From here on the failure of one process ends them all (`multihost`).
-    Raises ValueError for what cannot be right, `multihost.PeerLostError` where the cluster around cannot be read. Where
-    the others do not come in time, this process ends with one line and `multihost.BROKEN_OFF`: jaxlib would abort it
-    with a stack.
+    Call it before the first use of a device. Afterwards a failure of one process ends all of them (`multihost`). Raises
+    ValueError for invalid settings, `multihost.PeerLostError` if the cluster cannot be detected. If the others do not
+    join in time, this process exits with one line and `multihost.BROKEN_OFF`; jaxlib would abort with a stack trace.
     """
     if jax.distributed.is_initialized():
         return multihost.count()
@@ -101,7 +100,7 @@ def start(cluster: Cluster) -> int:
             jax.distributed.initialize(
                 **given,
                 local_device_ids=[] if _alone_on_host(os.environ) else None,
-                initialization_timeout=cluster.join_timeout + 60,  # ours ends before, in one line
+                initialization_timeout=cluster.join_timeout + 60,  # our timeout ends first, with one line
                 heartbeat_timeout_seconds=cluster.heartbeat,
                 shutdown_timeout_seconds=60,
             )
@@ -118,7 +117,8 @@ def start(cluster: Cluster) -> int:
 
 
 def agree(name: str, values: Mapping[str, Any], seconds: float = 3600.0) -> None:
-    """ValueError, on every process, where these (flat, JSON-able) are not the same on all; `name` says of what."""
+    """ValueError on every process if these values (flat, JSON-able) differ between processes; `name` is for
+    messages."""
     if multihost.count() == 1:
         return
     everyone = {
@@ -135,39 +135,39 @@ def agree(name: str, values: Mapping[str, Any], seconds: float = 3600.0) -> None
 
 
 def alike(given: Mapping[str, Any]) -> None:
-    """ValueError, on every process, where they were started with other settings; those of `Cluster` are their own."""
+    """ValueError on every process if their command lines differ, except for `Cluster`."""
     agree("command line", {name: str(value) for name, value in given.items() if not isinstance(value, Cluster)})
 
 
 def once(folder: Path, prepare: Callable[[], T]) -> T:
-    """`prepare()`, on one process of those that share `folder` first; the others call it when that is done.
+    """Call `prepare()` first on one of the processes that share `folder`, then on the others.
 
-    `prepare` finds what is there already, as it does in a run that is started again. Folders of hosts that share none
-    are prepared once a host.
+    `prepare` must reuse existing results, as in a restarted run. Folders that hosts do not share are prepared once per
+    host.
     """
     if multihost.count() == 1:
         return prepare()
     ours = [prepare()] if _lowest_in(folder) == multihost.index() else []
-    multihost.barrier("prepared", _DAY)  # of the same name everywhere, whatever the folder is called
+    multihost.barrier("prepared", _DAY)  # the same barrier name on all processes, whatever the folder
     return ours[0] if ours else prepare()
 
 
 def on_process_0(act: Callable[[], T]) -> T | None:
-    """`act()` on process 0, while the others wait for it and get None."""
+    """Call `act()` on process 0 while the others wait; they return None."""
     result = act() if multihost.index() == 0 else None
     multihost.barrier("process 0 is done", _DAY)
     return result
 
 
 def all_done() -> None:
-    """Wait for the others at the end: one that leaves a minute before them would be taken for lost, and end them."""
+    """Final barrier: a process that exits a minute before the others would count as lost and end them."""
     multihost.barrier("all are done", _DAY)
 
 
 def gathered(tree: Any) -> Any:
-    """Arrays that are spread over all processes as numpy arrays on process 0, and None on the others.
+    """Gather arrays sharded over all processes as numpy arrays on process 0; None on the others.
 
-    To be called by all of them. Array by array, so that no device holds more than one of them whole.
+    All processes must call it. Arrays are gathered one by one, so no device holds more than one full array.
     """
     if multihost.count() == 1:
         return jax.device_get(tree)
@@ -187,7 +187,7 @@ def _itself(x: Any) -> Any:
 
 
 def check_shared(folder: Path) -> None:
-    """ValueError on a process that does not see what process 0 writes into the folder."""
+    """ValueError on a process that does not see process 0's files in the folder."""
     if multihost.count() > 1 and _lowest_in(folder) != 0:
         raise ValueError(
             f"{folder.absolute()} on {multihost.name()} is not the folder that process 0 writes to: give one that all "
@@ -196,7 +196,7 @@ def check_shared(folder: Path) -> None:
 
 
 def _lowest_in(folder: Path) -> int:
-    """The lowest process that shares this folder: each leaves a file there, and looks for those of the others."""
+    """The lowest process index that shares this folder, determined by token files of all processes."""
     folder.mkdir(parents=True, exist_ok=True)
     token = f".process-{multihost.index()}-{secrets.token_hex(8)}"
     (folder / token).touch()
@@ -210,7 +210,7 @@ def _lowest_in(folder: Path) -> int:
 
 
 def _one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether the machine says that there may be other processes; jax then finds out who they are."""
+    """Whether the environment indicates other processes; jax then detects them."""
     several = (int(environment.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     in_step = "SLURM_STEP_NODELIST" in environment or "OMPI_COMM_WORLD_SIZE" in environment
     indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
@@ -219,7 +219,7 @@ def _one_of_several(environment: Mapping[str, str]) -> bool:
 
 
 def _alone_on_host(environment: Mapping[str, str]) -> bool:
-    """Under Slurm with one process a host, that process has all of its devices; jax would give it the first alone."""
+    """Slurm with one process per host: it owns all local devices; jax would assign only the first."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # "1(x4)", "2,1"
     return bool(tasks) and all(part.split("(")[0] == "1" for part in tasks.split(","))
 
@@ -231,7 +231,7 @@ def _check_address(address: str) -> None:
 
 
 def _check_free(address: str) -> None:
-    """Process 0 listens there; jaxlib crashes where it cannot."""
+    """Check that process 0 can listen on the port; otherwise jaxlib crashes."""
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -245,7 +245,7 @@ def _check_free(address: str) -> None:
 
 @contextmanager
 def _patience(cluster: Cluster) -> Iterator[None]:
-    """What is inside has `join_timeout` seconds; then the process ends with one line."""
+    """Exit with one line if the block takes longer than `join_timeout` seconds."""
 
     def give_up() -> None:
         address = global_state.coordinator_address or "an address still to be found"

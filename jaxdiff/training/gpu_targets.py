@@ -1,7 +1,7 @@
-"""NVIDIA GPUs that need not be there, as XLA's CUDA compiler wants them described.
+"""Descriptions of NVIDIA GPUs for ahead-of-time compilation with XLA's CUDA compiler.
 
-The compiler knows no names of cards: it takes a `GpuTargetConfigProto` as text. `Card` has the figures of it that
-differ between cards and change the program; the rest is the same for all of them.
+The compiler takes a `GpuTargetConfigProto` as text instead of a card name. `Card` has the fields that differ between
+cards and affect the program; the others are constant.
 """
 
 import importlib
@@ -15,24 +15,24 @@ from typing import Any
 KIB, MIB = 2**10, 2**20
 
 PLUGINS = {"jax_cuda13_plugin": "jax_plugins.xla_cuda13", "jax_cuda12_plugin": "jax_plugins.xla_cuda12"}
-"""What `jax[cuda13]` or `jax[cuda12]` installs, the compiler among it, and the module that tells JAX of it."""
+"""The packages of `jax[cuda13]` or `jax[cuda12]` with the compiler, and the modules that register them with JAX."""
 
 NOT_COUNTED = "cuDNN's workspace, which is chosen on the card, and what the CUDA driver itself keeps"
-"""What the memory of a program compiled without a card leaves out."""
+"""Memory that is not counted when a program is compiled without a card."""
 
 COMPILER_OPTIONS: dict[str, str | bool | int | float] = {"xla_gpu_enable_triton_gemm": False}
-"""Matrix products by cuBLAS. On a card XLA times its own kernels for each product against cuBLAS. Without one it takes
-its own untimed, and refuses a whole program whose product has a shape that their default tiles do not fit, such as the
-enlargement of super-resolution's input ("Couldn't find output tile sizes", jax 0.10.1)."""
+"""Use cuBLAS for matrix products. With a card, XLA benchmarks its own kernels against cuBLAS. Without one it uses its
+own untimed, and fails for shapes that do not fit their default tiles, such as upsampling the input of super-resolution
+("Couldn't find output tile sizes", jax 0.10.1)."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card, apart from its memory's size and bandwidth.
+    """A card, without its memory size and bandwidth.
 
-    name: what JAX calls it. capability: CUDA's compute capability. sms: streaming multiprocessors; lanes: float32 units
-    of each; clock: boost, in GHz; tensor: dense bfloat16 FLOPs of an SM in a cycle, with float32 sums. l2: bytes.
-    shared: bytes of shared memory of an SM; a block may have all but 1 KiB of them. threads: resident on an SM.
+    name: JAX's name. capability: CUDA compute capability. sms: streaming multiprocessors; lanes: float32 units per SM;
+    clock: boost clock in GHz; tensor: dense bfloat16 FLOPs per SM and cycle with float32 accumulation. l2: bytes.
+    shared: bytes of shared memory per SM, of which a block may use all but 1 KiB. threads: resident threads per SM.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Card:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the compiler may use instructions of this capability alone (sm_90a, sm_100a)."""
+        """Whether the compiler may use architecture-specific instructions (sm_90a, sm_100a)."""
         return self.capability >= (9, 0)
 
 
 # Sources, all of NVIDIA: the whitepapers of A100 (2020), GA102 (2021, RTX 3090), H100 (2022) and Ada (2023, RTX 4090);
 # the data sheets of H200 (2024), L4 (2023) and B200 (2025). Shared memory and threads: table "Technical Specifications
 # per Compute Capability" of the CUDA C++ Programming Guide. The boost clock of the L4 and the cache and the clocks of
-# H100 and B200, which the data sheets leave out, are what the driver reports of them (also in XLA's own descriptions).
+# H100 and B200 are not in the data sheets; they are the driver's values (also in XLA's own descriptions).
 A100 = Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 2048, 40 * MIB, 164 * KIB, 2048)
 RTX_3090 = Card("NVIDIA GeForce RTX 3090", (8, 6), 82, 128, 1.695, 512, 6 * MIB, 100 * KIB, 1536)
 RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 2.52, 512, 72 * MIB, 100 * KIB, 1536)
@@ -66,10 +66,10 @@ B200 = Card("NVIDIA B200", (10, 0), 148, 128, 1.965, 8192, 126 * MIB, 228 * KIB,
 
 def target_text(card: Card, memory: float, bandwidth: float) -> str:
     """The card as a `GpuTargetConfigProto` in text form. Without `threads_per_warp` or `block_dim_limit_x` the compiler
-    divides by zero and takes the process with it.
+    crashes the process with a division by zero.
 
     Args:
-        memory: bytes; bandwidth: of it, bytes/s
+        memory: bytes; bandwidth: memory bandwidth in bytes/s
     """
     major, minor = card.capability
     feature = "ACCELERATED_FEATURES" if card.accelerated else "NONE"
@@ -102,7 +102,7 @@ device_description_str: "{card.name}"
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled for GPUs here, in one line; None where it can."""
+    """Why compilation for GPUs is unavailable, in one line; None if available."""
     if _plugin() is not None:
         return None
     return "XLA's CUDA compiler is not installed: pip install -e '.[cuda]' (no GPU has to be there)"
@@ -113,10 +113,10 @@ def _plugin() -> str | None:
 
 
 def devices(target: str, count: int) -> Sequence[Any]:
-    """So many devices of one host, to compile for. OSError, in one line, where the compiler is missing or refuses.
+    """`count` abstract devices of one host. OSError, in one line, if the compiler is missing or fails.
 
-    Where no card is, sets JAX_SKIP_CUDA_CONSTRAINTS_CHECK for the rest of the process, unless it is set: without a
-    driver that check fails, and JAX leaves the plugin aside. JAX itself goes on computing on the CPU.
+    Without a card, sets JAX_SKIP_CUDA_CONSTRAINTS_CHECK for the rest of the process unless it is set: without a driver
+    that check fails, and JAX ignores the plugin. JAX itself still computes on the CPU.
 
     Args:
         target: from `target_text`
@@ -129,10 +129,10 @@ def devices(target: str, count: int) -> Sequence[Any]:
     try:
         try:
             return _described(target, count)
-        except NotImplementedError:  # JAX has looked for plugins before, and left this one aside
+        except NotImplementedError:  # JAX has already initialised its plugins and ignored this one
             importlib.import_module(plugin).initialize()
             return _described(target, count)
-    except Exception as error:  # of the plugin, in several types
+    except Exception as error:  # the plugin raises several types
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"XLA's CUDA compiler describes no GPUs here: {text}") from error
 

@@ -1,8 +1,8 @@
-"""Losses of examples that a model is not trained on, the same number whenever the same parameters are evaluated.
+"""Deterministic losses on held-out examples.
 
-A model that can says the loss of each example alone (`HasHeldOutLosses`), whose key is folded with the example's
-number: how the examples are batched and over what they are spread changes only the rounding. Of any other trainable its
-own loss is taken, batch by batch, each with a fixed key.
+A model that implements `HasHeldOutLosses` gives the loss of each example, with a key folded with the example's number,
+so batching and sharding change only the rounding. For any other trainable its own loss is evaluated per batch, with a
+fixed key for each batch.
 """
 
 from collections import deque
@@ -25,32 +25,31 @@ from jaxdiff.training.state import Extra, Params, Trainable, TrainState, placeme
 
 Batch = Mapping[str, Any]
 HeldOutBatches = Callable[[], Iterable[Batch]]
-"""Called at each evaluation: the held-out batches from the first to the last, dicts of numpy arrays as in training.
+"""Called at each evaluation; returns all held-out batches, dicts of numpy arrays as in training.
 
-`lambda: kept` gives those of a list, any other function may read them anew. Of several processes each gives its own
-share: of P processes, process p has examples p, p + P, …, as `data.pipeline.image_batches` gives them.
+`lambda: batches` reuses a list; other functions may read the data again. Each process returns its own examples: process
+p of P has the examples p, p + P, …, as in `data.pipeline.image_batches`.
 """
 
 
 @runtime_checkable
 class HasHeldOutLosses(Protocol):
-    """A trainable that says the held-out losses of single examples."""
+    """A trainable with held-out losses of single examples."""
 
     def held_out_losses(
         self, params: Params, extra: Extra, frozen: Any, batch: Any, numbers: Any, key: Any
     ) -> dict[str, tuple[Any, Any]]:
-        """By the name of the metric, which is `held_out_loss` for all together, the sum over the batch's examples and
-        their count.
+        """(sum over the batch's examples, their count) by metric name; `held_out_loss` is the metric over all examples.
 
-        `numbers`: int32 (b), the numbers of the examples in the held-out set; where one is −1 the row is padding, and
-        counts nothing. `key`: the same for all batches; what an example draws depends on it and its number alone.
+        numbers: int32 (b), indices in the held-out dataset; −1 marks a padding row, which does not count. key: the same
+        for all batches; the randomness of an example depends only on it and the example's number.
         """
         ...
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Evaluates what `batches` gives; compiled once for each shape of a batch. `placements`: as in `step.make_step`."""
+    """Evaluates `batches`, compiled once per batch shape. placements: as in `step.make_step`."""
 
     trainable: Trainable
     placements: TrainState
@@ -64,10 +63,10 @@ class HeldOut:
         return jax.jit(function, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def __call__(self, state: TrainState, before: Callable[[int], None] = lambda number: None) -> dict[str, float]:
-        """The metrics of the averaged parameters: means over all examples, NaN where there is none of a kind.
+        """The metrics of the averaged parameters: means over all examples; NaN for a metric without examples.
 
-        `before(number)` is called before each batch, and may raise to break off. Raises ValueError where there are no
-        examples, and for a batch that does not divide over the devices where the loss is one of whole batches.
+        `before(number)` is called before each batch and may raise to abort. Raises ValueError for no examples, and, for
+        losses per batch, for a batch that does not divide over the devices.
         """
         totals: dict[str, np.ndarray] = {}
         waiting: deque[Any] = deque()
@@ -102,19 +101,19 @@ def _totals(
 
 
 def _gathered(tree: Any, placements: Any) -> Any:
-    """The same, whole along `fsdp`."""
+    """The tree, gathered along `fsdp`."""
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(without_fsdp, placements))
 
 
 def _add(totals: dict[str, np.ndarray], values: dict[str, tuple[Any, Any]]) -> None:
-    """In float64, once the device has them."""
+    """Accumulate in float64; waits for the device."""
     for name, pair in jax.device_get(values).items():
         totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
 
 
 def _placed(batches: Iterable[Batch], mesh: Mesh, by_example: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Batches on the devices with the numbers of their examples, as many on each process; padded where losses are of
-    single examples."""
+    """Batches on the devices with the numbers of their examples, of equal size on all processes; padded if losses are
+    per example."""
     own, processes = iter(batches), multihost.count()
     devices = batch_devices(mesh) // processes
     size = first = 0
@@ -138,7 +137,7 @@ def _placed(batches: Iterable[Batch], mesh: Mesh, by_example: bool) -> Iterator[
 
 
 def _arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """Without strings, which stay on the host."""
+    """The arrays without strings, which stay on the host."""
     arrays = {name: np.asarray(value) for name, value in batch.items()}
     return {name: array for name, array in arrays.items() if array.dtype.kind not in "OSU"}
 
@@ -151,7 +150,7 @@ def _rows(arrays: Mapping[str, np.ndarray], number: int) -> int:
 
 
 def _check(counts: list[int], mesh: Mesh, number: int) -> None:
-    """ValueError for a batch that cannot be split over the devices as it is."""
+    """ValueError for a batch that cannot be split over the devices without padding."""
     if len(set(counts)) > 1:
         raise ValueError(f"held-out batch {number}: the processes have {counts} rows of it: must be equally many")
     try:
@@ -161,7 +160,7 @@ def _check(counts: list[int], mesh: Mesh, number: int) -> None:
 
 
 def _to_devices(arrays: Mapping[str, np.ndarray], numbers: np.ndarray, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """The batch padded with zeros to as many rows as there are numbers, and these."""
+    """The batch, zero-padded to the length of `numbers`, and the numbers, on the devices."""
     padded = {
         name: np.concatenate([array, np.zeros((len(numbers) - len(array), *array.shape[1:]), array.dtype)])
         for name, array in arrays.items()

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: collectives with their bytes, loops, where the time goes.
+"""Cost analysis of a compiled program from its text: collectives with their bytes, loops, cycle estimates.
 
-XLA's own cost analysis counts the body of a loop once and says nothing of communication, and for GPUs it is not there
-at all. The text (`as_text()` of a compiled function, optimised HLO of one device) has it all.
+XLA's own cost analysis counts a loop body once, ignores communication, and is unavailable for GPUs. The text
+(`as_text()` of a compiled function, the optimised HLO of one device) contains all of this.
 """
 
 import math
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 COUNTING = 2
-"""How programs are counted here: what was counted otherwise is to be counted anew."""
+"""Version of the counting rules; results of another version must be recomputed."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _UNKNOWN = 2**62
-"""Estimates of cycles from here on are none: overflows, and the largest number there is."""
+"""Cycle estimates from here on are invalid: overflows, or the maximum value."""
 
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -36,7 +36,7 @@ class Instruction:
 
 @dataclass
 class Collectives:
-    """Of one kind: how many in a run of the program, and the bytes that each device receives."""
+    """Collectives of one kind: their number per run of the program, and the bytes that each device receives."""
 
     count: int = 0
     bytes: float = 0.0
@@ -44,13 +44,13 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Program:
-    """Counts of one run of a program on one device; loops are counted as often as they run.
+    """Counts for one run of a program on one device, loop iterations included.
 
-    loop_factor: FLOPs of convolutions and matrix products with loops, divided by those with each body once: what a cost
-    analysis that knows no loops has to be multiplied by. unknown_loops: how many loops do not say how often they run.
-    cycles: the compiler's estimate by kind of operation (TPU alone). flops: of convolutions, matrix products and (GPU)
-    attention. bytes: operands and results of all kernels, each as if it were read or written once; kernels: their
-    number, copies and collectives among them.
+    loop_factor: FLOPs of convolutions and matrix products with loop iterations, divided by those with each body counted
+    once: the correction for a cost analysis without loops. unknown_loops: loops with an unknown trip count. cycles: the
+    compiler's estimates by kind of operation (TPU only). flops: of convolutions, matrix products and (GPU) attention.
+    bytes: operands and results of all kernels, each read or written once; kernels: their number, including copies and
+    collectives.
     """
 
     collectives: dict[str, Collectives]
@@ -63,7 +63,7 @@ class Program:
 
 
 def read(text: str, devices: int) -> Program:
-    """The counts of an optimised HLO module for so many devices."""
+    """The counts of an optimised HLO module for `devices` devices."""
     computations, entry = _computations(text)
     times, unknown = _multiplicities(computations, entry)
     collectives: dict[str, Collectives] = defaultdict(Collectives)
@@ -109,17 +109,17 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(line: str) -> Instruction | None:
-    parts = _LINE.match(line)
-    if parts is None:
+    match = _LINE.match(line)
+    if match is None:
         return None
-    text = parts[2]
+    text = match[2]
     end = _closing(text) + 1 if text.startswith("(") else text.find(" ")
     opcode = _OPCODE.match(text[end:])
-    return None if opcode is None else Instruction(parts[1], text[:end], opcode[1], opcode[2])
+    return None if opcode is None else Instruction(match[1], text[:end], opcode[1], opcode[2])
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
+    """The index of the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -129,7 +129,7 @@ def _closing(text: str) -> int:
 
 
 def _multiplicities(computations: dict[str, list[Instruction]], entry: str) -> tuple[Counter, int]:
-    """How often each computation runs, and the number of loops whose length is not to be found."""
+    """The number of runs of each computation, and the number of loops with an unknown trip count."""
     times: Counter = Counter({entry: 1})
     unknown = 0
 
@@ -156,7 +156,7 @@ def _called(instruction: Instruction) -> Iterator[str]:
 
 
 def _length(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop runs: as the compiler notes it, or as its condition compares a counter from 0."""
+    """The trip count of a loop: from the compiler's annotation, or from the comparison in its condition."""
     noted = re.search(r'known_trip_count[^0-9]{1,12}"?(\d+)', loop.rest)
     if noted:
         return int(noted[1])
@@ -178,13 +178,13 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in KINDS:
         return None
-    # The TPU compiler writes a reduce-scatter as an all-reduce whose part is cut out where it is computed.
+    # The TPU compiler writes a reduce-scatter as an all-reduce fused with a slice.
     return "reduce-scatter" if opcode == "all-reduce" and "all-reduce-scatter" in computation else opcode
 
 
 def _begins(instruction: Instruction, chains: set[str]) -> bool:
-    """Whether a collective is seen for the first time. Where it goes on while fusions compute, the TPU compiler writes
-    it in each of them again, as parts of a chain; `chains` are those seen."""
+    """Whether a collective occurs for the first time. If it overlaps with fusions, the TPU compiler repeats it in each
+    of them with one chain id; `chains` holds the ids seen so far."""
     chain = re.search(r'chain_id="(\d+)"', instruction.rest)
     if chain is None:
         return True
@@ -194,10 +194,10 @@ def _begins(instruction: Instruction, chains: set[str]) -> bool:
 
 
 def _received(instruction: Instruction, kind: str, devices: int) -> float:
-    """Bytes that a device receives, with the algorithms that move least."""
+    """Bytes that a device receives with optimal algorithms."""
     arrays = _ARRAY.findall(instruction.shape)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # Operands, results, and for a permutation two scalars of its own.
+        # Operands, results, and for a permutation two scalars.
         arrays = [(dtype, dims) for dtype, dims in arrays if dims]
         arrays = arrays[len(arrays) // 2 :]
     size = sum(_size(dtype, dims) for dtype, dims in arrays)
@@ -213,12 +213,12 @@ def _received(instruction: Instruction, kind: str, devices: int) -> float:
 
 
 def _group_size(text: str, devices: int) -> int:
-    """Devices of a group, from any of the ways in which XLA writes groups."""
+    """Devices per group, from any of XLA's notations."""
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
-        return math.prod(int(part or sizes[name]) for name, part in parts) or 1
+        factors = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(factor or sizes[name]) for name, factor in factors) or 1
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
     if iota:
         return int(iota[2])
@@ -227,8 +227,8 @@ def _group_size(text: str, devices: int) -> int:
 
 
 def _launching(computations: dict[str, list[Instruction]], entry: str) -> set[str]:
-    """The computations whose instructions are kernels of their own: the entry, and what loops, branches and calls run.
-    Those of fusions and reductions are parts of a kernel."""
+    """The computations whose instructions are separate kernels: the entry, and those of loops, branches and calls.
+    Instructions of fusions and reductions are part of one kernel."""
     launching, new = set(), [entry]
     while new:
         name = new.pop()
@@ -250,7 +250,7 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _operands(instruction: Instruction) -> list[str]:
-    """Names of what an instruction reads."""
+    """Names of the operands of an instruction."""
     return re.findall(r"%([\w.\-]+)", instruction.rest[: _closing("(" + instruction.rest) - 1])
 
 
@@ -264,8 +264,8 @@ def _moved(instruction: Instruction, shapes: dict[str, str]) -> float:
 
 
 def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    """Of a convolution (matrix products are such on a TPU), a dot, or a call of NVIDIA's libraries in their place;
-    borders count as if they were inside."""
+    """FLOPs of a convolution (which includes TPU matrix products), a dot, or an NVIDIA library call; borders of
+    convolutions are counted as interior."""
     if instruction.opcode not in ("convolution", "dot", "custom-call"):
         return 0.0
     result = _dims(instruction.shape)
@@ -279,9 +279,9 @@ def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
 
 
 def _library_flops(rest: str, result: tuple[int, ...], operands: list[tuple[int, ...]]) -> float:
-    """Of a call of cuDNN (convolutions and their gradients, attention) or cuBLAS."""
-    found = re.search(r'custom_call_target="__(cudnn|cublas)\$([\w$]+)"', rest)
-    target, (first, second) = found[2] if found else "", operands[:2]
+    """FLOPs of a call of cuDNN (convolutions and their gradients, attention) or cuBLAS."""
+    match = re.search(r'custom_call_target="__(cudnn|cublas)\$([\w$]+)"', rest)
+    target, (first, second) = match[2] if match else "", operands[:2]
     if target.startswith("convBackwardInput"):
         return _window_flops(rest, first, second)
     if target.startswith("convBackwardFilter"):
@@ -290,7 +290,7 @@ def _library_flops(rest: str, result: tuple[int, ...], operands: list[tuple[int,
         return _window_flops(rest, result, second)
     if target.startswith("fmha"):  # batch, queries, heads, channels; the backward pass has five products, not two
         return (10.0 if target.endswith("Backward") else 4.0) * math.prod(first) * (second[1] if second else 0)
-    contracted = re.search(r'"rhs_contracting_dimensions":\[([\d",]*)\]', rest) if found else None
+    contracted = re.search(r'"rhs_contracting_dimensions":\[([\d",]*)\]', rest) if match else None
     return _product_flops(result, second, contracted[1].replace('"', "").split(",")) if contracted else 0.0
 
 
@@ -300,8 +300,8 @@ def _product_flops(result: tuple[int, ...], right: tuple[int, ...], contracted: 
 
 
 def _window_flops(rest: str, output: tuple[int, ...], kernel: tuple[int, ...]) -> float:
-    """Of a convolution, whichever of its three arrays is wanted: each number of the output is a sum over the window and
-    the kernel's inputs."""
+    """FLOPs of a convolution or one of its gradients: each output element is a sum over the window and the kernel's
+    inputs."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", rest)
     window = re.search(r"window=\{size=([\dx]+)", rest)
     inputs = kernel[labels[1].index("i")] if labels and len(kernel) == len(labels[1]) else 1
@@ -309,7 +309,7 @@ def _window_flops(rest: str, output: tuple[int, ...], kernel: tuple[int, ...]) -
 
 
 def _label(instruction: Instruction) -> str:
-    """What an operation belongs to: its opcode, and the last words of its place in the program."""
+    """A label of an operation: its opcode, and the last component of its op_name."""
     place = re.search(r'op_name="([^"]*)"', instruction.rest)
     words = place[1].split("/") if place else []
     direction = "backward " if place and "transpose" in place[1] else ""

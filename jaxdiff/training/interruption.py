@@ -1,9 +1,9 @@
-"""Being told to stop: SIGTERM (which is also how platforms announce a preemption) and SIGINT.
+"""Handling of SIGTERM (also sent by platforms on preemption) and SIGINT.
 
-One process notes the signal and stops after the step that runs, or at once where it only waits: for data, for a
-checkpoint to be read, between the pieces of a sample. Several agree by jax's preemption protocol on the step after
-which all of them stop, whichever was told; one that only waits goes on, since the others may be in a step that needs
-it.
+A single process records the signal and stops after the current step, or at once if it only waits: for data, for a
+checkpoint to be read, between the chunks of a sample. Several processes use jax's preemption protocol to agree on the
+step after which all stop, whichever received the signal; a waiting process continues, because the others may be in a
+step that needs it.
 """
 
 import ctypes
@@ -20,21 +20,21 @@ from jaxdiff.training import multihost
 
 _c_signal = ctypes.CDLL(None).signal
 _c_signal.restype, _c_signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-_noted: int | None = None  # jax's own handler of SIGTERM, once several processes have joined
+_noted: int | None = None  # jax's SIGTERM handler, after several processes have joined
 
 
 def unheard() -> None:
-    """To be called when processes have joined: until a loop asks for it, SIGTERM ends a process as it does elsewhere.
+    """Call after processes have joined: outside the training loop, SIGTERM ends a process as usual.
 
-    jax, which would only note it, is not asked while captions are embedded or data is drawn, and its handler is none of
-    Python's, so that only C can put it aside and back.
+    jax's handler would only record the signal, and it is not checked while captions are embedded or data is prepared.
+    It is a C handler, so only C can remove and restore it.
     """
     global _noted
     _noted = _c_signal(signal.SIGTERM, None)
 
 
 class Preempted(SystemExit):
-    """The run was told to stop (SIGTERM, SIGINT) and has saved; a script that lets it pass exits with 75."""
+    """The run received SIGTERM or SIGINT and has saved; a script that does not catch it exits with 75."""
 
     def __init__(self, message: str) -> None:
         super().__init__(75)
@@ -42,19 +42,19 @@ class Preempted(SystemExit):
 
 
 class InterruptRequested(BaseException):
-    """Raised by a signal where `Interruption.at_once` allows it; no `except Exception` on its way stops it."""
+    """Raised by a signal inside `Interruption.at_once`; not caught by `except Exception`."""
 
 
 class Interruption:
-    """Inside, SIGTERM and SIGINT are noted in place of acted on; a second SIGINT interrupts as usual."""
+    """Context manager that records SIGTERM and SIGINT; a second SIGINT interrupts as usual."""
 
     def __enter__(self) -> "Interruption":
-        self.name = ""  # of the signal, once there was one
-        self._asked = 0  # how often `reached` was called: the same on all processes
+        self.name = ""  # of the received signal
+        self._asked = 0  # calls of `reached`: equal on all processes
         self._at_once = False
         self._several = multihost.count() > 1
         mine = threading.current_thread() is threading.main_thread()
-        # With several processes SIGTERM is jax's: it begins the agreement.
+        # With several processes jax handles SIGTERM: it starts its preemption protocol.
         handlers = {signal.SIGINT: self._forward} if self._several else {}
         if not self._several:
             handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
@@ -70,16 +70,16 @@ class Interruption:
             _c_signal(signal.SIGTERM, None)
 
     def reached(self) -> str:
-        """The signal's name where the run is to stop here, otherwise nothing. To be asked after each step, and between
-        the parts of what takes long; of several processes by all in the same order."""
-        self._asked += 1  # jax takes it for the number of a step
+        """The signal's name if the run has to stop here, otherwise empty. Call it after each step and within long
+        operations; all processes must call it in the same order."""
+        self._asked += 1  # jax uses it as the step number
         if self._several and multihost_utils.reached_preemption_sync_point(self._asked):
             return self.name or "a signal to one of the processes"
         return "" if self._several else self.name
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises InterruptRequested in place of being noted only, in a run of one process."""
+        """Inside, in a single-process run, a signal raises InterruptRequested immediately."""
         self._at_once = not self._several
         try:
             if self._at_once and self.name:

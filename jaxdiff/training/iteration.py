@@ -1,7 +1,7 @@
-"""The steps of a run, from its first to its last: data, metrics, evaluations, samples, checkpoints, signals.
+"""The training loop: data, metrics, evaluations, samples, checkpoints, signals.
 
-The host only hands over batches. It keeps at most two steps in flight, reads a log interval's metrics while the next
-step already runs, and learns of losses that are not finite from counters that live on the devices.
+The host only feeds batches. It keeps at most two steps in flight, reads a log interval's metrics while the next step
+runs, and detects non-finite losses from counters on the devices.
 """
 
 from collections import deque
@@ -26,7 +26,7 @@ from jaxdiff.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Outside:
-    """What the loop deals with beside the devices."""
+    """The services that the loop uses."""
 
     checkpoints: Checkpoints
     reporter: Reporter
@@ -37,7 +37,7 @@ class Outside:
 
 @dataclass
 class Iteration:
-    """The loop itself, from the state's step to the last."""
+    """The loop, from the state's step to the last."""
 
     state: TrainState
     number: int  # of the state's step
@@ -69,22 +69,22 @@ class Iteration:
                 self.look()
             last = self.number == config.steps
             stop = outside.interruption.reached()
-            if evaluated := self.evaluation_due():  # before it is saved: the line of a saved step is complete
+            if evaluated := self.evaluation_due():  # before saving, so that the log line of a saved step is complete
                 stop = stop or self.evaluate(outside.reporter.flush)
             save_due |= self.number % config.save_every == 0
-            # Where losses have just stopped being finite, the parameters themselves may be lost: the last checkpoint
-            # must not be of those. It is saved after the first good step, or where the run ends.
+            # After a non-finite loss the parameters themselves may be bad and must not become the last checkpoint:
+            # save after the first good step, or at the end of the run.
             if last or stop or (save_due and int(metrics["consecutive_skips"]) == 0):
                 self.save()
                 save_due = False
             if stop and (evaluated or not last):
                 self.stop(stop)
             if self.sample is not None and (last or self.number % config.sample_every == 0):
-                self.draw(self.sample)
+                self.run_sampling(self.sample)
         return self.state
 
     def advance(self, batch: Any, rows: int) -> Any:
-        """One step, begun; its metrics. One that is compiled first, as its batch has a new shape, is waited for."""
+        """Start one step and return its metrics. Waits for it if a new batch shape needs compilation."""
         reporter = self.outside.reporter
         shape = tuple((name, leaf.shape, leaf.dtype) for name, leaf in sorted(batch.items()))
         new = shape not in self.compiled
@@ -106,11 +106,11 @@ class Iteration:
         return metrics
 
     def look(self) -> None:
-        """Raises where the run's folder is gone or another run has it."""
+        """Raises if the run's folder is gone or taken over by another run."""
         self.outside.lock.check(self.outside.checkpoints.directory)
 
     def save(self) -> None:
-        """The state, unless it is on disk already. Raises Diverged, and nothing is saved."""
+        """Save the state unless it is already saved. Raises Diverged without saving."""
         if self.number == self.saved:
             return
         self.look()
@@ -120,9 +120,9 @@ class Iteration:
             self.outside.checkpoints.save(self.number, self.state, self.place)
         self.saved = self.number
 
-    def draw(self, sample: Callable[[int, Params], None]) -> None:
+    def run_sampling(self, sample: Callable[[int, Params], None]) -> None:
         self.look()
-        self.outside.watchdog.doing(f"drawing samples after step {self.number}", compiles=True)
+        self.outside.watchdog.doing(f"sampling after step {self.number}", compiles=True)
         with self.outside.reporter.paused("sampling"):
             self.outside.reporter.flush()
             stop = self.broken_off(lambda: sample(self.number, self.state.ema))
@@ -134,7 +134,8 @@ class Iteration:
         return self.evaluation is not None and (last or self.number % self.config.evaluate_every == 0)
 
     def evaluate(self, write: Callable[[dict[str, float]], None]) -> str:
-        """Held-out losses of the averaged parameters; nothing is written where a signal, which is returned, comes."""
+        """Write held-out losses of the averaged parameters. On a signal, nothing is written and its name is
+        returned."""
         assert self.evaluation is not None  # it is due
         self.look()
         values: dict[str, float] = {}
@@ -146,7 +147,7 @@ class Iteration:
         return stop
 
     def before_batch(self, number: int) -> None:
-        """Of an evaluation. All processes break off before the same batch."""
+        """Called before each evaluation batch; all processes stop before the same batch."""
         what = f"evaluating held-out batch {number + 1} after step {self.number}"
         self.outside.watchdog.doing(what, compiles=number == 0)
         self.stopped_by = self.outside.interruption.reached()
@@ -154,7 +155,7 @@ class Iteration:
             raise InterruptRequested
 
     def broken_off(self, function: Callable[[], None]) -> str:
-        """Calls it; the signal that broke it off, or nothing."""
+        """Call `function`; returns the name of the signal that interrupted it, or an empty string."""
         self.stopped_by = ""
         try:
             with self.outside.interruption.at_once():
@@ -164,7 +165,7 @@ class Iteration:
         return ""
 
     def make_up(self) -> None:
-        """The evaluation of the step that the run is at, where a signal broke it off."""
+        """Repeat an interrupted evaluation of the restored step."""
         if not 0 < self.number <= self.config.steps or not self.evaluation_due():
             return
         if gather(self.outside.reporter.lacks_held_out(self.number))[0]:

@@ -1,18 +1,18 @@
-"""One run a folder: a lock that is held in it while a run goes on, so that a second start does not destroy the first.
+"""One run per folder: a lock file that a run holds, so that a second run cannot damage the first.
 
-    with locked(out) as lock:     # of several processes, process 0 holds it
+    with locked(out) as lock:     # held by process 0
         ...
-        lock.check()              # before writing: raises where the folder is gone or another run has it
+        lock.check()              # before writing: raises if the folder is gone or another run holds it
 
-The lock is a small file: who holds it (host, process, its start time) and a counter that a thread raises every
-`EVERY` seconds. It is created by a hard link, which is exclusive on network file systems too; where there are none
-(buckets), by exclusive creation and a second look. Locks of the operating system are not used: many network file
-systems have none that other hosts see.
+The lock is a small file with its holder (host, process, start time) and a counter that a thread increments every
+`EVERY` seconds. It is created by a hard link, which is atomic on network file systems too; on file systems without hard
+links (buckets), by exclusive creation and a second read. Operating system locks are not used: on many network file
+systems other hosts do not see them.
 
-A lock that a dead run has left is taken over. On the same machine the process table says at once whether the holder
-lives; for another machine, or where the table hides the processes of others, the counter must stand still for `STALE`
-seconds by the clock of whoever waits, so that clocks which differ do not matter. Seconds in which the file could not be
-read do not count, because the holder could not write then either.
+The lock of a dead run is taken over. On the same machine the process table shows whether the holder is alive. For
+another machine, or if the process table is hidden, the counter must not change for `STALE` seconds on the waiting
+process's clock, so clock differences do not matter. Seconds in which the file is unreadable do not count, because the
+holder cannot write then either.
 """
 
 import errno
@@ -37,31 +37,31 @@ from jaxdiff.training import multihost
 
 NAME = "run.lock"
 EVERY = 10.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 STALE = 60.0
-"""Seconds without one after which the lock of another machine counts as left behind."""
+"""Seconds without a heartbeat after which the lock of another machine is stale."""
 SETTLE = 2.0
-"""Seconds after which a file system without hard links must show which of two locks has won."""
+"""Seconds after which a file system without hard links must show a consistent lock file."""
 _HELD: dict[str, "_Owner"] = {}
-"""The locks that this process holds, by the resolved path of the file. Module state, because it mirrors a fact of the
-process: the file alone cannot show it where a file system gives a folder another inode at every look."""
+"""The locks held by this process, by resolved path. Module state, because the file alone is not enough on file systems
+that change a folder's inode at every access."""
 _HELD_GUARD = threading.Lock()
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator["FolderLock"]:
-    """The lock of a run's folder, which process 0 holds until the block ends; the folder is made where it is missing.
+    """Hold the lock of a run's folder on process 0 for the block; creates the folder if necessary.
 
-    Within a block of the same folder, in the same thread, a second one is the same lock. Raises
-    `multihost.FolderInUseError` where another run has the folder; OSError where nothing can be written to it.
+    Reentrant for the same folder in the same thread. Raises `multihost.FolderInUseError` if another run holds the
+    folder; OSError if it is not writable.
     """
     with FolderLock(folder, active=multihost.index() == 0) as lock:
         yield lock
 
 
 class FolderLock:
-    """A context manager that holds `folder`/`name`. active=False: another process holds it, and this does nothing."""
+    """Context manager that holds `folder`/`name`. active=False: does nothing, because another process holds it."""
 
     def __init__(self, folder: str | Path, name: str = NAME, active: bool = True) -> None:
         self.folder = Path(folder).absolute()
@@ -95,7 +95,7 @@ class FolderLock:
             for path in [path for path, owner in _HELD.items() if owner is self._owner]:
                 del _HELD[path]
         self._ended.set()
-        self._thread.join(EVERY)  # it may hang with the file system
+        self._thread.join(EVERY)  # it may hang in the file system
         with suppress(OSError):
             if self._mine(self._read(self.path)):
                 self.path.unlink()
@@ -107,13 +107,12 @@ class FolderLock:
         return self._active and time.monotonic() - self._looked >= EVERY
 
     def check(self, *folders: Path) -> None:
-        """Raises FileNotFoundError where the folder, or one of `folders` in it, is gone, and
-        `multihost.FolderInUseError` where the lock is not this run's any more. To be called before anything is
-        written."""
+        """Raises FileNotFoundError if the folder, or one of `folders` in it, is gone, and `multihost.FolderInUseError`
+        if this run no longer holds the lock. Call it before writing."""
         if not self._active:
             return
         self._looked = time.monotonic()
-        for pause in (0.2, 0.8):  # a network may show a sign of life half written
+        for pause in (0.2, 0.8):  # a network file system may show a partially written heartbeat
             if self._problem(folders) is None:
                 return
             time.sleep(pause)
@@ -128,7 +127,7 @@ class FolderLock:
                 if what:
                     return FileNotFoundError(f"{folder}: was {what} while the run wrote to it; stopped without writing")
             content = self._read(self.path)
-        except OSError:  # a network that is away for a moment: writing will tell
+        except OSError:  # a temporary network failure: writing will raise
             return None
         if self._mine(content):
             return None
@@ -138,19 +137,19 @@ class FolderLock:
             f"{self.path}: {what}, and another run may write here; stopped without writing"
         )
 
-    # Taking it.
+    # Acquiring
 
     def _take(self) -> None:
         missed = 0
         while not self._create(self.path):
             content = self._read(self.path)
-            if content is None:  # gone since; but a link that leads nowhere stays
+            if content is None:  # removed meanwhile; but a dangling link remains
                 missed += 1
                 if missed > 40:
                     raise OSError(f"{self.path}: can be neither created nor read")
                 time.sleep(0.05)
                 continue
-            if self._mine(content):  # a network had lost the answer to its creation
+            if self._mine(content):  # the reply to its creation was lost on the network
                 return
             holder = _owner_of(content)
             if holder is not None and self._held_here(holder):
@@ -164,17 +163,17 @@ class FolderLock:
                 _say(f"{self.path}: left behind by {_words(holder)}, which has ended; taken over")
 
     def _held_here(self, holder: "_Owner") -> bool:
-        """Whether this thread holds the lock already: by what the file says, or by the locks that the process has."""
+        """Whether this thread already holds the lock, according to the file or to `_HELD`."""
         if holder.is_this_thread(self._owner):
             return True
         with _HELD_GUARD:
             held = _HELD.get(os.path.realpath(self.path))
         if held is None or held.token != holder.token:
             return False
-        return held.is_this_thread(replace(self._owner, folder=held.folder))  # a forked child has the dict, too
+        return held.is_this_thread(replace(self._owner, folder=held.folder))  # a forked child inherits the dict
 
     def _create(self, path: Path) -> bool:
-        """Whether the lock at `path` is ours now; False where there is one already."""
+        """Create the lock at `path`; False if one exists."""
         temporary = path.with_name(f".{self.path.name}-{self._owner.token}")
         try:
             temporary.write_bytes(self._owner.content(0))
@@ -182,7 +181,7 @@ class FolderLock:
                 os.link(temporary, path)
                 return True
             except FileExistsError:
-                return temporary.stat().st_nlink == 2  # a network may have lost the answer to a link that was made
+                return temporary.stat().st_nlink == 2  # the reply to a successful link may be lost on the network
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
@@ -202,10 +201,10 @@ class FolderLock:
         return self._mine(self._read(path))
 
     def _shows_life(self, path: Path, content: bytes) -> bool | None:
-        """Whether the counter moves within `STALE` seconds; None where the lock has gone or changed hands meanwhile.
+        """Whether the counter changes within `STALE` seconds; None if the lock is removed or changes its holder.
 
-        The seconds begin again after a look that failed or took longer than `EVERY`: the network was away, and with it
-        the holder's signs of life. OSError where no look succeeds for `STALE` seconds.
+        The timer restarts after a read that fails or takes longer than `EVERY`, because the holder could not write
+        either. OSError if no read succeeds for `STALE` seconds.
         """
         quiet_since = seen = time.monotonic()
         while time.monotonic() - quiet_since < STALE:
@@ -227,17 +226,16 @@ class FolderLock:
         return False
 
     def _remove(self, path: Path, content: bytes) -> bool:
-        """Whether the lock at `path`, which a dead run left with this content, is gone, by us.
+        """Remove a dead run's lock with this content; whether this process removed it.
 
-        Of several that try, one has the right: whoever creates the claim on this content, which is a lock like any
-        other. The holder of the claim alone removes this content, so that a lock which was created since, by whoever
-        was faster, stays where it is.
+        Of several contenders, the one that creates a claim file for this content may remove it; a claim is itself a
+        lock. Thus a lock that a faster contender has created since is never removed.
         """
         claim = path.with_name(f".{self.path.name}-{hashlib.sha256(content).hexdigest()[:16]}-claim")
         if not self._create(claim):
             left = self._read(claim)
             if left is not None and self._lives(claim, left) is False:
-                self._remove(claim, left)  # its holder died within these lines
+                self._remove(claim, left)  # its holder died while removing
             else:
                 time.sleep(0.01)
             return False
@@ -250,7 +248,7 @@ class FolderLock:
             claim.unlink(missing_ok=True)
 
     def _lives(self, path: Path, content: bytes) -> bool | None:
-        """Whether the holder of a lock lives; None where the lock has gone or changed hands while we looked."""
+        """Whether the holder of a lock is alive; None if the lock is removed or changes its holder meanwhile."""
         holder = _owner_of(content)
         lives = holder.lives(self._owner) if holder else None
         if lives is not None:
@@ -260,7 +258,7 @@ class FolderLock:
             _say(f"{path}: held by {_words(holder)}; waiting up to {STALE:.0f} s for a sign of life")
         return self._shows_life(path, content)
 
-    # Holding it.
+    # Holding
 
     def _live(self) -> None:
         count = 0
@@ -272,7 +270,7 @@ class FolderLock:
                     file.write(self._owner.content(count))  # of the same length
 
     def _read(self, path: Path) -> bytes | None:
-        """The lock's content, None where there is none. Opened anew: that is when a network file system looks."""
+        """The content of the lock, None if there is none. Opening it anew makes a network file system refresh it."""
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -295,7 +293,7 @@ class FolderLock:
             raise OSError(f"{self.folder}: cannot be made: {error.strerror}") from error
 
     def _remove_new_folder(self) -> None:
-        """A run that was refused, or failed before it wrote anything, leaves no empty folder."""
+        """Remove the new folder of a run that failed before writing anything."""
         if self._new_folder:
             with suppress(OSError):
                 self.folder.rmdir()
@@ -305,11 +303,11 @@ class FolderLock:
 class _Owner:
     token: str
     host: str
-    machine: str  # equal for two processes that see the same process table
+    machine: str  # equal for processes with the same process table
     process: int
-    started: str  # in whatever unit; numbers of processes are used again
+    started: str  # in any unit; process ids are reused
     thread: int
-    folder: str  # a copy of it, with the lock of the original, is another
+    folder: str  # distinguishes a copy of the folder
     since: str
 
     def content(self, count: int) -> bytes:
@@ -322,8 +320,7 @@ class _Owner:
         return replace(self, token=here.token, since=here.since) == here
 
     def lives(self, here: "_Owner") -> bool | None:
-        """Whether the process is there; None where only its own machine knows, it holds another folder, or the
-        process table hides it."""
+        """Whether the process is alive; None for another machine, another folder, or a hidden process table."""
         if not self.machine or (self.machine, self.folder) != (here.machine, here.folder):
             return None
         started = _start_time(self.process)
@@ -331,13 +328,13 @@ class _Owner:
 
 
 def _gone(folder: Path) -> str:
-    """What became of a folder that was there; nothing where it still is."""
+    """What happened to a folder; empty if it still exists."""
     try:
         return "" if stat.S_ISDIR(folder.stat().st_mode) else "replaced by a file"
     except (FileNotFoundError, NotADirectoryError):
         return "deleted"
     except OSError as error:
-        if error.errno == errno.ESTALE:  # what a network file system says of it
+        if error.errno == errno.ESTALE:  # the error of a network file system
             return "deleted"
         raise
 
@@ -357,7 +354,7 @@ def _this_process(folder: Path) -> _Owner:
 
 
 def _owner_of(content: bytes | None) -> _Owner | None:
-    """Who is named in a lock, None where it is damaged."""
+    """The owner in a lock's content, None if it is damaged."""
     try:
         values = json.loads(content or b"")
         owner = _Owner(**{name: values[name] for name in _Owner.__dataclass_fields__})
@@ -378,7 +375,7 @@ def _token(content: bytes) -> str | None:
 
 
 def _machine() -> str:
-    """Names the process table that this process is in: that of a boot, and of a container in it."""
+    """Identifies the process table: the boot and the PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -387,11 +384,12 @@ def _machine() -> str:
 
 
 def _start_time(process: int) -> str | None:
-    """When a process of this machine began; empty where there is none, or only what its parent has not yet buried; None
-    where there is one of which nothing can be read (/proc mounted with hidepid hides the processes of others)."""
+    """Start time of a process of this machine; empty if there is none or it is a zombie; None if it exists but cannot
+    be inspected (/proc mounted with hidepid)."""
     if Path("/proc/self/stat").exists():
         try:
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # its name may hold anything
+            # The process name, in parentheses, may contain anything.
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None if is_alive(process) else ""
         return "" if fields[0] in "ZX" else fields[19]

@@ -1,6 +1,6 @@
-"""The loop around the compiled step, with logs, samples, checkpoints, and resumption by running again.
+"""`train`: the loop around the compiled step, with logs, samples, checkpoints and resumption.
 
-What runs between two steps is `iteration.py`.
+The code between two steps is in `iteration.py`.
 """
 
 import sys
@@ -44,13 +44,13 @@ from jaxdiff.training.step import make_step
 from jaxdiff.training.watchdog import Watchdog
 
 VERSION = 3
-"""Of what a checkpoint holds. 1, which did not say so, named settings by the bare names of their classes; 2 had no
+"""Version of the checkpoint content. 1 had no version field and named settings by bare class names; 2 had no
 `extra`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh, all devices along `data` where it is None, and how parameters are split over it."""
+    """The mesh (None: all devices along `data`), and how parameters are split over it."""
 
     mesh: Mesh | None = None
     sharding: ParamSharding = BY_SHAPE
@@ -58,9 +58,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Arrays from elsewhere, on the host or on devices, with several processes all of them in each.
+    """Loaded arrays, on the host or on devices; every process needs all of them.
 
-    params: to start from in place of the trainable's own. frozen: what its loss reads and never updates.
+    params: initial parameters instead of the trainable's own. frozen: arrays that the loss reads and never updates.
     """
 
     params: Params | None = None
@@ -69,11 +69,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is done beside the steps, with the averaged parameters, every so many of them and after the last.
+    """Hooks that get the averaged parameters at regular steps and after the last one.
 
-    sample: called with the step and the parameters every `sample_every` steps; it must not keep them.
-    held_out: the batches whose losses are logged every `evaluate_every` steps, as `held_out_loss` and what else the
-        trainable says of them (`held_out.HasHeldOutLosses`).
+    sample: called with the step and the parameters every `sample_every` steps; it must not keep a reference to them.
+    held_out: the batches whose losses are logged every `evaluate_every` steps, as `held_out_loss` and the trainable's
+        further metrics (`held_out.HasHeldOutLosses`).
     """
 
     sample: Callable[[int, Params], None] | None = None
@@ -91,22 +91,22 @@ def train(
     loaded: Loaded = Loaded(),
     hooks: Hooks = Hooks(),
 ) -> TrainState:
-    """Train until `config.steps` and return the last state; run again with the same folder, it goes on from there.
+    """Train until `config.steps` and return the last state; resumes if `out` has a checkpoint.
 
-    Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` says what the batches are made of
-    (the dataset, its size, the batch): to go on with other data than the run began with is refused, and so are other
-    frozen arrays. `layout` and `hooks` may change from one start to the next, and `config.steps` where the learning
-    rate allows it (`training.resume`). Of several processes (`distributed.start`) all call this alike, with a folder
-    that they share; hooks are called on all of them, since the parameters are spread over them.
+    Writes into `out`: checkpoints/, metrics.jsonl, tensorboard/, loss.png. `data` describes the batches (the dataset,
+    its size, the batch size): resuming with other data or other frozen arrays is refused. `layout` and `hooks` may
+    change between starts, and `config.steps` if the learning rate schedule allows it (`training.resume`). With several
+    processes (`distributed.start`) all of them make the same call with a shared folder; hooks are called on all,
+    because the parameters are sharded over them.
 
-    Raises Diverged; Preempted, after saving; ValueError for a checkpoint that cannot be read, or of other settings
+    Raises Diverged; Preempted, after saving; ValueError for an unreadable checkpoint, one with other settings
     (checkpoints.SettingsDifferError), more steps than a finished run can take (resume.RunFinishedError), a batch that
-    does not divide over the devices, data that ends, processes that differ; OSError where saving fails or
-    `out` is deleted meanwhile; multihost.FolderInUseError where another run has `out` or takes it over;
-    multihost.PeerLostError where another process is gone. Where one process raises, the others end too.
+    does not divide over the devices, data that ends, and processes that differ; OSError if saving fails or `out` is
+    deleted; multihost.FolderInUseError if another run holds `out` or takes it over; multihost.PeerLostError if another
+    process is lost. If one process raises, the others end too.
     """
     out = Path(out)
-    with locked(out) as lock:  # before anything is read, deleted or written there
+    with locked(out) as lock:  # before reading, deleting or writing anything in the folder
         mesh = make_mesh() if layout.mesh is None else layout.mesh
         check_processes(mesh)
         fixed = flatten(_fixed(trainable, config, data, loaded.frozen))
@@ -114,7 +114,7 @@ def train(
         check_shared(out)
         folder = out / "checkpoints"
         allowed = lambda step, saved: adapted(step, saved, fixed, config.optimizer, config.steps, out)  # noqa: E731
-        # Signals are held back until what they asked to save is on disk, which is when the checkpoints are left.
+        # Signals are held back until the checkpoint is on disk, which is when `Checkpoints` exits.
         with (
             _announced(),
             jax.set_mesh(mesh),
@@ -142,7 +142,7 @@ def train(
 
 
 def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | None, frozen: Any) -> dict[str, Any]:
-    """What must be the same where a run goes on; `steps` and the schedule as `resume` allows."""
+    """The settings that must not change when a run resumes; `resume` allows changes of `steps` and the schedule."""
     return {
         "version": VERSION,
         "steps": config.steps,
@@ -159,8 +159,8 @@ def _fixed(trainable: Trainable, config: TrainConfig, data: Mapping[str, Any] | 
 
 @dataclass(frozen=True)
 class _Begun:
-    """The first state or that of the newest checkpoint, the placements of such states, the frozen arrays on the
-    devices, and the step of state and batch."""
+    """The initial or restored state, the placements of states, the frozen arrays on the devices, and the compiled
+    step."""
 
     state: TrainState
     placements: TrainState
@@ -176,7 +176,7 @@ def _begin(
     loaded: Loaded,
     checkpoints: Checkpoints,
 ) -> _Begun:
-    """Sets the batches to the place of the newest checkpoint too."""
+    """Initialise, or restore the newest checkpoint, including the state of `batches`."""
     assert layout.mesh is not None
     where = layout.mesh, layout.sharding
     abstract = abstract_state(trainable, config.optimizer, *where)
@@ -206,14 +206,14 @@ def _evaluation(trainable: Trainable, begun: _Begun, mesh: Mesh, hooks: Hooks) -
 
 
 def _preparing(config: TrainConfig) -> AbstractContextManager[None]:
-    """On a terminal, a line with the time that goes by until there is a bar: what draws the parameters is compiled."""
+    """On a terminal, a line with the elapsed time until the progress bar appears (initialisation is compiled)."""
     shown = config.progress and multihost.index() == 0 and sys.stderr.isatty()
     return clock(f"{config.description or 'training'}: preparing", leave=False) if shown else nullcontext()
 
 
 @contextmanager
 def _announced() -> Iterator[None]:
-    """Say why the run stops, once what it saved is on disk."""
+    """Print why the run stopped, after its checkpoint is on disk."""
     try:
         yield
     except Preempted as stop:
@@ -224,8 +224,8 @@ def _announced() -> Iterator[None]:
 
 @contextmanager
 def _reported(out: Path, reporter: Reporter, check: Callable[[], None]) -> Iterator[None]:
-    """Close the logs at the end, however it comes; plot the loss where it diverged. `check` raises where the folder is
-    gone, which is then what to say of an OSError."""
+    """Close the logs in any case; plot the loss if it diverged. `check` raises if the folder is gone, which then
+    replaces an OSError."""
     try:
         yield
     except OSError:
@@ -241,7 +241,7 @@ def _reported(out: Path, reporter: Reporter, check: Callable[[], None]) -> Itera
 
 @contextmanager
 def _stopped_early(interruption: Interruption) -> Iterator[None]:
-    """Before the first step there is nothing to save, and a signal stops at once."""
+    """Before the first step a signal stops at once, because there is nothing to save."""
     try:
         with interruption.at_once():
             yield
@@ -251,9 +251,9 @@ def _stopped_early(interruption: Interruption) -> Iterator[None]:
 
 @contextmanager
 def _ended_together() -> Iterator[None]:
-    """A failure of this process alone: the others, which may wait for it in a collective, are made to end.
+    """On a failure of this process, end the others, which may wait for it in a collective.
 
-    Diverged is none: it is raised by all, after the same step.
+    Diverged is excluded: all processes raise it after the same step.
     """
     try:
         with multihost.together():

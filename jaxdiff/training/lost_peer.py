@@ -1,10 +1,10 @@
-"""Where jax's coordination service finds that other processes are gone, this one ends with `multihost.BROKEN_OFF`.
+"""Exit with `multihost.BROKEN_OFF` if jax's coordination service detects lost processes.
 
-By itself jaxlib aborts the process then: exit code 134 and a stack of C++, as for a bug. It accepts a callback, but
-cannot convert its own status into an argument for one that is written in Python (jaxlib 0.10.1 to 0.12.0): it throws
-std::bad_cast in a thread that catches nothing. So the callback is given, for versions that can call it, and the C++
-handler for exceptions that nothing catches is replaced, for this exception alone. Where the C++ runtime is not found,
-jaxlib aborts as before, and the scripts in tpu_scripts/ take 134 as 71.
+By default jaxlib aborts the process: exit code 134 and a C++ stack trace, as for a bug. It accepts a callback, but
+cannot convert its status into an argument of a Python callback (jaxlib 0.10.1 to 0.12.0) and throws std::bad_cast in a
+thread without a handler. So the callback is set, for versions that can call it, and the C++ terminate handler is
+replaced for this exception only. If the C++ runtime is not found, jaxlib aborts as before, and the scripts in
+tpu_scripts/ treat 134 like 71.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from jaxdiff.core.jax_internals import jaxlib_module
 from jaxdiff.training import multihost
 
 _RUNTIMES = ("libstdc++.so.6", "libc++.so.1", "libc++abi.dylib")
-_BAD_CAST = b"St8bad_cast"  # the name that the ABI of C++ gives the type
+_BAD_CAST = b"St8bad_cast"  # the mangled name of the type
 
 
 @contextmanager
 def ends_this_process() -> Iterator[None]:
-    """To join other processes in: what is said above holds for the client that is made inside."""
+    """Join other processes inside this block: it applies to the distributed client created inside."""
     make = jaxlib_module.get_distributed_runtime_client
     jaxlib_module.get_distributed_runtime_client = functools.partial(
         make, missed_heartbeat_callback=lambda *_: multihost.lose_contact()
@@ -29,7 +29,7 @@ def ends_this_process() -> Iterator[None]:
     try:
         runtime = _runtime()
         if runtime is not None:
-            _default_handler(runtime)  # asked for before it is replaced
+            _default_handler(runtime)  # cached before it is replaced
             runtime._ZSt13set_terminatePFvvE(ctypes.cast(_terminate, ctypes.c_void_p))
         yield
     finally:
@@ -38,11 +38,11 @@ def ends_this_process() -> Iterator[None]:
 
 @ctypes.CFUNCTYPE(None)
 def _terminate() -> None:
-    """Called by the C++ runtime, in the thread whose exception nothing has caught."""
+    """Called by the C++ runtime in the thread of an uncaught exception."""
     runtime = _runtime()
-    assert runtime is not None  # it has called this
+    assert runtime is not None  # it called this function
     kind = runtime.__cxa_current_exception_type()
-    # A type_info: the address of its functions, and that of its name.
+    # A type_info: the vtable pointer and the name pointer.
     name = ctypes.cast(kind, ctypes.POINTER(ctypes.c_char_p))[1] if kind else b""
     if name == _BAD_CAST:
         multihost.lose_contact()

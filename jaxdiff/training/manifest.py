@@ -1,4 +1,4 @@
-"""A folder's manifest: the size and SHA-256 of every file in it, so that a folder that has changed is recognised."""
+"""Folder manifests: the size and SHA-256 of every file, to detect changes."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ MANIFEST = "manifest.json"
 
 
 def write(folder: str | Path) -> None:
-    """List all that is in `folder`, and have it on disk before the list is."""
+    """Write the manifest of `folder` after syncing its files to disk."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    # Training goes on meanwhile, so most of the host's cores are left alone.
+    # Training continues meanwhile, so use only a quarter of the host's cores.
     files = _each(lambda path: (path.stat().st_size, _digest(path, sync=True)), paths, (os.cpu_count() or 1) // 4)
     listed = {path.relative_to(folder).as_posix(): list(file) for path, file in zip(paths, files, strict=True)}
     with (folder / MANIFEST).open("w") as file:
@@ -28,10 +28,10 @@ def write(folder: str | Path) -> None:
         sync(place)
 
 
-def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the first file that is not as listed, None where all are.
+def damage(folder: Path, only: Collection[str] | None = None, process: int = 0, processes: int = 1) -> str | None:
+    """A description of the first file that does not match the manifest, None if all match.
 
-    only: of the folders in `folder`, look into these. With `parts`, the files are shared out, and this is one share.
+    only: check these subfolders alone. processes: the files are split over them; `process` checks its own.
     """
     if not folder.is_dir():
         return f"{folder} is {'not a folder' if folder.exists() else 'gone'}"
@@ -50,8 +50,8 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
     except (ValueError, KeyError, TypeError):
         return f"{folder / MANIFEST} is damaged"
     names = [name for name in listed if only is None or "/" not in name or name.split("/")[0] in only]
-    names.sort(key=lambda name: (-listed[name][0], name))  # the largest first, so that shares are alike
-    mine = names[part::parts]
+    names.sort(key=lambda name: (-listed[name][0], name))  # the largest first, to balance the processes
+    mine = names[process::processes]
     wrong = _each(lambda name: _wrong_size(folder / name, listed[name][0]), mine)
     if not any(wrong):
         wrong = _each(lambda name: _wrong_bytes(folder / name, listed[name][1]), mine)
@@ -59,14 +59,14 @@ def damage(folder: Path, only: Collection[str] | None = None, part: int = 0, par
 
 
 def verify(folder: str | Path) -> None:
-    """Raises ValueError, naming the file, where one in `folder` is not as its manifest says."""
+    """Raises ValueError, naming the file, if one in `folder` does not match the manifest."""
     wrong = damage(Path(folder))
     if wrong:
         raise ValueError(wrong)
 
 
 def sync(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
+    """Sync the directory entries of `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,6 +103,6 @@ def _digest_of(listed: object) -> str:
 
 
 def _each(do: Callable[[Any], Any], items: list[Any], threads: int = 16) -> list[Any]:
-    """`do` of every item, in threads: reading and hashing hold no lock."""
+    """`do` of every item, in threads: reading and hashing release the GIL."""
     with ThreadPoolExecutor(max(1, min(threads, 16))) as pool:
         return list(pool.map(do, items))

@@ -1,13 +1,13 @@
-"""The mesh: devices in three axes, and batches split over them.
+"""The device mesh with three axes, and the sharding of batches.
 
 The same code runs on one CPU device and on a pod of several slices: an axis of size 1 costs nothing. The axes are
 
-* `data`: copies of the parameters, each with its part of the batch;
-* `fsdp`: parameters, optimizer state and averages split, each device with its part of the batch;
-* `tensor`: single layers split by their channels, or images by their rows.
+* `data`: replicas of the parameters, each with its part of the batch;
+* `fsdp`: parameters, optimizer state and averages sharded, each device with its part of the batch;
+* `tensor`: layers sharded by channels, or images by rows.
 
-Axes are `Auto`: the compiler derives every intermediate placement from those of the arguments and results. Where
-parameters go is `placement.py`.
+Axes are `Auto`: the compiler derives intermediate placements from those of the arguments and results. Parameters are
+placed by `param_sharding.py`.
 """
 
 import math
@@ -26,12 +26,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 AnyMesh = Mesh | AbstractMesh
-"""Of devices, or of what is only planned."""
+"""A mesh of devices, or an abstract one for planning."""
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis. One may be -1: as many as the others leave."""
+    """Devices along each axis; one may be -1: the remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -45,7 +45,7 @@ class MeshShape:
         return self.data, self.fsdp, self.tensor
 
     def over(self, devices: int) -> "MeshShape":
-        """The same without -1, for so many devices. ValueError where the sizes do not multiply to that number."""
+        """Resolve -1 for `devices` devices. ValueError if the sizes do not multiply to that number."""
         sizes = list(self.sizes)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(
@@ -60,7 +60,7 @@ class MeshShape:
 
 
 def parse(text: str) -> MeshShape:
-    """`data=8,fsdp=32` → MeshShape. Axes that are left out are 1, but `data` is -1. ValueError for anything else."""
+    """`data=8,fsdp=32` → MeshShape. Omitted axes are 1, except `data`, which is -1. ValueError for other text."""
     sizes = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(rf"({'|'.join(AXES)})=(-?\d+)", part)
@@ -73,11 +73,11 @@ def parse(text: str) -> MeshShape:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of (data, fsdp, tensor) devices; one size may be -1: as many as the devices (all, by default) leave.
+    """A mesh of (data, fsdp, tensor) devices; one size may be -1: the remaining devices (of all, by default).
 
-    Devices that are neighbours in the network become neighbours in the mesh. Of several slices, which only the slower
-    data-centre network joins, copies lie in different slices first, and only what copies leave is split over slices.
-    Raises ValueError where the sizes do not multiply to the number of devices, or the slices do not divide them.
+    Neighbours in the network become neighbours in the mesh. Slices are connected only by the slower data-centre
+    network, so `data` is split over slices first, and `fsdp` only by the remaining factor. Raises ValueError if the
+    sizes do not multiply to the number of devices, or the slices do not divide them.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = MeshShape(data, fsdp, tensor).over(len(devices))
@@ -87,7 +87,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if shape.fsdp % across:
         raise ValueError(f"mesh {shape} does not fit {slices} slices: data, or else fsdp, must be a multiple of them")
     inside = (shape.data // copies, shape.fsdp // across, shape.tensor)
-    grids = [_neighbours(inside, part) for part in _parts(devices, "slice_index")]
+    grids = [_neighbours(inside, part) for part in _groups_by(devices, "slice_index")]
     fitting = [grid for grid in grids if grid is not None]
     if len(fitting) < len(grids):
         raise ValueError(f"mesh {shape}: not possible on this topology, choose other sizes")
@@ -97,14 +97,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray | None:
-    """The devices of a slice as a grid; None where its network has no such one.
+    """The devices of a slice as a grid; None if its topology does not allow the shape.
 
-    Physical axes of the network stay whole where they can, but rather than that, devices along `tensor` belong to one
-    process: they compute on the same images, which that process alone has read.
+    Physical axes are kept together if possible. Keeping the devices along `tensor` in one process takes precedence:
+    they compute on the same images, which only that process has read.
     """
-    hosts = _parts(devices, "process_index")
+    hosts = _groups_by(devices, "process_index")
     fsdp = math.gcd(sizes[1], len(hosts[0]) // sizes[2])
-    host = (len(hosts[0]) // sizes[2] // fsdp, fsdp, sizes[2])  # what of the grid is one process's
+    host = (len(hosts[0]) // sizes[2] // fsdp, fsdp, sizes[2])  # the part of the grid of one process
     result = None
     for split in (False, True):
         with suppress(NotImplementedError):
@@ -121,8 +121,8 @@ def _neighbours(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray |
     return result
 
 
-def _parts(devices: Sequence[Any], attribute: str) -> list[list[Any]]:
-    """The devices by their slice or process, in its order."""
+def _groups_by(devices: Sequence[Any], attribute: str) -> list[list[Any]]:
+    """The devices grouped by slice or process, in order."""
     number = lambda device: getattr(device, attribute, 0)  # noqa: E731
     return [[device for device in devices if number(device) == part] for part in sorted(set(map(number, devices)))]
 
@@ -133,17 +133,17 @@ def _within_processes(grid: np.ndarray) -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The placement of a batch: its first axis over `data` and `fsdp`."""
+    """The sharding of a batch: its first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_devices(mesh: AnyMesh) -> int:
-    """How many parts a batch is split into."""
+    """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(rows: int, mesh: AnyMesh, accumulate: int = 1) -> None:
-    """ValueError for a global batch that does not divide over the devices and the parts it is taken in."""
+    """ValueError for a global batch that does not divide over the devices and microbatches."""
     devices = batch_devices(mesh)
     if rows < 1 or accumulate < 1:
         raise ValueError(f"a batch of {rows} in {accumulate} parts: both are at least 1")
@@ -152,7 +152,7 @@ def check_batch(rows: int, mesh: AnyMesh, accumulate: int = 1) -> None:
 
 
 def check_processes(mesh: Mesh) -> None:
-    """ValueError where a process would hold parts of rows that it has not read: `tensor` must lie inside of each."""
+    """ValueError if `tensor` spans processes: a process would need rows of the batch that it has not read."""
     if not _within_processes(mesh.devices):
         own, tensor = len(mesh.local_devices), mesh.shape["tensor"]
         raise ValueError(f"tensor={tensor} does not divide the {own} devices of a process: choose one that does")

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard event files, loss.png."""
+"""Logs of a run: metrics.jsonl, TensorBoard event files, loss.png."""
 
 import json
 import math
@@ -19,14 +19,14 @@ LINES = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 PLOT = "loss.png"
 HELD_OUT = "held_out_loss"
-"""The metric that is drawn beside the loss."""
+"""The metric that is plotted with the loss."""
 
 
 class MetricsLog:
     """metrics.jsonl (one object a line) and `tensorboard/` in a run's folder, continued after step `resumed`.
 
-    Lines of later steps, which a run that died has left, are cut off: no step appears twice. Where some cannot be read,
-    a warning says which, the others are kept, and the file as it was is kept as metrics.damaged.jsonl; the next time as
+    Lines of later steps from an interrupted run are removed, so no step appears twice. If lines are unreadable, a
+    warning lists them, the others are kept, and the original file is saved as metrics.damaged.jsonl, then
     metrics.damaged-2.jsonl, and so on.
     """
 
@@ -34,25 +34,25 @@ class MetricsLog:
         self._path = folder / LINES
         lines = _truncate(self._path, resumed)
         self.last = lines[-1] if lines else None
-        """The last line that was there."""
+        """The last existing line."""
         self._file = self._path.open("a", encoding="utf-8")
-        from tensorboardX import SummaryWriter  # here, because it imports PyTorch wherever that is installed
+        from tensorboardX import SummaryWriter  # imported here, because it imports PyTorch if installed
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
         self._failures: list[OSError] = []
-        events = self._board.file_writer.event_writer._ev_writer  # has no public name
+        events = self._board.file_writer.event_writer._ev_writer  # no public API
         for name in ("write_event", "flush", "close"):
             setattr(events, name, _noting(getattr(events, name), self._failures))
 
     def write(self, line: dict[str, Any]) -> None:
-        """`line` has a `step`; values that are not finite become null. OSError where it cannot be written."""
+        """Append a line, which needs a `step`; non-finite values become null. OSError if writing fails."""
         with self._explained():
             self._file.write(_as_text(line))
             self._file.flush()
         self._show(line)
 
     def complete(self, values: dict[str, Any]) -> None:
-        """Add these values to the last line that was there, which lacks them; before anything is written."""
+        """Add missing values to the last existing line; call it before `write`."""
         assert self.last is not None
         lines = [*_readable(self._path.read_bytes()).lines[:-1], self.last | values]
         with self._explained():
@@ -63,7 +63,7 @@ class MetricsLog:
         self._show({"step": self.last["step"]} | values)
 
     def _show(self, line: dict[str, Any]) -> None:
-        """The numbers of a line, in TensorBoard."""
+        """Write the numbers of a line to TensorBoard."""
         with self._explained("tensorboard"):
             if self._failures:
                 raise self._failures[0]
@@ -82,7 +82,7 @@ class MetricsLog:
             ) from error
 
     def close(self) -> None:
-        with suppress(OSError):  # every line is on disk, or its failure was raised by `write`
+        with suppress(OSError):  # `write` has already written or raised
             self._file.close()
         self._board.close()
 
@@ -92,8 +92,8 @@ def _as_text(line: dict[str, Any]) -> str:
 
 
 def _noting(call: Callable[..., Any], errors: list[OSError]) -> Callable[..., Any]:
-    """The same, but where it fails the error is noted: raised in TensorBoard's thread, it would end that thread, and
-    what is to be written next would wait for it for ever."""
+    """Wrap `call` to record its OSErrors: raised in TensorBoard's thread, they would end it, and later writes would
+    wait forever."""
 
     def noting(*arguments: Any) -> Any:
         try:
@@ -105,9 +105,9 @@ def _noting(call: Callable[..., Any], errors: list[OSError]) -> Callable[..., An
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that can be read, by their steps; of equal steps the last.
+    """The readable lines of a metrics.jsonl, sorted by step; the last line of each step.
 
-    One warning says which lines were left out and why. A last line that a killed run has cut short is none of them.
+    One warning lists the skipped lines and why. A truncated last line of a killed run is skipped silently.
     """
     log = _readable(Path(path).read_bytes())
     if log.problem(cut=False):
@@ -116,7 +116,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot(folder: Path) -> None:
-    """loss.png from metrics.jsonl: every logged loss, its moving median and, where there are any, held-out losses."""
+    """Plot loss.png from metrics.jsonl: logged losses, their moving median and any held-out losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def plot(folder: Path) -> None:
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the lines that have a number of that name."""
+    """Steps and values of the lines with a number of this name."""
     having = [line for line in lines if _is_number(line.get(name))]
     return np.array([line["step"] for line in having]), np.array([line[name] for line in having], float)
 
@@ -154,7 +154,7 @@ def _moving_median(values: np.ndarray) -> np.ndarray:
 
 
 def _truncate(path: Path, last: int) -> list[dict[str, Any]]:
-    """The lines that are kept, those up to the step `last`."""
+    """Truncate the file after step `last`; returns the remaining lines."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -175,7 +175,7 @@ def _truncate(path: Path, last: int) -> list[dict[str, Any]]:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or the first of `name-2.jsonl`, `name-3.jsonl`, … that is not there: what is there is the only copy."""
+    """`path`, or the first unused of `name-2.jsonl`, `name-3.jsonl`, …: existing files are never overwritten."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -185,7 +185,7 @@ def _free_name(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Readable:
-    """What a metrics.jsonl holds: its lines by their steps, and the numbers of those that are left out."""
+    """The parsed lines of a metrics.jsonl by step, and the numbers of the skipped lines."""
 
     lines: list[dict[str, Any]]
     damaged: list[int]
@@ -193,14 +193,14 @@ class _Readable:
     cut: int | None  # the last, if it has no end
 
     def problem(self, cut: bool = True) -> str:
-        parts = []
+        problems = []
         if self.damaged:
-            parts.append(f"{_numbers(self.damaged)} cannot be read (damaged, or without a step)")
+            problems.append(f"{_numbers(self.damaged)} cannot be read (damaged, or without a step)")
         if self.repeated:
-            parts.append(f"{_numbers(self.repeated)} have a step that a later line has too")
+            problems.append(f"{_numbers(self.repeated)} have a step that a later line has too")
         if cut and self.cut is not None:
-            parts.append(f"line {self.cut}, the last, was cut short")
-        return f"{', '.join(parts)}: left out, {len(self.lines)} are kept" if parts else ""
+            problems.append(f"line {self.cut}, the last, was cut short")
+        return f"{', '.join(problems)}: left out, {len(self.lines)} are kept" if problems else ""
 
 
 def _readable(content: bytes) -> _Readable:
@@ -214,7 +214,7 @@ def _readable(content: bytes) -> _Readable:
         if line is None and number > len(ended) and b"\0" not in text:
             cut = number
             continue
-        if line is None or b"\0" in text:  # where a block of zeros is, there may have been more
+        if line is None or b"\0" in text:  # a block of zeros may have replaced further lines
             damaged.append(number)
         if line is None:
             continue
@@ -225,7 +225,7 @@ def _readable(content: bytes) -> _Readable:
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """An object with a step, otherwise None."""
+    """The object of a line with a step, otherwise None."""
     try:
         line = json.loads(text.decode())
     except (ValueError, RecursionError):
@@ -235,13 +235,13 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def _numbers(lines: list[int]) -> str:
-    """`3 lines (2, 5, 6)`, of many the first ten."""
+    """`3 lines (2, 5, 6)`, with at most ten numbers."""
     more = ", …" if len(lines) > 10 else ""
     return f"{len(lines)} line{'s' * (len(lines) > 1)} ({', '.join(map(str, lines[:10]))}{more})"
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold; JSON has integers of any length."""
+    """Whether the value is a finite number within the range of a float."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -1,9 +1,9 @@
-"""The processes of one run share its fate: where one fails, all others learn it within seconds, and end.
+"""Failure propagation: if one process of a run fails, all others exit within seconds.
 
-Without this, a process that raises waits minutes for the others at jax's exit, and they wait for it in a collective
-that it never enters. So a failure is published in the key-value store of jax's coordination service, under one key that
-the first to fail gets; every process has a thread that looks there. A process that dies silently is noticed by jax's
-heartbeats, and where that breaks a collective, by the error of that collective.
+Otherwise a process that raises would wait minutes for the others at jax's exit, while they wait for it in a collective
+that it never enters. So the first failure is published under one key in the key-value store of jax's coordination
+service, which a thread in every process polls. A process that dies silently is detected by jax's heartbeats, or by the
+error of a broken collective.
 """
 
 import json
@@ -24,25 +24,25 @@ from jaxdiff.core.jax_internals import coordination, global_state
 from jaxdiff.core.messages import reason
 
 CRASHED = 70
-"""Exit code of a process that a bug of ours ended."""
+"""Exit code after a bug in jaxdiff."""
 BROKEN_OFF = 71
-"""Exit code where other processes are gone or nothing moves any more: worth starting again."""
+"""Exit code if other processes are lost or the run hangs: restart it."""
 IN_USE = 73
-"""Exit code where another run has the folder: not to be started again before that one has ended."""
+"""Exit code if another run holds the folder: do not restart before that run has ended."""
 
 _FAILED = "jaxdiff/failed"
-_EVERY = 1.0  # seconds between looks
-_PATIENCE = 5.0  # seconds that a process which ends waits for the others to have seen why
+_EVERY = 1.0  # polling interval in seconds
+_PATIENCE = 5.0  # seconds that an exiting process waits for the others to read its failure
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS)\b")
-_OURS_PERHAPS = re.compile(r"UNKNOWN|INTERNAL")  # what breaks in XLA or a driver has these too
+_OURS_PERHAPS = re.compile(r"UNKNOWN|INTERNAL")  # errors of XLA or a driver have these too
 _CONNECTION = re.compile(r"connection|socket|peer|heartbeat|coordination|gloo|timed? ?out", re.IGNORECASE)
-_ENDING = threading.Lock()  # of the threads that want to end this process, one does
+_ENDING = threading.Lock()  # ensures that one thread ends the process
 
 
 class PeerLostError(ProcessLostError):
-    """Other processes of the run are gone or cannot be found: no bad input, and worth starting again.
+    """Other processes of the run are lost or cannot be found. Not an input error: restart the run.
 
-    unsure: what it came of may as well be an error of this process, and is shown.
+    unsure: the cause may also be an error of this process, so its traceback is shown.
     """
 
     def __init__(self, message: str, unsure: bool = False) -> None:
@@ -51,16 +51,16 @@ class PeerLostError(ProcessLostError):
 
 
 class FolderInUseError(RuntimeError):
-    """Another run writes to the folder, or has taken it over."""
+    """Another run holds the folder, or has taken it over."""
 
 
 def count() -> int:
-    """Processes of the run, known before any device is used."""
+    """Number of processes of the run; available before any device is used."""
     return global_state.num_processes if global_state.client is not None else 1
 
 
 def index() -> int:
-    """Which of them this is."""
+    """Index of this process."""
     return global_state.process_id if global_state.client is not None else 0
 
 
@@ -69,26 +69,26 @@ def name() -> str:
 
 
 def barrier(what: str, seconds: float) -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if count() > 1:
         with together():
             coordination().wait_at_barrier(f"jaxdiff/{what}", int(1000 * seconds))
 
 
 def exchange(what: str, value: str, seconds: float) -> dict[str, str]:
-    """Everyone's value by the number of the process, once all have given theirs."""
+    """The values of all processes by process index."""
     client, folder = coordination(), f"jaxdiff/{what}/"
     with together():
         client.key_value_set(f"{folder}{index()}", value, allow_overwrite=True)
         barrier(f"{what} given", seconds)
         values = {key.rpartition("/")[2]: text for key, text in client.key_value_dir_get(folder)}
-        barrier(f"{what} read", seconds)  # nobody gives the next value before
+        barrier(f"{what} read", seconds)  # before the next value is set
     return values
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails inside because others are gone raises Lost; jaxlib raises ValueError and RuntimeError for it."""
+    """Turn jaxlib's ValueError and RuntimeError for lost processes into PeerLostError."""
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
@@ -101,7 +101,7 @@ def together() -> Iterator[None]:
 
 
 def watch() -> None:
-    """Look out for others that fail, in a thread; an exception that nothing catches here is shown and published."""
+    """Watch for failures of other processes in a thread; publish uncaught exceptions of this one."""
     threading.Thread(target=_watch, name="peers", daemon=True).start()
     before = sys.excepthook
 
@@ -114,9 +114,8 @@ def watch() -> None:
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code of a script that this error ends, and what it says: 2 and a line for bad input, BROKEN_OFF and a
-    line where other processes are gone, IN_USE and a line for another run's folder, otherwise CRASHED and the traceback
-    of a bug of ours."""
+    """Exit code and message of a script for an error: 2 and a line for bad input, BROKEN_OFF and a line for lost
+    processes, IN_USE and a line for another run's folder, otherwise CRASHED and the traceback."""
     if isinstance(error, FolderInUseError):
         return IN_USE, f"error: {_flat(error)}"
     if isinstance(error, ValueError | OSError):
@@ -129,11 +128,11 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
 
 def end(code: int, text: str, patience: float = 0.0) -> None:
-    """Say `text` on standard error, have all other processes end with the same code, and end. Returns, having done
-    nothing, where there are no others.
+    """Print `text` on standard error and exit; all other processes exit with the same code. A no-op for a single
+    process.
 
-    Where another failed first, this one only says so: its own failure came of that. `patience`: seconds to wait for a
-    culprit to be known.
+    If another process failed first, only that is reported, because it caused this failure. patience: seconds to wait
+    for such a report.
     """
     if count() == 1:
         return
@@ -146,12 +145,12 @@ def end(code: int, text: str, patience: float = 0.0) -> None:
 
 
 def fail(error: BaseException) -> None:
-    """The same with what this error means; where it is that others are gone, the culprit gets a moment to be known."""
+    """`end` with the outcome of an error; for PeerLostError, wait a moment for the report of the cause."""
     end(*outcome(error), 3 * _EVERY if isinstance(error, PeerLostError) else 0.0)
 
 
 def end_soon(error: BaseException) -> None:
-    """The same, at the latest in some seconds: leaving may itself wait for others, and for ever where they are gone."""
+    """`fail` after a few seconds at the latest, because cleanup may wait forever for lost processes."""
     if isinstance(error, PeerLostError):
         fail(error)
     if count() > 1:
@@ -161,7 +160,7 @@ def end_soon(error: BaseException) -> None:
 
 
 def leave(code: int, text: str) -> NoReturn:
-    """Say `text`, wait a moment for the others to follow, and end at once: nothing else is waited for."""
+    """Print `text`, give the others a moment to follow, and exit without further cleanup."""
     _ENDING.acquire()
     print(text, file=sys.stderr, flush=True)
     client = global_state.client
@@ -169,7 +168,7 @@ def leave(code: int, text: str) -> NoReturn:
         with suppress(Exception):
             client.wait_at_barrier("jaxdiff/left", int(1000 * _PATIENCE))
         if index() == 0:
-            time.sleep(_EVERY)  # its coordination service is what the others still talk to
+            time.sleep(_EVERY)  # the others still use its coordination service
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
@@ -177,9 +176,9 @@ def leave(code: int, text: str) -> NoReturn:
 
 
 def lose_contact() -> NoReturn:
-    """End at once with BROKEN_OFF. For a thread of jax that finds others gone: it must not call anything of jax."""
+    """Exit at once with BROKEN_OFF. Called in a jax thread on lost processes, so it must not call jax."""
     if not _ENDING.acquire(blocking=False):
-        time.sleep(3 * _PATIENCE)  # this process is ending already, with another code
+        time.sleep(3 * _PATIENCE)  # this process is already exiting with another code
     line = f"error: {name()}: another process is gone: it was killed, hangs or is out of reach; start again to go on\n"
     os.write(2, line.encode())
     for child in multiprocessing.active_children():
@@ -200,20 +199,20 @@ def _follow(failure: dict[str, Any]) -> NoReturn:
 
 
 def _publish(code: int) -> bool:
-    """Whether this process is the first to fail."""
+    """Publish a failure; whether this process is the first to fail."""
     message = json.dumps({"process": index(), "who": name(), "code": code})
     try:
         coordination().key_value_set(_FAILED, message)
-    except Exception:  # it is there already; or the service is gone, with process 0
+    except Exception:  # already published, or the service is gone with process 0
         return _failure() is None
     return True
 
 
 def _failure() -> dict[str, Any] | None:
-    """What the first process to fail has published."""
+    """The published failure of the first process."""
     try:
         return json.loads(coordination().key_value_try_get(_FAILED))
-    except Exception:  # nothing is there, or the service is gone: jax's heartbeats judge that
+    except Exception:  # nothing published, or the service is gone, which jax's heartbeats detect
         return None
 
 

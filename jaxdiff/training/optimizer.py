@@ -1,7 +1,7 @@
-"""The optimizer as a plain value: Adam(W), Adafactor, Muon or SGD, clipping, linear warm-up, and what comes after it.
+"""Optimizer settings: Adam(W), Adafactor, Muon or SGD, gradient clipping, and the learning rate schedule.
 
 Defaults are Imagen's (appendix F.1): learning rate 1e-4, 10,000 steps of warm-up, cosine decay over 2.5 M steps. The
-paper prints `end_value=2500000` for the schedule, which would raise the rate to 2.5 million; 0 is what it means.
+paper prints `end_value=2500000` for the schedule, which would raise the rate to 2.5 million; 0 is meant.
 """
 
 import enum
@@ -19,7 +19,7 @@ import optax.contrib
 class AdamW:
     """Adam with decoupled weight decay; without decay, plain Adam as in Imagen's F.2 and F.3.
 
-    decay_all: False leaves gains, biases and the like, all that has fewer than two axes, without decay, as in CLIP.
+    decay_all: False disables decay for parameters with fewer than two axes (gains, biases), as in CLIP.
     """
 
     b1: float = 0.9
@@ -51,7 +51,7 @@ class Adafactor:
         _check_rule(self, "decay_rate")
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        # Given the rate itself, optax adds the decay after it: 0.01 would take a hundredth of every parameter a step.
+        # With a learning rate, optax applies the decay unscaled: 0.01 would remove 1 % of every parameter per step.
         unscaled = optax.adafactor(
             None,
             decay_rate=self.decay_rate,
@@ -64,12 +64,12 @@ class Adafactor:
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan 2024; scaled as in arXiv 2502.16982): momentum whose matrix is made orthogonal, Adam for the rest.
+    """Muon (Jordan 2024; scaled as in arXiv 2502.16982): orthogonalised momentum for matrices, Adam for the rest.
 
-    Convolution kernels count as matrices from everything that they read to what they write. `rms` is the size of an
-    update, near Adam's, so that both parts share one learning rate. `adam_for`: parts of the names of parameters that
-    Adam updates all the same; customarily the first and the last layer, and tables of embeddings. decay_all: False
-    leaves all that Adam updates without decay, gains and biases among it.
+    Convolution kernels are treated as matrices (all input axes, output channels). rms: the RMS of an update, close to
+    Adam's, so that both share one learning rate. adam_for: name components of parameters that Adam updates; customarily
+    the first and the last layer and embedding tables. decay_all: False disables decay for all parameters that Adam
+    updates, including gains and biases.
     """
 
     momentum: float = 0.95
@@ -108,7 +108,7 @@ class Muon:
 
 @dataclass(frozen=True)
 class SGD:
-    """Plain gradient descent with momentum: what the others are compared with."""
+    """Plain gradient descent with momentum, as a baseline."""
 
     momentum: float = 0.0
 
@@ -120,7 +120,7 @@ class SGD:
 
 
 def _check_rule(rule: Any, *averages: str) -> None:
-    """ValueError for a weight decay that is negative or not finite, or a decay of averages outside [0, 1)."""
+    """ValueError for a weight decay that is negative or not finite, or a moment decay outside [0, 1)."""
     for name in averages:
         if not 0 <= getattr(rule, name) < 1:
             raise ValueError(f"{name} {getattr(rule, name)}: must be at least 0 and below 1")
@@ -130,19 +130,19 @@ def _check_rule(rule: Any, *averages: str) -> None:
 
 
 class Decay(enum.Enum):
-    """What the learning rate does after the warm-up: one of these, or a `StableDecay`."""
+    """The learning rate after the warm-up: one of these, or a `StableDecay`."""
 
     COSINE = "cosine"  # falls to 0 at `total`
-    CONSTANT = "constant"  # for as long as the run goes on; `total` says nothing
+    CONSTANT = "constant"  # endless; `total` is unused
 
 
 @dataclass(frozen=True)
 class StableDecay:
     """Warmup-stable-decay (MiniCPM, arXiv 2404.06395; arXiv 2405.18392): the full rate until the last `fraction` of
-    `total`, then along a straight line to 0 at `total`.
+    `total`, then linear decay to 0 at `total`.
 
-    Until it falls, the rates are those of a constant schedule and of any other `total`: a run may become longer or
-    shorter, or begin to fall, until then (`training.resume`). Raises ValueError for a fraction outside (0, 1].
+    Before the decay, the rates equal those of a constant schedule and of any other `total`, so a run may still become
+    longer or shorter, or start to decay (`training.resume`). Raises ValueError for a fraction outside (0, 1].
     """
 
     fraction: float = 0.2
@@ -154,17 +154,17 @@ class StableDecay:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters are updated. Counts are of updates: a skipped step moves no schedule on.
+    """Optimizer settings. Counts are updates: a skipped step does not advance the schedule.
 
-    Raises ValueError for a setting that makes no sense; the message begins with the name of the field.
+    Raises ValueError for an invalid setting; the message begins with the name of the field.
     """
 
     kind: AdamW | Adafactor | Muon | SGD = AdamW()
     learning_rate: float = 1e-4
     warmup: int = 10_000  # updates from 0 to `learning_rate`
-    total: int = 2_500_000  # the update at which the learning rate has fallen to 0
+    total: int = 2_500_000  # the update at which the learning rate reaches 0
     decay: Decay | StableDecay = Decay.COSINE
-    clip: float | None = 1.0  # largest global norm of the gradient, after its mean over the whole batch
+    clip: float | None = 1.0  # maximum global gradient norm, after averaging over the batch
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -178,12 +178,12 @@ class OptimizerConfig:
 
     @property
     def end(self) -> int | float:
-        """The update after which the learning rate is 0; infinite where it never is."""
+        """The update after which the learning rate is 0; infinite if never."""
         return math.inf if self.decay is Decay.CONSTANT else self.total
 
     @property
     def stable_until(self) -> int | float:
-        """The last update up to which the rates do not depend on `total` nor on the end of the schedule."""
+        """The last update up to which the rates do not depend on `total` or the decay."""
         if isinstance(self.decay, StableDecay):
             falling = max(1, round(self.decay.fraction * self.total))
             return max(self.warmup, self.total - falling)
@@ -193,18 +193,18 @@ class OptimizerConfig:
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates made."""
     rate = config.learning_rate
-    parts, boundaries = [], []
+    schedules, boundaries = [], []
     if config.warmup:
-        parts, boundaries = [optax.linear_schedule(0.0, rate, config.warmup)], [config.warmup]
+        schedules, boundaries = [optax.linear_schedule(0.0, rate, config.warmup)], [config.warmup]
     if config.decay is Decay.COSINE:
-        parts.append(optax.cosine_decay_schedule(rate, config.total - config.warmup, alpha=0.0))
+        schedules.append(optax.cosine_decay_schedule(rate, config.total - config.warmup, alpha=0.0))
     else:
-        parts.append(optax.constant_schedule(rate))
+        schedules.append(optax.constant_schedule(rate))
     if isinstance(config.decay, StableDecay):
         start = int(config.stable_until)
-        parts.append(optax.linear_schedule(rate, 0.0, config.total - start))
+        schedules.append(optax.linear_schedule(rate, 0.0, config.total - start))
         boundaries.append(start)
-    return parts[0] if len(parts) == 1 else optax.join_schedules(parts, boundaries)
+    return schedules[0] if len(schedules) == 1 else optax.join_schedules(schedules, boundaries)
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -214,16 +214,16 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 Optimizers = OptimizerConfig | Mapping[str, OptimizerConfig]
-"""One for all arrays, or one for each label of a model whose arrays are updated by several."""
+"""One for all arrays, or one per label of a model with several optimizers."""
 
 STAYS = "none"
 """The label of arrays that no optimizer updates."""
 
 
 def labelled_optimizer(config: Optimizers, labels: Any) -> optax.GradientTransformation:
-    """Each array's update by the optimizer of its label. `labels`: the tree of the parameters with a string for each.
+    """Updates each array with the optimizer of its label. labels: a tree like the parameters, with a string per array.
 
-    Every optimizer clips by the norm of its own arrays. Raises ValueError where the labels are not those of `config`.
+    Every optimizer clips by the norm of its own arrays. Raises ValueError if the labels do not match `config`.
     """
     names = set(jax.tree.leaves(labels)) - {STAYS}
     if isinstance(config, OptimizerConfig):
@@ -239,8 +239,8 @@ def labelled_optimizer(config: Optimizers, labels: Any) -> optax.GradientTransfo
 
 
 def learning_rates(config: Optimizers, updates: Any) -> dict[str, Any]:
-    """The learning rate after so many updates, by the name of the metric: `learning_rate`, or `learning_rate_LABEL` for
-    each of several."""
+    """The learning rates after this many updates, by metric name: `learning_rate`, or `learning_rate_LABEL` per
+    label."""
     if isinstance(config, OptimizerConfig):
         return {"learning_rate": schedule(config)(updates)}
     return {f"learning_rate_{label}": schedule(each)(updates) for label, each in config.items()}

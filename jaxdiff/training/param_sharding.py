@@ -1,8 +1,8 @@
-"""Where parameters live on a mesh, inferred from their shapes and, for tensor parallelism, from rules for their paths.
+"""Sharding of parameters over a mesh, by shape and, for tensor parallelism, by rules on their paths.
 
-Every large array is split over `fsdp`, along its largest axis that divides (the last of equals). A rule names an axis
-of some arrays that is split over `tensor` first. What belongs to a parameter (its average, its optimizer moments,
-Adafactor's rows and columns too) lies where the parameter does.
+Every large array is sharded over `fsdp` along its largest divisible axis (the last of equals). A rule first shards an
+axis of matching arrays over `tensor`. State of a parameter (its average, its optimizer moments, Adafactor's rows and
+columns) has the parameter's sharding.
 """
 
 import re
@@ -27,8 +27,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class ParamSharding:
-    """rules: for the `tensor` axis, the first that matches a path decides. minimum: elements of an array, below which
-    `fsdp` does not split it: small ones take more time to gather than they save memory."""
+    """rules: for the `tensor` axis; the first match counts. minimum: arrays with fewer elements are not sharded over
+    `fsdp`, because gathering them costs more than the memory saved."""
 
     rules: tuple[Rule, ...] = ()
     minimum: int = 2**16
@@ -43,7 +43,7 @@ def name_of(path: Sequence[Any]) -> str:
 
 
 def shardings(params: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE, *, strict: bool = True) -> Any:
-    """The placement of every parameter (arrays or shapes), as a tree of NamedSharding.
+    """The sharding of every parameter (arrays or shapes), as a tree of NamedSharding.
 
     Raises ValueError for a rule whose axis the mesh does not divide and, where `strict`, for one that matches nothing.
     """
@@ -65,10 +65,10 @@ def shardings(params: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE, *
 
 
 def following(state: Any, params: Any, placements: Any) -> Any:
-    """The placement of every array of `state` (shapes), each like the parameter that its path ends with.
+    """The sharding of every array of `state` (shapes), taken from the parameter whose path is a suffix of its own.
 
-    `params` (shapes) and `placements` are trees of the parameters. An array of the parameter's shape lies as it does;
-    one that lacks an axis of it (Adafactor's `v_row`, `v_col`) lies as what is left; anything else is copied.
+    `params` (shapes) and `placements` are trees of the parameters. An array of the parameter's shape has its sharding;
+    one without one of its axes (Adafactor's `v_row`, `v_col`) has the remaining sharding; others are replicated.
     """
     known = {
         _words(path): (leaf.shape, sharding)
@@ -94,17 +94,18 @@ def following(state: Any, params: Any, placements: Any) -> Any:
 
 
 def without_fsdp(sharding: NamedSharding) -> NamedSharding:
-    """The same placement, but whole along `fsdp`."""
+    """The same sharding, gathered along `fsdp`."""
     return NamedSharding(sharding.mesh, _trimmed([None if part == "fsdp" else part for part in sharding.spec]))
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Of arrays or shapes with shardings: what each device holds of them."""
+    """Bytes per device of arrays or shapes with shardings."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def table(tree: Any) -> str:
-    """A line for each array of `tree` (arrays or shapes with shardings): path, shape, type, placement, bytes a device.
+    """A table of the arrays of `tree` (arrays or shapes with shardings): path, shape, type, placement, bytes per
+    device.
 
     The last line is the sum.
     """
@@ -134,28 +135,28 @@ def _check_matched(rules: tuple[Rule, ...], names: list[str]) -> None:
             raise ValueError(f"placement rule {rule.pattern!r} matches no array: correct it, or leave it out")
 
 
-def _split_by_rule(spec: list[str | None], shape: tuple[int, ...], rule: Rule, name: str, parts: int) -> None:
-    if not -len(shape) <= rule.axis < len(shape) or shape[rule.axis] % parts:
+def _split_by_rule(spec: list[str | None], shape: tuple[int, ...], rule: Rule, name: str, count: int) -> None:
+    if not -len(shape) <= rule.axis < len(shape) or shape[rule.axis] % count:
         size = shape[rule.axis] if -len(shape) <= rule.axis < len(shape) else "none"
         raise ValueError(
-            f"tensor={parts} does not divide axis {rule.axis} ({size}) of {name}, which the placement rule "
+            f"tensor={count} does not divide axis {rule.axis} ({size}) of {name}, which the placement rule "
             f"{rule.pattern!r} splits: choose another number of devices along tensor"
         )
     spec[rule.axis] = "tensor"
 
 
-def _split_by_shape(spec: list[str | None], shape: tuple[int, ...], parts: int, minimum: int) -> None:
-    candidates = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0 and spec[axis] is None]
-    if parts > 1 and int(np.prod(shape)) >= minimum and candidates:
+def _split_by_shape(spec: list[str | None], shape: tuple[int, ...], count: int, minimum: int) -> None:
+    candidates = [(size, axis) for axis, size in enumerate(shape) if size % count == 0 and spec[axis] is None]
+    if count > 1 and int(np.prod(shape)) >= minimum and candidates:
         spec[max(candidates)[1]] = "fsdp"
 
 
 def _missing_axis(shape: tuple[int, ...], full: tuple[int, ...], before: tuple[str, ...]) -> int | None:
-    """Which axis `shape` lacks of `whole`, if that is all; of several that would do, the one that Adafactor means."""
+    """The axis of `full` that `shape` lacks, if it is the only difference; if ambiguous, Adafactor's choice."""
     fits = [axis for axis in range(len(full)) if full[:axis] + full[axis + 1 :] == shape]
     if not fits:
         return None
-    order = np.argsort(full)  # as optax sorts them: `v_row` is the mean over the largest axis, `v_col` over the second
+    order = np.argsort(full)  # as in optax: `v_row` is the mean over the largest axis, `v_col` over the second
     meant = int(order[-2] if "v_col" in before else order[-1])
     return meant if meant in fits else fits[-1]
 

@@ -188,7 +188,7 @@ def estimated_costs(
     params, *rest = loss_inputs(trainable, batch, frozen)
     compute_params = jax.eval_shape(trainable.cast, params)
     sizes = state.step.sharding.mesh.shape
-    parts, copies = sizes["fsdp"], sizes["data"]
+    shards, copies = sizes["fsdp"], sizes["data"]
     kept = _bytes(jax.eval_shape(backward, compute_params, *rest))  # the parameters are among them
     gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(compute_params, *rest)
     flops, moved = _counted(gradient.jaxpr)
@@ -197,14 +197,14 @@ def estimated_costs(
     )
     size = _bytes(compute_params)
     collectives = {}
-    if parts > 1:
-        remote = (parts - 1) / parts
+    if shards > 1:
+        remote = (shards - 1) / shards
         moved_bytes = {"all-gather": size + _bytes((state.extra, frozen)), "reduce-scatter": size}
         collectives = {
             kind: {"count": accumulate, "bytes": accumulate * bytes_ * remote} for kind, bytes_ in moved_bytes.items()
         }
     if copies > 1:
-        collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / parts * (copies - 1) / copies}
+        collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / shards * (copies - 1) / copies}
     temporary = kept + size  # and the gradients
     # The update reads and writes the state once.
     moved = accumulate * moved + 2 * arguments

@@ -145,8 +145,8 @@ class Reporter:
         self._show()
 
     def _show(self, refresh: bool = False) -> None:
-        parts = filter(None, (self._loss, self._held_out, self._speed))
-        self._bar.set_postfix_str(", ".join(parts), refresh=refresh)
+        values = filter(None, (self._loss, self._held_out, self._speed))
+        self._bar.set_postfix_str(", ".join(values), refresh=refresh)
 
 
 class _Stopwatch:

@@ -106,10 +106,10 @@ class _Gradients:
             result, extra = part(extra, rows, jax.random.fold_in(key, index))
             return (jax.tree.map(jnp.add, total, result), extra), None
 
-        parts = jax.tree.map(self._split, batch)
-        shapes, _ = jax.eval_shape(part, state.extra, jax.tree.map(lambda x: x[0], parts), key)
+        microbatches = jax.tree.map(self._split, batch)
+        shapes, _ = jax.eval_shape(part, state.extra, jax.tree.map(lambda x: x[0], microbatches), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (total, extra), _ = jax.lax.scan(add, (zeros, state.extra), (jnp.arange(self.accumulate), parts))
+        (total, extra), _ = jax.lax.scan(add, (zeros, state.extra), (jnp.arange(self.accumulate), microbatches))
         return *jax.tree.map(lambda x: x / self.accumulate, total), extra
 
     def _loss(self, params: Params, *rest: Any) -> tuple[Any, tuple[Metrics, Extra]]:
@@ -119,9 +119,9 @@ class _Gradients:
 
     def _split(self, x: Any) -> Any:
         # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.
-        parts = jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
+        microbatches = jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
         sharding = NamedSharding(self.placements.step.mesh, PartitionSpec(None, BATCH_AXES))
-        return jax.lax.with_sharding_constraint(parts, sharding)
+        return jax.lax.with_sharding_constraint(microbatches, sharding)
 
 
 def _gathered(tree: Any, placements: Any) -> Any:

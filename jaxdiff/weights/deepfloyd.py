@@ -295,8 +295,8 @@ def key_map(config: UNetConfig, params: dict) -> dict[str, str]:
     return hub.names(trees.flatten(params), [*DOWN, *up, *TOP], WORDS)
 
 
-def _inside(block: tuple[str, str], parts: dict[str, str]) -> list[tuple[str, str]]:
-    return [(f"{block[0]}/{ours}/{{leaf}}", f"{block[1]}.{theirs}.{{leaf}}") for ours, theirs in parts.items()]
+def _inside(block: tuple[str, str], layers: dict[str, str]) -> list[tuple[str, str]]:
+    return [(f"{block[0]}/{ours}/{{leaf}}", f"{block[1]}.{theirs}.{{leaf}}") for ours, theirs in layers.items()]
 
 
 _RES = {

@@ -181,8 +181,8 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     ):
         if not fits:
             raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {value}")
-    drawing = _drawing(sampling, model.unet.learned_variance)
-    config = {"scheduler": _scheduler(model.schedule, "schedule") | drawing}
+    sampler = _sampler_config(sampling, model.unet.learned_variance)
+    config = {"scheduler": _scheduler(model.schedule, "schedule") | sampler}
     if low_res is not None:
         config["image_noising_scheduler"] = _scheduler(low_res.augmentation, "low_res.augmentation")
     return config | {"unet": deepfloyd.described(_network(model), trained.params) | {"sample_size": model.side}}
@@ -205,19 +205,19 @@ def export_stage(
     unet = config.pop("unet")
     deepfloyd.export_unet(_network(trained.model), trained.params, directory / "unet", dtype)
     hub.write_json(directory / "unet" / "config.json", unet)
-    parts: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
-    parts |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
+    components: dict[str, Any] = dict.fromkeys(("feature_extractor", "safety_checker", "watermarker"), (None, None))
+    components |= {"requires_safety_checker": False, "unet": ("diffusers", "UNet2DConditionModel")}
     for name, values in config.items():
         hub.write_json(directory / name / "scheduler_config.json", values)
-        parts[name] = "diffusers", values["_class_name"]
-    parts |= {"text_encoder": (None, None), "tokenizer": (None, None)}
+        components[name] = "diffusers", values["_class_name"]
+    components |= {"text_encoder": (None, None), "tokenizer": (None, None)}
     if text is not None:
         t5.export(text.config, text.params, directory / "text_encoder", dtype)
         text.tokenizer.save_pretrained(str(directory / "tokenizer"))
-        parts |= {"text_encoder": ("transformers", "T5EncoderModel")}
-        parts |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
+        components |= {"text_encoder": ("transformers", "T5EncoderModel")}
+        components |= {"tokenizer": ("transformers", type(text.tokenizer).__name__)}
     name = "IFSuperResolutionPipeline" if trained.model.low_res is not None else "IFPipeline"
-    hub.write_json(directory / INDEX, {"_class_name": name} | parts)
+    hub.write_json(directory / INDEX, {"_class_name": name} | components)
 
 
 def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _drawing(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
+def _sampler_config(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
     threshold, sampler = sampling.thresholding, sampling.sampler
     config: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, StaticThreshold)}
     spacings = [name for name, kind in SPACINGS.items() if isinstance(sampling.spacing, kind)]

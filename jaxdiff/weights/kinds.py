@@ -10,8 +10,8 @@ from jaxdiff.weights.stages import SETTINGS
 def describe(folder: Path) -> str:
     """Of a folder without a cascade: what it is, and what makes it usable."""
     for find in (_run, _network, _other):
-        if found := find(folder):
-            return found
+        if description := find(folder):
+            return description
     runs = sorted(path.parent.parent.name for path in folder.glob(f"*/model/{SETTINGS}"))
     if runs:
         return f"holds the runs {', '.join(runs)}: name them, the one that samples from text first"

@@ -224,7 +224,7 @@ def test_a_damaged_record_of_tfds_is_skipped_and_counted(prepared):
 def test_a_cut_file_of_tfds_is_an_error(prepared):
     source, file = prepared
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=rf"{file.name}: damaged \(no records found\); delete the set's folder"):
+    with pytest.raises(ValueError, match=rf"{file.name}: damaged \(no records found\); delete the dataset's folder"):
         list(image_batches(source, DataConfig(64, 5, repeat=False)))
 
 

@@ -253,7 +253,7 @@ def test_a_tfds_name_is_prepared_and_read(tmp_path):
 
 
 def test_an_unknown_tfds_name(tmp_path):
-    with pytest.raises(ValueError, match="tfds:no_such_set: TFDS knows no set of that name"):
+    with pytest.raises(ValueError, match="tfds:no_such_set: TFDS knows no dataset of that name"):
         sources.open(sources.Tfds("no_such_set"), 64, "train", tmp_path)
 
 

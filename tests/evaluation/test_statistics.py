@@ -55,7 +55,7 @@ def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", mu=1)
     old = {"images": "p", "digest": "0", "extractor": "e", "resize": "clean", "format": "png", "seed": None}
     np.savez(tmp_path / "old.npz", count=3, total=np.ones(2), products=np.ones((2, 2)), origin=json.dumps(old))
-    with pytest.raises(ValueError, match=r"old.npz: kept by an earlier version.*--keep-reference"):
+    with pytest.raises(ValueError, match=r"old.npz: written by an earlier version.*--keep-reference"):
         load(tmp_path / "old.npz")
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "pickled.npz", origin=np.array([{}], object))
