@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options.training import OptimizerOptions, Rule, RunOptions, TrainSettings
-from experiments.tasks.held_out import held_out_source
+from experiments.tasks.held_out import held_out_source, in_whole_batches
 from experiments.tasks.task import Inference, Start, Task, Work
 from jaxdiff.data import sources
 from jaxdiff.data.mixture import Spread
@@ -118,11 +118,12 @@ def _held_out(settings: Settings, config: ClassifierConfig) -> HeldOutBatches | 
     if settings.dataset.evaluate_data is not None:
         raise ValueError(f"--evaluate-data {settings.dataset.evaluate_data}: the held-out images of `shapes` are known")
     source = held_out_source(settings, config.side)
-    if source is None:
+    some = None if source is None else in_whole_batches(settings, source)
+    if some is None:
         return None
-    some = Spread(source, min(len(source), settings.dataset.evaluate_n))
+    place = some.place if isinstance(some, Spread) else int
     in_order = DataConfig(config.side, settings.run.batch, shuffle=False, repeat=False, captions=True)
-    return lambda: Labelled(image_batches(some, in_order), "held_out", some.place)
+    return lambda: Labelled(image_batches(some, in_order), "held_out", place)
 
 
 def labels(true: Scene) -> list[int]:

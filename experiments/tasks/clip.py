@@ -26,7 +26,7 @@ from experiments.options.training import (
     RunOptions,
     TrainSettings,
 )
-from experiments.tasks.held_out import held_out_source, whole_batches
+from experiments.tasks.held_out import held_out_source, in_whole_batches
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.tokenizers import captions_of, save_tokenizer
 from jaxdiff.data import sources
@@ -170,9 +170,9 @@ def _held_out(settings: Settings, config: CLIPConfig, tokenizer: PreTrainedToken
     """Held-out pairs in batches like those of training: with fewer, each would be told from fewer others."""
     side, rows = config.image.resolution, settings.run.batch // jax.process_count()
     source = held_out_source(settings, side)
-    if source is None:
+    some = None if source is None else in_whole_batches(settings, source)
+    if some is None:
         return None
-    some = whole_batches(settings, source)
     in_order = DataConfig(side, rows, shuffle=False, repeat=False, captions=True, strict=settings.dataset.strict)
 
     def batches() -> Pairs:

@@ -4,6 +4,7 @@ from experiments.options.training import TrainSettings
 from jaxdiff.data import sources
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
+from jaxdiff.training import multihost
 from jaxdiff.training.distributed import once
 from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.prefetch import Batches
@@ -18,11 +19,17 @@ def held_out_source(settings: TrainSettings, side: int) -> Source | None:
     return once(data_dir, lambda: sources.open(split[0], side, split[1], data_dir))
 
 
-def whole_batches(settings: TrainSettings, source: Source) -> Source:
-    """--evaluate-n of them, in whole batches of --batch, one at least: for a loss that belongs to a batch. What is left
-    where there are fewer."""
+def in_whole_batches(settings: TrainSettings, source: Source) -> Source | None:
+    """--evaluate-n of them in whole batches of --batch, at least one, for a loss of the batch instead of each example.
+    None, with one printed line, for fewer examples than a batch."""
     batch = settings.run.batch
-    return spread(source, max(1, settings.dataset.evaluate_n // batch) * batch)
+    count = max(batch, settings.dataset.evaluate_n // batch * batch)
+    count = min(count, len(source) // batch * batch)
+    if count:
+        return spread(source, count)
+    if multihost.index() == 0:
+        print(f"no held-out loss: {len(source)} held-out examples are fewer than --batch {batch}")
+    return None
 
 
 def kept(stream: Batches, count: int) -> HeldOutBatches:
