@@ -7,6 +7,7 @@ minutes on 2 CPU cores; runs/minimal/grid.png then has blurred objects whose col
 of them not yet (`experiments.quickstart --train` goes on for 25 minutes). Run again, it goes on where it was.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ from jaxdiff.data.embeddings import store_embeddings
 from jaxdiff.data.example import captions
 from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.data.shapes_caption import held_out_captions
+from jaxdiff.diffusion.losses import PowerSNR
+from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems import imagen_tiny
 from jaxdiff.systems.imagen import imagen
@@ -46,8 +49,11 @@ def main(out: Path = Path("runs/minimal"), steps: int = 450, examples: int = 4_0
         captions(data), text_encoder.encode, out / "embeddings", encoder=text_encoder.fingerprint
     )
 
-    # 3. Generator: settings of a diffusion model, for this text encoder. Parameters are made by `model.init`.
-    model = imagen_tiny.BASE_64_QUICK.reading(text_encoder.length, text_encoder.width)
+    # 3. Generator: settings of a diffusion model, for this text encoder; `model.init` gives its parameters. Half of the
+    # training is at noise levels where only the caption tells a colour: without it, few updates learn none.
+    preset = imagen_tiny.BASE_64_QUICK.reading(text_encoder.length, text_encoder.width)
+    times = LogSNRRange(-7.0, -2.0, 0.5, rest=preset.time_sampler)
+    model = dataclasses.replace(preset, time_sampler=times, weighting=PowerSNR(0.1))
 
     # 4. Training: batches, an optimizer, a loop with checkpoints. It returns the last state; `ema` are the averaged
     # parameters, a tree of arrays.
