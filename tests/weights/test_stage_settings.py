@@ -214,5 +214,5 @@ def test_refused_in_one_line(data, message):
 def test_files_of_another_version():
     check_version({"version": VERSION}, "a.json")
     for data, found in (({}, "1"), ({"version": 3}, "3"), ({"version": None}, "None"), ({"version": "2"}, "'2'")):
-        with pytest.raises(ValueError, match=f"^a.json has version {found}, and version 2 is read here"):
+        with pytest.raises(ValueError, match=f"^a.json has version {found}, but only version 2 is supported"):
             check_version(data, "a.json")
