@@ -145,11 +145,11 @@ def check_order(boxes: Sequence[Generator | Decoder]) -> None:
     if first.consumes is not None:
         raise ValueError(
             f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
-            "the one that draws them from text has to come before it"
+            "it must come after a stage that samples from text"
         )
     for lower, upper in itertools.pairwise(boxes):
         if upper.consumes is None:
-            raise ValueError(f"the {upper.side} stage enlarges nothing, but the stage before it draws {lower.side}")
+            raise ValueError(f"the {upper.side} stage is not super-resolution, but the stage before it produces {lower.side}")
         if not same_kind(lower.produces, upper.consumes):
             raise ValueError(
                 f"the {upper.side} stage decodes {upper.consumes}, the one before it produces {lower.produces}"
@@ -157,7 +157,7 @@ def check_order(boxes: Sequence[Generator | Decoder]) -> None:
         if upper.side // upper.factor != lower.side:
             raise ValueError(
                 f"the {upper.side} stage enlarges {upper.side // upper.factor} pixels, "
-                f"but the stage before it draws {lower.side}"
+                f"but the stage before it produces {lower.side}"
             )
 
 
@@ -167,7 +167,7 @@ def _check_text(encoder: TextEncoder | None, box: Box) -> None:
     if encoder is None:
         raise ValueError(f"the {box.side} stage reads text, and there is no text encoder")
     if None in box.reads:
-        raise ValueError(f"the {box.side} stage does not know its text encoder: name it with `DiffusionModel.reading`")
+        raise ValueError(f"the {box.side} stage has no text encoder set: use `DiffusionModel.reading`")
     if (encoder.length, encoder.width) != box.reads:
         raise ValueError(
             f"the text encoder gives embeddings of width {encoder.width}, {encoder.length} of them; "
@@ -204,13 +204,13 @@ def _planned(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions)
     count = len(prompts) * options.per_prompt
     if count < 1 or options.batch < 1:
         raise ValueError(
-            f"nothing to draw: {len(prompts)} prompts, {options.per_prompt} of each, in batches of {options.batch}"
+            f"nothing to sample: {len(prompts)} prompts, {options.per_prompt} of each, in batches of {options.batch}"
         )
     stages = tuple(_stages(pipeline, options, count))
     if options.init is not None:
         _check_init(pipeline, options.init, stages)
     if not all(prompt.strip() for prompt in prompts):
-        warnings.warn("an empty prompt is drawn without text", stacklevel=4)
+        warnings.warn("an empty prompt is sampled without text", stacklevel=4)
     keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
     text = negative = None
     if pipeline.text_encoder is not None:
@@ -231,13 +231,13 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
     begin = 0
     size = options.size or (boxes[0].side,) * 2
     if after is not None:
-        check_product(boxes[after.box].produces, after.product, "what to go on from")
+        check_product(boxes[after.box].produces, after.product, "the product of `after`")
         if len(after.product) != count:
-            raise ValueError(f"{len(after.product)} images to go on from, for {count} to draw")
+            raise ValueError(f"`after` has {len(after.product)} products, for {count} samples")
         begin, size = after.box + 1, after.product.shape[1:3]
         if begin >= end:
             raise ValueError(
-                f"nothing to draw: going on from {boxes[after.box].side} pixels, up to {boxes[end - 1].side}"
+                f"nothing to sample: starting after {boxes[after.box].side} pixels, ending at {boxes[end - 1].side}"
             )
     for number in range(begin, end):
         box = boxes[number]
@@ -270,8 +270,8 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
                 part = np.asarray(output)[: last - start]
                 if not np.isfinite(part).all():
                     raise ValueError(
-                        f"the {box.side} stage drew values that are not finite: its weights, or its sampler's "
-                        "settings, lead there"
+                        f"the {box.side} stage produced values that are not finite: check its weights and its "
+                        "sampler's settings"
                     )
                 if result is None:  # one array for all, so that large images are never held twice
                     result = np.empty((last - first, *part.shape[1:]), part.dtype)
@@ -336,7 +336,7 @@ def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -
     if len(init.strengths) != len(pipeline.boxes):
         raise ValueError(f"{len(init.strengths)} strengths for {len(pipeline.boxes)} stages: give one for each")
     if init.image.ndim != 3 or init.image.shape[2] != 3:
-        raise ValueError(f"an image to begin with is of h×w×3 values, not of {_times(init.image.shape)}")
+        raise ValueError(f"an init_image has the shape h×w×3, not {_times(init.image.shape)}")
     if init.mask is not None and init.mask.shape != init.image.shape[:2]:
         have, want = _times(init.mask.shape), _times(init.image.shape[:2])
         raise ValueError(f"a mask of {have} pixels for an image of {want}")

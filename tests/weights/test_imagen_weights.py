@@ -118,7 +118,7 @@ def test_a_stage_without_the_one_before_it(copy):
 
 def test_stages_that_do_not_fit_each_other(copy):
     save_model(model(LARGEST), copy / "sr256")
-    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it draws 4"):
+    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it produces 4"):
         load(copy)
 
 
