@@ -231,7 +231,10 @@ def test_stages_must_fit(encoder):
             "nothing to sample: starting after 8 pixels",
         ),
         ({"after": After(0, np.zeros((2, 8, 8, 3), np.float32))}, "`after` has 2 products, for 1 samples"),
-        ({"after": After(0, np.zeros((1, 8, 8, 4), np.float32))}, "1×8×8×4, which is no batch of images of 3 channels"),
+        (
+            {"after": After(0, np.zeros((1, 8, 8, 4), np.float32))},
+            "1×8×8×4, which is not a batch of images of 3 channels",
+        ),
         ({"sampling": replace(LARGER, tiles=Tiles(9, 4)), "last": 0}, "a tile of 9 pixels is not"),
         ({"sampling": replace(LARGER, tiles=Tiles(8, 3)), "last": 0}, "a tile overlap of 3 pixels"),
         ({"sampling": replace(LARGER, aug_level=1.0), "size": (8, 8), "last": 5}, "no box 5"),
