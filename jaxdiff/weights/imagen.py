@@ -81,7 +81,7 @@ def load_text(
     run = next((folder for folder in (first, first.parent) if runs.is_run(folder)), None)
     base = stages.read_settings(first if run is None else run / runs.MODEL)[0]
     if base.text is None:
-        raise ValueError(f"{first}: reads no text; the stage that samples from text has to come before it")
+        raise ValueError(f"{first}: reads no text; it must come after a stage that samples from text")
     if run is None or not runs.has_text_source(run):
         folder = first.parent / "text"
         if not folder.is_dir():

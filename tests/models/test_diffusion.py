@@ -429,7 +429,7 @@ def test_enlarging_is_pillows_bicubic():
             ),
             "residual adds 1 channels to images of 3 channels",
         ),
-        (lambda: replace(BASE, conditioners=()), "a network that reads text needs a TextConditioner"),
+        (lambda: replace(BASE, conditioners=()), "a network has a TextConditioner if and only if"),
         (lambda: replace(SR, conditioners=(TEXT, LowResConditioner(factor=3))), "16 is not a multiple of the factor 3"),
         (lambda: DiffusionModel(unet=UNetConfig(), side=100), "stride 8"),
         (lambda: DiffusionModel().init(KEY), "the text encoder of this model is not set"),
