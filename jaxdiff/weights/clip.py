@@ -39,7 +39,8 @@ def load(
 def load_text(
     path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> tuple[CLIPConfig, dict]:
-    """As `load`, for the text tower only: from a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection.
+    """As `load`, for the text tower only: from a CLIPModel (whose other tensors are not read), CLIPTextModel or
+    CLIPTextModelWithProjection.
 
     `config.image` is None, and so is `config.width` without a projection; the parameters are {"text": …}.
     """
