@@ -1,1 +1,1 @@
-"""What every package may use; imports nothing else of ours."""
+"""Helpers for every package; imports no other package of jaxdiff."""

@@ -1,4 +1,4 @@
-"""How long something has taken that cannot say how far it is, such as compilation: shown while it runs."""
+"""Elapsed time of operations without a progress measure, such as compilation."""
 
 import threading
 import time
@@ -10,16 +10,16 @@ from tqdm import tqdm
 
 @contextmanager
 def ticking(show: Callable[[float], None], every: float = 1.0) -> Iterator[None]:
-    """Inside, `show(seconds since the beginning)` is called: once at the start, then every `every` seconds in a thread.
+    """Call `show(elapsed seconds)` at the start of the block and then every `every` seconds in a thread.
 
-    It is not called any more once this is left.
+    `show` is not called after the block.
     """
-    done, begun = threading.Event(), time.perf_counter()
+    done, start = threading.Event(), time.perf_counter()
     show(0.0)
 
     def tick() -> None:
         while not done.wait(every):
-            show(time.perf_counter() - begun)
+            show(time.perf_counter() - start)
 
     thread = threading.Thread(target=tick, name="clock", daemon=True)
     thread.start()
@@ -32,7 +32,7 @@ def ticking(show: Callable[[float], None], every: float = 1.0) -> Iterator[None]
 
 @contextmanager
 def clock(what: str, leave: bool = True) -> Iterator[None]:
-    """A line `what: 00:12` on standard error, whose time goes on inside. `leave`: it stays there in the end."""
+    """Show a line `what: 00:12` on standard error that is updated in the block. leave: keep the line at the end."""
     with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=leave) as bar:
 
         def show(seconds: float) -> None:

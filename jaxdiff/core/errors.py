@@ -2,4 +2,4 @@
 
 
 class ProcessLostError(RuntimeError):
-    """A process that this one needs is gone: no bad input and no bug, and worth starting again (exit code 71)."""
+    """A process that this one needs has ended. Neither bad input nor a bug: start again (exit code 71)."""

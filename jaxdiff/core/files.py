@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name, then renamed."""
+"""Atomic writing of files: under a temporary name, then renamed."""
 
 import contextlib
 import json
@@ -14,17 +14,17 @@ _SUFFIX = ".part"
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path beside `file`, which takes its place when the block ends well and is removed when it does not.
+    """Yields a temporary path beside `file`, which replaces `file` on success and is deleted on failure.
 
-    The name is this process's own, so that two of them may write the same file: the last one's is kept, whole. What
-    it holds is on the disk before it has its name: a machine that is taken away leaves no file that is cut off.
+    The path is unique to this process, so that several may write the same file; the last one wins. The contents are
+    synced to disk before the rename, so that a lost machine leaves no truncated file.
     """
     temporary = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}{_SUFFIX}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
+        temporary.chmod(mode)  # safetensors makes its files readable only by their owner
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, file)
@@ -36,18 +36,18 @@ def write_json(file: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(file) as temporary:
-        # Lone surrogates, in names of files that are no text, become the escapes that JSON has for them.
+        # Lone surrogates, from undecodable file names, become JSON escapes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed processes left half-written in `folder`. For the end, when nothing there is to be written."""
+    """Deletes partial files of killed processes in `folder`. Call it when no process writes there any more."""
     for file in folder.glob(f"*{_SUFFIX}"):
         file.unlink(missing_ok=True)
 
 
 def remove_leftovers_of_the_dead(folder: Path) -> None:
-    """The same for processes of this machine that are no more, while others may still be writing."""
+    """Deletes partial files of dead processes of this machine, while others may still be writing."""
     for file in folder.glob(f"*.{socket.gethostname()}-*{_SUFFIX}"):
         process = file.name.removesuffix(_SUFFIX).rpartition("-")[2]
         if process.isdigit() and not is_alive(int(process)):
@@ -55,11 +55,11 @@ def remove_leftovers_of_the_dead(folder: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine has this number, whoever's it is."""
-    if process < 1:  # would mean a group of processes
+    """Whether this machine has a process with this id, of any user."""
+    if process < 1:  # would address a process group
         return False
     try:
-        os.kill(process, 0)  # changes nothing
+        os.kill(process, 0)  # signal 0 only checks
     except PermissionError:
         return True
     except (ProcessLookupError, OverflowError):
@@ -68,7 +68,7 @@ def is_alive(process: int) -> bool:
 
 
 def usable(folder: Path) -> Path:
-    """The folder, made where it is missing. OSError, before minutes of work, where nothing can be written to it."""
+    """Creates `folder` if it is missing, and returns it. OSError if it is not writable, before any long work."""
     if folder.is_file():
         raise NotADirectoryError(f"{folder}: a file, name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def usable(folder: Path) -> Path:
 
 
 def usable_file(path: Path) -> Path:
-    """The same for a file in its folder; what is there already is overwritten later."""
+    """As `usable`, for the folder of a file; an existing file will be overwritten later."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a folder, name a file")
     usable(path.parent)

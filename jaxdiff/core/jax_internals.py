@@ -1,6 +1,6 @@
-"""All that jaxdiff uses of jax's internals. Each may change with any release of jax; nothing else imports `jax._src`.
+"""All uses of jax's internals. Each may change with any release of jax; no other file imports `jax._src`.
 
-Where one is missing, importing this file raises an ImportError of one line that says which versions are supported.
+If one is missing, importing this file raises a one-line ImportError with the supported versions.
 """
 
 from typing import Any
@@ -8,25 +8,25 @@ from typing import Any
 import jax
 
 SUPPORTED = ">=0.10,!=0.10.2,!=0.11.0,<0.13"
-"""Versions of jax, as in pyproject.toml."""
+"""Supported versions of jax, as in pyproject.toml."""
 
 try:
-    # Whether this machine is a TPU VM, which may be one of several, before any device is used. To be replaced by a
-    # public form of `jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params`: jax.distributed.initialize
-    # looks for other machines itself, but only to join them.
+    # Whether this machine is a TPU VM, possibly one of several, before any device is used. A public form of
+    # `jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params` could replace it; jax.distributed.initialize
+    # detects other machines, but only to join them.
     from jax._src import cloud_tpu_init
 
-    # The state of jax.distributed: this process's number, how many there are, where process 0 is, and the client of the
+    # The state of jax.distributed: process index and count, the address of process 0, and the client of the
     # coordination service, whose key-value store and barriers need no device. Public are jax.distributed.is_initialized
-    # and, once devices are used, jax.process_index and jax.process_count; a public key-value store would replace this.
+    # and, once devices are used, jax.process_index and jax.process_count. A public key-value store could replace this.
     from jax._src.distributed import global_state
 
-    # The module of jaxlib whose `get_distributed_runtime_client` makes that client: the callback for lost processes is
-    # given to it. To be replaced by such an argument of jax.distributed.initialize.
+    # The module of jaxlib whose `get_distributed_runtime_client` creates that client and takes the callback for lost
+    # processes. Such an argument of jax.distributed.initialize could replace it.
     from jax._src.lib import _jax as jaxlib_module
 
-    # Whether a device has been used, after which it is too late to join other processes. To be replaced by a public
-    # function of that name, in jax.extend.backend for example.
+    # Whether a device has been used, after which it is too late to join other processes. A public function of that
+    # name, for example in jax.extend.backend, could replace it.
     from jax._src.xla_bridge import backends_are_initialized
 
     _USED = (
@@ -41,7 +41,7 @@ __all__ = ["SUPPORTED", "backends_are_initialized", "cloud_tpu_init", "coordinat
 
 
 def coordination() -> Any:
-    """The client of the coordination service. RuntimeError where this process has joined no others."""
+    """The client of the coordination service. RuntimeError if jax.distributed is not initialized."""
     if global_state.client is None:
         raise RuntimeError("jax.distributed is not initialized: there is no coordination service")
     return global_state.client

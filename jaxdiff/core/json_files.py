@@ -1,4 +1,4 @@
-"""JSON that anyone may have written: bounded in size and depth, and one kind of error for all that can be wrong."""
+"""Reading of untrusted JSON: bounded in size and depth, with ValueError for every fault."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 from jaxdiff.core.messages import quoted, reason
 
 LARGEST = 2**24
-"""Bytes of a file of settings: hundreds of times what any has."""
+"""Maximum bytes of a settings file, hundreds of times the usual size."""
 DEEPEST = 64
-"""Levels of lists and objects in one another."""
+"""Maximum nesting of lists and objects."""
 
 
 def read_object(path: Path, what: str = "settings", most: int = LARGEST) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes (UTF-8, or UTF-16 and UTF-32 by their first bytes).
+    """Read the JSON object in a file of at most `most` bytes (UTF-8; UTF-16 and UTF-32 are detected).
 
-    OSError where the file cannot be read. ValueError that names it, in one line, where it is no JSON object of
-    `what`, is too large, is nested too deeply, or gives two values to one name.
+    Raises OSError if the file cannot be read, and a one-line ValueError that names it if it is not a JSON object, is
+    too large or nested too deeply, or has two values for one name. what: the expected contents, for the message.
     """
     with open(path, "rb") as file:
         data = file.read(most + 1)
@@ -24,7 +24,7 @@ def read_object(path: Path, what: str = "settings", most: int = LARGEST) -> dict
 
 
 def parse_object(data: str | bytes, where: str, what: str = "settings", most: int = LARGEST) -> dict[str, Any]:
-    """`read_object` of text that is at hand; `where` names it."""
+    """`read_object` for data in memory. where: its name in messages."""
     values = parse(data, where, what, most)
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not JSON with {what}: it holds a {type(values).__name__}")
@@ -39,18 +39,18 @@ def parse(data: str | bytes, where: str, what: str = "settings", most: int = LAR
         values = json.loads(data, object_pairs_hook=_unique)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON with {what}: {reason(error)}") from error
-    except RecursionError:  # without its traceback, which is a thousand lines long
+    except RecursionError:  # its traceback has a thousand lines
         raise ValueError(f"{where} is not JSON with {what}: it is nested too deeply") from None
     _check_depth(values, f"{where} is not JSON with {what}")
     return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's members. ValueError where two of one name differ: readers do not agree on which of them counts."""
+    """An object's members. ValueError if a name has two different values, since JSON readers differ on which to use."""
     values: dict[str, Any] = {}
     for name, value in pairs:
         if values.setdefault(name, value) is not value and values[name] != value:
-            raise ValueError(f"{quoted(name)} is there twice, with two values")
+            raise ValueError(f"{quoted(name)} occurs twice, with different values")
     return values
 
 

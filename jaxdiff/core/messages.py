@@ -1,22 +1,22 @@
-"""Foreign text in messages: escaped, on one line, and cut, so that no file decides what a terminal shows.
+"""Escaping of untrusted text in messages: printable, on one line and truncated.
 
-Names and values that come out of a file (tensors, settings, tokens, captions) and the messages of other libraries pass
-through here wherever they are printed. Control characters, line breaks and lone surrogates become escapes.
+Use these functions to print names and values from files (tensors, settings, tokens, captions) and messages of other
+libraries. Control characters, line breaks and lone surrogates become escapes.
 """
 
 import reprlib
 from typing import Any
 
 LONGEST = 80
-"""Characters of a name or a value that are shown."""
+"""Maximum characters of a name or value in a message."""
 
 
 class Note(UserWarning):
-    """What was chosen or found, for people to see, where nothing is wrong: a warning that is shown as a note."""
+    """Information for the user, such as an automatic choice, where nothing is wrong; shown as a note, not a warning."""
 
 
 def quoted(value: Any, most: int = LONGEST) -> str:
-    """`repr` of a value in about `most` characters: long text is cut, of lists and groups the first items are shown."""
+    """`repr` of a value in about `most` characters: long text is truncated, collections show their first items."""
     if isinstance(value, str):
         return _cut(repr(value[:most]), value, most)
     shown = _Short().repr(value)
@@ -24,13 +24,13 @@ def quoted(value: Any, most: int = LONGEST) -> str:
 
 
 def plain(text: str, most: int = LONGEST) -> str:
-    """Text without quotes: each run of whitespace is one space, what cannot be printed is escaped."""
+    """Text without quotes: runs of whitespace become one space, unprintable characters are escaped."""
     words = " ".join(text[:most].split())
     return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in words), text, most)
 
 
 def reason(error: BaseException, most: int = 400) -> str:
-    """What an error of another library says, as `plain` text; its type where it says nothing."""
+    """The message of another library's error as `plain` text, or its type if the message is empty."""
     return plain(str(error).strip(), most) or type(error).__name__
 
 
@@ -39,7 +39,7 @@ def _cut(shown: str, text: str, most: int) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Nested to a few levels, with a few items on each."""
+    """Shows a few levels of nesting, with a few items on each."""
 
     def __init__(self):
         super().__init__()

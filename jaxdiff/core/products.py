@@ -1,6 +1,6 @@
-"""What passes from one box of a system to the next: the types of intermediate products and of images.
+"""Types of the products that pass between the boxes of a system: intermediate products and images.
 
-A product is an array with the batch in front. Its specification says what it is made of; height and width are free.
+A product is an array with a leading batch axis. Its specification leaves height and width free.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """An autoencoder's latents (b h w channels), float32, scaled to about unit variance. A latent stands for a square
-    of `stride` pixels a side."""
+    """An autoencoder's latents (b h w channels), float32, scaled to about unit variance. A latent represents
+    `stride`×`stride` pixels."""
 
     channels: int = 4
     stride: int = 8
@@ -32,7 +32,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """A grid of codes (b h w), int32 in [0, classes). A code stands for a square of `stride` pixels a side."""
+    """A grid of codes (b h w), int32 in [0, classes). A code represents `stride`×`stride` pixels."""
 
     classes: int = 8192
     stride: int = 8
@@ -55,15 +55,15 @@ ProductSpec = ImageSpec | LatentSpec | TokenSpec | EmbeddingSpec
 
 
 def same_kind(produced: ProductSpec, consumed: ProductSpec) -> bool:
-    """Whether what one box produces is what another consumes. Strides are of sides, which are checked with them."""
+    """Whether a box can consume another's product. Strides are ignored; they are checked with the sides."""
     strideless = [{**vars(spec), "stride": 0} for spec in (produced, consumed)]
     return type(produced) is type(consumed) and strideless[0] == strideless[1]
 
 
 def check_product(spec: ProductSpec, array: Any, what: str = "the product") -> None:
-    """ValueError unless the array, a batch, is of this kind; its values are not looked at."""
+    """ValueError unless the axes and channels of a batch match `spec`; values are not checked."""
     grid = isinstance(spec, ImageSpec | LatentSpec)
     axes = 4 if grid else 3 if isinstance(spec, TokenSpec) else 2
     last = spec.channels if isinstance(spec, ImageSpec | LatentSpec) else getattr(spec, "width", None)
     if array.ndim != axes or (last is not None and array.shape[-1] != last):
-        raise ValueError(f"{what} has the shape {'×'.join(map(str, array.shape))}, which is no batch of {spec}")
+        raise ValueError(f"{what} has the shape {'×'.join(map(str, array.shape))}, which is not a batch of {spec}")

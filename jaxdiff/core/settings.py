@@ -1,10 +1,10 @@
-"""Settings dataclasses as JSON, for files and for comparison, and hashes of what they say.
+"""Settings dataclasses as JSON, for files, comparison and hashes.
 
-In JSON a dataclass is its tag with its fields, an enum's member its tag with its name. Fields that say only how
-something is computed (metadata `how`) are no part of it: they may change from one run to the next.
+In JSON a dataclass is its tag with its fields, an enum member its tag with its name. Fields that affect only the
+execution (metadata `how`) are omitted: they may change between runs.
 
-Files use the tags of a closed table (`Table`), which stay when classes are renamed or moved. Checkpoints take any
-class, by its name, and where it is one of this package by its module too.
+Files use the tags of a closed table (`Table`), which do not change when classes are renamed or moved. Checkpoints
+accept any class, by its name, for classes of this package with the module.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import typeguard
 from jaxdiff.core.messages import quoted, reason
 
 LONGEST = 2**16
-"""Entries of a list in a file."""
+"""Maximum entries of a list in a file."""
 _SHOWN = 32  # entries of a list that are compared one by one; longer ones by their hash
 
 Tag = Callable[[type], str]
@@ -30,11 +30,11 @@ Tag = Callable[[type], str]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The classes that a file of settings may name, each by its tag.
+    """The classes that a settings file may contain, by tag.
 
-    check: called with (class, field, value, where) for each field of a file before its class is given it.
-    check_value: called with (value, where) for each dataclass and enum member that came out of a file. Both raise
-        ValueError that names `where`.
+    check: called with (class, field, value, where) for each field of a file before the class is constructed.
+    check_value: called with (value, where) for each dataclass and enum member from a file. Both raise ValueError that
+        names `where`.
     """
 
     classes: Mapping[str, type]
@@ -49,12 +49,12 @@ class Table:
         object.__setattr__(self, "_tags", tags)
 
     def to_json(self, settings: Any) -> Any:
-        """Settings as JSON's types; ValueError for a class that `from_json` would not read back."""
-        return _plain(settings, self._tag, _refused)
+        """Settings as JSON types; ValueError for a class that `from_json` cannot read back."""
+        return _plain(settings, self._tag, _reject)
 
     def from_json(self, data: Any, where: str) -> Any:
-        """The inverse of `to_json`, of what `core.json_files` has read; `how` fields of a file are left as they are by
-        default. ValueError that names `where` for anything it does not know, before anything is built."""
+        """The inverse of `to_json`, for data from `core.json_files`; `how` fields keep their defaults. ValueError that
+        names `where`, for unknown classes, fields and values."""
         if isinstance(data, list):
             if len(data) > LONGEST:
                 raise ValueError(f"{where}: a list of {len(data)} entries, more than {LONGEST}")
@@ -65,14 +65,14 @@ class Table:
         if not isinstance(tag, str) or tag not in self.classes:
             raise ValueError(f"{where}: unknown class of settings {quoted(tag)}")
         cls = self.classes[tag]
-        passed_over = {"class", *(_how(cls) - {"class"})}
-        fields = {name: self.from_json(value, where) for name, value in data.items() if name not in passed_over}
+        ignored = {"class", *(_how(cls) - {"class"})}
+        fields = {name: self.from_json(value, where) for name, value in data.items() if name not in ignored}
         self._check_fields(cls, fields, where)
         try:
             value = cls[fields["member"]] if issubclass(cls, enum.Enum) else cls(**fields)
         except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{where}: settings of {tag} that this version does not know ({reason(error)})") from error
-        except ValueError as error:  # of the class itself, which knows no file
+        except ValueError as error:  # from the class, without the file's name
             raise ValueError(f"{where}: {reason(error)}") from error
         self.check_value(value, where)
         return value
@@ -83,7 +83,7 @@ class Table:
         return self._tags[cls]
 
     def _check_fields(self, cls: type, fields: dict[str, Any], where: str) -> None:
-        """ValueError for a field of another type, or that `check` refuses."""
+        """ValueError for a field of the wrong type, or rejected by `check`."""
         hints, every = typing.get_type_hints(cls), typeguard.CollectionCheckStrategy.ALL_ITEMS
         for name, value in fields.items():
             hint = hints.get(name, typing.Any)
@@ -93,20 +93,20 @@ class Table:
             except typeguard.TypeCheckError as error:
                 raise ValueError(f"{where}: {name} of {cls.__name__} is {quoted(value)}: {reason(error)}") from error
             kinds = {hint, *typing.get_args(hint)}
-            if isinstance(value, bool) and float in kinds and bool not in kinds:  # to Python, True is the number 1
+            if isinstance(value, bool) and float in kinds and bool not in kinds:  # in Python, True is the number 1
                 raise ValueError(f"{where}: {name} of {cls.__name__} is {value}, it takes only numbers")
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """`{"unet.channels": 128, …}` of nested settings of any kind, so that a checkpoint can say by name what differs.
+    """Nested settings of any kind as `{"unet.channels": 128, …}`, to report differences by name.
 
-    Lists of more than 32 entries, and arrays, are hashes; other objects are their names.
+    Lists of more than 32 entries and arrays become hashes; other objects their names.
     """
     return dict(_flat(_plain(settings, qualified_name, _described), ""))
 
 
 def difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """The first differing setting of two that are flattened, with both values, in words; None where all agree."""
+    """A description of the first difference between flattened settings, with both values; None if they are equal."""
     name = first_difference(saved, given)
     if name is None:
         return None
@@ -118,27 +118,26 @@ def difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None
 
 
 def first_difference(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    """The name of the first setting that differs, in the order of `given`; None where all agree."""
+    """The name of the first setting that differs, in the order of `given`; None if they are equal."""
     names = [*given, *(name for name in saved if name not in given)]
     return next((name for name in names if name not in saved or name not in given or saved[name] != given[name]), None)
 
 
 def canonical(settings: Any) -> bytes:
-    """Settings of any kind as JSON that is the same wherever they are the same, for hashes: classes by their bare
-    names, names sorted."""
+    """Settings of any kind as canonical JSON, for hashes: classes by their bare names, names sorted."""
     values = _plain(settings, lambda cls: cls.__name__, _described)
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
 def qualified_name(named: Any) -> str:
-    """Of a class or function of this package its module's name and its own; of any other, whose module is called
-    `__main__` when it is run as a script, its own."""
+    """The name of a class or function, with its module if it is in this package. The module of others is omitted,
+    because it is `__main__` when run as a script."""
     ours = named.__module__.startswith(f"{__name__.partition('.')[0]}.")
     return f"{named.__module__}.{named.__qualname__}" if ours else named.__qualname__
 
 
 def _plain(value: Any, tag: Tag, other: Callable[[Any, Tag], Any]) -> Any:
-    """JSON's types. `other`: what becomes of values that are neither settings nor JSON's."""
+    """`value` as JSON types. other: converts values that are neither settings nor JSON types."""
     if isinstance(value, enum.Enum):
         return {"class": tag(type(value)), "member": value.name}
     if value is None or type(value) in (bool, int, float, str):
@@ -152,14 +151,14 @@ def _plain(value: Any, tag: Tag, other: Callable[[Any, Tag], Any]) -> Any:
     return other(value, tag)
 
 
-def _refused(value: Any, tag: Tag) -> Any:
+def _reject(value: Any, tag: Tag) -> Any:
     raise ValueError(f"settings of class {type(value).__name__} cannot be written to a file")
 
 
 def _described(value: Any, tag: Tag) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.dtype | type):  # float32 of numpy, of jax, or as a dtype: all the same
+    if isinstance(value, np.dtype | type):  # numpy's float32, jax's and the dtype are equivalent
         dtype = np.dtype(value).name
         return dtype if dtype != "object" else qualified_name(value)
     if isinstance(value, Mapping):
@@ -191,7 +190,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _how(cls: type) -> set[str]:
-    """The fields that say only how something is computed."""
+    """The fields that affect only the execution."""
     if not dataclasses.is_dataclass(cls):
         return set()
     return {each.name for each in dataclasses.fields(cls) if each.metadata.get("how")}

@@ -1,7 +1,4 @@
-"""Parameter trees: nested dicts of arrays, by the paths of their leaves.
-
-A leaf's name is its path joined by "/".
-"""
+"""Parameter trees: nested dicts of arrays. A leaf's name is its path joined by "/"."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -14,7 +11,7 @@ from jaxdiff.core.messages import plain, quoted
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict:
-    """{"a": {"b": leaf}} → {"a/b": leaf}, in sorted order. ValueError for a name that holds a slash."""
+    """{"a": {"b": leaf}} → {"a/b": leaf}, in sorted order. ValueError for a name that contains a slash."""
     flat = {}
     for name in sorted(tree):
         if "/" in name:
@@ -25,7 +22,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict:
 
 
 def unflatten(flat: Mapping) -> dict:
-    """The inverse of `flatten`. ValueError where a name is that of a leaf and of a group."""
+    """The inverse of `flatten`. ValueError if a name is both a leaf and a group."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -41,7 +38,7 @@ def unflatten(flat: Mapping) -> dict:
 def check_tree(params: Mapping, expected_shapes: Mapping, where: str) -> None:
     """Raises ValueError unless `params` has exactly the leaves of `expected_shapes` (arrays or shape structs).
 
-    The message names `where` the parameters came from, and the first ten leaves missing, unexpected and misshapen.
+    The message names `where` (the source) and the first ten missing, unexpected and misshapen leaves.
     """
     have = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     want = {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}
@@ -49,7 +46,7 @@ def check_tree(params: Mapping, expected_shapes: Mapping, where: str) -> None:
 
 
 def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: str) -> None:
-    """`check_tree` for names and shapes alone, so that a file can be checked before a tensor of it is read."""
+    """`check_tree` for names and shapes only, to check a file before its tensors are read."""
     problems = [
         listed("missing", sorted(want.keys() - have.keys())),
         listed("unexpected", sorted(have.keys() - want.keys())),
@@ -65,7 +62,7 @@ def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: st
 
 
 def listed(what: str, names: list[str], show: Callable[[str], str] = plain) -> str:
-    """How many leaves are `what`, with the names of the first ten; nothing where there are none."""
+    """The number of leaves that are `what`, with the names of the first ten; "" if there are none."""
     if not names:
         return ""
     more = ", …" if len(names) > 10 else ""
@@ -73,8 +70,7 @@ def listed(what: str, names: list[str], show: Callable[[str], str] = plain) -> s
 
 
 def update_digest(digest: Any, params: Any) -> None:
-    """Feeds a hash of `hashlib` with paths, types, shapes and values of all leaves, whatever device or order they are
-    kept in."""
+    """Update a `hashlib` hash with paths, types, shapes and values of all leaves, independent of device and order."""
     leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
     for path, leaf in sorted(leaves, key=lambda named: named[0]):
         array = np.ascontiguousarray(leaf)

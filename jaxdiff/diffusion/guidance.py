@@ -1,8 +1,8 @@
 """Classifier-free guidance, in Imagen's convention: ε̃ = w ε(z, c) + (1 − w) ε(z).
 
-w = 1 is off (exactly the conditional prediction), w = 0 exactly the unconditional one, w > 1 guides. Code that writes
-(1 + w) ε(z, c) − w ε(z), or where 0 means off, has a w smaller by one. The rule is affine, so it may be applied to ε,
-x₀, v or velocity alike; only `rescale` depends on which. Both branches are one doubled batch, which the caller makes.
+w = 1 is off (exactly the conditional prediction), w = 0 is exactly the unconditional prediction, w > 1 guides. In the
+convention (1 + w) ε(z, c) − w ε(z), where 0 is off, w is smaller by one. The rule is affine, so it applies equally to
+ε, x₀, v and velocity; only `rescale` depends on the choice. The caller evaluates both branches as one doubled batch.
 """
 
 import dataclasses
@@ -16,25 +16,25 @@ _LARGEST = float(jnp.finfo(jnp.float32).max) / 2  # w and 1 − w are float32
 
 
 def guide(cond: Float[Array, "b *s"], uncond: Float[Array, "b *s"], weight: Number) -> Float[Array, "b *s"]:
-    """w cond + (1 − w) uncond, with w a number or one for each sample (b,)."""
-    weight = _of_samples(weight, cond)
+    """w cond + (1 − w) uncond; w is a number or one per sample (b,)."""
+    weight = _per_sample(weight, cond)
     return weight * cond + (1.0 - weight) * uncond
 
 
 @pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How strongly, and where, the text guides.
+    """Guidance weight, interval and rescaling.
 
     weight    w above; 1 is off.
     interval  (low, high) in log-SNR: outside it w is 1 (arXiv 2404.07724, whose noise level s is λ = −2 log s).
               None: everywhere.
-    rescale   φ in [0, 1] (arXiv 2305.08891, Eq. 15–16): the guided prediction, scaled to the standard deviation that
-              the conditional one has over the sample's own axes, is mixed in with φ. 0 is off.
+    rescale   φ in [0, 1] (arXiv 2305.08891, Eq. 15–16): interpolates to the guided prediction scaled to the standard
+              deviation of the conditional one over the sample's own axes. 0 is off.
 
-    A pytree whose numbers are leaves, so that `jax.jit` may trace them; whether there is an interval is its structure.
-    Arrays may hold a number for each sample (b,). With plain numbers it is hashable, and ValueError names one that is
-    out of range.
+    A pytree whose numbers are leaves, so that `jax.jit` can trace them; the presence of an interval is part of its
+    structure. Arrays may hold one number per sample (b,). With plain numbers it is hashable, and a number out of range
+    raises ValueError.
     """
 
     weight: Number = 1.0
@@ -52,8 +52,8 @@ class Guidance:
 
     @property
     def on(self) -> bool:
-        """False where the conditional prediction alone will do, so that the caller needs no doubled batch. True of an
-        array: its value may not be known yet."""
+        """False if the conditional prediction suffices, so that no doubled batch is needed. True for an array, whose
+        value may be traced."""
         return not is_plain(self.weight) or self.weight != 1.0
 
     def apply(
@@ -63,23 +63,23 @@ class Guidance:
         logsnr: Float[Array, "..."],
         weights: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b *s"]:
-        """The guided prediction at this log-SNR, a scalar or (b,); `weights`: the samples' own, in place of the one."""
+        """The guided prediction. logsnr: a scalar or (b,). weights: one per sample, instead of `weight`."""
         guided = guide(cond, uncond, jnp.where(self.inside(logsnr), self.weight if weights is None else weights, 1.0))
         if is_plain(self.rescale) and self.rescale == 0.0:
             return guided
         axes = tuple(range(1, cond.ndim))
         ratio = _deviation(cond, axes) / jnp.maximum(_deviation(guided, axes), 1e-12)
-        return guided * (1.0 + _of_samples(self.rescale, guided) * (ratio - 1.0))
+        return guided * (1.0 + _per_sample(self.rescale, guided) * (ratio - 1.0))
 
     def inside(self, logsnr: Float[Array, "*s"]) -> Bool[Array, "*s"]:
-        """Where the weight counts; elsewhere the unconditional prediction need not be computed."""
+        """Whether the weight applies; elsewhere the unconditional prediction is not needed."""
         if self.interval is None:
             return jnp.ones(jnp.shape(logsnr), bool)
         return (logsnr >= self.interval[0]) & (logsnr <= self.interval[1])
 
 
-def _of_samples(value: Number, x: Float[Array, "b *s"]) -> Array:
-    """A number, or one for each sample, so that it multiplies x."""
+def _per_sample(value: Number, x: Float[Array, "b *s"]) -> Array:
+    """Reshape a number, or one per sample, to broadcast against x."""
     value = jnp.asarray(value, jnp.promote_types(x.dtype, jnp.float32))
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 

@@ -1,8 +1,8 @@
-"""The training loss: a weighted mean-squared error of what the network predicts.
+"""Training losses: a weighted mean-squared error of the network's prediction.
 
 A weighting is a frozen dataclass whose `weight(logsnr, prediction)` is the factor on the squared error of that
-prediction's target, at the times that a `TimeSampler` chooses. Min-SNR and sigmoid are one weighting of the
-x₀ error whatever the network predicts: `parameterization.log_error_ratio` turns it into each target's factor.
+prediction's target, at times from a `TimeSampler`. A weighting is defined for the x₀ or ε error and is independent of
+the network's prediction: `parameterization.log_error_ratio` converts it to each target's factor.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Weighting(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UniformWeighting:
-    """Factor 1 on the squared error of whatever is predicted (DDPM's L_simple and Imagen's loss, when that is ε)."""
+    """Factor 1 on the squared error of the prediction (for ε: DDPM's L_simple and Imagen's loss)."""
 
     def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
         return jnp.ones_like(logsnr)
@@ -37,8 +37,8 @@ class MinSNR:
     """min(SNR, γ) on the x₀ error (arXiv 2303.09556, Sec. 3.4), and not below `floor`.
 
     Factors, with S = e^λ and m = max(min(S, γ), floor): x₀: m; ε: m/S; v: m/(S + 1); velocity: m/(1 + √S)². The paper
-    has no floor (0); a floor of 1 is the truncated SNR of progressive distillation (arXiv 2202.00512, Sec. 4), which
-    goes on learning at high noise, where the text decides, when x₀ is predicted.
+    has no floor (0). A floor of 1 is the truncated SNR of progressive distillation (arXiv 2202.00512, Sec. 4): with x₀
+    prediction, the loss does not vanish at high noise, where the text matters most.
     """
 
     gamma: float = 5.0
@@ -58,12 +58,12 @@ class MinSNR:
 
 @dataclasses.dataclass(frozen=True)
 class PowerSNR:
-    """SNR^power on the x₀ error, the log-SNR kept within `lowest` and `highest`.
+    """SNR^power on the x₀ error, with the log-SNR clipped to [`lowest`, `highest`].
 
     Factors, with W = e^(power · clip(λ)) and S = e^λ: x₀: W; ε: W/S; v: W/(S + 1); velocity: W/(1 + √S)². Power 0 is
-    the plain x₀ error and 1, within those limits, the plain ε error. Between them lies the power at which every noise
-    level has about the same loss, which is what learned weights come to (EDM2, arXiv 2312.02696): about a fifth for
-    flat images.
+    the plain x₀ error, power 1 (within the limits) the plain ε error. In between lies the power at which all noise
+    levels have about the same loss, to which learned weights converge (EDM2, arXiv 2312.02696): about a fifth for flat
+    images.
     """
 
     power: float = 0.5
@@ -74,7 +74,7 @@ class PowerSNR:
         if not math.isfinite(self.power):
             raise ValueError(f"power must be finite, not {self.power}")
         if not -math.inf < self.lowest <= self.highest < math.inf:
-            raise ValueError(f"log-SNR cannot be kept within {self.lowest} and {self.highest}")
+            raise ValueError(f"log-SNR cannot be clipped to [{self.lowest}, {self.highest}]")
 
     def weight(self, logsnr: Float[Array, " b"], prediction: Prediction) -> Float[Array, " b"]:
         wanted = self.power * jnp.clip(logsnr, self.lowest, self.highest)
@@ -86,8 +86,8 @@ class SigmoidWeighting:
     """sigmoid(b − λ) on the ε error (arXiv 2303.00848; simpler diffusion, arXiv 2410.19324).
 
     Factors, with S = e^λ: ε: sigmoid(b − λ); x₀: S sigmoid(b − λ) = e^b sigmoid(λ − b); v: S sigmoid(b − λ)/(S + 1);
-    velocity: S sigmoid(b − λ)/(1 + √S)². The papers write their loss as an integral over λ; at uniform times it
-    lacks their factor −dλ/dt.
+    velocity: S sigmoid(b − λ)/(1 + √S)². The papers write the loss as an integral over λ; at uniform times this
+    weighting lacks their factor −dλ/dt.
     """
 
     bias: float = -1.0
@@ -109,17 +109,17 @@ def variance_loss(
     t: Float[Array, " b"],
     weight: float = 0.001,
 ) -> Float[Array, " b"]:
-    """What a learned variance is trained by: the variational bound of one step of the table, in bits per value, times
-    `weight` and N (improved DDPM, arXiv 2102.09672, Eq. 16, where the bound is the sum over all N steps).
+    """The loss of a learned variance: the variational bound of one step of the table, in bits per value, times `weight`
+    and N (improved DDPM, arXiv 2102.09672, Eq. 16, where the bound is the sum over all N steps).
 
-    It is the divergence of the true step's distribution, given x₀, from the sampler's (`DDPM` with this γ). `predicted`
-    is the network's x₀ without its gradient: the bound is to teach γ alone. At the first entry, whose true step has no
-    variance, it is −log of the density that the sampler gives the 1/255 around x₀.
+    It is the KL divergence of the true step's distribution given x₀ from the sampler's (`DDPM` with this γ).
+    predicted: the network's x₀ without its gradient, since the bound trains only γ. At the first entry, whose true step
+    has no variance, it is −log of the probability that the sampler assigns to the interval of 1/255 around x₀.
     """
     step = 1.0 / schedule.steps
     wide = (-1,) + (1,) * (x.ndim - 1)
     here, before = (time_grid_at(schedule, jnp.maximum(time, 0.0).reshape(wide)) for time in (t, t - step))
-    # The lower bound of the variance is 0 at the first entry; there the second one's stands in.
+    # The lower bound of the variance is 0 at the first entry; use that of the second.
     second = time_grid_at(schedule, jnp.asarray([2.0 * step, step]))
     least = 2.0 * jnp.log(ancestral_deviation(_point(second, 0), _point(second, 1), 0.0))
     first = (t < 1.5 * step).reshape(wide)
@@ -127,7 +127,7 @@ def variance_loss(
     high = 2.0 * jnp.log(ancestral_deviation(here, before, 1.0))
     log_variance = (1.0 - gamma) * low + gamma * high
     fresh = -jnp.expm1(here.logsnr - before.logsnr)
-    difference = fresh * before.alpha * (x0 - predicted)  # of the means: the share of x is the same in both
+    difference = fresh * before.alpha * (x0 - predicted)  # of the means: the x terms cancel
     divergence = 0.5 * (log_variance - low + jnp.expm1(low - log_variance) + difference**2 * jnp.exp(-log_variance))
     likelihood = -_log_density(x0, predicted, 0.5 * log_variance)
     bits = jnp.where(first, likelihood, divergence) / math.log(2.0)
@@ -135,7 +135,7 @@ def variance_loss(
 
 
 def _log_density(x0: Float[Array, "b *s"], mean: Float[Array, "b *s"], log_deviation: Float[Array, "b *s"]) -> Array:
-    """log of the share of a normal distribution within 1/255 of x₀; the outermost of 256 levels reach to infinity."""
+    """log of a normal distribution's mass within 1/255 of x₀; the outermost of the 256 levels extend to infinity."""
     scale = jnp.exp(-log_deviation)
     above = jax.scipy.special.ndtr(scale * (x0 + 1.0 / 255.0 - mean))
     below = jax.scipy.special.ndtr(scale * (x0 - 1.0 / 255.0 - mean))
@@ -157,7 +157,7 @@ def diffusion_loss(
     weighting: Weighting,
 ) -> Float[Array, " b"]:
     """The weighted mean-squared error of each sample, over its own axes, in float32."""
-    wanted = target(prediction, x0, eps, alpha, sigma)
-    error = jnp.square(network_output.astype(wanted.dtype) - wanted)
+    expected = target(prediction, x0, eps, alpha, sigma)
+    error = jnp.square(network_output.astype(expected.dtype) - expected)
     logsnr = 2.0 * (jnp.log(alpha) - jnp.log(sigma))
     return weighting.weight(logsnr, prediction) * jnp.mean(error, axis=tuple(range(1, error.ndim)))

@@ -1,4 +1,4 @@
-"""Numbers of guidance and thresholding, which jax may trace: other values then compile nothing anew."""
+"""Numeric settings of guidance and thresholding that may be traced, so that new values do not recompile."""
 
 import dataclasses
 from typing import Any, TypeGuard, TypeVar
@@ -11,16 +11,16 @@ Settings = TypeVar("Settings")
 
 
 def is_plain(value: object) -> TypeGuard[float]:
-    """Whether this is a number of Python, whose value is known and can be checked: no array and no tracer."""
+    """Whether this is a Python number, whose value can be checked, not an array or a tracer."""
     return isinstance(value, int | float)
 
 
 def pytree_of_numbers(cls: type[Settings]) -> type[Settings]:
     """Registers a frozen dataclass as a pytree with its fields as children.
 
-    jax builds pytrees from placeholders too, so they are put together without the class's checks. With
-    `jax.tree_util.register_dataclass`, which calls those, the structures of two classes that have the same fields are
-    equal (jax 0.10 to 0.12), and a compiled program of one could be run for the other.
+    jax also builds pytrees from placeholders, so unflattening skips the class's checks. With
+    `jax.tree_util.register_dataclass`, which runs them, the structures of two classes with the same fields compare
+    equal (jax 0.10 to 0.12), so a program compiled for one could be run for the other.
     """
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 

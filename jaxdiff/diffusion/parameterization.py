@@ -1,4 +1,4 @@
-"""What a network predicts, and how each prediction turns into the clean image and the noise.
+"""Parameterizations of the network's prediction, and their conversion to the clean image and the noise.
 
 With x = α x₀ + σ ε and r = √(α² + σ²) (1 for variance-preserving schedules):
 
@@ -7,8 +7,8 @@ With x = α x₀ + σ ε and r = √(α² + σ²) (1 for variance-preserving sch
     v          (α ε − σ x₀)/r      (arXiv 2202.00512)    x₀ = (α x/r − σ v)/r,   ε = (σ x/r + α v)/r
     velocity   ε − x₀              (rectified flow)      x₀ = (x − σ u)/(α + σ), ε = (x + α u)/(α + σ)
 
-Schedules keep α and σ above zero, so nothing here divides by zero; the arithmetic is in float32 at least. Samplers see
-only x₀ and ε. All shapes are (b, …); α and σ are (b,), one for each sample, or scalars.
+Schedules keep α and σ above zero, so nothing here divides by zero. The arithmetic is in at least float32. Samplers see
+only x₀ and ε. All shapes are (b, …); α and σ are (b,), one per sample, or scalars.
 """
 
 import enum
@@ -23,7 +23,7 @@ Coefficient = Float[Array, "..."] | float  # α or σ
 
 
 class Prediction(enum.Enum):
-    """What the network's output means."""
+    """The meaning of the network's output."""
 
     EPSILON = "epsilon"
     X0 = "x0"
@@ -32,15 +32,15 @@ class Prediction(enum.Enum):
 
 
 class Denoised(NamedTuple):
-    """A prediction as samplers see it; x = α x0 + σ eps, unless x0 was thresholded and eps kept."""
+    """A prediction for samplers; x = α x0 + σ eps, unless x0 was thresholded and eps kept."""
 
     x0: Float[Array, "b *s"]
     eps: Float[Array, "b *s"]
 
 
 class DenoisedWithVariance(NamedTuple):
-    """The same of a network that has learned the variance too: gamma is the place of a random step's log variance
-    between its bounds (`samplers.DDPM`)."""
+    """`Denoised` with a learned variance: gamma interpolates the log variance of a step between its bounds
+    (`samplers.DDPM`)."""
 
     x0: Float[Array, "b *s"]
     eps: Float[Array, "b *s"]
@@ -62,7 +62,7 @@ def denoised(
     alpha: Coefficient,
     sigma: Coefficient,
 ) -> Denoised:
-    """The network's output at x, as x₀ and ε."""
+    """Convert the network's output at x to x₀ and ε."""
     return _FORMS[prediction].denoise(*_align(output, x, alpha, sigma))
 
 
@@ -73,17 +73,17 @@ def target(
     alpha: Coefficient,
     sigma: Coefficient,
 ) -> Float[Array, "b *s"]:
-    """What the network should output at x = α x₀ + σ ε."""
+    """The network's target at x = α x₀ + σ ε."""
     return _FORMS[prediction].target(*_align(x0, eps, alpha, sigma))
 
 
 def from_x0(x0: Float[Array, "b *s"], x: Float[Array, "b *s"], alpha: Coefficient, sigma: Coefficient) -> Denoised:
-    """x₀ with the ε that leads from it to x: what a sampler should see after x₀ was thresholded."""
+    """x₀ with the ε implied by x, for samplers after x₀ was thresholded."""
     return denoised(Prediction.X0, x0, x, alpha, sigma)
 
 
 def log_error_ratio(prediction: Prediction, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """log of |error of the target|² / |error of x₀|² at the same x, for turning loss weights into one another.
+    """log of |error of the target|² / |error of x₀|² at the same x, to convert loss weights between targets.
 
     With λ the log-SNR: ε: λ; x₀: 0; v: log(1 + e^λ); velocity: 2 log(1 + e^(λ/2)).
     """
@@ -132,7 +132,7 @@ _FORMS = {
 
 
 def _align(first: Array, second: Array, alpha: Coefficient, sigma: Coefficient) -> tuple[Array, Array, Array, Array]:
-    """All four in one precision (float32 at least), α and σ with axes of size 1 behind the batch axis."""
+    """All four in one precision (at least float32), α and σ with axes of size 1 after the batch axis."""
     dtype = jnp.promote_types(jnp.result_type(first, second), jnp.float32)
 
     def coefficient(value):

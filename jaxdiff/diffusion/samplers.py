@@ -1,20 +1,18 @@
-"""Samplers: from noise to image along a grid of times.
+"""Samplers: integrate from noise to image along a time grid.
 
-A sampler is a frozen dataclass with three functions of its state, the carry (only the current one: no trajectories):
+A sampler is a frozen dataclass with functions of its carry, which holds only the current state, no trajectory:
 
     carry = sampler.init(x)                                    # x ~ N(0, 1), the noise at t = 1
     carry = integrate(sampler, denoise, carry, grid, keys, start, stop)
-    image = sampler.image(carry)                               # and sampler.replace(carry, image) puts another one in
+    image = sampler.image(carry)                               # sampler.replace(carry, image) sets another image
 
-`denoise(x, t)` is the network with everything around it (guidance, thresholding): x (b, …) as noised by the schedule
-and t (b,) go in, x₀ and ε come out. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and
-n = i + 1 the next. All but DDIM read x₀ alone. After thresholding x₀, ε is either re-derived from it
-(`parameterization.from_x0`, which makes DDIM consistent with the others) or stays the network's own (as in
-diffusers' DDIM).
+`denoise(x, t)` is the network with guidance and thresholding: it maps x (b, …), noised by the schedule, and t (b,) to
+x₀ and ε. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and n = i + 1 the next. All samplers
+but DDIM use only x₀. After thresholding x₀, ε is either re-derived from it (`parameterization.from_x0`, which makes
+DDIM consistent with the others) or remains the network's (as in diffusers' DDIM).
 
-The grid ends at the schedule's last log-SNR, clipped, where σ is 5e-5 of the image's range by default (0.002 with
-EDM): the state there is the image. State and coefficients are float32 (float64 if x is), whatever the network
-computes in.
+The grid ends at the schedule's last, clipped log-SNR, where σ is 5e-5 of the image's range by default (0.002 with EDM);
+the state there is the image. State and coefficients are float32 (float64 if x is), whatever the network's compute type.
 """
 
 import dataclasses
@@ -37,7 +35,7 @@ Index = Int[Array, ""] | int
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What every sampler offers."""
+    """The interface of samplers."""
 
     def init(self, x: Float[Array, "b *s"]) -> Carry: ...
 
@@ -48,7 +46,7 @@ class Sampler(Protocol):
     def replace(self, carry: Carry, x: Float[Array, "b *s"]) -> Carry: ...
 
     def evaluations(self, steps: int) -> int:
-        """How often a run of that many steps evaluates the network."""
+        """Network evaluations for `steps` steps."""
         ...
 
 
@@ -62,23 +60,23 @@ def integrate(
     stop: Index,
     keep: Callable[[Float[Array, "b *s"], TimeGrid], Float[Array, "b *s"]] | None = None,
 ) -> Carry:
-    """Steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program; the
-    result does not depend on the chunks. `keys` (b,) are the samples' own; each step folds in its number. `keep(x,
-    point)` puts what is known (inpainting) back into the state after each step, at the grid's point where it ends."""
+    """Run steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program;
+    the result does not depend on the chunks. keys (b,): one per sample; each step folds in its number. keep(x, point):
+    restores the known part of the image (inpainting) after each step, at the grid point where the step ends."""
 
     step = partial(sampler.step, denoise=denoise, grid=grid, keys=keys)
     if keep is None:
         return jax.lax.fori_loop(start, stop, step, carry)
 
-    def keeping(i: Index, state: Carry) -> Carry:
+    def step_and_keep(i: Index, state: Carry) -> Carry:
         state = step(i, state)
         return sampler.replace(state, keep(sampler.image(state), _at(grid, i + 1)))
 
-    return jax.lax.fori_loop(start, stop, keeping, carry)
+    return jax.lax.fori_loop(start, stop, step_and_keep, carry)
 
 
-class _OneState:
-    """A sampler whose carry is x itself and that evaluates the network once a step."""
+class _SingleStep:
+    """Base of samplers whose carry is x and that evaluate the network once per step."""
 
     def init(self, x: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -94,12 +92,12 @@ class _OneState:
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM(_OneState):
+class DDPM(_SingleStep):
     """Ancestral sampling with Imagen's interpolated variance.
 
     x_n = (α_i/α_n)(σ_n²/σ_i²) x + c α_n x₀ + s z, c = 1 − e^(λ_i − λ_n), z ~ N(0, 1),
-    s² = (c σ_n²)^(1−γ) (c σ_i²)^γ: γ = 0 is the lower bound (the posterior of a known x₀), γ = 1 the upper, and None
-    what the network has learned, a γ for each value (arXiv 2102.09672, Eq. 15). The last step adds no noise.
+    s² = (c σ_n²)^(1−γ) (c σ_i²)^γ: γ = 0 is the lower bound (the posterior of a known x₀), γ = 1 the upper bound. None
+    uses the network's learned γ, one per value (arXiv 2102.09672, Eq. 15). The last step adds no noise.
     """
 
     gamma: float | None = 0.0
@@ -119,15 +117,15 @@ class DDPM(_OneState):
         elif isinstance(estimate, DenoisedWithVariance):
             gamma = estimate.gamma
         else:
-            raise ValueError("DDPM without a gamma needs a network that has learned the variance")
+            raise ValueError("DDPM without a gamma needs a network that predicts the variance")
         kept = (here.alpha / there.alpha) * (there.sigma / here.sigma) ** 2
-        mean = kept * x + _fresh(here, there) * there.alpha * estimate.x0
+        mean = kept * x + _new_noise(here, there) * there.alpha * estimate.x0
         deviation = jnp.where(i + 1 < _steps(grid), ancestral_deviation(here, there, gamma), 0.0)
         return mean + deviation * noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM(_OneState):
+class DDIM(_SingleStep):
     """DDIM (arXiv 2010.02502, Eq. 12): x_n = α_n x₀ + √(σ_n² − s²) ε + s z, s² = η² c σ_n², c = 1 − e^(λ_i − λ_n).
 
     η = 0 is deterministic, η = 1 as random as DDPM at its lower bound.
@@ -147,13 +145,13 @@ class DDIM(_OneState):
         x0, eps = estimate.x0, estimate.eps
         if self.eta == 0.0:
             return there.alpha * x0 + there.sigma * eps
-        random = self.eta**2 * _fresh(here, there)
+        random = self.eta**2 * _new_noise(here, there)
         z = noise.normal_like(noise.fold(keys, i), x.shape[1:], x.dtype)
         return there.alpha * x0 + there.sigma * (jnp.sqrt(1.0 - random) * eps + jnp.sqrt(random) * z)
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler(_OneState):
+class Euler(_SingleStep):
     """Euler's rule for the probability-flow ODE in x/α over σ/α (EDM's Algorithm 1 without its correction).
 
     x_n = (σ_n/σ_i) x + (α_n − σ_n α_i/σ_i) x₀: DDIM(η = 0) with the ε that x and x₀ imply.
@@ -167,14 +165,14 @@ class Euler(_OneState):
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun(_OneState):
-    """Second order, two evaluations a step: an Euler step x', then a correction by what x₀ became there.
+class Heun(_SingleStep):
+    """Second order, two evaluations per step: an Euler step x', then a correction with x₀ at x'.
 
     x_n = x' + α_n q (x₀(x', t_n) − x₀(x, t_i)), where with ρ = (σ_n/α_n)/(σ_i/α_i) < 1
-    in_sigma=False: q = (1 − ρ)/2, the trapezoid rule for x₀, the ODE's linear part being exact; sound on any grid.
+    in_sigma=False: q = (1 − ρ)/2, the trapezoid rule for x₀, with the ODE's linear part exact; stable on any grid.
     in_sigma=True:  q = (1/ρ − 1)/2, the trapezoid rule in σ/α (EDM, arXiv 2206.00364, Algorithm 1; diffusers' Heun). It
-                    overshoots where σ/α falls by a large factor, so give it a grid with `Karras` spacing.
-    The last step, to the clean end, is Euler's.
+                    overshoots if σ/α falls by a large factor, so use `Karras` spacing.
+    The last step, to the clean end, is an Euler step.
     """
 
     in_sigma: bool = False
@@ -195,25 +193,25 @@ class Heun(_OneState):
             corrected = x + there.alpha * q * (x0 - before)
             return jnp.where(j == 0, _first_order(x, x0, here, there), corrected), x0
 
-        # A loop of one or two stages, so that the network is compiled once.
+        # A loop over one or two stages, so that the network is compiled only once.
         stages = jnp.where(i + 1 < _steps(grid), 2, 1)
         return jax.lax.fori_loop(0, stages, stage, (carry, jnp.zeros_like(carry)))[0]
 
 
 class Multistep(NamedTuple):
-    """The state of a method that looks one step back."""
+    """The state of a two-step method."""
 
     x: Float[Array, "b *s"]
-    x0: Float[Array, "b *s"]  # of the step before
-    ready: Bool[Array, ""]  # whether there was one
+    x0: Float[Array, "b *s"]  # of the previous step
+    ready: Bool[Array, ""]  # whether there was a previous step
 
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolverPP2M:
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order with one evaluation a step.
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2): second order with one evaluation per step.
 
-    x_n = (σ_n/σ_i) x + α_n (1 − e^(−h)) D, h = (λ_n − λ_i)/2, D = x₀ + (h/2h')(x₀ − x₀'), a prime marking the step
-    before. The first step has none and takes D = x₀; so does the last, whose h to the clean end is too long for that,
+    x_n = (σ_n/σ_i) x + α_n (1 − e^(−h)) D, h = (λ_n − λ_i)/2, D = x₀ + (h/2h')(x₀ − x₀'), where a prime marks the
+    previous step. The first step uses D = x₀. So does the last, whose h to the clean end is too long to extrapolate,
     unless `lower_order_final` is False (for grids that end at a moderate σ).
     """
 
@@ -235,7 +233,7 @@ class DPMSolverPP2M:
     def step(self, i: Index, carry: Multistep, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
         x0 = _cast(denoise(carry.x, _times(carry.x, here)), carry.x).x0
-        # Two points beyond the clip share one log-SNR, and no slope lies between them.
+        # Two points beyond the clip have the same log-SNR, so the slope is undefined.
         moved = here.logsnr > before.logsnr
         extrapolate = carry.ready & moved & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
         slope = 0.5 * (there.logsnr - here.logsnr) / jnp.where(extrapolate, here.logsnr - before.logsnr, 1.0)
@@ -245,7 +243,7 @@ class DPMSolverPP2M:
 
 def ancestral_deviation(here: TimeGrid, there: TimeGrid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:
     """The standard deviation s of DDPM's noise for the step between two points of a grid."""
-    return jnp.sqrt(_fresh(here, there)) * there.sigma ** (1.0 - gamma) * here.sigma**gamma
+    return jnp.sqrt(_new_noise(here, there)) * there.sigma ** (1.0 - gamma) * here.sigma**gamma
 
 
 def _first_order(
@@ -256,8 +254,8 @@ def _first_order(
     return (there.sigma / here.sigma) * x + there.alpha * step * x0
 
 
-def _fresh(here: TimeGrid, there: TimeGrid) -> Float[Array, "..."]:
-    """c = 1 − e^(λ_i − λ_n): the share of the noise at i that is new since n."""
+def _new_noise(here: TimeGrid, there: TimeGrid) -> Float[Array, "..."]:
+    """c = 1 − e^(λ_i − λ_n): the fraction of the noise variance at i that is absent at n."""
     return -jnp.expm1(here.logsnr - there.logsnr)
 
 

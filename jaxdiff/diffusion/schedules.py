@@ -1,11 +1,11 @@
-"""Noise schedules: how much of the image is left at time t.
+"""Noise schedules.
 
-A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean image and t = 1 the noise. Everything follows from
-the log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each schedule clips λ (to ±20 unless told
-otherwise) and recomputes α and σ from the clipped value, so that neither is zero and no conversion divides by zero.
+A noised sample is x_t = α(t) x₀ + σ(t) ε, with t = 0 the clean image and t = 1 the noise. A schedule is defined by the
+log signal-to-noise ratio λ(t) = log(α²/σ²), which falls with t. Each schedule clips λ (to ±20 by default) and
+recomputes α and σ from the clipped value, so that neither is zero and no conversion divides by zero.
 
 A schedule is a frozen dataclass of numbers: hashable, and so a static value under `jax.jit`. Results are float32
-(float64 where t is), whatever the network computes in. Where training spends its time is no part of it: that is a
+(float64 if t is), whatever the network's compute type. The distribution of training times is a separate setting, a
 `TimeSampler` (`time_samplers.py`).
 """
 
@@ -25,7 +25,7 @@ _TINY = 1e-30  # keeps a logarithm finite; far outside any clip
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What samplers, losses and augmentation need of a schedule; t may have any shape."""
+    """The schedule interface of samplers, losses and augmentation; t may have any shape."""
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
 
@@ -34,23 +34,23 @@ class Schedule(Protocol):
     def sigma(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]: ...
 
     def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """What networks are told of a time."""
+        """The network's time input at t."""
         ...
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """The time of a level of noise in [0, 1], for augmentation."""
+        """The time of a noise level in [0, 1], for augmentation."""
         ...
 
     def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """The time of the table's entry that t belongs to; t itself where there is no table."""
+        """The time of the table's entry that contains t; t itself without a table."""
         ...
 
 
 class _Continuous:
-    """Time is any number in [0, 1], and a level of noise is one."""
+    """Time is any number in [0, 1], and equals the noise level."""
 
     def network_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """1000 t: the range for which a network's sines and cosines are made."""
+        """1000 t, the range of the network's sinusoidal embedding."""
         return 1000.0 * at_least_float32(t)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -75,9 +75,9 @@ class _VariancePreserving(_Continuous, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class CosineSchedule(_VariancePreserving):
-    """Imagen's schedule, in continuous time: α = cos(πt/2), σ = sin(πt/2), so λ(t) = −2 log tan(πt/2) + shift.
+    """Imagen's continuous-time schedule: α = cos(πt/2), σ = sin(πt/2), so λ(t) = −2 log tan(πt/2) + shift.
 
-    The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for images of d pixels a side.
+    The shift is that of simple diffusion (arXiv 2301.11093, Eq. 8): 2 log(64/d) for images with a side of d pixels.
     """
 
     shift: float = 0.0
@@ -89,23 +89,23 @@ class CosineSchedule(_VariancePreserving):
 
     @classmethod
     def shifted(cls, resolution: int, reference: int = 64) -> "CosineSchedule":
-        """The schedule that gives `resolution` the noise that `reference` has, after averaging down to `reference`."""
+        """The schedule whose noise at `resolution`, averaged down to `reference`, is that of an unshifted schedule."""
         return cls(shift=2.0 * math.log(reference / resolution))
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         t = at_least_float32(t)
-        # cos(πt/2) as the sine of the complement: the float32 cosine of π/2 is negative.
+        # cos(πt/2) as a sine, because the float32 cosine of π/2 is negative.
         sine, cosine = jnp.sin(0.5 * jnp.pi * t), jnp.sin(0.5 * jnp.pi * (1.0 - t))
         return _clipped(2.0 * (_log(cosine) - _log(sine)) + self.shift, self.clip)
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearBetaSchedule(_VariancePreserving):
-    """The linear β of DDPM in continuous time (Imagen's 256→1024 stage, F.3).
+    """DDPM's linear β in continuous time (Imagen's 256→1024 stage, F.3).
 
-    Discrete: β_j = β₀ + (β₁ − β₀) j/(N−1), −log ᾱ after n steps = Σ_{j<n} −log(1 − β_j). Here that sum is taken to its
-    second order, Σ β_j + Σ β_j²/2; both are polynomials in n and so hold for real n = N t. λ = −log(exp(−log ᾱ) − 1).
-    Against the N = 1000 table the error of log ᾱ((i+1)/N) is below 7e-4 (the third order).
+    Discrete: β_j = β₀ + (β₁ − β₀) j/(N−1), −log ᾱ after n steps = Σ_{j<n} −log(1 − β_j). This schedule expands that sum
+    to second order, Σ β_j + Σ β_j²/2; both terms are polynomials in n, so they extend to real n = N t.
+    λ = −log(exp(−log ᾱ) − 1). Compared with the N = 1000 table, the error of log ᾱ((i+1)/N) is below 7e-4.
     """
 
     beta_start: float = 1e-4
@@ -130,9 +130,9 @@ class LinearBetaSchedule(_VariancePreserving):
 class EDM(_VariancePreserving):
     """EDM (arXiv 2206.00364): noise of standard deviation s added to x₀, scaled here to unit variance.
 
-    s(t) = (s_min^(1/ρ) + t (s_max^(1/ρ) − s_min^(1/ρ)))^ρ (Eq. 5), α = 1/√(1+s²), σ = s/√(1+s²), λ = −2 log s. Even
-    steps in t are therefore EDM's own sampling steps. EDM trains with `LogNormalTimes()`. The clean end t = 0 is s_min,
-    not 0: a thousandth of the image's range.
+    s(t) = (s_min^(1/ρ) + t (s_max^(1/ρ) − s_min^(1/ρ)))^ρ (Eq. 5), α = 1/√(1+s²), σ = s/√(1+s²), λ = −2 log s. Uniform
+    steps in t are therefore EDM's sampling steps. EDM trains with `LogNormalTimes()`. The clean end t = 0 has s_min, a
+    thousandth of the image's range, not 0.
     """
 
     sigma_min: float = 0.002
@@ -179,11 +179,10 @@ class RectifiedFlow(_Continuous):
 
 @dataclasses.dataclass(frozen=True)
 class TabulatedSchedule(_VariancePreserving):
-    """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) laid on continuous time.
+    """A table ᾱ_0 > ᾱ_1 > … of N steps (DDPM, DeepFloyd IF, Stable Diffusion) mapped to continuous time.
 
-    Table index i (the integer timestep that such a network was trained with) lies at t = (i + 1)/N, so that t = 0 is
-    the clean image and t = 1 the last entry; `time` and `network_time` convert. Between entries log ᾱ is interpolated
-    linearly.
+    Table index i (the integer timestep of the network's training) is at t = (i + 1)/N, so that t = 0 is the clean image
+    and t = 1 the last entry; `time` and `network_time` convert. Between entries log ᾱ is interpolated linearly.
     """
 
     alpha_bar: tuple[float, ...] = dataclasses.field(repr=False)
@@ -193,7 +192,7 @@ class TabulatedSchedule(_VariancePreserving):
         _check_clip(self.clip)
         table = np.asarray(self.alpha_bar)
         if table.ndim != 1 or table.size < 1 or not (np.all(table > 0) and np.all(np.diff(table, prepend=1.0) < 0)):
-            raise ValueError("a discrete schedule needs alpha_bar values that fall from below 1 to above 0")
+            raise ValueError("a discrete schedule needs decreasing alpha_bar values between 1 and 0")
 
     @classmethod
     def from_betas(cls, betas: np.ndarray, clip: float = 20.0) -> "TabulatedSchedule":
@@ -227,22 +226,22 @@ class TabulatedSchedule(_VariancePreserving):
         return len(self.alpha_bar)
 
     def time(self, timestep: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
-        """t of a table index."""
+        """The time t of a table index."""
         return (at_least_float32(timestep) + 1.0) / self.steps
 
     def network_time(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
         """The table index at t (fractional between entries; −1 at t = 0)."""
         entry = at_least_float32(t) * self.steps - 1.0
-        # At an entry exactly its index: what float32 loses in t would show in a network's sines of it.
+        # Round to the exact index at an entry: float32 errors in t would be visible in the network's time embedding.
         nearest = jnp.round(entry)
         return jnp.where(jnp.abs(entry - nearest) < 1e-3, nearest, entry)
 
     def level_time(self, level: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """That of the table's entry `level` · N, so that 0 is the first one and not the clean image."""
+        """The time of table entry `level` · N, so that level 0 is the first entry, not the clean image."""
         return self.time(jnp.clip(jnp.round(at_least_float32(level) * self.steps), 0.0, self.steps - 1.0))
 
     def entry_time(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
-        """That of entry i where i/N ≤ t < (i + 1)/N, and of the last one at t = 1."""
+        """The time of entry i if i/N ≤ t < (i + 1)/N, and of the last entry at t = 1."""
         return jnp.minimum(jnp.floor(at_least_float32(t) * self.steps) + 1.0, self.steps) / self.steps
 
     def logsnr(self, t: Float[Array, "*s"] | float) -> Float[Array, "*s"]:
@@ -253,7 +252,7 @@ class TabulatedSchedule(_VariancePreserving):
 
 
 def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """The t at which the schedule has this log-SNR (the nearer end outside its range), by bisection."""
+    """The t at which the schedule has this log-SNR (outside its range, the nearer end), by bisection."""
     logsnr = at_least_float32(logsnr)
 
     def halve(_, bounds):
@@ -263,25 +262,25 @@ def time_of(schedule: Schedule, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"
         return jnp.where(cleaner, middle, low), jnp.where(cleaner, high, middle)
 
     low, high = jax.lax.fori_loop(0, 60, halve, (jnp.zeros_like(logsnr), jnp.ones_like(logsnr)))
-    # At the clipped ends the log-SNR is flat: a value at or beyond the end is the end itself.
+    # The log-SNR is flat at the clipped ends: map values at or beyond an end to that end.
     ends = jnp.where(logsnr >= schedule.logsnr(jnp.zeros_like(logsnr)), 0.0, 0.5 * (low + high))
     return jnp.where(logsnr <= schedule.logsnr(jnp.ones_like(logsnr)), 1.0, ends)
 
 
 def at_least_float32(value) -> Array:
-    """As an array of at least float32: schedules never run in the network's bfloat16."""
+    """`value` as an array of at least float32: schedules never run in the network's bfloat16."""
     value = jnp.asarray(value)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 @functools.lru_cache(maxsize=32)
 def _table(alpha_bar: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Knots 0…N and −log ᾱ there, beginning with the clean image."""
+    """Knots 0…N and −log ᾱ at them, starting with the clean image."""
     return np.arange(len(alpha_bar) + 1.0), np.concatenate([[0.0], -np.log(np.asarray(alpha_bar))])
 
 
 def _logsnr_of_log_alpha_bar(minus_log: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """λ = log(ᾱ/(1 − ᾱ)) from a = −log ᾱ: −a − log(1 − e^(−a)), exact to rounding for small and for large a."""
+    """λ = log(ᾱ/(1 − ᾱ)) from a = −log ᾱ: −a − log(1 − e^(−a)), exact to rounding for small and large a."""
     return -minus_log - _log(-jnp.expm1(-minus_log))
 
 

@@ -1,8 +1,8 @@
 """Thresholding of the predicted clean image (Imagen, Sec. 2.3), so that strong guidance does not saturate it.
 
-Each is a frozen dataclass with `apply(x0) -> x0`, of the samples one by one: nothing couples the samples of a batch.
-Each is a pytree whose numbers are leaves, so that `jax.jit` may trace them; arrays may hold a number for each sample
-(b,). With plain numbers it is hashable, and ValueError names one that is out of range.
+Each is a frozen dataclass with `apply(x0) -> x0`, which treats every sample separately. Each is a pytree whose numbers
+are leaves, so that `jax.jit` can trace them; arrays may hold one number per sample (b,). With plain numbers it is
+hashable, and a number out of range raises ValueError.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Thresholding(Protocol):
 @pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class NoThreshold:
-    """x₀ as predicted."""
+    """x₀ unchanged."""
 
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
         return x0
@@ -44,9 +44,9 @@ class StaticThreshold:
 class DynamicThreshold:
     """x₀ clipped to [-s, s] and divided by s, where s is a percentile of the sample's |x₀|, at least 1.
 
-    percentile  as a fraction; 0.995 is the one that the paper prints (Fig. A.10b).
-    cap         the largest s, or None for no limit. Beware: s lies between 1 and the cap, so cap = 1 *is* static
-                thresholding. That is the default of diffusers (`sample_max_value=1.0`) and of DeepFloyd IF's stage II.
+    percentile  as a fraction; 0.995 is the paper's (Fig. A.10b).
+    cap         the largest s, or None for no limit. s lies between 1 and the cap, so cap = 1 *is* static thresholding;
+                it is the default of diffusers (`sample_max_value=1.0`) and of DeepFloyd IF's stage II.
     """
 
     percentile: Number = 0.995
@@ -66,10 +66,11 @@ class DynamicThreshold:
 
 
 def _percentile(values: Float[Array, "b n"], fraction: Number) -> Float[Array, " b"]:
-    """Of each row of non-negative numbers, interpolated linearly between order statistics.
+    """A percentile of each row of non-negative numbers, interpolated linearly between order statistics.
 
-    Without sorting, which takes seconds on the three million values of a 1024×1024 image: the bits of a non-negative
-    float32 are ordered as it is, so 31 halvings of their range, each a count, find an order statistic exactly.
+    Bisection instead of sorting, which takes seconds for the three million values of a 1024×1024 image: the bit
+    patterns of non-negative float32 are ordered like the numbers, so 31 halvings of their range, each with one count,
+    find an order statistic exactly.
     """
     values = values.astype(jnp.float32)
     rank, beyond = _rank(fraction, values.shape[1] - 1)
@@ -91,12 +92,12 @@ def _percentile(values: Float[Array, "b n"], fraction: Number) -> Float[Array, "
 
 
 def _rank(fraction: Number, last: int) -> tuple[Int[Array, "..."] | int, Number]:
-    """The order statistic (0 to `last`) at or below a percentile, and how far beyond it that lies, in [0, 1)."""
+    """The order statistic (0 to `last`) at or below a percentile, and the percentile's fractional part in [0, 1)."""
     if is_plain(fraction):
         position = fraction * last
         rank = math.floor(position)
         return rank, position - rank
-    # Counted from the top: among millions of values, float32 has no room for the part of a position beyond its rank.
+    # Counted from the top: among millions of values, float32 cannot represent the fractional part of a position.
     down = (1.0 - fraction) * last
     steps = jnp.ceil(down)
     return last - steps.astype(jnp.int32), steps - down

@@ -1,7 +1,7 @@
-"""The times at which a sampler stops: k steps are k + 1 points, from noise to image.
+"""Time grids of samplers: k steps are k + 1 points, from noise to image.
 
-`time_grid(schedule, steps)` is what most callers want; `time_grid_at` takes any times, `time_grid_of` any α and σ
-(σ = 0 at the end included), such as the leading spacing of a published discrete sampler.
+Use `time_grid(schedule, steps)` in most cases; `time_grid_at` takes any times, `time_grid_of` any α and σ (including
+σ = 0 at the end), such as those of a published discrete sampler.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ class TimeGrid(NamedTuple):
 
 @runtime_checkable
 class Spacing(Protocol):
-    """Where the k + 1 points lie; the last is always t = 0. ValueError where it cannot have so many."""
+    """Positions of the k + 1 points; the last is always t = 0. ValueError if the spacing does not allow k steps."""
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformTime:
-    """Even steps in t, from 1 to 0. On the EDM schedule these are EDM's own steps."""
+    """Uniform steps in t, from 1 to 0. On the EDM schedule these are EDM's steps."""
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
         return jnp.linspace(1.0, 0.0, steps + 1)
@@ -43,7 +43,7 @@ class UniformTime:
 
 @dataclasses.dataclass(frozen=True)
 class UniformLogSNR:
-    """k points at even log-SNR between two bounds (within the schedule's range), then the clean end."""
+    """k points with uniform log-SNR between two bounds (within the schedule's range), then the clean end."""
 
     low: float = -10.0
     high: float = 10.0
@@ -58,7 +58,7 @@ class UniformLogSNR:
 
 @dataclasses.dataclass(frozen=True)
 class Karras:
-    """EDM's spacing on any schedule (arXiv 2206.00364, Eq. 5): k points at even s^(1/ρ), s = σ/α, then clean."""
+    """EDM's spacing on any schedule (arXiv 2206.00364, Eq. 5): k points with uniform s^(1/ρ), s = σ/α, then clean."""
 
     rho: float = 7.0
     sigma_min: float = 0.002
@@ -79,8 +79,8 @@ class Karras:
 
 @dataclasses.dataclass(frozen=True)
 class Leading:
-    """Every (N // k)-th entry of a discrete schedule, from entry `offset` up, then the clean end (diffusers' "leading"
-    with its `steps_offset`; arXiv 2305.08891, Table 2)."""
+    """Every (N // k)-th entry of a discrete schedule, starting at entry `offset`, then the clean end (diffusers'
+    "leading" with its `steps_offset`; arXiv 2305.08891, Table 2)."""
 
     offset: int = 0
 
@@ -98,20 +98,20 @@ class Leading:
 
 @dataclasses.dataclass(frozen=True)
 class Trailing:
-    """Every (N / k)-th entry of a discrete schedule, rounded, from the last one down, then the clean end (diffusers'
+    """Every (N / k)-th entry of a discrete schedule, rounded, down from the last one, then the clean end (diffusers'
     "trailing"; arXiv 2305.08891, Table 2)."""
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
         table = _table_of(schedule, steps)
-        # As diffusers rounds, though not with the entry -1 that this gives it for some numbers of steps.
+        # diffusers' rounding, without the entry -1 that diffusers gets for some numbers of steps.
         falling = np.arange(table.steps, 0, -table.steps / steps).round()[:steps].astype(int) - 1
         return _falling(table, falling[::-1].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class Linspace:
-    """Entries of a discrete schedule, evenly from its first to its last, rounded, then the clean end (diffusers'
-    "linspace"; arXiv 2305.08891, Table 2). One step alone is the first entry."""
+    """Evenly spaced entries of a discrete schedule from first to last, rounded, then the clean end (diffusers'
+    "linspace"; arXiv 2305.08891, Table 2). A single step is the first entry."""
 
     def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
         table = _table_of(schedule, steps)
@@ -120,10 +120,10 @@ class Linspace:
 
 @dataclasses.dataclass(frozen=True)
 class Respaced:
-    """Entries of a discrete schedule, cut into as many equal parts as there are `counts`: so many of each part, evenly
-    from its first to its last, cleanest part first; then the clean end (improved DDPM's and DeepFloyd IF's respacing).
+    """The respacing of improved DDPM and DeepFloyd IF: a discrete schedule is split into len(counts) equal sections,
+    cleanest first; counts[i] entries of section i are used, evenly from its first to its last; then the clean end.
 
-    Steps are the sum of the counts. `offset` is taken from the noisiest entry (2 in IF's fast27).
+    The number of steps is the sum of the counts. offset: subtracted from the noisiest entry (2 in IF's fast27).
     """
 
     counts: tuple[int, ...]
@@ -144,7 +144,7 @@ class Respaced:
         return _falling(table, self.entries(table.steps))
 
     def entries(self, table: int) -> list[int]:
-        """The entries of a table of that length, rising."""
+        """The entries of a table with `table` entries, ascending."""
         size, longer = divmod(table, len(self.counts))
         indices, start = [], 0
         for number, count in enumerate(self.counts):
@@ -152,31 +152,31 @@ class Respaced:
             if count > length:
                 raise ValueError(f"a respacing cannot take {count} entries out of {length}")
             stride = (length - 1) / (count - 1) if count > 1 else 0.0
-            # Summed up as in the published code: a product would round some halves the other way.
+            # Accumulated as in the published code: a product would round some halves differently.
             indices += [start + round(place) for place in itertools.accumulate([0.0, *[stride] * (count - 1)])]
             start += length
         return [*indices[:-1], indices[-1] - self.offset]
 
 
 def time_grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) -> TimeGrid:
-    """The grid of `steps` steps. Its ends have the schedule's clipped log-SNR: no coefficient is zero or infinite."""
+    """The grid of `steps` steps. Its ends have the clipped log-SNR, so no coefficient is zero or infinite."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     return time_grid_at(schedule, spacing.times(schedule, steps))
 
 
 def time_grid_at(schedule: Schedule, t: Float[Array, "..."]) -> TimeGrid:
-    """The schedule at these times, which for a sampler fall."""
+    """The grid at these times, which must decrease for a sampler."""
     return TimeGrid(t, schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t))
 
 
 def time_grid_of(t: Float[Array, " n"], alpha: Float[Array, " n"], sigma: Float[Array, " n"]) -> TimeGrid:
-    """A grid of explicit values: t is what the network is told. The last σ may be zero (log-SNR infinite)."""
+    """A grid of explicit values. t: passed to the network. The last σ may be zero (infinite log-SNR)."""
     return TimeGrid(t, alpha, sigma, 2.0 * (jnp.log(alpha) - jnp.log(sigma)))
 
 
 def _table_of(schedule: Schedule, steps: int) -> TabulatedSchedule:
-    """The schedule, if it has a table of at least so many entries to step through."""
+    """The schedule; ValueError unless it is a table of at least `steps` entries."""
     if not isinstance(schedule, TabulatedSchedule):
         raise ValueError(f"this spacing steps through the table of a discrete schedule, not {type(schedule).__name__}")
     if steps > schedule.steps:
@@ -185,7 +185,7 @@ def _table_of(schedule: Schedule, steps: int) -> TabulatedSchedule:
 
 
 def _falling(schedule: TabulatedSchedule, entries: list[int]) -> Float[Array, " n"]:
-    """Times of these rising entries, noisiest first, and of the clean end."""
+    """Times of ascending entries, noisiest first, then the clean end."""
     return jnp.append(schedule.time(jnp.asarray(entries[::-1], jnp.float32)), 0.0)
 
 
@@ -197,11 +197,11 @@ def _spread(
     position: Callable[[Float[Array, "..."]], Float[Array, "..."]],
     logsnr: Callable[[Float[Array, " n"]], Float[Array, " n"]],
 ) -> Float[Array, " n"]:
-    """Times of points at even `position(λ)` from low to high, then the clean end, all within the schedule's range."""
+    """Times of points with uniform `position(λ)` from low to high, then the clean end, within the schedule's range."""
     noisiest, cleanest = schedule.logsnr(1.0), schedule.logsnr(0.0)
     first, last = position(jnp.clip(low, noisiest, cleanest)), position(jnp.clip(high, noisiest, cleanest))
     inside = jnp.append(logsnr(jnp.linspace(first, last, steps)), cleanest)
-    # Where the range itself ends at `high`, a further point there would be a step of no length.
+    # If the schedule's range ends at `high`, a separate clean end would be a step of length 0.
     uniform = logsnr(jnp.linspace(first, last, steps + 1))
     times = time_of(schedule, jnp.where(high >= cleanest, uniform, inside))
     return times.at[-1].set(0.0)

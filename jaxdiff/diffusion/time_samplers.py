@@ -1,10 +1,10 @@
-"""Time samplers: where training spends its time, from t = 0 (clean) to t = 1 (noise).
+"""Time samplers: the distribution of training times, from t = 0 (clean) to t = 1 (noise).
 
-A time sampler maps uniform numbers to training times. It is a setting of its own beside the noise schedule, which says
-how much noise a time has. Where the schedule is a table, every sampler returns times of its entries.
+A time sampler maps uniform numbers to training times. It is a separate setting from the noise schedule, which defines
+the noise at each time. If the schedule is a table, every sampler returns times of its entries.
 
 A sampler is a frozen dataclass of numbers: hashable, and so a static value under `jax.jit`. Times are float32 (float64
-where u is), whatever the network computes in.
+if u is), whatever the network's compute type.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxdiff.diffusion.schedules import Schedule, at_least_float32, time_of
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """What a training loss needs."""
+    """The interface of time samplers."""
 
     def times(self, u: Float[Array, "*s"], schedule: Schedule) -> Float[Array, "*s"]:
         """Training times in [0, 1] from u, which is uniform in [0, 1) and may have any shape."""
@@ -29,7 +29,7 @@ class TimeSampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UniformTimes:
-    """t = u, as Imagen trains; each entry of a table equally often, as DDPM does."""
+    """t = u (Imagen); on a table, all entries equally often (DDPM)."""
 
     def times(self, u: Float[Array, "*s"], schedule: Schedule) -> Float[Array, "*s"]:
         return schedule.entry_time(u)
@@ -37,11 +37,11 @@ class UniformTimes:
 
 @dataclasses.dataclass(frozen=True)
 class LogSNRRange:
-    """A fraction of the training at log-SNRs spread evenly over [low, high], the rest by another sampler.
+    """A fraction of the training at log-SNRs uniform in [low, high], the rest from another sampler.
 
-    What a caption decides about a flat image (where, how large, which colour) is decided at log-SNRs far below those
-    that matter in photographs, in a few units that a cosine schedule at uniform times hardly visits. `rest` may be
-    another range, and is unused where the fraction is 1. On a table a log-SNR may lie one entry below the range.
+    The captioned properties of a flat image (position, size, colour) are determined at much lower log-SNRs than those
+    of photographs, in a narrow range that a cosine schedule at uniform times rarely samples. rest: may be another
+    range; unused if fraction is 1. On a table a log-SNR may lie one entry below the range.
     """
 
     low: float
@@ -56,7 +56,7 @@ class LogSNRRange:
             raise ValueError(f"the fraction of training in a range of log-SNRs lies in (0, 1], not {self.fraction}")
 
     def times(self, u: Float[Array, "*s"], schedule: Schedule) -> Float[Array, "*s"]:
-        """The log-SNR falls from high to low until u = fraction; the u above are stretched to [0, 1) for the rest."""
+        """The log-SNR falls from high to low until u = fraction; larger u are stretched to [0, 1) for the rest."""
         u = at_least_float32(u)
         logsnr = self.high - jnp.minimum(u / self.fraction, 1.0) * (self.high - self.low)
         inside = schedule.entry_time(time_of(schedule, logsnr))
@@ -70,7 +70,7 @@ class LogSNRRange:
 class LogNormalTimes:
     """Times whose noise is log-normal: log s ~ N(mean, std²), s = σ/α = e^(−λ/2) (EDM, arXiv 2206.00364, Table 1).
 
-    The defaults are EDM's. Noise that the schedule does not have becomes that of the nearer end.
+    The defaults are EDM's. Noise levels outside the schedule's range are clipped to it.
     """
 
     mean: float = -1.2
@@ -85,10 +85,10 @@ class LogNormalTimes:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormalTimes:
-    """Times with log(t/(1 − t)) ~ N(mean, std²): most in the middle (Stable Diffusion 3, arXiv 2403.03206, Sec. 3.1).
+    """Times with log(t/(1 − t)) ~ N(mean, std²), mostly in the middle (Stable Diffusion 3, arXiv 2403.03206, Sec. 3.1).
 
-    The density is exp(−(logit t − mean)²/(2 std²)) / (std √(2π) t (1 − t)) (Eq. 19). A mean above 0 trains more at
-    noise, below 0 more at clean images. The defaults are those of the paper's final models.
+    The density is exp(−(logit t − mean)²/(2 std²)) / (std √(2π) t (1 − t)) (Eq. 19). A mean above 0 shifts training
+    towards noise, below 0 towards clean images. The defaults are those of the paper's final models.
     """
 
     mean: float = 0.0
@@ -102,7 +102,7 @@ class LogitNormalTimes:
 
 
 def _normal(u: Float[Array, "*s"], mean: float, std: float) -> Float[Array, "*s"]:
-    """Normal numbers through the inverse of the distribution function, which rises with u; ∓∞ at u = 0 and 1."""
+    """Normal numbers by the inverse distribution function, increasing in u; ∓∞ at u = 0 and 1."""
     return mean + std * jax.scipy.special.ndtri(at_least_float32(u))
 
 

@@ -1,1 +1,1 @@
-"""What is trained on its own: settings with `init`, `loss` and `batch_spec`, and how it samples, encodes or decodes."""
+"""Trainable models: settings with `init`, `loss` and `batch_spec`, and functions to sample, encode or decode."""

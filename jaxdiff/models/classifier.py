@@ -1,4 +1,4 @@
-"""Training a classifier of attributes, whose features stand in for Inception's on sets that it does not know."""
+"""Training of an attribute classifier, whose features replace Inception's on datasets outside its domain."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 
 @dataclass(frozen=True)
 class ClassifierTraining(SingleOptimizer):
-    """The stage: each attribute's cross-entropy, the same weight for all.
+    """Cross-entropy of each attribute, equally weighted.
 
-    noise: the standard deviation of the noise on the images, up to which (at random) they are spoilt: features that
-    hang on single grey levels would judge those.
+    noise: maximum standard deviation of the noise added to the images (uniform from 0), so that the features do not
+    depend on single grey levels.
     """
 
     config: ClassifierConfig
@@ -30,20 +30,20 @@ class ClassifierTraining(SingleOptimizer):
     def loss(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
-        """`batch`: image (b s s 3) in [-1, 1] and labels (b a), a class of each attribute or -1 for none, which costs
-        nothing. Metrics: the accuracy of each attribute among the labelled."""
+        """batch: image (b s s 3) in [-1, 1] and labels (b a), the class of each attribute, or -1 (unlabelled,
+        ignored). Metrics: the accuracy of each attribute on the labelled images."""
         image, labels = batch["image"], batch["labels"]
         level, noise = jax.random.split(key)
         image += self.noise * jax.random.uniform(level, (len(image), 1, 1, 1)) * jax.random.normal(noise, image.shape)
         _, logits = Classifier(self.config).apply({"params": params}, image)
         losses, metrics = [], {}
         for number, name in enumerate(self.config.names):
-            wanted = labels[:, number]
-            known = (wanted >= 0).astype(jnp.float32)
+            target = labels[:, number]
+            known = (target >= 0).astype(jnp.float32)
             count = jnp.maximum(known.sum(), 1.0)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits[name], jnp.maximum(wanted, 0))
+            each = optax.softmax_cross_entropy_with_integer_labels(logits[name], jnp.maximum(target, 0))
             losses.append((each * known).sum() / count)
-            metrics[name] = ((logits[name].argmax(-1) == wanted) * known).sum() / count
+            metrics[name] = ((logits[name].argmax(-1) == target) * known).sum() / count
         return sum(losses) / len(losses), (metrics, extra)
 
     def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -55,9 +55,8 @@ class ClassifierTraining(SingleOptimizer):
 
 
 def of_size_one(config: ClassifierConfig, params: dict, image: Float[Array, "b s s 3"]) -> dict:
-    """The same classifier with features whose mean square over these images is 1: distances of features depend on
-    their size, which training leaves to chance. What it says of images stays as it is, because features pass a ReLU
-    alone on their way to the logits."""
+    """Rescale the features to a mean square of 1 over these images: feature distances depend on the scale, which
+    training does not determine. The logits are unchanged, as only a ReLU lies between the features and the heads."""
     features, _ = Classifier(config).apply({"params": params}, image)
     size = jnp.sqrt((features**2).mean())
     heads = {name: {**params[name], "kernel": params[name]["kernel"] * size} for name in params if "head_" in name}

@@ -1,8 +1,8 @@
-"""CLIP from scratch (arXiv 2103.00020): captions and images embedded so that what belongs together lies together.
+"""CLIP training from scratch (arXiv 2103.00020).
 
-The loss compares every caption of the global batch with every image of it. Each device keeps its own rows and gathers
-the embeddings of all others, which are small; their logits are made and summed up in chunks of columns, and made again
-in the backward pass, so that no device ever holds a matrix of the batch by the batch.
+The loss compares every caption of the global batch with every image. Each device keeps its own rows and gathers the
+embeddings of all others, which are small. Logits are computed and reduced in chunks of columns, and recomputed in the
+backward pass, so that no device holds the full batch × batch matrix.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ from jaxdiff.nets.clip import CLIP, CLIPConfig, TowerOutput, l2_normalize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the channels in [0, 1], of the images that every published model was trained with."""
+"""Mean and standard deviation of the channels in [0, 1], as in all published models."""
 
 NEAR = 1e-4
-"""Cosines that differ by less are equal: a matrix product rounds them otherwise than a sum."""
+"""Cosines that differ by less count as equal: a matrix product and a sum round differently."""
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """CLIP's loss (Figure 3): the cross-entropy of finding each caption's image in the batch, and the other way
-    round. `scale`: the inverse temperature in the beginning."""
+    """CLIP's loss (Figure 3): the cross-entropy of matching captions to images in the batch, in both directions.
+    scale: the initial inverse temperature."""
 
     scale: float = 1 / 0.07
 
@@ -43,14 +43,14 @@ class ContrastiveLoss:
 
 @dataclass(frozen=True)
 class SigmoidLoss:
-    """SigLIP's loss (arXiv 2303.15343, 3.2): of each pair alone, whether it belongs together; its sum over pairs is
-    divided by the batch. `scale` and `bias`: of the logits in the beginning, when nearly all pairs do not."""
+    """SigLIP's loss (arXiv 2303.15343, 3.2): binary classification of every pair, summed over pairs and divided by the
+    batch size. scale, bias: initial values for the logits; nearly all pairs are negative."""
 
     scale: float = 10.0
     bias: float = -10.0
 
     def __call__(self, text: Array, image: Array, scale: Array, bias: Array | None, columns: "_Columns") -> "_Compared":
-        assert bias is not None  # `CLIPTraining.init` makes one
+        assert bias is not None  # `CLIPTraining.init` creates it
         ours = scale * (text * image).sum(-1) + bias
         apart, most = columns.softplus(scale * text, image, bias)
         return _Compared((apart - ours).mean(), ours > most + bias + NEAR * scale)
@@ -58,10 +58,10 @@ class SigmoidLoss:
 
 @dataclass(frozen=True)
 class CLIPTraining(SingleOptimizer):
-    """The stage: both towers, the temperature and, for the sigmoid loss, its bias.
+    """Training of both towers, the temperature and, for the sigmoid loss, its bias.
 
-    chunk: columns of logits that are made at a time. max_scale: what the inverse temperature is clipped at (2.5).
-    axes: the mesh axes that the batch is split over.
+    chunk: columns of logits computed at a time. max_scale: maximum of the inverse temperature (2.5).
+    axes: the mesh axes over which the batch is sharded.
     """
 
     config: CLIPConfig = CLIPConfig()
@@ -72,12 +72,12 @@ class CLIPTraining(SingleOptimizer):
 
     def __post_init__(self):
         if None in (self.config.text, self.config.image):
-            raise ValueError("a CLIP to train has two towers")
+            raise ValueError("training a CLIP needs two towers")
         if self.chunk < 1 or self.max_scale <= 0:
             raise ValueError(f"chunk {self.chunk}, max_scale {self.max_scale}: both must be positive")
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
-        """Fresh parameters, those of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`; and no extra."""
+        """Parameters of `nets.clip.CLIP` and, with the sigmoid loss, `logit_bias`; no extra."""
         assert self.config.image is not None  # see __post_init__
         side = self.config.image.resolution
         params = CLIP(self.config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, side, side, 3)))["params"]
@@ -89,10 +89,10 @@ class CLIPTraining(SingleOptimizer):
     def loss(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
-        """The loss over the batch: ids (b n), one caption a row, and image (b h w 3) in [-1, 1], its image.
+        """The loss over the batch: captions ids (b n) and their images image (b h w 3) in [-1, 1].
 
-        Metrics: `accuracy`, the share of captions whose image is nearer than all others of the batch; `scale`. `key`
-        is not used.
+        Metrics: `accuracy`, the fraction of captions whose image is nearer than all others in the batch; `scale`. `key`
+        is unused.
         """
         network, variables = CLIP(self.config), {"params": clip_params(params)}
         text = cast(TowerOutput, network.apply(variables, batch["ids"], method="embed_text")).embedding
@@ -122,13 +122,13 @@ class _Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Sums over the columns of logits of which every device has its rows, `chunk` columns at a time."""
+    """Reductions over the columns of the logits, `chunk` columns at a time; each device has its own rows."""
 
     chunk: int
     axes: tuple[str, ...]
 
     def logsumexp(self, rows: Float[Array, "b e"], others: Float[Array, "b e"]) -> tuple[Array, Array]:
-        """log Σ exp of each row's logits, and the greatest of those that are not of its own pair; both (b)."""
+        """log Σ exp of each row's logits, and the largest logit of its negative pairs; both (b)."""
 
         def add(total, logits):
             most, total = total
@@ -139,13 +139,12 @@ class _Columns:
         return most + jnp.log(total), nearest
 
     def softplus(self, rows: Float[Array, "b e"], others: Float[Array, "b e"], bias: Array) -> tuple[Array, Array]:
-        """Σ log(1 + exp(logit + bias)) of each row, and the greatest of the logits that are not of its own pair; both
-        (b)."""
+        """Σ log(1 + exp(logit + bias)) of each row, and the largest logit of its negative pairs; both (b)."""
         return self._scan(lambda total, logits: total + jax.nn.softplus(logits + bias).sum(1), 0.0, rows, others)
 
     def _scan(self, add: Callable, total: Any, rows: Array, others: Array) -> tuple[Any, Array]:
-        """What `add` makes of `total` (a number for each row) and of each chunk of logits, and the greatest of those
-        that are not of the row's own pair."""
+        """Fold `add` over the chunks of logits, starting from `total` (a number per row). Also returns the largest
+        logit of each row's negative pairs."""
         everywhere = _placed(others, PartitionSpec(), self.axes)
         chunk = min(self.chunk, len(others))
         chunks = jnp.pad(everywhere, ((0, -len(others) % chunk), (0, 0))).reshape(-1, chunk, others.shape[1])
@@ -156,7 +155,7 @@ class _Columns:
         def body(carry, part):
             total, nearest = carry
             columns, number = part
-            # Accelerators would round products to 8 or 11 bits, and logits go up to 100.
+            # Accelerators round products to 8 or 11 bits by default, and logits reach 100.
             logits = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
             logits = jnp.where(number < len(others), logits, -jnp.inf)
             apart = jax.lax.stop_gradient(jnp.where(number == each, -jnp.inf, logits).max(1))
@@ -175,8 +174,8 @@ def _placed(x: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clipped(log_scale: Float[Array, ""], most: float) -> Float[Array, ""]:
-    """At most `most`. Beyond it only a gradient that leads back is passed on; a plain minimum would have none, and what
-    an update has carried there would stay."""
+    """min(log_scale, most). At or beyond `most`, only gradients that decrease log_scale are passed on; a plain minimum
+    passes none, so a value beyond the limit would never return."""
     return jnp.minimum(log_scale, most)
 
 
@@ -192,16 +191,16 @@ clipped.defvjp(_clipped_forward, _clipped_backward)
 
 
 def normalised(image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """An image in [-1, 1] as the image tower takes it."""
+    """Normalise an image in [-1, 1] for the image tower."""
     return ((image + 1) / 2 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 def clip_params(params: dict) -> dict:
-    """What of a stage's parameters is CLIP's: without the bias of the sigmoid loss."""
+    """The parameters of `nets.clip.CLIP`, without the bias of the sigmoid loss."""
     return {name: value for name, value in params.items() if name != "logit_bias"}
 
 
 def finished(stage: CLIPTraining, params: dict) -> dict:
-    """What is kept of a stage's parameters, on the host: CLIP's, its temperature clipped."""
+    """CLIP's parameters after training, on the host, with the temperature clipped."""
     kept = clip_params(params)
     return kept | {"logit_scale": np.minimum(np.asarray(kept["logit_scale"]), np.float32(np.log(stage.max_scale)))}

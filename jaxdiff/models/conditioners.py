@@ -1,7 +1,7 @@
-"""What a diffusion model is conditioned on, as settings: each makes its part of a network's `Conditioning`.
+"""Conditioners: settings of a diffusion model, each of which computes a part of the network's `Conditioning`.
 
-In training from a batch, with dropped conditions and augmentation; in sampling from what is asked for, once as it is
-and once as guidance leads away from it.
+In training they read a batch, with dropout and augmentation; in sampling they return the conditional and the
+unconditional branch of guidance.
 """
 
 import enum
@@ -23,10 +23,9 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class NullText(enum.Enum):
-    """What stands for no text: in training in place of dropped captions, in sampling what guidance leads away from.
+    """The null text: replaces dropped captions in training, and conditions the unconditional branch in sampling.
 
-    ZEROS: embeddings of zeros, all of them masked (Imagen). EMPTY: the encoder's embedding of the empty caption
-    (DeepFloyd IF).
+    ZEROS: zero embeddings, all masked (Imagen). EMPTY: the embedding of the empty caption (DeepFloyd IF).
     """
 
     ZEROS = "zeros"
@@ -34,10 +33,10 @@ class NullText(enum.Enum):
 
 
 class Enlargement(enum.Enum):
-    """How a low-resolution image comes to the output's size.
+    """How a low-resolution image is upsampled to the output size.
 
-    CUBIC: noised, then enlarged as Pillow's BICUBIC does. BILINEAR: enlarged, the corner pixels of both sizes in one
-    place, and then noised (DeepFloyd IF).
+    CUBIC: noised, then upsampled like Pillow's BICUBIC. BILINEAR: upsampled with aligned corner pixels, then noised
+    (DeepFloyd IF).
     """
 
     CUBIC = "cubic"
@@ -47,10 +46,10 @@ class Enlargement(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleInputs:
-    """What a batch of samples is conditioned on.
+    """Conditions of a batch of samples.
 
-    text: the embedded prompts (b n d); None: no text. negative: what guidance leads away from; None: the null text.
-    low_res: (b h w c). aug_level in [0, 1]: the noise on it.
+    text: the embedded prompts (b n d); None: no text. negative: text of the unconditional branch; None: the null text.
+    low_res: (b h w c). aug_level: its noise level in [0, 1].
     """
 
     text: TextEmbedding | None = None
@@ -60,7 +59,7 @@ class SampleInputs:
 
 
 class Branches(NamedTuple):
-    """The two conditionings that guidance compares."""
+    """The conditionings of the two branches of guidance."""
 
     conditional: Conditioning
     unconditional: Conditioning
@@ -68,14 +67,14 @@ class Branches(NamedTuple):
 
 @runtime_checkable
 class Conditioner(Protocol):
-    """A frozen dataclass of settings. Sizes are (height, width) of what the network denoises."""
+    """A frozen dataclass of settings. Sizes are (height, width) of the network's input."""
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
-        """What training batches hold for it, for square images of that side."""
+        """The entries of training batches that it reads, for square images of that side."""
         ...
 
     def example(self, size: tuple[int, int]) -> Conditioning:
-        """A batch of one with its shapes: which parts of the `Conditioning` are there."""
+        """A batch of one, to initialize the network: which fields of `Conditioning` are present, and their shapes."""
         ...
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning: ...
@@ -85,9 +84,9 @@ class Conditioner(Protocol):
 
 @dataclass(frozen=True)
 class TextConditioner:
-    """Embedded captions, attended to.
+    """Caption embeddings for attention.
 
-    width, length: of the text encoder's embeddings; None until it is known (`DiffusionModel.reading`).
+    width, length: those of the text encoder's embeddings; None until set by `DiffusionModel.reading`.
     dropout: fraction of captions replaced by the null text in training.
     """
 
@@ -102,13 +101,13 @@ class TextConditioner:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Length and width; ValueError where the text encoder is not known yet."""
+        """Length and width; ValueError if they are not set."""
         if self.width is None or self.length is None:
-            raise ValueError("the text encoder of this model is not known: name it with `DiffusionModel.reading`")
+            raise ValueError("the text encoder of this model is not set: use `DiffusionModel.reading`")
         return self.length, self.width
 
     def null_text(self, count: int) -> TextEmbedding:
-        """Zeros, all of it masked."""
+        """Zeros, all masked."""
         return TextEmbedding(jnp.zeros((count, *self.shape)), jnp.zeros((count, self.shape[0]), bool))
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
@@ -121,8 +120,8 @@ class TextConditioner:
         return _attended(self.null_text(1))
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
-        """From text (b n d) and text_mask (b n), and null_text (n d), the embedding of the empty caption, where that is
-        the null text. A batch without captions trains on images alone."""
+        """Reads text (b n d), text_mask (b n) and, for `NullText.EMPTY`, null_text (n d), the embedding of the empty
+        caption. A batch without text trains unconditionally."""
         if "text" not in batch:
             return _attended(self.null_text(keys.shape[0]))
         kept = noise.uniform(noise.fold(keys, 1)) >= self.dropout
@@ -130,7 +129,7 @@ class TextConditioner:
         if self.null is NullText.EMPTY:
             if "null_text" not in batch:
                 raise ValueError("the null text of this model is the empty caption: a batch needs null_text")
-            # Nothing of either is masked.
+            # Neither text nor null text is masked.
             null = batch["null_text"].astype(jnp.float32)
             return Conditioning(tokens=jnp.where(kept[:, None, None], text, null), token_mask=mask)
         mask = mask & kept[:, None]
@@ -138,17 +137,17 @@ class TextConditioner:
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         null = self.null_text(keys.shape[0]) if inputs.text is None or inputs.negative is None else None
-        text, negative = (null if given is None else given for given in (inputs.text, inputs.negative))
-        assert text is not None and negative is not None  # the null text stands in
+        text, negative = (null if value is None else value for value in (inputs.text, inputs.negative))
+        assert text is not None and negative is not None  # replaced by the null text
         return Branches(_attended(text), _attended(negative))
 
 
 @dataclass(frozen=True)
 class LowResConditioner:
-    """A low-resolution image, enlarged and noised to a known level (Imagen 2.4).
+    """A low-resolution image, upsampled and noised to a known level (Imagen 2.4).
 
-    factor: how many times it is enlarged. augmentation: the schedule of the noise, whose time is the level. max_level:
-    the highest level in training, where levels are uniform from 0. enlargement: how the image is enlarged, and when.
+    factor: upsampling factor. augmentation: the schedule of the noise; the level is its time. max_level: training
+    levels are uniform in [0, max_level]. enlargement: the upsampling method, and its order with the noise.
     """
 
     factor: int = 4
@@ -171,12 +170,12 @@ class LowResConditioner:
         return Conditioning(concat=jnp.zeros((1, *size, self.channels)), aug_level=jnp.ones(1))
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
-        """From low_res (b h/f w/f c), at a level of each example's own."""
+        """Reads low_res (b h/f w/f c); each example has its own level."""
         level = self.max_level * noise.uniform(noise.fold(keys, 2))
         return self.seen(batch["low_res"], level, noise.fold(keys, 3), size)
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
-        assert inputs.low_res is not None  # checked before sampling begins
+        assert inputs.low_res is not None  # checked before sampling
         level = jnp.full(inputs.low_res.shape[0], inputs.aug_level, jnp.float32)
         both = self.seen(inputs.low_res, level, noise.fold(keys, 2), size)
         return Branches(both, both)
@@ -184,7 +183,7 @@ class LowResConditioner:
     def seen(
         self, low_res: Float[Array, "b h w c"], level: Float[Array, " b"], keys: Key[Array, " b"], size: tuple[int, int]
     ) -> Conditioning:
-        """The images as the network sees them, noised and enlarged, and the level that it is told."""
+        """The network's inputs: the noised and upsampled images, and the level."""
         low_res, schedule = low_res.astype(jnp.float32), self.augmentation
         if self.enlargement is Enlargement.CUBIC:
             seen = enlarge(augment(low_res, level, keys, schedule), size)
@@ -193,28 +192,28 @@ class LowResConditioner:
         return Conditioning(concat=seen, aug_level=schedule.network_time(schedule.level_time(level)) / 1000.0)
 
     def kept(self, given: Conditioning) -> Float[Array, "b h w c"]:
-        """α of the level times the noised image: what a residual network adds its output to."""
-        assert given.concat is not None and given.aug_level is not None  # `seen` makes both
+        """α(level) times the noised image, to which a residual network's output is added."""
+        assert given.concat is not None and given.aug_level is not None  # `seen` sets both
         alpha = self.augmentation.alpha(self.augmentation.level_time(given.aug_level))
         return alpha[:, None, None, None] * given.concat
 
 
 def joined(conditionings: list[Conditioning]) -> Conditioning:
-    """One conditioning of several: tokens one after the other, channels and vectors side by side, levels as given once.
+    """Concatenate conditionings: tokens along the sequence, channels and vectors along the last axis.
 
-    ValueError for two that give a noise level, residuals or an interval.
+    ValueError if more than one sets a noise level, residuals or an interval.
     """
     fields: dict[str, Any] = {}
     for name in Conditioning._fields:
         values = [getattr(each, name) for each in conditionings if getattr(each, name) is not None]
         if len(values) > 1 and name not in _AXIS:
-            raise ValueError(f"{len(values)} conditioners give {name}, a network takes one")
+            raise ValueError(f"{len(values)} conditioners set {name}, a network takes one")
         fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
     return Conditioning(**fields)
 
 
 def without_dropout(conditioner: TextConditioner | LowResConditioner) -> TextConditioner | LowResConditioner:
-    """The same, dropping nothing that it is given: what is evaluated is the conditional model."""
+    """The conditioner without dropout, to evaluate the conditional model."""
     return replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner) else conditioner
 
 
@@ -226,13 +225,13 @@ def _attended(text: TextEmbedding) -> Conditioning:
 
 
 def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """The low-resolution input at the output's size, bicubic (Keys, a = −1/2: Pillow's BICUBIC)."""
+    """Upsample to the output size, bicubic (Keys, a = −1/2, as in Pillow's BICUBIC)."""
     shape = (low_res.shape[0], *size, low_res.shape[3])
     return jax.image.resize(low_res, shape, jax.image.ResizeMethod.CUBIC, antialias=False)
 
 
 def enlarge_between_corners(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """Bilinear, the centres of the corner pixels of both sizes in one place (PyTorch's align_corners)."""
+    """Upsample bilinearly with aligned centres of the corner pixels (PyTorch's align_corners)."""
     shape = (low_res.shape[0], *size, low_res.shape[3])
     scale = jnp.asarray([(after - 1) / max(before - 1, 1) for before, after in zip(low_res.shape[1:3], size)])
     shift = 0.5 - 0.5 * scale

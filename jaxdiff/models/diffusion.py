@@ -1,7 +1,7 @@
-"""A diffusion model of images or latents, trained on its own: a stage of Imagen, or the generator of latent diffusion.
+"""A diffusion model of images or latents: a stage of Imagen, or the generator of latent diffusion.
 
-What it is conditioned on is a tuple of conditioners (`models/conditioners.py`): text, a low-resolution image. How it
-samples is `models/sampling.py`; presets are in `systems/`.
+Its conditioners (text, a low-resolution image) are in `models/conditioners.py`, sampling is in `models/sampling.py`,
+presets are in `systems/`.
 """
 
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.unet import UNetConfig
 
 HELD_OUT_LEVELS = 8
-"""Times at which held-out examples are evaluated, evenly spread over the schedule: as many as in MLPerf's benchmarks of
-diffusion models."""
+"""Number of evenly spaced times at which held-out examples are evaluated, as in MLPerf's diffusion benchmarks."""
 
 
 @dataclass(frozen=True)
 class DiffusionModel(SingleOptimizer):
     """Settings of a diffusion model.
 
-    side: of the images that it is trained for; sampling takes any multiples of the network's stride. product: what it
-    generates. conditioners: what it is conditioned on; with a `LowResConditioner` it is super-resolution.
+    side: side of the training images; sampling takes any multiples of the network's stride. product: type of the
+    output. conditioners: with a `LowResConditioner` the model is super-resolution.
     schedule, time_sampler, prediction, weighting: the diffusion process and its training; Imagen's are cosine, uniform
-    times, ε and the plain squared error.
-    residual: the network says what to add to the enlarged input (x₀ prediction only): flat areas come out exact.
+    times, ε and the unweighted squared error.
+    residual: the network predicts the difference from the upsampled input (x₀ prediction only), so that flat areas are
+    exact.
     """
 
     unet: UNetConfig = UNetConfig()
@@ -54,9 +54,9 @@ class DiffusionModel(SingleOptimizer):
         check_size(self, self.side)
         kinds = [type(conditioner) for conditioner in self.conditioners]
         if len(set(kinds)) != len(kinds):
-            raise ValueError("two conditioners of one kind")
+            raise ValueError("two conditioners of the same type")
         if self.unet.reads_text != (self.text is not None):
-            raise ValueError("a network that reads text needs a TextConditioner, and no other has one")
+            raise ValueError("a network has a TextConditioner if and only if it reads text")
         if self.low_res is not None and self.side % self.low_res.factor:
             raise ValueError(f"a side of {self.side} is not a multiple of the factor {self.low_res.factor}")
         if self.residual and (self.prediction is not Prediction.X0 or self.low_res is None):
@@ -64,7 +64,7 @@ class DiffusionModel(SingleOptimizer):
         if self.residual and self.low_res is not None and self.low_res.channels != self.product.channels:
             raise ValueError(f"residual adds {self.low_res.channels} channels to {self.product}")
         if self.unet.learned_variance and not isinstance(self.schedule, TabulatedSchedule):
-            raise ValueError("a variance is learned between the entries of a tabulated schedule")
+            raise ValueError("a learned variance needs a tabulated schedule")
 
     @property
     def text(self) -> TextConditioner | None:
@@ -76,32 +76,32 @@ class DiffusionModel(SingleOptimizer):
 
     @property
     def factor(self) -> int:
-        """How many times super-resolution enlarges; 1 for a generator."""
+        """The upsampling factor of super-resolution; 1 for a generator."""
         return 1 if self.low_res is None else self.low_res.factor
 
     def reading(self, length: int, width: int) -> "DiffusionModel":
-        """The model for a text encoder that gives `length` embeddings of `width`; itself, where it reads no text."""
+        """The model for a text encoder with `length` embeddings of `width`; unchanged if it reads no text."""
         conditioners = [replace(c, length=length, width=width) if c is self.text else c for c in self.conditioners]
         return replace(self, conditioners=tuple(conditioners))
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
-        """Fresh parameters, float32, and no extra. Widths alone decide their shapes, so the smallest image does."""
+        """Initial float32 parameters, no extra. Their shapes do not depend on the image size; the smallest is used."""
         size = (self.unet.stride, self.unet.stride)
-        given = joined([conditioner.example(size) for conditioner in self.conditioners])
-        plain = replace(self.unet.execution, sharding=ActivationSharding())  # one image cannot be split
+        inputs = joined([conditioner.example(size) for conditioner in self.conditioners])
+        plain = replace(self.unet.execution, sharding=ActivationSharding())  # one image cannot be sharded
         network = replace(self.unet, execution=plain).module()
-        return network.init(key, jnp.zeros((1, *size, self.product.channels)), jnp.ones(1), given)["params"], ()
+        return network.init(key, jnp.zeros((1, *size, self.product.channels)), jnp.ones(1), inputs)["params"], ()
 
     def loss(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict, tuple]]:
         """The weighted squared error, averaged over the batch.
 
-        `batch`: image (b h w c), in [-1, 1] where it is one of pixels, and what the conditioners read.
+        batch: image (b h w c), in [-1, 1] for pixels, and the entries of the conditioners.
         """
         count = batch["image"].shape[0]
         keys = noise.sample_keys(key, jnp.arange(count))
-        # Times are spread evenly over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, a loss of less variance.
+        # Evenly spaced times over [0, 1] (VDM, arXiv 2107.00630, I.1): the same density, lower variance of the loss.
         u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
         t = self.time_sampler.times(jax.random.permutation(jax.random.fold_in(key, count), u), self.schedule)
         return self._losses(params, batch, t, keys).mean(), ({}, extra)
@@ -109,15 +109,15 @@ class DiffusionModel(SingleOptimizer):
     def held_out_losses(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, numbers: Int[Array, " b"], key: Key[Array, ""]
     ) -> dict[str, tuple[Array, Array]]:
-        """The training loss of examples that are not trained on, at eight noise levels, with all their text.
+        """The training loss of held-out examples at eight noise levels, without caption dropout.
 
-        Example i is evaluated at one time of the schedule, (i mod 8 + 1/2) / 8, with noise of its own that stays the
-        same. `batch` as in `loss`; numbers (b): i of each example, or −1 for a row that is padding. Captions are not
-        dropped; a low-resolution input is noised as in training. The loss at a time has the model's weighting; the time
-        sampler has no part in it: the mean over all differs from the training loss where that samples other times.
+        Example i is evaluated at one time of the schedule, (i mod 8 + 1/2) / 8, with its own fixed noise. batch: as in
+        `loss`. numbers (b): i of each example, or −1 for padding rows. A low-resolution input is noised as in training.
+        The loss has the model's weighting but ignores the time sampler, so the mean differs from the training loss if
+        that samples other times.
 
-        Returns the sum over the examples and their number: `held_out_loss` of all, `held_out_loss_t0.06` to
-        `held_out_loss_t0.94` of those at each time.
+        Returns sums over examples and their counts: `held_out_loss` for all, `held_out_loss_t0.06` to
+        `held_out_loss_t0.94` for each time.
         """
         example = jnp.maximum(numbers, 0)
         level = example % HELD_OUT_LEVELS
@@ -125,14 +125,14 @@ class DiffusionModel(SingleOptimizer):
         conditional = replace(self, conditioners=tuple(map(without_dropout, self.conditioners)))
         losses = conditional._losses(params, batch, t, noise.sample_keys(key, example))
 
-        def over(counted: Array) -> tuple[Array, Array]:
-            return jnp.where(counted, losses, 0.0).sum(), counted.astype(jnp.float32).sum()
+        def masked_sum(mask: Array) -> tuple[Array, Array]:
+            return jnp.where(mask, losses, 0.0).sum(), mask.astype(jnp.float32).sum()
 
         at_levels = {
-            f"held_out_loss_t{(i + 0.5) / HELD_OUT_LEVELS:.2f}": over((numbers >= 0) & (level == i))
+            f"held_out_loss_t{(i + 0.5) / HELD_OUT_LEVELS:.2f}": masked_sum((numbers >= 0) & (level == i))
             for i in range(HELD_OUT_LEVELS)
         }
-        return {"held_out_loss": over(numbers >= 0)} | at_levels
+        return {"held_out_loss": masked_sum(numbers >= 0)} | at_levels
 
     def _losses(
         self, params: dict, batch: Mapping, t: Float[Array, " b"], keys: Key[Array, " b"]
@@ -142,8 +142,8 @@ class DiffusionModel(SingleOptimizer):
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         eps = noise.normal_like(noise.fold(keys, 0), image.shape[1:])
         x = noised(image, eps, alpha, sigma)
-        given = joined([conditioner.training(batch, keys, image.shape[1:3]) for conditioner in self.conditioners])
-        output, gamma = self.split_output(self.predict(params, x, t, given))
+        inputs = joined([conditioner.training(batch, keys, image.shape[1:3]) for conditioner in self.conditioners])
+        output, gamma = self.split_output(self.predict(params, x, t, inputs))
         losses = diffusion_loss(output, self.prediction, image, eps, alpha, sigma, self.weighting)
         if gamma is not None:
             x0 = jax.lax.stop_gradient(denoised(self.prediction, output, x, alpha, sigma).x0)
@@ -159,14 +159,14 @@ class DiffusionModel(SingleOptimizer):
         return shapes
 
     def cast(self, params: dict) -> dict:
-        """The kernels in the type that the network computes in, which its layers would give them anyway."""
+        """Cast the kernels to the network's compute type, as its layers would."""
         dtype = self.unet.execution.dtype
         return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 
     def split_output(
         self, output: Float[Array, "b h w o"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
-        """Of a network's output: what `prediction` says and, where it is learned, γ of the variance (`DDPM`)."""
+        """Split a network's output into the prediction and γ of the variance (`DDPM`; None if it is not learned)."""
         if not self.unet.learned_variance:
             return output, None
         output, variance = jnp.split(output, 2, axis=-1)
@@ -175,7 +175,7 @@ class DiffusionModel(SingleOptimizer):
     def predict(
         self, params: dict, x: Float[Array, "b h w c"], t: Float[Array, " b"], given: Conditioning
     ) -> Float[Array, "b h w o"]:
-        """The network's output at the noised images x and the times t."""
+        """The network's output at noised images x and times t."""
         time = self.schedule.network_time(t)
         output = cast(Array, self.unet.module().apply({"params": params}, x, time, given))
         if self.residual:
@@ -185,21 +185,21 @@ class DiffusionModel(SingleOptimizer):
 
 
 def executed(model: DiffusionModel, **how: Any) -> DiffusionModel:
-    """The same model, computed in another way: fields of `ExecutionConfig`."""
+    """The model with other execution settings, given as fields of `ExecutionConfig`."""
     execution = replace(model.unet.execution, **how)
     return replace(model, unet=replace(model.unet, execution=execution))
 
 
 def check_size(model: DiffusionModel, *sides: int, name: str = "side") -> None:
-    """ValueError where a side (`name` says of what) is not a multiple of the network's stride."""
+    """ValueError if a side is not a multiple of the network's stride. name: its name in the message."""
     for side in sides:
         if side < 1 or side % model.unet.stride:
             raise ValueError(f"a {name} of {side} pixels is not a multiple of the network's stride {model.unet.stride}")
 
 
 def check_crop(model: DiffusionModel, side: int) -> None:
-    """ValueError where the model cannot be trained on crops of this side: one that the network does not take, or that
-    is larger than its images."""
+    """ValueError if the model cannot train on crops of this side: not a multiple of the stride, or larger than its
+    images."""
     check_size(model, side, name="crop")
     if side > model.side:
         raise ValueError(f"--crop {side}: larger than the images, {model.side}")

@@ -1,7 +1,7 @@
-"""How a diffusion model samples: its settings, the denoiser that samplers see, and the box that it is in a pipeline.
+"""Sampling from a diffusion model: settings, the denoiser for samplers, and the model as a box of a pipeline.
 
-One compiled program runs the steps. Numbers that only scale are traced, so that they compile nothing anew: the guidance
-weight and its interval, thresholding's percentile and cap, the noise on a low-resolution input, strength and seed.
+One compiled program runs all steps. Numeric settings are traced, so that new values do not recompile: guidance weight
+and interval, thresholding percentile and cap, augmentation level, strength and seed.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,12 @@ from jaxdiff.text.encoder import TextEmbedding
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model samples. `aug_level` in [0, 1] is the noise put on the low-resolution input of super-resolution.
+    """Sampling settings of a model.
 
-    keep_eps: after thresholding x₀, ε stays the network's own, as in diffusers' DDIM, instead of that which x₀ implies.
-    clean_known: what a mask keeps is put back as it is after each step, as in DeepFloyd IF, instead of noised to the
-    step's level.
+    aug_level: noise level in [0, 1] of the low-resolution input of super-resolution.
+    keep_eps: keep the network's ε after thresholding x₀ (diffusers' DDIM) instead of the ε implied by x₀.
+    clean_known: in inpainting, restore the known pixels without noise after each step (DeepFloyd IF) instead of noised
+    to the step's level.
     """
 
     sampler: Sampler = DDPM()
@@ -56,11 +57,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True, eq=False)
 class InitProduct:
-    """What sampling begins with (image to image) and, with a mask, keeps in part (inpainting).
+    """Initial product for image to image and, with a mask, inpainting.
 
-    value: (b h w c), of what the box produces and of the size asked for. strength in (0, 1]: the fraction of the steps
-    that are taken, from the value noised to where they begin. mask: (b h w 1), 1 where is sampled and 0 where the value
-    is kept.
+    value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
+    are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
+    value is kept.
     """
 
     value: Float[Array, "b h w c"]
@@ -70,11 +71,11 @@ class InitProduct:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One batch that a box of a pipeline is asked for.
+    """One batch of samples for a box of a pipeline to produce.
 
-    keys: the samples' own, for this box; sample i depends on nothing but its own key and conditions. size: height and
-    width of what is produced. text, negative: what is read, and what guidance leads away from (None: the null text).
-    progress: told how many steps are done, from time to time.
+    keys: one per sample, for this box; sample i depends only on its own key and conditions. size: height and width of
+    the product. text, negative: text of the conditional and unconditional branches (None: the null text).
+    progress: called periodically with the number of steps done.
     """
 
     keys: Key[Array, " b"]
@@ -88,10 +89,10 @@ class SampleRequest:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its guidance and thresholding: what samplers see.
+    """A network with its guidance and thresholding, for samplers.
 
-    A pytree: model, tiles and the two switches are static, everything else is traced. guided: whether the second branch
-    is evaluated; where guidance has an interval, only inside it.
+    A pytree: model, tiles and the two switches are static, everything else is traced. guided: evaluate the
+    unconditional branch; if guidance has an interval, only inside it.
     """
 
     model: DiffusionModel = field(metadata={"static": True})
@@ -104,28 +105,26 @@ class Denoiser:
     thresholding: Thresholding
 
     def __call__(self, x: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Denoised | DenoisedWithVariance:
-        """x₀ and ε of noised samples, and γ where the variance is learned."""
+        """x₀ and ε of noised samples, and γ if the variance is learned."""
         model, guidance, logsnr = self.model, self.guidance, self.model.schedule.logsnr(t)
         predict = model.predict if self.tiles is None else partial(_predict_in_tiles, model, self.tiles)
 
-        def guide():
+        def guided():
             """Both branches in one doubled batch."""
             twice, times = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-            given = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *self.given)
-            (cond, gamma), (uncond, _) = map(
-                model.split_output, jnp.split(predict(self.params, twice, times, given), 2)
-            )
+            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *self.given)
+            (cond, gamma), (uncond, _) = map(model.split_output, jnp.split(predict(self.params, twice, times, both), 2))
             return guidance.apply(cond, uncond, logsnr), gamma
 
-        def follow():
+        def conditional():
             return model.split_output(predict(self.params, x, t, self.given.conditional))
 
         if not self.guided:
-            output, gamma = follow()
+            output, gamma = conditional()
         elif guidance.interval is None:
-            output, gamma = guide()
+            output, gamma = guided()
         else:
-            output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guide, follow)
+            output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
         estimate = denoised(model.prediction, output, x, alpha, sigma)
         x0 = self.thresholding.apply(estimate.x0)
@@ -135,9 +134,10 @@ class Denoiser:
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A diffusion model, its parameters, and how it samples: a generator, or with a low-resolution input a decoder.
+    """A diffusion model with parameters and sampling settings: a generator, or a decoder if it has a low-resolution
+    input.
 
-    text_fingerprint: of the text encoder that it was trained with, where that is known.
+    text_fingerprint: that of its text encoder in training; None if unknown.
     """
 
     model: DiffusionModel
@@ -152,7 +152,7 @@ class TrainedModel:
 
     @property
     def consumes(self) -> ProductSpec | None:
-        """What a decoder decodes; None for a generator."""
+        """The input product of a decoder; None for a generator."""
         return None if self.model.low_res is None else ImageSpec(self.model.low_res.channels)
 
     @property
@@ -169,49 +169,49 @@ class TrainedModel:
 
     @property
     def reads(self) -> tuple[int | None, int | None] | None:
-        """Length and width of the text embeddings that it reads, where they are known; None where it reads none."""
+        """Length and width of the text embeddings (each None if unknown); None if the model reads no text."""
         return None if self.model.text is None else (self.model.text.length, self.model.text.width)
 
     @property
     def reads_padding(self) -> bool:
-        """Whether it reads what the text encoder gives for padding and for the empty caption."""
+        """Whether it reads the text encoder's outputs for padding and for the empty caption."""
         text = self.model.text
         return text is not None and (
             text.null is NullText.EMPTY or isinstance(self.model.unet.conditioning.text, WholeText)
         )
 
     def batch_size(self, wanted: int) -> int:
-        """The smallest multiple of the devices that batches are split over, from `wanted` on."""
+        """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
         batch_devices, _ = self.model.unet.execution.sharding.sizes()
         return -(-wanted // batch_devices) * batch_devices
 
     def check(self, size: tuple[int, int]) -> None:
-        """ValueError where it cannot sample this size, not in tiles or not in these, or not with these settings."""
+        """ValueError if the model cannot sample this size with its settings (tiles included)."""
         _check(self.model, self.sampling, size)
 
     def decode(self, product: Float[Array, "b h w c"] | None, request: SampleRequest) -> Float[Array, "b h2 w2 c2"]:
-        """Samples (b, *size, c), clipped to [-1, 1] where they are images, from a product of the box before, which
-        super-resolution enlarges; a generator has none. ValueError as from `check`."""
+        """Sample (b, *size, c), clipped to [-1, 1] for images. product: the previous box's, as super-resolution input;
+        None for a generator. ValueError as from `check`."""
         model, sampling, keys, size = self.model, self.sampling, request.keys, request.size
         self.check(size)
         inputs = SampleInputs(request.text, request.negative, _checked(model, product, size), sampling.aug_level)
-        given = jax.tree.map(self._split, _conditioned(model, size, keys, inputs))
-        guided = model.text is not None and sampling.guidance.on  # else both branches would be the same
+        branches = jax.tree.map(self._shard, _conditioned(model, size, keys, inputs))
+        guided = model.text is not None and sampling.guidance.on  # without text both branches are the same
         guidance = sampling.guidance if guided else Guidance()
         switches = model, sampling.tiles, guided, sampling.keep_eps
-        denoiser = Denoiser(*switches, self.params, given, guidance, sampling.thresholding)
+        denoiser = Denoiser(*switches, self.params, branches, guidance, sampling.thresholding)
         points = _points(model.schedule, sampling.steps, sampling.spacing)
         x = noise.normal_like(noise.fold(keys, 0), (*size, model.product.channels))
         first, known = 0, None
         if request.init is not None:
             first = first_step(request.init.strength, sampling.steps)
             x, known = _begin(sampling.clean_known, request.init.value, request.init.mask, x, points, first)
-        carry = jax.tree.map(self._split, sampling.sampler.init(x))
+        carry = jax.tree.map(self._shard, sampling.sampler.init(x))
         chunk = sampling.steps if request.progress is None else CHUNK
         for start in range(first, sampling.steps, chunk):
             stop = min(start + chunk, sampling.steps)
             carry = _integrate(sampling.sampler, denoiser, carry, points, noise.fold(keys, 1), start, stop, known)
-            carry = jax.tree.map(self._split, carry)
+            carry = jax.tree.map(self._shard, carry)
             if request.progress is not None:
                 jax.block_until_ready(carry)
                 request.progress(stop)
@@ -220,13 +220,13 @@ class TrainedModel:
 
     generate = partialmethod(decode, None)
 
-    def _split(self, leaf: Array) -> Array:
-        """Feature maps lie over the mesh before and after a program alike, which else would be compiled for both."""
+    def _shard(self, leaf: Array) -> Array:
+        """Shard feature maps alike before and after a program, which would otherwise be compiled for both shardings."""
         return self.model.unet.execution.sharding.images(leaf) if leaf.ndim == 4 else leaf
 
 
 CHUNK = 4
-"""Steps that run between two reports of progress."""
+"""Steps between two progress reports."""
 
 _integrate = jax.jit(integrate, static_argnums=0, donate_argnums=2)
 _points = jax.jit(time_grid, static_argnums=(0, 1, 2))
@@ -235,35 +235,35 @@ _points = jax.jit(time_grid, static_argnums=(0, 1, 2))
 def mean(models: Sequence[TrainedModel]) -> TrainedModel:
     """The first model with the mean of all parameters: stochastic weight averaging (arXiv 1803.05407).
 
-    For the ends of successive runs, each begun with the parameters of the one before: each lies somewhere on the edge
-    of what suits the data, their mean nearer its middle. Models that began apart have no useful mean.
+    Average the final models of successive runs, each started from the previous one. The mean of models with different
+    initializations is not useful.
 
-    Raises ValueError where networks, predictions or text encoders differ.
+    Raises ValueError if networks, predictions or text encoders differ.
     """
     first, *others = models
     for other in others:
         for part in ("unet", "prediction", "residual"):
             if getattr(other.model, part) != getattr(first.model, part):
-                raise ValueError(f"models whose {part} differs have no mean")
+                raise ValueError(f"cannot average models whose {part} differs")
     known = sorted({model.text_fingerprint for model in models if model.text_fingerprint is not None})
     if len(known) > 1:
-        raise ValueError(f"models trained with the text encoders {' and '.join(known)} have no mean")
+        raise ValueError(f"cannot average models trained with the text encoders {' and '.join(known)}")
     params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(model.params for model in models))
     return replace(first, params=params, text_fingerprint=known[0] if known else None)
 
 
 def first_step(strength: float, steps: int) -> int:
-    """The first of the steps that are taken at this strength. ValueError where it would be none of them."""
+    """The first step that is run at this strength. ValueError if no step would run, or for a strength above 1."""
     taken = int(steps * strength) if 0.0 < strength <= 1.0 else 0
     if taken < 1:
-        raise ValueError(f"strength {strength} leaves no step of {steps} to draw, or lies above 1")
+        raise ValueError(f"strength {strength} leaves no step of {steps}, or is above 1")
     return steps - taken
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Known:
-    """The part that a mask keeps, put back into the state after each step; its noise is the same at every step."""
+    """The known pixels under a mask, restored after each step; their noise is the same at every step."""
 
     clean: bool = field(metadata={"static": True})
     value: Array
@@ -279,7 +279,7 @@ class _Known:
 def _begin(
     clean: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
 ) -> tuple[Array, _Known | None]:
-    """The value noised to the level where sampling begins, and what is kept of it."""
+    """The value noised to the level of the first step, and the known pixels (None without a mask)."""
     point = TimeGrid(*(values[first] for values in points))
     x = noised(value, eps, point.alpha, point.sigma)
     if mask is None:
@@ -290,29 +290,31 @@ def _begin(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inputs: SampleInputs) -> Branches:
-    """What the network sees in both branches."""
+    """The network's conditioning in both branches."""
     branches = [conditioner.sampling(inputs, keys, size) for conditioner in model.conditioners]
     return Branches(*(joined(list(conditionings)) for conditionings in zip(*branches)))
 
 
 def _predict_in_tiles(
-    model: DiffusionModel, tiles: Tiles, params: Any, x: Array, t: Array, given: Conditioning
+    model: DiffusionModel, tiles: Tiles, params: Any, x: Array, t: Array, conditioning: Conditioning
 ) -> Array:
-    images = (x,) if given.concat is None else (x, given.concat)
+    images = (x,) if conditioning.concat is None else (x, conditioning.concat)
 
     def network(x: Array, *concat: Array) -> Array:
-        return model.predict(params, x, t, given._replace(concat=concat[0] if concat else None))
+        return model.predict(params, x, t, conditioning._replace(concat=concat[0] if concat else None))
 
     return cast(Array, in_tiles(network, images, tiles))
 
 
 def _checked(model: DiffusionModel, low_res: Array | None, size: tuple[int, int]) -> Array | None:
-    """The input of super-resolution; ValueError where it is missing or of another size."""
+    """The input of super-resolution; ValueError if it is missing or has another size."""
     if model.low_res is None:
         return None
     if low_res is None or tuple(side * model.factor for side in low_res.shape[1:3]) != tuple(size):
         have = "none" if low_res is None else "×".join(map(str, low_res.shape[1:3]))
-        raise ValueError(f"drawing {size[0]}×{size[1]} needs a low-resolution input 1/{model.factor} of it, not {have}")
+        raise ValueError(
+            f"sampling {size[0]}×{size[1]} needs a low-resolution input 1/{model.factor} of it, not {have}"
+        )
     return low_res
 
 
@@ -322,10 +324,10 @@ def _check(model: DiffusionModel, sampling: SamplingConfig, size: tuple[int, int
     check_rows(height // model.unet.stride, model.unet.execution.sharding.sizes()[1])
     jax.eval_shape(lambda: time_grid(model.schedule, sampling.steps, sampling.spacing))
     if sampling.sampler == DDPM(None) and not model.unet.learned_variance:
-        raise ValueError(f"the {model.side} stage has learned no variance, so its DDPM needs a gamma")
+        raise ValueError(f"the {model.side} stage has no learned variance, so its DDPM needs a gamma")
     if sampling.tiles is not None:
         if model.unet.coordinates:
-            raise ValueError("this stage's network reads coordinates, so it cannot draw in tiles: leave out tiles")
+            raise ValueError("this stage's network reads coordinates, so it cannot sample in tiles: leave out tiles")
         check_size(model, sampling.tiles.side, name="tile")
         check_size(model, sampling.tiles.overlap, name="tile overlap")
     if model.low_res is not None and sampling.aug_level > model.low_res.max_level:

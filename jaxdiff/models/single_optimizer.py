@@ -1,4 +1,4 @@
-"""What most models say of their parameters when they are trained."""
+"""Defaults of trainable models."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ import jax
 
 
 class SingleOptimizer:
-    """Defaults of a `training.state.Trainable`: one optimizer for all parameters, which the network takes as they are
-    kept."""
+    """Defaults of a `training.state.Trainable`: one optimizer for all parameters, and no cast."""
 
     def labels(self, params: Any) -> Any:
         return jax.tree.map(lambda _: "all", params)

@@ -1,11 +1,11 @@
-"""T5 pre-training (arXiv 1910.10683, section 3.1.4): span corruption on captions, so that an encoder can be frozen.
+"""T5 pre-training (arXiv 1910.10683, section 3.1.4): span corruption on captions.
 
-A few spans of a caption are cut out and a sentinel put in the place of each; the decoder says what was cut:
+Random spans of a caption are replaced by sentinels; the decoder predicts the removed spans:
 
     in   a small <extra_id_0> on a green <extra_id_1>
     out  <extra_id_0> red circle <extra_id_1> background <extra_id_2>
 
-Corruption runs on the host in numpy with an explicit generator; the loss is a stage for `training`.
+Corruption runs on the host in numpy with an explicit generator; the loss is a `Trainable`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, sentinel_ids
 
 @dataclass(frozen=True)
 class Corruption:
-    """How much is cut out: the paper's values."""
+    """Span corruption settings; the defaults are the paper's."""
 
     density: float = 0.15
-    """Share of the tokens that are cut."""
+    """Fraction of the tokens that are removed."""
     mean_span: float = 3.0
-    """Mean length of a span in tokens."""
+    """Mean span length in tokens."""
 
     def __post_init__(self):
         if not 0 < self.density < 1:
@@ -41,7 +41,7 @@ class Corruption:
 
 @dataclass(frozen=True)
 class T5Pretraining(SingleOptimizer):
-    """T5 trained to say what was cut out of its input. length: most tokens of a caption, its end included."""
+    """Span-corruption training of T5. length: maximum tokens of a caption, end included."""
 
     config: T5Config = TINY
     length: int = 64
@@ -54,10 +54,10 @@ class T5Pretraining(SingleOptimizer):
     def loss(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Array, step: Int[Array, ""]
     ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
-        """Mean cross-entropy (nats) of the target tokens, padding left out; `batch` as `SpanBatches` makes it.
+        """Mean cross-entropy (nats) of the target tokens, excluding padding. batch: as from `SpanBatches`.
 
-        Metrics: `accuracy`, the share of target tokens whose logit is the greatest. `key` is not used: there is no
-        dropout, and the corruption is in the batch.
+        Metrics: `accuracy`, the fraction of target tokens with the largest logit. `key` is unused: there is no dropout,
+        and the batch is already corrupted.
         """
         targets, mask = batch["targets"], batch["target_mask"]
         start = shift_right(targets, self.config.decoder_start_id)
@@ -68,7 +68,7 @@ class T5Pretraining(SingleOptimizer):
         return loss, ({"loss": loss, "accuracy": accuracy}, extra)
 
     def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of a training batch; there are no images, `side` is not used."""
+        """Shapes and types of a training batch; `side` is unused."""
         inputs, targets = (batch_size, self.length), (batch_size, target_length(self.length, self.corruption))
         return {
             "inputs": jax.ShapeDtypeStruct(inputs, jnp.int32),
@@ -79,23 +79,23 @@ class T5Pretraining(SingleOptimizer):
 
 
 def span_counts(length: int, corruption: Corruption) -> tuple[int, int]:
-    """How many of `length` tokens are cut, and in how many spans: at least one, never all."""
+    """Number of removed tokens and of spans, of `length` tokens: at least one, never all."""
     cut = min(max(round(length * corruption.density), 1), length - 1)
     spans = min(max(round(cut / corruption.mean_span), 1), length - cut)
     return cut, spans
 
 
 def span_mask(length: int, corruption: Corruption, rng: np.random.Generator) -> np.ndarray:
-    """Boolean (length,): True where a token is cut out. All ways to place the spans are equally likely.
+    """Boolean (length,): True for removed tokens. All placements of the spans are equally likely.
 
-    Unlike the paper's code, in which the last token is always cut and the first never: on captions, which are short, it
-    would hide nothing but their last words.
+    In the paper's code the last token is always removed and the first never, which on short captions would hide only
+    the last words.
     """
     if length < 2:
         return np.zeros(length, bool)
     cut, spans = span_counts(length, corruption)
     cut_lengths = _random_lengths(cut, spans, rng)
-    # One kept stretch between two spans at least, so spans never touch; the two ends may be empty.
+    # At least one kept token between two spans, so that spans never touch; the kept ends may be empty.
     kept_lengths = _random_lengths(length - cut + 2, spans + 1, rng)
     kept_lengths[0] -= 1
     kept_lengths[-1] -= 1
@@ -105,9 +105,9 @@ def span_mask(length: int, corruption: Corruption, rng: np.random.Generator) -> 
 
 
 def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: Sequence[int], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of one caption `ids` (n,) without `</s>`, where `cut` (n,) marks its spans.
+    """Inputs and targets of one caption. ids (n,): without `</s>`. cut (n,): True for removed tokens.
 
-    Both end with `eos_id`; the targets have one sentinel more than there are spans, after the last of them.
+    Both results end with `eos_id`; the targets have an additional sentinel after the last span.
     """
     starts = np.flatnonzero(cut & ~np.concatenate([[False], cut[:-1]]))
     if len(starts) + 1 > len(sentinels):
@@ -122,7 +122,7 @@ def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: Sequence[int], eos_id: 
 
 
 def target_length(length: int, corruption: Corruption) -> int:
-    """The longest targets that inputs of up to `length` tokens, `</s>` included, can have."""
+    """The maximum target length for inputs of up to `length` tokens, `</s>` included."""
     return max(sum(span_counts(n, corruption)) + 2 for n in range(2, length))
 
 
@@ -134,10 +134,10 @@ def span_batches(
     seed: int,
     corruption: Corruption | None = None,
 ) -> "SpanBatches":
-    """Endless shuffled batches of corrupted captions, resumable; blank captions are left out.
+    """Endless, resumable, shuffled batches of corrupted captions, without blank captions.
 
-    `length` counts the tokens of a caption with its `</s>`; longer ones are cut with a warning. ValueError where a
-    batch would be empty, `length` is under 3, no caption has words or the tokenizer has no sentinels.
+    length: tokens per caption with `</s>`; longer captions are truncated with a warning. ValueError if batch < 1,
+    length < 3, all captions are blank or the tokenizer has no sentinels.
     """
     if batch < 1 or length < 3:
         raise ValueError(f"batch must be at least 1 and length at least 3, not {batch} and {length}")
@@ -153,7 +153,7 @@ def span_batches(
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The tokenizer's ids that stand for no text: the sentinels in their order, the padding, the end."""
+    """The tokenizer's special ids: sentinels in order, padding, end."""
 
     sentinels: tuple[int, ...]
     pad: int
@@ -163,8 +163,8 @@ class SpecialIds:
 class SpanBatches:
     """Iterator of dicts of numpy arrays: inputs (b n), input_mask, targets (b m), target_mask.
 
-    `tokens` holds the captions (c n), each with its `</s>`. Batch i is a function of the seed and i alone, so the state
-    is one number.
+    tokens: the captions (c n), each with its `</s>`. Batch i is a function of the seed and i only, so the state is one
+    number.
     """
 
     def __init__(self, tokens: Tokens, special: SpecialIds, batch: int, seed: int, corruption: Corruption):
@@ -211,7 +211,7 @@ class SpanBatches:
 
 
 def _random_lengths(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`total` as a sum of `parts` positive numbers, each way equally likely."""
+    """A random composition of `total` into `count` positive numbers, all equally likely."""
     cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 

@@ -1,7 +1,7 @@
-"""Run a network on a large image in overlapping tiles, one at a time, so that memory does not grow with the image.
+"""Apply a network to a large image in overlapping tiles, one at a time, so that memory does not grow with the image.
 
-The tiles of one denoising step are blended before the sampler goes on (as in MultiDiffusion, arXiv 2302.08113), and all
-of them see the same noise, so neighbours agree at every step and no seam can build up.
+The tiles of each denoising step are blended before the next step (as in MultiDiffusion, arXiv 2302.08113) and share the
+same noise, so neighbours agree at every step and no seams appear.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True)
 class Tiles:
-    """Square tiles of `side` pixels that share `overlap` with their neighbours; both multiples of the stride."""
+    """Square tiles of `side` pixels that overlap their neighbours by `overlap`; both multiples of the stride."""
 
     side: int = 256
     overlap: int = 32
@@ -30,7 +30,7 @@ class Tiles:
 def in_tiles(
     network: Callable[..., Float[Array, "b h w o"]], images: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
 ) -> Float[Array, "b h w o"]:
-    """`network(*images)`, where the images all have one size and the result has it too, with channels of its own.
+    """`network(*images)` in tiles; images and result have the same height and width.
 
     Every tile has the same shape, so the network is compiled once; an image smaller than a tile is one tile.
     """
@@ -55,7 +55,8 @@ def in_tiles(
 
 
 def starts(length: int, side: int, tiles: Tiles) -> list[int]:
-    """Where tiles of `side` begin along `length`: evenly a tile less its overlap apart, the last at the very end."""
+    """Start positions of tiles of `side` along `length`, spaced by the side less the overlap; the last ends at
+    `length`."""
     if length <= side:
         return [0]
     step = side - tiles.overlap
@@ -63,7 +64,7 @@ def starts(length: int, side: int, tiles: Tiles) -> list[int]:
 
 
 def ramp(side: int, tiles: Tiles) -> np.ndarray:
-    """The weight of a tile's pixels along one axis: 1 inside, falling linearly, but never to 0, over the overlap."""
+    """The weight of a tile's pixels along one axis: 1 inside, decreasing linearly, but never to 0, in the overlap."""
     distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1.0
     return np.minimum(1.0, distance / (tiles.overlap + 1)).astype(np.float32)
 

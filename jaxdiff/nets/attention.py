@@ -1,4 +1,4 @@
-"""One attention function for every network: it picks the kernel, the networks only say what attends to what."""
+"""One attention function for every network, which selects the kernel."""
 
 import enum
 import importlib.util
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 
 class Kernel(enum.Enum):
-    """Which implementation computes attention. AUTO is right unless kernels are being compared."""
+    """Implementation of attention. Use AUTO unless you compare kernels."""
 
     AUTO = "auto"
     XLA = "xla"
@@ -19,7 +19,7 @@ class Kernel(enum.Enum):
 
 
 LONG_SEQUENCE = 4096
-"""From here on a TPU gains from a flash kernel; below, XLA's fused softmax is as fast (maxdiffusion's threshold)."""
+"""From this length on, a flash kernel is faster on a TPU than XLA's fused softmax (maxdiffusion's threshold)."""
 
 
 def attention(
@@ -32,9 +32,9 @@ def attention(
     scale: float | None = None,
     kernel: Kernel = Kernel.AUTO,
 ) -> Float[Array, "b t n h"]:
-    """Scaled dot-product attention; the softmax is float32 whatever the inputs' dtype.
+    """Scaled dot-product attention; the softmax is in float32 for every input dtype.
 
-    `mask` is True where a query may look. `scale` defaults to 1/√h (T5 uses 1).
+    mask: True where a query attends to a key. scale: defaults to 1/√h (T5 uses 1).
     """
     chosen = _pick(q, k, mask, bias) if kernel is Kernel.AUTO else kernel
     if chosen is Kernel.TOKAMAX:
@@ -49,10 +49,10 @@ def attention(
 
 
 def platform() -> str:
-    """What the program that is being traced will run on: cpu, gpu or tpu.
+    """The platform that the traced program will run on: cpu, gpu or tpu.
 
-    The devices of the mesh that is set (`jax.set_mesh`) decide, as they may be others than JAX's own: a CPU beside a
-    GPU, or chips that are compiled for and not there. Without a mesh it is JAX's default backend.
+    It is that of the current mesh (`jax.set_mesh`), which may differ from JAX's default: a CPU beside a GPU, or absent
+    chips in ahead-of-time compilation. Without a mesh it is JAX's default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -62,10 +62,10 @@ def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
     target = platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if target == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        # cuDNN's gradient needs even lengths, without a mask too. An odd number of keys can be padded under a mask.
+        # cuDNN's gradient needs even lengths, even without a mask. An odd number of keys can be padded under a mask.
         even = q.shape[1] % 2 == 0 and (k.shape[1] % 2 == 0 or bias is None)
-        # On an H100 masks of keys were right to 0.4 %. A CLIP with a mask for each query and 65 unmasked image tokens
-        # was off by 16 % (jax 0.11.2): which of the two is to blame is not known.
+        # On an H100, key masks were accurate to 0.4 %. A CLIP with per-query masks and 65 unmasked image tokens was off
+        # by 16 % (jax 0.11.2); which of the two is the cause is unknown.
         if even and (mask is None or mask.shape[2] == 1):
             return Kernel.CUDNN
     if target == "tpu" and min(q.shape[1], k.shape[1]) >= LONG_SEQUENCE and importlib.util.find_spec("tokamax"):
@@ -74,7 +74,7 @@ def _pick(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Kernel:
 
 
 def _for_cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
-    """Keys, values and mask as cuDNN takes them: the mask for every query, the number of keys even."""
+    """Keys, values and mask for cuDNN: the mask broadcast to every query, the number of keys even."""
     odd = k.shape[1] % 2
     if mask is None and not odd:
         return k, v, None

@@ -1,7 +1,7 @@
-"""The blocks that every U-Net here is built from.
+"""Building blocks of the U-Nets.
 
-The embedding of times and noise levels; the residual block with scale-shift norm and BigGAN resampling; attention over
-the image and the text. Shapes: images `b h w c`, text `b n e`, embeddings `b t`.
+Embeddings of times and noise levels, residual blocks with scale-shift norm and BigGAN resampling, and attention over
+image and text. Shapes: images `b h w c`, text `b n e`, embeddings `b t`.
 """
 
 import enum
@@ -24,12 +24,12 @@ class Activation(enum.Enum):
     GELU = "gelu"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """GELU is the exact one, not its approximation by a tanh."""
+        """GELU is exact, not the tanh approximation."""
         return nn.silu(x) if self is Activation.SILU else nn.gelu(x, approximate=False)
 
 
 class Resample(enum.Enum):
-    """What a residual block does to the size of the image."""
+    """Resampling in a residual block."""
 
     NONE = "none"
     DOWN = "down"
@@ -37,7 +37,7 @@ class Resample(enum.Enum):
 
 
 def sinusoidal(position: Float[Array, " b"], width: int, longest: float = 10_000.0) -> Float[Array, "b width"]:
-    """Sines and cosines of `position` at `width`/2 geometric frequencies from 1 towards 1/`longest` (float32)."""
+    """Sines and cosines of `position` at `width`/2 geometric frequencies from 1 down to 1/`longest` (float32)."""
     half = width // 2
     frequencies = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = position.astype(jnp.float32)[:, None] * frequencies
@@ -59,7 +59,7 @@ def depth_to_space(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
 
 
 def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
-    """Row and column of each place of `x`, from -1 to 1."""
+    """Row and column coordinates of `x`, from -1 to 1."""
     b, h, w, _ = x.shape
     rows, columns = jnp.meshgrid(
         jnp.linspace(-1, 1, h, dtype=x.dtype), jnp.linspace(-1, 1, w, dtype=x.dtype), indexing="ij"
@@ -68,10 +68,10 @@ def coordinates(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2"]:
 
 
 class Norm(nn.Module):
-    """GroupNorm; statistics in float32, per sample. `groups` 0: up to 32, of at least four channels each.
+    """GroupNorm; statistics in float32, per sample. groups: 0 means up to 32 groups of at least four channels.
 
-    exact: the variance from the mean, in a second pass, and not from the mean of squares: for inputs that vary little
-    around a large mean, as the tokens of an empty caption do, of which all but one are padding.
+    exact: compute the variance in a second pass, not from the mean of squares. Needed for inputs with small variance
+    around a large mean, such as the tokens of an empty caption, which are all padding but one.
     """
 
     dtype: Dtype = jnp.float32
@@ -88,7 +88,7 @@ class Norm(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """A scalar per sample (time, log-SNR, noise level; scaled to about 0…1000) to a vector: sines, then an MLP."""
+    """Sinusoidal embedding of one scalar per sample (time, log-SNR, noise level; about 0…1000), then an MLP."""
 
     frequencies: int
     features: int
@@ -109,17 +109,17 @@ def scale_shift(
     name: str | None = None,
     activation: Activation = Activation.SILU,
 ) -> Float[Array, "b h w c"]:
-    """Normalized features times 1 + scale, plus shift: a layer of the caller reads both from the embedding (A.27)."""
+    """x · (1 + scale) + shift for normalized x; a dense layer computes both from the embedding (A.27)."""
     both = nn.Dense(2 * x.shape[-1], dtype=dtype, name=name)(activation(embedding))
     scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
     return x * (1 + scale) + shift
 
 
 class ResBlock(nn.Module):
-    """Norm, swish, 3×3 convolution, twice, around a residual path (A.27; BigGAN resampling as in F.1).
+    """Residual block: twice norm, swish, 3×3 convolution (A.27; BigGAN resampling as in F.1).
 
-    The embedding scales and shifts the second norm. The residual path is a 1×1 convolution where the width changes,
-    or always if `project` (A.27 draws it always). The sum of both paths is multiplied by `scale`.
+    The embedding scales and shifts the second norm. The residual path is a 1×1 convolution if the width changes, or
+    always with `project` (as drawn in A.27). The sum of both paths is multiplied by `scale`.
     """
 
     channels: int
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
 
 
 def resize(x: Float[Array, "b h w c"], resample: Resample) -> Float[Array, "b h2 w2 c"]:
-    """Halve by 2×2 means, double by repetition, or leave as it is."""
+    """Halve by 2×2 means, double by repetition, or return unchanged."""
     if resample is Resample.DOWN:
         b, h, w, c = x.shape
         return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
@@ -154,12 +154,12 @@ def resize(x: Float[Array, "b h w c"], resample: Resample) -> Float[Array, "b h2
 
 
 class AttentionBlock(nn.Module):
-    """Pixels attend to pixels and text, or to text alone.
+    """Attention of pixels to text and, optionally, to pixels.
 
-    `self_attention`: to both, the text concatenated to keys and values (D.3.1).
-    `feed_forward` > 0 adds an MLP of that many times the width behind it (A.28: "hidden 2×channels").
-    `group_text`: GroupNorm over all tokens of the text (DeepFloyd IF) instead of LayerNorm of each. No mask: all of the
-    text is seen.
+    self_attention: attend to both; the text is concatenated to keys and values (D.3.1).
+    feed_forward: if above 0, add an MLP with this multiple of the width (A.28: "hidden 2×channels").
+    group_text: GroupNorm over all tokens of the text (DeepFloyd IF) instead of LayerNorm per token.
+    A mask of None attends to all of the text.
     """
 
     heads: int
@@ -197,5 +197,5 @@ class AttentionBlock(nn.Module):
 
 
 def to_float32(x: jax.Array) -> jax.Array:
-    """The output of a network is float32: the sampler's arithmetic must not round to the network's compute type."""
+    """Cast a network's output, so that the sampler's arithmetic does not run in the network's compute type."""
     return x.astype(jnp.float32)

@@ -1,5 +1,5 @@
-"""A small convolutional classifier of several attributes at once. Its features serve metrics of datasets that no large
-network knows."""
+"""A small convolutional multi-attribute classifier. Its features serve metrics on datasets outside the domain of large
+pre-trained networks."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """`side`: of the images it sees; `channels`: of its convolutions, each of which halves the sides; `features`:
-    width of what it compares; `classes`: how many each attribute has, of the attributes `names`."""
+    """side: side of the input images. channels: widths of the convolutions, each of which halves the sides.
+    features: width of the features. names: the attributes. classes: number of classes of each attribute."""
 
     side: int = 64
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -26,7 +26,7 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Images (b s s 3) in [-1, 1] to features (b f), none below 0, and the logits (b c) of each attribute."""
+    """Maps images (b s s 3) in [-1, 1] to non-negative features (b f) and the logits (b c) of each attribute."""
 
     config: ClassifierConfig
 

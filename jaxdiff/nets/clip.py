@@ -1,8 +1,8 @@
-"""CLIP's two towers (arXiv 2103.00020): captions and images, embedded so that what belongs together lies together.
+"""CLIP's text and image towers (arXiv 2103.00020), which embed captions and images in one space.
 
-Both are pre-norm transformers: the text tower is causal and its embedding is read where the caption ends, the image
-tower is a ViT (arXiv 2010.11929) whose embedding is read at a learned first token. Stable Diffusion and DALL·E 2 are
-conditioned by them, CLIP score uses them.
+Both are pre-norm transformers. The text tower is causal and its embedding is read at the end token; the image tower is
+a ViT (arXiv 2010.11929) whose embedding is read at a learned first token. Stable Diffusion and DALL·E 2 are
+conditioned on them; CLIP score uses them.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from jaxdiff.nets.attention import attention
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """The text tower. The defaults are those of ViT-B/32's."""
+    """The text tower. The defaults are those of ViT-B/32."""
 
     width: int = 512
     layers: int = 12
     heads: int = 8
     feed_forward: int = 2048
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """OpenAI's models were trained with x · sigmoid(1.702 x), OpenCLIP's with the exact GELU."""
+    """OpenAI's models use x · sigmoid(1.702 x), OpenCLIP's the exact GELU."""
     eps: float = 1e-5
     vocab: int = 49408
     length: int = 77
-    """Most tokens of a caption, its start and its end included."""
+    """Maximum tokens of a caption, start and end included."""
     eos_id: int | None = 49407
-    """The embedding is read at the first token of this id. None: at the first of the largest id in the caption, which
-    says the same of OpenAI's vocabulary, whose end is its last id, and is what its older configurations need."""
+    """The embedding is read at the first token with this id. None: at the first token with the caption's largest id,
+    which is equivalent for OpenAI's vocabulary (its last id is the end) and needed by its older configurations."""
 
 
 @dataclass(frozen=True)
 class ImageTowerConfig:
-    """The image tower. The defaults are ViT-B/32's."""
+    """The image tower. The defaults are those of ViT-B/32."""
 
     width: int = 768
     layers: int = 12
@@ -55,16 +55,16 @@ class ImageTowerConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, and the width of the space that they share; or one tower alone, the other being None."""
+    """Both towers and the width of their shared space; or one tower, with None for the other."""
 
     text: TextTowerConfig | None = TextTowerConfig()
     image: ImageTowerConfig | None = ImageTowerConfig()
     width: int | None = 512
-    """None: a tower alone that has no projection into that space, of which only the states are used."""
+    """None: a single tower without a projection, of which only the states are used."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the matrix products; the residual stream, norms and softmax stay float32."""
     remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
+    """Recompute each block in the backward pass to save memory."""
 
     def __post_init__(self):
         if self.text is None and self.image is None:
@@ -94,14 +94,12 @@ TINY = CLIPConfig(
     ImageTowerConfig(width=128, layers=4, heads=4, feed_forward=512, resolution=64, patch=8),
     width=128,
 )
-"""One that trains in minutes on a CPU; its vocabulary and its end are those of whatever tokenizer it is given."""
+"""Trains in minutes on a CPU; set the vocabulary and the end token from the tokenizer."""
 
 
 class TowerOutput(NamedTuple):
-    """What a tower says: the states of one block, the one in which it sums up, and the embedding that CLIP compares.
-
-    The embedding is the projection of `pooled`, not of length 1 yet; None where the tower has no projection.
-    """
+    """states: those of one block. pooled: the state of the summary token. embedding: the projection of `pooled`, not
+    normalized; None without a projection."""
 
     states: Float[Array, "b n d"]
     pooled: Float[Array, "b d"]
@@ -109,7 +107,7 @@ class TowerOutput(NamedTuple):
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature; or one tower, of which only the `embed_` method can be called."""
+    """Both towers and the temperature; or one tower, with only its `embed_` method available."""
 
     config: CLIPConfig
 
@@ -119,11 +117,11 @@ class CLIP(nn.Module):
         if self.config.image is not None:
             self.image = ImageTower(self.config)
         if None not in (self.config.text, self.config.image):
-            # 1/0.07 at first (2.5).
+            # Initially log(1/0.07) (2.5).
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
 
     def __call__(self, ids: Int[Array, "b n"], image: Float[Array, "c h w 3"]) -> Float[Array, "b c"]:
-        """Logits: cosines of captions and images, over the temperature."""
+        """Logits: cosine similarities of captions and images, divided by the temperature."""
         text, image = (l2_normalize(e.embedding) for e in (self.text(ids), self.image(image)))
         return jnp.exp(self.logit_scale) * text @ image.T
 
@@ -131,15 +129,15 @@ class CLIP(nn.Module):
         return self.text(ids, skip_last, final_norm)
 
     def embed_image(self, image: Float[Array, "b h w 3"]) -> TowerOutput:
-        """Of images at the tower's resolution, normalised as it was trained (`models.clip.normalised`)."""
+        """image: at the tower's resolution, normalised by `models.clip.normalised`."""
         return self.image(image)
 
 
 class TextTower(nn.Module):
-    """Token ids to embeddings. No mask of padding: it lies behind the end, where a causal tower does not look.
+    """Maps token ids to embeddings. Padding needs no mask: it follows the end token, and the tower is causal.
 
-    skip_last: the states are those before so many of the last blocks. final_norm: they have gone through the last norm,
-    whichever block they come from. `pooled` and `embedding` are of the last block and normalised in any case.
+    skip_last: return the states before this number of last blocks. final_norm: apply the last norm to the states.
+    `pooled` and `embedding` always come from the last block, after the norm.
     """
 
     config: CLIPConfig
@@ -147,7 +145,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "b n"], skip_last: int = 0, final_norm: bool = True) -> TowerOutput:
         config = self.config.text
-        assert config is not None  # CLIP makes a tower only where there is one
+        assert config is not None  # CLIP creates a tower only if it is configured
         if ids.shape[1] > config.length:
             raise ValueError(f"captions of {ids.shape[1]} tokens, but this tower reads {config.length}")
         x = nn.Embed(config.vocab, config.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(ids)
@@ -163,7 +161,7 @@ class TextTower(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Images to embeddings: patches, a learned token before them, and what that token has become at the end."""
+    """Maps images to embeddings: patches with a learned first token, whose last state is `pooled`."""
 
     config: CLIPConfig
 
@@ -216,7 +214,7 @@ class Block(nn.Module):
         return x + self._dense(tower.width, "wo")(hidden).astype(jnp.float32)
 
     def _dense(self, width: int, name: str) -> nn.Dense:
-        """Initial values of CLIP's code: the paths back into the residual stream are smaller the deeper the tower."""
+        """CLIP's initialization: layers that write to the residual stream are scaled down with the tower's depth."""
         inner, into = self.tower.width**-0.5, self.tower.width**-0.5 * (2 * self.tower.layers) ** -0.5
         std = {"q": inner, "k": inner, "v": inner, "o": into, "wi": (2 * self.tower.width) ** -0.5, "wo": into}[name]
         return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
@@ -225,7 +223,7 @@ class Block(nn.Module):
 def _blocks(
     config: CLIPConfig, tower: TextTowerConfig | ImageTowerConfig, x: Array, visible: Array | None
 ) -> list[Array]:
-    """The states before the first block and after each."""
+    """The states before the first block and after each block."""
     block, states = nn.remat(Block) if config.remat else Block, [x]
     for i in range(tower.layers):
         states.append(block(tower, config.dtype, name=f"block_{i}")(states[-1], visible))

@@ -1,8 +1,8 @@
-"""What a diffusion network may be conditioned on, and how networks read text.
+"""Conditioning inputs of diffusion networks, and how networks read text.
 
-`Conditioning` is one pytree into every network. A part that is None is not there: which parts a network has is decided
-by what it is initialized with. A *text reader* is a setting of a network; its `read` makes of the text encoder's tokens
-what attention sees, and a vector that joins the time embedding.
+`Conditioning` is one pytree for every network. A field that is None is absent: the layers of a network are determined
+by the fields at initialization. A *text reader* is a setting of a network; its `read` maps the text encoder's tokens to
+the tokens for attention and a vector that is added to the time embedding.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,12 @@ from jaxdiff.nets.blocks import Dtype
 
 
 class Conditioning(NamedTuple):
-    """All that a diffusion network may be conditioned on; None where it is not.
+    """Conditioning inputs of a diffusion network; None if absent.
 
-    tokens, token_mask: attended to; a mask of None shows all tokens. vector: added to the time embedding, after a
-    projection. concat: stacked onto the channels of the network's input, of its height and width; aug_level in [0, 1]:
-    the noise on it. residuals: feature maps that are added, one for each skip connection in the order of the way down,
-    and one for the middle (ControlNet, arXiv 2302.05543). interval in [0, 1]: the step in time that a distilled network
-    jumps over.
+    tokens, token_mask: attended to; a mask of None means all tokens. vector: projected and added to the time embedding.
+    concat: concatenated to the input's channels, with the same height and width. aug_level: its noise level in [0, 1].
+    residuals: feature maps to add, one per skip connection in the order of the down path, and one for the middle
+    (ControlNet, arXiv 2302.05543). interval: the time step of a distilled network, in [0, 1].
     """
 
     tokens: Float[Array, "b n d"] | None = None
@@ -39,7 +38,7 @@ UNCONDITIONED = Conditioning()
 
 
 class TextRead(NamedTuple):
-    """The text as attention sees it, and its vector (None where nothing is pooled)."""
+    """Tokens and mask for attention, and the pooled vector (None without pooling)."""
 
     tokens: Float[Array, "b m e"]
     mask: Bool[Array, "b m"] | None
@@ -48,7 +47,7 @@ class TextRead(NamedTuple):
 
 @runtime_checkable
 class TextReader(Protocol):
-    """How a network reads text. `read` is called inside the network's module and makes its layers there."""
+    """How a network reads text. `read` is called inside the network's module and creates its layers there."""
 
     def read(
         self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
@@ -57,9 +56,9 @@ class TextReader(Protocol):
 
 @dataclass(frozen=True)
 class MaskedText:
-    """Imagen: padding is not seen. Tokens are normalized one by one and projected to `width`; a learned token stands
-    beside them, so that captions without words have something to be attended to. `pool`: attention pools them into a
-    vector, after the projection. `pool_heads` 0: one for 64 channels."""
+    """Imagen: padding is masked. Each token is normalized and projected to `width`; a learned token is prepended, so
+    that attention on an empty caption is defined. pool: pool the projected tokens into a vector by attention.
+    pool_heads: 0 means one head per 64 channels."""
 
     width: int = 2048
     pool: bool = True
@@ -82,8 +81,8 @@ class MaskedText:
 
 @dataclass(frozen=True)
 class WholeText:
-    """DeepFloyd IF: all tokens are seen as they come, padding included. They are pooled before they are projected to
-    `width`. `pool_heads` 0: one for 64 channels of the text encoder."""
+    """DeepFloyd IF: all tokens are attended to, padding included. They are pooled before the projection to `width`.
+    pool_heads: 0 means one head per 64 channels of the text encoder."""
 
     width: int = 2048
     pool: bool = True
@@ -103,11 +102,10 @@ class WholeText:
 
 
 class TextContext(nn.Module):
-    """Text as attention sees it: LayerNorm, projection, and one learned token that is always present.
+    """Text for attention: LayerNorm (Imagen 2.5), projection, and one learned token that is never masked.
 
-    The extra token gives an image without text (every position masked) something to attend to, so that no softmax
-    runs over nothing; it also serves as the attention sink that padding would otherwise become. LayerNorm on the
-    text embeddings is Imagen 2.5.
+    The extra token keeps the softmax defined if all text is masked, and serves as an attention sink in place of the
+    padding.
     """
 
     width: int
@@ -126,7 +124,7 @@ class TextContext(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Text tokens to one vector by attention, the query being their mean (`feature_pooling_type: attention`, F.1)."""
+    """Attention pooling of text tokens with their mean as query (`feature_pooling_type: attention`, F.1)."""
 
     heads: int
     features: int
@@ -146,8 +144,8 @@ class AttentionPool(nn.Module):
 
 
 class WholeTextPool(nn.Module):
-    """Text tokens to one vector as DeepFloyd IF does: padding counts, and the query, the tokens' mean with a learned
-    offset, is also the first key and value. LayerNorm before and behind."""
+    """DeepFloyd IF's attention pooling of text tokens: padding included, LayerNorm before and after. The query, the
+    tokens' mean plus a learned offset, is also the first key and value."""
 
     heads: int
     features: int

@@ -1,9 +1,9 @@
 """Inception-v3 as FID defines it: the network of the TensorFlow graph of December 2015 (arXiv 1512.00567, figures 5-7).
 
-It differs from the Inception-v3 that libraries train: its average pools do not count the padding, and the last block
-pools by the maximum. FID reads the 2048 features before the classifier, the Inception score its 1008 logits without
-their bias. Where a distance is wanted of fewer images, features of earlier layers serve, averaged over places: 64
-after the first maximum pool, 192 after the second, 768 before the last reduction.
+It differs from the usual Inception-v3: average pools exclude the padding, and the last block uses max pooling. FID uses
+the 2048 features before the classifier; the Inception score uses its 1008 logits without the bias. For metrics on few
+images there are spatially averaged features of earlier layers: 64 after the first max pool, 192 after the second, 768
+before the last reduction.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,13 @@ from jaxtyping import Array, Float
 SIDE = 299
 WIDTH = 2048
 TAPS = (64, 192, 768, WIDTH)
-"""Widths of the features that can be had."""
+"""Widths of the available features."""
 CLASSES = 1008
 ROW, COLUMN = (1, 7), (7, 1)
 
 
 class InceptionOutputs(NamedTuple):
-    """features: what FID compares. logits: of the classifier, without its bias. early: features of earlier layers, by
-    their width."""
+    """features: for FID. logits: the classifier's, without its bias. early: features of earlier layers by width."""
 
     features: Float[Array, "b 2048"]
     logits: Float[Array, "b 1008"]
@@ -31,7 +30,7 @@ class InceptionOutputs(NamedTuple):
 
 
 class Inception(nn.Module):
-    """Images of 299 × 299 in [-1, 1] to features; parameters are read from public weights, and never trained here."""
+    """Maps images of 299 × 299 in [-1, 1] to features. Parameters are loaded from public weights, never trained."""
 
     @nn.compact
     def __call__(self, image: Float[Array, "b 299 299 3"]) -> InceptionOutputs:
@@ -58,7 +57,7 @@ class Inception(nn.Module):
 
 
 class _Conv(nn.Module):
-    """Convolution, batch normalisation by stored statistics, ReLU. Without a stride or VALID padding the size stays."""
+    """Convolution, batch normalisation by stored statistics, ReLU. Keeps the size unless strided or VALID."""
 
     width: int
     size: int | tuple[int, int]
@@ -74,7 +73,7 @@ class _Conv(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Batch normalisation by statistics that are parameters like the others."""
+    """Batch normalisation with its statistics as parameters."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -134,7 +133,7 @@ class _ToWide(nn.Module):
 
 
 class _Wide(nn.Module):
-    """8 × 8 (figure 7). The last of the two pools by the maximum."""
+    """8 × 8 (figure 7). maximum: max pooling, in the last block."""
 
     maximum: bool
 
@@ -151,7 +150,7 @@ class _Wide(nn.Module):
 
 
 def _branch(x: Array, name: str, *layers: tuple[int, int | tuple[int, int]], stride: int = 1) -> Array:
-    """Convolutions of a (width, size) each, one after another; the last has the stride."""
+    """A sequence of convolutions, each (width, size); the last has the stride."""
     for number, (width, size) in enumerate(layers, 1):
         x = _Conv(width, size, stride if number == len(layers) else 1, name=f"{name}_{number}")(x)
     return x
@@ -162,5 +161,5 @@ def _max_pool(x: Array, stride: int, padding: int = 0) -> Array:
 
 
 def _average_pool(x: Array) -> Array:
-    """Of what is there: the border counts for nothing."""
+    """3 × 3 average pool that excludes the padding."""
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)

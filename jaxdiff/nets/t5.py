@@ -1,8 +1,8 @@
-"""T5 (arXiv 1910.10683), encoder and decoder: the text encoder of Imagen and the model that pre-trains one.
+"""T5 (arXiv 1910.10683), encoder and decoder: Imagen's text encoder and the model for pre-training one.
 
 Both published generations: v1.0 has a ReLU feed-forward and an output layer tied to the embedding; v1.1, Flan-T5 and
-ByT5 have a gated GELU and an output layer of their own. Nothing here is dropped out: v1.1 was pre-trained without
-dropout, and a frozen encoder has none.
+ByT5 have a gated GELU and an untied output layer. There is no dropout: v1.1 was pre-trained without it, and a frozen
+encoder has none.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from jaxdiff.nets.attention import attention
 
 @dataclass(frozen=True)
 class T5Config:
-    """Every setting of a T5. The defaults are those that all v1.1 sizes share."""
+    """Settings of a T5. The defaults are those of v1.1 small."""
 
     vocab: int = 32128
     d_model: int = 512
@@ -28,10 +28,10 @@ class T5Config:
     d_ff: int = 1024
     layers: int = 8
     decoder_layers: int = 8
-    """0 describes an encoder alone."""
+    """0: encoder only."""
     heads: int = 6
     buckets: int = 32
-    """Relative positions are sorted into this many buckets, the far ones logarithmically."""
+    """Number of buckets of relative positions; distant ones are logarithmic."""
     max_distance: int = 128
     """Positions at least this far apart share the last bucket."""
     gated: bool = True
@@ -45,14 +45,14 @@ class T5Config:
     eos_id: int = 1
     decoder_start_id: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of the matrix products. The residual stream, norms and softmax stay float32, and so do parameters
-    that are made or trained here; those of a checkpoint are loaded in the type that is asked for."""
+    """Compute type of the matrix products. The residual stream, norms and softmax stay float32, and so do initialized
+    and trained parameters; those of a checkpoint are loaded in the requested type."""
     remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
-    # Out of the repr, of which fingerprints of encoders are made: those stored before it existed stay true, and the
-    # names of the parameters tell it anyway.
+    """Recompute each block in the backward pass to save memory."""
+    # Not in the repr, from which encoder fingerprints are computed: stored fingerprints older than this field stay
+    # valid, and the names of the parameters imply it.
     bias_per_layer: bool = field(default=False, repr=False)
-    """Every layer has relative positions of its own (UMT5) instead of those of the first (all others)."""
+    """Each layer has its own relative position bias (UMT5); otherwise all share the first layer's."""
 
 
 SMALL = T5Config()
@@ -60,19 +60,19 @@ BASE = T5Config(d_model=768, d_ff=2048, layers=12, decoder_layers=12, heads=12)
 LARGE = T5Config(d_model=1024, d_ff=2816, layers=24, decoder_layers=24, heads=16)
 XL = T5Config(d_model=2048, d_ff=5120, layers=24, decoder_layers=24, heads=32)
 XXL = T5Config(d_model=4096, d_ff=10240, layers=24, decoder_layers=24, heads=64)
-"""The encoder that Imagen was trained with: 4.76 B parameters without the decoder."""
+"""Imagen's encoder: 4.76 B parameters without the decoder."""
 SMALL_V1_0 = T5Config(d_ff=2048, layers=6, decoder_layers=6, heads=8, gated=False, tied=True, scale_logits=True)
 BYT5_SMALL = T5Config(vocab=384, d_model=1472, d_ff=3584, layers=12, decoder_layers=4, heads=6)
 TINY = T5Config(vocab=1024, d_model=128, d_kv=32, d_ff=256, layers=4, decoder_layers=2, heads=4)
-"""The one shipped with the package; its vocabulary is whatever the tokenizer's length is."""
+"""The size shipped with the package; set the vocabulary to the tokenizer's length."""
 MICRO = T5Config(vocab=2048, d_model=64, d_kv=16, d_ff=128, layers=2, decoder_layers=1, heads=4)
 MINI = T5Config(vocab=2048, d_model=256, d_kv=32, d_ff=512, layers=4, decoder_layers=1, heads=8)
 MIDI = T5Config(vocab=2048, d_model=512, d_kv=64, d_ff=1024, layers=4, decoder_layers=1, heads=8)
-"""Encoders of 0.2, 3.1 and 11.5 M parameters, between which TINY is: to see what the size of a frozen one does."""
+"""Encoders of 0.2, 3.1 and 11.5 M parameters (TINY lies between the first two), to study the encoder's size."""
 
 
 class T5Encoder(nn.Module):
-    """Token ids to embeddings. Its parameters are the `shared` and `encoder` subtrees of a T5's."""
+    """Maps token ids to embeddings. Its parameters are the `shared` and `encoder` subtrees of a T5."""
 
     config: T5Config
 
@@ -81,7 +81,7 @@ class T5Encoder(nn.Module):
         self.encoder = Stack(self.config, self.config.layers)
 
     def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-        """Float32 embeddings; those of padding (mask False) mean nothing, and no other position depends on them."""
+        """Float32 embeddings; those of padding (mask False) are arbitrary, and no other position depends on them."""
         return self.encoder(self.shared(ids), mask)
 
 
@@ -114,7 +114,7 @@ class T5(nn.Module):
         encoded_mask: Bool[Array, "b n"],
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b m v"]:
-        """Float32 logits. `mask` hides decoder positions from later ones; padding at the end needs none."""
+        """Float32 logits. mask: hides decoder positions from later ones; trailing padding needs none."""
         if mask is None:
             mask = jnp.ones(ids.shape, bool)
         x = self.decoder(self.shared(ids), mask, encoded, encoded_mask)
@@ -126,17 +126,17 @@ class T5(nn.Module):
 
 
 def shift_right(targets: Int[Array, "b m"], start_id: int) -> Int[Array, "b m"]:
-    """What the decoder reads while it is to say `targets`: the start token, then all targets but the last."""
+    """Decoder inputs for `targets`: the start token, then all targets but the last."""
     return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
 
 
 def encoder_params(params: dict) -> dict:
-    """The part of a T5's parameters that `T5Encoder` takes."""
+    """The subset of a T5's parameters for `T5Encoder`."""
     return {"shared": params["shared"], "encoder": params["encoder"]}
 
 
 class Stack(nn.Module):
-    """Blocks under one relative position bias, then a norm. With `causal`, each block also attends to the encoder."""
+    """Blocks with a relative position bias, then a norm. causal: a decoder; each block also attends to the encoder."""
 
     config: T5Config
     layers: int
@@ -166,7 +166,7 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: self-attention, cross-attention if there is something to attend to, feed-forward."""
+    """Pre-norm residual block: self-attention, cross-attention if `encoded` is given, feed-forward."""
 
     config: T5Config
 
@@ -191,7 +191,7 @@ class Block(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """Multi-head attention without biases and without the 1/√d_kv, which T5 folds into the initial values of q."""
+    """Multi-head attention without biases and without 1/√d_kv, which T5 folds into the initialization of q."""
 
     config: T5Config
 
@@ -235,7 +235,7 @@ class FeedForward(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learned number a head and a bucket of relative positions, added to the attention logits of every layer."""
+    """One learned scalar per head and bucket of relative positions, added to the attention logits."""
 
     config: T5Config
     bidirectional: bool
@@ -253,11 +253,11 @@ class RelativeBias(nn.Module):
 
 
 def relative_buckets(relative: np.ndarray, bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each relative position (key minus query), on the host: lengths are static.
+    """Bucket of each relative position (key minus query), computed on the host, as lengths are static.
 
-    Half of the buckets hold one distance each, the other half grow logarithmically up to `max_distance`, beyond which
-    all distances share the last. Both directions have their own half (the encoder), or what lies ahead counts as
-    distance 0 (the decoder, where it is masked anyway).
+    Half of the buckets hold one distance each; the other half grow logarithmically up to `max_distance`, beyond which
+    all distances share the last. bidirectional: each direction has half of the buckets (encoder); otherwise positions
+    ahead count as distance 0 (decoder, where they are masked).
     """
     if bidirectional:
         buckets //= 2
@@ -267,14 +267,14 @@ def relative_buckets(relative: np.ndarray, bidirectional: bool, buckets: int, ma
         offset = np.zeros_like(relative)
         distance = np.maximum(-relative, 0)
     exact = buckets // 2
-    # float32 as in every public implementation: the floor falls between buckets at powers of two.
+    # float32 as in every public implementation: at powers of two, rounding decides the bucket.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     far = exact + (ratio / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int32)
     return (offset + np.where(distance < exact, distance, np.minimum(far, buckets - 1))).astype(np.int32)
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · scale in float32: no mean is subtracted, no bias added."""
+    """x / √(mean x² + eps) · scale in float32, without mean subtraction or bias."""
 
     eps: float
 
@@ -295,18 +295,18 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
         shape = (x.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
-        # One flat matrix product: XLA's CPU gradient of a product over two leading axes takes 1.6 times as long.
+        # One flat matrix product: XLA's CPU gradient of a product with two leading axes takes 1.6 times as long.
         flat = x.reshape(-1, x.shape[-1])
         if kernel.dtype == jnp.bfloat16:
-            kernel = jax.lax.platform_dependent(kernel, flat, cpu=_not_before, default=lambda kernel, _: kernel)
+            kernel = jax.lax.platform_dependent(kernel, flat, cpu=_after, default=lambda kernel, _: kernel)
         return (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.width)
 
 
-def _not_before(kernel: Float[Array, "d e"], x: Float[Array, "n d"]) -> Float[Array, "d e"]:
-    """`kernel`, which cannot be had before `x` is known: nothing is larger than infinity, but the compiler never asks.
+def _after(kernel: Float[Array, "d e"], x: Float[Array, "n d"]) -> Float[Array, "d e"]:
+    """`kernel` with a data dependency on `x`; no value exceeds infinity, but the compiler does not simplify that.
 
-    On a CPU XLA multiplies bfloat16 as float32. Left to itself it makes the float32 copies of all layers at once,
-    before the first is used: for XXL 19 GB beside the 9.5 of the model, where those of one layer take 0.8.
+    On a CPU XLA multiplies bfloat16 as float32. Without the dependency it creates the float32 copies of all layers
+    before the first is used: for XXL 19 GB beside the model's 9.5 GB, compared with 0.8 GB for one layer.
     """
     return jnp.where(x[0, 0] > jnp.inf, jnp.zeros((), kernel.dtype), kernel)
 

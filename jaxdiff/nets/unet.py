@@ -1,8 +1,8 @@
-"""Two U-Nets: Imagen's base (F.1, an ADM U-Net) and the Efficient U-Net of super-resolution (F.2, F.3, B.1).
+"""Two U-Nets: Imagen's base (F.1, an ADM U-Net) and the Efficient U-Net for super-resolution (F.2, F.3, B.1).
 
-The first is also DeepFloyd IF's, of both its stages, by its settings (`weights/deepfloyd.py` reads them).
+With other settings the first is also DeepFloyd IF's, for both stages (`weights/deepfloyd.py` reads them).
 
-Both take a noised image, a time and a `Conditioning`, and return one image, or one and its variance. Settings are
+Both take a noised image, a time and a `Conditioning`, and return an image, optionally with its variance. Settings are
 frozen dataclasses; `settings.module()` is the network.
 """
 
@@ -24,18 +24,18 @@ from jaxdiff.nets.conditioning import UNCONDITIONED, Conditioning, MaskedText, W
 Remat = Literal["none", "outputs", "blocks"]
 
 HOW = {"how": True}
-"""Marks settings of how something is computed: no part of what was learned, and not kept with it."""
+"""Metadata of settings that affect only the execution; they are not saved with the model."""
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Where and how pixels attend. The defaults are those of Imagen's base model (F.1).
+    """Attention layers. The defaults are those of Imagen's base model (F.1).
 
-    self_attention: levels where pixels attend to pixels and text together.
-    cross_attention: levels where pixels attend to the text alone.
-    head_channels: width of one attention head; heads: their number, instead of it, where it is not 0.
-    feed_forward: width of the MLP behind attention relative to the level; 0 for none.
-    group_text: each layer normalizes the text in groups of channels over all tokens (DeepFloyd IF), not token by token.
+    self_attention: levels where pixels attend to pixels and text.
+    cross_attention: levels where pixels attend to the text only.
+    head_channels: width of one attention head. heads: number of heads; if not 0, it replaces head_channels.
+    feed_forward: width of the MLP after attention, relative to the level; 0 for none.
+    group_text: normalize the text in groups of channels over all tokens (DeepFloyd IF), not per token.
     """
 
     self_attention: tuple[bool, ...] = (False, True, True, True)
@@ -50,9 +50,9 @@ class AttentionConfig:
 class ConditioningConfig:
     """How the network reads its `Conditioning`.
 
-    width: of the conditioning vector, which is the time embedding and all that is added to it.
-    text: how text is read; None: no text at all, or tokens that attention takes as they are.
-    frequencies: sines of an embedding; 0: as many as channels, at least 128.
+    width: width of the conditioning vector (the time embedding and everything added to it).
+    text: how text is read; None: no text, or tokens that are attended to unchanged.
+    frequencies: width of the sinusoidal embeddings; 0: the number of channels, at least 128.
     """
 
     width: int = 2048
@@ -62,13 +62,13 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How the network is computed. Only `dtype` changes what comes out.
+    """How the network is executed. Only `dtype` affects the output.
 
     dtype: compute type; parameters stay float32.
-    remat: what the backward pass computes again to save memory: `none`; `outputs`: all but what convolutions and
-    matrix products of parameters give; `blocks`: every block, from its inputs.
-    scan: residual blocks of one shape in a row are one loop, which compiles in less time (Efficient U-Net).
-    sharding: the mesh axes that activations are split over.
+    remat: what the backward pass recomputes to save memory: `none`; `outputs`: everything except the outputs of
+    convolutions and of matrix products with parameters; `blocks`: every block, from its inputs.
+    scan: run consecutive residual blocks of one shape as a loop, which compiles faster (Efficient U-Net).
+    sharding: the mesh axes over which activations are sharded.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,21 +79,20 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Settings that both U-Nets share. The defaults are those of Imagen's base model (F.1).
+    """Settings shared by both U-Nets. The defaults are those of Imagen's base model (F.1).
 
-    channels: width of the first level; multipliers: width of each level relative to it.
-    blocks: residual blocks at each level, on the way down (and, plus one in the base U-Net, on the way up).
+    channels: width of the first level. multipliers: width of each level relative to it.
+    blocks: residual blocks at each level of the down path; the up path has the same, in the base U-Net one more.
     patch: pixels folded into channels before the first level (1 in the paper; 2 or 4 make the tiny presets fast).
     activation, norm_groups (0: up to 32 of at least four channels), residual_scale (a factor on the sum of each
-    residual block): where DeepFloyd IF differs. skip_scale: factor on the skip connections (1/√2 in the Efficient
-    U-Net).
-    coordinates: give the first layer two channels that say where in the image it is, -1…1 (arXiv 1807.03247). The
-    paper's networks are deep enough to learn it from the borders; one that samples in tiles must not know it.
-    conditioned_head: the conditioning vector scales and shifts the last norm too (as in DiT, arXiv 2212.09748). For
-    networks that predict x₀: their outermost skip carries the image at low noise, at high noise nothing but noise.
-    input_skip: add the noised image, times a factor for each of its channels that the conditioning vector decides, to
-    the output. For networks that predict x₀: normalized features do not carry the brightness of what they copy.
-    learned_variance: the output has twice the channels, the second half of them for the variance of a sampler's noise
+    residual block): DeepFloyd IF sets these. skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
+    coordinates: add two input channels with the position in the image, -1…1 (arXiv 1807.03247). The paper's networks
+    are deep enough to learn it from the borders; do not use it with tiled sampling.
+    conditioned_head: the conditioning vector also scales and shifts the last norm (as in DiT, arXiv 2212.09748). For
+    networks that predict x₀: their outermost skip carries the image at low noise, but only noise at high noise.
+    input_skip: add the noised image to the output, times a factor per channel from the conditioning vector. For
+    networks that predict x₀: normalized features lose the brightness of the image.
+    learned_variance: double the output channels; the second half is for the variance of a sampler's noise
     (arXiv 2102.09672, 3.1).
     """
 
@@ -119,7 +118,7 @@ class UNetConfig:
         if len(levels) != 1:
             raise ValueError("multipliers, blocks, self_attention and cross_attention must have one entry per level")
         if self.learned_variance and self.input_skip:
-            raise ValueError("input_skip is for networks that predict x0, and they learn no variance")
+            raise ValueError("input_skip is for networks that predict x0, which do not learn the variance")
 
     def module(self) -> "UNet | EfficientUNet":
         return UNet(self)
@@ -138,10 +137,10 @@ class UNetConfig:
         return self.conditioning.text is not None or self.attends
 
     def tensor_rules(self) -> tuple[tuple[str, int], ...]:
-        """For tensor parallelism: (end of a parameter's path, the axis that is split), as a pattern.
+        """For tensor parallelism: (regular expression for the end of a parameter's path, axis to shard).
 
-        The first layer of each block writes a part of its channels (or heads) on each device and the last one reads
-        them, so that a block communicates once, where their sums meet (Megatron-LM, arXiv 1909.08053, 3).
+        Each device computes a slice of the channels (or heads) in the first layer of a block, and the last layer sums
+        over them, so a block communicates once (Megatron-LM, arXiv 1909.08053, 3).
         """
         rules = [(r"_\d+(_\d+)?/Conv_0/kernel", 3), (r"_\d+(_\d+)?/Conv_1/kernel", 2)]
         attention, config = [("(q|text_k|text_v)", 1), ("out", 0)], self.attention
@@ -159,9 +158,9 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class EfficientUNetConfig(UNetConfig):
-    """The same settings with the defaults of the 64→256 model (F.2), and one more.
+    """`UNetConfig` with the defaults of the 64→256 model (F.2).
 
-    outer_blocks: residual blocks behind the last enlargement, where the paper's network has none.
+    outer_blocks: residual blocks after the last upsampling; the paper has none.
     """
 
     channels: int = 128
@@ -180,39 +179,39 @@ class EfficientUNetConfig(UNetConfig):
 
 
 _Text = tuple[Array | None, Array | None]
-"""Tokens and their mask, as attention sees them; None where no text is read, or no mask needed."""
+"""Tokens for attention (None without text) and their mask (None: attend to all)."""
 
 
 class _Shared(nn.Module):
-    """What the two U-Nets have in common: the stem, the conditioning, and the blocks with the settings filled in."""
+    """Base class of both U-Nets: stem, conditioning, head, and blocks built from the settings."""
 
     config: UNetConfig
 
-    def condition(self, time: Array, given: Conditioning) -> tuple[Array, _Text]:
-        """The conditioning vector (b t) and the text as attention sees it."""
+    def condition(self, time: Array, conditioning: Conditioning) -> tuple[Array, _Text]:
+        """The conditioning vector (b t) and the text for attention."""
         config, dtype = self.config, self.config.execution.dtype
         width, frequencies = config.conditioning.width, config.conditioning.frequencies or max(128, config.channels)
         embed = partial(TimestepEmbedding, frequencies, width, dtype, config.activation)
         embedding = embed(name="time")(time)
-        if given.aug_level is not None:
-            embedding += embed(name="aug_level")(1000.0 * given.aug_level)
-        if given.interval is not None:
-            embedding += embed(name="interval")(1000.0 * given.interval)
-        if given.vector is not None:
-            embedding += nn.Dense(width, dtype=dtype, name="vector")(given.vector.astype(dtype))
-        if given.tokens is None and config.reads_text:
+        if conditioning.aug_level is not None:
+            embedding += embed(name="aug_level")(1000.0 * conditioning.aug_level)
+        if conditioning.interval is not None:
+            embedding += embed(name="interval")(1000.0 * conditioning.interval)
+        if conditioning.vector is not None:
+            embedding += nn.Dense(width, dtype=dtype, name="vector")(conditioning.vector.astype(dtype))
+        if conditioning.tokens is None and config.reads_text:
             raise ValueError("this network reads text: its conditioning needs tokens")
-        if given.tokens is None or config.conditioning.text is None:
-            return embedding, (given.tokens, given.token_mask)
-        text = config.conditioning.text.read(given.tokens.astype(dtype), given.token_mask, width, dtype)
+        if conditioning.tokens is None or config.conditioning.text is None:
+            return embedding, (conditioning.tokens, conditioning.token_mask)
+        text = config.conditioning.text.read(conditioning.tokens.astype(dtype), conditioning.token_mask, width, dtype)
         if text.vector is not None:
             embedding += text.vector
         return embedding, (text.tokens, text.mask)
 
-    def stem(self, x: Array, given: Conditioning) -> Array:
+    def stem(self, x: Array, conditioning: Conditioning) -> Array:
         config = self.config
-        if given.concat is not None:
-            x = jnp.concatenate([x, given.concat], axis=-1)
+        if conditioning.concat is not None:
+            x = jnp.concatenate([x, conditioning.concat], axis=-1)
         x = blocks.space_to_depth(x.astype(config.execution.dtype), config.patch)
         if config.coordinates:
             x = jnp.concatenate([x, blocks.coordinates(x)], axis=-1)
@@ -241,13 +240,13 @@ class _Shared(nn.Module):
         return self.split(block(x, embedding))
 
     def repeated(self, x, embedding, width, prefix, count):
-        """`count` residual blocks of one shape, one after the other."""
+        """A sequence of `count` residual blocks of one shape."""
         names = [f"{prefix}_{i}" for i in range(count)]
         if not self.config.execution.scan or count < 2 or self.is_initializing():
             for name in names:
                 x = self.res(x, embedding, width, name, project=True)
             return x
-        # Their parameters keep their names, so that a checkpoint knows nothing of loops; the loop stacks them.
+        # Parameters keep their names and are stacked here, so that checkpoints do not depend on `scan`.
         params = [self.variables["params"][name] for name in names]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         block = ResBlock(width, Resample.NONE, True, *self._style(), parent=None)
@@ -260,32 +259,32 @@ class _Shared(nn.Module):
     def attend(self, x: Array, level: int, name: str, text: _Text) -> Array:
         config, attention = self.config, self.config.attention
         block = self._remat(nn.remat, AttentionBlock)
-        for wanted, itself, kind in (
+        for enabled, self_attention, kind in (
             (attention.self_attention[level], True, "self"),
             (attention.cross_attention[level], False, "cross"),
         ):
-            if wanted:
-                style = config.execution.dtype, config.norm_groups, attention.group_text
-                layer = block(config.heads_at(level), itself, attention.feed_forward, *style, name=f"{name}_{kind}")
+            if enabled:
+                options = self_attention, attention.feed_forward, config.execution.dtype, config.norm_groups
+                layer = block(config.heads_at(level), *options, attention.group_text, name=f"{name}_{kind}")
                 x = self.split(layer(x, *text))
         return x
 
     def _style(self):
-        """What all residual blocks have in common."""
+        """The arguments shared by all residual blocks."""
         config = self.config
         return config.execution.dtype, config.activation, config.norm_groups, config.residual_scale
 
     def _remat(self, transform: Callable, target: Any) -> Any:
-        """A block (class or function) that computes again in the backward pass what the settings say."""
+        """Apply the rematerialization setting to a block (class or function)."""
         remat = self.config.execution.remat
         return target if remat == "none" else transform(target, policy=_outputs if remat == "outputs" else None)
 
 
-def _with_residuals(skips: list[Array], middle: Array, given: Conditioning) -> tuple[list[Array], Array]:
-    """The feature maps of the way down and of the middle with the residuals added, where there are any."""
-    if given.residuals is None:
+def _with_residuals(skips: list[Array], middle: Array, conditioning: Conditioning) -> tuple[list[Array], Array]:
+    """Add the residuals, if any, to the skips and the middle."""
+    if conditioning.residuals is None:
         return skips, middle
-    *each, last = given.residuals
+    *each, last = conditioning.residuals
     if len(each) != len(skips):
         raise ValueError(f"{len(each) + 1} residuals for {len(skips)} skip connections and the middle")
     added = [skip + residual.astype(skip.dtype) for skip, residual in zip(skips, each)]
@@ -293,25 +292,24 @@ def _with_residuals(skips: list[Array], middle: Array, given: Conditioning) -> t
 
 
 def _outputs(primitive: Any, *inputs: Any, **settings: Any) -> bool:
-    """Of what `remat` keeps: convolutions, and matrix products but those of attention, which have batch axes."""
+    """Checkpoint policy: save convolutions and matrix products, except those of attention, which have batch axes."""
     if primitive is jax.lax.conv_general_dilated_p:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **settings)
 
 
 class UNet(_Shared):
-    """The base U-Net (F.1): residual blocks then resampling, one skip per block, attention at the lower levels.
+    """The base U-Net (F.1): residual blocks, then resampling; one skip per block; attention at the lower levels.
 
-    The way up has one block more than the way down at each level (ADM); up- and down-sampling happen inside
-    residual blocks (BigGAN).
+    The up path has one block more per level than the down path (ADM); residual blocks do the resampling (BigGAN).
     """
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, " b"], conditioning: Conditioning = UNCONDITIONED
     ) -> Float[Array, "b h w o"]:
-        """Time in 0…1000; h, w multiples of the stride. Residuals: one for each skip (of the stem, each block and each
-        halving), and the middle's. ValueError where the network reads text and has none, or residuals do not fit."""
+        """time: in 0…1000. h, w: multiples of the stride. Residuals: one per skip (stem, each block and downsampling),
+        and one for the middle. ValueError if required text is missing or the number of residuals is wrong."""
         config, noised = self.config, x
         embedding, text = self.condition(time, conditioning)
         x = self.stem(x, conditioning)
@@ -341,8 +339,8 @@ class UNet(_Shared):
 class EfficientUNet(_Shared):
     """The Efficient U-Net (B.1): downsampling before the convolutions, upsampling after them, one skip per level.
 
-    Each level, the first included, halves the image with a strided convolution (A.28) and doubles it again with a
-    nearest-neighbour enlargement and a convolution (A.29).
+    Each level, including the first, halves the image with a strided convolution (A.28) and doubles it again with
+    nearest-neighbour upsampling and a convolution (A.29).
     """
 
     config: EfficientUNetConfig
@@ -351,7 +349,7 @@ class EfficientUNet(_Shared):
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, " b"], conditioning: Conditioning = UNCONDITIONED
     ) -> Float[Array, "b h w o"]:
-        """Arguments as in `UNet`. Residuals: one for each level's skip, and that of the middle."""
+        """Arguments as in `UNet`. Residuals: one per level's skip, and one for the middle."""
         config, noised = self.config, x
         embedding, text = self.condition(time, conditioning)
         x = self.stem(x, conditioning)

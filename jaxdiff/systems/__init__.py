@@ -1,1 +1,1 @@
-"""A paper a file: how the boxes form a system."""
+"""Complete systems, one paper per file."""

@@ -1,4 +1,4 @@
-"""Progress bars of sampling, for whoever asks for them, and the seconds that it took.
+"""Progress bars and timing of sampling.
 
 with Bars(pipeline) as bars:
     pipeline.sample(prompts, options, bars)
@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 @runtime_checkable
 class HasSides(Protocol):
-    """What a pipeline has: the side of each box's product, in pixels of its own."""
+    """The part of a pipeline that `Bars` needs: the side of each box's product, in its own pixels."""
 
     @property
     def sides(self) -> tuple[int, ...]: ...
 
 
 class Bars:
-    """A progress bar for each box of a pipeline, for `Pipeline.batches`, and the seconds that the boxes took.
+    """A progress bar and the elapsed seconds for each box, as a progress callback of `Pipeline.batches`.
 
-    The time between two reports of progress belongs to the box that makes the second one. runs: how often `batches`
-    will be called, for about as many samples each.
+    The time between two reports counts for the box of the second report. runs: number of calls of `batches`, each with
+    about the same number of samples.
     """
 
     def __init__(self, pipeline: HasSides, runs: int = 1):
@@ -32,22 +32,22 @@ class Bars:
 
     def __call__(self, box: int, done: int, total: int) -> None:
         if box not in self._boxes:
-            # What was done before the bar was there must not count for its speed.
+            # Steps done before the bar existed must not count for its speed.
             options = {"total": total * self._runs, "desc": f"{self._sides[box]:5d} px", "unit": "step"}
             self._boxes[box] = _Box(tqdm(initial=done, **options))
         self._boxes[box].report(done, total, time.perf_counter() - self._clock)
         self.resume()
 
     def resume(self) -> None:
-        """The time since the last report belongs to no box."""
+        """Restart the clock: the time since the last report counts for no box."""
         self._clock = time.perf_counter()
 
     def seconds(self, box: int) -> float:
-        """All the seconds of a box, compilation included."""
+        """Total seconds of a box, compilation included."""
         return sum(seconds for seconds, _ in self._boxes[box].reports)
 
     def per_image(self, box: int, count: int) -> float:
-        """Seconds an image, of `count` in all; without those of the first report, which compiles, where there are
+        """Seconds per image for `count` images. Excludes the first report, which includes compilation, if there are
         others."""
         reports = self._boxes[box].reports
         seconds, steps = map(sum, zip(*(reports[1:] or reports)))
@@ -70,7 +70,7 @@ class _Box:
         self._done = 0
 
     def report(self, done: int, total: int, seconds: float) -> None:
-        steps = done - self._done if done > self._done else done  # else another run has begun
+        steps = done - self._done if done > self._done else done  # otherwise a new run started
         if self.reports:
             self.bar.update(steps)
         self.reports.append((seconds, steps))

@@ -1,6 +1,6 @@
-"""The boxes of a system between its text encoder and the image: a generator, and decoders.
+"""The protocols of a pipeline's boxes: a generator and decoders.
 
-A new box is a class that names `Generator` or `Decoder` as its base, and so has the defaults of `Box`.
+A new box is a subclass of `Generator` or `Decoder`, and so inherits the defaults of `Box`.
 """
 
 from typing import Protocol, runtime_checkable
@@ -13,12 +13,12 @@ from jaxdiff.models.sampling import SampleRequest
 
 @runtime_checkable
 class Box(Protocol):
-    """What generators and decoders have in common.
+    """The common interface of generators and decoders.
 
-    side: of the square products that it is made for. consumes: what a decoder decodes; None for a generator. factor:
-    how many times a decoder's product is as high and wide as what it consumes. steps: of which it reports progress.
-    reads: length and width of the text embeddings that it reads; None where it reads none. reads_padding: it reads what
-    the text encoder gives for padding and for the empty caption.
+    side: side of its default square products. consumes: the input product of a decoder; None for a generator. factor:
+    ratio of the sides of a decoder's output to its input. steps: number of steps that it reports.
+    reads: length and width of its text embeddings; None if it reads no text. reads_padding: whether it reads the text
+    encoder's outputs for padding and for the empty caption.
     """
 
     @property
@@ -48,29 +48,29 @@ class Box(Protocol):
         return False
 
     def batch_size(self, wanted: int) -> int:
-        """The smallest batch of at least `wanted` that it takes."""
+        """The smallest supported batch size of at least `wanted`."""
         return wanted
 
     def check(self, size: tuple[int, int]) -> None:
-        """ValueError where it cannot produce this height and width, before anything runs."""
+        """ValueError, before anything runs, if it cannot produce this height and width."""
 
 
 @runtime_checkable
 class Generator(Box, Protocol):
-    """From text to a product. A class that names it as its base has the defaults of `Box`."""
+    """Produces a product from text. Subclasses inherit the defaults of `Box`."""
 
     def generate(self, request: SampleRequest) -> Array: ...
 
 
 @runtime_checkable
 class Decoder(Box, Protocol):
-    """From a product to one that is nearer to the image; it may read the text too."""
+    """Decodes a product, towards the image; it may also read the text."""
 
     def decode(self, product: Array, request: SampleRequest) -> Array: ...
 
 
 @runtime_checkable
 class Encoding(Protocol):
-    """A decoder that knows the way back: with it, what comes before can begin with an image."""
+    """A decoder that can also encode, so that the boxes before it can start from an image."""
 
     def encode(self, image: Array) -> Array: ...

@@ -1,4 +1,4 @@
-"""DeepFloyd IF: Imagen with other conventions, each a setting. Its models as plain values, and how they sample.
+"""DeepFloyd IF: Imagen with other conventions, each a setting. Presets of models and sampling settings.
 
 Parameter counts are tested.
 """
@@ -18,11 +18,11 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 
 T5_XXL = 77, 4096
-"""Length and width of what its text encoder gives."""
+"""Length and width of its text embeddings."""
 
 
 def deepfloyd(text_encoder: TextEncoder, base: TrainedModel, *super_resolution: TrainedModel) -> Pipeline:
-    """The system: cleaned caption → T5-XXL, padding included → 64×64 image → 256×256. ValueError as `Pipeline`."""
+    """The system: cleaned caption → T5-XXL (padding included) → 64×64 image → 256×256. ValueError as `Pipeline`."""
     return Pipeline(text_encoder=text_encoder, generator=base, decoders=super_resolution)
 
 
@@ -54,8 +54,8 @@ def _super_resolution(channels: int) -> DiffusionModel:
 
 
 def if_model(unet: UNetConfig, side: int, *, low_res: bool = False) -> DiffusionModel:
-    """DeepFloyd IF's conventions around one of its U-Nets: 1000 cosine steps, learned variance, the empty caption as
-    null text; super-resolution sees its input enlarged bilinearly, then noised."""
+    """A model with DeepFloyd IF's conventions for one of its U-Nets: 1000 cosine steps, learned variance, the empty
+    caption as null text; super-resolution upsamples its input bilinearly, then adds noise."""
     reads = TextConditioner(null=NullText.EMPTY)
     lower = LowResConditioner(augmentation=TabulatedSchedule.cosine(), enlargement=Enlargement.BILINEAR)
     return DiffusionModel(
@@ -72,8 +72,8 @@ IF_I_XL = _base(704)
 """372, 935 and 4305 M parameters."""
 IF_II_M = _super_resolution(192)
 IF_II_L = _super_resolution(320)
-"""466 and 1198 M parameters. Their widths are not printed anywhere: these are those of stage I's M and L, and come to
-the published 450 M and 1.2 B. What is loaded has the widths of its own config.json."""
+"""466 and 1198 M parameters. Their widths are unpublished: these are the widths of stage I's M and L, consistent with
+the published 450 M and 1.2 B. Loaded models have the widths of their config.json."""
 
 FAST27 = Respaced((10, 10, 3, 2, 2), offset=2)
 SMART27 = Respaced((7, 4, 2, 1, 2, 4, 7))
@@ -83,7 +83,7 @@ SMART185 = Respaced((1, 1, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1
 SUPER27 = Respaced((1, 1, 1, 1, 1, 1, 1, 2, 5, 13))
 SUPER40 = Respaced((2, 2, 2, 2, 2, 2, 3, 4, 6, 15))
 SUPER100 = Respaced((4, 4, 6, 6, 8, 8, 10, 10, 14, 30))
-"""DeepFloyd IF's respacings of its 1000 steps; the super ones are for super-resolution to 1024."""
+"""DeepFloyd IF's respacings of its 1000 steps; SUPER… are for super-resolution to 1024."""
 
 SAMPLING_I = SamplingConfig(
     sampler=DDPM(None),
@@ -102,4 +102,4 @@ SAMPLING_II = SamplingConfig(
     aug_level=0.25,
     clean_known=True,
 )
-"""The cap of 1 makes its thresholding static."""
+"""With a cap of 1 the thresholding is static."""

@@ -1,15 +1,15 @@
-"""Imagen between the laptop's toy and the paper: models for one GPU, as plain values, and how they sample.
+"""Mid-sized Imagen presets for one GPU, between the tiny ones and the paper's, with sampling settings.
 
-They are the paper's networks (`imagen.py`), smaller: the same attention, schedules, ε prediction and text. Any text
-encoder goes with them; its length and width come with `DiffusionModel.reading`. Of the paper's sizes the smallest base
-has 300 M parameters, and a super-resolution network about 500 M. Training keeps 16 bytes for each parameter (itself,
-its average, Adam's two moments), so that 500 M take a third of a card of 24 GB before the first image.
+They are smaller versions of the paper's networks (`imagen.py`) with the same attention, schedules, ε prediction and
+text conditioning. They work with any text encoder; `DiffusionModel.reading` sets its length and width. The paper's
+smallest base has 300 M parameters, its super-resolution networks about 500 M. Training needs 16 bytes per parameter
+(value, average, Adam's two moments), so 500 M take a third of a 24 GB card before the first image.
 
-Why these sizes. Memory and time go where feature maps are large, parameters where they are small: the Efficient U-Net's
-thought (B.1). Widths are multiples of 32 channels, as tensor cores want them, and heads have 64 channels, or 32 in
-`small`. The bases have two residual blocks at 64×64 and 32×32, where the paper's have three, and more below, at four
-times the width of the first level. `small` and `medium` are the paper's Efficient U-Net with a quarter and a half of
-its channels. None of them has been trained; their counts of parameters are tested.
+Memory and time are dominated by large feature maps, parameters by small ones (the idea of the Efficient U-Net, B.1).
+Widths are multiples of 32 channels, for tensor cores; heads have 64 channels, 32 in `small`. The bases have two
+residual blocks at 64×64 and 32×32, not the paper's three, and more below, at four times the width of the first level.
+`small` and `medium` are the paper's Efficient U-Net with a quarter and half of its channels. None has been
+trained; their parameter counts are tested.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ def _narrowed(model: DiffusionModel, channels: int, conditioning: ConditioningCo
 
 BASE_64_50M = _base(64, (2, 2, 3, 3))
 BASE_64_120M = _base(96, (2, 2, 4, 4))
-"""The base U-Net (F.1) with 64 and 96 channels at 64×64: a third and half of those of 300 M."""
+"""The base U-Net (F.1) with 64 and 96 channels at 64×64, a third and half of the 300 M model's."""
 
 SR_256_SMALL = _narrowed(SR_256, 32, ConditioningConfig(256, MaskedText(256)))
 SR_256_MEDIUM = _narrowed(SR_256, 64, ConditioningConfig(512, MaskedText(512)))
@@ -44,7 +44,7 @@ SR_1024_MEDIUM = _narrowed(SR_1024, 64, ConditioningConfig(512, MaskedText(512, 
 """The same without self-attention and with the linear schedule (F.3)."""
 
 SAMPLING_BASE_SMALL = replace(SAMPLING_BASE, steps=128, guidance=Guidance(3.0))
-"""Half of the steps. Smaller networks need more guidance to keep to the text than the paper's 2B (w = 1.35): NVIDIA's
+"""Half of the steps. Smaller networks need more guidance to follow the text than the paper's 2B (w = 1.35): NVIDIA's
 500M base with super-resolution to 256 had its best FID-30K at w = 3 (JAX-Toolbox)."""
 
 SAMPLING_SR_SMALL = replace(SAMPLING_SR, steps=64)

@@ -1,7 +1,7 @@
-"""A tiny Imagen that trains on a laptop: its models as plain values, and how they sample.
+"""Presets of a tiny Imagen that trains on a laptop, with sampling settings.
 
-They differ from the paper's in more than size: they predict x₀ from patches of 2×2 pixels, and super-resolution reads
-no text.
+Besides their size, they differ from the paper's models: they predict x₀ from patches of 2×2 pixels, and
+super-resolution reads no text.
 """
 
 from dataclasses import replace
@@ -41,10 +41,10 @@ BASE_64_TINY = DiffusionModel(
 )
 """For CPUs: patches of 2×2 pixels, and most of the work at 8×8, where convolutions are wide enough to be fast.
 
-The schedule is shifted towards noise: of a flat image, 4096 pixels of a background say its colour through any noise
-that Imagen's schedule spends time on, and the text would have nothing left to decide. Colours are decided at log-SNRs
-of -10 to -5, places and sizes at -9 to -4, forms at -5 to 0; all get the same share of the training.
-It predicts x₀: ε or v would have to carry a patch's noise through few channels; an image's content is less."""
+The schedule is shifted towards noise: in a flat image the 4096 pixels of a background reveal its colour at all noise
+levels where Imagen's schedule spends time, so the text would be ignored. Colours are determined at log-SNRs of -10 to
+-5, positions and sizes at -9 to -4, shapes at -5 to 0; all get the same fraction of the training.
+It predicts x₀, because ε or v would have to carry a patch's noise through few channels."""
 
 BASE_64_QUICK = replace(
     BASE_64_TINY,
@@ -58,8 +58,8 @@ BASE_64_QUICK = replace(
         patch=4,
     ),
 )
-"""For minutes of training: twice as fast for each image, because colours take many images to learn from and no fine
-patches. It draws blobs of the right colour; forms are for BASE_64_TINY and hours."""
+"""For minutes of training: twice as fast per image, because colours need many images but no fine patches. It produces
+blobs of the right colour; shapes need BASE_64_TINY and hours."""
 
 BASE_32_TINY = replace(
     BASE_64_TINY,
@@ -68,14 +68,14 @@ BASE_32_TINY = replace(
     time_sampler=LogSNRRange(-9.6, 5.4),
     weighting=PowerSNR(0.2, lowest=-9.6),
 )
-"""The same network on a quarter of the pixels, so a quarter of the work: for sets of 32×32 and for ablations.
+"""The same network on a quarter of the pixels, so a quarter of the work: for 32×32 datasets and ablations.
 
-A quarter of the pixels say as much through noise that is 1.4 less in log-SNR: the schedule is shifted by that."""
+With a quarter of the pixels the same information needs a log-SNR higher by 1.4, so the schedule is shifted by that."""
 
 BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=8))
 BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=16))
 BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=24))
-"""A quarter, half and three quarters of its width."""
+"""A quarter, half and three quarters of the width of BASE_32_TINY."""
 
 SR_256_TINY = DiffusionModel(
     unet=EfficientUNetConfig(
@@ -93,10 +93,10 @@ SR_256_TINY = DiffusionModel(
     weighting=MinSNR(floor=1.0),
     residual=True,
 )
-"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on images alone."""
+"""Works on the grid of its input (patches of 2×2, halved once). Reads no text, so it trains on images only."""
 
 SR_1024_TINY = replace(SR_256_TINY, side=1024)
-"""The same network and schedule: enlarging edges fourfold is the same task again, so it may start from SR_256_TINY."""
+"""The same network and schedule: fourfold upsampling of edges is the same task, so it can start from SR_256_TINY."""
 
 SR_64_TINY = replace(
     SR_256_TINY,
@@ -104,15 +104,15 @@ SR_64_TINY = replace(
     conditioners=(LowResConditioner(factor=2, max_level=0.3),),
     schedule=CosineSchedule.shifted(64),
 )
-"""Twofold, behind BASE_32_TINY."""
+"""Twofold super-resolution for BASE_32_TINY."""
 
 SAMPLING_BASE_TINY = SamplingConfig(
     sampler=DDPM(), steps=36, guidance=Guidance(3.0, (-20.0, -1.0)), thresholding=StaticThreshold()
 )
-"""Guided from the noisiest level until forms are decided. Beyond that, guidance makes the edges wobble; many steps make
-them straighter. Figures are in the model card (jaxdiff/weights/tiny/README.md)."""
+"""Guided from the noisiest level until shapes are determined. At higher log-SNR guidance distorts the edges; more steps
+make them straighter. Numbers are in the model card (jaxdiff/weights/tiny/README.md)."""
 SAMPLING_BASE_QUICK = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(3.0, (-8.0, -2.0)))
-"""Guided only where colours are decided: beyond that it makes them brighter than any of the set's."""
+"""Guided only where colours are determined: otherwise they become brighter than any in the dataset."""
 SAMPLING_BASE_32 = replace(SAMPLING_BASE_TINY, steps=24, guidance=Guidance(2.0, (-20.0, 0.4)))
 SAMPLING_SR_TINY = SamplingConfig(sampler=DPMSolverPP2M(), steps=6, thresholding=StaticThreshold())
 """No guidance: these stages read no text."""

@@ -1,9 +1,9 @@
-"""The diagram as one dataclass: text → text encoder → generator → intermediate product → decoders → image.
+"""`Pipeline`: text → text encoder → generator → intermediate product → decoders → image.
 
     pipeline = weights.imagen.load()
     base, sr256, sr1024 = pipeline.sample(["a red circle"], SampleOptions(seed=0))  # (1 64 64 3), (1 256 256 3), …
 
-A *box* is the generator or a decoder. Sample i of a seed is the same whatever else is sampled with it.
+A *box* is the generator or a decoder. Sample i of a seed does not depend on the other samples.
 """
 
 import itertools
@@ -24,16 +24,16 @@ from jaxdiff.systems.boxes import Box, Decoder, Encoding, Generator
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 Progress = Callable[[int, int, int], None]
-"""Called with (number of the box, samples × steps done, samples × steps in all)."""
+"""Called with (number of the box, samples × steps done, samples × steps in total)."""
 
 
 @dataclass(frozen=True, eq=False)
 class InitImage:
-    """An image to begin with (image to image) and, with a mask, to keep in part (inpainting), for every box.
+    """Initial image for image to image and, with a mask, inpainting, for every box.
 
-    image: (h, w, c) in [-1, 1], of any size: each box sees it at its own, or as the decoder behind it encodes it.
-    strengths: for each box, the fraction of its steps that are taken, above 0 and up to 1. mask: (h, w), True where is
-    sampled and False where the image is kept.
+    image: (h, w, c) in [-1, 1], of any size; each box gets it at its own size, or encoded by the next decoder.
+    strengths: for each box, the fraction of its steps that are run, in (0, 1]. mask: (h, w), True where sampled, False
+    where the image is kept.
     """
 
     image: np.ndarray
@@ -42,7 +42,7 @@ class InitImage:
 
 
 class After(NamedTuple):
-    """Products to go on from, as if the box of that number had produced them."""
+    """Start sampling after box number `box`, with `product` as its output."""
 
     box: int
     product: np.ndarray
@@ -50,12 +50,12 @@ class After(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SampleOptions:
-    """What is asked for beside the prompts.
+    """Options of `Pipeline.sample`.
 
-    first: number of the first sample, so that a long list can be sampled in parts. negative: what guidance leads away
-    from; empty is the null text. size: height and width of the generator's product; its own side by default.
-    last: number of the last box that runs; None: all. init: what every box begins with, or keeps in part.
-    batch: samples in one program of the generator; a larger product takes the place of as many as it has of its pixels.
+    first: number of the first sample, to sample a long list in parts. negative: negative prompt; empty is the null
+    text. size: height and width of the generator's product; its side by default. last: number of the last box to run;
+    None: all. init: initial image of every box. after: products to start from. batch: samples per program of the
+    generator; for larger products it decreases in proportion to their pixels.
     """
 
     seed: int = 0
@@ -69,13 +69,13 @@ class SampleOptions:
     after: After | None = None
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:  # beyond, jax's keys would begin again from 0
+        if not 0 <= self.seed < 2**32:  # jax's keys would wrap around
             raise ValueError(f"seed {self.seed}: must be at least 0 and below 2**32")
 
 
 class Batch(NamedTuple):
-    """first: number of the first sample of this batch within the call. products: of each box that ran, one for each
-    sample, float32."""
+    """first: number of this batch's first sample within the call. products: one array per box that ran, float32, with
+    one row per sample."""
 
     first: int
     products: tuple[np.ndarray, ...]
@@ -83,8 +83,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A text encoder (or what it gave for the captions that will be sampled), a generator, and decoders in the order of
-    their use. Raises ValueError for parts that do not fit."""
+    """A text encoder (possibly precomputed embeddings), a generator, and decoders in order.
+
+    Raises ValueError if they do not fit together.
+    """
 
     text_encoder: TextEncoder | None
     generator: Generator
@@ -101,36 +103,37 @@ class Pipeline:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Of each box's product, in pixels of its own."""
+        """The side of each box's product, in its own pixels."""
         return tuple(box.side for box in self.boxes)
 
     def sample(
         self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
     ) -> tuple[np.ndarray, ...]:
-        """The products of each box that ran, the image last: float32 (n · per_prompt, …). ValueError as `batches`."""
+        """The product of each box that ran, the image last: float32 (n · per_prompt, …). ValueError as `batches`."""
         products = [batch.products for batch in self.batches(prompts, options, progress)]
         return tuple(chunks[0] if len(chunks) == 1 else np.concatenate(chunks) for chunks in zip(*products))
 
     def batches(
         self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None
     ) -> Iterator[Batch]:
-        """The same, one batch after another, so that large images need not be held all together.
+        """As `sample`, batch by batch, so that large images need not all be in memory.
 
-        ValueError, before anything is sampled, for a box that is not there, a size, tiles or strength that a box cannot
-        sample; and for a box that gives values that are not finite. An empty prompt is sampled without text, with a
-        warning.
+        ValueError, before sampling, for a missing box or an unsupported size, tiles or strength; while sampling, if a
+        box produces non-finite values. An empty prompt is sampled without text, with a warning.
         """
-        return _run(self, _planned(self, prompts, options), progress)
+        return _run(self, _plan(self, prompts, options), progress)
 
 
 def with_boxes(pipeline: Pipeline, boxes: Sequence[Any]) -> Pipeline:
-    """The pipeline with other boxes, the generator first."""
+    """The pipeline with these boxes, the generator first."""
     return replace(pipeline, generator=boxes[0], decoders=tuple(boxes[1:]))
 
 
 def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:
-    """The pipeline without the boxes behind the one that produces images of this side; None: all of it. ValueError for
-    a side that none has."""
+    """The pipeline without the boxes after the one whose product has this side; None: the full pipeline.
+
+    ValueError if no box has this side.
+    """
     if side is None:
         return pipeline
     if side not in pipeline.sides:
@@ -140,16 +143,18 @@ def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:
 
 
 def check_order(boxes: Sequence[Generator | Decoder]) -> None:
-    """ValueError unless the first box needs no product, and each other one decodes what the one before it produces."""
+    """ValueError unless the first box is a generator, and every other box decodes the product of the one before it."""
     first = boxes[0]
     if first.consumes is not None:
         raise ValueError(
             f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
-            "the one that draws them from text has to come before it"
+            "it must come after a stage that samples from text"
         )
     for lower, upper in itertools.pairwise(boxes):
         if upper.consumes is None:
-            raise ValueError(f"the {upper.side} stage enlarges nothing, but the stage before it draws {lower.side}")
+            raise ValueError(
+                f"the {upper.side} stage is not super-resolution, but the stage before it produces {lower.side}"
+            )
         if not same_kind(lower.produces, upper.consumes):
             raise ValueError(
                 f"the {upper.side} stage decodes {upper.consumes}, the one before it produces {lower.produces}"
@@ -157,7 +162,7 @@ def check_order(boxes: Sequence[Generator | Decoder]) -> None:
         if upper.side // upper.factor != lower.side:
             raise ValueError(
                 f"the {upper.side} stage enlarges {upper.side // upper.factor} pixels, "
-                f"but the stage before it draws {lower.side}"
+                f"but the stage before it produces {lower.side}"
             )
 
 
@@ -167,7 +172,7 @@ def _check_text(encoder: TextEncoder | None, box: Box) -> None:
     if encoder is None:
         raise ValueError(f"the {box.side} stage reads text, and there is no text encoder")
     if None in box.reads:
-        raise ValueError(f"the {box.side} stage does not know its text encoder: name it with `DiffusionModel.reading`")
+        raise ValueError(f"the {box.side} stage has no text encoder set: use `DiffusionModel.reading`")
     if (encoder.length, encoder.width) != box.reads:
         raise ValueError(
             f"the text encoder gives embeddings of width {encoder.width}, {encoder.length} of them; "
@@ -178,7 +183,7 @@ def _check_text(encoder: TextEncoder | None, box: Box) -> None:
 
 
 class _Stage(NamedTuple):
-    """One box, the height and width that it produces, and samples in one program of it."""
+    """One box. size: height and width of its product. rows: samples per program."""
 
     number: int
     size: tuple[int, int]
@@ -187,7 +192,7 @@ class _Stage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is the same for every batch."""
+    """The data shared by all batches."""
 
     options: SampleOptions
     stages: tuple[_Stage, ...]
@@ -195,22 +200,22 @@ class _Plan:
     text: TextEmbedding | None
     negative: TextEmbedding | None
     rows: int
-    """Samples that go through the boxes together."""
+    """Samples per batch."""
 
 
-def _planned(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) -> _Plan:
+def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) -> _Plan:
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, not one string")
     count = len(prompts) * options.per_prompt
     if count < 1 or options.batch < 1:
         raise ValueError(
-            f"nothing to draw: {len(prompts)} prompts, {options.per_prompt} of each, in batches of {options.batch}"
+            f"nothing to sample: {len(prompts)} prompts, {options.per_prompt} of each, in batches of {options.batch}"
         )
     stages = tuple(_stages(pipeline, options, count))
     if options.init is not None:
         _check_init(pipeline, options.init, stages)
     if not all(prompt.strip() for prompt in prompts):
-        warnings.warn("an empty prompt is drawn without text", stacklevel=4)
+        warnings.warn("an empty prompt is sampled without text", stacklevel=4)
     keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
     text = negative = None
     if pipeline.text_encoder is not None:
@@ -218,8 +223,8 @@ def _planned(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions)
         text = jax.tree.map(lambda a: jnp.repeat(a, options.per_prompt, axis=0), text)
         if options.negative.strip() or any(box.reads_padding for box in pipeline.boxes):
             negative = pipeline.text_encoder.encode([options.negative])
-    together = pipeline.generator.batch_size(min(options.batch, count))
-    return _Plan(options, stages, keys, text, negative, together)
+    rows = pipeline.generator.batch_size(min(options.batch, count))
+    return _Plan(options, stages, keys, text, negative, rows)
 
 
 def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[_Stage]:
@@ -231,13 +236,13 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
     begin = 0
     size = options.size or (boxes[0].side,) * 2
     if after is not None:
-        check_product(boxes[after.box].produces, after.product, "what to go on from")
+        check_product(boxes[after.box].produces, after.product, "the product of `after`")
         if len(after.product) != count:
-            raise ValueError(f"{len(after.product)} images to go on from, for {count} to draw")
+            raise ValueError(f"`after` has {len(after.product)} products, for {count} samples")
         begin, size = after.box + 1, after.product.shape[1:3]
         if begin >= end:
             raise ValueError(
-                f"nothing to draw: going on from {boxes[after.box].side} pixels, up to {boxes[end - 1].side}"
+                f"nothing to sample: starting after {boxes[after.box].side} pixels, ending at {boxes[end - 1].side}"
             )
     for number in range(begin, end):
         box = boxes[number]
@@ -249,8 +254,8 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
 
 
 def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator[Batch]:
-    """Each batch of samples through all boxes; a box takes it in parts of one size, so that one compiled program serves
-    all of them."""
+    """Run each batch of samples through all boxes; a box processes it in chunks of one size, so that it needs only one
+    compiled program."""
     count = len(plan.keys)
     for first in range(0, count, plan.rows):
         last = min(first + plan.rows, count)
@@ -260,7 +265,7 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
             box = pipeline.boxes[stage.number]
             result: np.ndarray | None = None
             for start in range(first, last, stage.rows):
-                # The last part is filled up with repeats of its last sample, which are dropped again.
+                # The last chunk is padded with copies of its last sample, which are dropped afterwards.
                 rows = np.minimum(np.arange(start, start + stage.rows), last - 1)
                 request = _request(pipeline, plan, stage, rows, progress)
                 if product is None:
@@ -270,10 +275,10 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
                 part = np.asarray(output)[: last - start]
                 if not np.isfinite(part).all():
                     raise ValueError(
-                        f"the {box.side} stage drew values that are not finite: its weights, or its sampler's "
-                        "settings, lead there"
+                        f"the {box.side} stage produced values that are not finite: check its weights and its "
+                        "sampler's settings"
                     )
-                if result is None:  # one array for all, so that large images are never held twice
+                if result is None:  # preallocated, so that large images are never held twice
                     result = np.empty((last - first, *part.shape[1:]), part.dtype)
                 result[start - first : start - first + len(part)] = part
             assert result is not None  # there is at least one sample
@@ -285,7 +290,7 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
 def _request(
     pipeline: Pipeline, plan: _Plan, stage: _Stage, rows: np.ndarray, progress: Progress | None
 ) -> SampleRequest:
-    """What a box is asked for these samples."""
+    """The request to a box for these samples."""
     box = pipeline.boxes[stage.number]
     text = negative = None
     if box.reads is not None:
@@ -305,13 +310,13 @@ def _request(
 
 
 def _runs_of(plan: _Plan, stage: _Stage, samples: int) -> int:
-    """How often the box runs for the first `samples` samples."""
+    """The number of runs of the box for the first `samples` samples."""
     batches, rest = divmod(samples, plan.rows)
     return batches * -(-plan.rows // stage.rows) - (-rest // stage.rows)
 
 
 def _init(pipeline: Pipeline, init: InitImage, stage: _Stage, count: int) -> InitProduct:
-    """What a box begins with, for each of `count` samples."""
+    """The initial product of a box, for each of `count` samples."""
     value = _encoded(pipeline, init, stage.number, stage.size)
     value = jnp.broadcast_to(value, (count, *value.shape))
     if init.mask is None:
@@ -322,7 +327,7 @@ def _init(pipeline: Pipeline, init: InitImage, stage: _Stage, count: int) -> Ini
 
 
 def _encoded(pipeline: Pipeline, init: InitImage, number: int, size: tuple[int, int]) -> Array:
-    """The image as a product of a box: at its size, or as the decoder behind it encodes it."""
+    """The initial image as a product of a box: at its size, or encoded by the next decoder."""
     if isinstance(pipeline.boxes[number].produces, ImageSpec):
         image = jax.image.resize(jnp.asarray(init.image, jnp.float32), (*size, init.image.shape[2]), "cubic")
         return jnp.clip(image, -1.0, 1.0)
@@ -336,7 +341,7 @@ def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -
     if len(init.strengths) != len(pipeline.boxes):
         raise ValueError(f"{len(init.strengths)} strengths for {len(pipeline.boxes)} stages: give one for each")
     if init.image.ndim != 3 or init.image.shape[2] != 3:
-        raise ValueError(f"an image to begin with is of h×w×3 values, not of {_times(init.image.shape)}")
+        raise ValueError(f"an init_image has the shape h×w×3, not {_times(init.image.shape)}")
     if init.mask is not None and init.mask.shape != init.image.shape[:2]:
         have, want = _times(init.mask.shape), _times(init.image.shape[:2])
         raise ValueError(f"a mask of {have} pixels for an image of {want}")
@@ -344,8 +349,8 @@ def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -
         box = pipeline.boxes[stage.number]
         first_step(init.strengths[stage.number], box.steps)
         if not isinstance(box.produces, ImageSpec):
-            behind = pipeline.decoders[stage.number : stage.number + 1]
-            if not behind or not isinstance(behind[0], Encoding):
+            following = pipeline.decoders[stage.number : stage.number + 1]
+            if not following or not isinstance(following[0], Encoding):
                 raise ValueError(
                     f"the {box.side} stage produces {box.produces}, and no decoder encodes an image to them"
                 )

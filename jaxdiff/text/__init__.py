@@ -1,1 +1,1 @@
-"""Captions to frozen embeddings: one protocol of text encoders, and tokenizers."""
+"""Frozen text encoders with one protocol, and tokenizers."""

@@ -1,8 +1,8 @@
-"""Embeddings of very many captions, to be kept: every device busy, and little of what is computed is padding.
+"""Bulk encoding of captions for storage, with little padding, on all devices.
 
-Captions are sorted by their tokens and padded to one of a few lengths, for each of which the program is compiled once;
-a batch of short ones has more rows, so that every batch holds about as many tokens. What a caption becomes does not
-depend on the length that it is padded to, beyond rounding.
+Captions are sorted by token count and padded to one of a few lengths; the program is compiled once per length. Batches
+of short captions have more rows, so that all batches hold about the same number of tokens. A caption's embedding does
+not depend on the padded length, up to rounding.
 """
 
 import functools
@@ -23,11 +23,11 @@ LENGTHS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, eq=False)
 class BulkEncoder:
-    """Captions in; for each the embeddings of its tokens without padding, and how many tokens one has at most.
+    """Maps captions to their token embeddings without padding, and the maximum number of tokens.
 
-    batch: captions at a time where they are as long as the encoder allows; of those padded to half the length, twice
-    as many. lengths: what they are padded to, beside the encoder's own. sharding: where the ids and the embeddings of
-    a batch lie, which it must divide evenly; the encoder's parameters lie where they were put.
+    batch: captions per batch at the encoder's full length; at half the length, twice as many. lengths: padded lengths,
+    in addition to the encoder's. sharding: of the ids and embeddings of a batch, which it must divide evenly; the
+    encoder's parameters keep their sharding.
     """
 
     encoder: NetworkTextEncoder
@@ -41,32 +41,32 @@ class BulkEncoder:
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths {self.lengths}: a caption is padded to at least 1 token")
         if self.encoder.padding_is_read:
-            raise ValueError("embeddings of which padding is a part cannot be stored without it")
+            raise ValueError("this encoder reads padding: its embeddings cannot be stored without it")
 
     def __call__(self, captions: Sequence[str]) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
         return self.encode(self.prepare(captions))
 
     def prepare(self, captions: Sequence[str]) -> Tokens:
-        """What is done on the host first."""
+        """The first step, on the host."""
         return self.encoder.tokenize(captions)
 
     def encode(
         self, tokens: Tokens, progress: Callable[[int, int], None] = lambda captions, tokens: None
     ) -> tuple[list[Float16[np.ndarray, "_ d"]], int]:
-        """`progress` is told how many captions and tokens were encoded, batch by batch."""
+        """progress: called after each batch with the numbers of captions and tokens encoded."""
         counts = tokens.mask.sum(1)
         order = np.argsort(counts, kind="stable")
         blank = int(np.searchsorted(counts[order], 1))
         rows = [np.zeros((0, self.encoder.width), np.float16)] * len(counts)
         progress(blank, 0)
-        before = None
+        previous = None
         for batch in batches(counts[order[blank:]], self._all_lengths, self.batch):
             chosen = order[blank:][batch.start : batch.stop]
-            # Called before the last batch is fetched, so that the devices have something to do in the meantime.
-            following = chosen, self._embedded(tokens, chosen, batch)
-            _put(rows, counts, before, progress)
-            before = following
-        _put(rows, counts, before, progress)
+            # Dispatched before the previous batch is fetched, to keep the devices busy.
+            current = chosen, self._embedded(tokens, chosen, batch)
+            _fetch(rows, counts, previous, progress)
+            previous = current
+        _fetch(rows, counts, previous, progress)
         return rows, self.encoder.length
 
     @property
@@ -85,7 +85,7 @@ class BulkEncoder:
 
 
 class Batch(NamedTuple):
-    """The captions start … stop of those sorted, in `rows` rows of `length` tokens."""
+    """The sorted captions start … stop, in `rows` rows of `length` tokens."""
 
     start: int
     stop: int
@@ -94,9 +94,9 @@ class Batch(NamedTuple):
 
 
 def batches(counts: Int[np.ndarray, " b"], lengths: Sequence[int], batch: int) -> Iterator[Batch]:
-    """The batches of captions that have so many tokens each, ascending; `lengths` ascend to the longest.
+    """Batches of captions with these token counts. `counts` and `lengths` are ascending.
 
-    One that would be less than half full goes with longer captions.
+    A batch that would be less than half full is merged with longer captions.
     """
     start = 0
     while start < len(counts):
@@ -110,7 +110,7 @@ def batches(counts: Int[np.ndarray, " b"], lengths: Sequence[int], batch: int) -
         start = stop
 
 
-def _put(
+def _fetch(
     rows: list[np.ndarray],
     counts: np.ndarray,
     done: tuple[np.ndarray, Array] | None,
@@ -120,7 +120,7 @@ def _put(
         return
     places, embeddings = done
     for place, row in zip(places, np.asarray(embeddings)):
-        rows[place] = row[: counts[place]].copy()  # not to keep the padding in memory
+        rows[place] = row[: counts[place]].copy()  # copied, so that the padding is freed
     progress(len(places), int(counts[places].sum()))
 
 

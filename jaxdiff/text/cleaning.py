@@ -1,7 +1,6 @@
-"""Captions as DeepFloyd IF cleans them before its T5: a model trained on cleaned text expects it at sampling too.
+"""DeepFloyd IF's caption cleaning before T5. A model trained on cleaned text needs it at sampling too.
 
-Each rule is blunt on its own, and later ones see what earlier ones left: their order is part of the result, and where
-two could be one without a difference, they are.
+Later rules apply to the output of earlier ones, so the order matters. Rules are merged where the result is the same.
 """
 
 import html
@@ -15,7 +14,7 @@ from bs4 import BeautifulSoup, ParserRejectedMarkup
 
 
 class _Step(NamedTuple):
-    """Everything that `pattern` finds becomes `replacement`."""
+    """Replace all matches of `pattern` with `replacement`."""
 
     pattern: re.Pattern[str]
     replacement: str
@@ -28,16 +27,16 @@ _DASHES = (
     r"\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
     r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
-_TIMES = r"x\u0445\u00d7"  # the letter x, the Cyrillic letter that looks like it, the sign
+_TIMES = r"x\u0445\u00d7"  # the letter x, the similar Cyrillic letter, the multiplication sign
 _JOINERS = re.compile("[-_]")
 
 _ADDRESSES = (
-    _Step(re.compile("<person>"), "person", "the name that a data set took out, before it would be taken for a tag"),
-    # Two steps, because a site may come together only where the first took something out.
+    _Step(re.compile("<person>"), "person", "a dataset's placeholder for names, before it is parsed as a tag"),
+    # Two steps, because the first can create a new match.
     _Step(re.compile(rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_SITE})"), "", "addresses"),
     _Step(re.compile(rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_SITE})"), "", "addresses, www: misspelt"),
 )
-"""For lower case, before HTML is stripped."""
+"""Applied to lower-case text, before HTML is stripped."""
 
 _MARKS = (
     _Step(re.compile(r"@\w+"), "", "nicknames"),
@@ -45,19 +44,19 @@ _MARKS = (
     _Step(re.compile(f"[{_DASHES}]+"), "-", "one dash for all kinds"),
     _Step(re.compile("[`\u00a8\u00ab\u00b4\u00bb\u201c\u201d]"), '"', "one double quote for all kinds"),
     _Step(re.compile("[\u2018\u2019]"), "'", "one single quote for all kinds"),
-    _Step(re.compile("&quot;?"), "", "an entity that HTML left, escaped twice"),
-    _Step(re.compile("&amp"), "", "another; the semicolon stays"),
+    _Step(re.compile("&quot;?"), "", "an entity that was escaped twice"),
+    _Step(re.compile("&amp"), "", "likewise; the semicolon stays"),
     _Step(re.compile(r"\d{1,3}(?:\.\d{1,3}){3}"), " ", "IP addresses"),
     _Step(re.compile(r"\d:\d\d\s+\Z"), "", "the end of an article's id"),
-    _Step(re.compile(r"\\n"), " ", "a line break spelt out"),
+    _Step(re.compile(r"\\n"), " ", "an escaped line break"),
     _Step(re.compile(r"#(?:\d{1,3}|\d{5,})\b"), "", "#123 and #12345, though not #1234"),
     _Step(re.compile(r"\b\d{6,}\b"), "", "long numbers"),
-    _Step(re.compile(rf"\S+\.{_FILE_TYPE}"), "", "names of files"),
-    _Step(re.compile("[\"']{2,}"), '"', "heaps of quotes"),
-    _Step(re.compile(r"\.{2,}|[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+"), " ", "dots in a row, and signs that say nothing"),
-    _Step(re.compile(r"\s+\.\s+"), " ", "a dot alone"),
+    _Step(re.compile(rf"\S+\.{_FILE_TYPE}"), "", "file names"),
+    _Step(re.compile("[\"']{2,}"), '"', "repeated quotes"),
+    _Step(re.compile(r"\.{2,}|[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+"), " ", "repeated dots, and symbols without meaning"),
+    _Step(re.compile(r"\s+\.\s+"), " ", "an isolated dot"),
 )
-"""For text without tags."""
+"""Applied to text without tags."""
 
 _ADVERTS = (
     _Step(
@@ -66,27 +65,27 @@ _ADVERTS = (
         "ids: jc6640, jc6640vc, 6640vc231",
     ),
     _Step(re.compile(r"(?:worldwide\s+)?(?:free\s+)?shipping"), "", "shops"),
-    _Step(re.compile(r"(?:free\s)?download(?:\sfree)?"), "", "sites of downloads"),
-    _Step(re.compile(r"\bclick\s(?:for|on)\s\w+"), "", "what to click"),
-    _Step(re.compile(rf"\b{_FILE_TYPE}(?:\simages?)?"), "", "types of files"),
+    _Step(re.compile(r"(?:free\s)?download(?:\sfree)?"), "", "download sites"),
+    _Step(re.compile(r"\bclick\s(?:for|on)\s\w+"), "", "click prompts"),
+    _Step(re.compile(rf"\b{_FILE_TYPE}(?:\simages?)?"), "", "file types"),
     _Step(re.compile(r"\bpage\s+\d+\b"), "", "page numbers"),
     _Step(re.compile(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b"), " ", "ids: j2d1a2a"),
     _Step(re.compile(rf"\b\d+\.?\d*[{_TIMES}]\d+\.?\d*\b"), "", "sizes: 1920x1080"),
     _Step(re.compile(r"\b\s+:\s+"), ": ", "no space before a colon"),
     _Step(re.compile(r"(\D[,./])\b"), r"\1 ", "a space after a comma, a dot or a slash"),
     _Step(re.compile(r"\s+"), " ", "single spaces"),
-    _Step(re.compile(r"\A[\"'](.+)[\"']\Z"), r"\1", "quotes around all of it"),
-    _Step(re.compile(r"\A['_,:;-]|['_,:+-]\Z"), "", "one stray sign at each end"),
-    _Step(re.compile(r"\A\.\S+\Z"), "", "nothing but the end of a file's name"),
+    _Step(re.compile(r"\A[\"'](.+)[\"']\Z"), r"\1", "quotes around the caption"),
+    _Step(re.compile(r"\A['_,:;-]|['_,:+-]\Z"), "", "one stray symbol at each end"),
+    _Step(re.compile(r"\A\.\S+\Z"), "", "only a file extension"),
 )
-"""For text whose characters are repaired; upper case is back where an entity spelt it."""
+"""Applied to text with repaired characters; unescaped entities may have added upper case."""
 
 
 def clean_caption(caption: str) -> str:
-    """`caption` in lower case, without addresses, HTML, ids, CJK, advertising and stray signs; what is left may be "".
+    """`caption` in lower case, without addresses, HTML, ids, CJK, advertising and stray symbols; may be "".
 
-    Cleaned twice, as IF does, since once leaves what it has only just uncovered. Nothing is refused: where IF's own
-    code fails, HTML that cannot be parsed is text like any other, and half of a surrogate pair becomes U+FFFD.
+    Cleaned twice, as in IF, since a pass can create new matches. Never raises, unlike IF's code: HTML that cannot be
+    parsed is kept as text, and half of a surrogate pair becomes U+FFFD.
     """
     return _clean(_clean(caption))
 
@@ -102,7 +101,7 @@ def _clean(caption: str) -> str:
 
 def _without_tags(text: str) -> str:
     try:
-        # From a file, because a string that looks like a file's name or a URL would be warned about.
+        # As a file object, because BeautifulSoup warns about strings that look like a file name or URL.
         return BeautifulSoup(io.StringIO(text), "html.parser").text
     except ParserRejectedMarkup:
         return text

@@ -1,4 +1,4 @@
-"""Captions to frozen CLIP embeddings: the text encoder of Stable Diffusion and DALL·E 2, and of the CLIP score."""
+"""The frozen CLIP text encoder: Stable Diffusion, DALL·E 2, CLIP score."""
 
 import enum
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, tokenize
 
 
 class Pooling(enum.Enum):
-    """What `TextEmbedding.pooled` is."""
+    """The content of `TextEmbedding.pooled`."""
 
     EMBEDDING = enum.auto()
-    """The projection that CLIP compares, not of length 1; the normalised state of the end where nothing projects."""
+    """CLIP's projected embedding, not L2-normalized; without a projection, as STATE."""
     STATE = enum.auto()
-    """The normalised state of the end."""
+    """The state of the end token, after the last norm."""
     NONE = enum.auto()
     """None. SDXL reads no pooled vector of its first encoder."""
 
 
 @dataclass(frozen=True, eq=False)
 class CLIPTextEncoder:
-    """A frozen text tower: settings and parameters (of both towers or of this one alone), tokenizer.
+    """A frozen text tower: settings, parameters (of both towers or only this one), tokenizer.
 
-    The empty caption is encoded like any other. The defaults are Stable Diffusion 1's; SDXL has `skip_last=1` and
-    `final_norm=False` for both of its encoders, Stable Diffusion 2 `skip_last=1` where its last block is not cut off.
+    The empty caption is encoded like any other. The defaults are Stable Diffusion 1's. SDXL uses `skip_last=1` and
+    `final_norm=False` for both encoders; Stable Diffusion 2 uses `skip_last=1` if its files include the last block.
 
-    skip_last: how many of the last blocks `tokens` are taken before. final_norm: `tokens` go through the tower's last
-    norm, whichever block they are taken from. padding_is_read: the states of padding count too; else they are masked.
-    max_length: tokens per caption, start and end included; None: as many as the tower reads.
+    skip_last: take `tokens` before this number of last blocks. final_norm: apply the tower's last norm to `tokens`.
+    padding_is_read: keep the states of padding; otherwise they are masked.
+    max_length: tokens per caption, start and end included; None: the tower's maximum.
     """
 
     config: CLIPConfig
@@ -65,7 +65,7 @@ class CLIPTextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        # What is of the image tower alone, or of the memory plan, is left out.
+        # Independent of the image tower and of `remat`.
         config, params = replace(self.config, image=None, remat=False), {"text": self.params["text"]}
         settings = (config, self.skip_last, self.final_norm, self.padding_is_read, self.pooling, self.length)
         return fingerprint_of((*settings, self.tokenizer.pad_token_id), self.tokenizer, params)

@@ -1,4 +1,4 @@
-"""Several text encoders as one: Stable Diffusion XL's two, Stable Diffusion 3's three."""
+"""Several text encoders as one: Stable Diffusion XL (two), Stable Diffusion 3 (three)."""
 
 import enum
 import hashlib
@@ -13,21 +13,21 @@ from jaxdiff.text.encoder import TextEmbedding, TextEncoder, caption_list
 
 
 class Axis(enum.Enum):
-    """Which axis of `TextEmbedding.tokens` (b n d) the encoders share."""
+    """The axis of `TextEmbedding.tokens` (b n d) for concatenation."""
 
     TOKENS = 1
-    """One encoder's tokens behind another's; narrower ones are padded with zeros to the widest (Stable Diffusion 3)."""
+    """Along the sequence; narrower embeddings are zero-padded to the widest (Stable Diffusion 3)."""
     FEATURES = 2
-    """Side by side, token by token: all encoders give the same number of tokens (Stable Diffusion XL)."""
+    """Along the features; all encoders have the same number of tokens (Stable Diffusion XL)."""
 
 
 @dataclass(frozen=True, eq=False)
 class CombinedTextEncoder:
-    """The embeddings of all `encoders`, concatenated along an axis; so are the pooled vectors of those that have one.
+    """Concatenates the embeddings of all `encoders` along an axis, and their pooled vectors, if any.
 
-    Side by side, a token is attended to where any of its encoders attends to it. An encoder may itself be combined:
-    Stable Diffusion 3 is `CombinedTextEncoder((CombinedTextEncoder((clip_l, clip_g), FEATURES), t5), TOKENS)`. `ids` is
-    None: each encoder has its own.
+    Along the features, the mask is the union of the encoders' masks. An encoder may itself be combined: Stable
+    Diffusion 3 is `CombinedTextEncoder((CombinedTextEncoder((clip_l, clip_g), FEATURES), t5), TOKENS)`. `ids` is None,
+    because each encoder has its own.
     """
 
     encoders: tuple[TextEncoder, ...]
@@ -38,7 +38,9 @@ class CombinedTextEncoder:
             raise ValueError("no text encoders to combine")
         lengths = [encoder.length for encoder in self.encoders]
         if self.axis is Axis.FEATURES and len(set(lengths)) > 1:
-            raise ValueError(f"text encoders of {' and '.join(map(str, lengths))} tokens cannot stand side by side")
+            raise ValueError(
+                f"text encoders of {' and '.join(map(str, lengths))} tokens cannot be combined along the features"
+            )
 
     @property
     def width(self) -> int:

@@ -1,4 +1,4 @@
-"""What every text encoder is to its callers: captions in, a `TextEmbedding` out. And what all of them are made with."""
+"""The protocol of text encoders: captions in, a `TextEmbedding` out. And their shared helpers."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ BLOCK = 64
 
 
 class TextEmbedding(NamedTuple):
-    """Captions as a generator reads them. Tokens are zero wherever the mask is False.
+    """Embedded captions. Tokens are zero wherever the mask is False.
 
     tokens: states of the encoder, one per token. mask: True for the tokens that are attended to. pooled: one vector per
-    caption, where the encoder has one. ids: what the tokenizer made of the captions, where there is one tokenizer.
+    caption; None if the encoder has none. ids: token ids; None unless there is exactly one tokenizer.
     """
 
     tokens: Float[Array, "b n d"]
@@ -33,7 +33,7 @@ class TextEmbedding(NamedTuple):
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A frozen text encoder, the same to all who call it."""
+    """A frozen text encoder."""
 
     @property
     def width(self) -> int:
@@ -47,32 +47,32 @@ class TextEncoder(Protocol):
 
     @property
     def padding_is_read(self) -> bool:
-        """The mask is True everywhere: padding and blank captions are read like other text."""
+        """Whether the mask is True everywhere, so that padding and blank captions are read like other text."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes with anything that changes the embeddings, and with nothing else: weights, tokenizer,
-        settings. The same in every process."""
+        """A digest of everything that affects the embeddings (weights, tokenizer, settings), and nothing else. The same
+        in every process."""
         ...
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """Float32 embeddings of `captions`, which may be none. One that is too long is cut with a warning.
+        """Float32 embeddings of `captions`, which may be empty. Long captions are truncated with a warning.
 
-        ValueError for one string in place of a list.
+        ValueError for a string instead of a list.
         """
         ...
 
 
 @runtime_checkable
 class NetworkTextEncoder(TextEncoder, Protocol):
-    """A text encoder that is one tokenizer and one network: its two steps can be taken apart (`text/bulk.py`)."""
+    """A text encoder with one tokenizer and one network, as two separate steps (`text/bulk.py`)."""
 
     @property
     def params(self) -> dict: ...
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """The first step, on the host: ids of `length` tokens per caption, and which of them are not padding."""
+        """The first step, on the host: ids of `length` tokens per caption, and their padding mask."""
         ...
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
@@ -80,19 +80,19 @@ class NetworkTextEncoder(TextEncoder, Protocol):
         ...
 
     def states(self, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-        """The network alone, to be compiled by the caller, for any n up to `length`. States of padding are not zero."""
+        """The network only, to be compiled by the caller, for any n up to `length`. States of padding are not zero."""
         ...
 
 
 def caption_list(captions: Sequence[str]) -> list[str]:
-    """ValueError for one string, whose characters would else be taken for captions."""
+    """`captions` as a list. ValueError for a string, whose characters would otherwise become captions."""
     if isinstance(captions, str):
         raise ValueError("captions must be a list of strings, not one string")
     return list(captions)
 
 
 def fingerprint_of(settings: Any, tokenizer: PreTrainedTokenizerBase, params: dict) -> str:
-    """16 hexadecimal digits that change with the settings, the vocabulary and the parameters of an encoder."""
+    """A digest of an encoder's settings, vocabulary and parameters: 16 hexadecimal digits."""
     digest = hashlib.blake2b(canonical(settings), digest_size=8)
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     update_digest(digest, params)
@@ -100,7 +100,7 @@ def fingerprint_of(settings: Any, tokenizer: PreTrainedTokenizerBase, params: di
 
 
 def in_blocks(program: Callable[..., Any], *arrays: np.ndarray) -> Any:
-    """`program` of the rows of `arrays`, called with blocks of one size: one compiled program serves them all."""
+    """Apply `program` to the rows of `arrays` in blocks of one size, so that it is compiled only once."""
     count = len(arrays[0])
     if not count:
         row = [jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for array in arrays]

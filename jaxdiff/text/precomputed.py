@@ -1,4 +1,4 @@
-"""Captions embedded before, in their encoder's place: it need not be in memory when images are sampled."""
+"""Precomputed caption embeddings as a text encoder, so that the real one need not be in memory during sampling."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from jaxdiff.text.encoder import TextEmbedding, TextEncoder, caption_list
 
 @dataclass(frozen=True, eq=False)
 class PrecomputedTextEncoder:
-    """The embeddings of some captions, each of which stands once.
+    """The embeddings of a set of distinct captions.
 
-    padding_is_read: as of the encoder that made them. made_by: its fingerprint, or another text that identifies it;
-    where that is empty, `fingerprint` is a digest of captions and embeddings.
+    padding_is_read: that of the original encoder. made_by: its fingerprint, or another text that identifies it; if
+    empty, `fingerprint` is a digest of captions and embeddings.
     """
 
     captions: tuple[str, ...]
@@ -45,7 +45,7 @@ class PrecomputedTextEncoder:
         return digest.hexdigest()
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """ValueError also for a caption that was not embedded before."""
+        """As `TextEncoder.encode`. ValueError also for a caption without a precomputed embedding."""
         captions = caption_list(captions)
         rows = {caption: row for row, caption in enumerate(self.captions)}
         missing = [caption for caption in captions if caption not in rows]
@@ -56,10 +56,10 @@ class PrecomputedTextEncoder:
 
 
 def embed_captions(encoder: TextEncoder, captions: Sequence[str], made_by: str | None = None) -> PrecomputedTextEncoder:
-    """Embeds each caption once, and the empty one. `made_by` spares the encoder's fingerprint, for which all of its
-    parameters are read."""
+    """Embeds each distinct caption, and the empty one. made_by: avoids computing the encoder's fingerprint, which reads
+    all parameters."""
     distinct = tuple(dict.fromkeys(["", *caption_list(captions)]))
-    # On the host, so that nothing of it stays on the encoder's devices.
+    # On the host, to free the encoder's devices.
     embedding = jax.tree.map(np.asarray, encoder.encode(distinct))
     made_by = encoder.fingerprint if made_by is None else made_by
     return PrecomputedTextEncoder(distinct, embedding, encoder.padding_is_read, made_by)

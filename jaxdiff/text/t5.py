@@ -1,4 +1,4 @@
-"""Captions to frozen T5 embeddings: the text encoder of Imagen and DeepFloyd IF."""
+"""The frozen T5 text encoder of Imagen and DeepFloyd IF."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,11 +21,10 @@ from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, tokenize
 class T5TextEncoder:
     """A frozen encoder: settings, parameters (the `shared` and `encoder` subtrees), tokenizer, tokens per caption.
 
-    A blank caption becomes the null text: zeros, all of them masked.
+    A blank caption becomes the null text: zeros, all masked.
 
-    padding_is_read: states of padding are kept and attended to, and a blank caption is encoded as the empty string
-    (DeepFloyd IF). The encoder's own attention never reads padding. prepare: applied to each caption before its
-    tokenization.
+    padding_is_read: keep the states of padding for attention, and encode a blank caption as the empty string (DeepFloyd
+    IF). The encoder's own attention always masks padding. prepare: applied to each caption before tokenization.
     """
 
     config: T5Config
@@ -41,7 +40,7 @@ class T5TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        # What only the decoder or the memory plan depends on is left out: an exported encoder is the same encoder.
+        # Independent of the decoder and of `remat`, so that an exported encoder has the same fingerprint.
         config = replace(self.config, decoder_layers=0, tied=False, scale_logits=False, remat=False)
         settings = (config, self.length, self.padding_is_read, self.prepare.__qualname__)
         return fingerprint_of(settings, self.tokenizer, self.params)
@@ -50,18 +49,18 @@ class T5TextEncoder:
         return self.embed(self.tokenize(captions))
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Ids and mask (b, length); no token of a blank caption, unless padding is read."""
+        """Ids and mask (b, length); blank captions are fully masked unless padding is read."""
         captions = caption_list(captions)
         prepared = [self.prepare(caption) for caption in captions]
         emptied = [before for before, after in zip(captions, prepared) if before.strip() and not after.strip()]
         if emptied:
             warnings.warn(
-                f"nothing is left of {quoted(emptied[0], 200)} after cleaning: it is taken for an empty caption",
+                f"nothing is left of {quoted(emptied[0], 200)} after cleaning: it is treated as an empty caption",
                 stacklevel=3,
             )
         tokens = tokenize(self.tokenizer, prepared, self.length, self.config.vocab)
-        written = np.array([self.padding_is_read or bool(caption.strip()) for caption in captions], bool)
-        return Tokens(tokens.ids, tokens.mask & written[:, None])
+        visible = np.array([self.padding_is_read or bool(caption.strip()) for caption in captions], bool)
+        return Tokens(tokens.ids, tokens.mask & visible[:, None])
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
         states = in_blocks(partial(_states, self.config, self.params), tokens.ids, tokens.mask)

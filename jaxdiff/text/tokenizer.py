@@ -1,8 +1,7 @@
-"""Captions to token ids, and a tokenizer trained from captions.
+"""Loading and training of tokenizers, and tokenization of captions.
 
-Every tokenizer is one of transformers', so that a directory written here opens there and the other way round. Those
-made here follow T5: `<pad>` 0, `</s>` 1 at the end of each caption, `<unk>` 2, sentinels `<extra_id_0…>` for span
-corruption.
+All tokenizers are transformers tokenizers, and their directories are compatible. Tokenizers trained here follow T5:
+`<pad>` 0, `</s>` 1 at the end of each caption, `<unk>` 2, sentinels `<extra_id_0…>` for span corruption.
 """
 
 import json
@@ -23,22 +22,25 @@ from tokenizers.models import Unigram
 from jaxdiff.core import json_files
 from jaxdiff.core.messages import LONGEST, plain, quoted, reason
 
-# transformers takes more than a second to import: who needs a tokenizer imports it then.
+# transformers takes more than a second to import, so it is imported on first use.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     PreTrainedTokenizerBase = Any
 
 SENTINELS = 32
-"""Sentinels of a trained tokenizer: enough for captions, where T5's 100 would be for documents."""
+"""Sentinels of a trained tokenizer: enough for captions; T5's 100 are for documents."""
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json says all, as in the files written here
-_BYTE_SCORE = -1e3  # log probability: a byte is never the best choice, only what is left when no piece fits
+_GENERIC = (
+    "TokenizersBackend",
+    "PreTrainedTokenizerFast",
+)  # defined by tokenizer.json alone, as in the files written here
+_BYTE_SCORE = -1e3  # log probability: bytes are used only if no piece fits
 
 
 def _transformers() -> Any:
-    """The library, without its advice to install PyTorch: its tokenizers need none."""
+    """Import transformers without its advice to install PyTorch, which tokenizers do not need."""
     name, advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS", os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
     os.environ[name] = "1"
     try:
@@ -52,14 +54,14 @@ def _transformers() -> Any:
 
 
 class Tokens(NamedTuple):
-    """Token ids, padded to one length, and which of them are not padding."""
+    """Token ids, padded to one length, and the mask (False for padding)."""
 
     ids: Int[np.ndarray, "b n"]
     mask: Bool[np.ndarray, "b n"]
 
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer of T5 or CLIP from a directory, or from the hub by its id. ValueError where there is none."""
+    """Load a T5 or CLIP tokenizer from a directory or hub id. ValueError if there is none."""
     folder = Path(path_or_id)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{path_or_id} holds no tokenizer (no tokenizer_config.json, nor spiece.model)")
@@ -69,20 +71,20 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
         if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
             _check_pieces(folder / "spiece.model")
             if "tokenizer_class" not in config:
-                return _of_pieces(folder, config)
+                return _t5_tokenizer(folder, config)
         if config.get("tokenizer_class") in _GENERIC:
             return _transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
-        # Imports PyTorch where it is installed, which takes seconds.
+        # AutoTokenizer imports PyTorch if it is installed, which takes seconds.
         return _transformers().AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
 
 
-def _of_pieces(folder: Path, config: dict) -> PreTrainedTokenizerBase:
-    """T5's, of spiece.model: AutoTokenizer finds it by a name in the settings, which older repositories do not give.
+def _t5_tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerBase:
+    """T5's tokenizer from spiece.model, for older repositories without the class name that AutoTokenizer needs.
 
-    A hundred sentinels come behind the pieces; mT5 and UMT5 have theirs among them.
+    A hundred sentinels follow the pieces; in mT5 and UMT5 they are among the pieces.
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
     sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in config else {}
@@ -90,7 +92,8 @@ def _of_pieces(folder: Path, config: dict) -> PreTrainedTokenizerBase:
 
 
 def _check_pieces(path: Path) -> None:
-    """transformers takes an empty file for a vocabulary, and asks for another library to read a damaged one."""
+    """ValueError for an empty or damaged file: transformers accepts the former, and asks for another library to read
+    the latter."""
     try:
         count = len(SentencePieceProcessor(model_file=str(path)))
     except Exception:  # OSError, RuntimeError, and protobuf's own
@@ -100,7 +103,7 @@ def _check_pieces(path: Path) -> None:
 
 
 def _check_names(config: Any) -> None:
-    """ValueError for a name of a setting that is too long or cannot be printed: the library prints those it ignores."""
+    """ValueError for a setting whose name is too long or unprintable, because transformers prints ignored settings."""
     if not isinstance(config, dict | list):
         return
     for name in config if isinstance(config, dict) else ():
@@ -115,16 +118,16 @@ def _settings(path: Path) -> dict:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """ByT5's: a token for each byte of UTF-8. It needs no file. 384 ids with its 125 sentinels."""
+    """ByT5's tokenizer: one token per UTF-8 byte, without files. 384 ids, 125 sentinels included."""
     return _transformers().ByT5Tokenizer()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A unigram tokenizer of at most `vocab_size` ids, case-insensitive, that never meets an unknown word.
+    """Train a case-insensitive unigram tokenizer of at most `vocab_size` ids, without unknown words.
 
-    Text is normalised (NFKC, lower case, single spaces); a character that no piece holds is spelled out in UTF-8 bytes.
-    `save_pretrained(directory)` writes tokenizer.json and tokenizer_config.json. Few captions give fewer ids than asked
-    for; ValueError where `vocab_size` leaves no room for words, or where there are none.
+    Text is normalised (NFKC, lower case, single spaces); characters outside all pieces become UTF-8 bytes.
+    `save_pretrained(directory)` writes tokenizer.json and tokenizer_config.json. Few captions give fewer ids.
+    ValueError if `vocab_size` is too small for words, or if the captions have no words.
     """
     room = vocab_size - len(_SPECIAL) - len(_BYTES) - SENTINELS
     if room < 100:
@@ -151,7 +154,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, where: str) -> None:
-    """ValueError for a tokenizer with ids that an embedding of `size` rows does not have."""
+    """ValueError if the tokenizer has ids outside an embedding of `size` rows."""
     vocabulary = tokenizer.get_vocab()
     if len(tokenizer) > size:
         raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} ids, the embedding only {size}")
@@ -164,7 +167,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, where: str) 
 def with_special_tokens(
     tokenizer: PreTrainedTokenizerBase, pad_id: int | None, eos_id: int | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with the padding and the end of these ids (those of its model), where it names none itself."""
+    """Set the padding and end tokens to these ids (those of its model) if the tokenizer defines none."""
     for name, number in (("pad_token", pad_id), ("eos_token", eos_id)):
         if getattr(tokenizer, f"{name}_id") is None and number is not None:
             token = tokenizer.convert_ids_to_tokens(number)
@@ -174,18 +177,20 @@ def with_special_tokens(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int, vocab: int = 2**31) -> Tokens:
-    """Ids (b, length) int32 and mask (b, length), each caption ended by `</s>`, or by the tokenizer's own end.
+    """Ids (b, length) int32 and mask (b, length); each caption ends with `</s>` or the tokenizer's end token.
 
-    Captions of more than `length` tokens are cut, with one warning that names the lost words. ValueError for a
-    tokenizer without a padding token, and for an id that is not below `vocab`.
+    Captions of more than `length` tokens are truncated, with one warning that lists the lost words. ValueError if the
+    tokenizer has no padding token, or for an id not below `vocab`.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1 token, not {length}")
     if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no padding token: name one, as pad_token, in its tokenizer_config.json")
+        raise ValueError("the tokenizer has no padding token: set pad_token in its tokenizer_config.json")
     try:
         rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
-    except Exception as error:  # of the tokenizers library, which raises nothing narrower: no unknown token, say
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises nothing narrower, for example if there is no unknown token
         raise ValueError(f"the tokenizer cannot read these captions: {reason(error)}") from error
     largest = max([tokenizer.pad_token_id, *(max(row, default=0) for row in rows)])
     if largest >= vocab:
@@ -207,7 +212,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the tokenizer has them."""
+    """Ids of the tokenizer's sentinels `<extra_id_0>`, `<extra_id_1>`, …"""
     vocabulary = tokenizer.get_vocab()
     ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
@@ -216,10 +221,10 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _pieces(captions: list[str], room: int) -> dict[str, float]:
-    """At most `room` pieces and their log probabilities: whole words by frequency, and parts of words for the rest.
+    """At most `room` pieces with log probabilities: words by frequency, and subwords.
 
-    The library's trainer alone would find no whole word in captions of a small vocabulary, because it proposes only
-    strings that occur in two different words. Parts score below every word, so that a known word is one token.
+    The library's trainer alone would learn no words from captions with a small vocabulary, because it proposes only
+    strings that occur in two different words. Subwords score below every word, so that a known word is one token.
     """
     model = _pipeline(Tokenizer(Unigram()))
     captions = [model.normalizer.normalize_str(caption) for caption in captions]
@@ -227,7 +232,7 @@ def _pieces(captions: list[str], room: int) -> dict[str, float]:
     if not counts:
         raise ValueError("no caption with words to train a tokenizer on")
     total = sum(counts.values())
-    # The trainer keeps every character it meets; the rare ones are left to the bytes.
+    # The trainer keeps every character; rare ones are encoded as bytes instead.
     characters = [character for character, _ in Counter("".join(captions)).most_common()]
     rare = dict.fromkeys(map(ord, characters[room // 6 :]), " ")
     trainer = trainers.UnigramTrainer(
@@ -235,30 +240,30 @@ def _pieces(captions: list[str], room: int) -> dict[str, float]:
     )
     model.train_from_iterator((caption.translate(rare) for caption in captions), trainer)
     learned = json.loads(model.to_str())["model"]["vocab"][1:]
-    # The trainer sums in the random order of a hash table; rounding makes two runs agree.
+    # The trainer sums in the random order of a hash table; rounding makes the result reproducible.
     pieces = {piece: round(score - math.log(total), 3) for piece, score in learned if piece not in _BYTES}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: room - len(pieces)]
     return pieces | {word: math.log(count / total) for word, count in frequent}
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, row: list[int], length: int) -> list[int]:
-    """The first tokens of a caption, and its end: that which the tokenizer names, or what all its captions end with."""
+    """Truncate a caption but keep its end token: the tokenizer's, or the last one if captions have special tokens."""
     if tokenizer.eos_token_id is not None:
         return [*row[: length - 1], tokenizer.eos_token_id]
     return [*row[: length - 1], row[-1]] if _specials(tokenizer) else row[:length]
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that every caption has beside its own: T5's end; CLIP's start and end."""
+    """Number of special tokens per caption: T5's end; CLIP's start and end."""
     return len(tokenizer("", add_special_tokens=True)["input_ids"])
 
 
 def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
-    """The words of `caption` of which not every token is among the first `kept`."""
+    """The words of `caption` that are not entirely within the first `kept` tokens."""
     if tokenizer.is_fast:
         offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         start = offsets[kept][0]
-    else:  # ByT5: its only slow tokenizer, whose tokens are bytes
+    else:  # ByT5, the only slow tokenizer; its tokens are bytes
         start = len(tokenizer.decode(tokenizer(caption, add_special_tokens=False)["input_ids"][:kept]))
     if not caption[start:].startswith(" "):
         start = caption.rfind(" ", 0, start) + 1
@@ -266,7 +271,8 @@ def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> 
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tokenizer:
-    """Words are split at spaces and keep a "▁" for the space before them; punctuation and digits stand alone."""
+    """Normalisation and pre-tokenization: split at spaces, with "▁" for the space before a word; punctuation and digits
+    are separate tokens."""
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )

@@ -1,8 +1,8 @@
-"""What a step would cost on chips that need not be there: memory, FLOPs, communication, a roofline.
+"""Estimated costs of a step on chips that need not be present: memory, FLOPs, communication, a roofline.
 
-`compiled_costs` reads a program that was compiled ahead of time, `estimated_costs` what shapes alone say of a training
-step, for chips that no compiler is at hand for. Both end in `Costs` of one device, from which `roofline` follows.
-`network_flops` counts what the network itself needs, the same on every chip.
+`compiled_costs` reads a program compiled ahead of time. `estimated_costs` uses only the shapes of a training step, for
+chips without an available compiler. Both return the `Costs` of one device, the input of `roofline`. `network_flops`
+counts the FLOPs of the network itself, the same on every chip.
 """
 
 import math
@@ -20,14 +20,13 @@ from jaxdiff.training.state import Trainable, TrainState, loss_inputs
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one step on one device: bytes of memory, FLOPs, bytes that pass through memory, collectives by kind.
+    """Costs of one step on one device: bytes of memory, FLOPs, bytes accessed in memory, collectives by kind.
 
-    peak_bytes: arguments, results that do not reuse their memory, temporaries and the program itself.
-    For GPUs it lacks `gpu_targets.NOT_COUNTED`. flops: of the compiled program, with all that it computes again or
-    pads; for GPUs of convolutions and matrix products alone. seconds: the compiler's own estimate, None
-    where it gives none (or nonsense, below zero or none per FLOP). cycles: its counts by kind of operation, the largest
-    first (TPU alone); total_cycles: of all kinds, None where only the largest are kept. Neither holds communication.
-    unknown_loops: loops counted once.
+    peak_bytes: arguments, results that do not reuse their memory, temporaries and the program itself. For GPUs it lacks
+    `gpu_targets.NOT_COUNTED`. flops: of the compiled program, including recomputation and padding; for GPUs only
+    convolutions and matrix products. seconds: the compiler's estimate; None if absent or invalid (not above 0 or not
+    finite). cycles: the compiler's counts by kind of operation, the largest first (TPU only). total_cycles: of all
+    kinds; None if only the largest are stored. Cycles exclude communication. unknown_loops: loops counted once.
     """
 
     argument_bytes: int
@@ -44,16 +43,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, by several ways of reckoning. None of them was measured.
+    """Estimates of a step's seconds by several methods; none is measured.
 
-    compute, memory: what arithmetic and memory need at the chip's published rates, each alone. fastest and slowest:
-    the same of the interconnect, over the links of the mesh axes in use; where it is not known to which axis a
-    collective belongs, over the one with the most or the fewest links.
+    compute, memory: time of the arithmetic or the memory accesses alone, at the chip's published rates. fastest,
+    slowest: time of the interconnect alone, over the links of the mesh axes in use; if a collective's axis is unknown,
+    over the axis with the most or the fewest links.
 
-    Optimistic, so that a real step takes longer: `overlapped` (compute, memory and `fastest` at the same time),
-    `estimate` (the compiler's own) and `cycles` (the compiler's counts at the chip's clock); the last two hold no
-    communication. Pessimistic, as nothing overlaps, though still at full rates: `serial` (compute, memory, `slowest`)
-    and `cycles_serial` (cycles, `slowest`). None where the compiler or the clock is not known.
+    Optimistic (a real step takes longer): `overlapped` (compute, memory and `fastest` in parallel), `estimate` (the
+    compiler's) and `cycles` (the compiler's counts at the chip's clock); the last two exclude communication.
+    Pessimistic (no overlap, but full rates): `serial` (compute, memory, `slowest`) and `cycles_serial` (cycles,
+    `slowest`). None if the compiler's numbers or the clock are unknown.
     """
 
     compute: float
@@ -63,7 +62,7 @@ class Roofline:
     estimate: float | None
     cycles: float | None
     least: float
-    """Seconds that the useful FLOPs alone would take at the peak."""
+    """Seconds for the useful FLOPs at the peak rate."""
 
     @property
     def overlapped(self) -> float:
@@ -79,12 +78,12 @@ class Roofline:
 
     @property
     def optimistic(self) -> float:
-        """The longest of the optimistic times."""
+        """The longest optimistic time."""
         return max(self.overlapped, self.estimate or 0.0, self.cycles or 0.0)
 
     @property
     def pessimistic(self) -> float:
-        """The longest of all."""
+        """The longest time."""
         return max(self.optimistic, self.serial, self.cycles_serial or 0.0)
 
     def share(self, seconds: float) -> float:
@@ -93,15 +92,15 @@ class Roofline:
 
 
 FSDP = ("all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-"""Collectives that move parameters and their gradients along `fsdp`, unless layers are split too."""
+"""Collectives that move parameters and their gradients along `fsdp`, unless layers are also split."""
 
 
 def roofline(costs: Costs, topology: Topology, useful: float, links: Mapping[str, float | int]) -> Roofline:
-    """The roofline of a device, which is a chip of this slice or its equal part.
+    """The roofline of one device of this slice: a chip, or an equal fraction of a chip.
 
     Args:
-        useful: FLOPs of the network in the whole step (`network_flops`)
-        links: of a chip, for each mesh axis of more than one device; empty: all that the chip has (GPUs)
+        useful: FLOPs of the network in the step, over all devices (`network_flops`)
+        links: links of a chip for each mesh axis of more than one device; empty: all of the chip's links (GPUs)
     """
     chip = topology.chip
     peak, bandwidth = chip.peak / chip.devices, chip.bandwidth / chip.devices
@@ -120,12 +119,12 @@ def roofline(costs: Costs, topology: Topology, useful: float, links: Mapping[str
 def _received(
     costs: Costs, topology: Topology, links: Mapping[str, float | int], choose: Callable[..., float]
 ) -> float:
-    """Seconds of the collectives, one after another, each along the mesh axis that `choose` picks by its links unless
-    the kind says which axis it is."""
+    """Seconds of the collectives in sequence. Each runs along the mesh axis implied by its kind, or else along the axis
+    that `choose` selects by the number of links."""
     chip = topology.chip
     if not links:
         return sum(kind["bytes"] for kind in costs.collectives.values()) * chip.devices / chip.interconnect
-    used = {name: number for name, number in links.items() if number}  # none between the devices of one chip
+    used = {name: number for name, number in links.items() if number}  # 0 between the devices of one chip
     seconds = 0.0
     for kind, collective in costs.collectives.items():
         known = kind in FSDP and "fsdp" in used and "tensor" not in links
@@ -135,10 +134,10 @@ def _received(
 
 
 def compiled_costs(compiled: Any, devices: int) -> Costs:
-    """Of a function compiled ahead of time (`jax.jit(…).lower(…).compile()`) for so many devices.
+    """Costs of a function compiled ahead of time (`jax.jit(…).lower(…).compile()`) for `devices` devices.
 
-    For GPUs the compiler counts nothing: FLOPs are those of convolutions and matrix products, bytes the operands and
-    results of all kernels, both from the program's text. Memory is without cuDNN's workspace.
+    For GPUs the compiler counts nothing: FLOPs are those of convolutions and matrix products, bytes those of the
+    operands and results of all kernels, both read from the program's text. Memory excludes cuDNN's workspace.
     """
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     program = hlo.read(compiled.as_text(), devices)
@@ -166,20 +165,20 @@ def compiled_costs(compiled: Any, devices: int) -> Costs:
 
 
 def network_flops(function: Callable[..., Any], *shapes: Any) -> float:
-    """FLOPs of the convolutions and matrix products of a function, from its shapes alone: nothing is compiled, borders
-    of convolutions do not count. A training step needs three times those of its loss: the backward pass multiplies
-    twice where the forward pass multiplies once."""
+    """FLOPs of the convolutions and matrix products of a function, from shapes only, without compilation or the padding
+    of convolutions. A training step needs three times the FLOPs of its loss: the backward pass has two products for
+    each product of the forward pass."""
     return _counted(jax.make_jaxpr(function)(*shapes).jaxpr)[0]
 
 
 def estimated_costs(
     trainable: Trainable, state: TrainState, batch: Any, frozen: Any = (), accumulate: int = 1
 ) -> Costs:
-    """Of a training step by shapes alone. `batch`: what one device takes at a time, `accumulate` times a step.
+    """Costs of a training step from shapes only. batch: one device's microbatch, of `accumulate` per step.
 
-    `state` and `frozen`, what the loss reads and never updates: shapes with shardings, split over the `fsdp` axis of
-    their mesh and copied along `data`. Counted are: the FLOPs of convolutions and matrix products; what is kept for the
-    backward pass, without any fusion; each array that they read or write once through memory.
+    state, frozen: shapes with shardings, sharded over the `fsdp` axis of their mesh and replicated along `data`.
+    Counts the FLOPs of convolutions and matrix products, one memory access for each of their operands and results, and
+    the activations stored for the backward pass, without fusion.
     """
 
     def backward(params: Any, *rest: Any) -> Any:
@@ -189,8 +188,8 @@ def estimated_costs(
     compute_params = jax.eval_shape(trainable.cast, params)
     sizes = state.step.sharding.mesh.shape
     shards, copies = sizes["fsdp"], sizes["data"]
-    kept = _bytes(jax.eval_shape(backward, compute_params, *rest))  # the parameters are among them
-    gradient = jax.make_jaxpr(lambda *given: jax.grad(trainable.loss, has_aux=True)(*given)[0])(compute_params, *rest)
+    stored = _bytes(jax.eval_shape(backward, compute_params, *rest))  # includes the parameters
+    gradient = jax.make_jaxpr(lambda *args: jax.grad(trainable.loss, has_aux=True)(*args)[0])(compute_params, *rest)
     flops, moved = _counted(gradient.jaxpr)
     arguments = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves((state, frozen))
@@ -205,7 +204,7 @@ def estimated_costs(
         }
     if copies > 1:
         collectives["all-reduce"] = {"count": 1, "bytes": 2 * size / shards * (copies - 1) / copies}
-    temporary = kept + size  # and the gradients
+    temporary = stored + size  # plus the gradients
     # The update reads and writes the state once.
     moved = accumulate * moved + 2 * arguments
     return Costs(arguments, temporary, arguments + temporary, accumulate * flops, moved, collectives)
@@ -224,7 +223,7 @@ def _plain(leaf: Any) -> bool:
 
 
 def _counted(jaxpr: Any) -> tuple[float, float]:
-    """FLOPs of the convolutions and matrix products of a jaxpr, loops included, and the bytes they read and write."""
+    """FLOPs of the convolutions and matrix products of a jaxpr, including loops, and the bytes they read and write."""
     flops = moved = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive is jax.lax.conv_general_dilated_p:
@@ -245,7 +244,7 @@ def _counted(jaxpr: Any) -> tuple[float, float]:
 
 
 def _convolution(equation: Any) -> float:
-    """FLOPs of a convolution; multiplications with what lies beyond a border, or between dilated places, are none."""
+    """FLOPs of a convolution, without multiplications by padding or by the zeros of a dilated input."""
     (left, right), out, params = (
         (variable.aval for variable in equation.invars),
         equation.outvars[0].aval,

@@ -1,4 +1,4 @@
-"""From a stream of numpy batches to arrays on the devices, one batch ahead, with what is wrong with a batch said."""
+"""Moves numpy batches to the devices, one batch ahead, and validates them."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from jaxdiff.training.mesh import check_batch, to_devices
 class Batches(Protocol):
     """A resumable stream of dicts of numpy arrays (this process's rows), such as Grain's DatasetIterator.
 
-    One whose batches differ in shape has a `varying_shapes` too: a text that decides which shape comes when, so that
-    several processes can see that they agree. The step is compiled for each shape.
+    A stream with batches of different shapes also has `varying_shapes`: a text that determines the order of shapes, so
+    that processes can compare it. The step is compiled for each shape.
     """
 
     def __next__(self) -> Any: ...
@@ -28,7 +28,7 @@ class Batches(Protocol):
 
 
 class OwnRows:
-    """This process's rows of a stream that every process draws whole, each the same: for data that cost little."""
+    """This process's rows of a stream that every process computes identically in full: for cheap data."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -54,18 +54,17 @@ class OwnRows:
 
 
 class Prefetch:
-    """`next` gives a batch on the devices, its number of rows over all processes, and the stream's state after it.
+    """`next` returns a batch on the devices, its number of rows over all processes, and the stream's state after it.
 
-    `count` batches in all; one more than is asked for is on its way to the devices. With several processes each must
-    have as many rows as the others, and the shapes of its first batch, or the same `varying_shapes` as the others: what
-    differs would hang them all.
+    count: total number of batches; one batch is prefetched. With several processes, all must have the same number of
+    rows, and either constant shapes or the same `varying_shapes`; a difference would hang all of them.
     """
 
     def __init__(self, batches: Batches, mesh: Mesh, accumulate: int, count: int) -> None:
         self._batches, self._mesh, self._accumulate, self._count = batches, mesh, accumulate, count
         self._ready: deque[tuple[Any, int, Any]] = deque()
         self._asked = 0
-        self._form: dict[str, str] | None = None  # of the first batch, on several processes
+        self._shapes: dict[str, str] | None = None  # of the first batch, with several processes
 
     def __next__(self) -> tuple[Any, int, Any]:
         while len(self._ready) < 2 and self._asked < self._count:
@@ -85,28 +84,29 @@ class Prefetch:
         if len(rows) != 1:
             raise ValueError(f"arrays of a batch differ in their number of rows: {sorted(rows)}")
         if multihost.count() > 1:
-            self._check_form(batch)
+            self._check_shapes(batch)
         total = rows.pop() * multihost.count()
         check_batch(total, self._mesh, self._accumulate)
         return to_devices(batch, self._mesh), total, self._batches.get_state()
 
-    def _check_form(self, batch: Mapping[str, Any]) -> None:
+    def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         arrays = {name: np.asarray(value) for name, value in sorted(batch.items())}
         arrays = {name: a for name, a in arrays.items() if a.dtype.kind not in "OSU"}
         varying = getattr(self._batches, "varying_shapes", None)
-        if self._form is None:
+        if self._shapes is None:
             shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items()}
             agree("the first batch", {**shapes, "order of shapes": varying})
-        # Of batches whose shapes vary, the rows are fixed and the number of axes.
+        # With varying shapes, only the number of rows and of axes is constant.
         shown = {
             name: list(a.shape) if varying is None else [len(a), *["*"] * (a.ndim - 1)] for name, a in arrays.items()
         }
-        form = {name: f"{arrays[name].dtype}{shape}" for name, shape in shown.items()}
-        if self._form is None:
-            self._form = form
-        if form != self._form:
-            name = next(name for name in form | self._form if form.get(name) != self._form.get(name))
+        current = {name: f"{arrays[name].dtype}{shape}" for name, shape in shown.items()}
+        if self._shapes is None:
+            self._shapes = current
+        if current != self._shapes:
+            first = self._shapes
+            name = next(name for name in current | first if current.get(name) != first.get(name))
             raise ValueError(
-                f"batch {self._asked} on {multihost.name()}: {name} is {form.get(name)}, was {self._form.get(name)} in "
+                f"batch {self._asked} on {multihost.name()}: {name} is {current.get(name)}, was {first.get(name)} in "
                 "the first: with several processes all batches must be alike"
             )

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics gathered on the devices, a line an interval, a progress bar, the end."""
+"""Reporting of a running training: metrics gathered on the devices, one log line per interval, a progress bar."""
 
 import sys
 import time
@@ -18,14 +18,14 @@ TOO_MANY = 10  # steps in a row without a finite loss
 
 
 class Diverged(RuntimeError):
-    """Ten steps in a row had a loss, gradient or update that was not finite; the last good checkpoint is as it was."""
+    """Ten consecutive steps had a non-finite loss, gradient or update. The last good checkpoint is unchanged."""
 
 
 class Reporter:
-    """Gathers metrics on the devices, and writes one line an interval, read while the next step runs.
+    """Gathers metrics on the devices and writes one line per interval, fetched while the next step runs.
 
-    What it says of speed leaves out what `paused` was around: compilation, saving, sampling, evaluation. `unit`: what a
-    batch has so many of, in the plural.
+    The speed excludes time inside `paused`: compilation, saving, sampling, evaluation. unit: plural name of a batch's
+    rows.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Reporter:
         self._log = MetricsLog(out, first) if chief else None
         self._every, self._unit = every, unit
         self._gathered: list[Any] = []  # metrics of the steps since the last line, on the devices
-        self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet read
+        self._due: tuple[int, list[Any], int] | None = None  # a full interval, not yet fetched
         self._rows = 0
         self._time = _Stopwatch(first)
         self._step = first
@@ -52,12 +52,12 @@ class Reporter:
         )
 
     def lacks_held_out(self, step: int) -> bool:
-        """Whether the log, as this run found it, ends at this step and without a held-out loss."""
+        """Whether the log ended at this step without a held-out loss when this run started."""
         last = None if self._log is None else self._log.last
         return last is not None and last["step"] == step and HELD_OUT not in last
 
     def add(self, step: int, rows: int, metrics: Any) -> None:
-        """A step that has been begun. `rows`: of its batch; 0 where its time was left out, as it was compiled."""
+        """Add a step that was dispatched. rows: of its batch; 0 if its time is not counted because it was compiled."""
         self._read()
         self._gathered.append(metrics)
         self._rows += rows
@@ -73,32 +73,32 @@ class Reporter:
 
     @contextmanager
     def paused(self, doing: str = "") -> Iterator[None]:
-        """Inside, no time is counted, and the bar says what the run is `doing` and for how long."""
+        """Stop counting time in the block; the bar shows what the run is `doing` and for how long."""
         self._wait()
         try:
             if not doing or self._bar.disable:
                 yield
             else:
-                say = lambda seconds: self._bar.set_postfix_str(f"{doing} {tqdm.format_interval(seconds)}")  # noqa: E731
-                with ticking(say, every=1.0 if sys.stderr.isatty() else 30.0):
+                show = lambda seconds: self._bar.set_postfix_str(f"{doing} {tqdm.format_interval(seconds)}")  # noqa: E731
+                with ticking(show, every=1.0 if sys.stderr.isatty() else 30.0):
                     yield
         finally:
             self._time.start()
             self._show(refresh=bool(doing))
 
     def skip_time(self, step: int) -> None:
-        """Of the step that was just taken while paused: it is none of those whose time was counted."""
+        """Exclude the step that just ran while paused from the timed steps."""
         self._time.uncounted(step)
 
     def flush(self, held_out: Mapping[str, float] | None = None) -> None:
-        """Write everything up to now, the last line with the held-out losses of its step. Raises Diverged."""
+        """Write all pending metrics, the last line with the held-out losses of its step. Raises Diverged."""
         if self._due is None and self._gathered:
             self._due = (self._step, self._gathered, self._rows)
             self._gathered, self._rows = [], 0
         self._read(held_out)
 
     def complete(self, held_out: Mapping[str, float]) -> None:
-        """Add the held-out losses to the line that the log ended with when this run found it."""
+        """Add the held-out losses to the log's last line from before this run."""
         if self._log is not None:
             self._log.complete(dict(held_out))
         self._note(held_out)
@@ -109,7 +109,7 @@ class Reporter:
             self._log.close()
 
     def _wait(self) -> None:
-        """Until all steps are taken, and stop the time."""
+        """Wait until all steps are done, and stop the clock."""
         latest = self._gathered or (self._due[1] if self._due else [])
         if latest:
             jax.block_until_ready(latest[-1]["loss"])
@@ -135,8 +135,8 @@ class Reporter:
         if int(latest["max_consecutive_skips"]) >= TOO_MANY:
             raise Diverged(
                 f"{int(latest['max_consecutive_skips'])} steps in a row by step {step} had a loss, gradient or update "
-                "that was not finite: stopped, the last checkpoint is as it was; begin a new run from it with a lower "
-                "learning rate or look at the data"
+                "that was not finite: stopped, the last checkpoint is unchanged; start a new run from it with a lower "
+                "learning rate, or check the data"
             )
 
     def _note(self, held_out: Mapping[str, float]) -> None:
@@ -150,13 +150,13 @@ class Reporter:
 
 
 class _Stopwatch:
-    """Seconds in which steps are taken, pauses left out; begins stopped. `step`: the one that the run is at."""
+    """Measures the seconds of steps, without pauses; initially stopped. step: the run's current step."""
 
     def __init__(self, step: int) -> None:
         self._started: float | None = None
         self._lap = 0.0  # seconds since the last lap, up to the last stop
         self._total = 0.0  # seconds up to the last stop
-        self._step, self._steps, self._seconds = step, 0, 0.0  # the last completed one, and what was counted up to it
+        self._step, self._steps, self._seconds = step, 0, 0.0  # the last completed one, and the counts up to it
 
     def start(self) -> None:
         self._started = time.perf_counter()
@@ -165,7 +165,7 @@ class _Stopwatch:
         self._lap, self._total, self._started = self._lap + self._running(), self._total + self._running(), None
 
     def lap(self) -> float:
-        """Seconds since the last one."""
+        """Seconds since the last lap."""
         seconds, running = self._lap + self._running(), self._started is not None
         self._total += self._running()
         self._lap, self._started = 0.0, time.perf_counter() if running else None
@@ -177,14 +177,14 @@ class _Stopwatch:
             self._step = step
 
     def uncounted(self, step: int) -> None:
-        """Time before the first step that is counted is not counted either."""
+        """Exclude this step; time before the first counted step is not counted either."""
         self._step = step
         if not self._steps:
             self._lap = self._total = 0.0
 
     @property
     def rate(self) -> float:
-        """Completed steps a second; 0 where none is known."""
+        """Completed steps per second; 0 if unknown."""
         return self._steps / self._seconds if self._seconds > 0 else 0.0
 
     def _running(self) -> float:
@@ -192,7 +192,7 @@ class _Stopwatch:
 
 
 class _Bar(tqdm):
-    """A bar whose rate, and the time that remains by it, are those of a stopwatch."""
+    """A progress bar whose rate and remaining time come from a stopwatch."""
 
     def __init__(self, stopwatch: _Stopwatch, **options: Any) -> None:
         self._stopwatch = stopwatch

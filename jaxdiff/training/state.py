@@ -1,4 +1,4 @@
-"""What can be trained, and all that training changes as one immutable tree."""
+"""The protocol `Trainable`, and the training state as one immutable tree."""
 
 from collections.abc import Hashable
 from functools import lru_cache, partial
@@ -23,46 +23,46 @@ Metrics = dict[str, Any]  # scalars
 
 @runtime_checkable
 class Trainable(Hashable, Protocol):
-    """What can be trained: plain settings, which programs are cached by, with pure functions."""
+    """Hashable settings, by which compiled programs are cached, with pure functions."""
 
     def init(self, key: Any) -> tuple[Params, Extra]:
-        """Parameters (float32) drawn with `key`, and what is updated without a gradient: an EMA codebook, counters.
-        Traced, so that no host ever holds them all."""
+        """Initial float32 parameters, and `extra`, which is updated without a gradient (an EMA codebook, counters).
+        Traced, so that no host ever holds all of them."""
         ...
 
     def loss(
         self, params: Params, extra: Extra, frozen: Any, batch: Any, key: Any, step: Any
     ) -> tuple[Any, tuple[Metrics, Extra]]:
-        """The mean loss over the batch; further scalars to log (means over the batch too) and the next `extra`.
+        """The mean loss over the batch, scalars to log (also means over the batch), and the next `extra`.
 
-        `frozen`: arrays that the loss reads and that are never updated, such as a teacher, or (). `step`: int32 scalar,
-        the steps that were taken before this one.
+        frozen: arrays that are never updated, such as a teacher, or (). step: int32 scalar, the number of previous
+        steps.
         """
         ...
 
     def labels(self, params: Params) -> Labels:
-        """Which optimizer updates which array: a string for each; "none": the array stays as it is."""
+        """The label of each array's optimizer; "none" for arrays that are not updated."""
         ...
 
     def cast(self, params: Params) -> Params:
-        """Parameters in the types that the network computes in, in which they travel between devices."""
+        """Parameters in the network's compute types, in which they are communicated between devices."""
         ...
 
     def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of a batch; `side` of images, in pixels."""
+        """Shapes and types of a batch. side: of images, in pixels."""
         ...
 
 
 @struct.dataclass
 class TrainState:
-    """One step's worth of everything; counters are int32 scalars on the devices."""
+    """The training state; counters are int32 scalars on the devices."""
 
     step: Any  # steps taken, skipped ones included
     params: Params
-    extra: Extra  # what the loss itself updates
+    extra: Extra  # updated by the loss
     ema: Params  # exponential moving average of params, float32
     opt_state: Any
-    skipped: Any  # steps whose loss or gradient was not finite: nothing but the counters changed
+    skipped: Any  # steps with a non-finite loss or gradient, which changed only the counters
     consecutive_skips: Any  # such steps since the last finite one
     max_consecutive_skips: Any  # the largest `consecutive_skips` so far
 
@@ -76,7 +76,7 @@ def create_state(params: Params, extra: Extra, rule: optax.GradientTransformatio
 
 @lru_cache(maxsize=32)
 def abstract_init(trainable: Trainable) -> tuple[Params, Extra]:
-    """Shapes and types of parameters and extra; traced once for each of the last ones, as a large one takes seconds."""
+    """Shapes and types of parameters and extra. Cached, as tracing a large model takes seconds."""
     return jax.eval_shape(trainable.init, jax.random.key(0))
 
 
@@ -86,12 +86,12 @@ def abstract_params(trainable: Trainable) -> Params:
 
 
 def update_rule(trainable: Trainable, config: Optimizers) -> optax.GradientTransformation:
-    """The optimizers of its labels. Raises ValueError where `config` does not have each of them."""
+    """The combined optimizer of all labels. ValueError if `config` lacks one of them."""
     return labelled_optimizer(config, trainable.labels(abstract_params(trainable)))
 
 
 def loss_inputs(trainable: Trainable, batch: Any, frozen: Any = ()) -> tuple[Any, ...]:
-    """Shapes and types of what `trainable.loss` takes, for a batch (arrays or shapes)."""
+    """Shapes and types of the arguments of `trainable.loss`, for a batch (arrays or shapes)."""
     key, step = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     return *abstract_init(trainable), frozen, batch, key, step
 
@@ -109,7 +109,7 @@ def abstract_state(
 
 
 def placements_of(tree: Any) -> Any:
-    """The placement of every array (or shape that has one) of a tree."""
+    """The sharding of every array (or shape with a sharding) of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -121,10 +121,10 @@ def init_state(
     params: Params | None = None,
     placement: ParamSharding = BY_SHAPE,
 ) -> TrainState:
-    """The state before the first step, each device computing its own part.
+    """The state before the first step; each device computes its own shards.
 
-    `params` (host arrays or devices' own) start from other parameters than `trainable.init(key)`, extra is from there
-    all the same. Raises ValueError where their names or shapes are not those of `trainable`.
+    params: initial parameters (on host or devices) instead of those of `trainable.init(key)`; `extra` is from there in
+    any case. Raises ValueError if their names or shapes do not match `trainable`.
     """
     placements = placements_of(abstract_state(trainable, config, mesh, placement))
     create = partial(create_state, rule=update_rule(trainable, config))
@@ -140,13 +140,13 @@ def init_state(
 
 
 def place_frozen(frozen: Any, mesh: Mesh, placement: ParamSharding = BY_SHAPE) -> Any:
-    """What a loss reads and never updates (host arrays or devices' own), split over the devices like parameters."""
+    """Shard a loss's `frozen` arrays (on host or devices) over the devices like parameters."""
     return jax.tree.map(_placed, frozen, shardings(frozen, mesh, placement, strict=False))
 
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
-    """Every device takes its part. With several processes `device_put` of a host's array would gather the copies of all
-    of them on each device, to see that they are equal."""
+    """Shard an array. With several processes, `device_put` of a host array would gather the copies of all processes on
+    each device, to check that they are equal."""
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

@@ -1,13 +1,13 @@
 """One training step as one compiled program: gradients, clipping, update, average, counters.
 
-The loss is a mean over the global batch, so under a sharded batch the compiler itself takes the gradient's mean over
-the devices; clipping comes after it. Every device draws from the same key, folded with the step: loss and gradient are
-the same on every mesh shape.
+The loss is a mean over the global batch, so with a sharded batch the compiler averages the gradient over the devices;
+clipping follows. All devices use the same key, folded with the step, so loss and gradient are the same on every mesh
+shape.
 
-Parameters that lie split over `fsdp` are made whole once a step, in the type that the network computes with, and their
-gradients are summed straight into the parts. Left to itself the compiler may split the convolutions instead, and move
-images between devices where kernels are smaller; and its gradient of a strided convolution is wrong where both the
-kernel and the rows of the image are split (XLA of jax 0.10 to 0.12).
+Parameters sharded over `fsdp` are gathered once per step, in the network's compute type, and their gradients are
+reduce-scattered. Without these constraints the compiler may split the convolutions, and move images between devices
+instead of smaller kernels; and its gradient of a strided convolution is wrong if both the kernel and the rows of the
+image are sharded (XLA of jax 0.10 to 0.12).
 """
 
 from collections.abc import Callable
@@ -37,15 +37,15 @@ def make_step(
     ema_decay: float = 0.9999,
     ema_warmup: bool = True,
 ) -> Step:
-    """`step(state, batch, key, frozen=()) -> (state, metrics)`, compiled; the given state's memory is reused (donated).
+    """Returns the compiled `step(state, batch, key, frozen=()) -> (state, metrics)`, which donates `state`.
 
-    `placements`: the state with a NamedSharding for every array; `frozen`: the same of what the loss reads and never
-    updates. `key` is the run's, the same at every step. `accumulate`: the batch is taken in that many parts, one after
-    the other, with the mean of their gradients (part i's key is folded with i); `extra` goes from part to part.
-    `ema_warmup`: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
+    placements: the state with a NamedSharding for every array. frozen: likewise for the loss's frozen arrays.
+    accumulate: number of microbatches, run in sequence; their gradients are averaged, microbatch i's key is folded with
+    i, and `extra` is passed from one to the next. ema_warmup: decay min(ema_decay, (1 + n) / (10 + n)) after n updates.
+    `key` is the run's, the same at every step.
 
-    A loss, gradient, update or extra that is not finite changes the counters only. Metrics are scalars on the devices:
-    the trainable's own, and loss, grad_norm (before clipping, of all labels together), learning_rate (of several labels
+    A non-finite loss, gradient, update or extra changes only the counters. Metrics are scalars on the devices: the
+    trainable's, and loss, grad_norm (before clipping, over all labels), learning_rate (with several labels
     learning_rate_LABEL), skipped, consecutive_skips and max_consecutive_skips.
     """
     rule, labels = update_rule(trainable, config), trainable.labels(placements.params)
@@ -76,8 +76,8 @@ def make_step(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Loss, metrics and gradient (placed like the parameters): means over the `accumulate` parts of the batch; and what
-    they make of `extra`, one after the other."""
+    """Loss, metrics and gradient (sharded like the parameters), averaged over `accumulate` microbatches; and `extra`,
+    updated by each in turn."""
 
     trainable: Trainable
     placements: TrainState
@@ -113,24 +113,24 @@ class _Gradients:
         return *jax.tree.map(lambda x: x / self.accumulate, total), extra
 
     def _loss(self, params: Params, *rest: Any) -> tuple[Any, tuple[Metrics, Extra]]:
-        """The loss, with no gradient for what stays."""
-        held = lambda leaf, label: jax.lax.stop_gradient(leaf) if label == STAYS else leaf  # noqa: E731
-        return self.trainable.loss(jax.tree.map(held, params, self.trainable.labels(params)), *rest)
+        """The loss, without gradients for arrays that are not updated."""
+        stop = lambda leaf, label: jax.lax.stop_gradient(leaf) if label == STAYS else leaf  # noqa: E731
+        return self.trainable.loss(jax.tree.map(stop, params, self.trainable.labels(params)), *rest)
 
     def _split(self, x: Any) -> Any:
-        # Part i takes rows i, i + accumulate, …: each device's rows stay on it, whatever part they fall into.
+        # Microbatch i takes rows i, i + accumulate, …, so that all rows stay on their device.
         microbatches = jnp.moveaxis(x.reshape(-1, self.accumulate, *x.shape[1:]), 1, 0)
         sharding = NamedSharding(self.placements.step.mesh, PartitionSpec(None, BATCH_AXES))
         return jax.lax.with_sharding_constraint(microbatches, sharding)
 
 
 def _gathered(tree: Any, placements: Any) -> Any:
-    """The same, whole along `fsdp`."""
+    """The tree, gathered along `fsdp`."""
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(without_fsdp, placements))
 
 
 def _averaged(ema: Params, params: Params, labels: Labels, decay: Any) -> Params:
-    """The next average, float32; of what stays, exactly the same."""
+    """The next float32 average; unchanged for arrays that are not updated."""
     as_float32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     new = optax.incremental_update(as_float32, ema, 1.0 - decay)
     return jax.tree.map(lambda label, new, old: old if label == STAYS else new, labels, new, ema)
@@ -142,7 +142,7 @@ def _finite(tree: Any) -> Any:
 
 
 def _counted(state: TrainState, finite: Any) -> dict[str, Any]:
-    """The counters of steps that were skipped, after this one."""
+    """The counters of skipped steps, after this step."""
     consecutive_skips = jnp.where(finite, 0, state.consecutive_skips + 1)
     return {
         "skipped": state.skipped + jnp.where(finite, 0, 1),

@@ -1,4 +1,4 @@
-"""A run that makes no progress says so: which process, what it waits for, and where each of its threads is."""
+"""Reports a run without progress: the process, what it waits for, and the stacks of its threads."""
 
 import faulthandler
 import sys
@@ -11,17 +11,17 @@ from typing import Any
 from jaxdiff.training import multihost
 
 COMPILES = 6
-"""How many times as long something may take that compiles."""
+"""Factor on the time limits during compilation."""
 WRITES = 5.0
-"""Seconds that writing a report may take."""
+"""Time limit in seconds for writing a report."""
 
 
 class Watchdog:
-    """A thread that is fed by `doing`, with what begins now; a context manager.
+    """A watchdog thread as a context manager; call `doing` at the start of each activity.
 
-    after: seconds in one and the same thing after which a line is written to standard error, and below it, and into
-    `folder`/stall-PROCESS.txt, the stacks of all threads; again after twice as long, and so on. 0: never.
-    exit_after: seconds after which the process ends, and the others of the run with it. 0: never.
+    after: seconds in one activity after which a line and the stacks of all threads are written to standard error and
+    to `folder`/stall-PROCESS.txt; again after twice as long, and so on. 0: never.
+    exit_after: seconds after which this process and all others of the run end. 0: never.
     """
 
     def __init__(self, folder: Path, after: float, exit_after: float = 0.0) -> None:
@@ -46,19 +46,19 @@ class Watchdog:
             self._thread.join()
 
     def doing(self, what: str, compiles: bool = False) -> None:
-        """What begins now, as it should stand in `process 0 stalled for 600 s while …`."""
+        """Start an activity. what: its description, as in `process 0 stalled for 600 s in step 1`."""
         with self._changed:
             if self._reported:
-                tell(f"{multihost.name()} goes on after {time.monotonic() - self._since:.0f} s {self._what}")
+                tell(f"{multihost.name()} resumed after {time.monotonic() - self._since:.0f} s {self._what}")
             patience = COMPILES if compiles else 1
             if patience < self._patience:
-                self._changed.notify()  # the thread waits for longer than it now should
+                self._changed.notify()  # the thread's current wait is too long
             self._what, self._patience = what, patience
             self._since, self._reported = time.monotonic(), 0.0
 
     def _watch(self) -> None:
         while self._open:
-            with self._changed:  # not held while reporting: a folder that hangs must not stop the run itself
+            with self._changed:  # not held while reporting: a hanging folder must not stop the run
                 now, due, end = time.monotonic() - self._since, self._due(), self._exit_after * self._patience
                 over, what = bool(end) and now >= end, self._what
                 if not over and not (due and now >= due):
@@ -70,13 +70,13 @@ class Watchdog:
             self._report(f"{multihost.name()} stalled for {now:.0f} s {what}")
 
     def _due(self) -> float:
-        """Seconds after which this is to be reported next; 0: never."""
+        """Seconds until the next report; 0: never."""
         return 2 * self._reported if self._reported else self._after * self._patience
 
     def _report(self, line: str) -> None:
         stacks = _stacks()
         tell(f"{line}; the stacks of its threads, also in {self._path}:\n{stacks}")
-        # What hangs may be the file system of that folder, and then so does this.
+        # In a thread, because the folder's file system may be what hangs.
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n{stacks}\n"
         writing = threading.Thread(target=self._write, args=(text,), daemon=True)
         writing.start()

@@ -1,4 +1,4 @@
-"""Captions embedded once, in one safetensors file: what draws from it needs no text encoder."""
+"""Precomputed caption embeddings in one safetensors file; sampling from it needs no text encoder."""
 
 import json
 from pathlib import Path
@@ -15,19 +15,19 @@ from jaxdiff.weights import tree
 
 
 def save(path: str | Path, embedded: PrecomputedTextEncoder) -> None:
-    """Writes captions and embeddings (float32); the file appears whole or not at all (OSError)."""
+    """Writes captions and embeddings (float32) atomically. OSError if writing fails."""
     metadata = {"captions": json.dumps(embedded.captions), "made_by": embedded.made_by}
-    metadata |= {"whole": json.dumps(embedded.padding_is_read)}  # the name in files of before
+    metadata |= {"whole": json.dumps(embedded.padding_is_read)}  # the older name of `padding_is_read`
     arrays = zip(("embeddings", "mask", "pooled", "ids"), embedded.embedding)
     tensors = {name: np.asarray(array) for name, array in arrays if array is not None}
     tree.save_tree(path, tensors, {"format": "jaxdiff captions"} | metadata)
 
 
 def load(path: str | Path) -> PrecomputedTextEncoder:
-    """The inverse of `save`. FileNotFoundError, or ValueError in one line for any other file."""
+    """The inverse of `save`. Raises FileNotFoundError, or ValueError if it is not such a file."""
     params, metadata = tree.load_tree(path)
     try:
-        captions, read = (
+        captions, padding_is_read = (
             json_files.parse(metadata[name], str(path), "captions", tree.LARGEST_HEADER)
             for name in ("captions", "whole")
         )
@@ -35,10 +35,10 @@ def load(path: str | Path) -> PrecomputedTextEncoder:
         fits = _fits(embedding) and isinstance(captions, list) and len(captions) == len(embedding.tokens)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of embedded captions ({reason(error)})") from error
-    if not fits or not isinstance(read, bool) or not all(isinstance(caption, str) for caption in captions):
+    if not fits or not isinstance(padding_is_read, bool) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: not a file of embedded captions")
     embedding = jax.tree.map(lambda a: a.astype(np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, embedding)
-    return PrecomputedTextEncoder(tuple(captions), embedding, read, metadata.get("made_by", ""))
+    return PrecomputedTextEncoder(tuple(captions), embedding, padding_is_read, metadata.get("made_by", ""))
 
 
 def _fits(embedding: TextEmbedding) -> bool:

@@ -17,7 +17,7 @@ SETTINGS = "classifier.json"
 
 
 def save(directory: Path, name: str, config: ClassifierConfig, params: dict, dtype: str = "float32") -> None:
-    """Writes both files, each whole or not at all; `name` says what it was trained on, and names what it measures."""
+    """Writes both files atomically. name: the training dataset; also the name of its metrics."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SETTINGS
     with tree.saving(path), replacing(path) as temporary:
@@ -26,7 +26,7 @@ def save(directory: Path, name: str, config: ClassifierConfig, params: dict, dty
 
 
 def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
-    """Its name, settings and parameters (float32). FileNotFoundError, or ValueError for other files."""
+    """Name, settings and parameters (float32). Raises FileNotFoundError, or ValueError for invalid files."""
     path = Path(directory) / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no classifier here (it has no {SETTINGS})")

@@ -1,7 +1,7 @@
 """CLIP in the transformers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
-Reads OpenAI's models and OpenCLIP's that were saved as transformers' CLIPModel, whole or one tower of it, and towers
-that were saved alone, with their projection or, as Stable Diffusion has its text tower, without.
+Reads OpenAI and OpenCLIP models saved as transformers' CLIPModel (both towers or one), and towers saved alone, with
+their projection or without it (Stable Diffusion's text tower).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_specia
 from jaxdiff.weights import hub, sizes
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
-"""0, 1, 2, …: in files of older versions of transformers."""
+"""The range 0, 1, 2, …, stored by older versions of transformers."""
 
 Tower = Literal["text", "image"]
 
@@ -28,10 +28,10 @@ Tower = Literal["text", "image"]
 def load(
     path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> tuple[CLIPConfig, dict]:
-    """Both towers of a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
+    """Load both towers from a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
 
-    `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
-    on devices. Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
+    variant: "fp16" reads the files of that name. place: puts an array on its devices; tensors are read one at a time.
+    Raises FileNotFoundError, or ValueError that names the invalid setting or tensors.
     """
     return _load(path_or_id, dtype, variant, place, None)
 
@@ -39,10 +39,10 @@ def load(
 def load_text(
     path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> tuple[CLIPConfig, dict]:
-    """As `load`, but the text tower alone: of a whole CLIP, of which nothing else is read, or of one that was saved as
-    CLIPTextModel or CLIPTextModelWithProjection.
+    """As `load`, for the text tower only: from a CLIPModel (whose other tensors are not read), CLIPTextModel or
+    CLIPTextModelWithProjection.
 
-    The configuration's `image` is None, its `width` too where there is no projection; the parameters are {"text": …}.
+    `config.image` is None, and so is `config.width` without a projection; the parameters are {"text": …}.
     """
     return _load(path_or_id, dtype, variant, place, "text")
 
@@ -50,7 +50,7 @@ def load_text(
 def load_image(
     path_or_id: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> tuple[CLIPConfig, dict]:
-    """`load_text` of the image tower: of a whole CLIP, a CLIPVisionModel or a CLIPVisionModelWithProjection."""
+    """As `load`, for the image tower only: from a CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection."""
     return _load(path_or_id, dtype, variant, place, "image")
 
 
@@ -62,26 +62,27 @@ def load_text_encoder(
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> CLIPTextEncoder:
-    """The frozen text tower of a directory or hub id with its tokenizer, or with the one of the directory `tokenizer`
-    (Stable Diffusion keeps the two apart)."""
+    """Load the frozen text tower and its tokenizer from a directory or hub id.
+
+    tokenizer: the tokenizer's directory, if it is not beside the weights (Stable Diffusion).
+    """
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
-    # Before the tokenizer, whose library reads config.json too.
+    # Validate config.json before the tokenizer library reads it.
     settings = read_config(directory / "config.json", tower="text").text
-    assert settings is not None  # the tower that was asked for
-    words = load_tokenizer(directory if tokenizer is None else tokenizer)
-    check_vocabulary(words, settings.vocab, str(directory))
-    end = words.eos_token_id if settings.eos_id is None else settings.eos_id
-    words = with_special_tokens(words, end, end)  # OpenAI's CLIP pads with the end
+    assert settings is not None  # tower="text"
+    loaded = load_tokenizer(directory if tokenizer is None else tokenizer)
+    check_vocabulary(loaded, settings.vocab, str(directory))
+    end = loaded.eos_token_id if settings.eos_id is None else settings.eos_id
+    loaded = with_special_tokens(loaded, end, end)  # OpenAI's CLIP pads with the end token
     config, params = load_text(directory, dtype, variant=variant, place=place)
-    return CLIPTextEncoder(config, params, words)
+    return CLIPTextEncoder(config, params, loaded)
 
 
 def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes config.json and model.safetensors as transformers' CLIPModel opens.
+    """Writes config.json and model.safetensors, each atomically, in the layout of transformers' CLIPModel.
 
-    A tower alone is what CLIPTextModel or CLIPVisionModel opens, or where it has a projection, their WithProjection.
-    ValueError where `params` does not fit `config`, OSError where something cannot be written; each file appears whole
-    or not at all.
+    A single tower is written as CLIPTextModel or CLIPVisionModel, or as their WithProjection class if it has a
+    projection. ValueError if `params` does not fit `config`, OSError if writing fails.
     """
     directory = Path(directory)
     trees.check_tree(params, _shapes(config), "the CLIP to export")
@@ -90,7 +91,7 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
 
 
 def key_map(params: dict) -> dict[str, str]:
-    """transformers' name of each of our parameters, its path joined by "/"."""
+    """Maps each parameter path, joined by "/", to its transformers name."""
     return hub.names(trees.flatten(params), RULES, WORDS)
 
 
@@ -135,13 +136,13 @@ TOWER = {
 TEXT = TOWER | {"vocab": "vocab_size", "length": "max_position_embeddings"}
 IMAGE = TOWER | {"resolution": "image_size", "patch": "patch_size"}
 LARGEST_ID = 2
-"""What the first published configurations give as the end's id; it is a mistake, and stands for the largest id."""
+"""The wrong end-token id of the first published configurations; it means the largest id."""
 
 
 def read_config(path: Path, dtype: hub.Dtype = "float32", tower: Tower | None = None) -> CLIPConfig:
-    """The settings in a transformers config.json, of one `tower` or of both; what it leaves out is as in ViT-B/32.
+    """Read a transformers config.json, for one `tower` or both. Missing settings default to those of ViT-B/32.
 
-    ValueError that names a setting that is not supported.
+    ValueError that names an unsupported setting.
     """
     return _config(path, hub.read_json(path, "CLIP"), dtype, tower)
 
@@ -156,18 +157,18 @@ def _load(
     config = _config(path, values, compute_type, tower)
     tensors = hub.open_tensors(directory, variant)
     if tower:
-        tensors = _of_tower(tensors, tower)
-        if PROJECTION[tower] not in tensors and not _promises_projection(values):
+        tensors = _tower_tensors(tensors, tower)
+        if PROJECTION[tower] not in tensors and not _expects_projection(values):
             config = replace(config, width=None)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
     shapes = sizes.shapes(_init, config, str(path))
     return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
 
-def _of_tower(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.Stored]:
-    """`tensors` without the other tower's and the temperature, under the names that they have in a whole CLIP.
+def _tower_tensors(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.Stored]:
+    """The tensors of one tower, without the temperature, under their names in CLIPModel.
 
-    transformers 5 saves a tower that has no projection without its name before the tensors'.
+    transformers 5 saves a tower without a projection without the tower's prefix.
     """
     if "embeddings.position_embedding.weight" in tensors:
         return {f"{WORDS[tower]}.{key}": tensor for key, tensor in tensors.items()}
@@ -176,7 +177,7 @@ def _of_tower(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(left_out)}
 
 
-def _promises_projection(values: dict) -> bool:
+def _expects_projection(values: dict) -> bool:
     return values["model_type"] == "clip" or "WithProjection" in str(values.get("architectures"))
 
 
@@ -184,7 +185,7 @@ def _config(path: Path, values: dict, dtype: hub.Dtype, tower: Tower | None) -> 
     alone = {"text": "clip_text_model", "image": "clip_vision_model"}
     if tower is None and values.get("model_type") in alone.values():
         raise ValueError(
-            f"{path}: model_type = {quoted(values['model_type'])} is one tower alone: load_text or load_image"
+            f"{path}: model_type = {quoted(values['model_type'])} is a single tower: use load_text or load_image"
         )
     hub.require(path, values, "model_type", ("clip", *([alone[tower]] if tower else [])))
     hub.require(path, values, "quantization_config", (None,))
@@ -204,7 +205,7 @@ def _config(path: Path, values: dict, dtype: hub.Dtype, tower: Tower | None) -> 
 
 
 def _text_config(group: hub.Group) -> TextTowerConfig:
-    group.require("use_attention_mask", (None, False))  # diffusers' pipelines would hide what fills a caption up
+    group.require("use_attention_mask", (None, False))  # True makes diffusers mask the padding
     eos_id = group.size("eos_token_id", 49407, least=0)
     return replace(_tower_config(group, TextTowerConfig(), TEXT), eos_id=None if eos_id == LARGEST_ID else eos_id)
 
@@ -219,21 +220,21 @@ _Config = TypeVar("_Config", TextTowerConfig, ImageTowerConfig)
 
 def _tower_config(group: hub.Group, defaults: _Config, names: dict[str, str]) -> _Config:
     group.require("hidden_act", ("quick_gelu", "gelu"), defaults.activation)
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     bounds = sizes.BOUNDS[type(defaults)]
     for ours, theirs in names.items():
         default = getattr(defaults, ours)
         if type(default) is int:
-            given[ours] = group.size(theirs, default, *bounds[ours])
+            fields[ours] = group.size(theirs, default, *bounds[ours])
         elif type(default) is float:
-            given[ours] = group.fraction(theirs, default)
+            fields[ours] = group.fraction(theirs, default)
         else:
-            given[ours] = group.values.get(theirs, default)
+            fields[ours] = group.values.get(theirs, default)
     for multiple, divisor in (("width", "heads"), ("resolution", "patch")):
-        if divisor in given and given[multiple] % given[divisor]:
-            wanted = f"one that divides {group.name}{names[multiple]} = {given[multiple]}"
-            raise group.error(names[divisor], given[divisor], wanted)
-    return replace(defaults, **given)
+        if divisor in fields and fields[multiple] % fields[divisor]:
+            wanted = f"one that divides {group.name}{names[multiple]} = {fields[multiple]}"
+            raise group.error(names[divisor], fields[divisor], wanted)
+    return replace(defaults, **fields)
 
 
 def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def _hub_config(config: CLIPConfig, dtype: str) -> dict[str, Any]:
         eos_id = LARGEST_ID if config.text.eos_id is None else config.text.eos_id
         values = {theirs: getattr(config.text, ours) for ours, theirs in TEXT.items()}
         groups["text"] = {"model_type": "clip_text_model"} | values | projection | {"eos_token_id": eos_id}
-        if config.text.vocab < TextTowerConfig().vocab:  # transformers would take OpenAI's start, an id beyond it
+        if config.text.vocab < TextTowerConfig().vocab:  # transformers' default is beyond the vocabulary
             groups["text"] |= {"bos_token_id": None}
     if config.image is not None:
         values = {theirs: getattr(config.image, ours) for ours, theirs in IMAGE.items()}

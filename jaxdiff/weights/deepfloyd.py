@@ -1,7 +1,7 @@
 """DeepFloyd IF's U-Nets in the diffusers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
-Both stages, of every size: diffusers' UNet2DConditionModel with simple cross-attention blocks. Every setting of that
-class is read, or it must have the one value that IF has.
+Both stages in every size: diffusers' UNet2DConditionModel with simple cross-attention blocks. Each setting of that
+class is either read or required to have IF's value.
 """
 
 from pathlib import Path
@@ -18,8 +18,7 @@ from jaxdiff.weights import hub, sizes
 
 
 class Network(NamedTuple):
-    """One of IF's U-Nets: what it is, the width of the text embeddings that it reads, and whether it is
-    super-resolution."""
+    """One of IF's U-Nets. text_width: width of its text embeddings. low_res: whether it is super-resolution."""
 
     unet: UNetConfig
     text_width: int
@@ -29,10 +28,10 @@ class Network(NamedTuple):
 def load_unet(
     directory: str | Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> tuple[Network, dict]:
-    """Configuration and parameters of a directory; floating leaves in `dtype`, "float32" or "bfloat16".
+    """Load configuration and parameters from a directory; floating leaves in `dtype`, "float32" or "bfloat16".
 
-    `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to `place`, which puts them
-    on devices. Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
+    variant: "fp16" reads the files of that name. place: puts an array on its devices; tensors are read one at a time.
+    Raises FileNotFoundError, or ValueError that names the invalid setting or tensors.
     """
     directory, compute_type = Path(directory), hub.check_dtype(dtype)
     config = read_config(directory / "config.json", compute_type)
@@ -42,10 +41,9 @@ def load_unet(
 
 
 def export_unet(network: Network, params: dict, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes config.json and diffusion_pytorch_model.safetensors as diffusers' UNet2DConditionModel opens.
+    """Writes config.json and diffusion_pytorch_model.safetensors, each atomically, for UNet2DConditionModel.
 
-    ValueError where the network is none of IF's kind or `params` does not fit it, OSError where something cannot be
-    written; each file appears whole or not at all.
+    ValueError if the network is not of IF's architecture or `params` does not fit it, OSError if writing fails.
     """
     directory = Path(directory)
     config, names = described(network, params), key_map(network.unet, params)
@@ -54,18 +52,18 @@ def export_unet(network: Network, params: dict, directory: str | Path, dtype: st
 
 
 def described(network: Network, params: dict) -> dict[str, Any]:
-    """The settings that `export_unet` writes. ValueError as there."""
+    """The settings that `export_unet` writes. Raises the same ValueError."""
     config = _hub_config(network)
     trees.check_tree(params, _shapes(network), "the U-Net to export")
     return config
 
 
 def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
-    """The network that a config.json of diffusers describes. ValueError that names a setting that is not supported."""
+    """Read a diffusers config.json. ValueError that names an unsupported setting."""
     values = hub.read_json(path, "U-Net")
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
     if unknown:
-        raise ValueError(f"{path}: settings that no UNet2DConditionModel has: {sizes.names(unknown)}")
+        raise ValueError(f"{path}: unknown settings of UNet2DConditionModel: {sizes.names(unknown)}")
     settings = hub.Group(path, {name: value for name, value in (READ | values).items() if value is not None})
     settings.require("_class_name", ("UNet2DConditionModel",))
     for name, (default, *allowed) in FIXED.items():
@@ -74,21 +72,21 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
         wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
         raise settings.error("block_out_channels", list(widths), wanted)
-    attends, cross = _attending(settings, len(widths)), settings.flag("only_cross_attention", False)
+    attends, cross = _attention_levels(settings, len(widths)), settings.flag("only_cross_attention", False)
     settings.require("mid_block_only_cross_attention", (cross,), cross)
     low_res = settings.values.get("class_embed_type") is not None
     settings.require("class_embed_type", ("timestep",), "timestep")
     settings.require("in_channels", (6 if low_res else 3,))
     settings.require("out_channels", (3, 6))
     settings.require("act_fn", tuple(activation.value for activation in Activation))
-    # Applied to the conditioning vector once, before all blocks, or in each of them: the same numbers.
+    # The activation of the conditioning vector, applied once before all blocks or in each: numerically the same.
     once = settings.flag("resnet_skip_time_act", False)
     settings.require("time_embedding_act_fn", (settings.values["act_fn"],) if once else (None,))
     scale = settings.values.get("resnet_out_scale_factor")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1e30:
         raise settings.error("resnet_out_scale_factor", scale, "a number above 0 and up to 1e30")
     settings.require("mid_block_scale_factor", (scale,))
-    text_width, context = settings.size("encoder_hid_dim"), _of_groups(settings, "cross_attention_dim")
+    text_width, context = settings.size("encoder_hid_dim"), _group_multiple(settings, "cross_attention_dim")
     attention = AttentionConfig(
         self_attention=tuple(attend and not cross for attend in attends),
         cross_attention=tuple(attend and cross for attend in attends),
@@ -116,7 +114,7 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
 
 
 def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
-    """A number within bounds for each of up to `sizes.LEVELS` levels; one alone stands for all of them."""
+    """A number within bounds for each of up to `sizes.LEVELS` levels; a single number applies to all."""
     value = config.values.get(name)
     listed = value if isinstance(value, list) else []
     values = [value] * (count or 0) if type(value) is int else listed
@@ -127,8 +125,8 @@ def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | Non
     return tuple(values)
 
 
-def _attending(config: hub.Group, levels: int) -> tuple[bool, ...]:
-    """Which levels have attention, the same on the way down and on the way up."""
+def _attention_levels(config: hub.Group, levels: int) -> tuple[bool, ...]:
+    """Which levels have attention; ValueError unless down and up paths agree."""
     attends = []
     for name, step in (("down_block_types", 1), ("up_block_types", -1)):
         way = "Down" if step == 1 else "Up"
@@ -150,7 +148,7 @@ def _divisor(config: hub.Group, name: str, *widths: int) -> int:
     return size
 
 
-def _of_groups(config: hub.Group, name: str) -> int:
+def _group_multiple(config: hub.Group, name: str) -> int:
     size = config.size(name)
     if size % NORM_GROUPS:
         raise config.error(name, size, f"a multiple of {NORM_GROUPS}")
@@ -187,7 +185,7 @@ FIXED = {
     "class_embeddings_concat": (False, False),
     "cross_attention_norm": (None, "group_norm"),
 }
-"""diffusers' default of a setting that a file leaves out, and the values that are supported."""
+"""For each setting: diffusers' default, then the supported values."""
 READ = {
     "in_channels": 4,
     "out_channels": 4,
@@ -208,24 +206,24 @@ READ = {
     "mid_block_scale_factor": 1,
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
-    "sample_size": None,  # what the stage says
-    "dropout": 0.0,  # in training alone
+    "sample_size": None,  # read by the stage
+    "dropout": 0.0,  # training only
 }
 """The settings that differ between IF's stages and sizes, with diffusers' defaults."""
 
 
 def _hub_config(network: Network) -> dict[str, Any]:
-    """diffusers' settings of a network. ValueError naming one that diffusers' class has no word for."""
+    """diffusers' settings of a network. ValueError naming a setting that UNet2DConditionModel cannot express."""
     config, attention, text = network.unet, network.unet.attention, network.unet.conditioning.text
     attends = [a or b for a, b in zip(attention.self_attention, attention.cross_attention)]
     cross = any(attention.cross_attention)
-    _check_described(config, attends)
-    assert isinstance(text, WholeText)  # see `_check_described`
+    _check_exportable(config, attends)
+    assert isinstance(text, WholeText)  # see `_check_exportable`
     kinds = ["SimpleCrossAttn" if a else "Resnet" for a in attends]
     plain, attending = ("DownsampleBlock2D", "UpsampleBlock2D"), ("DownBlock2D", "UpBlock2D")
     down, up = ([kind + (attending if a else plain)[i] for kind, a in zip(kinds, attends)] for i in (0, 1))
     scale = 1.0 / config.residual_scale
-    given = {
+    values = {
         "in_channels": 6 if network.low_res else 3,
         "out_channels": 6 if config.learned_variance else 3,
         "down_block_types": down,
@@ -246,10 +244,10 @@ def _hub_config(network: Network) -> dict[str, Any]:
         "time_embedding_dim": config.conditioning.width,
     }
     fixed = {name: allowed[0] for name, (_, *allowed) in FIXED.items()}
-    return {"_class_name": "UNet2DConditionModel"} | fixed | READ | given
+    return {"_class_name": "UNet2DConditionModel"} | fixed | READ | values
 
 
-def _check_described(config: UNetConfig, attends: list[bool]) -> None:
+def _check_exportable(config: UNetConfig, attends: list[bool]) -> None:
     attention, conditioning = config.attention, config.conditioning
     text = conditioning.text
     mixed = any(attention.cross_attention) and any(attention.self_attention)
@@ -284,9 +282,9 @@ def _check_described(config: UNetConfig, attends: list[bool]) -> None:
 
 
 def key_map(config: UNetConfig, params: dict) -> dict[str, str]:
-    """diffusers' name of each of our parameters, its path joined by "/"."""
+    """Maps each parameter path, joined by "/", to its diffusers name."""
     last = len(config.blocks) - 1
-    # diffusers numbers the levels of the way up from the lowest.
+    # diffusers numbers the levels of the up path from the lowest.
     up = [
         (ours.replace("{level}", str(level)), theirs.replace("{level}", str(last - level)))
         for level in range(last + 1)
@@ -295,7 +293,7 @@ def key_map(config: UNetConfig, params: dict) -> dict[str, str]:
     return hub.names(trees.flatten(params), [*DOWN, *up, *TOP], WORDS)
 
 
-def _inside(block: tuple[str, str], layers: dict[str, str]) -> list[tuple[str, str]]:
+def _block_rules(block: tuple[str, str], layers: dict[str, str]) -> list[tuple[str, str]]:
     return [(f"{block[0]}/{ours}/{{leaf}}", f"{block[1]}.{theirs}.{{leaf}}") for ours, theirs in layers.items()]
 
 
@@ -318,19 +316,19 @@ _ATTENTION = {
     "out": "to_out.0",
 }
 DOWN = (
-    *_inside(("down_{level}_{i}_{kind}", "down_blocks.{level}.attentions.{i}"), _ATTENTION),
-    *_inside(("down_{level}_{i}", "down_blocks.{level}.resnets.{i}"), _RES),
-    *_inside(("down_{level}", "down_blocks.{level}.downsamplers.0"), _RES),
+    *_block_rules(("down_{level}_{i}_{kind}", "down_blocks.{level}.attentions.{i}"), _ATTENTION),
+    *_block_rules(("down_{level}_{i}", "down_blocks.{level}.resnets.{i}"), _RES),
+    *_block_rules(("down_{level}", "down_blocks.{level}.downsamplers.0"), _RES),
 )
 UP = (
-    *_inside(("up_{level}_{i}_{kind}", "up_blocks.{level}.attentions.{i}"), _ATTENTION),
-    *_inside(("up_{level}_{i}", "up_blocks.{level}.resnets.{i}"), _RES),
-    *_inside(("up_{level}", "up_blocks.{level}.upsamplers.0"), _RES),
+    *_block_rules(("up_{level}_{i}_{kind}", "up_blocks.{level}.attentions.{i}"), _ATTENTION),
+    *_block_rules(("up_{level}_{i}", "up_blocks.{level}.resnets.{i}"), _RES),
+    *_block_rules(("up_{level}", "up_blocks.{level}.upsamplers.0"), _RES),
 )
 TOP = (
-    *_inside(("middle_self", "mid_block.attentions.0"), _ATTENTION),
-    *_inside(("middle_cross", "mid_block.attentions.0"), _ATTENTION),
-    *_inside(("middle_{i}", "mid_block.resnets.{i}"), _RES),
+    *_block_rules(("middle_self", "mid_block.attentions.0"), _ATTENTION),
+    *_block_rules(("middle_cross", "mid_block.attentions.0"), _ATTENTION),
+    *_block_rules(("middle_{i}", "mid_block.resnets.{i}"), _RES),
     ("stem/{leaf}", "conv_in.{leaf}"),
     ("head_norm/GroupNorm_0/{leaf}", "conv_norm_out.{leaf}"),
     ("head/{leaf}", "conv_out.{leaf}"),
@@ -353,7 +351,7 @@ def _shapes(network: Network) -> dict:
 def _init(network: Network) -> dict:
     side = network.unet.stride
     image, one = jnp.zeros((1, side, side, 3)), jnp.zeros(1)
-    given = Conditioning(jnp.zeros((1, 2, network.text_width)), jnp.ones((1, 2), bool))
+    conditioning = Conditioning(jnp.zeros((1, 2, network.text_width)), jnp.ones((1, 2), bool))
     if network.low_res:
-        given = given._replace(concat=image, aug_level=one)
-    return network.unet.module().init(jax.random.key(0), image, one, given)["params"]
+        conditioning = conditioning._replace(concat=image, aug_level=one)
+    return network.unet.module().init(jax.random.key(0), image, one, conditioning)["params"]

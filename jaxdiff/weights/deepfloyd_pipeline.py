@@ -1,10 +1,10 @@
-"""DeepFloyd IF as diffusers keeps it: a folder for each stage, with its U-Net, its scheduler and the text encoder.
+"""DeepFloyd IF as diffusers pipelines: one folder per stage, with its U-Net, its scheduler and the text encoder.
 
     STAGE_I/   model_index.json  unet/  scheduler/  text_encoder/  tokenizer/
     STAGE_II/  model_index.json  unet/  scheduler/  image_noising_scheduler/
 
-What a scheduler's settings say is how the stage draws; what they do not say (guidance, steps, the level of noise on the
-input of stage II) is as in `systems/deepfloyd.py`.
+The scheduler's settings define the stage's sampling; settings that it lacks (guidance, steps, noise level on the input
+of stage II) come from `systems/deepfloyd.py`.
 """
 
 from dataclasses import replace
@@ -29,15 +29,15 @@ from jaxdiff.weights import deepfloyd, hub, sizes, t5
 
 INDEX = "model_index.json"
 LENGTH = 77
-"""Tokens a caption that IF was trained with."""
+"""Tokens per caption in IF's training."""
 
 
 def load_stage(
     directory: Path, dtype: str = "float32", *, variant: str | None = None, place: hub.Place = jnp.asarray
 ) -> TrainedModel:
-    """The stage in a pipeline's folder; parameters and compute type in `dtype`, "float32" or "bfloat16".
+    """Load the stage of a pipeline's folder; parameters and compute type in `dtype`, "float32" or "bfloat16".
 
-    Raises FileNotFoundError, or ValueError that names the file and the setting or tensors at fault.
+    Raises FileNotFoundError, or ValueError that names the file and the invalid setting or tensors.
     """
     if (directory / INDEX).is_file():
         kind = hub.read_json(directory / INDEX, "DeepFloyd IF").get("_class_name")
@@ -54,15 +54,16 @@ def load_stage(
     for name in ("scheduler", "image_noising_scheduler"):
         path = directory / name / "scheduler_config.json"
         if path.is_file():
-            schedule, given = read_scheduler(path, network.unet.learned_variance)
+            schedule, fields = read_scheduler(path, network.unet.learned_variance)
             if name == "scheduler":
-                model, sampling = replace(model, schedule=schedule), replace(sampling, **given)
+                model, sampling = replace(model, schedule=schedule), replace(sampling, **fields)
             else:
-                model = replace(model, conditioners=tuple(_noised_by(schedule, each) for each in model.conditioners))
+                conditioners = tuple(_with_augmentation(schedule, each) for each in model.conditioners)
+                model = replace(model, conditioners=conditioners)
     return TrainedModel(model, params, sampling)
 
 
-def _noised_by(schedule: TabulatedSchedule, conditioner: Any) -> Any:
+def _with_augmentation(schedule: TabulatedSchedule, conditioner: Any) -> Any:
     return replace(conditioner, augmentation=schedule) if isinstance(conditioner, LowResConditioner) else conditioner
 
 
@@ -74,8 +75,7 @@ def load_text_encoder(
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> T5TextEncoder:
-    """The frozen T5 of stage I. Captions are cleaned as IF's were in training, or with `clean=False` only put in lower
-    case."""
+    """The frozen T5 of stage I. Captions are cleaned as in IF's training; with `clean=False`, only lowercased."""
     encoder = t5.load_text_encoder(
         directory / "text_encoder", LENGTH, dtype, tokenizer=directory / "tokenizer", variant=variant, place=place
     )
@@ -83,26 +83,28 @@ def load_text_encoder(
 
 
 def lowered(caption: str) -> str:
-    """In lower case, without blanks at its ends."""
+    """`caption` in lower case, stripped."""
     return caption.lower().strip()
 
 
 def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[str, Any]]:
-    """The schedule, and the settings of `SamplingConfig` that a scheduler_config.json decides, of a network that has
-    learned the variance or not. ValueError that names a setting that is not supported."""
+    """Read a scheduler_config.json: the schedule, and fields of `SamplingConfig`.
+
+    learned: whether the network predicts the variance. ValueError that names an unsupported setting.
+    """
     values = hub.read_json(path, "scheduler")
     config = hub.Group(path, {name: value for name, value in values.items() if value is not None})
     config.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
     unknown = sorted(name for name in values if not name.startswith("_") and name not in {*SCHEDULER, *SOLVER})
     if unknown:
-        raise ValueError(f"{path}: settings that no {values['_class_name']} has: {sizes.names(unknown)}")
+        raise ValueError(f"{path}: unknown settings of {values['_class_name']}: {sizes.names(unknown)}")
     for name, (default, *allowed) in SCHEDULER.items():
         if allowed:
             config.require(name, tuple(allowed), default)
     schedule = TabulatedSchedule.cosine(config.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
-    given: dict[str, Any] = {"thresholding": _thresholding(config)} | _spacing(config, schedule.steps)
+    fields: dict[str, Any] = {"thresholding": _thresholding(config)} | _spacing(config, schedule.steps)
     if values["_class_name"] == "DDIMScheduler":
-        return schedule, given | {"sampler": DDIM(), "keep_eps": True}
+        return schedule, fields | {"sampler": DDIM(), "keep_eps": True}
     variances: dict[str, float | None] = {
         "fixed_small": 0.0,
         "fixed_small_log": 0.0,
@@ -111,11 +113,11 @@ def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[s
     }
     variances |= {"learned_range": None} if learned else {}
     config.require("variance_type", tuple(variances), "fixed_small")
-    return schedule, given | {"sampler": DDPM(variances[config.values.get("variance_type", "fixed_small")])}
+    return schedule, fields | {"sampler": DDPM(variances[config.values.get("variance_type", "fixed_small")])}
 
 
 SPACINGS: dict[str, type[Spacing]] = {"leading": Leading, "trailing": Trailing, "linspace": Linspace}
-"""diffusers' names of where the steps lie."""
+"""diffusers' names of the timestep spacings."""
 SCHEDULER: dict[str, tuple] = {
     "beta_schedule": ("linear", "squaredcos_cap_v2"),
     "trained_betas": (None, None),
@@ -130,22 +132,22 @@ SCHEDULER: dict[str, tuple] = {
     "thresholding": (False,),
     "dynamic_thresholding_ratio": (0.995,),
     "sample_max_value": (1.0,),
-    "beta_start": (0.0001,),  # of other schedules
+    "beta_start": (0.0001,),  # for other schedules
     "beta_end": (0.02,),
     "timestep_spacing": ("leading", *SPACINGS),
 }
-"""The schedulers' default of each setting and, where one is supported alone, that value."""
+"""For each setting: the schedulers' default, then the supported values if they are restricted."""
 SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_order_final", "predict_x0"} | {
     *("solver_order", "solver_p", "solver_type", "use_karras_sigmas"),
 }
-"""Settings of DPM-Solver and UniPC that the published files hold beside those of DDPM, which has no use for them."""
+"""Settings of DPM-Solver and UniPC in the published files, which DDPM ignores."""
 
 
 def _spacing(config: hub.Group, steps: int) -> dict[str, Spacing]:
-    """Where the steps lie, if a file says so. The published ones do not: `systems/deepfloyd.py` does.
+    """The timestep spacing, if the file sets one. The published files do not; the default is in `systems/deepfloyd.py`.
 
-    `steps_offset` is added to the leading steps alone, as in diffusers. Each step ends where the next one begins; in
-    diffusers those of DDIM are N // k entries long, whatever the spacing.
+    `steps_offset` applies to leading spacing only, as in diffusers. Each step ends where the next one begins; in
+    diffusers DDIM's steps are N // k entries long, whatever the spacing.
     """
     offset = config.size("steps_offset", 0, 0, steps - 1)
     if "timestep_spacing" not in config.values and not offset:
@@ -167,7 +169,7 @@ def _thresholding(config: hub.Group) -> DynamicThreshold | StaticThreshold | NoT
 
 
 def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
-    """The settings of each part that `export_stage` writes. ValueError where diffusers has no words for one of ours."""
+    """The settings of each component that `export_stage` writes. ValueError if diffusers cannot express a setting."""
     model, sampling = trained.model, trained.sampling
     text, low_res = model.text, model.low_res
     enlargement = None if low_res is None else low_res.enlargement
@@ -196,10 +198,9 @@ def _network(model: DiffusionModel) -> deepfloyd.Network:
 def export_stage(
     trained: TrainedModel, directory: Path, text: T5TextEncoder | None = None, dtype: str = "float32"
 ) -> None:
-    """Writes a stage as diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline opens.
+    """Writes a stage for diffusers' IFPipeline, with its text encoder, or IFSuperResolutionPipeline.
 
-    ValueError where diffusers has no words for a setting, before anything is written; OSError where something cannot be
-    written.
+    ValueError if diffusers cannot express a setting, before anything is written; OSError if writing fails.
     """
     config = described(trained)
     unet = config.pop("unet")

@@ -1,7 +1,7 @@
-"""What public checkpoints have in common: a folder or hub id, config.json, safetensors in shards, PyTorch's layouts.
+"""Reading and writing public checkpoints: hub ids, config.json, sharded safetensors, PyTorch's tensor layouts.
 
-A family (`weights/t5.py`, `weights/clip.py`) says what its tensors are called, by a table of rules; here they are
-found, accounted for, read one by one and written.
+A model family (`weights/t5.py`, `weights/clip.py`) defines its tensor names by a table of rules. This module locates
+the tensors, checks that names and shapes match exactly, and reads them one by one.
 """
 
 import re
@@ -22,24 +22,24 @@ from jaxdiff.weights import sizes, tree
 from jaxdiff.weights.tree import Stored
 
 SETTINGS = ("*.json", "*spiece.model", "*merges.txt")
-"""The files of a hub id, in any of its folders, that are downloaded beside weights."""
+"""Patterns of the files downloaded with the weights, from any folder of a repository."""
 STEMS = ("model", "diffusion_pytorch_model")
-"""What transformers and diffusers call their files of weights."""
+"""Names of weight files in transformers and diffusers."""
 
 Place = Callable[[np.ndarray], Array]
 """Puts an array on its devices."""
 Dtype = Literal["float32", "bfloat16"]
-"""What parameters are loaded in."""
+"""Types that parameters can be loaded in."""
 
 
 def directory_of(
     path_or_id: str | Path, what: str = "weights", *, folders: tuple[str, ...] = ("",), variant: str | None = None
 ) -> Path:
-    """A directory as it is; a hub id (`id@revision` for another than main) as its downloaded snapshot.
+    """A directory is returned unchanged; a hub id (`id` or `id@revision`) is downloaded, and its snapshot returned.
 
-    `folders`: where the weights are that are wanted, "" for the top. `variant`: "fp16" for the files of that name; None
-    for those without one or, where a repository has none of them, for what it has. With HF_HUB_OFFLINE=1 only what was
-    downloaded before is found. FileNotFoundError, or ValueError in one line where nothing can be downloaded.
+    folders: the folders with the needed weights, "" for the top. variant: "fp16" for the files of that name; None for
+    files without a variant or, if the repository has none, any. With HF_HUB_OFFLINE=1 only the download cache is used.
+    Raises FileNotFoundError, or ValueError if the download fails.
     """
     text = str(path_or_id)
     hub_id, _, revision = text.partition("@")
@@ -52,61 +52,61 @@ def directory_of(
         try:
             snapshot = snapshot_download(hub_id, revision=revision or None, allow_patterns=[*SETTINGS, *wanted])
         except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = plain(str(error), 2000)  # what to do (accept a licence, log in) stands at its end
-            raise ValueError(f"{text} is no directory, and no hub id that could be downloaded: {reason}") from error
+            reason = plain(str(error), 2000)  # instructions (accept a licence, log in) are at its end
+            raise ValueError(f"{text} is not a directory, and could not be downloaded as a hub id: {reason}") from error
         if all(any((Path(snapshot) / folder).glob("*.safetensors")) for folder in folders):
             return Path(snapshot)
     of_variant = f" of the variant {variant}" if variant else ""
     raise ValueError(
-        f"{text} holds no safetensors{of_variant}, only pickles perhaps, which are not read: name a revision that has "
-        f"them ({hub_id}@refs/pr/N), or convert a copy that you trust and give its directory"
+        f"{text} holds no safetensors{of_variant}; pickles are not read. Use a revision that has safetensors "
+        f"({hub_id}@refs/pr/N), or convert a copy that you trust and pass its directory"
     )
 
 
 def _files(variant: str | None) -> list[str]:
-    """Patterns of the names that a checkpoint has: in one file or in shards, numbered before or behind the variant."""
+    """Patterns for checkpoint files: single or sharded, with the shard number before or after the variant."""
     mark, number = f".{variant}" if variant else "", "-?????-of-?????"
     names = (f"{mark}.safetensors", f"{mark}{number}.safetensors", f"{number}{mark}.safetensors")
     return [stem + name for stem in STEMS for name in dict.fromkeys(names)]
 
 
 def check_dtype(dtype: str) -> Dtype:
-    """The type itself; ValueError for one that parameters are not loaded in."""
+    """Returns `dtype`; ValueError unless it is "float32" or "bfloat16"."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
     return cast(Dtype, dtype)
 
 
 def read_json(path: Path, what: str = "weights") -> dict[str, Any]:
-    """The settings in a config.json. FileNotFoundError, or ValueError where it is no JSON object of moderate size."""
+    """Read a config.json. Raises FileNotFoundError, or ValueError unless it is a JSON object of moderate size."""
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path.parent}: {path.name} is missing")
     return json_files.read_object(path)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """The inverse of `read_json`; the file appears whole or not at all (OSError)."""
+    """The inverse of `read_json`, atomic. OSError if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tree.saving(path):
         files.write_json(path, values)
 
 
 def require(path: Path, values: Mapping, name: str, allowed: tuple, default: Any = None) -> None:
-    """ValueError that names a setting whose value is not supported."""
+    """ValueError, naming the setting, if its value is not in `allowed`."""
     value = values.get(name, default)
     if value not in allowed:
         raise ValueError(f"{path}: {name} = {quoted(value)} is not supported, only {' or '.join(map(repr, allowed))}")
 
 
 class Group(NamedTuple):
-    """A group of settings in a config.json; what is wrong with one is a ValueError that gives the name it has there."""
+    """A group of settings in a config.json. Methods raise ValueError with the setting's full name if it is invalid."""
 
     path: Path
     values: dict[str, Any]
     name: str = ""
 
     def group(self, name: str) -> "Group":
-        """A group in this one. What transformers calls its `_dict` is from older versions, and replaces all of it."""
+        """A nested group. `{name}_dict`, from older transformers versions, replaces it entirely."""
         values = self.values.get(f"{name}_dict")
         name = name if values is None else f"{name}_dict"
         values = self.values.get(name)
@@ -140,9 +140,9 @@ class Group(NamedTuple):
 
 
 def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, unread: of its one file, or of the shards that its index lists.
+    """All tensors of a checkpoint, not yet read, from its single file or the shards in its index.
 
-    `variant` as in `directory_of`. FileNotFoundError, or ValueError for pickles, damaged files and indices.
+    variant: as in `directory_of`. Raises FileNotFoundError, or ValueError for pickles and damaged files or indices.
     """
     single, index = _single_or_index(directory, variant)
     if single is not None:
@@ -152,11 +152,11 @@ def open_tensors(directory: Path, variant: str | None = None) -> dict[str, Store
         raise ValueError(f"{index} is not an index of shards: it has no weight_map")
     outside = [name for name in listed.values() if not _is_file_name(name)]
     if outside:
-        raise ValueError(f"{index} lists {quoted(outside[0])}, which is no file beside it")
+        raise ValueError(f"{index} lists {quoted(outside[0])}, which is not the name of a file beside it")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(listed.values())):
         stored = tree.read_header(directory / name)[0]
-        # Of a tensor that is in two shards, the one counts that the index gives.
+        # If a tensor is in two shards, the index decides.
         tensors |= {key: tensor for key, tensor in stored.items() if listed.get(key, name) == name}
     lost = sorted(listed.keys() - tensors.keys())
     if lost:
@@ -169,7 +169,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _single_or_index(directory: Path, variant: str | None) -> tuple[Path | None, Path]:
-    """The one file of weights, or None and the index of several."""
+    """The single weights file or None, and the path of the index of shards."""
     for mark in (f".{variant}",) if variant else ("", ".fp16", ".bf16"):
         for stem in STEMS:
             single = directory / f"{stem}{mark}.safetensors"
@@ -185,11 +185,11 @@ def _single_or_index(directory: Path, variant: str | None) -> tuple[Path | None,
 def names(
     paths: Iterable[str], rules: Iterable[tuple[str, str]], words: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """Their name of each of our parameters, by the first rule that fits its path.
+    """Maps each of our parameter paths to its public name, by the first matching rule.
 
-    A rule is a path with {fields}, each a part of one name, and their name with the same fields; what a field stands
-    for is exchanged by `words`. ("norm/{leaf}", "layer_norm.{leaf}") with {"scale": "weight"} makes "norm/scale"
-    "layer_norm.weight". Raises ValueError for a path without a rule, and where two have one name.
+    A rule is our path with {fields}, each matching within one path component, and the public name with the same
+    fields; `words` translates field values. ("norm/{leaf}", "layer_norm.{leaf}") with {"scale": "weight"} maps
+    "norm/scale" to "layer_norm.weight". ValueError if a path matches no rule or two paths get the same name.
     """
     compiled = [(re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+?)", re.escape(ours))), to) for ours, to in rules]
     renamed: dict[str, str] = {}
@@ -200,16 +200,16 @@ def names(
             raise ValueError(f"no rule names {path}")
         renamed[path] = to.format(**{field: words.get(word, word) for field, word in match.groupdict().items()})
     if len(set(renamed.values())) < len(renamed):
-        raise ValueError("two parameters have one name")
+        raise ValueError("two parameters have the same name")
     return renamed
 
 
 def load_params(
     tensors: Mapping[str, Stored], shapes: dict, named: Mapping[str, str], dtype: str, place: Place, where: str
 ) -> dict:
-    """The parameter tree of `shapes`, whose leaves are `named` so in `tensors`; none may be missing or left over.
+    """The parameter tree of `shapes`. named: the name in `tensors` of each leaf; missing or extra tensors are an error.
 
-    Tensors are read one at a time, cast to `dtype` and handed to `place`.
+    Tensors are read one at a time, cast to `dtype` and passed to `place`.
     """
     leaves = trees.flatten(shapes)
     want = {named[path]: theirs_shape(path, leaf.shape) for path, leaf in leaves.items()}
@@ -219,21 +219,21 @@ def load_params(
 
 
 def write_params(path: Path, params: dict, named: Mapping[str, str], dtype: str) -> None:
-    """The inverse of `load_params`, into one file, which appears whole or not at all (OSError)."""
+    """The inverse of `load_params`: writes one file atomically. OSError if writing fails."""
     leaves = trees.flatten(params).items()
     tensors = {named[name]: theirs(name, np.asarray(leaf).astype(jnp.dtype(dtype))) for name, leaf in leaves}
     tree.write_safetensors(path, tensors, {"format": "pt"})
 
 
 def ours(path: str, array: np.ndarray) -> np.ndarray:
-    """A tensor of PyTorch as Flax has it: (out, in) → (in, out); of a convolution (out, in, h, w) → (h, w, in, out)."""
+    """PyTorch layout to Flax layout: (out, in) → (in, out); for convolutions (out, in, h, w) → (h, w, in, out)."""
     if not path.endswith("kernel"):
         return array
     return _transposed(array) if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 3, 1, 0))
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
-    """A few rows at a time: numpy's copy of the whole misses the cache at each number, and takes four times as long."""
+    """Transpose a few rows at a time: numpy's full copy misses the cache at each element and is four times slower."""
     result = np.empty(array.shape[::-1], array.dtype)
     for row in range(0, len(array), 32):
         result[:, row : row + 32] = array[row : row + 32].T
@@ -244,11 +244,11 @@ def theirs(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `ours`."""
     if path.endswith("kernel"):
         array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-    return np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
+    return np.asarray(array, order="C")  # ascontiguousarray would turn a scalar into a vector
 
 
 def theirs_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`theirs` of a shape."""
+    """The shape of `theirs` for an array of `shape`."""
     if not path.endswith("kernel"):
         return tuple(shape)
     return tuple(shape[::-1]) if len(shape) == 2 else tuple(shape[i] for i in (3, 2, 0, 1))

@@ -1,11 +1,11 @@
-"""A cascade on disk: one that was trained here, or DeepFloyd IF.
+"""Loading cascades from disk: trained here, or DeepFloyd IF.
 
     DIR/text/              the text encoder: config.json, model.safetensors, tokenizer.json (transformers layout)
-    DIR/base64/            one model (`weights/stages.py`), or the folder of its training run (`weights/runs.py`)
+    DIR/base64/            one model (`weights/stages.py`) or its training run (`weights/runs.py`)
     DIR/sr256/ DIR/sr1024/ the same for super-resolution
 
-`SHIPPED` is the tiny cascade of the package. A stage of IF is a folder that diffusers' IFPipeline or
-IFSuperResolutionPipeline opens (`weights/deepfloyd_pipeline.py`), the base's with the text encoder in it.
+`SHIPPED` is the tiny cascade of the package. A stage of IF is a folder for diffusers' IFPipeline (including the text
+encoder) or IFSuperResolutionPipeline (`weights/deepfloyd_pipeline.py`).
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from jaxdiff.weights.kinds import describe
 SHIPPED = Path(__file__).parent / "tiny"
 STAGES = ("base64", "sr256", "sr1024")
 SECOND = {f"DeepFloyd/IF-I-{size}-v1.0": f"DeepFloyd/IF-II-{size.replace('X', '')}-v1.0" for size in ("M", "L", "XL")}
-"""The stage II that a published stage I is sampled with, where no other is named."""
+"""The default stage II of each published stage I."""
 
 Weights = str | Path | Sequence[str | Path]
-"""A folder of stages; or several of: a folder of stages, one stage, a training run, a pipeline of DeepFloyd IF (folder
-or hub id, `id@revision`)."""
+"""One or several of: a folder of stages, one stage, a training run, a DeepFloyd IF pipeline (folder or hub id,
+`id@revision`)."""
 
 
 def load(
@@ -42,14 +42,14 @@ def load(
     text: TextEncoder | None = None,
     place: hub.Place = jnp.asarray,
 ) -> Pipeline:
-    """The cascade of these weights, where super-resolution may be missing from its end.
+    """Load a cascade; trailing super-resolution stages may be missing.
 
-    `load("runs/base64")` is what a training run has learned, finished or not; `load(["runs/base64", "runs/sr256"])` two
-    of them. `load("DeepFloyd/IF-I-XL-v1.0")` brings the stage II that belongs to it. `text`: in place of the text
-    encoder, which is then not loaded. What comes from pipelines is loaded in `dtype` ("float32" by default, or
-    "bfloat16"), from the files of a `variant` ("fp16"), put on devices by `place`, and its captions are cleaned as IF's
-    were, or with `clean=False` only put in lower case. Raises FileNotFoundError, or ValueError for settings, names or
-    shapes that do not fit; a folder without weights is told what it is.
+    weights: `"runs/base64"` is a training run, finished or not; `["runs/base64", "runs/sr256"]` is two of them;
+    `"DeepFloyd/IF-I-XL-v1.0"` includes its default stage II. text: replaces the text encoder, which is then not loaded.
+    For IF pipelines: dtype is "float32" (default) or "bfloat16"; variant ("fp16") selects the files; place puts arrays
+    on devices; captions are cleaned as in IF's training, or only lowercased with `clean=False`. Raises
+    FileNotFoundError, which describes a folder without weights, or ValueError for settings, names or shapes that do
+    not fit.
     """
     models = []
     for path in _stages(weights, variant, ("unet",)):
@@ -72,7 +72,7 @@ def load_text(
     clean: bool = True,
     place: hub.Place = jnp.asarray,
 ) -> T5TextEncoder:
-    """The text encoder of a cascade alone, as `load` has it: to embed captions and leave before the rest is loaded."""
+    """The text encoder of a cascade, as in `load`, without the rest: to embed captions first and free it."""
     first = _stages_of(_listed(weights)[0], variant, ("text_encoder",))[0]
     if is_pipeline(first):
         return deepfloyd_pipeline.load_text_encoder(
@@ -81,7 +81,7 @@ def load_text(
     run = next((folder for folder in (first, first.parent) if runs.is_run(folder)), None)
     base = stages.read_settings(first if run is None else run / runs.MODEL)[0]
     if base.text is None:
-        raise ValueError(f"{first}: reads no text; the stage that samples from text has to come before it")
+        raise ValueError(f"{first}: reads no text; it must come after a stage that samples from text")
     if run is None or not runs.has_text_source(run):
         folder = first.parent / "text"
         if not folder.is_dir():
@@ -92,7 +92,7 @@ def load_text(
 
 
 def text_length(weights: Weights) -> int:
-    """Tokens a caption that the first of these weights was trained with."""
+    """Tokens per caption in the training of the first stage of `weights`."""
     first = _stages_of(_listed(weights)[0], None, ("unet",))[0]
     if is_pipeline(first):
         return deepfloyd_pipeline.LENGTH
@@ -107,17 +107,17 @@ def is_pipeline(directory: Path) -> bool:
 
 
 def _listed(weights: Weights) -> list[str | Path]:
-    """The places, in the order of the stages."""
+    """The folders and hub ids, in the order of the stages."""
     listed = [weights] if isinstance(weights, str | Path) else list(weights)
     if not listed:
-        raise ValueError("no weights are named")
+        raise ValueError("no weights given")
     if len(listed) == 1 and (hub_id := str(listed[0]).partition("@")[0]) in SECOND and not Path(listed[0]).exists():
         return [listed[0], SECOND[hub_id]]
     return listed
 
 
 def _stages(weights: Weights, variant: str | None, folders: tuple[str, ...]) -> list[Path]:
-    """The folder of each stage; of hub ids those `folders` are downloaded."""
+    """The folder of each stage. folders: the folders to download from hub ids."""
     return [stage for place in _listed(weights) for stage in _stages_of(place, variant, folders)]
 
 
@@ -136,17 +136,16 @@ def _stages_of(place: str | Path, variant: str | None, folders: tuple[str, ...])
     present = [name for name in STAGES if (folder / name).is_dir()]
     if not present:
         raise FileNotFoundError(f"{folder}: {describe(folder)}")
-    lonely = [name for name, wanted in zip(present, STAGES) if name != wanted]
-    if lonely:
-        raise ValueError(f"{folder}: holds {lonely[0]} without the stage before it")
+    orphans = [name for name, wanted in zip(present, STAGES) if name != wanted]
+    if orphans:
+        raise ValueError(f"{folder}: holds {orphans[0]} without the stage before it")
     return [folder / name for name in present]
 
 
 def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes a cascade of IF's kind as pipelines in a folder of stages: diffusers opens each, `load` all of them.
+    """Writes a cascade of IF's architecture as a folder of diffusers pipelines, which `load` also reads.
 
-    ValueError where diffusers has no words for a setting of a stage, before anything is written; OSError where
-    something cannot be written.
+    ValueError if diffusers cannot express a setting of a stage, before anything is written; OSError if writing fails.
     """
     models = trained(pipeline)
     if len(models) > len(STAGES):
@@ -159,16 +158,18 @@ def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") ->
 
 
 def trained(pipeline: Pipeline) -> tuple[TrainedModel, ...]:
-    """The boxes of a pipeline whose boxes are all trained diffusion models; ValueError for any other."""
+    """The boxes of a pipeline; ValueError unless all are trained diffusion models."""
     models = tuple(box for box in pipeline.boxes if isinstance(box, TrainedModel))
     if len(models) < len(pipeline.boxes):
-        raise ValueError("a pipeline with boxes that are no diffusion models")
+        raise ValueError("the pipeline has boxes that are not diffusion models")
     return models
 
 
 def with_dtype(pipeline: Pipeline, dtype: str | None) -> Pipeline:
-    """The pipeline with networks that compute in `dtype` (None: each in its own). Parameters and samplers stay float32.
-    ValueError for a pipeline whose boxes are not all diffusion models."""
+    """The pipeline with networks that compute in `dtype` (None: unchanged). Parameters and samplers stay float32.
+
+    ValueError unless all boxes are diffusion models.
+    """
     if dtype is None:
         return pipeline
     models = [replace(each, model=executed(each.model, dtype=dtype)) for each in trained(pipeline)]

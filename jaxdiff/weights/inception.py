@@ -1,7 +1,7 @@
 """FID's Inception-v3 from a safetensors file with PyTorch's names.
 
-The public file, pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, is a pickle:
-`experiments.export inception` makes such a file of it.
+The public file, pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, is a pickle;
+`experiments.export inception` converts it.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jaxdiff.nets.inception import SIDE, Inception
 from jaxdiff.weights import hub, tree
 
 UNUSED = ("fc.bias", "num_batches_tracked")
-"""Ends of names: the Inception score leaves the bias out, the other counts training steps."""
+"""Suffixes of ignored tensors: the Inception score omits the bias; the other counts training steps."""
 
 RULES = (
     ("conv_1a/{part}/{leaf}", "Conv2d_1a_3x3.{part}.{leaf}"),
@@ -41,7 +41,7 @@ WORDS = {"norm": "bn", "kernel": "weight", "scale": "weight", "mean": "running_m
 
 
 def load(path: Path) -> dict:
-    """The parameters, float32. FileNotFoundError that says how to get the file; ValueError for another file."""
+    """The parameters, float32. FileNotFoundError with download instructions if absent; ValueError for another file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights of Inception at {path}: download pt_inception-2015-12-05-6726825d.pth from pytorch-fid's "
@@ -53,8 +53,10 @@ def load(path: Path) -> dict:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], where: str) -> int:
-    """Writes tensors by PyTorch's names as `load` reads them; how many numbers they are. ValueError, naming `where`
-    they come from, for those that are not this network's."""
+    """Writes tensors under PyTorch's names, as `load` reads them; returns the number of parameters.
+
+    where: the origin of the tensors, for the ValueError if they do not fit this network.
+    """
     kept = {key: np.asarray(tensor, np.float32) for key, tensor in tensors.items() if not key.endswith(UNUSED)}
     shapes = _shapes()
     want = {key: hub.theirs_shape(ours, trees.flatten(shapes)[ours].shape) for ours, key in names(shapes).items()}
@@ -64,7 +66,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], where: str) -> int:
 
 
 def names(shapes: dict) -> dict[str, str]:
-    """PyTorch's name of each parameter."""
+    """Maps each parameter path to its PyTorch name."""
     return hub.names(trees.flatten(shapes), RULES, WORDS)
 
 

@@ -1,4 +1,4 @@
-"""What a folder is, for messages: weights that are asked for are often beside those that were meant."""
+"""Descriptions of folders for error messages: users often name a folder beside the intended one."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from jaxdiff.weights.stages import SETTINGS
 
 
 def describe(folder: Path) -> str:
-    """Of a folder without a cascade: what it is, and what makes it usable."""
+    """Describe a folder without a cascade, and how to use it."""
     for find in (_run, _network, _other):
         if description := find(folder):
             return description
@@ -22,7 +22,7 @@ def describe(folder: Path) -> str:
 
 
 def _run(folder: Path) -> str | None:
-    """A run of training that cannot be sampled from."""
+    """A training run that cannot be sampled from."""
     command = _json(folder / "settings.json").get("command")
     if isinstance(command, str):
         used = {
@@ -30,7 +30,7 @@ def _run(folder: Path) -> str | None:
             "clip": f"its {folder / 'model'} is for --clip of experiments.evaluate",
             "classifier": f"its {folder / 'model'} is for --classifier of experiments.evaluate",
         }
-        return f"a run of {quoted(command)}: {used.get(command, 'it has not begun to save')}"
+        return f"a run of {quoted(command)}: {used.get(command, 'it has saved nothing yet')}"
     if (folder / "checkpoints").is_dir():
         return "a run without model/: of another version, or not of a diffusion model"
     return None
@@ -45,7 +45,7 @@ def _network(folder: Path) -> str | None:
     if (folder / "classifier.json").is_file():
         return "a classifier, for --classifier of experiments.evaluate"
     if kind is not None:
-        return f"a network of the kind {quoted(kind)}, which is no cascade"
+        return f"a network of type {quoted(kind)}, not a cascade"
     return None
 
 
@@ -60,7 +60,7 @@ def _other(folder: Path) -> str | None:
 
 
 def _json(path: Path) -> dict:
-    """The object in a file; empty where there is none."""
+    """The JSON object in a file; empty if absent or invalid."""
     try:
         return json_files.read_object(path)
     except (OSError, ValueError):

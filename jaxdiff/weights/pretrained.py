@@ -1,4 +1,4 @@
-"""The way in and out of weights: `jaxdiff.from_pretrained` and `jaxdiff.save_pretrained`."""
+"""`jaxdiff.from_pretrained` and `jaxdiff.save_pretrained`."""
 
 from pathlib import Path
 
@@ -19,27 +19,28 @@ def from_pretrained(
     text_encoder: TextEncoder | None = None,
     place: hub.Place = jnp.asarray,
 ) -> Pipeline:
-    """A pipeline that samples: `from_pretrained("runs/base64").sample(["a red circle"])`.
+    """Load a pipeline: `from_pretrained("runs/base64").sample(["a red circle"])`.
 
-    weights: the folder of a cascade or of a training run, several of them, or a hub id; without any, the tiny cascade
-    of the package. dtype: what the networks compute in ("float32" or "bfloat16"). text_encoder: in place of the
-    weights' own. place: puts an array on its devices. Raises FileNotFoundError or ValueError as `weights.imagen.load`.
+    weights: the folder of a cascade or of a training run, several of them, or a hub id; by default the tiny cascade of
+    the package. dtype: compute type of the networks ("float32" or "bfloat16"). variant: as in `weights.imagen.load`.
+    text_encoder: replaces the one of the weights. place: puts an array on its devices. Raises FileNotFoundError or
+    ValueError as `weights.imagen.load` does.
     """
     pipeline = imagen.load(weights, dtype=dtype, variant=variant, text=text_encoder, place=place)
     return pipeline if dtype is None else imagen.with_dtype(pipeline, dtype)
 
 
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
-    """Write a pipeline as a folder that `from_pretrained` reads: text/, base64/ and, for its decoders, sr256/, sr1024/.
+    """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/.
 
-    dtype: what parameters are stored in; "float16" and "bfloat16" halve the files. ValueError for a pipeline that such
-    a folder cannot hold, before anything is written; OSError where something cannot be written.
+    dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
+    pipeline, before anything is written; OSError if writing fails.
     """
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")
     if not isinstance(encoder, T5TextEncoder):
-        raise ValueError("save_pretrained writes the text encoder too, and this pipeline has no T5")
+        raise ValueError("save_pretrained needs a T5 text encoder, and this pipeline has none")
     if others := [name for name in STAGES[len(models) :] if (directory / name).exists()]:
         raise ValueError(f"{directory} holds {' and '.join(others)} of another cascade: choose another folder")
     t5.export(encoder.config, encoder.params, directory / "text")

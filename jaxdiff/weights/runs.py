@@ -1,9 +1,9 @@
-"""The folder of a training run of a diffusion model as weights: finished or not, it can be sampled from.
+"""Loading the folder of a diffusion model's training run, finished or not.
 
-RUN/model/stage.json         settings, from before the first step on
-RUN/checkpoints/             of which the newest has the averaged parameters
-RUN/model/model.safetensors  these, at the end
-RUN/text_encoder.json        where the text encoder is, and how it was used
+RUN/model/stage.json         settings, written before the first step
+RUN/checkpoints/             the newest holds the averaged parameters
+RUN/model/model.safetensors  the averaged parameters, written at the end
+RUN/text_encoder.json        location and settings of the text encoder
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -23,8 +23,8 @@ TEXT = "text_encoder.json"
 
 @dataclass(frozen=True)
 class TextSource:
-    """source: directory or hub id of the text encoder. length: tokens a caption. dtype: what it was computed in.
-    fingerprint: of what it gave."""
+    """source: directory or hub id of the text encoder. length: tokens per caption. dtype: its compute type.
+    fingerprint: that of its embeddings."""
 
     source: str
     length: int
@@ -33,26 +33,25 @@ class TextSource:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is that of a run which has begun."""
+    """Whether the folder is a training run that has started."""
     return (folder / MODEL / stages.SETTINGS).is_file()
 
 
 def load(run: Path) -> TrainedModel:
-    """What a run has learned up to its newest checkpoint. FileNotFoundError where it has saved none yet; ValueError for
-    a damaged one."""
+    """The model at a run's newest checkpoint. FileNotFoundError if there is none yet; ValueError if it is damaged."""
     model, sampling, text = stages.read_settings(run / MODEL)
     checkpoints, params = run / "checkpoints", run / MODEL / "model.safetensors"
     if any(path.name.isdigit() for path in checkpoints.glob("*")):
-        learned = load_ema(checkpoints)
-        check_tree(learned, abstract_params(model), str(checkpoints))
-        return TrainedModel(model, learned, sampling, text)
+        ema = load_ema(checkpoints)
+        check_tree(ema, abstract_params(model), str(checkpoints))
+        return TrainedModel(model, ema, sampling, text)
     if not params.is_file():
         raise FileNotFoundError(f"{run}: a run that has saved no checkpoint yet; wait for its first (--save-every)")
     return TrainedModel(model, stages.load_params(model, params), sampling, text)
 
 
 def save_text_source(run: Path, source: TextSource) -> None:
-    """Write down where the run's text encoder is: a directory by its absolute path."""
+    """Record the run's text encoder; a directory is stored as an absolute path."""
     place = Path(source.source)
     values = asdict(source) | ({"source": str(place.resolve())} if place.is_dir() else {})
     write_json(run / TEXT, values)
@@ -63,7 +62,7 @@ def has_text_source(run: Path) -> bool:
 
 
 def read_text_source(run: Path) -> TextSource:
-    """ValueError for a damaged file; FileNotFoundError where the text encoder is no longer there."""
+    """The inverse of `save_text_source`. ValueError if damaged; FileNotFoundError if the text encoder is gone."""
     path = run / TEXT
     values = json_files.read_object(path)
     if values.keys() != {field.name for field in fields(TextSource)} or type(values["length"]) is not int:

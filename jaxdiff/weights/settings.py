@@ -1,4 +1,4 @@
-"""The classes of settings that files of this project hold, and the version of those files."""
+"""The table of settings classes for JSON files, and the version of those files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ from jaxdiff.nets import blocks, classifier, conditioning, unet
 from jaxdiff.weights import sizes
 
 VERSION = 2
-"""Of stage.json and classifier.json. 1, which did not say so, named classes by their bare names."""
+"""Version of stage.json and classifier.json. Version 1 had no version field and used bare class names."""
 
 
 def _check_value(settings: Any, where: str) -> None:
@@ -90,7 +90,7 @@ to_json, from_json = TABLE.to_json, TABLE.from_json
 
 
 def check_version(data: Mapping[str, Any], where: str) -> None:
-    """ValueError for a file of settings that another version wrote."""
+    """ValueError if `data` has another version."""
     version = data.get("version", 1)
     if version != VERSION:
-        raise ValueError(f"{where} has version {quoted(version)}, and version {VERSION} is read here: train it anew")
+        raise ValueError(f"{where} has version {quoted(version)}, but only version {VERSION} is supported: train again")

@@ -1,7 +1,7 @@
-"""How large what a file asks for may be: one table, for settings of our own and for public ones.
+"""Bounds of the numbers in settings files, our own and public ones, in one table.
 
-Everything is checked before anything is built. A number beyond its bounds is a mistake or an attack; without the check
-it would cost hours or all memory, or end in an error that does not name it.
+All values are checked before anything is built. A value out of bounds is a mistake or an attack; unchecked, it could
+cost hours or all memory, or cause an error that does not name it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNet
 
 
 class Bounds(NamedTuple):
-    """The smallest and the largest number that a setting may have."""
+    """Smallest and largest value of a setting."""
 
     least: int = 1
     most: int = 2**20
@@ -37,7 +37,7 @@ SIZE, DEPTH, STEPS, SIDE = Bounds(), Bounds(1, 256), Bounds(1, 2**16), Bounds(1,
 OPTIONAL, HEADS, FACTOR = Bounds(0), Bounds(0, 2**12), Bounds(0, 2**10)
 LEVELS = 12
 CHARACTERS = 200
-"""Of a name."""
+"""Maximum length of a name."""
 PARAMETERS = 2**40
 
 _UNET = {
@@ -80,12 +80,14 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     time_grid.Leading: {"offset": Bounds(0, STEPS.most)},
     time_grid.Respaced: {"counts": STEPS, "offset": Bounds(0, STEPS.most)},
 }
-"""Of every whole number in settings."""
+"""The bounds of every integer in settings, by class and field."""
 
 
 def check(cls: type, field: str, value: Any, where: str) -> None:
-    """ValueError, naming `where` and the field, for a value out of bounds, a number that is not finite or a name that
-    cannot be printed; before the class is given it."""
+    """Check a value before `cls` is constructed.
+
+    ValueError, naming `where` and the field, for a value out of bounds, a non-finite number or an unprintable name.
+    """
     bounds = BOUNDS.get(cls, {}).get(field)
     for item in value if isinstance(value, tuple) else (value,):
         wanted = ""
@@ -100,7 +102,7 @@ def check(cls: type, field: str, value: Any, where: str) -> None:
 
 
 def check_name(name: str, what: str, where: str) -> None:
-    """ValueError for a name that is too long, or cannot be printed on one line."""
+    """ValueError for a name that is too long or not printable on one line."""
     if not _is_name(name):
         raise ValueError(f"{where}: {what} is {quoted(name)}, not up to {CHARACTERS} characters that can be printed")
 
@@ -112,17 +114,17 @@ def _is_name(name: str) -> bool:
 def _finite(number: int | float) -> bool:
     try:
         return math.isfinite(number)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond the float range
         return False
 
 
 def check_network(config: UNetConfig, where: str) -> None:
-    """ValueError for a U-Net whose levels together are too much, or whose attention does not divide its width."""
+    """ValueError for a U-Net with too many levels or blocks, or whose heads do not divide the width."""
     levels = len(config.blocks)
     if not 1 <= levels <= LEVELS:
         raise ValueError(f"{where}: a network of {levels} levels: 1 to {LEVELS} are supported")
     if sum(config.blocks) > DEPTH.most:
-        raise ValueError(f"{where}: blocks of {sum(config.blocks)} in all: at most {DEPTH.most} are supported")
+        raise ValueError(f"{where}: {sum(config.blocks)} blocks in total: at most {DEPTH.most} are supported")
     for name, heads, width in _attentions(config):
         if width % heads:
             raise ValueError(f"{where}: {name}: {heads} heads do not divide a width of {width}")
@@ -138,7 +140,7 @@ def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def check_model(model: DiffusionModel, where: str) -> None:
-    """ValueError where the heads that pool a text do not divide its width."""
+    """ValueError if the heads of the text pooling do not divide the text's width."""
     reader, width = model.unet.conditioning.text, None if model.text is None else model.text.width
     if isinstance(reader, WholeText) and reader.pool and width is not None and width % reader.heads(width):
         raise ValueError(f"{where}: pool_heads: {reader.heads(width)} heads do not divide a width of {width}")
@@ -146,18 +148,17 @@ def check_model(model: DiffusionModel, where: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def shapes_of(init: Callable[[Any], dict], settings: Hashable) -> dict:
-    """The parameters that `init(settings)` would make, as shapes. Kept, since tracing a large network takes seconds."""
+    """The shapes of `init(settings)`. Cached, since tracing a large network takes seconds."""
     return jax.eval_shape(lambda: init(settings))
 
 
 def shapes(init: Callable[[Any], dict], settings: Hashable, where: str) -> dict:
-    """`shapes_of`; ValueError, naming `where` the settings come from, where they make no network, or one of too many
-    parameters."""
+    """`shapes_of`, with ValueError, naming `where`, if the settings are invalid or give too many parameters."""
     try:
         result = shapes_of(init, settings)
         leaves = trees.flatten(result).values()
-    except Exception as error:  # of jax and flax, in many types
-        raise ValueError(f"{where}: these settings make no network: {reason(error)}") from error
+    except Exception as error:  # jax and flax raise many types
+        raise ValueError(f"{where}: these settings are invalid: {reason(error)}") from error
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     if count > PARAMETERS:
         raise ValueError(f"{where}: these settings make a network of {count:.2g} parameters: {PARAMETERS:.2g} at most")
@@ -165,5 +166,5 @@ def shapes(init: Callable[[Any], dict], settings: Hashable, where: str) -> dict:
 
 
 def names(listed: list[str]) -> str:
-    """The first ten of some names out of a file."""
+    """The first ten names, escaped for messages."""
     return ", ".join(map(plain, listed[:10])) + (", …" if len(listed) > 10 else "")

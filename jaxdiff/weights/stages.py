@@ -1,4 +1,4 @@
-"""One diffusion model on disk: stage.json (its settings, and how it samples) and model.safetensors (parameters)."""
+"""One diffusion model on disk: stage.json (model and sampling settings) and model.safetensors (parameters)."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ SETTINGS = "stage.json"
 
 
 def load_model(directory: str | Path) -> TrainedModel:
-    """One stage: its settings, its parameters as float32, and how it draws."""
+    """Load one stage: settings, float32 parameters and sampling settings."""
     directory = Path(directory)
     stage, sampling, text = read_settings(directory)
     return TrainedModel(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
 
 
 def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str | None]:
-    """Of one stage, with the fingerprint of the text encoder that it was trained with, where that is known."""
+    """Model and sampling settings of one stage, and the fingerprint of its text encoder (None if unknown)."""
     settings = directory / SETTINGS
     if not settings.is_file():
         raise FileNotFoundError(f"{directory}: no stage here (it has no {SETTINGS})")
@@ -47,7 +47,7 @@ def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str 
 
 
 def load_params(stage: DiffusionModel, path: Path) -> dict:
-    """The parameters of a stage from its safetensors file, float32. ValueError where names or shapes differ."""
+    """The float32 parameters of a stage from its safetensors file. ValueError if names or shapes differ."""
     params = tree.load_expected(path, sizes.shapes(_init, stage, str(path.parent)))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
@@ -57,9 +57,9 @@ def _init(stage: DiffusionModel) -> dict:
 
 
 def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes one stage; `dtype` "float16" or "bfloat16" halves the file. OSError where the disk is full.
+    """Writes one stage atomically; `dtype` "float16" or "bfloat16" halves the file.
 
-    Both files appear whole or not at all, and an older stage stays as it was where the new one cannot be saved.
+    OSError if writing fails, a full disk included; an older stage is then unchanged.
     """
     directory = Path(directory)
     settings = _settings_text(model)
@@ -71,7 +71,7 @@ def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32
 
 
 def save_settings(model: TrainedModel, directory: str | Path) -> None:
-    """Writes what `save_model` does, without the parameters: what a run is, before it has learned anything."""
+    """Writes only the settings, as `save_model` does: for a run before its first step."""
     path = Path(directory) / SETTINGS
     settings = _settings_text(model)
     path.parent.mkdir(parents=True, exist_ok=True)

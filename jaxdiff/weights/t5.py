@@ -1,7 +1,7 @@
 """T5 in the transformers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
-Reads v1.0, v1.1, Flan-T5, ByT5, mT5 and UMT5, the whole model or its encoder alone, one file or shards with an index.
-Every tensor is accounted for: it is read, or it is one of the named duplicates, or the checkpoint is refused.
+Reads v1.0, v1.1, Flan-T5, ByT5, mT5 and UMT5: the full model or only its encoder, one file or shards with an index.
+Every tensor must be a parameter or a known duplicate; any other is an error.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_specia
 from jaxdiff.weights import hub, sizes
 
 UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
-"""In the v1.0 files, and read by no implementation: cross-attention has no positions."""
+"""In the v1.0 files but used by no implementation: cross-attention has no positions."""
 
 
 def load(
@@ -31,12 +31,11 @@ def load(
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> tuple[T5Config, dict]:
-    """Configuration and parameters of a directory or hub id; floating leaves in `dtype`, "float32" or "bfloat16".
+    """Load configuration and parameters from a directory or hub id; leaves in `dtype`, "float32" or "bfloat16".
 
-    With `encoder_only`, or from a checkpoint that has no decoder, the parameters are those of `T5Encoder` and
-    `decoder_layers` is 0. `variant` "fp16" reads the files of that name. Tensors are read one at a time and handed to
-    `place`, which puts them on devices.
-    Raises FileNotFoundError, or ValueError that names the setting or the tensors at fault.
+    With `encoder_only`, or from a checkpoint without a decoder, the parameters are those of `T5Encoder` and
+    `decoder_layers` is 0. variant: "fp16" reads the files of that name. place: puts an array on its devices; tensors
+    are read one at a time. Raises FileNotFoundError, or ValueError that names the invalid setting or tensors.
     """
     compute_type = hub.check_dtype(dtype)
     directory = hub.directory_of(path_or_id, "T5", variant=variant)
@@ -48,7 +47,7 @@ def load(
         raise ValueError(f"{directory}: num_decoder_layers = 0 in config.json, but there is a decoder")
     else:
         config = replace(config, tied=_is_tied(config, tensors))
-    tensors = _accounted(config, tensors, directory)
+    tensors = _without_copies(config, tensors, directory)
     shapes = sizes.shapes(_init, config, str(directory / "config.json"))
     return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
 
@@ -62,24 +61,24 @@ def load_text_encoder(
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> T5TextEncoder:
-    """The frozen encoder of a directory or hub id with its tokenizer, `length` tokens a caption.
+    """Load the frozen encoder and its tokenizer from a directory or hub id. length: tokens per caption.
 
-    `tokenizer`: where it is, if not beside the weights. One that names no padding or no end takes those of config.json.
+    tokenizer: its directory, if not beside the weights. Missing padding or end tokens are taken from config.json.
     """
     directory = hub.directory_of(path_or_id, "T5", variant=variant)
-    settings = read_config(directory / "config.json")  # before the tokenizer, whose library reads this file too
-    words = load_tokenizer(directory if tokenizer is None else tokenizer)
-    check_vocabulary(words, settings.vocab, str(directory))
-    words = with_special_tokens(words, settings.pad_id, settings.eos_id)
+    settings = read_config(directory / "config.json")  # validated before the tokenizer library reads it
+    loaded = load_tokenizer(directory if tokenizer is None else tokenizer)
+    check_vocabulary(loaded, settings.vocab, str(directory))
+    loaded = with_special_tokens(loaded, settings.pad_id, settings.eos_id)
     config, params = load(directory, dtype, encoder_only=True, variant=variant, place=place)
-    return T5TextEncoder(config, params, words, length)
+    return T5TextEncoder(config, params, loaded, length)
 
 
 def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "float32") -> None:
-    """Writes config.json and model.safetensors as transformers' T5ForConditionalGeneration, or T5EncoderModel, opens.
+    """Writes config.json and model.safetensors, each atomically, for transformers.
 
-    Parameters without a decoder make the latter. ValueError where `params` does not fit `config`, OSError where
-    something cannot be written; each file appears whole or not at all.
+    The class is T5ForConditionalGeneration, or T5EncoderModel if `params` has no decoder. ValueError if `params` does
+    not fit `config`, OSError if writing fails.
     """
     directory = Path(directory)
     if "decoder" not in params:
@@ -90,7 +89,7 @@ def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "
 
 
 def read_config(path: Path) -> T5Config:
-    """The settings in a transformers config.json. ValueError that names a setting that is missing or not supported."""
+    """Read a transformers config.json. ValueError that names a missing or unsupported setting."""
     values = hub.read_json(path, "T5")
     lacking = [theirs for theirs in REQUIRED.values() if theirs not in values]
     if lacking:
@@ -118,7 +117,7 @@ def read_config(path: Path) -> T5Config:
         gated=gated,
         tied=tied,
         bias_per_layer=config.values["model_type"] == "umt5",
-        # mT5's never are, though transformers 5 writes "tied" for it too.
+        # mT5's logits are never scaled, although transformers 5 writes "tied" for it too.
         scale_logits=config.flag("scale_decoder_outputs", tied and config.values["model_type"] != "mt5"),
     )
 
@@ -139,11 +138,11 @@ OPTIONAL = {
 }
 IDS = {"pad_id": "pad_token_id", "eos_id": "eos_token_id", "decoder_start_id": "decoder_start_token_id"}
 FEED_FORWARD = {"relu": False, "gated-gelu": True}
-"""transformers' name of each feed-forward that T5 was published with, and whether it is the gated one."""
+"""transformers' names of T5's feed-forward layers, and whether each is gated."""
 
 
 def key_map(params: dict) -> dict[str, str]:
-    """transformers' name of each of our parameters, its path joined by "/"."""
+    """Maps each parameter path, joined by "/", to its transformers name."""
     return hub.names(trees.flatten(params), RULES)
 
 
@@ -194,8 +193,8 @@ def _init(config: T5Config) -> dict:
 
 
 def _is_tied(config: T5Config, tensors: Mapping[str, hub.Stored]) -> bool:
-    """Whether the output layer is the embedding. transformers 5 writes "tied" for all, so the tensors decide; where the
-    settings say that it is not, its tensor must be there."""
+    """Whether the output layer is the embedding. transformers 5 writes "tied" for every model, so the tensors decide;
+    if the settings say untied, the output layer's tensor must be present."""
     head, embedding = tensors.get(HEAD), _embedding(config, tensors)
     if head is None or not config.tied:
         return config.tied
@@ -204,23 +203,27 @@ def _is_tied(config: T5Config, tensors: Mapping[str, hub.Stored]) -> bool:
 
 SHARED, HEAD = "shared.weight", "lm_head.weight"
 EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""The names of the one embedding; a file may have any of them."""
+"""The possible names of the embedding in a file."""
 
 
 def _embedding(config: T5Config, tensors: Mapping[str, hub.Stored]) -> hub.Stored | None:
-    """The embedding by whichever name the file has it: that of either stack, or of the output layer where v1.0's are
-    one. (That transformers 5 writes "tied" is not enough: it does so for v1.1 too, where they differ. But it scales the
-    logits of v1.0 alone.)"""
+    """The embedding, under the name of either stack or, for v1.0, of the tied output layer.
+
+    "tied" alone does not identify v1.0: transformers 5 also writes it for v1.1, whose output layer differs. It scales
+    the logits only for v1.0.
+    """
     names = (*EMBEDDINGS, *([HEAD] if config.tied and config.scale_logits else []))
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _accounted(config: T5Config, tensors: Mapping[str, hub.Stored], directory: Path) -> dict[str, hub.Stored]:
-    """`tensors` with the embedding under its own name, and without what is knowingly left out: the decoder of an
-    encoder, and copies of the embedding, which must be equal to it (ValueError)."""
+def _without_copies(config: T5Config, tensors: Mapping[str, hub.Stored], directory: Path) -> dict[str, hub.Stored]:
+    """`tensors` with the embedding under its own name, without its copies and, for an encoder, without the decoder.
+
+    ValueError if a copy differs from the embedding.
+    """
     embedding = _embedding(config, tensors)
     copies = (*EMBEDDINGS, *([HEAD] if config.tied else []))
-    for key in copies if config.decoder_layers else EMBEDDINGS[:2]:  # a decoder that is left out is not read at all
+    for key in copies if config.decoder_layers else EMBEDDINGS[:2]:  # an unused decoder is not read
         if key in tensors and embedding is not None and not _same(tensors[key], embedding):
             raise ValueError(f"{directory}: {key} differs from {embedding.key}, of which it should be a copy")
     left_out = UNUSED if config.decoder_layers else {k for k in tensors if k.startswith(("decoder.", "lm_head."))}

@@ -1,6 +1,6 @@
-"""Plain parameter trees in one safetensors file: written whole or not at all, read and checked by name.
+"""Parameter trees in one safetensors file: written atomically, checked by name when read.
 
-A parameter tree is a nested dict of arrays. In the file a leaf's name is its path joined by "/".
+A parameter tree is a nested dict of arrays. A leaf's name in the file is its path joined by "/".
 """
 
 import math
@@ -28,34 +28,34 @@ FLOATS = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-"""The types of weights that are read, by safetensors' names: no quantized checkpoints, no whole or complex numbers."""
+"""The supported weight types, by safetensors' names: no quantized, integer or complex weights."""
 TYPES = FLOATS | {
     "BOOL": np.dtype(bool),
     "C64": np.dtype(np.complex64),
     **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
 }
-"""All types that numpy has."""
+"""All types that numpy supports."""
 LARGEST_HEADER = 2**26
-"""Bytes of a safetensors header: names, shapes and metadata."""
+"""Maximum size in bytes of a safetensors header (names, shapes and metadata)."""
 
 
 def save_tree(path: str | Path, params: dict, metadata: Mapping[str, str], dtype: str | None = None) -> None:
-    """Writes `params` and `metadata` to `path`; floating leaves are cast to `dtype` ("float32", "bfloat16", "float16").
+    """Writes `params` and `metadata` to `path` atomically; OSError if writing fails, a full disk included.
 
-    The file appears complete under its name or not at all. Raises OSError in one line, a full disk included.
+    dtype: floating leaves are cast to it ("float32", "bfloat16", "float16"); None keeps their type.
     """
     tensors = {}
     for name, leaf in flatten(params).items():
         array = np.asarray(leaf)
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(jnp.dtype(dtype))
-        tensors[name] = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
+        tensors[name] = np.asarray(array, order="C")  # ascontiguousarray would turn a scalar into a vector
     write_safetensors(Path(path), tensors, dict(metadata))
 
 
 def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
-    """Nested dict of numpy arrays, in the types of the file, and its metadata.
+    """A nested dict of numpy arrays, in the types of the file, and the file's metadata.
 
     Raises FileNotFoundError, or ValueError for a pickle or a damaged file.
     """
@@ -68,16 +68,18 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
 
 
 def load_expected(path: str | Path, expected_shapes: dict) -> dict:
-    """`load_tree` of a file that must hold exactly the leaves of `expected_shapes`, all of them floating: names, shapes
-    and types are compared before any is read."""
+    """`load_tree` of a file with exactly the leaves of `expected_shapes`, all floating.
+
+    ValueError if names, shapes or types differ, before any tensor is read.
+    """
     stored, _ = read_header(Path(path))
     check_stored(stored, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
     return unflatten({name: tensor.read() for name, tensor in stored.items()})
 
 
 class Stored(NamedTuple):
-    """A tensor that has not been read yet, and where it is: `start` is its first byte in the file, `version` what the
-    file was (bytes, time of the last change) when its header was read."""
+    """A tensor not yet read. start: its first byte in the file. version: the file's size in bytes and modification time
+    when its header was read."""
 
     file: Path
     key: str
@@ -87,9 +89,9 @@ class Stored(NamedTuple):
     version: tuple[int, int]
 
     def read(self, types: Collection[str] = FLOATS) -> np.ndarray:
-        """The tensor in its own type, which must be one of `types` (ValueError).
+        """Read the tensor in its stored type; ValueError if that is not one of `types`.
 
-        Nothing stays mapped or open: what was read of the file does not stay in memory.
+        Nothing stays mapped or open, so pages of the file do not stay in memory.
         """
         if self.dtype not in types:
             raise ValueError(f"{self.file}: {plain(self.key)} holds {plain(self.dtype)}, only {_list(types)} are read")
@@ -104,11 +106,11 @@ class Stored(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file, unread, and its metadata. A pickle is refused, never read.
+    """The tensors of a safetensors file, not yet read, and its metadata. The header is parsed once for all tensors.
 
-    The header is parsed here once, not again for each tensor. Raises FileNotFoundError, or ValueError in one line.
+    Raises FileNotFoundError, or ValueError for a pickle or a damaged file.
     """
-    with _open_safetensors(path):  # checks that the tensors fill the file, one behind the other
+    with _open_safetensors(path):  # checks that the tensors are contiguous and fill the file
         pass
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -125,7 +127,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             for key, entry in header.items()
         }
     except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file (damaged): {reason(error)}") from error
+        raise ValueError(f"{path} is not a complete safetensors file (damaged): {reason(error)}") from error
     return tensors, metadata
 
 
@@ -135,7 +137,7 @@ def _version(file) -> tuple[int, int]:
 
 
 def check_stored(stored: Mapping[str, Stored], want: Mapping[str, tuple], where: str) -> None:
-    """`check_shapes` of tensors that have not been read; ValueError too where one is not of a floating type."""
+    """`check_shapes` of unread tensors; also ValueError if one is not floating."""
     check_shapes({key: tensor.shape for key, tensor in stored.items()}, want, where)
     others = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
     if others:
@@ -150,14 +152,16 @@ def _open_safetensors(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {reason(error)}") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file (truncated or damaged): {reason(error)}"
+        ) from error
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises ValueError where `path` is a pickle, by its name or by its first bytes: reading one can run any code."""
+    """ValueError if `path` is a pickle, by its name or first bytes: reading one can run any code."""
     with open(path, "rb") as file:
         head = file.read(9)
-    # A safetensors file begins with the length of its header, any eight bytes, and the header, which is JSON.
+    # A safetensors file starts with eight bytes of header length, then the JSON header.
     starts = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[8:] != b"{"
     if path.suffix in PICKLES or starts:
         raise ValueError(
@@ -169,7 +173,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes beside `path`, then renames. On any failure nothing is left behind and an older file stays as it was."""
+    """Writes beside `path`, then renames. A failure leaves no temporary file and keeps an older file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(path.parent).free
@@ -181,7 +185,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Whatever fails inside as OSError, in one line that names the file."""
+    """Turns failures in the block into a one-line OSError that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

@@ -132,4 +132,4 @@ def test_what_a_folder_is(trained, standin, command, tmp_path):
 
 def test_super_resolution_alone_says_what_is_missing(trained, command, tmp_path):
     done = command(sample, "a red circle", "--weights", trained / "sr256", "--out", tmp_path / "images")
-    assert done.code == 2 and "has to come before it" in done.err and not (tmp_path / "images").exists()
+    assert done.code == 2 and "it must come after a stage" in done.err and not (tmp_path / "images").exists()

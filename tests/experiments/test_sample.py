@@ -179,7 +179,7 @@ def test_warnings_are_one_plain_line_each(standin, tmp_path, command):
     assert len(warned) == 2
     # The text encoder comes first.
     assert "cut short" in warned[0] and "and nothing else" in warned[0]
-    assert "empty prompt is drawn without text" in warned[1]
+    assert "empty prompt is sampled without text" in warned[1]
     assert "UserWarning" not in done.err
 
 

@@ -162,7 +162,7 @@ BAD = {
     "no such variant": (("--variant", "fp16"), "model.fp16.safetensors"),
     "a respacing that is not for this": (("--respacing", "quick"), "unknown respacing 'quick'"),
     "no such pipeline": (("--weights", "/nowhere"), "/nowhere"),
-    "embeddings that are none": (("--embeddings", "none.safetensors"), "not a whole safetensors file"),
+    "embeddings that are none": (("--embeddings", "none.safetensors"), "not a complete safetensors file"),
     "embeddings of another kind": (("--embeddings", "e.bin"), "has to end in .safetensors"),
     "a size for what is enlarged": (("--enlarge", "photo", "--size", "16"), "--enlarge has the size of its image"),
     "no steps": (("--steps", "0"), "steps must be at least 1"),

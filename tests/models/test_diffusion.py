@@ -397,7 +397,7 @@ def test_sizes():
     wanted = enlarge(low_res, (16, 24))
     np.testing.assert_allclose(drawn(larger, ONE_STEP, size=(16, 24), low_res=low_res), wanted, atol=1e-3)
     for wrong in (None, low_res):
-        with pytest.raises(ValueError, match="drawing 24×24 needs a low-resolution input 1/4 of it"):
+        with pytest.raises(ValueError, match="sampling 24×24 needs a low-resolution input 1/4 of it"):
             drawn(larger, ONE_STEP, size=(24, 24), low_res=wrong)
     with pytest.raises(ValueError, match="3 pixels is not a multiple of the network's stride 2"):
         drawn(larger, replace(ONE_STEP, tiles=Tiles(8, 3)), size=(16, 24), low_res=low_res)
@@ -422,18 +422,18 @@ def test_enlarging_is_pillows_bicubic():
         (lambda: LowResConditioner(factor=0), "^factor 0: must be at least 1"),
         (lambda: replace(SR, residual=True), "residual is for super-resolution models that predict x0"),
         (lambda: replace(BASE, residual=True, prediction=Prediction.X0), "residual"),
-        (lambda: replace(BASE, conditioners=(TEXT, TEXT)), "two conditioners of one kind"),
+        (lambda: replace(BASE, conditioners=(TEXT, TEXT)), "two conditioners of the same type"),
         (
             lambda: replace(
                 SR, residual=True, prediction=Prediction.X0, conditioners=(TEXT, LowResConditioner(channels=1))
             ),
             "residual adds 1 channels to images of 3 channels",
         ),
-        (lambda: replace(BASE, conditioners=()), "a network that reads text needs a TextConditioner"),
+        (lambda: replace(BASE, conditioners=()), "a network has a TextConditioner if and only if"),
         (lambda: replace(SR, conditioners=(TEXT, LowResConditioner(factor=3))), "16 is not a multiple of the factor 3"),
         (lambda: DiffusionModel(unet=UNetConfig(), side=100), "stride 8"),
-        (lambda: DiffusionModel().init(KEY), "the text encoder of this model is not known"),
-        (lambda: DiffusionModel().batch_spec(1, 64), "the text encoder of this model is not known"),
+        (lambda: DiffusionModel().init(KEY), "the text encoder of this model is not set"),
+        (lambda: DiffusionModel().batch_spec(1, 64), "the text encoder of this model is not set"),
     ],
 )
 def test_settings_that_make_no_sense(make, match):

@@ -155,7 +155,7 @@ def test_the_same_in_chunks_and_in_other_batches(sampler, real, monkeypatch):
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.01, 0.12, float("nan")])
 def test_strengths_that_leave_nothing_to_draw(strength):
-    with pytest.raises(ValueError, match=f"strength {strength} leaves no step of 8 to draw, or lies above 1") as error:
+    with pytest.raises(ValueError, match=f"strength {strength} leaves no step of 8, or is above 1") as error:
         drawn(given(strength), sampling_of(DDIM()))
     assert "\n" not in str(error.value)
     assert first_step(0.13, 8) == 7 and first_step(0.7, 10) == 3 and first_step(1.0, 8) == 0
@@ -239,11 +239,11 @@ def test_without_a_mask_and_from_a_later_stage(picture):
         ({"strengths": (1.0,)}, "1 strengths for 3 stages: give one for each"),
         ({"strengths": (1.0, 1.0, 1.0, 1.0)}, "4 strengths for 3 stages"),
         ({"strengths": (1.0, 0.1, 1.0)}, "strength 0.1 leaves no step of 8"),
-        ({"strengths": (1.0, 1.0, 1.5)}, "strength 1.5 leaves no step of 8 to draw, or lies above 1"),
+        ({"strengths": (1.0, 1.0, 1.5)}, "strength 1.5 leaves no step of 8, or is above 1"),
         ({"mask": np.zeros((24, 32), bool)}, "a mask of 24×32 pixels for an image of 32×24"),
         ({"mask": np.zeros((32, 24, 1), bool)}, "a mask of 32×24×1 pixels for an image of 32×24"),
-        ({"image": np.zeros((32, 24, 4), "f4")}, "an image to begin with is of h×w×3 values, not of 32×24×4"),
-        ({"image": np.zeros((32, 24), "f4")}, "an image to begin with is of h×w×3 values, not of 32×24"),
+        ({"image": np.zeros((32, 24, 4), "f4")}, "an init_image has the shape h×w×3, not 32×24×4"),
+        ({"image": np.zeros((32, 24), "f4")}, "an init_image has the shape h×w×3, not 32×24"),
     ],
 )
 def test_refused_before_anything_is_sampled(picture, changes, match):

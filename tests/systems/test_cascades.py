@@ -139,9 +139,9 @@ def test_other_shapes(cascade):
 
 def test_a_prompt_without_text(cascade, together):
     """An empty prompt is the null text, whose guidance leads nowhere; it is drawn with a warning."""
-    with pytest.warns(UserWarning, match="an empty prompt is drawn without text"):
+    with pytest.warns(UserWarning, match="an empty prompt is sampled without text"):
         blank = sample(cascade, [""], seed=3, last=0)[8]
-    with pytest.warns(UserWarning, match="an empty prompt is drawn without text"):
+    with pytest.warns(UserWarning, match="an empty prompt is sampled without text"):
         sample(cascade, ["", " "], last=0)
     unguided = replace(SAMPLING, guidance=Guidance())
     with pytest.warns(UserWarning):
@@ -203,11 +203,11 @@ def test_batches_come_one_by_one(cascade, together):
 
 
 def test_stages_must_fit(encoder):
-    with pytest.raises(ValueError, match="the 32 stage enlarges 16 pixels, but the stage before it draws 8"):
+    with pytest.raises(ValueError, match="the 32 stage enlarges 16 pixels, but the stage before it produces 8"):
         Pipeline(encoder, model(8), (model(32, True),))
-    with pytest.raises(ValueError, match="the first stage enlarges 8 pixels to 16: the one that draws them from text"):
+    with pytest.raises(ValueError, match="the first stage enlarges 8 pixels to 16: it must come after a stage"):
         Pipeline(encoder, model(16, True))
-    with pytest.raises(ValueError, match="the 16 stage enlarges nothing, but the stage before it draws 8"):
+    with pytest.raises(ValueError, match="the 16 stage is not super-resolution, but the stage before it produces 8"):
         Pipeline(encoder, model(8), (model(16),))
     grey = replace(model(8), model=replace(model(8).model, product=ImageSpec(channels=1)))
     with pytest.raises(ValueError, match="16 stage decodes images of 3 channels, the one before it produces"):
@@ -219,16 +219,22 @@ def test_stages_must_fit(encoder):
     [
         ({"last": 3}, "no box 3: this pipeline has 3"),
         ({"after": After(3, np.zeros((1, 12, 12, 3), np.float32))}, "no box 3"),
-        ({"prompts": []}, "nothing to draw: 0 prompts"),
-        ({"per_prompt": 0}, "nothing to draw"),
+        ({"prompts": []}, "nothing to sample: 0 prompts"),
+        ({"per_prompt": 0}, "nothing to sample"),
         ({"batch": 0}, "batches of 0"),
         ({"prompts": "red"}, "a list of strings, not one string"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**32}, "seed 4294967296"),
         ({"size": (8, 9)}, "9 pixels is not a multiple of the network's stride 2"),
-        ({"after": After(0, np.zeros((1, 8, 8, 3), np.float32)), "last": 0}, "nothing to draw: going on from 8 pixels"),
-        ({"after": After(0, np.zeros((2, 8, 8, 3), np.float32))}, "2 images to go on from, for 1 to draw"),
-        ({"after": After(0, np.zeros((1, 8, 8, 4), np.float32))}, "1×8×8×4, which is no batch of images of 3 channels"),
+        (
+            {"after": After(0, np.zeros((1, 8, 8, 3), np.float32)), "last": 0},
+            "nothing to sample: starting after 8 pixels",
+        ),
+        ({"after": After(0, np.zeros((2, 8, 8, 3), np.float32))}, "`after` has 2 products, for 1 samples"),
+        (
+            {"after": After(0, np.zeros((1, 8, 8, 4), np.float32))},
+            "1×8×8×4, which is not a batch of images of 3 channels",
+        ),
         ({"sampling": replace(LARGER, tiles=Tiles(9, 4)), "last": 0}, "a tile of 9 pixels is not"),
         ({"sampling": replace(LARGER, tiles=Tiles(8, 3)), "last": 0}, "a tile overlap of 3 pixels"),
         ({"sampling": replace(LARGER, aug_level=1.0), "size": (8, 8), "last": 5}, "no box 5"),
@@ -246,5 +252,5 @@ def test_refused_before_anything_is_sampled(cascade, options, match):
 def test_what_is_not_finite_is_no_picture(encoder):
     broken = replace(model(8).model.unet, output=lambda x, *rest: x / 0.0)
     lost = replace(model(8), model=replace(model(8).model, unet=broken))
-    with pytest.raises(ValueError, match="the 8 stage drew values that are not finite"):
+    with pytest.raises(ValueError, match="the 8 stage produced values that are not finite"):
         sample(Pipeline(encoder, lost), ["red"])

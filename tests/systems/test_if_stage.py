@@ -207,11 +207,11 @@ def test_drawing_in_tiles():
 
 
 def test_settings_that_make_no_sense():
-    with pytest.raises(ValueError, match="a variance is learned between the entries of a tabulated schedule"):
+    with pytest.raises(ValueError, match="a learned variance needs a tabulated schedule"):
         replace(stage_of(), schedule=CosineSchedule())
     fixed = stage_of(lambda x, *rest: x)
     fixed = replace(fixed, unet=replace(fixed.unet, learned_variance=False))
-    with pytest.raises(ValueError, match="the 16 stage has learned no variance, so its DDPM needs a gamma"):
+    with pytest.raises(ValueError, match="the 16 stage has no learned variance, so its DDPM needs a gamma"):
         drawn(fixed, {}, sampler=DDPM(None))
     with pytest.raises(ValueError, match="this respacing has 50 steps, not 256"):
         drawn(fixed, {}, spacing=presets.SMART50)

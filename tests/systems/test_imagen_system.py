@@ -48,5 +48,5 @@ def test_another_text_encoder_is_refused(encoder):
     base = trained(small.BASE)
     with pytest.raises(ValueError, match="embeddings of width 6, 8 of them; the 8 stage reads 6, 4 of them"):
         imagen(replace(encoder, length=8), base)
-    with pytest.raises(ValueError, match="the 8 stage does not know its text encoder"):
+    with pytest.raises(ValueError, match="the 8 stage has no text encoder set"):
         imagen(encoder, replace(base, model=replace(base.model, conditioners=(replace(small.TEXT, width=None),))))

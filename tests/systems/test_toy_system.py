@@ -73,9 +73,9 @@ class Mute(Decoder):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="the 8 stage decodes latents of 2 channels, the one before it"):
         Pipeline(None, Constant(LatentSpec(channels=4)), (Doubled(),))
-    with pytest.raises(ValueError, match="the 8 stage enlarges 4 pixels, but the stage before it draws 8"):
+    with pytest.raises(ValueError, match="the 8 stage enlarges 4 pixels, but the stage before it produces 8"):
         Pipeline(None, Constant(side=8), (Doubled(),))
-    with pytest.raises(ValueError, match="1×4×4×3, which is no batch of latents of 2 channels"):
+    with pytest.raises(ValueError, match="1×4×4×3, which is not a batch of latents of 2 channels"):
         TOY.sample(["a"], SampleOptions(after=After(0, np.zeros((1, 4, 4, 3), np.float32))))
     init = InitImage(np.zeros((8, 8, 3), np.float32), (1.0, 1.0))
     with pytest.raises(ValueError, match="produces latents of 2 channels, and no decoder encodes an image to them"):

@@ -170,7 +170,7 @@ def test_encoders_side_by_side():
     # Masked in one, read in the other: read.
     mixed = CombinedTextEncoder((first, replace(second, padding_is_read=False)), Axis.FEATURES)
     assert mixed.padding_is_read and mixed.encode(CAPTIONS).mask.all()
-    with pytest.raises(ValueError, match="text encoders of 12 and 14 tokens cannot stand side by side"):
+    with pytest.raises(ValueError, match="text encoders of 12 and 14 tokens cannot be combined along the features"):
         CombinedTextEncoder((first, t5_encoder()), Axis.FEATURES)
     with pytest.raises(ValueError, match="no text encoders"):
         CombinedTextEncoder((), Axis.FEATURES)

@@ -215,7 +215,7 @@ def without(tokenizer, **names):
 
 
 def test_a_tokenizer_without_padding(trained):
-    with pytest.raises(ValueError, match=r"no padding token: name one, as pad_token, in its tokenizer_config\.json"):
+    with pytest.raises(ValueError, match=r"no padding token: set pad_token in its tokenizer_config\.json"):
         tokenize(without(trained), ["a red star"], 8)
     found = tokenize(with_special_tokens(without(trained), 0, 1), ["a red star"], 8)
     np.testing.assert_array_equal(found.ids, tokenize(trained, ["a red star"], 8).ids)

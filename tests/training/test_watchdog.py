@@ -33,7 +33,7 @@ def test_a_stall_is_reported_with_stacks_in_doubling_intervals_and_its_end_too(t
     pattern = r"^process 0 \(\S+\) stalled for \d+ s waiting for the data of step 5; the stacks .*stall-0\.txt:$"
     assert len(re.findall(pattern, said, re.MULTILINE)) == 3
     assert "in stall_here" in said and "in stall_here" in file.read_text()
-    assert re.search(r"goes on after \d+ s waiting for the data of step 5", said)
+    assert re.search(r"resumed after \d+ s waiting for the data of step 5", said)
 
 
 def test_what_goes_on_and_what_compiles_is_no_stall(tmp_path, capfd):

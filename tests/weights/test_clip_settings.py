@@ -13,7 +13,7 @@ from jaxdiff.weights import clip
     [
         (None, {"model_type": "siglip"}, "model_type = 'siglip' is not supported, only 'clip'"),
         (None, {"model_type": ["clip"]}, r"model_type = \['clip'\] is not supported"),
-        (None, {"model_type": "clip_text_model"}, "'clip_text_model' is one tower alone: load_text or load_image"),
+        (None, {"model_type": "clip_text_model"}, "'clip_text_model' is a single tower: use load_text or load_image"),
         (None, {"text_config": [1]}, "text_config is not a group of settings"),
         (None, {"vision_config_dict": 5}, "vision_config_dict is not a group of settings"),
         (None, {"projection_dim": [1]}, r"json: projection_dim = \[1\] is not supported"),

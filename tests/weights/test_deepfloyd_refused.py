@@ -90,14 +90,14 @@ def test_stages_out_of_order(exported, copy):
     """A stage II alone, after none, or before its stage I; named, whatever the captions come from."""
     text = embed_captions(exported[0].text_encoder, small_if.CAPTIONS)
     first, second = copy / "base64", copy / "sr256"
-    missing = "the first stage enlarges 16 pixels to 64: the one that draws them from text has to come before it"
+    missing = "the first stage enlarges 16 pixels to 64: it must come after a stage that samples from text"
     for weights in ([second], [second, first], [second, second]):
         with pytest.raises(ValueError, match=missing) as error:
             imagen.load(weights, text=text)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="the 16 stage enlarges nothing, but the stage before it draws 16"):
+    with pytest.raises(ValueError, match="the 16 stage is not super-resolution, but the stage before it produces 16"):
         imagen.load([first, first], text=text)
-    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it draws 64"):
+    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it produces 64"):
         imagen.load([first, second, second], text=text)
     with pytest.raises(ValueError, match=missing):
         imagen.load(second)  # where no encoder is either

@@ -83,7 +83,7 @@ def test_settings_that_are_read(name, given, tmp_path):
     [
         ({"_class_name": "UNet2DModel"}, "_class_name = 'UNet2DModel' is not supported"),
         ({"_class_name": None}, "_class_name = None is not supported"),
-        ({"wavelets": 1, "axes": 2}, "settings that no UNet2DConditionModel has: axes, wavelets"),
+        ({"wavelets": 1, "axes": 2}, "unknown settings of UNet2DConditionModel: axes, wavelets"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "down_block_types = .* only 2 of ResnetDownsampleBlock2D and"),
         ({"down_block_types": ["SimpleCrossAttnDownBlock2D"]}, "down_block_types = .* only 2 of"),
         ({"down_block_types": [["a"], 5]}, "down_block_types = .* only 2 of"),
@@ -111,7 +111,7 @@ def test_settings_that_are_read(name, given, tmp_path):
         ({"resnet_out_scale_factor": 0}, "resnet_out_scale_factor = 0 is not supported"),
         ({"resnet_out_scale_factor": True}, "resnet_out_scale_factor = True is not supported"),
         ({"layers_per_block": 10**6}, "layers_per_block = 1000000 is not supported, only whole numbers from 1 to 256"),
-        ({"layers_per_block": [200, 200]}, "blocks of 400 in all: at most 256"),
+        ({"layers_per_block": [200, 200]}, "400 blocks in total: at most 256"),
         ({"block_out_channels": [32] * 10**6}, r"block_out_channels = \[32, 32, .*\] is not .* of at most 12"),
         ({"block_out_channels": [32, 2**30]}, r"block_out_channels = \[32, 1073741824\] is not supported"),
         ({"act_fn": "relu"}, "act_fn = 'relu' is not supported, only 'silu' or 'gelu'"),
@@ -250,7 +250,7 @@ def test_settings_of_schedulers(name, tmp_path):
         ({"dynamic_thresholding_ratio": 0}, True, "dynamic_thresholding_ratio = 0 is not supported"),
         ({"sample_max_value": True}, True, "sample_max_value = True is not supported"),
         ({"sample_max_value": float("nan")}, True, "sample_max_value = nan is not supported"),
-        ({"eta": 2}, True, "settings that no DDPMScheduler has: eta"),
+        ({"eta": 2}, True, "unknown settings of DDPMScheduler: eta"),
     ],
 )
 def test_schedulers_that_are_not_supported(changes, learned, message, tmp_path):

@@ -118,7 +118,7 @@ def test_a_stage_without_the_one_before_it(copy):
 
 def test_stages_that_do_not_fit_each_other(copy):
     save_model(model(LARGEST), copy / "sr256")
-    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it draws 4"):
+    with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it produces 4"):
         load(copy)
 
 
@@ -183,10 +183,10 @@ def test_settings_of_another_preset(copy):
         (b"[]", "not JSON with settings: it holds a list"),
         (b'{"stage": 1}', "not the settings of a stage"),
         (b'{"stage": 1, "sampling": 2, "version": 2}', "not the settings of a stage"),
-        (b'{"stage": 1, "sampling": 2}', r"stage\.json has version 1, and version 2 is read here"),
+        (b'{"stage": 1, "sampling": 2}', r"stage\.json has version 1, but only version 2 is supported"),
         (b'{"stage": 1, "sampling": 2, "version": "\\u001b"}', r"has version '\\x1b', and version 2"),
         pytest.param(b'{"stage": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not JSON .* too deeply", id="nested"),
-        (b'{"stage": 1, "stage": 2, "sampling": 2}', "not JSON .* 'stage' is there twice, with two values"),
+        (b'{"stage": 1, "stage": 2, "sampling": 2}', "not JSON .* 'stage' occurs twice, with different values"),
         (b'{"version": 2, "stage": {"class": "\\u001b[2J"}, "sampling": 2}', r"unknown class of settings '\\x1b\[2J'"),
     ],
 )

@@ -220,7 +220,7 @@ def test_shapes_of_too_many_parameters():
     huge = {"a": jax.ShapeDtypeStruct((2**30, 2**11), jnp.float32)}
     with pytest.raises(ValueError, match=r"here: these settings make a network of 2\.2e\+12 parameters: 1\.1e\+12 at"):
         sizes.shapes(lambda _: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), huge), None, "here")
-    with pytest.raises(ValueError, match="here: these settings make no network: one line"):
+    with pytest.raises(ValueError, match="here: these settings are invalid: one line"):
         sizes.shapes(fail, "one\nline", "here")
     assert sizes.shapes(lambda n: {"a": jnp.zeros(n)}, 3, "here")["a"].shape == (3,)
 

@@ -148,9 +148,9 @@ PRODUCT, ATTENTION, LOW_RES = (to_json(settings) for settings in (ImageSpec(), A
         (changed(conditioners=LOW_RES), "conditioners of DiffusionModel is LowResConditioner("),
         (changed(conditioners=[None]), "conditioners of DiffusionModel is (None,)"),
         (changed(conditioners=[PRODUCT]), "conditioners of DiffusionModel is (ImageSpec("),
-        (changed(conditioners=[]), "a network that reads text needs a TextConditioner, and no other has one"),
-        (changed(conditioners=[LOW_RES]), "a network that reads text needs a TextConditioner, and no other has one"),
-        (changed(conditioners=[LOW_RES] * 2), "two conditioners of one kind"),
+        (changed(conditioners=[]), "a network has a TextConditioner if and only if it reads text"),
+        (changed(conditioners=[LOW_RES]), "a network has a TextConditioner if and only if it reads text"),
+        (changed(conditioners=[LOW_RES] * 2), "two conditioners of the same type"),
         (changed(residual=True), "residual is for super-resolution models that predict x0"),
         (changed(conditioners=[to_json(TextConditioner()), LOW_RES | {"factor": 5}]), "not a multiple of the factor 5"),
         (conditioned(LowResConditioner(), factor=0), "factor of LowResConditioner is 0, it takes only whole numbers"),
@@ -214,5 +214,5 @@ def test_refused_in_one_line(data, message):
 def test_files_of_another_version():
     check_version({"version": VERSION}, "a.json")
     for data, found in (({}, "1"), ({"version": 3}, "3"), ({"version": None}, "None"), ({"version": "2"}, "'2'")):
-        with pytest.raises(ValueError, match=f"^a.json has version {found}, and version 2 is read here"):
+        with pytest.raises(ValueError, match=f"^a.json has version {found}, but only version 2 is supported"):
             check_version(data, "a.json")

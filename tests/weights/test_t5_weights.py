@@ -278,7 +278,7 @@ def test_no_checkpoint(tmp_path, exported):
 
 
 def test_a_hub_id_offline_is_one_line():
-    with pytest.raises(ValueError, match="nobody/nothing is no directory, and no hub id that could be") as error:
+    with pytest.raises(ValueError, match="nobody/nothing is not a directory, and could not be downloaded") as error:
         t5.load("nobody/nothing")
     assert "\n" not in str(error.value)
 

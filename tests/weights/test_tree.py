@@ -167,7 +167,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     path = tmp_path / "x.safetensors"
     tree.save_tree(path, {"a": np.ones(1000, np.float32)}, {})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         tree.load_tree(path)
 
 
