@@ -60,7 +60,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
         work.begin()
         settings_file.save(settings.out / settings_file.NAME, name, settings)
 
-    if not settings.goes_on:  # else the loop may yet refuse these settings
+    if not settings.resumes:  # otherwise the loop may still reject these settings
         on_process_0(begin)
     with _explained(name, task, settings):
         state = train(

@@ -133,7 +133,7 @@ class CLIPTask(Task):
         options, run = settings.clip, settings.run
         config, spec = config_of(self.preset(settings.preset), settings), settings.dataset.spec()
         initial = None
-        if run.init is not None and not settings.goes_on:
+        if run.init is not None and not settings.resumes:
             initial = weights.load(run.init / "model", place=np.asarray)[1]
         side, data_dir = config.image.resolution, settings.dataset.data_dir
         source = once(data_dir, lambda: sources.open(spec, side, "train", data_dir))

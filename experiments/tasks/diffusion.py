@@ -258,7 +258,7 @@ class DiffusionTask(Task):
         return model
 
     def _initial(self, settings: Settings, model: DiffusionModel, mesh: Mesh) -> dict | None:
-        if settings.run.init is None or settings.goes_on:
+        if settings.run.init is None or settings.resumes:
             return None
         shardings = abstract_state(model, self.config(settings, "").optimizer, mesh).ema
         return initial(settings.run.init, model, shardings)

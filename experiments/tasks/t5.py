@@ -164,7 +164,7 @@ def _stream(settings: Settings, captions: list[str]) -> tuple[PreTrainedTokenize
         return tokenizer, OwnRows(span_batches(tokenizer, captions, run.batch, options.length, run.seed))
 
     def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
-        if settings.goes_on:
+        if settings.resumes:
             return read_with(load_tokenizer(folder))
         tokenizer, stream = read_with(_tokenizer(options.tokenizer, captions, options.vocab))
         save_tokenizer(tokenizer, folder)
