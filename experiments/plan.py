@@ -186,7 +186,7 @@ def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[s
     model = question.model
     inference = question.inference(model)
     cast = jax.eval_shape(lambda params: inference.used(model.cast(params)), abstract_params(model))
-    if question.task.whole_parameters:
+    if question.task.replicated_parameters:
         params = placed(cast, mesh)
     else:
         params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), cast, shardings(cast, mesh))

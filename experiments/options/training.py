@@ -41,7 +41,7 @@ class DataOptions:
     """Dataset of the held-out loss, as --data; default: the held-out split of `shapes` or `rainbow`, none for other
     datasets."""
     evaluate_n: int = 64
-    """Held-out examples, evenly spread over the dataset; for CLIP, whose loss is of a batch, a multiple of --batch."""
+    """Held-out examples, evenly spread over the dataset; for CLIP and the classifier, full batches of --batch."""
     strict: bool = False
     """Treat an unreadable image or a missing caption as an error instead of a warning."""
     workers: int = 0
