@@ -145,7 +145,7 @@ def _summary(stored: Embeddings | None, out: Path, tokens: int, shard: Shard) ->
     size = sum(file.stat().st_size for file in out.glob("part-*.array_record"))
     held = f"{tokens} tokens encoded now, {_bytes(size)} on disk"
     if stored is None:
-        return f"shard {shard.index}/{shard.count} is stored, others are not yet (the last to end finishes it): {held}"
+        return f"shard {shard.index}/{shard.count} is stored, others are not yet (the last completes it): {held}"
     return f"{stored.count} embeddings of {stored.length} × {stored.width} at most, {held}: --embeddings {out}"
 
 

@@ -84,11 +84,11 @@ def main(settings: Run) -> None:
         report |= super_resolution_scores(model, settings.training.psnr_images)
     seconds |= spent | {"total": time.perf_counter() - begun}
     report |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
-    made_by = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
+    provenance = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
     attempt(
         lambda: save_all(out / "images", named(texts, sampled, settings.seed, weights)),
         lambda: grids.write(out / "grid.png", sheet(texts, sampled, notes(tallies))),
-        lambda: write_json(out / "report.json", {**report, **made_by, "device": jax.devices()[0].device_kind}),
+        lambda: write_json(out / "report.json", {**report, **provenance, "device": jax.devices()[0].device_kind}),
     )
     for name, value in report.items():
         if isinstance(value, float):
@@ -152,7 +152,7 @@ def notes(tallies: Mapping[int, Tally]) -> list[str]:
     lines = []
     for objects, tally in tallies.items():
         each = ["{} of {} at {}".format(*tally.counts(r), r) for r in sorted(tally.verdicts)]
-        lines.append(f"{NAMES[objects]}: all that the caption states is right in {', '.join(each)} pixels")
+        lines.append(f"{NAMES[objects]}: all stated attributes are right in {', '.join(each)} pixels")
     return lines
 
 

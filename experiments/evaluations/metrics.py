@@ -120,7 +120,7 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
         spec = sources.Shapes(settings.examples, settings.held_out)
     split = settings.split or {sources.Shapes: "held_out", sources.Rainbow: "test"}.get(type(spec), "train")
     if settings.reference and settings.keep_reference is not None:
-        raise ValueError("--keep-reference keeps what is looked at, and with --reference nothing true is")
+        raise ValueError("--keep-reference and --reference: give one of them; --reference replaces the true images")
     networks = loaded(settings.networks)
     fit = Fit(settings.fit or ("squeeze" if settings.images else "crop"))
     if settings.images:
@@ -162,7 +162,7 @@ def table(scores: Sequence[Score], settings: Settings) -> str:
         lines.append(f"{score.name:22} {value:16} {score.protocol if score.value is not None else ''}".rstrip())
     if settings.networks.inception is None:
         lines.append(
-            f"{'FID':22} none: --inception names no weights of Inception, which experiments.export inception converts"
+            f"{'FID':22} none: give Inception's weights with --inception (experiments.export inception converts them)"
         )
     return "\n".join([*lines, f"{settings.out / 'scores.json'}: all of it"])
 
@@ -179,12 +179,12 @@ def _references(settings: Settings, networks: Networks, fit: Fit, size: str) -> 
         if name not in networks:
             raise ValueError(f"--reference {path}: seen by {name}, and the networks are {', '.join(networks)}")
         if any(other.origin.extractor == name for other in references):
-            raise ValueError(f"--reference: two of {name}, and images are compared with one dataset")
+            raise ValueError(f"--reference: two files of {name}; give one per network")
         measured = Origin("the measured images", "", name, networks[name].resize.value, fit=fit.value, size=size)
         try:
             require_alike(measured, each.origin)
         except ValueError as error:
-            raise ValueError(f"--reference {path}: {error}; look at the true images again, or measure alike") from error
+            raise ValueError(f"--reference {path}: {error}; recompute it, or use the same settings") from error
         references.append(each)
     return references
 

@@ -63,7 +63,9 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     wanted = {side: count for side, count in counts.items() if count and side in model.sides[1:]}
     if not wanted:
         sides = ", ".join(map(str, model.sides))
-        raise ValueError(f"nothing to score: the stages sample {sides} pixels; PSNR is of 256 and 1024 behind another")
+        raise ValueError(
+            f"nothing to score: the stages sample {sides} pixels; PSNR needs a super-resolution stage of 256 or 1024"
+        )
     scores: dict = {}
     with spread(model, mesh) as placed:
         for side, count in wanted.items():

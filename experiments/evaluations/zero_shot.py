@@ -46,7 +46,7 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     if settings.n < 1:
         raise ValueError(f"--n {settings.n}: at least one image")
     if any("{}" not in prompt for prompt in settings.prompts) or not settings.prompts:
-        raise ValueError("--prompts: each has {} where the class's name goes")
+        raise ValueError("--prompts: each needs {} for the class's name")
     spec, text, image = settings.on.load()
     provenance = {"label": settings.label, "n": settings.n, "prompts": settings.prompts}
     settings.on.report(_scores(settings, spec, text, image), image, provenance)

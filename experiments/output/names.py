@@ -82,7 +82,7 @@ def save_all(folder: Path, images: Iterable[Named]) -> list[Path]:
         name, error = lost[0]
         code = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
         count = f"{len(lost)} of {len(lost) + len(saved)} images could not be saved"
-        raise OSError(code, f"{count}, the first one {name}: {_reason(error)}; the others are there", str(folder))
+        raise OSError(code, f"{count}, the first one {name}: {_reason(error)}; the others are saved", str(folder))
     return saved
 
 

@@ -136,7 +136,7 @@ def _without_meaning(asked: Planned, topology: chips.Topology, tensor: int) -> I
             "sampling has no backward pass, crops or optimizer",
         )
     if tensor == 1:
-        yield ("rows",), "the mesh has one device along tensor, as in --mesh data=2,tensor=2 it has two"
+        yield ("rows",), "the mesh has one device along tensor; --mesh data=2,tensor=2 has two"
     if not topology.is_tpu and (missing := chips.missing_compiler(topology)):
         yield ("scan", "hlo"), f"nothing is compiled: {missing}"
 

@@ -112,7 +112,7 @@ class T5Task(Task):
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         if settings.run.init is not None:
-            raise ValueError("--init: a T5 begins anew; a public one is used with --text as it is")
+            raise ValueError("--init: T5 is trained from scratch; use a public T5 with --text")
         options = settings.t5
         captions = _captions(settings)
         tokenizer, stream = _stream(settings, captions)
