@@ -1,15 +1,14 @@
-"""How fast, and how large: any preset of any model, on the devices at hand.
+"""Benchmark any preset of any model on the available devices: speed and size.
 
     python -m experiments.benchmark imagen.base64
     python -m experiments.benchmark imagen.base64 --preset 300m --batch 64 --dtype bfloat16 --json runs/300m.json
     python -m experiments.benchmark imagen.base64 --preset 2b --steps 0     # count and compile only
 
 Prints a table (Markdown): parameters; FLOPs per example of the network's convolutions and matrix products, in a
-training step (forward and backward) and in one step of what the trained model does (sampling whole images with
-guidance, encoding captions); seconds to compile; the median time of a step; examples a second; the fraction of the
-devices' published peak; peak memory. Training is on made-up batches that are already on the devices, super-resolution
-on crops of a quarter of the image's side as in `experiments.train`. The tiny presets take about a minute each on 2 CPU
-cores.
+training step (forward and backward) and in an inference step (sampling full images with guidance, encoding captions);
+compile time; median step time; examples per second; fraction of the devices' published peak; peak memory. Training uses
+random batches that are already on the devices; super-resolution uses crops of a quarter of the image's side, as in
+`experiments.train`. The tiny presets take about a minute each on 2 CPU cores.
 """
 
 import dataclasses
@@ -41,28 +40,28 @@ from jaxdiff.training.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSettings:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     preset: str = "tiny"
     """Size of the network."""
     batch: int = 16
-    """Examples of a training step, of all devices together."""
+    """Examples per training step over all devices."""
     sample_batch: int = 1
-    """Examples of a step of sampling, or of encoding; 0 leaves it out."""
+    """Examples per sampling or encoding step; 0: skip it."""
     crop: int | None = None
-    """Side of the training images of super-resolution; a quarter of the resolution when left out."""
+    """Side of super-resolution's training images in pixels; default: a quarter of the resolution."""
     fsdp: int = 1
-    """Devices that share each parameter."""
+    """Number of devices over which each parameter is sharded."""
     steps: int = 10
-    """Steps to time, after one that is not; 0: compile only."""
+    """Steps to time, after one warm-up step; 0: compile only."""
     json: Path | None = None
-    """A file for the numbers."""
+    """Write the numbers to this file."""
     compute: ComputeOptions = ComputeOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Settings, and the line of the table that they are asked of."""
+    """Benchmark settings of a task."""
 
     name: str
     task: Task
@@ -75,7 +74,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; None is not measured. Times in seconds, memory in bytes per device."""
+    """One line of the table; None: not measured. Times in seconds, memory in bytes per device."""
 
     model: str
     preset: str
@@ -96,7 +95,7 @@ class Row:
 
 
 def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
-    """A command for each line of the table."""
+    """One command per task."""
     return {
         name: Command(partial(main, name, task), BenchmarkSettings(compute=task.settings.compute), task.about)
         for name, task in tasks.items()
@@ -104,7 +103,7 @@ def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
 
 
 def main(name: str, task: Task, settings: BenchmarkSettings) -> None:
-    """Measure the training step and a step of sampling of a model."""
+    """Measure the training step and the inference step of a model."""
     if settings.batch < 1 or min(settings.sample_batch, settings.steps) < 0:
         raise ValueError("--batch must be at least 1, --sample-batch and --steps at least 0")
     asked = Asked(name, task, settings)
@@ -135,9 +134,9 @@ def measure(asked: Asked) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training step, compiled: `timed` runs it. Several may be compiled in threads before the first is timed.
+    """A compiled training step; `timed` runs it. Several can be compiled in threads before the first is timed.
 
-    program: of (state, batch, key); state: shapes and placements; flops: of a step; compiling: seconds.
+    program: of (state, batch, key). state: shapes and placements. flops: per step. compiling: seconds.
     """
 
     asked: Asked
@@ -149,7 +148,7 @@ class Training:
     compiling: float
 
     def timed(self, steps: int) -> Row:
-        """The row of the table, its speed the median of `steps` steps; without speed where they are 0."""
+        """The row of the table, with the median time of `steps` steps; without times if `steps` is 0."""
         before, seconds = _peak(), None
         if steps:
             mesh = self.state.step.sharding.mesh
@@ -184,17 +183,17 @@ class Training:
 
 
 def compile_training(asked: Asked) -> Training:
-    """The training step for the devices at hand, compiled; nothing runs on them."""
+    """Compile the training step for the available devices, without running it."""
     model, settings = asked.model, asked.settings
     side = asked.task.side(model, settings.crop)
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
-    abstract, batch = abstract_state(model, optimizer, mesh), made_up(model.batch_spec(settings.batch, side))
+    abstract, batch = abstract_state(model, optimizer, mesh), random_arrays(model.batch_spec(settings.batch, side))
     with jax.set_mesh(mesh):
         step = make_step(model, optimizer, placements_of(abstract))
         shapes = {name: _shape(array, batch_sharding(mesh)) for name, array in batch.items()}
         compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
-    # A gradient multiplies twice where the loss multiplies once. What cuDNN's attention does (GPUs in bfloat16) cannot
-    # be counted: there the fraction of the peak is a lower bound.
+    # The backward pass has twice the products of the forward pass. cuDNN's attention (GPUs in bfloat16) is not counted,
+    # so the fraction of the peak is a lower bound there.
     flops = 3 * network_flops(model.loss, *loss_inputs(model, shapes))
     return Training(asked, side, compiled, abstract, batch, flops, compiling)
 
@@ -204,9 +203,9 @@ def _shape(array: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _filled(shapes: Any) -> Any:
-    """Values of the size of parameters, none below 0 so that they can be second moments, without a program to compile.
+    """Non-negative random values of the magnitude of parameters, valid as second moments, without compiling a program.
 
-    Not zeros: a device that multiplies zeros draws less power, and is faster."""
+    Not zeros: a device that multiplies zeros uses less power and is faster."""
     values = np.abs(np.random.default_rng(0).normal(0, 0.02, 1 << 16)).astype(np.float32)
     sent: dict[Any, jax.Array] = {}  # one transfer for all leaves of a shape
 
@@ -216,18 +215,18 @@ def _filled(shapes: Any) -> Any:
         form = leaf.shape, leaf.dtype, leaf.sharding
         if form not in sent:
             sent[form] = jax.device_put(np.resize(values, leaf.shape).astype(leaf.dtype), leaf.sharding)
-        return jax.device_put(sent[form], leaf.sharding, may_alias=False)  # each its own, as the step donates them
+        return jax.device_put(sent[form], leaf.sharding, may_alias=False)  # no aliases, as the step donates its inputs
 
     return jax.tree.map(fill, shapes)
 
 
 def _sampling(asked: Asked) -> tuple[float, float, float | None] | None:
-    """FLOPs, seconds to compile and seconds of one step of what the trained model does; None where it does nothing."""
+    """FLOPs, compile seconds and seconds of an inference step; None if the task has no inference."""
     model, settings = asked.model, asked.settings
     inference = asked.task.inference(settings.preset, model, settings.sample_batch)
     if inference is None:
         return None
-    given = jax.tree.map(jnp.asarray, made_up(inference.given))
+    given = jax.tree.map(jnp.asarray, random_arrays(inference.given))
     shapes = jax.eval_shape(inference.used, abstract_params(model))
     compiled, compiling = _compiled(jax.jit(inference.function), shapes, *given)
     flops = network_flops(inference.function, shapes, *given)
@@ -237,8 +236,8 @@ def _sampling(asked: Asked) -> tuple[float, float, float | None] | None:
     return flops, compiling, _median((compiled(params, *given) for _ in iter(int, 1)), settings.steps)
 
 
-def made_up(shapes: Any) -> Any:
-    """Arrays of these shapes and types: normal numbers, ids of 0 and 1, masks of True, keys."""
+def random_arrays(shapes: Any) -> Any:
+    """Random arrays of these shapes and types: normal numbers, ids 0 and 1, masks of True, keys."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -254,7 +253,7 @@ def made_up(shapes: Any) -> Any:
 
 
 def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float]:
-    """The compiled function and the seconds that compiling took, tracing left out."""
+    """The compiled function and the compile time in seconds, without tracing."""
     lowered = function.lower(*arguments)
     begun = time.perf_counter()
     compiled = lowered.compile()
@@ -262,7 +261,7 @@ def _compiled(function: Callable, *arguments: Any) -> tuple[Any, float]:
 
 
 def _median(runs: Iterator[Any], count: int) -> float:
-    """The median seconds of `count` runs after a first one."""
+    """The median seconds of `count` runs after one warm-up run."""
     jax.block_until_ready(next(runs))
     seconds = []
     for _ in range(count):
@@ -273,13 +272,13 @@ def _median(runs: Iterator[Any], count: int) -> float:
 
 
 def _peak() -> int:
-    """The most bytes in use on a device since the process began; 0 where it does not say."""
+    """Peak bytes in use on the first device since the process started; 0 if unknown."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or 0
 
 
 def _memory(compiled: Any, before: int) -> int:
-    """Peak bytes on a device: what it has seen where that is more than `before`, an earlier program's peak, and what
-    the compiler plans otherwise."""
+    """Peak bytes per device: the larger of the compiler's plan and the measured peak, if that exceeds `before`, the
+    peak of earlier programs."""
     plan = compiled.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     seen = _peak()
@@ -287,14 +286,14 @@ def _memory(compiled: Any, before: int) -> int:
 
 
 def fraction_of_peak(flops: float, seconds: float | None) -> float | None:
-    """Of all devices' dense bfloat16 peak; None where it is not known."""
+    """Fraction of all devices' dense bfloat16 peak; None if unknown."""
     kind = jax.devices()[0].device_kind
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
     return None if peak is None or not seconds else flops / seconds / (peak * 1e12 * jax.device_count())
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     columns: dict[str, Callable[[Row], str]] = {
         "model": lambda r: f"{r.model} {r.preset}",
         "parameters": lambda r: f"{r.parameters / 1e6:,.1f} M",

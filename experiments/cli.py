@@ -1,9 +1,9 @@
-"""Command lines from settings: one place that turns bad input into one line and exit code 2.
+"""Command lines from settings; bad input becomes one line on standard error and exit code 2.
 
     run(main)                                       # flags from the signature of `main`
     run({"imagen.base64": Command(…), "clip": …})   # the first word chooses one of a table
 
-Flags are the fields of a dataclass, whose own dataclass fields are groups: their fields are flags too.
+Flags are the fields of a dataclass. A field that is a dataclass is a group: its fields are flags too.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from jaxdiff.training import multihost
 from jaxdiff.training.compilation_cache import enable_compilation_cache
 
 COMPILED = Path("~/.cache/jaxdiff/compiled")
-"""Where scripts keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR names another place."""
+"""Compilation cache, unless JAX_COMPILATION_CACHE_DIR is set."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One of the commands that a table names: `main` is called with settings like `settings`, which are the defaults.
-    `about`: one line for --help."""
+    """A command of a table: `main` is called with settings of the type of `settings`, the defaults. `about`: one line
+    for --help."""
 
     main: Callable[[Any], int | None]
     settings: Any
@@ -44,18 +44,22 @@ Main = Callable[..., int | None] | Command | Mapping[str, Command]
 
 
 def run(main: Main, args: Sequence[str] | None = None, stopped_by: tuple[type[Exception], ...] = ()) -> None:
-    """Call `main`, or the command of a table that the first argument names, as the command line says, and exit.
+    """Parse the command line, call `main` or the command of a table named by the first argument, and exit.
 
-    `--version` prints the version; with a table, `--config FILE` begins with the settings in a file (`settings_file`).
+    `--version` prints the version; with a table, `--config FILE` reads settings from a file (`settings_file`).
 
-    Exit codes: what `main` returns (None is 0); 2 for a bad argument or value, a file that cannot be read or written
-    (`ValueError`, `OSError`: one line on standard error); 1 for the errors in `stopped_by`, one line too; 75 for a run
-    that was told to stop and has saved; 130 for Ctrl-C; 71 for other processes that are gone or a stall (one line); 73
-    where another run writes to the folder (one line); 70 for a bug of ours, which keeps its traceback. Warnings are one
-    line each.
+    Exit codes (all but 0, 130 and the result of `main` with one line on standard error; 70 with a traceback):
+        0: success (or what `main` returns)
+        1: an error in `stopped_by`
+        2: a bad argument or value, an unreadable or unwritable file (`ValueError`, `OSError`)
+        70: a bug
+        71: other processes are gone, or a stall
+        73: another run writes to the folder
+        75: stopped by a signal after saving
+        130: Ctrl-C
 
-    Of several processes that one fails ends all of them, with the same code. What is in `stopped_by` is raised by all
-    of them, and said by process 0.
+    Each warning is one line. If one of several processes fails, all exit with the same code. Errors in `stopped_by` are
+    raised by all processes and printed by process 0.
     """
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["--version"]:
@@ -71,7 +75,7 @@ def run(main: Main, args: Sequence[str] | None = None, stopped_by: tuple[type[Ex
                 print(f"error: {_line(str(error))}", file=sys.stderr)
             code = 1
         except Exception as error:
-            multihost.fail(error)  # of several processes, none returns from here
+            multihost.fail(error)  # does not return if there are several processes
             code, text = multihost.outcome(error)
             print(text, file=sys.stderr)
         except KeyboardInterrupt:
@@ -87,7 +91,7 @@ def _given(main: Main, args: list[str]) -> Callable[[], int | None]:
 
 
 def _chosen(commands: Mapping[str, Command], args: list[str]) -> Callable[[], int | None]:
-    """The command that the arguments, or the file of settings among them, name. ValueError for any other name."""
+    """The command named by the arguments or by their settings file. ValueError for an unknown name."""
     if args[:1] in (["-h"], ["--help"]):
         width = max(map(len, commands))
         lines = [f"  {name:{width}}  {command.about}" for name, command in commands.items()]
@@ -95,8 +99,8 @@ def _chosen(commands: Mapping[str, Command], args: list[str]) -> Callable[[], in
         sys.exit(0)
     name, args = settings_file.given(args)
     if name not in commands:
-        said = "the first argument names" if name is None else f"unknown {name!r}: the first argument names"
-        raise ValueError(f"{said} one of {', '.join(commands)} (--help says what they are)")
+        problem = "the first argument names" if name is None else f"unknown {name!r}: the first argument names"
+        raise ValueError(f"{problem} one of {', '.join(commands)} (--help says what they are)")
     command = commands[name]
     if args[:1] == ["--version"]:
         print(f"jaxdiff {jaxdiff.__version__}")
@@ -106,7 +110,7 @@ def _chosen(commands: Mapping[str, Command], args: list[str]) -> Callable[[], in
 
 
 def _program() -> str:
-    """How this process was started."""
+    """The command that started this process."""
     specification = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {specification.name}" if specification else Path(sys.argv[0]).name
 
@@ -114,8 +118,8 @@ def _program() -> str:
 def _parsed(
     main: Callable[..., int | None], args: list[str], program: str | None = None, command: Command | None = None
 ) -> Callable[[], int | None]:
-    """`main` with its arguments, or with the settings of a command of a table. ValueError for bad ones: tyro would
-    print a box of several lines and exit."""
+    """`main` with its parsed arguments, or with the settings of a command. ValueError for bad arguments, for which tyro
+    would print a box of several lines and exit."""
 
     @functools.wraps(main)
     def later(*positional, **named):
@@ -133,7 +137,7 @@ def _parsed(
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # The message is what stands in the first box above its ruled line; the rest repeats the help.
+        # The message is in the first box, above its ruled line; the rest repeats the help.
         lines = [line.strip("│ ") for line in box.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
         message = next((lines[:i] for i, line in enumerate(lines) if set(line) == {"─"}), lines)
         raise ValueError(f"{' '.join(message)} (--help lists all settings)") from None
@@ -147,7 +151,7 @@ def _line(text: str) -> str:
 
 
 class _Warnings:
-    """Shows each warning as a line of its own above any progress bar, and of one kind the first few alone."""
+    """Prints each warning on one line above any progress bar; only the first few of each kind."""
 
     LINES = 12
 

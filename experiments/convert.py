@@ -1,13 +1,13 @@
-"""Converts captioned images to ArrayRecord, once: tar shards (webdataset), lists, Parquet files, folders.
+"""Convert captioned images to ArrayRecord: tar shards (webdataset), lists, Parquet files, folders.
 
     python -m experiments.convert --out runs/data/laion 'tars/*.tar' --processes 16
     python -m experiments.convert --out gathered photos.csv --image-column file --caption-column text
 
-Then train with `--data records:runs/data/laion`. Inputs may be patterns and bucket paths (gs://…, s3://…, with the
-`bucket` extra). Killed, it continues when run again with the same arguments; given more inputs, it adds them.
-Cost: about a millisecond an image and process at 256 pixels, nearly all of it decoding to verify (--no-verify skips
-it). Result: one .array_record and one .json report for each input file (or 10,000 rows of a list), and dataset.json
-with the counts of images kept and left out, by reason, and of captions in which characters were replaced.
+Then train with `--data records:runs/data/laion`. Inputs can be patterns and bucket paths (gs://…, s3://…, with the
+`bucket` extra). If it is killed, run it again with the same arguments to resume; further inputs are added. Cost: about
+1 ms per image and process at 256 pixels, mostly the decoding that verifies images (--no-verify skips it). Result: one
+.array_record and one .json report per input file (or 10,000 rows of a list), and dataset.json with the counts of kept
+images, of skipped images by reason, and of captions with replaced characters.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(
     if not inputs:
         raise ValueError("no inputs: name .tar, .csv or .parquet files, or folders")
     files = [file for pattern in inputs for file in remote.expand(pattern)]
-    # A second conversion into the folder would have what it writes taken for leftovers.
+    # A second conversion into the folder would delete this one's files as leftovers.
     with locked(out), tqdm(desc="convert", unit=" images") as bar:
 
         def progress(report: convert.Report) -> None:

@@ -1,21 +1,20 @@
-"""Computes the T5 embeddings of a set's captions once and stores them, so that training runs no text encoder.
+"""Compute and store the T5 embeddings of a dataset's captions, so that training runs no text encoder.
 
     python -m experiments.embed --data records:runs/data/laion --text-encoder google/flan-t5-xxl \
         --dtype bfloat16 --length 128 --out runs/data/laion-t5
 
-Then train with `--embeddings runs/data/laion-t5`. Killed at any moment, it continues when run again with the same
-arguments: nothing is lost but the part in progress, and nothing is stored twice.
+Then train with `--embeddings runs/data/laion-t5`. If it is killed, run it again with the same arguments: it resumes,
+loses only the part in progress, and stores nothing twice.
 
-The encoder runs on all devices of the process; `--fsdp N` splits its parameters over N of them, as T5-XXL (9.5 GB in
-bfloat16) needs where a device has 16 GB. Several processes, on one machine or many that see the same folder, share a
-set by `--shard I/N`: each makes every N-th part, and the one that finds all parts there finishes the store. They say
-nothing to one another: the encoder fits the devices of one host, so there is nothing to compute together, and one that
-is killed or slow holds up none of the others. JAX processes that were started together take their shares unasked, and
-end together: each waits for the others at its end, and where one dies all go on when they are started again.
+The encoder runs on all devices of the process. `--fsdp N` shards its parameters over N of them; T5-XXL (9.5 GB in
+bfloat16) needs this on devices with 16 GB. Several processes, on one machine or several with a shared folder, split a
+dataset by `--shard I/N`: each computes every N-th part, and the process that sees all parts completes the store. They
+do not communicate, so a killed or slow process does not delay the others. JAX processes that were started together
+split the parts automatically and wait for each other at the end; if one dies, start all of them again.
 
-Cost: one pass of the encoder over the captions; a caption takes 2 bytes × its tokens × the encoder's width on disk
-(8 kB a token for T5-XXL), which is estimated before it begins. Result: the embeddings in ArrayRecord, and
-embeddings.json, which names the encoder by a fingerprint, so that a model made for another one refuses them.
+Cost: one pass of the encoder over the captions. On disk a caption takes 2 bytes × tokens × the encoder's width (8 kB
+per token for T5-XXL); the total is estimated before the start. Result: the embeddings in ArrayRecord, and
+embeddings.json with the encoder's fingerprint, so that a model of another encoder rejects them.
 """
 
 import dataclasses
@@ -44,12 +43,12 @@ from jaxdiff.training.param_sharding import shardings
 from jaxdiff.weights.t5 import load_text_encoder
 
 SAMPLE = 1024
-"""Captions that the estimate is made from."""
+"""Captions used for the estimate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is embedded, by which encoder, and how it is stored."""
+    """Dataset, encoder and output."""
 
     data: str
     """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
@@ -58,58 +57,58 @@ class Settings:
     out: Path
     """The folder to write."""
     length: int = 128
-    """Tokens per caption; longer ones are cut."""
+    """Tokens per caption; longer captions are truncated."""
     split: str = "train"
-    """The split of the data."""
+    """The split of the dataset."""
     resolution: int = 64
-    """Which stored size of shapes or emoji to open: the captions are the same in all of them."""
+    """Stored resolution of shapes or emoji to open; the captions are the same in all."""
     batch: int = 64
-    """Captions of full length encoded at a time, of all devices together; of shorter ones as many more."""
+    """Full-length captions per batch over all devices; shorter captions use proportionally larger batches."""
     lengths: tuple[int, ...] = LENGTHS
-    """What captions are padded to, beside the full length; a program is compiled for each."""
+    """Further padded lengths; one program is compiled per length."""
     part: int = 8192
-    """Captions a file. Larger for very large sets, of which training keeps 512 files open."""
+    """Captions per file. Increase it for very large datasets: training keeps 512 files open."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the encoder is kept and computed in; bfloat16 halves the memory of a large one."""
+    """Parameter and compute type of the encoder; bfloat16 halves its memory."""
     fsdp: int = 1
-    """Devices that share each parameter."""
+    """Number of devices over which each parameter is sharded."""
     shard: str | None = None
-    """I/N: make every N-th part, from the I-th (0 … N-1), beside other processes that make the others."""
+    """I/N: compute every N-th part, starting at I (0 … N-1); other processes compute the rest."""
     verify: bool = False
-    """Read again all that is stored already, not only the end of each part."""
+    """Verify all stored data, not only the end of each part."""
     data_dir: Path = Path("runs/data")
-    """Where prepared data sets live."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Settings) -> None:
-    """Store the text embeddings of a data set."""
+    """Store the text embeddings of a dataset."""
     if settings.shard is None:
-        start(Cluster())  # of processes that were started together each takes its share
-    share = _shard(settings.shard)
+        start(Cluster())  # processes that were started together split the parts
+    shard = _shard(settings.shard)
     if settings.part < 1:
         raise ValueError(f"part {settings.part}: at least one caption a file")
     spec = sources.parse(settings.data)
     source = captions(sources.open(spec, settings.resolution, settings.split, settings.data_dir))
     bulk = _bulk(settings)
-    made_by = bulk.encoder.fingerprint
-    # Other shards may be written at the same time; a second start of this one would do its work twice.
-    lock = FolderLock(settings.out, f"shard-{share.index}-of-{share.count}.lock")
+    fingerprint = bulk.encoder.fingerprint
+    # Other shards may be written at the same time, but two processes must not write the same one.
+    lock = FolderLock(settings.out, f"shard-{shard.index}-of-{shard.count}.lock")
     with lock, _Progress(bulk, source, settings.out) as progress:
         stored = store_rows(
             source,
-            RowEncoder(progress.encode, made_by, bulk.prepare),
+            RowEncoder(progress.encode, fingerprint, bulk.prepare),
             settings.out,
             part=settings.part,
-            shard=share,
+            shard=shard,
             verify=settings.verify,
             progress=StoreProgress(progress.begun),
         )
-    print(_told(stored, settings.out, progress.tokens, share))
+    print(_summary(stored, settings.out, progress.tokens, shard))
     all_done()
 
 
 def _bulk(settings: Settings) -> BulkEncoder:
-    """The encoder on all devices of this process, a batch of which divides over them."""
+    """The encoder on all devices of this process, with a batch size that they divide."""
     mesh = make_mesh(fsdp=settings.fsdp, devices=jax.local_devices())
     encoder = load_text_encoder(
         settings.text_encoder,
@@ -126,14 +125,14 @@ def _shard(text: str | None) -> Shard:
         return Shard(jax.process_index(), jax.process_count())
     parsed = re.fullmatch(r"(\d+)/(\d+)", text)
     if parsed is None:
-        raise ValueError(f"--shard {text}: two numbers are wanted, such as 0/4 for the first of four processes")
+        raise ValueError(f"--shard {text}: not of the form I/N, such as 0/4 for the first of four processes")
     return Shard(*map(int, parsed.groups()))
 
 
 def _announce(bulk: BulkEncoder, source: Sequence[str | None], out: Path, todo: int) -> None:
-    """What is about to be written, judged by captions spread evenly over the set."""
+    """Print an estimate of the output size, from captions spread evenly over the dataset."""
     places = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
-    with warnings.catch_warnings(action="ignore"):  # those that are too long are told of when they are encoded
+    with warnings.catch_warnings(action="ignore"):  # encoding warns about long captions
         tokens = float(bulk.prepare([(source[int(i)] or "").strip() for i in places]).mask.sum(1).mean())
     size = todo * tokens * 2 * bulk.encoder.width
     free = shutil.disk_usage(out).free
@@ -142,11 +141,11 @@ def _announce(bulk: BulkEncoder, source: Sequence[str | None], out: Path, todo: 
         warnings.warn(f"{out}: about {_bytes(size)} will be written and {_bytes(free)} are free there", stacklevel=2)
 
 
-def _told(stored: Embeddings | None, out: Path, tokens: int, shard: Shard) -> str:
+def _summary(stored: Embeddings | None, out: Path, tokens: int, shard: Shard) -> str:
     size = sum(file.stat().st_size for file in out.glob("part-*.array_record"))
     held = f"{tokens} tokens encoded now, {_bytes(size)} on disk"
     if stored is None:
-        return f"shard {shard.index}/{shard.count} is stored, others are not yet (the last to end finishes it): {held}"
+        return f"shard {shard.index}/{shard.count} is stored, others are not yet (the last completes it): {held}"
     return f"{stored.count} embeddings of {stored.length} × {stored.width} at most, {held}: --embeddings {out}"
 
 
@@ -155,7 +154,7 @@ def _bytes(size: float) -> str:
 
 
 class _Progress:
-    """An encoder that shows how far it is, in captions, and counts its tokens; first it says what is to be done."""
+    """An encoder with a progress bar in captions and a count of tokens; prints an estimate at the start."""
 
     def __init__(self, bulk: BulkEncoder, source: Sequence[str | None], out: Path):
         self.tokens = 0

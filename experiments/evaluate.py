@@ -1,11 +1,11 @@
-"""Measure: does a model do what it is for?
+"""Evaluate trained models.
 
     python -m experiments.evaluate attributes --n 100 --objects 1 --up-to 64 --json scores.json
     python -m experiments.evaluate psnr --json psnr.json
     python -m experiments.evaluate metrics --weights runs/cascade --data shapes
     python -m experiments.evaluate retrieval --clip runs/clip/model
 
-What each measures, with its cost, is in the docstrings of `experiments/evaluations/`.
+The docstrings of `experiments/evaluations/` describe each metric and its cost.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Any, Mapping[str, Task]], None], Any]] = 
 
 
 def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
-    """A command for each evaluation. `tasks`: whose runs can be sampled from."""
+    """One command per evaluation. tasks: the models whose runs can be sampled."""
     return {
         name: Command(partial(main, tasks=tasks), settings, (main.__doc__ or "").strip())
         for name, (main, settings) in EVALUATIONS.items()

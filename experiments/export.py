@@ -1,9 +1,9 @@
-"""Write trained models, or public ones, in another form.
+"""Write trained models, or public ones, in another format.
 
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --out runs/cascade
     python -m experiments.export inception --source pt_inception-2015-12-05-6726825d.pth --out inception.safetensors
 
-Each takes seconds; what it reads and writes is in the docstrings of `experiments/exports/`.
+Each takes seconds. The docstrings of `experiments/exports/` describe inputs and outputs.
 """
 
 from experiments.cli import Command, run
@@ -11,7 +11,7 @@ from experiments.exports import imagen, inception
 
 
 def commands() -> dict[str, Command]:
-    """A command for each form."""
+    """One command per format."""
     return {
         "imagen": Command(imagen.main, imagen.Settings(), (imagen.main.__doc__ or "").strip()),
         "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),

@@ -1,18 +1,18 @@
-"""Plan a run on chips that need not be there: will it fit, between which times could a step lie, what holds it back?
+"""Plan a run without the hardware: memory, bounds on the step time, the bottleneck.
 
     python -m experiments.plan imagen.base64 --preset 2b --topology v5p:4x8x8 --batch 2048 --mesh fsdp=256
     python -m experiments.plan imagen.sr256 --preset paper --topology v5e:16x16 --batch 2048 --remat blocks
     python -m experiments.plan t5 --preset xxl --topology v5e:2x2 --batch 256 --sample --json runs/t5.json
     python -m experiments.plan imagen.base64 --preset 50m --topology rtx4090:1 --batch 32 --mesh data=1
 
-The real step is compiled by the TPU's own compiler (libtpu, `pip install -e '.[tpu]'`) or by XLA for NVIDIA GPUs
-(`pip install -e '.[cuda]'`; without it, GPUs are estimated from shapes, which is said). Neither needs the chip. That
-takes from one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. With `--json` the result is
-kept, and the same question is answered from the file. `--sample` plans what the trained model does.
+The real step is compiled by the TPU compiler (libtpu, `pip install -e '.[tpu]'`) or by XLA for NVIDIA GPUs
+(`pip install -e '.[cuda]'`; without it, GPUs are estimated from shapes, and the report says so). Neither needs the
+chip. This takes one minute (tiny presets) to fifty (2b) on one core, and up to 21 GB of memory. `--json` saves the
+plan, and the same settings then read it from the file. `--sample` plans inference.
 
-Sizes, counts and rates are of the compiled program and the vendors' data sheets; how near a real run comes to them is
-not known until one has been measured. Fractions of the peak are of useful FLOPs: those of the network, the same on
-every chip. `--mesh` counts devices, which are two a chip on tpu7x.
+Sizes, counts and rates are of the compiled program and the vendors' data sheets; a real run may be slower. Fractions of
+the peak are of useful FLOPs: those of the network, the same on every chip. `--mesh` counts devices, of which tpu7x has
+two per chip.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from jaxdiff.training.step import make_step
 
 
 def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
-    """A command for each line of the table."""
+    """One command per task."""
     return {
         name: Command(partial(main, name, task), PlanSettings(compute=accelerated(task.settings.compute)), task.about)
         for name, task in tasks.items()
@@ -55,13 +55,13 @@ def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
 
 
 def accelerated(compute: ComputeOptions) -> ComputeOptions:
-    """In bfloat16, where there is a choice: what TPUs and GPUs compute in."""
+    """The compute settings in bfloat16, if they have a dtype."""
     names = {field.name for field in dataclasses.fields(compute)}
     return dataclasses.replace(compute, dtype="bfloat16") if "dtype" in names else compute
 
 
 def main(name: str, task: Task, settings: PlanSettings) -> None:
-    """Print what a step needs and what it could reach."""
+    """Print the memory and the bounds on the time of a step."""
     if not settings.topology:
         raise ValueError("--topology names the chips, such as v6e:2x4 or h100:8")
     topology, question = chips.parse(settings.topology), Planned(name, task, settings)
@@ -79,15 +79,15 @@ def main(name: str, task: Task, settings: PlanSettings) -> None:
 
 
 def asked(question: Planned, topology: chips.Topology | None) -> dict[str, Any]:
-    """The question that a kept plan must have answered: the settings, how programs are counted here and, with a
-    topology, the compiler's version."""
+    """The key of a saved plan: the settings, the version of the counting and, with a topology, the compiler's
+    version."""
     ours = {name: value for name, value in flat(question.settings).items() if name not in ("json", "hlo", "arrays")}
     ours |= {"model": question.name, "counting": COUNTING}
     return ours if topology is None else ours | {"compiler": compiler(topology)}
 
 
 def compiler(topology: chips.Topology) -> str:
-    """Versions of what would compile; `none` for GPUs that are only estimated. ValueError for TPUs without theirs."""
+    """The compiler's version; `none` for GPUs without a compiler. ValueError for TPUs without theirs."""
     missing = chips.missing_compiler(topology)
     if missing is None:
         name = f"libtpu {importlib.metadata.version('libtpu')}" if topology.is_tpu else "XLA for CUDA"
@@ -98,13 +98,12 @@ def compiler(topology: chips.Topology) -> str:
 
 
 def is_estimate(topology: chips.Topology) -> bool:
-    """Whether nothing is compiled: for GPUs without their compiler."""
+    """Whether the plan is an estimate without compilation: GPUs without their compiler."""
     return not topology.is_tpu and chips.missing_compiler(topology) is not None
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A kept plan, None where there is none. ValueError for any other file, a damaged plan too, which is left as it
-    is."""
+    """A saved plan; None if absent. ValueError for any other file or a damaged plan, which is left unchanged."""
     if not path.is_file():
         return None
     try:
@@ -144,8 +143,8 @@ def planned(question: Planned, topology: chips.Topology) -> dict[str, Any]:
 
 
 def useful_flops(question: Planned) -> float:
-    """FLOPs that the network needs in the whole step: once forward for sampling and encoding, three times for training.
-    Nothing that is computed again counts."""
+    """FLOPs of the network per step: the forward pass for sampling and encoding, three times that for training, without
+    recomputation."""
     model = question.plain
     if question.settings.sample:
         inference = question.inference(model)
@@ -155,7 +154,7 @@ def useful_flops(question: Planned) -> float:
 
 
 def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
-    """Links of a chip for each axis of more than one device; none for GPUs, which a switch joins."""
+    """Links of a chip per mesh axis of more than one device; none for GPUs, which a switch connects."""
     if not topology.is_tpu or not isinstance(mesh, Mesh):
         return {}
     counted = zip(AXES, chips.links(mesh.devices, topology), strict=True)
@@ -181,12 +180,12 @@ def _training(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[st
 
 
 def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
-    """What the trained model does: the batch split over the devices, parameters in the compute type, of diffusion
-    models whole on every device and of others split as in training."""
+    """Plan an inference step: the batch split over the devices, parameters in the compute type, replicated for
+    diffusion models and sharded as in training for others."""
     model = question.model
     inference = question.inference(model)
     cast = jax.eval_shape(lambda params: inference.used(model.cast(params)), abstract_params(model))
-    if question.task.whole_parameters:
+    if question.task.replicated_parameters:
         params = placed(cast, mesh)
     else:
         params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), cast, shardings(cast, mesh))
@@ -209,17 +208,17 @@ def _estimate(question: Planned, mesh: Any) -> dict[str, Any]:
 
 
 def _sizes(settings: PlanSettings, state: TrainState) -> dict[str, Any]:
-    parts = {"parameters": state.params, "average": state.ema, "optimizer": state.opt_state}
+    trees = {"parameters": state.params, "average": state.ema, "optimizer": state.opt_state}
     if settings.arrays:
         print(table(state))
     return {
         "parameters": count_of(state.params),
-        "bytes_per_device": {name: bytes_on_a_device(tree) for name, tree in parts.items()},
+        "bytes_per_device": {name: bytes_on_a_device(tree) for name, tree in trees.items()},
     }
 
 
 def placed(tree: Any, mesh: Mesh, axes: tuple[str, ...] | None = None) -> Any:
-    """Shapes with a placement: the first axis over `axes`, or copied."""
+    """Shapes with a sharding: the first dimension over `axes`, or replicated."""
     sharding = NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 

@@ -1,16 +1,16 @@
 """Sample captions through all three stages with the tiny cascade that ships with the package.
 
-    python -m experiments.quickstart                                # 16 captions that training never saw
+    python -m experiments.quickstart                                # 16 held-out captions
     python -m experiments.quickstart "a large red circle on white"  # your own
     python -m experiments.quickstart --train                        # train the whole cascade first, T5 included
 
-Writes runs/quickstart/: grid.png (every caption at 64 and 256 pixels, two of them at 1024), images/ (one PNG each)
-and report.json (how many images have everything that their caption states, read back by an exact reader, for captions
-of one object and of two apart; seconds). At most 3 minutes on 2 CPU cores, compilation included; `--train` takes at
-most 25 more. Its aim is the colours right in at least 80 % of the captions of one object, and both super-resolution
-stages above bicubic. A whole run on 2 cores of an AMD EPYC (jax 0.10.2, 2026-11-23) took 23 min 47 s: 31.8 dB against
-31.0 at 256, 38.0 against 37.6 at 1024, and the colours of eleven of the twelve captions of one object (81 % of 64 such)
-and of none of the four of two: where things are, and which colour is whose, takes longer to learn than those minutes.
+Writes runs/quickstart/: grid.png (every caption at 64 and 256 pixels, two of them at 1024), images/ (one PNG each) and
+report.json (fraction of images with all stated attributes, by an exact reader, separately for captions of one object
+and of two; seconds). Takes at most 3 minutes on 2 CPU cores, including compilation; `--train` takes at most 25 more.
+Its target: the right colours for at least 80 % of the captions of one object, and both super-resolution stages better
+than bicubic. A full run on 2 cores of an AMD EPYC (jax 0.10.2, 2026-11-23) took 23 min 47 s: 31.8 dB against 31.0 at
+256, 38.0 against 37.6 at 1024, and the right colours for eleven of the twelve captions of one object (81 % of 64 such)
+and for none of the four of two. Positions, and which object has which colour, take longer to learn.
 """
 
 import dataclasses
@@ -40,26 +40,26 @@ from jaxdiff.weights.imagen import SHIPPED, load
 
 ONE_OBJECT, TWO_OBJECTS = 12, 4
 LARGE = 2
-"""How many captions, the first ones, are sampled beyond 256 pixels."""
+"""Number of captions, from the first, that are sampled beyond 256 pixels."""
 NAMES = {1: "One object", 2: "Two objects"}
 Sampled = dict[int, np.ndarray]
-"""The images of each resolution."""
+"""Images by resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What to sample, or to train."""
+    """Captions and output."""
 
     caption: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Captions; without any, 16 held-out ones."""
+    """Captions; default: 16 held-out ones."""
     out: Path = Path("runs/quickstart")
     """Folder for the results."""
     weights: Path = SHIPPED
     """Folder of the cascade."""
     seed: int = 0
-    """Of the noise (and of training)."""
+    """Seed of the noise (and of training)."""
     train: bool = False
-    """Train a new cascade from scratch into OUT, and sample from that."""
+    """Train a new cascade from scratch into --out, and sample from it."""
     training: Training = Training()
 
 
@@ -84,11 +84,11 @@ def main(settings: Run) -> None:
         report |= super_resolution_scores(model, settings.training.psnr_images)
     seconds |= spent | {"total": time.perf_counter() - begun}
     report |= {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
-    made_by = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
+    provenance = {"weights": str(weights), "seed": settings.seed, "jax": jax.__version__, "captions": texts}
     attempt(
         lambda: save_all(out / "images", named(texts, sampled, settings.seed, weights)),
         lambda: grids.write(out / "grid.png", sheet(texts, sampled, notes(tallies))),
-        lambda: write_json(out / "report.json", {**report, **made_by, "device": jax.devices()[0].device_kind}),
+        lambda: write_json(out / "report.json", {**report, **provenance, "device": jax.devices()[0].device_kind}),
     )
     for name, value in report.items():
         if isinstance(value, float):
@@ -103,11 +103,11 @@ def chosen_captions() -> list[Caption]:
 
 
 def sample(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple[Sampled, dict[str, float]]:
-    """All captions up to 256 pixels, the first two beyond; and the seconds of each stage, compilation included."""
+    """Sample all captions up to 256 pixels and the first two beyond. Also the seconds per stage, with compilation."""
     last = max(1, sum(side <= 256 for side in model.sides)) - 1
     with Bars(model) as bars:
         batches = model.batches(texts, SampleOptions(seed=seed, last=last), bars)
-        usable(out)  # only now: bad settings leave no folder behind
+        usable(out)  # not earlier, so that bad settings create no folder
         bars.resume()
         products = [np.concatenate(each) for each in zip(*(batch.products for batch in batches))]
         if last + 1 < len(model.boxes):
@@ -118,7 +118,7 @@ def sample(model: Pipeline, texts: Sequence[str], seed: int, out: Path) -> tuple
 
 
 def tallied(captions: Sequence[Caption], sampled: Sampled) -> dict[int, Tally]:
-    """Verdicts on the images, by the number of objects that the captions name; nothing where there are none."""
+    """Verdicts on the images, by the number of objects in the captions."""
     tallies: dict[int, Tally] = {}
     for objects in sorted({len(c.stated.objects) for c in captions}):
         tally = tallies[objects] = Tally()
@@ -130,16 +130,16 @@ def tallied(captions: Sequence[Caption], sampled: Sampled) -> dict[int, Tally]:
 
 
 def scores(tallies: Mapping[int, Tally]) -> dict:
-    """Everything right, and colours right, as fractions of the captions of one object, and of those of two apart; what
-    is wrong."""
-    found: dict = {}
+    """Fractions of images with all attributes right and with the colours right, separately for captions of one object
+    and of two; the wrong attributes."""
+    values: dict = {}
     for objects, tally in tallies.items():
         for r in tally.verdicts:
-            found[f"attribute_accuracy_{r}{KINDS[objects]}"] = tally.accuracy(r)
-            found[f"colour_accuracy_{r}{KINDS[objects]}"] = float(tally.attributes(r)["colour"])
+            values[f"attribute_accuracy_{r}{KINDS[objects]}"] = tally.accuracy(r)
+            values[f"colour_accuracy_{r}{KINDS[objects]}"] = float(tally.attributes(r)["colour"])
     resolutions = sorted({r for tally in tallies.values() for r in tally.verdicts})
     wrong = {str(r): _wrong(tallies, r) for r in resolutions}
-    return found | ({"wrong": wrong} if wrong else {})
+    return values | ({"wrong": wrong} if wrong else {})
 
 
 def _wrong(tallies: Mapping[int, Tally], resolution: int) -> dict[str, list[str]]:
@@ -148,22 +148,22 @@ def _wrong(tallies: Mapping[int, Tally], resolution: int) -> dict[str, list[str]
 
 
 def notes(tallies: Mapping[int, Tally]) -> list[str]:
-    """A line for each kind of caption: how many are right at each resolution."""
+    """One line per kind of caption: the number of right images at each resolution."""
     lines = []
     for objects, tally in tallies.items():
         each = ["{} of {} at {}".format(*tally.counts(r), r) for r in sorted(tally.verdicts)]
-        lines.append(f"{NAMES[objects]}: all that the caption states is right in {', '.join(each)} pixels")
+        lines.append(f"{NAMES[objects]}: all stated attributes are right in {', '.join(each)} pixels")
     return lines
 
 
 def super_resolution_scores(model: Pipeline, count: int) -> dict:
-    """PSNR of every super-resolution stage, and of bicubic, on true images; of the 1024 one on a quarter as many."""
+    """PSNR of every super-resolution stage and of bicubic on `count` true images, a quarter as many above 256."""
     counts = {r: count if r <= 256 else max(1, count // 4) for r in model.sides[1:]}
     return {name: score for r, n in counts.items() for name, score in psnr_scores(model, r, n).items()}
 
 
 def named(texts: Sequence[str], sampled: Sampled, seed: int, weights: Path) -> Iterator[Named]:
-    """The single images, for their files."""
+    """The single images with their file names and metadata."""
     for resolution, images in sampled.items():
         for i, image in enumerate(images):
             values = {"number": i, "resolution": resolution, "weights": str(weights)}
@@ -171,7 +171,7 @@ def named(texts: Sequence[str], sampled: Sampled, seed: int, weights: Path) -> I
 
 
 def attempt(*steps: Callable[[], object]) -> None:
-    """Runs all steps, whichever fails, and raises the first OSError then: what can be saved is saved."""
+    """Run all steps, even if some fail, so that as much as possible is saved; then raise the first OSError."""
     failed: list[OSError] = []
     for step in steps:
         try:
@@ -182,8 +182,8 @@ def attempt(*steps: Callable[[], object]) -> None:
         raise failed[0]
 
 
-# The sheet: cells of a small image with its caption below and the middle one to the right, four to a row; the large
-# ones in a column of their own.
+# The sheet has four cells per row: the small image with its caption below, the middle one to its right. Large images
+# have their own column.
 
 SMALL, MIDDLE, COLUMNS, GAP, FONT = 128, 256, 4, 16, 14
 

@@ -1,7 +1,7 @@
-"""The whole cascade from scratch, T5 included, in minutes: `python -m experiments.quickstart --train`.
+"""Train the cascade from scratch, including T5, in minutes: `python -m experiments.quickstart --train`.
 
-The same functions as `experiments.train`, with settings small enough for 2 CPU cores. Every stage resumes when it is
-run again, and sample grids are written as it goes.
+Uses the functions of `experiments.train` with settings for 2 CPU cores. Every stage resumes when it is run again, and
+writes sample grids.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxdiff.weights.stages import load_model, save_model
 
 @dataclasses.dataclass(frozen=True)
 class T5Training:
-    """Of T5."""
+    """Training of T5."""
 
     t5_steps: int = 800
     """Updates of T5."""
@@ -32,53 +32,53 @@ class T5Training:
 
 @dataclasses.dataclass(frozen=True)
 class BaseTraining:
-    """Of the base model."""
+    """Training of the base model."""
 
     examples: int = 20_000
-    """Images at 64 pixels, whose captions T5 reads too."""
+    """Images at 64 pixels; T5 is trained on their captions."""
     base_preset: str = "quick"
-    """Size of the base model: one that learns colours in minutes; `tiny`, the shipped one, learns shapes in hours."""
+    """Preset of the base model: `quick` learns colours in minutes; `tiny`, the shipped one, learns shapes in hours."""
     base_steps: int = 2050
     """Updates of the base model."""
     base_batch: int = 32
     """Images per update of the base model."""
     base_learning_rate: float = 3e-3
-    """Of the base model, at its peak (Muon)."""
+    """Peak learning rate of the base model (Muon)."""
     base_ema_decay: float = 0.99
-    """Of the base model's averaged parameters."""
+    """EMA decay of the base model."""
     base_logsnr: tuple[float, float] | None = (-7.0, -2.0)
-    """Log-SNRs where the base model trains most: there an object can be seen, but not yet its colour, and only the
-    caption says it. None: wherever the preset trains."""
+    """Log-SNRs where the base model is trained most: there the noise shows objects but not their colours, which only
+    the caption determines. None: the preset's."""
     base_logsnr_fraction: float = 0.5
-    """Fraction of the base model's training there; with more, its images stay blurred and noisy."""
+    """Fraction of the base model's training in that range; with more, its images stay blurred and noisy."""
     base_snr_power: float | None = 0.1
-    """Power of the SNR that weights its error; 0: no noise level counts for more. None: the preset's weights."""
+    """Power of the SNR that weights the base model's x0 error; 0: equal weights. None: the preset's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionTraining:
-    """Of both stages of super-resolution."""
+    """Training of both super-resolution stages."""
 
     examples_256: int = 2_000
-    """Images to train 64→256 with."""
+    """Training images of 64→256."""
     examples_1024: int = 240
-    """Images to train 256→1024 with."""
+    """Training images of 256→1024."""
     sr256_steps: int = 400
     """Updates of 64→256."""
     sr1024_steps: int = 0
-    """Updates of 256→1024, which starts from what 64→256 has learned: the same network for the same task, where a few
-    minutes more on the nearly empty crops of large images do harm."""
+    """Updates of 256→1024, which starts from the parameters of 64→256. It is the same network for the same task, and a
+    few more minutes on the nearly empty crops of large images make it worse."""
     sr_batch: int = 16
     """Crops per update of super-resolution."""
     sr_crop: int = 128
-    """Their side in pixels."""
+    """Side of the crops in pixels."""
     sr_learning_rate: float = 2e-3
-    """Of super-resolution, at its peak (Muon)."""
+    """Peak learning rate of super-resolution (Muon)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What --train does. The defaults share its 25 minutes on 2 CPU cores: about 3 for T5, 16 for the base, 4 for
+    """Settings of --train. With the defaults it takes 25 minutes on 2 CPU cores: about 3 for T5, 16 for the base, 4 for
     64→256, the rest for rasterising data, compiling and the final grid."""
 
     t5: T5Training = T5Training()
@@ -91,15 +91,15 @@ class Training:
     psnr_images: int = 8
     """True images for the PSNR at the end; a quarter as many at 1024; 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the generators compute in; bfloat16 on accelerators."""
+    """Compute type of the generators; use bfloat16 on accelerators."""
     workers: int = 0
-    """Processes that decode images; 0: threads alone, which keep up with a CPU."""
+    """Processes that decode images; 0: threads only, which suffice for a CPU."""
     stored: Literal["float32", "float16", "bfloat16"] = "float16"
-    """What the finished generators' parameters are stored in."""
+    """Type of the stored parameters of the generators."""
 
 
 def train_cascade(settings: Training, out: Path, seed: int = 0) -> Path:
-    """Trains T5, the base and both super-resolution stages below `out`; the folder of the finished cascade."""
+    """Train T5, the base and both super-resolution stages below `out`. Returns the folder of the finished cascade."""
     batches = settings.t5.t5_batch, settings.base.base_batch, settings.super_resolution.sr_batch
     use_cores(*batches)
     _train("t5", _t5(settings, out, seed))

@@ -4,22 +4,22 @@
     python -m experiments.sample --prompts captions.txt --per-prompt 4 --steps 50,8,8 --guidance 5,1,1
     python -m experiments.sample "a red mug" --weights runs/base64 --sr runs/sr256
 
-Writes one PNG for each image and grid.png (grid-2.png, … beyond 64 images). The file of an image is named by its number
-and the first words of its prompt, and holds prompt, seed and all settings as JSON in a PNG text called `jaxdiff`. With
-the shipped cascade on 2 CPU cores an image takes about a second to 256 pixels and under 20 to 1024, after some 30 of
-compilation the first time. `--size 96x64` samples other sizes than 64: multiples of the stride, every stage enlarging
-them fourfold. Training runs are sampled from as they are, finished or not.
+Writes one PNG per image and grid.png (grid-2.png, … beyond 64 images). An image file is named by its number and the
+first words of its prompt; it contains prompt, seed and all settings as JSON in a PNG text chunk named `jaxdiff`. With
+the shipped cascade on 2 CPU cores an image takes about 1 s to 256 pixels and under 20 s to 1024, plus about 30 s of
+compilation the first time. `--size 96x64` samples other sizes than 64, in multiples of the stride; every stage enlarges
+them fourfold. `--weights` accepts training runs, finished or not.
 
     python -m experiments.sample "a photo of a red panda" --weights DeepFloyd/IF-I-XL-v1.0 --dtype bfloat16
     python -m experiments.sample "a watercolour" --weights runs/IF-I runs/IF-II --image photo.jpg --strength 0.6
     python -m experiments.sample "a straw hat" --weights runs/IF-I runs/IF-II --image photo.jpg --mask hat.png
     python -m experiments.sample --weights runs/IF-I runs/IF-II --enlarge small.png --tile 256
 
-DeepFloyd IF from a hub id or from folders that diffusers saves, one for each stage. The text encoder runs first and has
-left before the generators are loaded; with `--embeddings FILE` it runs once for all times.
+DeepFloyd IF is loaded from a hub id or from folders saved by diffusers, one per stage. The text encoder runs first and
+is freed before the generators are loaded; `--embeddings FILE` stores the embeddings, so later runs skip it.
 
-On a host of several devices `--mesh data=-1` gives each its own images, and `--mesh tensor=-1` each large image to
-all of them, by its rows.
+On a host with several devices `--mesh data=-1` distributes images over them, and `--mesh tensor=-1` splits each large
+image by rows.
 """
 
 import dataclasses
@@ -64,46 +64,46 @@ from jaxdiff.weights.settings import to_json
 
 OUT = Path("runs/sample")
 PAGE = 64
-"""Images on a page of the grid."""
+"""Images per page of the grid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What to sample, and where to."""
+    """Prompts and output."""
 
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Captions; an empty one is sampled without text."""
+    """Prompts; an empty one samples without text."""
     prompts: Path | None = None
-    """A file with further captions, one on each line, which a line feed ends (UTF-8, or what its byte order mark says);
-    empty lines are left out."""
+    """A file with further prompts, one per line ended by a line feed (UTF-8, or the encoding of a byte order mark);
+    empty lines are skipped."""
     out: Path | None = None
-    """Folder for the images; left out: runs/sample, or the first of runs/sample-2, … that has none yet."""
+    """Folder for the images; default: runs/sample, or the first of runs/sample-2, … without images."""
     overwrite: bool = False
-    """Allow a folder that has images already."""
+    """Allow a folder that already contains images."""
     grid: bool = True
-    """Write grid.png too."""
+    """Also write grid.png."""
     seed: int = 0
-    """Of the noise: the same seed, prompts and settings give the same images."""
+    """Random seed: the same seed, prompts and settings give the same images."""
     per_prompt: int = 1
-    """Images for each prompt."""
+    """Images per prompt."""
     negative: str = ""
-    """A negative prompt: what guidance leads away from."""
+    """Negative prompt for guidance."""
     up_to: int | None = None
-    """Stop at this resolution (64 | 256 | 1024); the last stage's when left out."""
+    """Stop at this resolution (64 | 256 | 1024); default: the last stage's."""
     size: str = ""
-    """Of the base's images: SIDE or HEIGHTxWIDTH in pixels, multiples of the stride."""
+    """Size of the base's images: SIDE or HEIGHTxWIDTH in pixels, multiples of the stride."""
     batch: int = 16
-    """Images sampled at once by the base; super-resolution takes a sixteenth of it, at least one."""
+    """Batch size of the base; super-resolution uses a sixteenth of it, at least 1."""
     embeddings: Path | None = None
-    """A .safetensors file for the embeddings of the prompts and the negative one: written where it is missing,
-    otherwise read, and then no text encoder is loaded."""
+    """A .safetensors file with the embeddings of the prompts and the negative prompt: written if missing, otherwise
+    read instead of loading the text encoder."""
     pipeline: WeightsOptions = WeightsOptions()
     init: InitImageOptions = InitImageOptions()
     sampling: SamplingOptions = SamplingOptions()
 
 
 def command(tasks: Mapping[str, Task] = TASKS) -> Command:
-    """`tasks`: whose runs can be sampled from."""
+    """The command. tasks: the models whose runs can be sampled."""
     return Command(partial(main, tasks=tasks), Run(), (main.__doc__ or "").strip())
 
 
@@ -120,7 +120,7 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
         batches = model.batches(prompts, options, bars)
         output = _Output(settings, out, model, prompts, enlarging)
         warn_of_few_steps(pipeline, model)
-        usable(out)  # only now: bad settings leave no folder behind
+        usable(out)  # not earlier, so that bad settings create no folder
         for batch in batches:
             if not output.save(batch):
                 break
@@ -128,7 +128,7 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
 
 
 def _check(settings: Run) -> None:
-    """ValueError for settings that do not go together, before weights are read."""
+    """ValueError for conflicting settings, before weights are read."""
     if settings.per_prompt < 1:
         raise ValueError(f"--per-prompt {settings.per_prompt}: at least one image of each prompt")
     settings.init.check()
@@ -152,7 +152,7 @@ def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: 
 
 
 def prompts_of(settings: Run) -> list[str]:
-    """The prompts of the command line, then those of the file. ValueError where there is none."""
+    """The prompts of the command line, then those of the file. ValueError if there are none."""
     prompts = list(settings.prompt)
     for text in (*prompts, settings.negative):
         try:
@@ -169,7 +169,7 @@ def prompts_of(settings: Run) -> list[str]:
 
 
 def _pipeline(settings: Run, prompts: list[str], tasks: Mapping[str, Task]) -> Pipeline:
-    """The pipeline, with its text encoder gone again: the embeddings of the prompts are in its place."""
+    """The pipeline with the prompts' embeddings instead of its text encoder, which is freed."""
     weights, dtype = settings.pipeline, settings.sampling.dtype
     if (own := weights.own(tasks)) is not None:
         return own
@@ -178,7 +178,7 @@ def _pipeline(settings: Run, prompts: list[str], tasks: Mapping[str, Task]) -> P
 
 
 def _warn_of_unknown_words(settings: Run, prompts: Sequence[str]) -> None:
-    """One warning for the prompts that the shipped cascade cannot follow."""
+    """Warn once about words that the shipped cascade does not know."""
     if settings.pipeline.weights != (str(SHIPPED),) or settings.pipeline.text is not None:
         return
     if unknown := unknown_words([*prompts, settings.negative]):
@@ -220,7 +220,7 @@ class _Output:
         self._failure: OSError | None = None
 
     def save(self, batch: Batch) -> bool:
-        """Saves the last product of a batch; False where that failed and nothing more needs to be sampled."""
+        """Save the last product of a batch; False if it failed and sampling should stop."""
         images = batch.products[-1]
         if self._enlarging is not None:
             images = self._enlarging.cut(images)
@@ -233,7 +233,7 @@ class _Output:
         return self._failure is None
 
     def finish(self) -> None:
-        """Writes the pages of the grid. OSError where that, or saving an image before, failed."""
+        """Write the pages of the grid. OSError if this or an earlier save failed."""
         for first in range(0, len(self._images), PAGE):
             page = self._images[first : first + PAGE]
             captions = [self._prompt(number) or "(no text)" for number in range(first, first + len(page))]
@@ -255,7 +255,7 @@ class _Output:
         return self._prompts[number // self._settings.per_prompt].strip()
 
     def _named(self, first: int, images: np.ndarray) -> Iterator[Named]:
-        """The images from number `first` on, for their files."""
+        """The images with their file names and metadata, numbered from `first`."""
         for number, image in enumerate(images, first):
             prompt = self._prompts[number // self._settings.per_prompt]
             metadata = _metadata(self._settings, self._samplings, prompt, number, self._resolution)
@@ -265,7 +265,7 @@ class _Output:
 def _metadata(
     settings: Run, samplings: Sequence[SamplingConfig], prompt: str, number: int, resolution: int
 ) -> Metadata:
-    """What the PNG says of itself: enough to sample it again."""
+    """The metadata of a PNG, sufficient to reproduce it."""
     weights = settings.pipeline
     values = {
         "number": number,

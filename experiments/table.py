@@ -1,4 +1,4 @@
-"""The table of everything that the commands train, sample, plan and measure. A new system adds lines here."""
+"""The table of all models that the commands train, sample, plan and measure. A new system adds lines here."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from experiments.tasks.task import Task
 from jaxdiff.systems import imagen, imagen_small, imagen_tiny
 
 SHIPPED_T5 = 24, 128
-"""Length and width of what the shipped text encoder gives."""
+"""Length and width of the shipped text encoder's embeddings."""
 
 
 SMALL = PresetOptimizer("muon", 2e-3)
-"""Of networks for CPUs: few updates of few images, from which Muon learns most."""
+"""Networks for CPUs: few updates on few images, where Muon learns most."""
 MIDDLE = PresetOptimizer("adam", 2e-4)
-"""Between these and the papers' 1e-4, as diffusion models of this size are trained elsewhere (DDPM's 36 M: 2e-4)."""
+"""Between SMALL and the papers' 1e-4; DDPM trains a model of this size (36 M) at 2e-4."""
 EARLY = NoiseLevels((-9.0, 0.0), 0.75, snr_power=0.0)
-"""Where noise hides all but shapes and colours, which a small base model has to learn first."""
+"""Noise levels that hide everything but shapes and colours, which a small base model must learn first."""
 
 
 def _folder(name: str) -> Path:

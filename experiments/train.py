@@ -1,13 +1,13 @@
 """Train a model: a stage of Imagen, a T5, a CLIP, a classifier.
 
     python -m experiments.train imagen.base64 --preset tiny --data shapes --out runs/base64 --steps 5000
-    python -m experiments.train --help                   # what there is
-    python -m experiments.train imagen.base64 --help     # all its settings
+    python -m experiments.train --help                   # lists the models
+    python -m experiments.train imagen.base64 --help     # lists the settings of one
     python -m experiments.train --config runs/base64/settings.json --steps 8000 --out runs/longer
 
-Run again with the same folder, it goes on from its last checkpoint. OUT gets settings.json (what it was told, for
-`--config`), checkpoints/, metrics.jsonl, tensorboard/, loss.png and at the end the model. What each one is for, with
-commands and costs, is in the docstrings of `experiments/tasks/`.
+Started again with the same folder, a run resumes from its last checkpoint. OUT gets settings.json (for `--config`),
+checkpoints/, metrics.jsonl, tensorboard/, loss.png and, at the end, the model. The docstrings of `experiments/tasks/`
+have the purpose, commands and costs of each model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,8 +33,8 @@ def commands(tasks: Mapping[str, Task] = TASKS) -> dict[str, Command]:
 
 
 def main(name: str, task: Task, settings: Any) -> None:
-    """Train what a line of the table names, and write what it has learned."""
-    processes = start(settings.cluster)  # before anything touches a device
+    """Train a model of the table and write it to --out."""
+    processes = start(settings.cluster)  # must precede any use of a device
     alike(vars(settings))
     try:
         with locked(settings.out):
@@ -46,10 +46,10 @@ def main(name: str, task: Task, settings: Any) -> None:
 
 
 def _train(name: str, task: Task, settings: Any, processes: int) -> None:
-    """All of it, in a folder that is this run's alone."""
+    """Train in a folder locked by this run."""
     run_options = settings.run
     use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
-    # What is wrong is said before anything is rasterised, embedded or written.
+    # Reject bad settings before anything is rasterised, embedded or written.
     config = task.config(settings, name)
     if run_options.batch < task.least_batch:
         raise ValueError(f"--batch {run_options.batch}: at least {task.least_batch} for {name}")
@@ -60,7 +60,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
         work.begin()
         settings_file.save(settings.out / settings_file.NAME, name, settings)
 
-    if not settings.goes_on:  # else the loop may yet refuse these settings
+    if not settings.resumes:  # otherwise the loop may still reject these settings
         on_process_0(begin)
     with _explained(name, task, settings):
         state = train(
@@ -84,7 +84,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
 
 @contextmanager
 def _explained(name: str, task: Task, settings: Any) -> Iterator[None]:
-    """Say in flags what a run was told otherwise, and which command goes on where a run cannot."""
+    """Name the flags that differ from a run's, and the command that continues from a finished run."""
     kept = settings.out / settings_file.NAME
     try:
         yield

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share: settings, options, one way to run a command, the pod's state. Sourced, not run.
+# Shared by the scripts of this folder: settings, options, running commands, the pod's state. Sourced, not run.
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd -- "$HERE/.." && pwd)
@@ -19,7 +19,7 @@ INTO=
 REST=()
 WORDS=()
 PASSED=()
-exec 3>&1 # where commands are shown, also while the output of a command is read
+exec 3>&1 # for printing commands, also while the output of a command is captured
 
 fail() {
   printf 'error: %s\n' "$1" >&2
@@ -31,8 +31,8 @@ help() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# parse "--options --with-value= that this script has" "$@": --no-wait sets NO_WAIT, --into X sets INTO. What follows a
-# bare -- goes to REST; with WORDS among the options, so do arguments that are no options.
+# parse "--flags --with-value= of this script" "$@": --no-wait sets NO_WAIT, --into X sets INTO. Words after a bare --
+# go to REST; with WORDS among the options, other arguments go there too.
 parse() {
   local known=" --help --dry-run --env= $1 " name
   shift
@@ -62,8 +62,8 @@ parse() {
   read_settings
 }
 
-# The env file into variables, all of it checked before anything is done; PLACE: the flags that every gcloud command
-# needs; NODES: the names of the slices; PASSED: the names in TPU_PASS.
+# Read and check the env file. Sets its variables; PLACE: the flags of every gcloud command; NODES: the names of the
+# slices; PASSED: the names in TPU_PASS.
 read_settings() {
   local slice wrong=()
   [[ -f $ENV_FILE ]] || fail "no settings at $ENV_FILE: copy tpu.env.example there and fill it in"
@@ -84,8 +84,8 @@ read_settings() {
   LOGS_AT=${TPU_LOGS:-$ROOT/runs/tpu}/$TPU_NAME
 }
 
-# Fails for what bash itself finds wrong with the env file, such as spaces around =. In a shell of its own, because it
-# would end this one; in English, because the word before a line's number is looked for.
+# Fails for errors of bash in the env file, such as spaces around =. In a subshell, as an error would end this one; in
+# English, as the output is searched for "line".
 check_file() {
   local line said end=$'\3'
   # shellcheck source=/dev/null
@@ -101,14 +101,14 @@ check_file() {
   [[ $said == *"$end" ]] || fail "$ENV_FILE: ends the shell that reads it: settings alone, no exit or exec"
 }
 
-# form NAME PATTERN WORDS: what a setting has to look like unless it is empty. Into `wrong`; adds to `known`.
+# form NAME PATTERN WORDS: the required form of a non-empty setting. Adds errors to `wrong` and the name to `known`.
 form() {
   known+=" $1 "
   local value=${!1:-}
   [[ -z $value || $value =~ ^($2)$ ]] || wrong+=("$1 '${value//[[:cntrl:]]/?}': $3")
 }
 
-# Into `wrong`: all that is wrong with the settings.
+# Adds all errors in the settings to `wrong`.
 check_settings() {
   local name line known='' whole='0|[1-9][0-9]{0,8}' number='[0-9]{1,9}(\.[0-9]*)?' label='[a-z0-9]([-a-z0-9]*[a-z0-9])?'
   for name in $REQUIRED; do
@@ -155,7 +155,7 @@ check_settings() {
   done <"$ENV_FILE"
 }
 
-# The variables that TPU_PASS names must have values.
+# The variables named by TPU_PASS must have values.
 check_passed() {
   local name
   for name in ${PASSED[@]+"${PASSED[@]}"}; do
@@ -163,7 +163,7 @@ check_passed() {
   done
 }
 
-# needs PROGRAM...: must be there, unless this is a dry run.
+# needs PROGRAM...: must be installed, unless this is a dry run.
 needs() {
   local program
   for program; do
@@ -171,8 +171,7 @@ needs() {
   done
 }
 
-# The words of a line into WORDS, as a shell reads quotes and backslashes; nothing in it is expanded. Fails where a quote
-# is not closed.
+# Split a line into WORDS with a shell's quotes and backslashes, without expansion. Fails for an unclosed quote.
 words_of() {
   local text=$1 mark='' word='' any=false place letter
   WORDS=()
@@ -197,7 +196,7 @@ words_of() {
   [[ -z $mark ]]
 }
 
-# A word as the shell reads it back, in quotes only where it needs them.
+# Quote a word for the shell, if needed.
 quoted() {
   local quote="'\\''"
   if [[ $1 =~ ^[[:alnum:]_./:=@%+,-]+$ ]]; then
@@ -218,7 +217,7 @@ show() {
   printf '+ %s\n' "$(line_of "$@")" >&3
 }
 
-# Print a command as it could be typed; unless this is a dry run, run it too.
+# Print a command; run it unless this is a dry run.
 call() {
   show "$@"
   run_it "$@"
@@ -231,11 +230,11 @@ run_it() {
   fi
 }
 
-# Stand for a slice's name and number in the words of on_nodes; no command of a user has them.
+# Placeholders for a slice's name and number in the words of on_nodes; they do not occur in user commands.
 NODE=$'\1'
 SLICE=$'\2'
 
-# A command for every slice at the same time. Fails if it fails for one of them.
+# Run a command for all slices in parallel. Fails if it fails for any of them.
 on_nodes() {
   local index word pids=() words pid code=0
   for ((index = 0; index < TPU_SLICES; index++)); do
@@ -245,7 +244,7 @@ on_nodes() {
       words+=("${word//$SLICE/$index}")
     done
     show "${words[@]}"
-    set -m # a process group each, so that ending this script ends ssh too
+    set -m # separate process groups, so that ending this script also ends ssh
     run_it "${words[@]}" </dev/null &
     set +m
     pids+=("-$!")
@@ -257,7 +256,7 @@ on_nodes() {
   return "$code"
 }
 
-# Run a line of shell on every worker at the same time. A connection that has died is noticed within 90 seconds.
+# Run a line of shell on all workers in parallel. A dead connection is detected within 90 seconds.
 on_workers() {
   on_nodes gcloud compute tpus tpu-vm ssh "$NODE" "${PLACE[@]}" --worker=all "--ssh-flag=-o ServerAliveInterval=30" \
     "--command=export SLICE=$SLICE && $1"
@@ -268,15 +267,15 @@ to_workers() {
   on_nodes gcloud compute tpus tpu-vm scp "$1" "$NODE:$2" "${PLACE[@]}" --worker=all
 }
 
-# The machines of the pod that exist: a line with name and state each.
+# The existing machines of the pod: one line with name and state each.
 node_states() {
   local all node
   all=$(run_it gcloud compute tpus tpu-vm list "${PLACE[@]}" "--format=value(name.basename(),state)") || return
   for node in "${NODES[@]}"; do printf '%s\n' "$all" | awk -v node="$node" '$1 == node'; done
 }
 
-# pod_state [shown]: ABSENT, the queued resource's state, or, where that is ACTIVE, STARTING or PREEMPTED by the states
-# of its nodes. Lists, because a list that is empty is no error, so that an error is always one.
+# pod_state [shown]: ABSENT, or the queued resource's state, refined from ACTIVE to STARTING or PREEMPTED by the states
+# of its nodes. Uses `list`, whose empty result is not an error, so every failure is a real one.
 pod_state() {
   local state nodes ready all filter="/queuedResources/$TPU_NAME\$"
   local request=(gcloud compute tpus queued-resources list "${PLACE[@]}" "--filter=name~\"$filter\"")
@@ -296,7 +295,7 @@ pod_state() {
   printf '%s' "${state:-ABSENT}"
 }
 
-# How many devices JAX should see in the whole pod; nothing for a kind that is not known here.
+# The number of devices that JAX should see in the pod; empty for an unknown kind.
 devices() {
   local number=${TPU_TYPE##*-}
   case $TPU_TYPE in

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ask for the TPU that the env file describes, as a queued resource, and wait until it is there.
+# Request the TPU of the env file as a queued resource, and wait until it is ACTIVE.
 #
 #   tpu_scripts/create.sh [--dry-run] [--no-wait] [--env FILE]
 #
@@ -7,10 +7,10 @@
 #   --no-wait   return when the request is in the queue
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# Run again, it creates nothing twice: it says what is there and goes on waiting. Exit code 1 with the reason if the
-# request failed, was suspended or its machines were taken away: delete.sh removes what is left. 69 if gcloud cannot be
-# asked any more: the request is where it was.
-# It costs money from the moment it is ACTIVE until delete.sh.
+# Run again, it creates nothing twice: it reports the state and continues to wait. Exit code 1 with the reason if the
+# request failed, was suspended or its machines were preempted: delete.sh removes what is left. 69 if gcloud fails
+# repeatedly: the request is unchanged.
+# The TPU costs money from ACTIVE until delete.sh.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -30,7 +30,7 @@ request() {
   fi
   if [[ ${TPU_SPOT:-} == true ]]; then flags+=(--spot); fi
   if [[ ${TPU_RESERVED:-} == true ]]; then flags+=(--reserved); fi
-  # gcloud drops an end of the interval that comes without a beginning.
+  # gcloud ignores the end of the interval without a start.
   if [[ -n ${TPU_VALID_UNTIL:-} ]]; then
     flags+=(--valid-after-duration=1m "--valid-until-duration=$TPU_VALID_UNTIL")
   fi
@@ -39,7 +39,7 @@ request() {
   call gcloud compute tpus queued-resources create "$TPU_NAME" "${PLACE[@]}" "${flags[@]}"
 }
 
-# What the service says of a request that came to nothing.
+# Print the reason why a request failed, and exit.
 came_to_nothing() {
   printf '%s: %s\n' "$TPU_NAME" "$1" >&2
   call gcloud compute tpus queued-resources describe "$TPU_NAME" "${PLACE[@]}" "--format=yaml(state)" >&2 || true
@@ -80,7 +80,7 @@ state=$(pod_state shown) || {
   fail "gcloud does not say whether $TPU_NAME is there" 69
 }
 if [[ $state == ABSENT ]]; then
-  request || { # a creation that went through although gcloud failed, or another one at the same time
+  request || { # the creation may have succeeded although gcloud failed, or happened elsewhere at the same time
     code=$?
     state=$(pod_state)
     [[ $state != ABSENT ]] || exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Delete the queued resource with its machines and all that is on their disks, after you have typed its name.
+# Delete the queued resource with its machines and their disks, after you type its name.
 #
 #   tpu_scripts/delete.sh [--dry-run] [--yes] [--env FILE]
 #
@@ -7,7 +7,7 @@
 #   --yes       do not ask
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# What is in the bucket of TPU_BUCKET stays.
+# The bucket of TPU_BUCKET is not changed.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -21,7 +21,7 @@ if [[ $YES == false && $DRY_RUN == false ]]; then
 fi
 state=$(pod_state shown)
 if [[ $state == ABSENT && $DRY_RUN == false ]]; then
-  if ((TPU_SLICES == 1)) && [[ -n $(node_states) ]]; then # made without a queued resource
+  if ((TPU_SLICES == 1)) && [[ -n $(node_states) ]]; then # created without a queued resource
     call gcloud compute tpus tpu-vm delete "$TPU_NAME" "${PLACE[@]}" --quiet
   else
     printf 'there is no %s in %s\n' "$TPU_NAME" "$TPU_ZONE"

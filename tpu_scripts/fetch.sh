@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Copy a run's folder from the first worker, or from a bucket, to this machine. Run again, it goes on where it stopped.
+# Copy a run's folder from the first worker, or from a bucket, to this machine. Run it again to resume.
 #
 #   tpu_scripts/fetch.sh [--dry-run] [--checkpoints] [--into FOLDER] [--env FILE] RUN
 #   tpu_scripts/fetch.sh runs/base64                      # from the disk of the first worker
@@ -7,8 +7,8 @@
 #   tpu_scripts/fetch.sh gs://bucket/runs/base64
 #
 #   --dry-run      print the exact commands and run none
-#   --checkpoints  checkpoints, too; they are large, and left out unless RUN is inside of them
-#   --into FOLDER  where to, by default RUN's own place in this repository: runs/base64
+#   --checkpoints  also copy checkpoints, which are large; without it they are skipped unless RUN is inside them
+#   --into FOLDER  target folder, by default RUN's path in this repository: runs/base64
 #   --env FILE     settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 
 set -euo pipefail

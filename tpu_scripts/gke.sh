@@ -6,12 +6,12 @@
 #
 #   --dry-run   print the manifest and the exact commands and run none
 #   --logs      follow the output of each slice's first machine
-#   --delete    end the run: SIGTERM, time to save, and the JobSet is gone; asks for its name first
+#   --delete    end the run: SIGTERM, time to save, then delete the JobSet; asks for its name first
 #   --yes       do not ask
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# The cluster starts it again when it saved (75), its nodes were taken away or its pods have lost each other (71), at most
-# TPU_MAX_RESTARTS times. Node pools, JobSet and the image must be there before: see README.md.
+# The cluster restarts it after a save (75), when nodes are preempted or pods have lost each other (71), at most
+# TPU_MAX_RESTARTS times. Node pools, JobSet and the image must exist: see README.md.
 
 # shellcheck disable=SC2034  # the manifest's values are read by name
 set -euo pipefail
@@ -22,7 +22,7 @@ parse "--logs --delete --yes" "$@"
 needs kubectl
 kubectl=(kubectl "--namespace=${GKE_NAMESPACE:-default}")
 
-# The words as a list of JSON, which YAML reads; Kubernetes would replace $(NAME), so a $ is doubled before a bracket.
+# The words as a JSON list, which is valid YAML. Kubernetes would expand $(NAME), so $ is doubled before a bracket.
 json() {
   local word list='' code mark
   for word; do
@@ -64,7 +64,7 @@ manifest() {
   printf '%s\n' "$text"
 }
 
-# The variables that TPU_PASS names become a secret of the cluster; values go through a file that only its owner reads.
+# The variables named by TPU_PASS become a secret of the cluster, through a file that only its owner can read.
 secret() {
   local name
   ((${#PASSED[@]})) || return 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What rsync takes for ssh: rsh.sh NODE COMMAND..., on the first worker. fetch.sh uses it; nothing to type.
+# Remote shell for rsync, used by fetch.sh: rsh.sh NODE COMMAND... runs on the first worker.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

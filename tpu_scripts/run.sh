@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a command on every worker of every slice at once, in the repository, with its Python first on PATH.
+# Run a command on every worker of every slice, in the repository, with its Python first on PATH.
 #
 #   tpu_scripts/run.sh [--dry-run] [--detach] [--id ID] [--env FILE] -- COMMAND [ARGUMENT...]
 #   tpu_scripts/run.sh --attach | --stop [--no-wait] [--id ID] [--env FILE]
@@ -7,17 +7,16 @@
 #
 #   --dry-run   print the exact commands and run none
 #   --detach    start it and return
-#   --attach    follow the run that is in progress, or say how the last one ended
-#   --stop      SIGTERM to the command on every worker (training saves), then wait for its end
+#   --attach    follow the run in progress, or report how the last one ended
+#   --stop      send SIGTERM to the command on every worker (training saves), then wait for its end
 #   --no-wait   with --stop: do not wait for its end
-#   --id ID     the run's name, by default the time; a run of this name is never started twice
+#   --id ID     the run's name, by default the time; a name is never started twice
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# The command lives on when the connection ends; one run at a time. Its output is shown with [SLICE/WORKER] before each
-# line, and kept in runs/tpu/NAME/ID/SLICE-WORKER.log here and in runs/tpu/ID.log on each worker.
-# Exit code: 0 if all workers ended with 0; 75 if one says 75 (saved, to be started again); 255 if a worker is not to be
-# reached; otherwise the first failure's; 71 if they only say that others were gone, or the command vanished with a
-# worker's restart.
+# The command continues if the connection ends; one run at a time. Its output is shown with the prefix [SLICE/WORKER],
+# and saved in runs/tpu/NAME/ID/SLICE-WORKER.log here and in runs/tpu/ID.log on each worker.
+# Exit code: 0 if all workers ended with 0; 75 if any returned 75 (saved, start again); 255 if a worker is unreachable;
+# otherwise the first failure's; 71 if the only failures are lost processes, or a worker restarted.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -40,7 +39,7 @@ on_worker() {
   on_workers "cd jaxdiff && tpu_scripts/worker.sh $1"
 }
 
-# The variables that TPU_PASS names go as a file that only its owner reads, never in a command line.
+# The variables named by TPU_PASS are sent in a file that only its owner can read, never in a command line.
 send_variables() {
   local name
   ((${#PASSED[@]})) || return 0
@@ -51,12 +50,12 @@ send_variables() {
   to_workers "$scratch/jaxdiff.env" jaxdiff.env
 }
 
-# On all workers or on none. A second run is refused by the workers.
+# Start on all workers or on none. The workers reject a second run.
 start() {
   local code=0
   local mount=
   send_variables
-  # A worker that was restarted has lost it, and would write to the folder below.
+  # A restarted worker has lost the mount, and would write to the local folder.
   if [[ -n $TPU_BUCKET ]]; then mount="mount $TPU_BUCKET && tpu_scripts/worker.sh "; fi
   on_worker "${mount}start $ID $(line_of "${REST[@]}")" || code=$?
   if ((code)); then
@@ -65,7 +64,7 @@ start() {
   fi
 }
 
-# follow [LINES]: until it has ended on every worker that can be reached. (Not through awk: some of them read ahead.)
+# follow [LINES]: until the end on every reachable worker. (Without awk, as some versions read ahead.)
 follow() {
   local logs=$LOGS_AT/${ID:-last} line
   if [[ $DRY_RUN == false ]]; then mkdir -p "$logs"; fi
@@ -77,7 +76,7 @@ follow() {
   done
 }
 
-# What each worker says of the run, "SLICE/WORKER ID CODE" a line; fails if one is not to be reached.
+# The state of the run on each worker, one line "SLICE/WORKER ID CODE" each; fails if a worker is unreachable.
 codes() {
   local code=0
   on_worker "code ${ID:-last}" >"$scratch/codes" || code=$?
@@ -85,18 +84,18 @@ codes() {
   return "$code"
 }
 
-# The one exit code of lines of codes. $2: whether all workers were reached.
+# The common exit code of lines of codes. $2: whether all workers were reached.
 common_code() {
   printf '%s\n' "$1" | awk -v reached="$2" '
     $3 == 75 { saved = 1; next }
-    # 134: jax aborts a process whose coordinator has lost another. lost, none: the worker began anew.
+    # 134: jax aborts a process whose coordinator has lost another. lost, none: the worker was restarted.
     $3 == 71 || $3 == 134 || $3 == "lost" || $3 == "none" { broken_off = 1; next }
     $3 ~ /^[0-9]+$/ && $3 != 0 && !failed { failed = $3 }
     $3 !~ /^[0-9]+$/ { reached = "false" }
     END { print saved ? 75 : reached == "false" ? 255 : failed && failed < 128 ? failed : broken_off ? 71 : failed + 0 }'
 }
 
-# Follow to the end and return the one exit code. A connection that broke while the run goes on is made anew.
+# Follow to the end and return the common exit code. Reconnects if the connection breaks during the run.
 finish() {
   local said reached code broken=0 lines=${1:-}
   while true; do
@@ -108,7 +107,7 @@ finish() {
     lines=10
     sleep "$TPU_POLL_SECONDS"
   done
-  if ! grep -qv ' none$' <<<"$said"; then # not through a pipe, which grep may close before all is written
+  if ! grep -qv ' none$' <<<"$said"; then # no pipe, which grep may close before everything is written
     printf 'no run %s on %s\n' "${ID:-at all}" "$TPU_NAME"
     return $((${#ID} ? 71 : 0))
   fi
@@ -122,7 +121,7 @@ finish() {
 
 code=0
 if [[ $STOP == true ]]; then
-  on_worker "stop ${ID:-last}" || true # finish says which cannot be reached
+  on_worker "stop ${ID:-last}" || true # finish reports unreachable workers
   [[ $NO_WAIT == false ]] || exit 0
   finish 10 || code=$?
   if ((code == 255 || code == 71)); then exit "$code"; fi

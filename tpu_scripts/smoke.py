@@ -1,9 +1,9 @@
-"""The whole pod at once: every worker joins, counts the devices and takes part in one sum over all of them.
+"""Smoke test of a pod: every worker joins, counts the devices and takes part in one sum over all of them.
 
     python tpu_scripts/smoke.py --devices 16
 
-Exit code 1 if the pod has another number of devices, if the workers have different numbers, or if the sum is wrong; a
-worker that does not come is an error after two minutes. setup.sh runs it on all workers.
+Exit code 1 if the pod has another number of devices, if the workers have different numbers, or if the sum is wrong. A
+worker that does not join within two minutes is an error. setup.sh runs it on all workers.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def total(devices):
-    """The sum of 1, 2, …, n, one number a device: an all-reduce through every link."""
+    """The sum of 1, 2, …, n, one number per device: an all-reduce over every link."""
     mesh = Mesh(np.array(devices), ("all",))
     numbers = np.arange(1, len(devices) + 1, dtype=np.float32)
     placed = jax.make_array_from_callback(
@@ -40,9 +40,9 @@ def main() -> int:
     if here * workers != count:
         print(f"error: {here} devices here, {count} in {workers} workers: not the same on each", file=sys.stderr)
         return 1
-    found, right = total(jax.devices()), count * (count + 1) / 2
-    if found != right:
-        print(f"error: the sum over all devices is {found}, it should be {right}", file=sys.stderr)
+    result, expected = total(jax.devices()), count * (count + 1) / 2
+    if result != expected:
+        print(f"error: the sum over all devices is {result}, it should be {expected}", file=sys.stderr)
         return 1
     return 0
 

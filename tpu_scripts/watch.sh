@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Create the TPU, set it up, run a command there, and do all of it again whenever the TPU is taken away, until the
-# command has ended or the budget is used up.
+# Create the TPU, set it up, run a command there, and repeat this whenever the TPU is preempted, until the command has
+# ended or the budget is used up.
 #
 #   tpu_scripts/watch.sh [--dry-run] [--delete] [--env FILE] -- COMMAND [ARGUMENT...]
 #
@@ -8,14 +8,14 @@
 #   --delete    delete the TPU at the end, however the command ended
 #   --env FILE  settings to read instead of tpu_scripts/tpu.env (or $TPU_ENV); see tpu.env.example
 #
-# The command must continue from storage that outlives the TPU, such as --out /mnt/bucket/runs/base64.
-# A round ends with the command's exit code: 0 is the end; 75 (saved) is tried again, as is a failed connection or a
-# killed command where the TPU turns out to be gone, and 71 (workers lost each other, or nothing moved) unless three
-# rounds before were short, too; any other code is the end, and returned (73: another run writes to this --out). Between
-# rounds it waits, twice as long each time that a round was short. Budget: TPU_MAX_RESTARTS, TPU_MAX_HOURS,
-# TPU_MAX_DOLLARS. When it is used up, the command is told to save, the TPU is deleted, and the exit code is 75.
-# Killed and started again with the same command, this goes on where it was: what runs on the TPU is followed, nothing
-# is created twice, the budget is counted on. Its state is runs/tpu/NAME/watch here. Ctrl-C leaves the TPU running.
+# The command must resume from storage that outlives the TPU, such as --out /mnt/bucket/runs/base64.
+# Restarted after: 75 (saved); a failed connection or a killed command if the TPU is gone; 71 (workers lost each other,
+# or a stall) unless the three previous rounds were also short. Any other exit code ends and is returned (0: finished,
+# 73: another run writes to this --out). The wait between rounds doubles after each short round. Budget:
+# TPU_MAX_RESTARTS, TPU_MAX_HOURS, TPU_MAX_DOLLARS. When it is used up, the command saves on SIGTERM, the TPU is
+# deleted, and the exit code is 75. If this script is killed, start it again with the same command: it follows the run
+# on the TPU, creates nothing twice, and keeps counting the budget. Its state is in runs/tpu/NAME/watch. Ctrl-C leaves
+# the TPU running.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -38,8 +38,8 @@ needs git gcloud
 [[ -n $TPU_BUCKET ]] ||
   printf 'warning: no TPU_BUCKET; what is on the disks of a TPU that is taken away is lost\n' >&2
 
-# State: what must be known after a kill. `since` is when the TPU that is there now was seen ACTIVE, 0 if there is none;
-# `seconds` what the earlier ones lived. `id` is the run on this TPU, set before it is started.
+# State that must survive a kill. `since`: when the current TPU was first seen ACTIVE, 0 if there is none; `seconds`:
+# lifetime of the earlier ones. `id`: the run on this TPU, set before it is started.
 state_file=$LOGS_AT/watch
 restarts=0 seconds=0 since=0 short=0 set_up=false id=''
 
@@ -52,7 +52,7 @@ save_state() {
   mv -- "$state_file.part" "$state_file"
 }
 
-# When a process began: its number may come again.
+# Start time of a process, as its number can be reused.
 began_at() {
   if [[ -r /proc/$1/stat ]]; then
     sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20
@@ -61,7 +61,7 @@ began_at() {
   fi
 }
 
-# One at a time: watch.pid has the number of the process that watches, and when it began.
+# One watcher at a time: watch.pid has its process number and start time.
 only_one() {
   local other='' began=''
   if [[ -f $state_file.pid ]]; then { read -r other && read -r began; } <"$state_file.pid" || true; fi
@@ -93,7 +93,7 @@ used() {
   printf '%s' $((seconds + (since > 0 ? now - since : 0)))
 }
 
-# Whether TPU time is used up; says so.
+# Whether TPU time is used up; prints a line if so.
 no_time_left() {
   local most
   most=$(awk -v hours="${TPU_MAX_HOURS:-}" -v dollars="${TPU_MAX_DOLLARS:-}" \
@@ -108,7 +108,7 @@ no_time_left() {
 }
 
 remove() {
-  local tries=0 # a request that is being suspended cannot always be deleted yet
+  local tries=0 # a request in suspension cannot always be deleted yet
   until "$HERE/delete.sh" --yes "${flags[@]}"; do
     if ((++tries == 10)); then
       rm -f -- "$state_file.pid"
@@ -121,7 +121,7 @@ remove() {
   save_state
 }
 
-# What there is at the end, and whether it costs money. Of several slices, one that is taken away leaves the others.
+# Report what is left at the end, and whether it costs money. If one of several slices is preempted, the others remain.
 what_is_left() {
   local state nodes left=0
   state=$(pod_state) || state=UNKNOWN
@@ -154,7 +154,7 @@ what_is_left() {
   esac
 }
 
-# end CODE: the command has ended, or the budget.
+# end CODE: the command has ended, or the budget is used up.
 end() {
   local code=$1
   if [[ $DELETE == true || $over == true ]]; then
@@ -182,8 +182,8 @@ pause() {
   wait $! || true
 }
 
-# A script of this folder in a process group of its own; the budget is looked at meanwhile. Sets `code`. A command that
-# is told to save has TPU_STOP_SECONDS for it.
+# Run a script of this folder in its own process group while checking the budget. Sets `code`. After SIGTERM the command
+# has TPU_STOP_SECONDS to save.
 over=false
 guarded() {
   local script=$HERE/$1.sh told=0
@@ -207,7 +207,7 @@ guarded() {
   follower=
 }
 
-# Wait, after the first tries longer and longer up to TPU_BACKOFF_MOST. $1: the tries before.
+# Wait; after the first tries increasingly long, up to TPU_BACKOFF_MOST. $1: number of previous tries.
 patiently() {
   local seconds=$TPU_POLL_SECONDS most=${TPU_BACKOFF_MOST:-1800}
   if (($1 > 3)); then
@@ -217,7 +217,7 @@ patiently() {
   pause "$seconds"
 }
 
-# The pod's state in `state`; a gcloud that fails is asked again, once it has created something for as long as it takes.
+# The pod's state in `state`. A failing gcloud is retried, without limit once something has been created.
 look() {
   local tries=0
   until state=$(pod_state); do
@@ -231,7 +231,7 @@ look() {
   case $state in ABSENT | SUSPENDING | SUSPENDED | DELETING | PREEMPTED) gone=true ;; *) gone=false ;; esac
 }
 
-# One round, up to the command's end: sets `code`, and `phase` to the script that it comes from.
+# One round, up to the command's end. Sets `code`, and `phase` to the script that returned it.
 round() {
   local tries=0
   phase=create code=0
@@ -248,7 +248,7 @@ round() {
   if [[ $set_up == false ]]; then
     phase=setup
     guarded setup
-    if ((code)) && [[ $over == false ]]; then # a machine that was not quite ready is tried once more
+    if ((code)) && [[ $over == false ]]; then # retry once, as a machine may not have been ready
       look
       if [[ $gone == true ]]; then return; fi
       pause "$TPU_POLL_SECONDS"
@@ -260,7 +260,7 @@ round() {
   fi
   phase=run
   guarded run --id "$id" -- "${REST[@]}"
-  # Not to be reached, but there: the command may well be running.
+  # Unreachable, but it exists: the command may still be running.
   tries=0
   while ((code == 255)) && [[ $over == false ]]; do
     look
@@ -270,7 +270,7 @@ round() {
   done
 }
 
-# Whether the round ended because the TPU was taken away or hung, by `code`, `phase` and `gone`.
+# Whether the round ended because the TPU was preempted or stalled, by `code`, `phase` and `gone`.
 taken_away() {
   if [[ $phase == run && $code == 75 ]] || { [[ $phase == run && $code == 71 ]] && ((short < 3)); }; then return 0; fi
   [[ $gone == true ]] || return 1
@@ -288,7 +288,7 @@ began=$(date +%s)
 while true; do
   look
   if [[ $gone == true ]]; then
-    # The machines of a request that is left over from before, or went while nobody watched.
+    # A leftover request, or machines that were preempted while nothing was watching.
     if [[ $state != ABSENT ]]; then remove; fi
     seconds=$(used) since=0 set_up=false id='' state=ABSENT
   fi
@@ -299,7 +299,7 @@ while true; do
   most=${TPU_BACKOFF_MOST:-1800}
   if (($(date +%s) - began > most)); then short=0; fi
   look
-  # The budget ended it, whether it heard the SIGTERM or was killed.
+  # Ended by the budget, whether it reacted to SIGTERM or was killed.
   if [[ $over == true ]] && ((code >= 128 || code == 71)); then end 75; fi
   if [[ $over == true ]] || ! taken_away; then end "$code"; fi
   if [[ $gone == true ]]; then remove; fi

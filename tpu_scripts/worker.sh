@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a worker: start one run, follow it, say how it ended. The other scripts call this over ssh; nothing to type.
+# On a worker: start a run, follow it, report how it ended. Called by the other scripts over ssh.
 #
 #   worker.sh start ID COMMAND [ARGUMENT...]   one run at a time; the same ID is never started twice
-#   worker.sh follow ID|last [LINES]           its output, all or the last LINES, until it ends
+#   worker.sh follow ID|last [LINES]           print its output, all or the last LINES, until it ends
 #   worker.sh code ID|last                     prints "@ SLICE/WORKER ID CODE"; CODE may be running, lost or none
-#   worker.sh stop ID|last                     SIGTERM to the command
+#   worker.sh stop ID|last                     send SIGTERM to the command
 #   worker.sh idle                             fails while a run is in progress
-#   worker.sh mount BUCKET                     at /mnt/bucket
+#   worker.sh mount BUCKET                     mount a bucket at /mnt/bucket
 #
-# Runs are in runs/tpu: ID.log, ID.code, and `lock`, which is held while one is in progress.
+# Runs are in runs/tpu: ID.log, ID.code, and `lock`, which is held during a run.
 
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -52,8 +52,8 @@ start() {
   printf '%s' "$!" >"$runs/$id.holder"
 }
 
-# Holds the lock (descriptor 9) while the command runs. Signals that reach this shell wait until the command has ended:
-# the command gets its own, and this must live to write down its code.
+# Holds the lock (descriptor 9) while the command runs. This shell ignores signals until the command has ended, as the
+# command gets its own, and the exit code must be written.
 hold() {
   local id=$1 code=0
   shift
@@ -111,7 +111,7 @@ idle() {
   fi
 }
 
-# No caching of names: what one worker writes, the others must see at once. Orbax renames folders.
+# No caching of names: all workers must see each other's writes at once. Orbax renames folders.
 mount() {
   local tries=0 at=/mnt/bucket list=/etc/apt/sources.list.d/gcsfuse.list key=/usr/share/keyrings/cloud.google.asc
   if mountpoint -q "$at"; then return; fi
@@ -119,7 +119,7 @@ mount() {
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
     printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$key" "$(lsb_release -cs)" |
       sudo tee "$list" >/dev/null
-    # A machine that has just started may be updating itself.
+    # A new machine may still be updating itself.
     until sudo apt-get -qq update; do
       ((++tries < 20)) || return 1
       sleep 15

@@ -1,1 +1,1 @@
-"""What `experiments.evaluate` can measure, a file each."""
+"""The evaluations of `experiments.evaluate`, one file each."""

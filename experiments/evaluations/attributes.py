@@ -1,12 +1,12 @@
-"""Attribute accuracy on `shapes`: does an image show what its caption says?
+"""Attribute accuracy on `shapes`: the fraction of images with all attributes that the caption states.
 
     python -m experiments.evaluate attributes --n 100 --objects 1 --up-to 64 --json runs/scores.json
 
-n held-out captions of one object and n of two are sampled through all stages, and the exact reader of
-`jaxdiff.evaluation.attributes` looks at every image; right is one in which everything that its caption states is read
-back equal. The two kinds are scored apart (`--objects 1` or `2` samples one of them alone): two objects are far harder,
-and an average would hide it. The shipped cascade takes about 20 minutes on 2 CPU cores at n = 100, nearly all of it at
-1024 (`--up-to 256`: 4 minutes; one kind alone: half as long); its scores are in jaxdiff/weights/tiny/README.md.
+Samples n held-out captions of one object and n of two through all stages, and reads every image with the exact reader
+of `jaxdiff.evaluation.attributes`. An image is right if all stated attributes are read back equal. The two kinds have
+separate scores (`--objects 1` or `2` samples only one kind), because two objects are much harder. The shipped cascade
+takes about 20 minutes on 2 CPU cores at n = 100, nearly all of it at 1024 (`--up-to 256`: 4 minutes; one kind: half as
+long); its scores are in jaxdiff/weights/tiny/README.md.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.evaluations.scores import made_by, report
+from experiments.evaluations.scores import provenance, report
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
 from experiments.tasks.task import Task
@@ -30,25 +30,25 @@ from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
 
 OBJECTS = {"1": (1,), "2": (2,), "both": (1, 2)}
 KINDS = {1: "", 2: "_two_objects"}
-"""What the names of scores end in, by the number of objects that the captions name."""
+"""Suffixes of score names, by the number of objects in the captions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to score."""
+    """Captions and weights."""
 
     n: int = 100
-    """Held-out captions to sample of each kind: so many of one object, and so many of two."""
+    """Held-out captions of each kind (one object, two objects)."""
     objects: Literal["1", "2", "both"] = "both"
     """Captions of one object, of two, or both; each kind has its own scores."""
     up_to: int | None = None
-    """Leave out the stages above this resolution (64 | 256 | 1024)."""
+    """Skip the stages above this resolution (64 | 256 | 1024)."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     batch: int = 16
-    """Images sampled at once by the base; super-resolution takes a sixteenth of it, at least one."""
+    """Batch size of the base; super-resolution uses a sixteenth of it, at least 1."""
     json: Path | None = None
-    """A file for the scores."""
+    """Write the scores to this file."""
     pipeline: WeightsOptions = WeightsOptions()
     sampling: SamplingOptions = SamplingOptions()
 
@@ -65,7 +65,7 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     captions = {objects: held_out_captions(settings.n, objects) for objects in OBJECTS[settings.objects]}
     with spread(model, mesh) as placed:
         scores = attribute_scores(placed, captions, settings.seed, settings.batch)
-    report(scores, made_by(settings, model, ("n", "objects", "seed", "batch")), settings.json)
+    report(scores, provenance(settings, model, ("n", "objects", "seed", "batch")), settings.json)
 
 
 class Tally:
@@ -79,7 +79,7 @@ class Tally:
         verdicts += [(c.text, verdict(image, c.stated)) for image, c in zip(sampled, captions)]
 
     def counts(self, resolution: int) -> tuple[int, int]:
-        """How many images are right, of how many."""
+        """The number of right images, and of all."""
         verdicts = self.verdicts[resolution]
         return sum(v.right for _, v in verdicts), len(verdicts)
 
@@ -89,27 +89,27 @@ class Tally:
         return right / total
 
     def attributes(self, resolution: int) -> dict[str, float]:
-        """For each attribute, the fraction of images that have it right among those whose captions state it."""
+        """For each attribute, the fraction of right images among those whose captions state it."""
         checks = [v.checks for _, v in self.verdicts[resolution]]
         names = sorted({name for check in checks for name in check})
         return {name: statistics.mean(check[name] for check in checks if name in check) for name in names}
 
     def wrong(self, resolution: int) -> dict[str, list[str]]:
-        """The captions whose images are wrong, and what is wrong with each."""
+        """The captions of wrong images, with the wrong attributes."""
         verdicts = self.verdicts[resolution]
         return {text: [name for name, right in v.checks.items() if not right] for text, v in verdicts if not v.right}
 
 
 def verdict(image: np.ndarray, stated: Stated) -> Verdict:
-    """On the image as a file would hold it: 8 bits."""
+    """The verdict on the image rounded to 8 bits, as in a file."""
     return matches(images.to_uint8(image), stated)
 
 
 def attribute_scores(model: Pipeline, captions: Mapping[int, Sequence[Caption]], seed: int, batch: int) -> dict:
-    """attribute_accuracy_R, attributes_R, wrong_R of captions of one object for each resolution R, the same names with
-    _two_objects behind them of two; seconds_per_image through all stages.
+    """attribute_accuracy_R, attributes_R, wrong_R for each resolution R, for captions of one object; with the suffix
+    _two_objects for those of two; seconds_per_image through all stages.
 
-    `captions`: by the number of objects. The noise of each kind starts at number 0, whether the other is drawn or not.
+    captions: by the number of objects. The noise of each kind starts at index 0, so it does not depend on the other.
     """
     tallies = {objects: Tally() for objects in captions}
     options = SampleOptions(seed=seed, batch=batch)

@@ -1,11 +1,11 @@
-"""The dominant colour: are images sampled from a dataset's captions coloured as its images are?
+"""Dominant-colour accuracy of images sampled from a dataset's captions.
 
     python -m experiments.evaluate colours --data folder:photos --weights runs/base64 --grid runs/colours.png
     python -m experiments.evaluate colours --data folder:photos --limit 64 --weights runs/base64 --json runs/c.json
 
-A coarse metric for artwork on white, which has no exact attributes: right is an image whose dominant colour, of twelve
-by name, is that of the image that the caption belongs to. On the captions that a model was trained on, it says whether
-they were learned. A second an image to 256 pixels on 2 CPU cores.
+A coarse metric for artwork on white, which has no exact attributes: a sample is right if its dominant colour, of twelve
+named colours, equals that of the dataset's image for the same caption. On training captions it measures whether they
+were learned. Takes 1 s per image to 256 pixels on 2 CPU cores.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.evaluations.scores import made_by, report
+from experiments.evaluations.scores import provenance, report
 from experiments.options.sampling import SamplingOptions, mesh_of, with_samplings
 from experiments.options.sampling import spread as spread_over
 from experiments.options.weights import WeightsOptions
@@ -33,32 +33,32 @@ COLUMNS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to score."""
+    """Dataset and weights."""
 
     data: str = "emoji"
     """The dataset: emoji | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
     limit: int = 0
-    """The --limit that the model was trained with: of these captions; 0: of all."""
+    """The --limit of the model's training, to use only those captions; 0: all."""
     n: int = 64
-    """Captions to sample, evenly spread over them."""
+    """Captions to sample, evenly spread over the dataset."""
     up_to: int | None = None
-    """Leave out the stages above this resolution."""
+    """Skip the stages above this resolution."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     batch: int = 16
-    """Images sampled at once by the base."""
+    """Batch size of the base."""
     json: Path | None = None
-    """A file for the scores."""
+    """Write the scores to this file."""
     grid: Path | None = None
-    """A PNG of both: a row of the dataset's images, below it what was sampled from their captions."""
+    """Write a PNG: rows of the dataset's images, each above a row of the samples of their captions."""
     pipeline: WeightsOptions = WeightsOptions()
     sampling: SamplingOptions = SamplingOptions()
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets are kept."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
-    """The dominant colours of sampled images against those of a dataset."""
+    """Dominant-colour accuracy of sampled images."""
     if settings.n < 1 or settings.limit < 0:
         raise ValueError(f"--n {settings.n}, --limit {settings.limit}: at least one caption, of some or (0) all")
     for file in (settings.json, settings.grid):
@@ -74,11 +74,11 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     if settings.grid is not None:
         grids.write(settings.grid, compared(captions, true, sampled[model.sides[-1]]))
         print(settings.grid)
-    report(scores, made_by(settings, model, ("data", "limit", "n", "seed", "batch")), settings.json)
+    report(scores, provenance(settings, model, ("data", "limit", "n", "seed", "batch")), settings.json)
 
 
 def _examples(settings: Settings, spec: sources.DataSpec, side: int) -> tuple[list[str], list[np.ndarray]]:
-    """The captions, and their images as training sees them."""
+    """The captions and their images, preprocessed as in training."""
     source = sources.open(spec, side, "train", settings.data_dir)
     source = spread(spread(source, settings.limit) if settings.limit else source, settings.n)
     captions, true = [], []
@@ -91,7 +91,7 @@ def _examples(settings: Settings, spec: sources.DataSpec, side: int) -> tuple[li
 
 
 def _sampled(model: Pipeline, captions: Sequence[str], seed: int, batch: int) -> dict[int, list[np.ndarray]]:
-    """An image of each caption, by resolution."""
+    """One image per caption, by resolution."""
     sampled: dict[int, list[np.ndarray]] = {side: [] for side in model.sides}
     with Bars(model) as bars:
         for _, products in model.batches(captions, SampleOptions(seed=seed, batch=batch), bars):
@@ -103,7 +103,7 @@ def _sampled(model: Pipeline, captions: Sequence[str], seed: int, batch: int) ->
 def colour_scores(
     captions: Sequence[str], true: Sequence[np.ndarray], sampled: Mapping[int, Sequence[np.ndarray]]
 ) -> dict:
-    """dominant_colour_accuracy_R and wrong_R (caption, the dataset's colour, the sampled one) of each resolution R."""
+    """dominant_colour_accuracy_R and wrong_R (caption, the dataset's colour, the sampled colour) per resolution R."""
     colours = [dominant(image) for image in true]
     scores: dict = {}
     for side, images in sampled.items():
@@ -115,7 +115,7 @@ def colour_scores(
 
 
 def compared(captions: Sequence[str], true: Sequence[np.ndarray], sampled: Sequence[np.ndarray]) -> Image.Image:
-    """Rows of the dataset's images, below each what was sampled, with its caption."""
+    """Rows of the dataset's images, each above a row of their samples with captions."""
     marks = [f"{c}{'' if dominant(a) == dominant(b) else ' (colour!)'}" for c, a, b in zip(captions, true, sampled)]
     shown, texts = [], []
     for first in range(0, len(captions), COLUMNS):

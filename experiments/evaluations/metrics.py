@@ -5,11 +5,11 @@
     python -m experiments.evaluate metrics --images FOLDER --data folder:photos --fit crop --inception FILE
     python -m experiments.evaluate metrics --keep-reference runs/reference  # then --reference runs/reference/*.npz
 
-Samples the first n captions of the data split (or takes a folder of images), looks at them and at the split's images
-in one pass with all networks, and prints a table; OUT/scores.json has every number with the line that says how it came
-about. Run again with the same folder, it goes on where it was. The shipped cascade takes about four minutes at 64
-pixels on 2 CPU cores. Networks that are not public are named in their numbers: FD-shapes is the Fréchet distance
-of a classifier of `shapes` that the package ships; only Inception's is called FID.
+Samples the first n captions of the data split (or reads a folder of images), computes the features of these and of the
+split's images by all networks in one pass, and prints a table. OUT/scores.json has every number with its protocol.
+Started again with the same folder, it resumes. The shipped cascade takes about four minutes at 64 pixels on 2 CPU
+cores. Metrics of other networks are named after them: FD-shapes is the Fréchet distance of the shipped classifier of
+`shapes`; only that of Inception is called FID.
 """
 
 import dataclasses
@@ -68,51 +68,51 @@ from jaxdiff.weights.settings import to_json
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure."""
+    """Images, reference and networks."""
 
     out: Path = Path("runs/evaluate")
-    """Folder for scores.json, the images that are sampled and what the networks saw."""
+    """Folder for scores.json, sampled images and cached features."""
     images: Path | None = None
-    """A folder or zip of images to measure, in place of a pipeline's."""
+    """A folder or zip of images to measure; default: samples of a pipeline."""
     convert: bool = False
-    """Take grayscale and transparent images too, as RGB on white."""
+    """Also accept grayscale and transparent images, converted to RGB on white."""
     fit: Literal["squeeze", "crop"] | None = None
-    """What networks see of images, of both sets: each whole, squeezed into their square (as pytorch-fid and clean-fid
-    do; the two sets must be of one size), or its centred square, brought to the measured images' shortest side as in
-    training. Left out: squeeze of --images, crop of a pipeline's."""
+    """Preprocessing of both datasets: squeeze full images to the network's square (as pytorch-fid and clean-fid do;
+    requires equal sizes), or crop the centre, resized to the measured images' shortest side as in training. Default:
+    squeeze for --images, crop for a pipeline."""
     up_to: int | None = None
-    """The resolution that is measured; left out: the base's."""
+    """Resolution to measure; default: the base's."""
     data: str = "shapes"
     """The true images: shapes | emoji | rainbow | folder:PATH (or a zip) | hf:PATH | tfds:NAME | records:PATH"""
     split: str | None = None
-    """Left out: held_out of shapes, test of rainbow, train of other datasets."""
+    """Split of the data; default: held_out of shapes, test of rainbow, train of other datasets."""
     reference: tuple[Path, ...] = ()
-    """Kept statistics of the true images, in place of looking at them: .npz of --keep-reference, one for each
-    network; mu and sigma (.npz) or features (.npz, .npy) of other programs."""
+    """Saved statistics of the true images, instead of computing them: .npz of --keep-reference, one per network; mu and
+    sigma (.npz) or features (.npz, .npy) of other programs."""
     keep_reference: Path | None = None
-    """A folder to keep what the networks saw in the true images, for --reference."""
+    """Save the statistics of the true images to this folder, for --reference."""
     n: int = 512
-    """Images that are sampled."""
+    """Number of images to sample."""
     true_n: int = 0
-    """True images to compare with, from the first; 0: all of the split."""
+    """Number of true images, from the first; 0: all of the split."""
     examples: int = 20_000
     """Images in the training split of `shapes`."""
     held_out: int = 1_000
-    """Images in its held-out split."""
+    """Images in the held-out split of `shapes`."""
     seed: int = 0
-    """Of the noise of what is sampled, and of subsets."""
+    """Seed of the sampling noise and of random subsets."""
     batch: int = 64
-    """Images looked at at once."""
+    """Batch size of the networks."""
     networks: MetricNetworks = MetricNetworks()
     score: MetricSettings = MetricSettings()
     pipeline: WeightsOptions = WeightsOptions()
     sampling: SamplingOptions = SamplingOptions()
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets are kept."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
-    """FID, KID, CMMD, precision and recall, CLIP score, IS: of a pipeline, a folder or a zip, in one pass."""
+    """FID, KID, CMMD, precision and recall, CLIP score, IS of a pipeline, a folder or a zip, in one pass."""
     if settings.n < 2 or settings.true_n < 0 or settings.true_n == 1 or settings.batch < 1:
         raise ValueError(f"--n {settings.n}, --true-n {settings.true_n}, --batch {settings.batch}: too few")
     spec, mesh = sources.parse(settings.data), mesh_of(settings.sampling.mesh)
@@ -120,7 +120,7 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
         spec = sources.Shapes(settings.examples, settings.held_out)
     split = settings.split or {sources.Shapes: "held_out", sources.Rainbow: "test"}.get(type(spec), "train")
     if settings.reference and settings.keep_reference is not None:
-        raise ValueError("--keep-reference keeps what is looked at, and with --reference nothing true is")
+        raise ValueError("--keep-reference and --reference: give one of them; --reference replaces the true images")
     networks = loaded(settings.networks)
     fit = Fit(settings.fit or ("squeeze" if settings.images else "crop"))
     if settings.images:
@@ -153,7 +153,7 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
 
 
 def table(scores: Sequence[Score], settings: Settings) -> str:
-    """One screen: what was measured, then how."""
+    """The scores with their protocols, one screen."""
     lines = []
     for score in scores:
         error = f" ± {score.error:.3g}" if score.error is not None else ""
@@ -162,16 +162,15 @@ def table(scores: Sequence[Score], settings: Settings) -> str:
         lines.append(f"{score.name:22} {value:16} {score.protocol if score.value is not None else ''}".rstrip())
     if settings.networks.inception is None:
         lines.append(
-            f"{'FID':22} none: --inception names no weights of Inception, which experiments.export inception converts"
+            f"{'FID':22} none: give Inception's weights with --inception (experiments.export inception converts them)"
         )
     return "\n".join([*lines, f"{settings.out / 'scores.json'}: all of it"])
 
 
 def _references(settings: Settings, networks: Networks, fit: Fit, size: str) -> list[Observed]:
-    """Kept statistics, refused before minutes of sampling unless they are of the networks at hand and of images that
-    came to them in the same way."""
+    """Load --reference. ValueError, before any sampling, if it is of other networks or of another preprocessing."""
     networks = {str(extractor): extractor for extractor in networks.extractors}
-    found = []
+    references = []
     for path in settings.reference:
         each = kept(path)
         if each.origin.protocol_unknown:
@@ -179,15 +178,15 @@ def _references(settings: Settings, networks: Networks, fit: Fit, size: str) -> 
         name = each.origin.extractor
         if name not in networks:
             raise ValueError(f"--reference {path}: seen by {name}, and the networks are {', '.join(networks)}")
-        if any(other.origin.extractor == name for other in found):
-            raise ValueError(f"--reference: two of {name}, and images are compared with one dataset")
+        if any(other.origin.extractor == name for other in references):
+            raise ValueError(f"--reference: two files of {name}; give one per network")
         measured = Origin("the measured images", "", name, networks[name].resize.value, fit=fit.value, size=size)
         try:
             require_alike(measured, each.origin)
         except ValueError as error:
-            raise ValueError(f"--reference {path}: {error}; look at the true images again, or measure alike") from error
-        found.append(each)
-    return found
+            raise ValueError(f"--reference {path}: {error}; recompute it, or use the same settings") from error
+        references.append(each)
+    return references
 
 
 def _fitted(shown: ImageFiles, fit: Fit) -> ImageSet:
@@ -207,26 +206,26 @@ def _source(settings: Settings, spec: sources.DataSpec, side: int, split: str) -
 
 
 def _true_set(settings: Settings, spec: sources.DataSpec, split: str, fit: Fit, size: tuple[int, int]) -> ImageSet:
-    """The true images, which go to the networks in the same way as the measured ones of this width and height, and are
-    checked as they are. ValueError for images of another size, unless all are cropped."""
-    whole: ImageSet
+    """The true images, preprocessed and checked like the measured ones of this width and height. ValueError for images
+    of another size, unless both are cropped."""
+    uncropped: ImageSet
     if isinstance(spec, sources.Folder):
         if split != "train":
             raise ValueError(f"{settings.data} has only the split 'train', not {split!r}")
-        whole = open_folder(spec.path, settings.convert, settings.true_n, fit)
+        uncropped = open_folder(spec.path, settings.convert, settings.true_n, fit)
     else:
         source = _source(settings, spec, min(size), split)
-        whole = SourceImages(f"{settings.data}/{split}", source, settings.true_n, settings.convert)
+        uncropped = SourceImages(f"{settings.data}/{split}", source, settings.true_n, settings.convert)
     if fit is Fit.CROP:
-        return CroppedImages(whole, min(size))
-    if (found := _first_size(whole)) not in (None, size):
-        said = " and ".join(f"{width}x{height}" for width, height in (size, found))
-        raise ValueError(f"the measured images and {whole.name} are of different size: {said}; {CROP_THEM}")
-    return whole
+        return CroppedImages(uncropped, min(size))
+    if (true_size := _first_size(uncropped)) not in (None, size):
+        sizes = " and ".join(f"{width}x{height}" for width, height in (size, true_size))
+        raise ValueError(f"the measured images and {uncropped.name} are of different size: {sizes}; {CROP_THEM}")
+    return uncropped
 
 
 def _first_size(shown: ImageSet) -> tuple[int, int] | None:
-    """None where it cannot be read."""
+    """Width and height of the first image; None if it is unreadable."""
     try:
         return _size(shown)
     except (Unreadable, OSError):
@@ -239,23 +238,23 @@ def _model(settings: Settings, tasks: Mapping[str, Task]) -> Pipeline:
 
 
 def _sampled(settings: Settings, model: Pipeline, spec: sources.DataSpec, split: str) -> ImageFiles:
-    """The pipeline's images of the split's first captions, one file each, those that are there already left alone."""
+    """Sample the split's first captions to one file each, skipping existing files."""
     model = with_samplings(model, settings.sampling)
     resolution = model.sides[-1]
     source = _source(settings, spec, resolution, split)
     captions = list(captions_of(SourceImages(split, source, settings.n)))
     if None in captions:
         raise ValueError(f"{settings.data}: example {captions.index(None)} has no caption to sample from")
-    # By what the weights are, not where: a folder may have got others since.
+    # Weights are identified by digests, not by paths, as the contents of a folder may change.
     models = [box for box in model.boxes if isinstance(box, TrainedModel)]
     digests = ", ".join(digest_of(getattr(box, "params", ())) for box in model.boxes)
-    made_of = {"weights": digests, "resolution": resolution, "dtype": settings.sampling.dtype}
-    made_of |= {"stages": [to_json(each.model) for each in models]}
-    made_of |= {"samplings": [to_json(each.sampling) for each in models]}
-    made_of |= {"text": None if model.text_encoder is None else model.text_encoder.fingerprint}
-    made_of |= {"seed": settings.seed, "data": settings.data, "split": split}
+    provenance = {"weights": digests, "resolution": resolution, "dtype": settings.sampling.dtype}
+    provenance |= {"stages": [to_json(each.model) for each in models]}
+    provenance |= {"samplings": [to_json(each.sampling) for each in models]}
+    provenance |= {"text": None if model.text_encoder is None else model.text_encoder.fingerprint}
+    provenance |= {"seed": settings.seed, "data": settings.data, "split": split}
     folder = settings.out / "images"
-    _same_run(folder, made_of)
+    _same_run(folder, provenance)
     paths = [folder / f"{number:06d}.png" for number in range(len(captions))]
     pieces = list(_runs(number for number, path in enumerate(paths) if not path.is_file()))
     with spread(model, mesh_of(settings.sampling.mesh)) as placed, Bars(placed, len(pieces)) as bars:
@@ -270,18 +269,18 @@ def _sampled(settings: Settings, model: Pipeline, spec: sources.DataSpec, split:
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[range]:
-    """Numbers in ascending order as ranges without gaps."""
+    """Group ascending numbers into ranges without gaps."""
     for _, pairs in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         each = [number for _, number in pairs]
         yield range(each[0], each[-1] + 1)
 
 
-def _same_run(folder: Path, made_of: dict) -> None:
-    """ValueError where the folder has the images of other settings."""
+def _same_run(folder: Path, provenance: dict) -> None:
+    """ValueError if the folder has images sampled with other settings."""
     note = usable(folder) / "made_of.json"
     if not note.is_file():
-        write_json(note, made_of)
-    elif json_files.parse(note.read_bytes(), str(note)) != json.loads(json.dumps(made_of)):
+        write_json(note, provenance)
+    elif json_files.parse(note.read_bytes(), str(note)) != json.loads(json.dumps(provenance)):
         raise ValueError(f"{folder}: has images sampled with other settings; name another --out, or delete it")
 
 
@@ -297,18 +296,18 @@ def _of_captions(shown: ImageSet, networks: Networks, seen: dict[str, Observed],
 
 
 def _attributes(shown: ImageSet, split: str, count: int, seen: Observed) -> list[Score]:
-    """The exact reader's verdict on what captions of `shapes` state: of a pipeline's images, or of a folder whose
-    captions are some of the first `count` of the split. Captions of one object and of two have a score each."""
+    """Attribute accuracy by the exact reader on captions of `shapes`: for a pipeline's images, or a folder whose
+    captions are among the first `count` of the split. One score for captions of one object, one for those of two."""
     name = "attributes right"
     if min(shown[0].shape[:2]) < 64 or shown[0].shape[0] != shown[0].shape[1]:
         return [Score(name, None, "", missing="the reader needs squares of 64 pixels or more")]
-    said = (caption(scene(split, number), split, number) for number in range(max(count, len(shown))))
-    stated: dict[str | None, Stated] = {each.text: each.stated for each in said}
+    known = (caption(scene(split, number), split, number) for number in range(max(count, len(shown))))
+    stated: dict[str | None, Stated] = {each.text: each.stated for each in known}
     captions = list(captions_of(shown))
     if missing := without_captions(captions):
         return [Score(name, None, "", missing=missing)]
     if unknown := [text for text in captions if text not in stated]:
-        return [Score(name, None, "", missing=f"{len(unknown)} captions are none of the set, such as {unknown[0]!r}")]
+        return [Score(name, None, "", missing=f"{len(unknown)} captions are not in the split, such as {unknown[0]!r}")]
     right: dict[int, list[bool]] = {}
     for number, text in enumerate(captions):
         right.setdefault(len(stated[text].objects), []).append(matches(shown[number], stated[text]).right)

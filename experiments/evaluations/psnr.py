@@ -2,9 +2,9 @@
 
     python -m experiments.evaluate psnr --json runs/psnr.json
 
-Held-out true images, made small by Pillow's antialiased BICUBIC, are enlarged by each super-resolution stage at
-augmentation level 0 and guidance 1, and by the same filter for comparison; dB of 8-bit images, the mean over images.
-Two minutes for the shipped cascade on 2 CPU cores.
+Held-out true images are downsampled by Pillow's antialiased BICUBIC, then upsampled by each super-resolution stage at
+augmentation level 0 and guidance 1, and by the same filter for comparison. The result is the mean PSNR in dB of 8-bit
+images. Two minutes for the shipped cascade on 2 CPU cores.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.evaluations.scores import made_by, report
+from experiments.evaluations.scores import provenance, report
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
 from experiments.tasks.task import Task
@@ -32,20 +32,20 @@ from jaxdiff.weights.imagen import trained
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to score."""
+    """Images and weights."""
 
     psnr_256: int = 64
-    """True images for 64→256; 0: none."""
+    """True images for 64→256; 0: skip it."""
     psnr_1024: int = 12
-    """True images for 256→1024; 0: none."""
+    """True images for 256→1024; 0: skip it."""
     up_to: int | None = None
-    """Leave out the stages above this resolution (256 | 1024)."""
+    """Skip the stages above this resolution (256 | 1024)."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     batch: int = 16
-    """Images at once, of 64 pixels; of larger ones as many fewer."""
+    """Batch size at 64 pixels; larger images use proportionally smaller batches."""
     json: Path | None = None
-    """A file for the scores."""
+    """Write the scores to this file."""
     pipeline: WeightsOptions = WeightsOptions()
     sampling: SamplingOptions = SamplingOptions()
 
@@ -63,16 +63,18 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     wanted = {side: count for side, count in counts.items() if count and side in model.sides[1:]}
     if not wanted:
         sides = ", ".join(map(str, model.sides))
-        raise ValueError(f"nothing to score: the stages sample {sides} pixels; PSNR is of 256 and 1024 behind another")
+        raise ValueError(
+            f"nothing to score: the stages sample {sides} pixels; PSNR needs a super-resolution stage of 256 or 1024"
+        )
     scores: dict = {}
     with spread(model, mesh) as placed:
         for side, count in wanted.items():
             scores |= psnr_scores(placed, side, count, settings.seed, settings.batch)
-    report(scores, made_by(settings, model, ("psnr_256", "psnr_1024", "seed", "batch")), settings.json)
+    report(scores, provenance(settings, model, ("psnr_256", "psnr_1024", "seed", "batch")), settings.json)
 
 
 def psnr_scores(model: Pipeline, resolution: int, count: int, seed: int = 0, batch: int = 16) -> dict:
-    """psnr_R and psnr_R_bicubic of the stage that draws this resolution, over `count` held-out true images."""
+    """psnr_R and psnr_R_bicubic of the stage with this resolution R, over `count` held-out true images."""
     box = model.sides.index(resolution)
     model = with_boxes(model, [_plain(each) for each in trained(model)])
     texts, small = zip(*(small_image(resolution, model.sides[box - 1], index) for index in range(count)))
@@ -99,12 +101,12 @@ def true_image(resolution: int, index: int) -> np.ndarray:
 
 
 def small_image(resolution: int, lower: int, index: int) -> tuple[str, np.ndarray]:
-    """Its caption, and the image made small by Pillow's antialiased BICUBIC."""
+    """The caption of a held-out image, and the image downsampled by Pillow's antialiased BICUBIC."""
     text = caption(scene("held_out", index), "held_out", index).text
     return text, images.resize(true_image(resolution, index), lower)
 
 
 def psnr(true: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal to noise ratio of two uint8 images in dB; at most that of half a grey level."""
+    """Peak signal-to-noise ratio of two uint8 images in dB, capped at an RMS error of half a grey level."""
     error = np.mean((true.astype(np.float64) - other.astype(np.float64)) ** 2)
     return float(10 * np.log10(255**2 / max(error, 0.25)))

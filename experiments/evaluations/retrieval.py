@@ -1,10 +1,10 @@
-"""Does a CLIP find images by their captions, and captions by their images?
+"""Retrieval by a CLIP: images by captions, and captions by images.
 
     python -m experiments.evaluate retrieval --clip runs/clip/model --n 100
     python -m experiments.evaluate retrieval --clip openai/clip-vit-base-patch32 --data folder:photos
 
-R@1, 5 and 10 both ways among n images and their captions; of `shapes` the first n held-out ones of which no caption
-describes the image of another. Seconds for the shipped CLIP.
+R@1, 5 and 10 in both directions among n images and their captions; for `shapes`, the first n held-out examples whose
+captions do not describe each other's images. Seconds for the shipped CLIP.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ from jaxdiff.weights.imagen import SHIPPED
 
 @dataclasses.dataclass(frozen=True)
 class CLIPData:
-    """A CLIP, and what it is measured on."""
+    """A CLIP and the dataset of its evaluation."""
 
     clip: str = str(SHIPPED / "clip")
-    """The CLIP: OUT/model of a training run, or a directory or hub id in the transformers layout. Left out: the shipped
-    one of `shapes`."""
+    """The CLIP: OUT/model of a training run, or a directory or hub id in the transformers layout. Default: the shipped
+    CLIP of `shapes`."""
     data: str = "shapes"
     """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH"""
     split: str | None = None
-    """Left out: the held-out images of shapes, the train split of other datasets."""
+    """Split of the dataset; default: the held-out images of shapes, the train split of other datasets."""
     batch: int = 64
-    """Images at once."""
+    """Images per batch."""
     json: Path | None = None
-    """A file for the scores."""
+    """Write the scores to this file."""
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets are kept."""
+    """Folder of prepared datasets."""
 
     def load(self) -> tuple[sources.DataSpec, TextEncoder, Extractor]:
-        """The dataset, and both towers. ValueError, before they are loaded, for what cannot be measured."""
+        """The dataset and both towers. ValueError for bad settings, before anything is loaded."""
         if self.batch < 1:
             raise ValueError(f"--batch {self.batch}: at least one image")
         spec = sources.parse(self.data)
@@ -54,20 +54,20 @@ class CLIPData:
             usable_file(self.json)
         return spec, weights.load_text_encoder(self.clip), clip_image(*weights.load_image(self.clip))
 
-    def report(self, scores: Mapping[str, float], image: Extractor, made_by: dict) -> None:
+    def report(self, scores: Mapping[str, float], image: Extractor, provenance: dict) -> None:
         for name, value in scores.items():
             print(f"{name:28} {value:.4g}")
         if self.json is not None:
-            made_by = {"data": self.data, "split": self.split, **made_by, "clip": str(image), "weights": self.clip}
-            write_json(self.json, {**scores, "made_by": made_by})
+            own = {"data": self.data, "split": self.split, **provenance, "clip": str(image), "weights": self.clip}
+            write_json(self.json, {**scores, "made_by": own})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure."""
+    """Settings of retrieval."""
 
     n: int = 100
-    """Pairs, from the first."""
+    """Number of pairs, from the first."""
     on: CLIPData = CLIPData()
 
 
@@ -98,7 +98,7 @@ def _scores(settings: Settings, spec: sources.DataSpec, text: TextEncoder, image
 
 
 def decoded(example: Example) -> np.ndarray:
-    """ValueError that names an image which cannot be read."""
+    """Decode an image. ValueError naming an unreadable one."""
     try:
         return images.decode(example["image"])
     except images.Unreadable as error:

@@ -1,4 +1,4 @@
-"""What evaluations print and write."""
+"""Output of evaluations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.weights.settings import to_json
 
 
-def report(scores: dict, made_by: dict, path: Path | None) -> None:
-    """Print the scores, but not the lists of what is wrong; write all of it where `path` says."""
+def report(scores: dict, provenance: dict, path: Path | None) -> None:
+    """Print the scores without the lists of wrong images; write everything to `path`."""
     for name, value in scores.items():
         if not name.startswith("wrong"):
             print(f"{name:37} {_readable(value)}")
     if path is not None:
-        write_json(path, {**scores, "made_by": made_by})
+        write_json(path, {**scores, "made_by": provenance})
 
 
-def made_by(settings: Any, model: Pipeline, names: Sequence[str]) -> dict:
-    """What the scores depend on: these settings, the weights, how each stage samples, the device."""
+def provenance(settings: Any, model: Pipeline, names: Sequence[str]) -> dict:
+    """The provenance of scores: settings `names`, weights, sampling settings of each stage, device."""
     values = {name: getattr(settings, name) for name in names} | {"dtype": settings.sampling.dtype}
     stages = [to_json(each.sampling) for each in model.boxes if isinstance(each, TrainedModel)]
     weights = ", ".join(settings.pipeline.names)

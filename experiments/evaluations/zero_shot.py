@@ -1,11 +1,12 @@
-"""Does a CLIP name what it was not trained to name?
+"""Zero-shot classification by a CLIP.
 
     python -m experiments.evaluate zero-shot --label colour --prompts "a {} shape" "{}"
     python -m experiments.evaluate zero-shot --clip openai/clip-vit-base-patch32 --data tfds:cifar10 --split test \\
         --label label
 
-The classes of a TFDS set's feature, or of an attribute of `shapes` (kind | colour | background | fill | size) in images
-of one object, told apart by the mean of their prompts' embeddings. Seconds for the shipped CLIP.
+Classes are those of a class feature of a TFDS dataset, or of an attribute of `shapes` (kind | colour | background |
+fill | size) in images of one object. A class is represented by the mean embedding of its prompts. Seconds for the
+shipped CLIP.
 """
 
 import dataclasses
@@ -29,14 +30,14 @@ OF_SHAPES = {"kind": KINDS, "colour": COLOURS, "background": BACKGROUNDS, "fill"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure."""
+    """Labels and prompts."""
 
     label: str = "kind"
-    """What is classified: a class feature of a TFDS set, or an attribute of shapes."""
+    """The label to classify: a class feature of a TFDS dataset, or an attribute of shapes."""
     n: int = 500
     """Images to classify."""
     prompts: tuple[str, ...] = ("a {}", "a picture of a {}", "there is a {}")
-    """Captions of a class, {} standing for its name."""
+    """Prompts of a class, with {} for its name."""
     on: CLIPData = CLIPData()
 
 
@@ -45,10 +46,10 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     if settings.n < 1:
         raise ValueError(f"--n {settings.n}: at least one image")
     if any("{}" not in prompt for prompt in settings.prompts) or not settings.prompts:
-        raise ValueError("--prompts: each has {} where the class's name goes")
+        raise ValueError("--prompts: each needs {} for the class's name")
     spec, text, image = settings.on.load()
-    made_by = {"label": settings.label, "n": settings.n, "prompts": settings.prompts}
-    settings.on.report(_scores(settings, spec, text, image), image, made_by)
+    provenance = {"label": settings.label, "n": settings.n, "prompts": settings.prompts}
+    settings.on.report(_scores(settings, spec, text, image), image, provenance)
 
 
 def _scores(settings: Settings, spec: sources.DataSpec, text: TextEncoder, image: Extractor) -> dict[str, float]:
@@ -62,7 +63,7 @@ def _scores(settings: Settings, spec: sources.DataSpec, text: TextEncoder, image
 def _labelled(
     settings: Settings, spec: sources.DataSpec, side: int
 ) -> tuple[list[str], Iterator[np.ndarray], np.ndarray]:
-    """Names of the classes, images, and the class of each."""
+    """Class names, images, and the class of each image."""
     wanted, count = settings.label, settings.n
     if isinstance(spec, sources.Shapes):
         if wanted not in OF_SHAPES:

@@ -1,1 +1,1 @@
-"""What `experiments.export` can write, a file each."""
+"""The formats of `experiments.export`, one file each."""

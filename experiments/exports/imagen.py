@@ -1,13 +1,13 @@
-"""Finished stages and their text encoder in one folder, which every command takes as `--weights`.
+"""Export finished stages and their text encoder to one folder, for `--weights` of every command.
 
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --out runs/cascade
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --sr1024 runs/sr1024 --dtype float16 \\
         --out runs/cascade
     python -m experiments.export imagen --base64 runs/a runs/b --out runs/mean
 
-Takes seconds. The stages are checked against one another and the text encoder before anything is written. Several
-runs of one stage give the mean of their parameters: the ends of runs each of which began (`--init`) with what the last
-had learned sample better together than each alone.
+Takes seconds. The stages and the text encoder are checked for compatibility before anything is written. Several runs of
+one stage are averaged: if each run started (`--init`) from the previous one, the mean of their parameters samples
+better than any of them.
 """
 
 import shutil
@@ -25,29 +25,27 @@ from jaxdiff.weights.runs import TextSource
 
 @dataclass(frozen=True)
 class Settings:
-    """The parts of a cascade."""
+    """Stages and text encoder of a cascade."""
 
     base64: tuple[Path, ...] = ()
-    """Folder of the base's run, or of a cascade's stage; of several runs, each begun with the last one's parameters:
-    their mean."""
+    """Folder of the base's run, or of a cascade's stage; several runs, each started from the previous one's parameters,
+    are averaged."""
     sr256: tuple[Path, ...] = ()
-    """The same of 64→256; left out, the cascade ends at 64."""
+    """The same for 64→256; default: the cascade ends at 64."""
     sr1024: tuple[Path, ...] = ()
-    """The same of 256→1024."""
+    """The same for 256→1024."""
     text: str | None = None
-    """Directory, or hub id, of the text encoder that the stages were trained with; left out: where the base's run has
-    it from."""
+    """Directory or hub id of the text encoder that the stages were trained with; default: from the base's run."""
     text_dtype: Literal["float32", "bfloat16"] | None = None
-    """What the text encoder was computed in when the stages were trained; left out: as the base's run says, or
-    float32."""
+    """Compute type of the text encoder when the stages were trained; default: from the base's run, or float32."""
     out: Path = Path("runs/cascade")
     """Folder of the cascade."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the stages' parameters are stored in. Two bytes halve the files; they are float32 again when loaded."""
+    """Type of the stored parameters. 16-bit types halve the files; parameters are loaded as float32."""
 
 
 def main(settings: Settings) -> None:
-    """A cascade of Imagen, from its finished stages."""
+    """Export a cascade of Imagen from its finished stages."""
     if not settings.base64:
         raise ValueError("--base64 names no folder")
     folders = {name: given for name in STAGES if (given := getattr(settings, name))}
@@ -58,12 +56,12 @@ def main(settings: Settings) -> None:
     source = text_source(settings, base.model.text.shape[0])
     directory = hub.directory_of(source.source, "T5")
     encoder = t5.load_text_encoder(directory, source.length, source.dtype)
-    made_by = encoder.fingerprint
+    fingerprint = encoder.fingerprint
     for name, model in models.items():
-        if model.text_fingerprint not in (None, made_by):
+        if model.text_fingerprint not in (None, fingerprint):
             raise ValueError(
                 f"{folders[name][0]} was trained with the text encoder {model.text_fingerprint}, {source.source} in "
-                f"{source.dtype} is {made_by}"
+                f"{source.dtype} is {fingerprint}"
             )
     cascade = imagen(encoder, base, *super_resolution)
     others = [name for name in STAGES if name not in folders and (settings.out / name).exists()]
@@ -82,7 +80,7 @@ def main(settings: Settings) -> None:
 
 
 def text_source(settings: Settings, length: int) -> TextSource:
-    """Where the text encoder is. ValueError where neither the command line nor the base's run says so."""
+    """Location of the text encoder. ValueError if neither the command line nor the base's run has it."""
     run = settings.base64[0]
     if settings.text is None:
         if not runs.has_text_source(run):

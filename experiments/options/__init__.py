@@ -1,1 +1,1 @@
-"""Groups of settings that commands share, and what the names on a command line stand for."""
+"""Groups of settings shared by commands, and the values of command-line names."""

@@ -1,4 +1,4 @@
-"""The user's own images: to begin with (image to image), to keep in part (inpainting), to enlarge."""
+"""The user's own images: image to image, inpainting, super-resolution."""
 
 import math
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from jaxdiff.systems.pipeline import After, InitImage, Pipeline
 
 @dataclass(frozen=True)
 class InitImageOptions:
-    """An image of one's own: sampling begins with it, or it is what is enlarged."""
+    """Your own image, as an initial image or as the input of super-resolution."""
 
     image: Path | None = None
-    """An image to begin with: each stage noises it and takes the last of its steps, as many as --strength says. Its
-    shape is that of what is sampled, to the nearest multiples of the stride, unless --size says another."""
+    """Initial image: each stage adds noise to it and runs only the last steps, by --strength. It sets the sampled size,
+    rounded to multiples of the stride, unless --size is given."""
     strength: str = ""
-    """The fraction of the steps that are taken, above 0 and up to 1, for all stages or each; when left out, 0.7 for the
-    base (1 with a mask) and 0.8 for the others."""
+    """Fraction of the steps to run, above 0 and up to 1, for all stages or per stage; default: 0.7 for the base (1 with
+    a mask), 0.8 for the other stages."""
     mask: Path | None = None
-    """An image of the same size, turned upright as --image is: white is sampled anew, black is kept. What is
-    transparent counts as white."""
+    """Mask of the same size as --image, with the same EXIF rotation: white is resampled, black is kept, transparent
+    counts as white."""
     enlarge: Path | None = None
-    """An image for super-resolution, in place of the base's; of any size."""
+    """Input image of super-resolution instead of the base's sample; of any size."""
     enlarge_from: int | None = None
-    """The resolution of the stage in whose place it stands; the base's when left out."""
+    """Resolution of the stage that it replaces; default: the base's."""
 
     def check(self) -> None:
-        """ValueError for settings that do not go together, or images that cannot be read, before weights are."""
+        """ValueError for conflicting settings or unreadable images, before weights are read."""
         for name in ("strength", "mask"):
             if getattr(self, name) and self.image is None:
                 raise ValueError(f"--{name} is for an image to begin with: give one with --image")
@@ -43,7 +43,7 @@ class InitImageOptions:
                 read(path)
 
     def begin(self, model: Pipeline) -> InitImage | None:
-        """What the stages begin with. ValueError that names an image or value that cannot be used."""
+        """The initial image of all stages; None if absent. ValueError naming a bad image or value."""
         if self.image is None:
             return None
         strengths = each("strength", self.strength, len(model.boxes), float)
@@ -56,7 +56,8 @@ class InitImageOptions:
         return InitImage(image, chosen, mask)
 
     def size(self, model: Pipeline) -> tuple[int, int] | None:
-        """Of the base's images, in the shape of the given one: its shorter side is the base's resolution."""
+        """Height and width of the base's images: the initial image's shape, its shorter side at the base's resolution.
+        None without an initial image."""
         if self.image is None:
             return None
         height, width = read(self.image).shape[:2]
@@ -67,7 +68,7 @@ class InitImageOptions:
 
 @dataclass(frozen=True)
 class Enlarged:
-    """An image on its way through super-resolution, its edges repeated up to a size that all stages can sample."""
+    """An input of super-resolution, edge-padded to a size that all stages can sample."""
 
     box: int
     image: np.ndarray
@@ -75,17 +76,17 @@ class Enlarged:
     width: int
 
     def after(self, count: int) -> After:
-        """For `SampleOptions`: the same image for each of `count` prompts, as if that box had produced it."""
+        """The image for each of `count` prompts as the output of its box, for `SampleOptions`."""
         return After(self.box, np.broadcast_to(self.image, (count, *self.image.shape)))
 
     def cut(self, sampled: np.ndarray) -> np.ndarray:
-        """What was sampled, without the edges."""
+        """Crop the padding from a sample."""
         factor = sampled.shape[1] // self.image.shape[0]
         return sampled[:, : self.height * factor, : self.width * factor]
 
 
 def enlarged(settings: InitImageOptions, model: Pipeline) -> Enlarged | None:
-    """The image to enlarge. ValueError where there is no stage for it."""
+    """The image to enlarge; None if absent. ValueError if no stage can enlarge it."""
     if settings.enlarge is None:
         return None
     side = model.sides[0] if settings.enlarge_from is None else settings.enlarge_from
@@ -104,7 +105,7 @@ def enlarged(settings: InitImageOptions, model: Pipeline) -> Enlarged | None:
 
 
 def read(path: Path) -> np.ndarray:
-    """An image file as (h w 3) in [-1, 1]. ValueError, or OSError, naming it."""
+    """Read an image file as (h w 3) in [-1, 1]. ValueError or OSError naming the file."""
     try:
         return to_float(decode(path.read_bytes()))
     except Unreadable as error:

@@ -1,4 +1,4 @@
-"""The networks that metrics look through."""
+"""The networks that compute features for metrics."""
 
 import dataclasses
 from pathlib import Path
@@ -14,28 +14,28 @@ from jaxdiff.weights.imagen import SHIPPED
 
 @dataclasses.dataclass(frozen=True)
 class MetricNetworks:
-    """The networks that metrics look through."""
+    """The networks that compute features for metrics."""
 
     inception: Path | None = None
-    """FID's Inception, of experiments.export inception: without it there is no FID, KID and IS of that name."""
+    """FID's Inception from experiments.export inception; without it there is no FID, KID or IS of that name."""
     clip: str | None = str(SHIPPED / "clip")
-    """A CLIP: OUT/model of experiments.train clip, or a directory or hub id in the transformers layout. Left out: the
-    shipped one of `shapes`."""
+    """A CLIP: OUT/model of experiments.train clip, or a directory or hub id in the transformers layout. Default: the
+    shipped CLIP of `shapes`."""
     classifier: Path | None = SHIPPED / "classifier"
-    """OUT/model of experiments.train classifier, for FD-<its name>. Left out: the shipped one of `shapes`."""
+    """OUT/model of experiments.train classifier, for FD-<its name>. Default: the shipped one of `shapes`."""
     resize: Literal["clean", "legacy", "pytorch"] = "clean"
-    """How images come to Inception's size: antialiased bicubic (clean-fid), TensorFlow 1's bilinear, as published
-    figures, or PyTorch's bilinear (pytorch-fid)."""
+    """Resize filter for Inception: antialiased bicubic (clean-fid), TensorFlow 1's bilinear (published figures), or
+    PyTorch's bilinear (pytorch-fid)."""
     dims: Literal[64, 192, 768, 2048] = 2048
-    """Of Inception: FID is that of 2048 features; those of earlier layers, as pytorch-fid taps them, want fewer
-    images and give numbers of another name."""
+    """Inception features: FID uses 2048. Features of earlier layers (as in pytorch-fid) need fewer images and are
+    reported under another name."""
     prefix: str = ""
-    """Stands before each caption for the CLIP score: the paper's code has "A photo depicts". Left out, none: Imagen's
-    and Stable Diffusion's curves have none, and the shipped CLIP knows the words of `shapes` alone."""
+    """Prepended to each caption for the CLIP score; the paper's code uses "A photo depicts". Default: none, as in the
+    curves of Imagen and Stable Diffusion; the shipped CLIP knows only the words of `shapes`."""
 
     @property
     def before(self) -> str:
-        """The prefix, with a blank behind it."""
+        """The prefix with a trailing space."""
         return self.prefix if not self.prefix or self.prefix.endswith(" ") else f"{self.prefix} "
 
 
@@ -53,7 +53,7 @@ class Networks(NamedTuple):
 
 
 def loaded(options: MetricNetworks) -> Networks:
-    """FileNotFoundError, or ValueError, for weights that are not there or none."""
+    """Load the networks. FileNotFoundError for missing weights, ValueError for bad ones or if there are none."""
     seeing, classifying, image, text = None, None, None, None
     if options.inception is not None:
         seeing = features.inception(inception.load(options.inception), Resize(options.resize), options.dims)

@@ -1,4 +1,4 @@
-"""The names of samplers and the like on a command line, and the values that they stand for."""
+"""Command-line names of samplers, respacings and thresholdings, with their values."""
 
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold, Thresholding
@@ -21,7 +21,7 @@ RESPACINGS: dict[str, Spacing] = {
     "super27": deepfloyd.SUPER27,
     "super40": deepfloyd.SUPER40,
     "super100": deepfloyd.SUPER100,
-    "even": Respaced((1,)),  # as many steps as are asked for
+    "even": Respaced((1,)),  # --steps, evenly spaced
     "leading": Leading(),
 }
 THRESHOLDINGS: dict[str, Thresholding] = {

@@ -1,4 +1,4 @@
-"""How a command samples: the settings of samplers, one value for all stages or one for each."""
+"""Sampling settings of commands: one value for all stages, or one per stage."""
 
 import dataclasses
 import warnings
@@ -23,51 +23,51 @@ from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
 from jaxdiff.weights.imagen import trained
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
-"""Steps below which a sampler's images are blurred or noisy, whatever the model."""
+"""Number of steps below which a sampler's images are blurred or noisy, for any model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How the stages sample. One value for all stages, or one for each, separated by commas; what is left out, or empty
-    between commas (`50,,`), is the stage's own setting."""
+    """Sampling settings: one value for all stages, or one per stage, separated by commas. An omitted or empty value
+    (`50,,`) keeps the stage's own setting."""
 
     sampler: str = ""
     """ddpm | ddim | dpmpp | heun | euler"""
     steps: str = ""
     """Steps of the sampler."""
     respacing: str = ""
-    """Which of DeepFloyd IF's 1000 steps are taken: fast27 | smart27 | smart50 | smart100 | smart185 | super27 |
-    super40 | super100 | even | leading (the last two take --steps)."""
+    """Subset of DeepFloyd IF's 1000 steps: fast27 | smart27 | smart50 | smart100 | smart185 | super27 | super40 |
+    super100 | even | leading (the last two use --steps)."""
     eta: float | None = None
     """Randomness of ddim, 0 (none) to 1."""
     guidance: str = ""
     """Guidance weight; 1 is off."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide between these log-SNRs alone."""
+    """Apply guidance only between these log-SNRs."""
     guidance_rescale: float | None = None
-    """How far a guided prediction is brought back to the spread of the unguided one, 0 to 1."""
+    """Rescale the guided prediction towards the standard deviation of the unguided one, 0 (off) to 1."""
     thresholding: str = ""
     """static | dynamic | none"""
     percentile: float | None = None
-    """Of dynamic thresholding, as a fraction (0.995)."""
+    """Percentile of dynamic thresholding, as a fraction (0.995)."""
     cap: float | None = None
-    """The largest scale of dynamic thresholding; 1 makes it static."""
+    """Maximum scale of dynamic thresholding; 1 makes it static."""
     aug_level: str = ""
-    """Noise put on the input of super-resolution, 0 to 1."""
+    """Noise level on the input of super-resolution, 0 to 1."""
     tile: int | None = None
-    """Super-resolution in overlapping tiles of so many pixels a side."""
+    """Side in pixels of overlapping super-resolution tiles; default: no tiles."""
     tile_overlap: int = 32
-    """Pixels that neighbouring tiles share."""
+    """Overlap of neighbouring tiles, in pixels."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What the generators compute in; bfloat16 on accelerators. DeepFloyd IF's parameters and its T5 are loaded in it,
-    too."""
+    """Compute type of the generators; use bfloat16 on accelerators. DeepFloyd IF's parameters and T5 are also loaded in
+    it."""
     mesh: str = ""
-    """Sample on all devices of this machine: data=-1, each its own images; data=2,tensor=4, each image of
-    super-resolution on four of them, by its rows. Parameters lie on every device. Left out: one device."""
+    """Devices of this machine: data=-1 distributes images over all of them; data=2,tensor=4 also splits each
+    super-resolution image by rows over four. Parameters are replicated. Default: one device."""
 
 
 def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
-    """The pipeline with boxes that sample as the command line says. ValueError naming what is wrong with it."""
+    """The pipeline with the sampling settings of the command line. ValueError naming the bad option."""
     if dataclasses.replace(options, dtype=None, mesh="") == SamplingOptions():
         return pipeline
     models = trained(pipeline)
@@ -76,7 +76,7 @@ def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
 
 
 def box_of(pipeline: Pipeline, side: int | None) -> int | None:
-    """Number of the box that produces images of this side; None for None."""
+    """Index of the box that produces images of this side; None for None."""
     if side is None:
         return None
     if side not in pipeline.sides:
@@ -85,7 +85,7 @@ def box_of(pipeline: Pipeline, side: int | None) -> int | None:
 
 
 def mesh_of(text: str) -> Mesh | None:
-    """The mesh that --mesh asks for. ValueError, before weights are read, for one that cannot be."""
+    """The mesh of --mesh; None if empty. ValueError for an impossible one, before weights are read."""
     if not text:
         return None
     shape = parse(text).over(jax.device_count())
@@ -98,7 +98,7 @@ def mesh_of(text: str) -> Mesh | None:
 
 @contextmanager
 def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
-    """The pipeline on the devices of a mesh, within which it has to be used; as it is, where there is none."""
+    """Place the pipeline on a mesh and enter the mesh; unchanged if `mesh` is None."""
     if mesh is None:
         yield pipeline
         return
@@ -114,7 +114,7 @@ def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
 
 
 def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
-    """Of steps that the command line says; what the weights' own settings have was found to be enough."""
+    """Warn if the command line sets too few steps. The weights' own number of steps never warns."""
     for old, new in zip(before.boxes, after.boxes):
         if isinstance(old, TrainedModel) and isinstance(new, TrainedModel):
             name, steps = type(new.sampling.sampler), new.sampling.steps
@@ -125,7 +125,7 @@ def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
 
 
 def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple[SamplingConfig, ...]:
-    """How each stage samples: its own settings with those of the command line put in. ValueError naming a bad one."""
+    """Each stage's sampling settings, overridden by the command line. ValueError naming the bad option."""
     chosen = {
         "sampler": each("sampler", options.sampler, len(models), names.sampler),
         "steps": each("steps", options.steps, len(models), int),
@@ -154,15 +154,15 @@ def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple
 
 
 def each(name: str, text: str, stages: int, convert: Callable[[str], Any]) -> list[Any]:
-    """A value for each stage, None where it is left out. ValueError naming the option."""
+    """One value per stage, None if omitted. ValueError naming the option."""
     values = [value.strip() for value in text.split(",")]
     if len(values) not in (1, stages):
         raise ValueError(f"--{name} {text}: {len(values)} values for {stages} stages; give one, or one for each")
     try:
-        found = [convert(value) if value else None for value in values]
+        converted = [convert(value) if value else None for value in values]
     except ValueError as error:
         raise ValueError(f"--{name} {text}: {error}") from error
-    return found * stages if len(found) == 1 else found
+    return converted * stages if len(converted) == 1 else converted
 
 
 def _guidance_weight(text: str) -> float:
@@ -178,8 +178,7 @@ def _guidance(guidance: Guidance, weight: float | None, options: SamplingOptions
 
 
 def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Steps and spacing that go together: a respacing has its own number of steps, or, where another is asked for,
-    takes so many evenly."""
+    """Consistent steps and spacing: a respacing sets the number of steps; another --steps takes them evenly."""
     spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
     if not isinstance(spacing, Respaced) or steps == spacing.steps or (steps is not None and steps < 1):
         return {}
@@ -192,21 +191,21 @@ def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _learned(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """ddpm with the variance that the network has learned, where it has."""
+    """DDPM with the learned variance, if the network predicts it."""
     if not isinstance(given.get("sampler"), DDPM) or not model.model.unet.learned_variance:
         return {}
     return {"sampler": DDPM(None)}
 
 
 def _random(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConfig:
-    """With eta, where the sampler is DDIM."""
+    """Set eta if the sampler is DDIM."""
     if options.eta is None or not isinstance(sampling.sampler, DDIM):
         return sampling
     return dataclasses.replace(sampling, sampler=dataclasses.replace(sampling.sampler, eta=options.eta))
 
 
 def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConfig:
-    """With the percentile and the cap, where the thresholding is dynamic."""
+    """Set percentile and cap if the thresholding is dynamic."""
     given = {"percentile": options.percentile, "cap": options.cap}
     given = {name: value for name, value in given.items() if value is not None}
     if not given or not isinstance(sampling.thresholding, DynamicThreshold):
@@ -215,7 +214,7 @@ def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConf
 
 
 def size_of(text: str) -> tuple[int, int] | None:
-    """`SIDE` or `HEIGHTxWIDTH` in pixels; None where it is empty."""
+    """Parse `SIDE` or `HEIGHTxWIDTH`, in pixels; None if empty."""
     if not text:
         return None
     try:

@@ -1,8 +1,8 @@
-"""All settings of a run as a file that one can read, and give back with `--config FILE`.
+"""The settings of a run as a JSON file, read by `--config FILE`.
 
     {"version": 1, "command": "imagen.base64", "settings": {"preset": "tiny", "steps": 5000, …}}
 
-Settings have the names of their flags. What stands on the command line beside `--config` counts more than the file.
+Settings have the names of their flags. Flags on the command line override the file.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from jaxdiff.training.distributed import Cluster
 NAME = "settings.json"
 VERSION = 1
 OTHER_NAMES = {"dropout": "text_dropout", "max_level": "max_aug_level", "total": "steps"}
-"""Fields of the library whose flags have other names."""
+"""Flags whose names differ from the library's fields."""
 FREE = ("out", "mesh", "log-every", "sample-every", "evaluate-every", "save-every", "keep", "init", "strict")
-"""What may differ from one start of a run to the next."""
+"""Flags that may change when a run is resumed."""
 
 
 def flags(settings: Any) -> dict[str, Any]:
-    """`{"learning-rate": 0.001, …}`: every setting by its flag, as JSON's types; without how processes find each other,
-    which is no part of a run."""
+    """`{"learning-rate": 0.001, …}`: all settings by flag, as JSON types, without `Cluster`, which is not part of a
+    run."""
     return dict(_flags(settings))
 
 
@@ -57,7 +57,7 @@ def save(path: Path, command: str, settings: Any) -> None:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """The command and the settings in a file. ValueError where it is none; FileNotFoundError."""
+    """The command and the settings in a file. ValueError for another file; FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of settings")
     data = json_files.read_object(path)
@@ -77,28 +77,28 @@ def _is_setting(value: Any) -> bool:
 
 
 def changed(path: Path, settings: Any) -> list[str]:
-    """Which flags of a command differ from those in its file: `--preset tiny → quick`."""
+    """The flags that differ from those in the file: `--preset tiny → quick`."""
     before, now = read(path)[1], flags(settings)
     names = [name for name in now if name in before and before[name] != now[name] and name not in FREE]
     return [f"--{name} {_shown(before[name])} → {_shown(now[name])}" for name in names]
 
 
 def _shown(value: Any) -> str:
-    """As it is typed; None is a flag that is not there."""
+    """The value as typed on a command line; None is an omitted flag."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or '""'
     return "left out" if value is None else str(value)
 
 
 def in_flags(message: str, settings: Any) -> str:
-    """A message of the library that begins with the name of one of its fields, with the flag in its place."""
+    """A library message that begins with a field's name, with the flag instead."""
     name, blank, rest = message.partition(" ")
     flagged = flag(OTHER_NAMES.get(name, name))
     return f"--{flagged}{blank}{rest}" if flagged in flags(settings) else message
 
 
 def words(settings: dict[str, Any]) -> list[str]:
-    """The command line that says the same. What is None is left out: it is the default of every such setting."""
+    """The equivalent command line. None is omitted: it is the default of every such setting."""
     line = []
     for name, value in settings.items():
         if value is True or value is False:
@@ -109,8 +109,8 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 
 def given(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The name of the command, which the first argument or the file of `--config` says, and its arguments, those in the
-    file first. ValueError where the two name different commands."""
+    """The command's name, from the first argument or the file of `--config`, and its arguments, the file's first.
+    ValueError if the two names differ."""
     args = list(args)
     name = args.pop(0) if args and not args[0].startswith("-") else None
     if "--config" not in args:

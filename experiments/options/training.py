@@ -1,4 +1,4 @@
-"""Settings that the training of every model shares, in groups; a model's own are in `experiments/tasks/`."""
+"""Groups of training settings shared by all models; a model's own are in `experiments/tasks/`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,60 +21,60 @@ SCHEDULES = {"cosine": Decay.COSINE, "constant": Decay.CONSTANT, "stable": Stabl
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is trained on."""
+    """The training and held-out data."""
 
     data: tuple[str, ...] = ("shapes",)
-    """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH, or several of them, mixed."""
+    """shapes | emoji | rainbow | folder:PATH | hf:PATH | tfds:NAME | records:PATH; several are mixed."""
     data_weights: tuple[float, ...] = ()
-    """How often each of several is used, such as 3 1; left out: by their numbers of examples."""
+    """Sampling weights of several datasets, such as 3 1; default: by their sizes."""
     image_column: str | None = None
-    """Of hf:PATH, where its name is not a usual one."""
+    """Image column of hf:PATH; default: found by its usual names."""
     caption_column: str | None = None
-    """Of hf:PATH, where its name is not a usual one, or several could be meant; "": no captions."""
+    """Caption column of hf:PATH; default: found by its usual names; "": no captions."""
     examples: int = 20_000
-    """Images of `shapes` to draw."""
+    """Training images of `shapes` to render."""
     held_out: int = 1_000
-    """Held-out images of `shapes` beside them."""
+    """Held-out images of `shapes` to render."""
     limit: int = 0
-    """Train on so many examples only, evenly spread over the dataset, to see whether they can be learned; 0: on all."""
+    """Train on this many examples only, evenly spread over the dataset (an over-fitting test); 0: all."""
     evaluate_data: str | None = None
-    """What the held-out loss is measured on, as --data; left out: the held-out split of `shapes` and `rainbow`, and of
-    other datasets nothing."""
+    """Dataset of the held-out loss, as --data; default: the held-out split of `shapes` or `rainbow`, none for other
+    datasets."""
     evaluate_n: int = 64
-    """Held-out examples, evenly spread over them; of CLIP, whose loss belongs to a batch, whole batches."""
+    """Held-out examples, evenly spread over the dataset; for CLIP and the classifier, full batches of --batch."""
     strict: bool = False
-    """An image that cannot be read or lacks its caption is an error, not a warning."""
+    """Treat an unreadable image or a missing caption as an error instead of a warning."""
     workers: int = 0
-    """Processes that decode images; 0: threads alone."""
+    """Processes that decode images; 0: threads only."""
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets are kept."""
+    """Folder of prepared datasets."""
 
     def spec(self) -> sources.DataSpec:
-        """The dataset. ValueError for one that is not known, or a number below 0."""
+        """The dataset. ValueError for an unknown one, or a number below 0."""
         for name in ("limit", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more")
         if self.evaluate_n < 1:
             raise ValueError(f"--evaluate-n {self.evaluate_n}: at least one example; --evaluate-every 0 measures none")
         spec = sources.parse_several(self.data, self.data_weights or None)
-        return sources.changed(spec, self._told)
+        return sources.changed(spec, self._with_options)
 
     def held_out_split(self) -> tuple[sources.DataSpec, str] | None:
-        """The held-out dataset, and its split; None where there is none."""
+        """The held-out dataset and its split; None if absent."""
         if self.evaluate_data is not None:
-            return self._told(sources.parse(self.evaluate_data)), "train"
+            return self._with_options(sources.parse(self.evaluate_data)), "train"
         spec = self.spec()
         splits: dict[type, str] = {sources.Shapes: "held_out", sources.Rainbow: "test"}
         return (spec, splits[type(spec)]) if type(spec) in splits else None
 
     @property
     def shown(self) -> str:
-        """As it was told, in one line."""
+        """The datasets as on the command line, in one line."""
         weights = " ".join(f"{weight:g}" for weight in self.data_weights)
         return " ".join(self.data) + (f" --data-weights {weights}" if weights else "")
 
-    def _told(self, spec: sources.Single) -> sources.Single:
-        """With the sizes and columns that the command line says."""
+    def _with_options(self, spec: sources.Single) -> sources.Single:
+        """The spec with the sizes and columns of the command line."""
         if isinstance(spec, sources.Shapes):
             return sources.Shapes(self.examples, self.held_out)
         if isinstance(spec, sources.HuggingFace):
@@ -84,37 +84,36 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long, and what is kept."""
+    """Length of the run, logging and checkpoints."""
 
     steps: int = 5000
-    """Updates. A run whose learning rate has not fallen to 0 (--schedule) may be given more of them; any other begins
-    anew from its parameters with `--init`."""
+    """Updates. A run can be extended only if its learning rate has not decayed to 0 (--schedule); otherwise start a new
+    run from its parameters with `--init`."""
     batch: int = 32
-    """Examples per update, of all devices together."""
+    """Global batch size: examples per update over all devices."""
     accumulate: int = 1
-    """Parts that a batch is taken in, one after the other, to save memory."""
+    """Gradient accumulation: micro-batches per update, to save memory."""
     ema_decay: float = 0.999
-    """Decay of the averaged parameters, which are what is kept."""
+    """Decay of the EMA of the parameters, which becomes the model."""
     seed: int = 0
-    """Of the initial parameters, the order of the data and the noise."""
+    """Seed of the initial parameters, the data order and the noise."""
     init: Path | None = None
-    """Begin with the averaged parameters of another run of the same network (its folder, finished or not), to
-    fine-tune them."""
+    """Fine-tune: start from the EMA parameters of another run of the same network (its folder, finished or not)."""
     log_every: int = 50
-    """Steps between lines of metrics."""
+    """Steps between logged metrics."""
     sample_every: int = 500
-    """Steps between grids in samples/, where the model samples images; 0: none."""
+    """Steps between sample grids in samples/, for models of images; 0: none."""
     evaluate_every: int = 500
-    """Steps between measurements of the held-out loss; 0: none."""
+    """Steps between evaluations of the held-out loss; 0: none."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 3
-    """Checkpoints kept."""
+    """Checkpoints to keep."""
 
 
 @dataclass(frozen=True)
 class PresetOptimizer:
-    """What a network of a certain size is trained with where the command line does not say."""
+    """Default optimizer and peak learning rate of a preset."""
 
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -122,25 +121,25 @@ class PresetOptimizer:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How parameters are updated."""
+    """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam", "adafactor", "muon"] | None = None
-    """Adam and Adafactor are the papers'; Muon learns more from each image where images are few. Left out: the
-    preset's, or adam."""
+    """Adam and Adafactor are used in the papers; Muon learns more per image from few images. Default: the preset's, or
+    adam."""
     learning_rate: float | None = None
-    """At its peak; left out: the preset's, or 1e-3. One for another optimizer than the preset's must be given."""
+    """Peak learning rate; default: the preset's, or 1e-3. Required if --optimizer differs from the preset's."""
     warmup: int | None = None
-    """Updates from 0 to the peak; left out: a tenth of the steps."""
+    """Updates of linear warmup; default: a tenth of the steps."""
     schedule: Literal["cosine", "constant", "stable"] = "cosine"
-    """The learning rate after that: falls to 0 along a cosine; stays; stays, and falls to 0 over the last fifth of the
-    steps. While it stays, more steps can be asked of a run."""
+    """Learning rate after the warmup: cosine decay to 0; constant; or constant with a decay to 0 over the last fifth of
+    the steps. A run can be extended while the rate is constant."""
     weight_decay: float = 0.0
-    """Decoupled from the gradient."""
+    """Decoupled weight decay."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum gradient norm."""
 
     def config(self, rules: Mapping[str, Rule], steps: int, preset: PresetOptimizer) -> OptimizerConfig:
-        """ValueError for an optimizer that is not among the model's, or one without its learning rate."""
+        """ValueError for an optimizer that the model does not offer, or one that needs a learning rate."""
         name, rate = self.optimizer or preset.optimizer, self.learning_rate
         if name not in rules:
             raise ValueError(f"--optimizer {name}: this model has {', '.join(rules)}")
@@ -164,14 +163,14 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How training is split over devices."""
+    """The device mesh."""
 
     mesh: str = "data=-1"
-    """Devices along each axis: data (copies), fsdp (parameters split), tensor (layers split), such as data=8,fsdp=32;
-    -1: as many as the others leave."""
+    """Devices along each axis: data (replicas), fsdp (sharded parameters), tensor (sharded layers), such as
+    data=8,fsdp=32; -1: all remaining devices."""
 
     def make(self, batch: int, accumulate: int = 1) -> Mesh:
-        """The mesh over all devices. ValueError where it cannot be, or the batch does not divide over it."""
+        """The mesh over all devices. ValueError if it is impossible or does not divide the batch."""
         mesh = make_mesh(*parse(self.mesh).sizes)
         check_batch(batch, mesh, accumulate)
         check_processes(mesh)
@@ -180,15 +179,15 @@ class MeshOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How the network is computed, beside its own settings: empty for one that is computed in one way alone."""
+    """Compute settings of a network, such as dtype and rematerialization; empty if it has none."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What every training run is asked. Models have their own defaults, and further groups (`experiments/tasks/`)."""
+    """Settings of every training run. Models add their own defaults and groups (`experiments/tasks/`)."""
 
     out: Path = Path("runs/model")
-    """Folder of the run; run again with the same one, it goes on from its last checkpoint."""
+    """Folder of the run. Started again with the same folder, a run resumes from its last checkpoint."""
     preset: str = "tiny"
     """Size of the network."""
     run: RunOptions = RunOptions()
@@ -205,7 +204,7 @@ class TrainSettings:
         unit: str = "images",
         preset: PresetOptimizer = PresetOptimizer(),
     ) -> TrainConfig:
-        """For the loop. ValueError naming the flag."""
+        """Settings of the training loop. ValueError naming the flag."""
         run = self.run
         if run.steps < 1 or run.batch < 1:
             raise ValueError(f"--steps {run.steps}, --batch {run.batch}: both must be at least 1")
@@ -229,6 +228,6 @@ class TrainSettings:
         )
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the folder has checkpoints, from which the run goes on."""
+    def resumes(self) -> bool:
+        """Whether the folder has checkpoints to resume from."""
         return any(path.name.isdigit() for path in (self.out / "checkpoints").glob("*"))

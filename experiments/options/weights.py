@@ -1,4 +1,4 @@
-"""Which trained models a command uses."""
+"""The trained models that a command uses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from jaxdiff.weights.t5 import load_text_encoder
 
 @dataclass(frozen=True)
 class WeightsOptions:
-    """What samples."""
+    """The trained models."""
 
     weights: tuple[str, ...] = (str(SHIPPED),)
-    """Folder of a cascade or of a training run, finished or not; or DeepFloyd IF's pipelines, a folder or hub id
-    (id@revision) for each stage: a published stage I brings its stage II."""
+    """Folder of a cascade or of a training run, finished or not; or DeepFloyd IF pipelines, one folder or hub id
+    (id@revision) per stage: a published stage I includes its stage II."""
     sr: tuple[str, ...] = ()
-    """Super-resolution behind them: runs, or stages of other cascades, in the order of their sizes."""
+    """Super-resolution stages to append: runs, or stages of other cascades, in the order of their sizes."""
     text: str | None = None
-    """A directory or hub id of the text encoder, in place of the weights' own."""
+    """Directory or hub id of the text encoder; default: the weights' own."""
     variant: str | None = None
-    """Which files of a pipeline to read: fp16, for those with this in their name."""
+    """Variant of a pipeline's files, such as fp16 (part of their names)."""
     clean: bool = True
-    """Clean captions for DeepFloyd IF as those that it was trained with."""
+    """Clean captions for DeepFloyd IF as in its training."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -40,14 +40,14 @@ class WeightsOptions:
 
     @property
     def names(self) -> list[str]:
-        """Of the weights, for files: without the place where this package is installed."""
+        """The weights for metadata; `shipped` replaces the path of the installed package."""
         return ["shipped" if place == str(SHIPPED) else place for place in self.places]
 
     def load(self, tasks: Mapping[str, Task], dtype: str | None = None, text: TextEncoder | None = None) -> Pipeline:
-        """The pipeline, with `text` in place of its text encoder. ValueError or FileNotFoundError naming a folder."""
+        """Load the pipeline; `text` replaces its text encoder. ValueError or FileNotFoundError naming a folder."""
         if (own := self.own(tasks)) is not None:
             return own
-        # Large weights take minutes to read; small ones are there before the bar is. Only for people who watch.
+        # Large weights take minutes to read; small ones load before the bar appears. Only on a terminal.
         with tqdm(desc="load", unit="B", unit_scale=True, delay=2, disable=None) as bar:
 
             def place(array: np.ndarray) -> jax.Array:
@@ -60,18 +60,18 @@ class WeightsOptions:
             return imagen.with_dtype(imagen.load(self.places, text=text, **options), dtype)
 
     def own(self, tasks: Mapping[str, Task]) -> Pipeline | None:
-        """The pipeline of a run whose task makes its own; None for what the library loads."""
+        """The pipeline of a run whose task builds its own; None if the library loads it."""
         task = _task(self.places[0], tasks)
         return None if task is None else task.pipeline(self.places)
 
     def load_text(self, dtype: str | None = None) -> TextEncoder:
-        """The text encoder alone."""
+        """Load only the text encoder."""
         if self.text is None:
             return load_text(self.weights, dtype=dtype, variant=self.variant, clean=self.clean)
         return load_text_encoder(self.text, imagen.text_length(self.weights))
 
 
 def _task(place: str, tasks: Mapping[str, Task]) -> Task | None:
-    """The task of which a folder is a run; None for anything else."""
+    """The task of a run's folder; None for other folders."""
     path = Path(place) / settings_file.NAME
     return tasks.get(settings_file.read(path)[0]) if path.is_file() else None

@@ -1,1 +1,1 @@
-"""What commands write: files of images and their names."""
+"""Image files written by commands, and their names."""

@@ -1,4 +1,4 @@
-"""Folders for images: none is written over by accident."""
+"""Output folders for images, protected against accidental overwriting."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ def has_images(folder: Path) -> bool:
 
 
 def folder_for_images(given: Path | None, default: Path, overwrite: bool) -> Path:
-    """The folder that is given; without one, `default` or the first of `default-2`, `default-3`, … without images.
+    """The given folder; otherwise the first of `default`, `default-2`, `default-3`, … without images.
 
-    ValueError for a given one that has images, unless they may be overwritten.
+    ValueError if a given folder has images, unless `overwrite`.
     """
     if given is not None:
         if has_images(given) and not overwrite:

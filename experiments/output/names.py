@@ -1,4 +1,4 @@
-"""Files that are named by a number and a text, such as a prompt: one rule for every command, and no name is fatal."""
+"""Image files named by a number and a text, such as a prompt, with a fallback for names the file system rejects."""
 
 import errno
 import unicodedata
@@ -13,14 +13,14 @@ from jaxdiff.data.grids import save_png
 from jaxdiff.data.png_metadata import Metadata
 
 CHARACTERS = 60
-"""How much of a text a name holds at most."""
+"""Maximum characters of the text in a name."""
 BYTES = 255 - 80
-"""The longest name, number and suffix included, as encoded: file systems allow 255, and `replacing` adds the host and
-the process to a name while the file is written."""
+"""Maximum encoded length of a name, with number and suffix: file systems allow 255, and `replacing` adds host and
+process to a name while the file is written."""
 
 
 class Named(NamedTuple):
-    """An image (h w 3) in [-1, 1], and what its file is called: the number, words of the text, the suffix."""
+    """An image (h w 3) in [-1, 1] and the parts of its file name: number, words of the text, suffix."""
 
     number: str
     text: str
@@ -30,29 +30,29 @@ class Named(NamedTuple):
 
 
 def file_name(number: str, text: str, suffix: str = ".png") -> str:
-    """`number`, the first words of `text` in small letters, joined by hyphens, and `suffix`.
+    """`number` and the first words of `text`, in lower case and joined by hyphens, then `suffix`.
 
-    Words are letters, digits and what is written above or below them; all else parts words, so that no name holds a
-    separator, a control character or what Windows forbids, and none begins with a dot. It is cut to CHARACTERS of the
-    text and to BYTES, between characters and, where that is possible, not before a combining mark.
+    Words are letters, digits, underscores and combining marks. Everything else separates words, so a name contains no
+    path separator, control character or character forbidden by Windows, and does not begin with a dot. It is truncated
+    to CHARACTERS of the text and to BYTES, if possible not before a combining mark.
     """
     slug = "".join(f"-{word}" for word in _words(text))
     room = BYTES - len(f"{number}{suffix}".encode())
     end = min(len(slug), CHARACTERS)
     while len(slug[:end].encode()) > room:
         end -= 1
-    whole = end
-    while 0 < whole < len(slug) and _is_mark(slug[whole]):
-        whole -= 1
-    # A letter with more marks than there is room for is cut after all.
-    return f"{number}{slug[: whole if slug[:whole].strip('-') else end].rstrip('-')}{suffix}"
+    boundary = end
+    while 0 < boundary < len(slug) and _is_mark(slug[boundary]):
+        boundary -= 1
+    # A letter with too many marks is truncated within its marks.
+    return f"{number}{slug[: boundary if slug[:boundary].strip('-') else end].rstrip('-')}{suffix}"
 
 
 def save_all(folder: Path, images: Iterable[Named]) -> list[Path]:
-    """Saves every image that can be saved, and returns where: under its name, or, where the file system does not take
-    that, under its number alone (one warning says how many).
+    """Save all images and return their paths. If the file system rejects a name, only the number is used (one warning
+    with the count).
 
-    OSError where images could not be saved at all, after all the others have been: how many, and why.
+    OSError, after all other images are saved, with the number of images that could not be saved and the reason.
     """
     saved: list[Path] = []
     renamed: list[tuple[str, Exception]] = []
@@ -63,7 +63,7 @@ def save_all(folder: Path, images: Iterable[Named]) -> list[Path]:
         for name in names:
             try:
                 save_png(folder / name, each.image, each.metadata)
-            except (OSError, UnicodeError) as error:  # UnicodeError: a locale whose file names have not all characters
+            except (OSError, UnicodeError) as error:  # UnicodeError: a file system encoding without some characters
                 errors.append(error)
             else:
                 saved.append(folder / name)
@@ -82,12 +82,12 @@ def save_all(folder: Path, images: Iterable[Named]) -> list[Path]:
         name, error = lost[0]
         code = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
         count = f"{len(lost)} of {len(lost) + len(saved)} images could not be saved"
-        raise OSError(code, f"{count}, the first one {name}: {_reason(error)}; the others are there", str(folder))
+        raise OSError(code, f"{count}, the first one {name}: {_reason(error)}; the others are saved", str(folder))
     return saved
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text, composed (NFC) and in small letters. A mark without a letter belongs to none."""
+    """The words of a text in lower case and NFC. Marks at the start of a word are dropped."""
     text = unicodedata.normalize("NFC", text.lower())
     kept = "".join(c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
     words = (word.lstrip("".join(filter(_is_mark, word))) for word in kept.split())

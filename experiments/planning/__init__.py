@@ -1,1 +1,1 @@
-"""What `experiments.plan` is made of."""
+"""The modules of `experiments.plan`."""

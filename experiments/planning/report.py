@@ -1,4 +1,4 @@
-"""What a plan says: one screen for one plan, the cells of the published tables. From the kept JSON alone."""
+"""Reports of plans: one screen per plan, and cells of the published tables, from the saved JSON only."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ PAPER_STEPS = 2_500_000
 
 
 def is_plan(values: Any) -> bool:
-    """Whether JSON has all that is read of a plan here and for the tables, each of its kind."""
+    """Whether JSON has all fields of a plan that the reports and tables read, with the right types."""
     kinds = {"asked": dict, "costs": dict, "mesh": dict, "chips": int, "parameters": int, "estimate": bool, "date": str}
     kinds |= {"unit": str, "links": dict}
     asked = {"topology": str, "model": str, "preset": str, "batch": int, "sample": bool, "compiler": str}
@@ -36,14 +36,14 @@ def _has(values: Any, kinds: Mapping[str, type]) -> bool:
 def _are_costs(values: dict[str, Any]) -> bool:
     try:
         costs = Costs(**values)
-    except TypeError:  # a name too many or too few
+    except TypeError:  # an extra or a missing field
         return False
     numbers = [costs.argument_bytes, costs.temporary_bytes, costs.peak_bytes, costs.flops, costs.bytes_accessed]
     numbers += [costs.unknown_loops, *(each for each in (costs.seconds, costs.total_cycles) if each is not None)]
     if not (all(map(_is_number, numbers)) and _holds_numbers(costs.cycles) and isinstance(costs.collectives, dict)):
         return False
     collectives = all(_holds_numbers(kind) and {"count", "bytes"} <= kind.keys() for kind in costs.collectives.values())
-    # Rates are batches over times, none of which may be zero.
+    # Rates divide by times, which must not be zero.
     times = (
         costs.flops,
         1 if costs.seconds is None else costs.seconds,
@@ -57,42 +57,42 @@ def _holds_numbers(values: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it can be a count or a size: no bool, not negative, not NaN, nothing that overflows a float."""
+    """Whether a value is a valid count or size: no bool, not negative, not NaN, no float overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**100
 
 
 def rooflined(plan: Mapping[str, Any]) -> Roofline:
-    """The roofline of a plan, by the rates as they are known now."""
+    """The roofline of a plan, with the current rates of the chips."""
     topology = chips.parse(plan["asked"]["topology"])
     return roofline(Costs(**plan["costs"]), topology, plan["useful_flops"], plan["links"])
 
 
 def cycles_are_least(plan: Mapping[str, Any]) -> bool:
-    """Whether only the largest kinds of operations were kept of the cycles, so that all of them are more."""
+    """Whether the plan has the cycles of the largest kinds of operations only, a lower bound of the total."""
     return plan["costs"].get("total_cycles") is None
 
 
 def remat_of(asked: Mapping[str, Any]) -> str:
-    """What is computed again, by the names that U-Nets have for it; other networks have blocks alone, or no choice."""
+    """The rematerialization by the names of U-Nets; other networks have only blocks, or no choice."""
     chosen = asked.get("remat", False)
     return chosen if isinstance(chosen, str) else "blocks" if chosen else "none"
 
 
 def report(plan: Mapping[str, Any]) -> str:
-    """One screen."""
+    """The report of a plan, one screen."""
     asked, costs, roof = plan["asked"], Costs(**plan["costs"]), rooflined(plan)
     topology = chips.parse(asked["topology"])
     chip, devices = topology.chip, topology.devices
     peak = costs.peak_bytes * chip.devices
     mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1) or "one device"
-    what = "step of sampling, or encoding," if asked["sample"] else "training step"
+    what = "sampling or encoding step" if asked["sample"] else "training step"
     lines = [
         f"{asked['model']} {asked['preset']} on {topology}: {topology.chips} chips, {devices} devices ({mesh})",
         f"{what} of {asked['batch']} {plan['unit']}, {asked.get('dtype', 'float32')}, remat {remat_of(asked)}, "
         f"{asked['compiler']}",
     ]
     if plan["estimate"]:
-        lines.append("AN ESTIMATE from shapes alone: nothing was compiled for this chip")
+        lines.append("AN ESTIMATE from shapes alone: not compiled for this chip")
     elif not topology.is_tpu:
         lines.append(f"compiled, not run; memory is without {NOT_COUNTED}")
     lines += ["", f"parameters            {plan['parameters'] / 1e6:,.1f} M"]
@@ -108,8 +108,8 @@ def report(plan: Mapping[str, Any]) -> str:
         f"useful FLOPs a step   {useful:,.1f} T, {useful / asked['batch']:,.3f} T for each of the {plan['unit']}",
         f"compiled FLOPs        {costs.flops * devices / 1e12:,.1f} T, {costs.flops / 1e12:,.3f} T a device",
     ]
-    for kind, found in sorted(costs.collectives.items()):
-        lines.append(f"{kind:21} {found['count']:,} with {found['bytes'] / 1e9:.3f} GB a device")
+    for kind, total in sorted(costs.collectives.items()):
+        lines.append(f"{kind:21} {total['count']:,} with {total['bytes'] / 1e9:.3f} GB a device")
     if costs.unknown_loops:
         lines.append(f"{costs.unknown_loops} loops of unknown length count once")
     links = ", ".join(f"{name} {number:g}" for name, number in plan["links"].items()) or "all"
@@ -132,7 +132,7 @@ def _outcomes(plan: Mapping[str, Any], roof: Roofline) -> list[str]:
         "pessimistic, none overlapped": (roof.serial, ""),
         "pessimistic, cycles and interconnect": (roof.cycles_serial, least),
     }
-    lines = ["", "Fractions are of useful FLOPs. Pessimistic times, too, take every unit at its published rate."]
+    lines = ["", "Fractions are of useful FLOPs. Pessimistic times also assume the published rate of every unit."]
     for name, (seconds, note) in times.items():
         if seconds is None:
             lines.append(f"{name:36} none")

@@ -1,4 +1,4 @@
-"""What can be asked of a plan, what it stands for, and what is refused."""
+"""Settings of a plan and their checks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,43 +20,42 @@ from jaxdiff.training.state import Trainable
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What to plan."""
+    """Settings of a plan."""
 
     topology: str = ""
-    """Chips and their shape: v4:4x8x8 | v5e:16x16 | v5p:4x8x8 | v6e:16x16 | tpu7x:4x8x8, or GPUs of one host:
-    h100:8 | h200:8 | b200:8 | a100:8 | l4:1 | rtx4090:1 | rtx3090:1, which are estimated where the extra `cuda` is not
-    installed."""
+    """Chips and their topology: v4:4x8x8 | v5e:16x16 | v5p:4x8x8 | v6e:16x16 | tpu7x:4x8x8, or GPUs of one host:
+    h100:8 | h200:8 | b200:8 | a100:8 | l4:1 | rtx4090:1 | rtx3090:1, which are estimated without the extra `cuda`."""
     preset: str = "tiny"
     """Size of the network."""
     batch: int = 256
-    """Examples of a step, of all devices together."""
+    """Global batch size: examples per step over all devices."""
     mesh: str = "fsdp=-1"
-    """Devices along each axis, such as data=8,fsdp=32 or fsdp=64,tensor=4; -1: what the others leave."""
+    """Devices along each axis, such as data=8,fsdp=32 or fsdp=64,tensor=4; -1: all remaining devices."""
     accumulate: int = 1
-    """Parts that a batch is taken in."""
+    """Gradient accumulation: micro-batches per step."""
     crop: int | None = None
-    """Side of super-resolution's training images; a quarter of the resolution when left out."""
+    """Side of super-resolution's training images in pixels; default: a quarter of the resolution."""
     optimizer: Literal["adam", "adafactor", "muon"] | None = None
-    """Left out: the paper's, Adafactor for Imagen's base and Adam for the others."""
+    """Default: the paper's, Adafactor for Imagen's base and Adam for the others."""
     sample: bool = False
-    """What the trained model does, in place of a training step: a step of sampling whole images with both branches of
-    guidance, the encoding of captions by a T5."""
+    """Plan inference instead of a training step: a sampling step of full images with both branches of guidance, or the
+    encoding of captions by a T5."""
     json: Path | None = None
-    """Where the plan is kept, and read from when the same is asked again."""
+    """Save the plan to this file; the same settings read it instead of compiling."""
     hlo: Path | None = None
-    """A file for the text of the compiled program."""
+    """Write the compiled program as text to this file."""
     arrays: bool = False
-    """List every array of the train state with its placement and bytes."""
+    """List every array of the train state with its sharding and bytes."""
     compute: ComputeOptions = ComputeOptions()
 
 
 ADAFACTOR = ("imagen.base64",)
-"""What the paper trained with it."""
+"""Models trained with Adafactor in the paper."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A question: settings, and the line of the table that they are asked of."""
+    """A task with the settings of its plan."""
 
     name: str
     task: Task
@@ -68,7 +67,7 @@ class Planned:
 
     @property
     def plain(self) -> Trainable:
-        """As it is computed on one device, nothing of it again: for counts."""
+        """The model on one device without rematerialization, for counting."""
         compute = self.settings.compute
         left = {"remat": "none", "scan": False, "rows": False} if isinstance(compute, UNetCompute) else {}
         return self.task.on_one_device(self.task.model(self.settings.preset, dataclasses.replace(compute, **left)))
@@ -86,22 +85,22 @@ class Planned:
 
     @property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of a batch."""
+        """The arrays of a batch."""
         return self.model.batch_spec(self.settings.batch, self.side)
 
     def inference(self, model: Trainable) -> Any:
-        """ValueError where there is none."""
-        found = self.task.inference(self.settings.preset, model, self.settings.batch)
-        if found is None:
-            raise ValueError(f"--sample: {self.name} has nothing to plan beside its training")
-        return found
+        """The inference step. ValueError if the task has none."""
+        inference = self.task.inference(self.settings.preset, model, self.settings.batch)
+        if inference is None:
+            raise ValueError(f"--sample: {self.name} has only a training step to plan")
+        return inference
 
     def __str__(self) -> str:
         return f"{self.name} {self.settings.preset} for {self.settings.topology}"
 
 
 def check(asked: Planned, topology: chips.Topology) -> None:
-    """ValueError for what cannot be planned, before anything is traced."""
+    """ValueError for settings that cannot be planned, before anything is traced."""
     settings = asked.settings
     for name in ("batch", "accumulate", "crop"):
         value = getattr(settings, name)
@@ -124,38 +123,38 @@ def check(asked: Planned, topology: chips.Topology) -> None:
 
 
 def flat(settings: PlanSettings) -> dict[str, Any]:
-    """Every setting by its name, those of how the network is computed among them."""
+    """All settings by name, including the compute settings."""
     values = dataclasses.asdict(settings)
     return values | values.pop("compute")
 
 
 def _without_meaning(asked: Planned, topology: chips.Topology, tensor: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that change nothing of this question, and why."""
+    """Settings without effect on this plan, and the reason."""
     if asked.settings.sample:
         yield (
             ("remat", "accumulate", "crop", "optimizer", "arrays"),
             "sampling has no backward pass, crops or optimizer",
         )
     if tensor == 1:
-        yield ("rows",), "the mesh has one device along tensor, as in --mesh data=2,tensor=2 it has two"
+        yield ("rows",), "the mesh has one device along tensor; --mesh data=2,tensor=2 has two"
     if not topology.is_tpu and (missing := chips.missing_compiler(topology)):
         yield ("scan", "hlo"), f"nothing is compiled: {missing}"
 
 
-def _check_memory(asked: Planned, topology: chips.Topology, parts: int) -> None:
-    """ValueError where the batch alone, which the step reads, is larger than the chips' memory."""
+def _check_memory(asked: Planned, topology: chips.Topology, shards: int) -> None:
+    """ValueError if the input batch alone exceeds the memory of the devices."""
     settings, one = asked.settings, dataclasses.replace(asked.settings, batch=1)
-    row = dataclasses.replace(asked, settings=one)  # there are batches too large to be described
+    row = dataclasses.replace(asked, settings=one)  # some batches are too large for a shape
     given = jax.tree.leaves(row.inference(row.plain).given if settings.sample else row.spec)
-    size = settings.batch * sum(leaf.size * leaf.dtype.itemsize for leaf in given if _is_plain(leaf)) // parts
+    size = settings.batch * sum(leaf.size * leaf.dtype.itemsize for leaf in given if _is_plain(leaf)) // shards
     memory = topology.chip.memory / topology.chip.devices
     if size > memory:
         raise ValueError(
-            f"--batch {settings.batch}: split into {parts}, its arrays alone take {size // 2**30:,} GiB of a device, "
+            f"--batch {settings.batch}: split into {shards}, its arrays alone take {size // 2**30:,} GiB of a device, "
             f"which has {memory / chips.GIB:.0f}"
         )
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether it is an array of numbers, not of keys."""
+    """Whether a leaf is an array of numbers, not of keys."""
     return isinstance(leaf.dtype, np.dtype)

@@ -1,1 +1,1 @@
-"""Recipes: `python -m experiments.recipes.…`. Each docstring has command, hardware, time and expected result."""
+"""Recipes: `python -m experiments.recipes.…`. Each docstring lists command, hardware, time and expected result."""

@@ -1,5 +1,5 @@
-"""The curves of the Imagen paper (Fig. 4a to 4c, A.11): what the sizes of text encoder and U-Net, thresholding and
-augmentation do to fidelity and alignment, a point for every guidance weight.
+"""The curves of the Imagen paper (Fig. 4a to 4c, A.11): fidelity against alignment over guidance weights, for sizes of
+the text encoder and the U-Net, thresholding and augmentation.
 
     python -m experiments.recipes.glosses
     python -m experiments.recipes.curves --out runs/curves                       # 2 CPU cores: hours, resumable
@@ -13,11 +13,11 @@ One GPU (not measured yet):
         --steps 60000 --batch 256 --t5-steps 20000 --t5-batch 256 --n 5000 --sampling-steps 64 \\
         --examples 200000 --held-out 5000
 
-Trains what is missing, all models with the same budget, samples n held-out captions with each setting and weight, and
-measures: the Fréchet distance of the classifier of `shapes` (FD-shapes, no FID) against the mean cosine of a CLIP that
-was trained on `shapes`. Each model, and each cell of the grid, is kept and not made again. Writes OUT/<figure>.png,
-OUT/<figure>-images.png (what was sampled for the first four captions) and OUT/curves.csv. The images, with hardware
-and time, are in experiments/README.md.
+Trains missing models, all with the same budget, samples n held-out captions with each setting and weight, and measures
+the Fréchet distance of the classifier of `shapes` (FD-shapes, not FID) against the mean cosine of a CLIP that was
+trained on `shapes`. Existing models and cells of the grid are reused. Writes OUT/<figure>.png, OUT/<figure>-images.png
+(samples of the first four captions) and OUT/curves.csv. Results, with hardware and time, are in
+experiments/results/README.md.
 """
 
 import csv
@@ -45,34 +45,34 @@ THRESHOLDINGS = ("none", "static", "dynamic")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The grid."""
+    """Figures and settings of the grid."""
 
     out: Path = Path("runs/curves")
     """Folder of models, cells and figures."""
     figures: tuple[Figure, ...] = ("encoders", "unets", "thresholding")
-    """Which ones: encoders | unets | thresholding | augmentation."""
+    """Figures to compute: encoders | unets | thresholding | augmentation."""
     encoders: tuple[str, ...] = ("untrained", "micro", "tiny", "mini", "midi", "clip")
-    """Text encoders of the first figure: sizes that are pre-trained here, the largest of them untrained, CLIP's text
-    tower, or directories or hub ids of public T5s."""
+    """Text encoders of the first figure: T5 sizes that are pre-trained here, the largest of them `untrained`, `clip`
+    (its text tower), or directories or hub ids of public T5s."""
     encoder: str = "midi"
-    """The one of the other figures."""
+    """Text encoder of the other figures."""
     unets: tuple[str, ...] = ("micro", "small", "medium")
-    """U-Nets of the second figure, by the names of their presets."""
+    """Presets of the U-Nets of the second figure."""
     unet: str = "small"
-    """The one of the other figures."""
+    """U-Net of the other figures."""
     aug_levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)
-    """Noise on super-resolution's input, a curve each."""
+    """Noise levels on super-resolution's input, one curve each."""
     texts: Path | None = Path("runs/data/glosses.txt")
-    """What T5 reads beside captions (experiments.recipes.glosses)."""
+    """Further training texts of T5 (experiments.recipes.glosses)."""
     sampled: Sampled = SAMPLED
     training: Training = TRAINING
     networks: MetricNetworks = NETWORKS
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets live."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Run) -> None:
-    """Train, sample and measure a grid of settings; plot its curves."""
+    """Train, sample and measure a grid of settings and plot the curves."""
     _check(settings)
     use_cores(settings.training.batch)
     networks = loaded(settings.networks)
@@ -94,7 +94,7 @@ def main(settings: Run) -> None:
 
 
 def _settings(settings: Run, figure: Figure) -> Iterator[tuple[str, Setting]]:
-    """The curves of a figure by their labels."""
+    """The label and the setting of each curve of a figure."""
     match figure:
         case "encoders":
             for name in settings.encoders:
@@ -122,7 +122,7 @@ def _check(settings: Run) -> None:
         raise ValueError("the axes are a classifier's distance and a CLIP's cosine: name both networks")
     if settings.texts is not None and not settings.texts.is_file():
         raise FileNotFoundError(
-            f"{settings.texts}: not there; python -m experiments.recipes.glosses makes it, or --texts None"
+            f"{settings.texts}: no such file; create it with python -m experiments.recipes.glosses, or use --texts None"
         )
 
 

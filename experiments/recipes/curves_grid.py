@@ -1,4 +1,4 @@
-"""The grid behind the curves: each cell, a setting, a seed and a guidance weight, is sampled and measured once."""
+"""The grid of the curves: a cell is a setting, a seed and a guidance weight, sampled and measured once."""
 
 import dataclasses
 import functools
@@ -38,20 +38,20 @@ from jaxdiff.weights.imagen import trained
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """How each cell is sampled."""
+    """Sampling settings of each cell."""
 
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    """Guidance weights, a point each."""
+    """Guidance weights, one point each."""
     interval: tuple[float, float] = (-20.0, -1.0)
-    """Log-SNRs where guidance acts; in less noise, that of small models does nothing but harm to edges and colours."""
+    """Log-SNRs with guidance; at higher ones, guidance of small models only damages edges and colours."""
     seeds: tuple[int, ...] = (0, 1)
-    """Each setting is trained and sampled once with each; what is shown is their mean and spread."""
+    """Seeds: each setting is trained and sampled once per seed; figures show mean and range."""
     n: int = 512
-    """Held-out captions that are sampled."""
+    """Held-out captions to sample."""
     sampling_steps: int = 12
     """Steps of the sampler (DPM-Solver++ 2M)."""
     sample_batch: int = 64
-    """Images sampled at once."""
+    """Batch size of sampling."""
 
     def __post_init__(self):
         for name in ("guidance", "seeds"):
@@ -65,7 +65,7 @@ class Sampled:
 
 
 class Setting(NamedTuple):
-    """What a curve holds fixed. `aug`: the level of the noise on super-resolution's input; None: the base alone."""
+    """The fixed settings of a curve. aug: the noise level on super-resolution's input; None: the base only."""
 
     encoder: str
     unet: str
@@ -79,7 +79,7 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where things are: the folder of the grid, prepared data, T5's further texts, the CLIP that can be an encoder."""
+    """Paths: the folder of the grid, prepared data, T5's further texts, the CLIP whose text tower can be an encoder."""
 
     out: Path
     data_dir: Path
@@ -89,10 +89,10 @@ class Places:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
-    """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json, the first of their images beside them as PNG.
+    """Cells as OUT/cells/<setting>-s<seed>-w<weight>.json, with their first images as PNG.
 
-    ValueError for a cell that was made with other settings or an OUT whose models were, and for too many captions, or
-    too few for a distance."""
+    ValueError if a cell or the models in OUT have other settings, for more captions than are held out, and for too few
+    for a Fréchet distance."""
 
     sampled: Sampled
     training: Training
@@ -111,7 +111,7 @@ class Grid:
         write_json(file, self._trained_with)
 
     def fill(self, setting: Setting) -> None:
-        """The cells of a setting that are not there yet; its models are trained where they are missing."""
+        """Compute the missing cells of a setting; missing models are trained."""
         for seed in self.sampled.seeds:
             missing = [weight for weight in self.sampled.guidance if self._kept(setting, seed, weight) is None]
             if not missing:
@@ -122,25 +122,25 @@ class Grid:
                 distance, cosine = self._measured(f"{setting}-s{seed}-w{weight:g}", images)
                 cell = {"weight": weight, "seed": seed, "fd": distance, "cosine": cosine}
                 grids.write(self._file(setting, seed, weight).with_suffix(".png"), _square(images))
-                write_json(self._file(setting, seed, weight), {**cell, "made_by": self._made_by(setting)})
+                write_json(self._file(setting, seed, weight), {**cell, "made_by": self._provenance(setting)})
                 tqdm.write(f"{setting} s{seed} w{weight:g}: FD {distance:.3f}, cosine {cosine:.4f}")
 
     def points(self, setting: Setting, weight: float) -> list[Point]:
-        """One for each seed."""
+        """One point per seed."""
         cells = [self._kept(setting, seed, weight) for seed in self.sampled.seeds]
         return [Point(cell["weight"], cell["seed"], cell["cosine"], cell["fd"]) for cell in cells if cell is not None]
 
     def shown(self, setting: Setting, weight: float) -> Image.Image:
-        """The first images of a cell, sampled with the first seed, as one."""
+        """The first images of a cell with the first seed, as one image."""
         with Image.open(self._file(setting, self.sampled.seeds[0], weight).with_suffix(".png")) as image:
             return image.convert("RGB")
 
     @functools.cached_property
     def _trained_with(self) -> dict:
-        """What models depend on beside their names: settings, and what T5 read beside captions."""
+        """The provenance of models: training settings, and a digest of T5's further texts."""
         texts = self.places.texts
-        read = None if texts is None else hashlib.sha256(texts.read_bytes()).hexdigest()[:12]
-        return {**dataclasses.asdict(self.training), "texts": read}
+        digest = None if texts is None else hashlib.sha256(texts.read_bytes()).hexdigest()[:12]
+        return {**dataclasses.asdict(self.training), "texts": digest}
 
     def _file(self, setting: Setting, seed: int, weight: float) -> Path:
         return usable(self.places.out / "cells") / f"{setting}-s{seed}-w{weight:g}.json"
@@ -150,15 +150,15 @@ class Grid:
         if not file.is_file():
             return None
         cell = json_files.read_object(file)
-        _same(file, cell.get("made_by") or {}, self._made_by(setting))
+        _same(file, cell.get("made_by") or {}, self._provenance(setting))
         return cell
 
-    def _made_by(self, setting: Setting) -> dict:
-        """What a cell depends on beside its seed and weight, in JSON's types."""
-        told = {name: getattr(self.sampled, name) for name in ("n", "sampling_steps")}
+    def _provenance(self, setting: Setting) -> dict:
+        """The provenance of a cell besides its seed and weight, in JSON types."""
+        sampled = {name: getattr(self.sampled, name) for name in ("n", "sampling_steps")}
         networks = f"{self.networks.classifier}, {self.networks.clip}"
-        told |= {"interval": list(self.sampled.interval), "networks": networks}
-        return {**setting._asdict(), **told, **self._trained_with}
+        sampled |= {"interval": list(self.sampled.interval), "networks": networks}
+        return {**setting._asdict(), **sampled, **self._trained_with}
 
     @functools.cached_property
     def _spec(self) -> sources.Shapes:
@@ -178,11 +178,11 @@ class Grid:
 
     @functools.cached_property
     def _true(self) -> Callable[[int], Observed]:
-        """What the classifier saw in the true images of a side."""
+        """The classifier's features of the true images, by their side."""
         return functools.cache(lambda side: self._look(self._held_out(side), self.networks.classifier)[0])
 
     def _model(self, setting: Setting, seed: int) -> Pipeline:
-        """The base model with the embedded captions, and super-resolution behind it where its level is asked for."""
+        """The base model with the embedded captions, and super-resolution if the setting has its level."""
         places = self.places
         text = text_of(setting.encoder, places.out, self.training, places.clip, places.texts, places.data_dir)
         folder = places.out / "models" / f"{setting.encoder.replace('/', '--')}-{setting.unet}-s{seed}"
@@ -199,8 +199,8 @@ class Grid:
         return imagen(captions, dataclasses.replace(base, sampling=sampling), *decoders)
 
     def _images(self, model: Pipeline, seed: int, weight: float) -> np.ndarray:
-        """uint8 images of all captions; the noise of a caption is the same whatever the weight."""
-        # As an array, the weight is traced even where it is 1, so that one program serves all weights.
+        """uint8 images of all captions; a caption has the same noise for all weights."""
+        # As an array the weight is traced, even if it is 1, so one program serves all weights.
         guidance = Guidance(jnp.asarray(weight, jnp.float32), interval=self.sampled.interval)
         base, *larger = trained(model)
         base = dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, guidance=guidance))
@@ -209,7 +209,7 @@ class Grid:
         return np.concatenate([to_uint8(batch.products[-1]) for batch in batches])
 
     def _measured(self, name: str, images: np.ndarray) -> tuple[float, float]:
-        """FD of the classifier, and CLIP's mean cosine."""
+        """The classifier's Fréchet distance and CLIP's mean cosine."""
         by_class, by_clip = self._look(_InMemory(name, images), self.networks.classifier, self.networks.clip)
         distance = fid.distance(by_class.statistics, self._true(images.shape[1]).statistics)
         return distance, clip_score(self._texts, by_clip.features).cosine
@@ -228,14 +228,14 @@ def _same(file: Path, have: dict, wanted: dict) -> None:
 
 
 def _square(images: np.ndarray) -> Image.Image:
-    """The first four (n h w 3, uint8) as one, two by two; fewer are repeated."""
+    """The first four images (n h w 3, uint8) in a 2×2 grid; fewer are repeated."""
     four = np.resize(images[:4], (4, *images.shape[1:]))
     return Image.fromarray(np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _InMemory:
-    """Images in memory, as a set to be looked at."""
+    """An image set in memory."""
 
     name: str
     images: np.ndarray

@@ -1,4 +1,4 @@
-"""What the curves compare: text encoders of several sizes and base models that read them, trained where missing."""
+"""The models of the curves: text encoders of several sizes and base models conditioned on them, trained if missing."""
 
 import dataclasses
 from pathlib import Path
@@ -31,37 +31,37 @@ from jaxdiff.weights.stages import load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
 
 SIZES = ("micro", "tiny", "mini", "midi")
-"""T5s that are pre-trained here; the largest one with random parameters is `untrained`."""
+"""T5s that are pre-trained here; `untrained` is the largest one with random parameters."""
 LENGTH = 24
-"""Tokens of a caption, as the presets of the base models read them."""
+"""Tokens per caption, as in the presets of the base models."""
 ENLARGING = {32: imagen_tiny.SR_64_TINY, 64: imagen_tiny.SR_256_TINY}
-"""Super-resolution behind each resolution of a base."""
+"""Super-resolution by the base's resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How each model is trained: all with the same number of updates, batches and settings."""
+    """Training settings, the same for all models."""
 
     resolution: int = 32
-    """Side of the images; 64 takes the presets of base64."""
+    """Side of the images in pixels; 64 uses the presets of base64."""
     steps: int = 3600
     """Updates of each base model."""
     batch: int = 32
     """Images per update."""
     learning_rate: float = 2e-3
-    """At its peak (Muon), of base models and T5s."""
+    """Peak learning rate of base models and T5s (Muon)."""
     t5_steps: int = 500
     """Updates of each T5."""
     t5_batch: int = 32
     """Captions and other texts per update of T5."""
     vocab: int = 2048
-    """Ids of the tokenizer that all T5s share."""
+    """Vocabulary size of the tokenizer that all T5s share."""
     examples: int = 20_000
-    """Images of shapes to train on."""
+    """Training images of shapes."""
     held_out: int = 1_000
-    """And held-out ones beside them."""
+    """Held-out images of shapes."""
     sr_steps: int = 600
-    """Updates of super-resolution, for the figure of its augmentation."""
+    """Updates of super-resolution, for the figure `augmentation`."""
     save_every: int = 250
     """Steps between checkpoints."""
 
@@ -76,8 +76,8 @@ class Training:
 def text_of(
     name: str, out: Path, settings: Training, clip_weights: str, texts: Path | None, data_dir: Path
 ) -> TextEncoder:
-    """The encoder of that name: a size of SIZES, pre-trained now if need be, `untrained`, `clip`, or else a directory
-    or hub id of a T5."""
+    """The encoder of a name: a size of SIZES (pre-trained if missing), `untrained`, `clip`, or a directory or hub id of
+    a T5."""
     if name == "clip":
         return dataclasses.replace(load_clip(clip_weights), padding_is_read=False, max_length=LENGTH)
     if name == "untrained":
@@ -88,7 +88,7 @@ def text_of(
 
 
 def _own(name: str, out: Path, settings: Training, texts: Path | None, data_dir: Path) -> T5TextEncoder:
-    """A T5 of our own; the smallest trains the tokenizer that all of them share."""
+    """A T5 pre-trained here; the smallest one trains the shared tokenizer."""
     folder = out / "t5" / name
     if not (folder / "encoder" / "model.safetensors").is_file():
         tokenizer = "trained"
@@ -114,12 +114,12 @@ def _untrained(encoder: T5TextEncoder) -> T5TextEncoder:
 
 
 def stage_of(unet: str, width: int, settings: Training) -> DiffusionModel:
-    """The preset of that size, reading embeddings of this width."""
+    """The preset of a size for text embeddings of this width."""
     return preset_of(unet, settings).reading(LENGTH, width)
 
 
 def preset_of(unet: str, settings: Training) -> DiffusionModel:
-    """The preset of that size. ValueError that lists those there are."""
+    """The preset of a size. ValueError listing the presets."""
     presets = TASKS[f"imagen.base{settings.resolution}"].presets
     if unet not in presets:
         raise ValueError(f"U-Net {unet}: choose from {', '.join(presets)}")
@@ -129,18 +129,18 @@ def preset_of(unet: str, settings: Training) -> DiffusionModel:
 def model_of(
     unet: str, text: TextEncoder, seed: int, folder: Path, settings: Training, source: Source, data_dir: Path
 ) -> TrainedModel:
-    """The base model of that size that reads this encoder, trained now if need be."""
+    """The base model of a size for this encoder, trained if missing."""
     if not (folder / "model" / "stage.json").is_file():
         stage = stage_of(unet, text.width, settings)
         embeddings = _embedded(text, source, data_dir)
         stream = image_batches(source, DataConfig(settings.resolution, settings.batch, seed=seed), embeddings)
-        made_of = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
-        _train(stage, stream, folder, settings, settings.steps, seed, made_of, SamplingConfig(DPMSolverPP2M()))
+        contents = {"examples": len(source), "batch": settings.batch, "text": embeddings.encoder}
+        _train(stage, stream, folder, settings, settings.steps, seed, contents, SamplingConfig(DPMSolverPP2M()))
     return load_model(folder / "model")
 
 
 def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: Path) -> TrainedModel:
-    """Super-resolution that knows all levels of noise on its input, trained on images alone, now if need be."""
+    """Super-resolution for all noise levels on its input, trained without text, if missing."""
     stage = ENLARGING[settings.resolution]
     stage = dataclasses.replace(stage, conditioners=(dataclasses.replace(stage.low_res, max_level=1.0),))
     folder = models / f"sr{stage.side}"
@@ -148,8 +148,8 @@ def enlarger(models: Path, settings: Training, spec: sources.Shapes, data_dir: P
         source = sources.open(spec, stage.side, "train", data_dir)
         crop = min(stage.side, 64)
         stream = image_batches(source, DataConfig(stage.side, 16, low_resolution=settings.resolution, crop=crop))
-        made_of = {"examples": len(source), "crop": crop}
-        _train(stage, stream, folder, settings, settings.sr_steps, 0, made_of, imagen_tiny.SAMPLING_SR_TINY)
+        contents = {"examples": len(source), "crop": crop}
+        _train(stage, stream, folder, settings, settings.sr_steps, 0, contents, imagen_tiny.SAMPLING_SR_TINY)
     return load_model(folder / "model")
 
 
@@ -160,7 +160,7 @@ def _train(
     settings: Training,
     steps: int,
     seed: int,
-    made_of: dict,
+    contents: dict,
     sampling: SamplingConfig,
 ) -> None:
     rate = OptimizerConfig(kind=Muon(), learning_rate=settings.learning_rate, warmup=min(50, steps - 1), total=steps)
@@ -174,12 +174,12 @@ def _train(
         description=folder.name,
     )
     with locked(folder):
-        state = train(stage, stream, config, folder, data=made_of)
+        state = train(stage, stream, config, folder, data=contents)
         save_model(TrainedModel(stage, jax.tree.map(np.asarray, state.ema), sampling), folder / "model")
 
 
 def _embedded(text: TextEncoder, source: Source, data_dir: Path) -> Embeddings:
-    made_by = text.fingerprint
-    path = data_dir / "embeddings" / f"curves-{len(source)}-{made_by[:24]}"
+    fingerprint = text.fingerprint
+    path = data_dir / "embeddings" / f"curves-{len(source)}-{fingerprint[:24]}"
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
-        return store_embeddings(captions(source), text.encode, path, encoder=made_by, progress=bar.update)
+        return store_embeddings(captions(source), text.encode, path, encoder=fingerprint, progress=bar.update)

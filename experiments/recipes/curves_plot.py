@@ -1,4 +1,4 @@
-"""Curves of fidelity against alignment as a PNG: a line for each setting, a labelled point for each guidance weight."""
+"""Plot fidelity against alignment as PNG: one line per setting, one labelled point per guidance weight."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ TITLES = {
 
 
 class Point(NamedTuple):
-    """One cell: what was sampled with one guidance weight and one seed."""
+    """One cell: the scores of one guidance weight and one seed."""
 
     weight: float
     seed: int
@@ -28,7 +28,7 @@ class Point(NamedTuple):
 def plot(
     path: Path, curves: Mapping[str, Sequence[Sequence[Point]]], figure: str, *, alignment: str, fidelity: str
 ) -> None:
-    """A line through the seeds' means, bars from the least to the greatest. alignment, fidelity: names of networks."""
+    """Lines through the means over seeds, with bars from minimum to maximum. alignment, fidelity: network names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

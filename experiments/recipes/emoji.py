@@ -2,13 +2,12 @@
 
     python -m experiments.recipes.emoji
 
-takes 64 emoji from all over the set and at most 20 minutes of training on 2 CPU cores (900 updates of about a second).
-Expected: the right dominant colour in at least 80 % of the images sampled from their names; seen: 62 of 64 (2 cores
-of an AMD EPYC, jax 0.10.2, 2026-11-24). Writes OUT/grid.png and OUT/report.json, as
-`experiments.evaluate colours` does. It needs npm and the network once, for the artwork
-(experiments.recipes.emoji_data).
+Uses 64 emoji, evenly spread over the dataset, and at most 20 minutes of training on 2 CPU cores (900 updates of about a
+second). Expected: the right dominant colour in at least 80 % of the images sampled from their names; measured: 62 of 64
+(2 cores of an AMD EPYC, jax 0.10.2, 2026-11-24). Writes OUT/grid.png and OUT/report.json, as
+`experiments.evaluate colours` does. Needs npm and the network once, for the artwork (experiments.recipes.emoji_data).
 
-The whole set on one GPU, 1,644 images with names of their own (not measured yet):
+The full dataset on one GPU, 1,644 images with different names (not measured yet):
 
     python -m experiments.recipes.emoji --count 0 --steps 60000 --batch 256 --out runs/emoji-all
 """
@@ -38,7 +37,7 @@ class Settings:
     out: Path = Path("runs/emoji")
     """Folder of the run."""
     count: int = 64
-    """How many emoji, evenly spread over the set; 0: all."""
+    """Number of emoji, evenly spread over the dataset; 0: all."""
     text_steps: int = 300
     """Updates of T5 on the names."""
     steps: int = 900
@@ -46,13 +45,13 @@ class Settings:
     batch: int = 32
     """Images per update."""
     learning_rate: float = 2e-3
-    """At its peak (Muon)."""
+    """Peak learning rate (Muon)."""
     shown: int = 64
-    """How many are sampled and compared."""
+    """Number of emoji to sample and compare."""
     seed: int = 0
-    """Of training and sampling."""
+    """Seed of training and sampling."""
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets live."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Settings) -> None:
@@ -77,7 +76,7 @@ def main(settings: Settings) -> None:
         dataset=data,
         optimization=OptimizerOptions("muon", settings.learning_rate, warmup=60),
         text_encoder=TextOptions(str(text / "encoder")),
-        # Where a name decides what there is to see.
+        # Noise levels at which the name determines the image.
         diffusion=diffusion.DiffusionOptions(logsnr=(-9.0, 0.0), logsnr_fraction=0.75, snr_power=0.0),
     )
     train.main("imagen.base64", TASKS["imagen.base64"], of_images)

@@ -1,10 +1,10 @@
-"""Prepares the emoji set: fetches the artwork and the names from npm, draws every emoji at 64, 256 and 1024 pixels.
+"""Prepare the emoji dataset: download artwork and names from npm, rasterise every emoji at 64, 256 and 1024 pixels.
 
     python -m experiments.recipes.emoji_data
 
-Cost: 10 MB of downloads; on one core about 5 s at 64, 30 s at 256 and 5 minutes at 1024 pixels; 120 MB in all.
-Result: 1,644 images at each size below runs/data/noto_emoji/, read with `--data emoji`. Without npm or the network,
-put the two tarballs that the message names where it says, and run it again.
+Cost: 10 MB of downloads; on one core about 5 s at 64, 30 s at 256 and 5 minutes at 1024 pixels; 120 MB in total.
+Result: 1,644 images at each size below runs/data/noto_emoji/, for `--data emoji`. Without npm or the network, put the
+two tarballs into the folder named by the error message and run it again.
 """
 
 import shutil
@@ -25,12 +25,12 @@ def main(
     resolutions: tuple[int, ...] = emoji.RESOLUTIONS,
     packages: Path | None = None,
 ) -> None:
-    """Prepare the emoji set.
+    """Prepare the emoji dataset.
 
     Args:
-        data_dir: where prepared sets live.
-        resolutions: the sizes to draw.
-        packages: the folder for the npm packages (DATA_DIR/npm when left out); tarballs found there are used.
+        data_dir: folder of prepared datasets.
+        resolutions: the sizes to rasterise.
+        packages: folder of the npm packages; existing tarballs are used; default: DATA_DIR/npm.
     """
     folder = packages or data_dir / "npm"
     for name, package in PACKAGES.items():
@@ -41,7 +41,7 @@ def main(
 
 
 def fetch(package: str, folder: Path, name: str) -> None:
-    """Unpacks what is needed of an npm package into `folder/name`, from a tarball there or fetched by `npm pack`."""
+    """Unpack the needed files of an npm package into `folder/name`, from an existing tarball or `npm pack`."""
     if all((folder / name / file).is_file() for file in emoji.FILES[name]):
         return
     tarball = tarball_of(package, folder)
@@ -58,7 +58,7 @@ def fetch(package: str, folder: Path, name: str) -> None:
 
 
 def tarball_of(package: str, folder: Path) -> Path:
-    """The newest tarball of an npm package in `folder`, fetched where there is none. OSError where it cannot be."""
+    """The newest tarball of an npm package in `folder`, downloaded if absent. OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     return _newest(package, folder) or _npm_pack(package, folder)
 
@@ -67,7 +67,7 @@ def _npm_pack(package: str, folder: Path) -> Path:
     advice = f"put the tarball of {package} ({_stem(package)}-VERSION.tgz) into {folder} and run again"
     if shutil.which("npm") is None:
         raise FileNotFoundError(f"npm is not installed: {advice}")
-    asked = subprocess.run(
+    done = subprocess.run(
         ["npm", "pack", "--loglevel=error", "--fetch-retries=1", package],
         cwd=folder,
         capture_output=True,
@@ -75,8 +75,8 @@ def _npm_pack(package: str, folder: Path) -> Path:
         check=False,
     )
     tarball = _newest(package, folder)
-    if asked.returncode or tarball is None:
-        reason = "; ".join(asked.stderr.strip().splitlines()[:2]) or "no tarball came"
+    if done.returncode or tarball is None:
+        reason = "; ".join(done.stderr.strip().splitlines()[:2]) or "no tarball came"
         raise OSError(f"npm could not fetch {package} ({reason}): {advice}")
     return tarball
 
@@ -86,7 +86,7 @@ def _newest(package: str, folder: Path) -> Path | None:
 
 
 def _stem(package: str) -> str:
-    """How npm names the tarball of a package: `@scope/name` becomes `scope-name`."""
+    """npm's name of a package's tarball: `@scope/name` becomes `scope-name`."""
     return package.removeprefix("@").replace("/", "-")
 
 

@@ -1,12 +1,12 @@
-"""Prepares plain English for T5: the definitions of WordNet 3.0, one a line, from Debian's package `wordnet-base`.
+"""Prepare plain English for T5: the definitions of WordNet 3.0, one per line, from Debian's package `wordnet-base`.
 
     python -m experiments.recipes.glosses
     python -m experiments.train t5 --texts runs/data/glosses.txt --out runs/t5
 
-Cost: 6 MB fetched by apt-get (no rights needed, nothing is installed), seconds. Result: 117,659 lines. Where the
-package is installed it is read from /usr/share/wordnet; elsewhere `--source` names a folder with data.noun, data.verb,
-data.adj and data.adv of WordNet's own distribution. WordNet may be used, copied and distributed for any purpose under
-Princeton's licence; nothing of it is part of jaxdiff.
+Cost: a 6 MB download by apt-get (without root, without installation), seconds. Result: 117,659 lines. If the package is
+installed, it is read from /usr/share/wordnet. `--source` reads a folder with data.noun, data.verb, data.adj and
+data.adv of WordNet's own distribution. Princeton's licence allows use, copies and distribution of WordNet for any
+purpose; jaxdiff contains no part of it.
 """
 
 import shutil
@@ -27,13 +27,13 @@ def main(data_dir: Path = Path("runs/data"), source: Path | None = None) -> None
     """Write the definitions of WordNet as a text file.
 
     Args:
-        data_dir: where glosses.txt goes.
-        source: a folder with data.noun and the like; left out: the installed package, or one that is fetched.
+        data_dir: folder for glosses.txt.
+        source: a folder with data.noun etc.; default: the installed package, or a downloaded one.
     """
     usable(data_dir)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = source or (INSTALLED if _whole(INSTALLED) else fetched(Path(temporary)))
-        if not _whole(folder):
+        folder = source or (INSTALLED if _is_complete(INSTALLED) else fetched(Path(temporary)))
+        if not _is_complete(folder):
             raise FileNotFoundError(f"{folder}: not WordNet's files, which are {', '.join(PARTS)}")
         lines = list(glosses(folder))
     with replacing(data_dir / "glosses.txt") as file:
@@ -42,10 +42,10 @@ def main(data_dir: Path = Path("runs/data"), source: Path | None = None) -> None
 
 
 def glosses(folder: Path) -> Iterator[str]:
-    """Each synset's definition, without its examples. ValueError for a line that is none of WordNet's."""
+    """Each synset's definition, without its examples. ValueError for an unknown line."""
     for part in PARTS:
         for number, line in enumerate((folder / part).read_text(encoding="latin-1").split("\n"), 1):
-            if not line or line.startswith("  "):  # the end, the licence
+            if not line or line.startswith("  "):  # the licence, and the end of the file
                 continue
             _, bar, gloss = line.partition(" | ")
             if not bar:
@@ -56,7 +56,7 @@ def glosses(folder: Path) -> Iterator[str]:
 
 
 def fetched(folder: Path) -> Path:
-    """The package's files, fetched and unpacked below `folder`. OSError that says what else can be done."""
+    """Download and unpack the package below `folder`. OSError with the alternative if it fails."""
     advice = (
         f"fetch the Debian package {PACKAGE} yourself, unpack it with dpkg-deb -x, and name its folder with --source"
     )
@@ -71,7 +71,7 @@ def fetched(folder: Path) -> Path:
     return folder / "unpacked" / INSTALLED.relative_to("/")
 
 
-def _whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return all((folder / part).is_file() for part in PARTS)
 
 

@@ -1,8 +1,7 @@
-"""GPU report: training steps of all presets, beside the rate of matrix products measured on the same card.
+"""GPU report: training steps of all presets, and the matrix product rate measured on the same card.
 
-Steps are compiled in groups, in threads; then each is timed alone. FLOPs are
-those of the network's convolutions and matrix products; what cuDNN's attention does is not among them, so the
-fractions of a peak are lower bounds.
+Steps are compiled in groups, in threads; then each is timed alone. FLOPs are those of the network's convolutions and
+matrix products, without cuDNN's attention, so the fractions of a peak are lower bounds.
 """
 
 import os
@@ -37,14 +36,14 @@ PRESETS = {
     "sr256 tiny": _asked("sr256", "tiny", 256),
 }
 GROUP = 4
-"""Presets that are compiled at once, before any of them is timed. A compilation holds the accelerator now and then."""
+"""Presets compiled at once, before any is timed, as a compilation occasionally occupies the accelerator."""
 TIMING = 25.0
-"""Seconds kept for timing a group."""
+"""Seconds reserved for timing a group."""
 TINY = {"sr256 tiny": _asked("sr256", "tiny", 8, "float32")}
 
 
 def main(context: Context) -> None:
-    """The measured peak, then the presets in the order of the table above, as far as the time reaches."""
+    """Measure the peak, then the presets in the order above, until the time is over."""
     peak = matrix_peak(256 if context.tiny else 8192)
     device = jax.devices()[0].device_kind
     context.record(device=device, jax=jax.__version__, measured_bfloat16_tflops=peak / 1e12)
@@ -61,7 +60,7 @@ def main(context: Context) -> None:
         if late:
             for name in [*late, *list(chosen)[first + GROUP :]]:
                 context.record(not_measured=name, why="its compilation was not done in time")
-            os._exit(0)  # a compilation cannot be interrupted, and nobody waits for what it would give
+            os._exit(0)  # a compilation cannot be interrupted, and its result is not needed
         compiled.clear()
 
 

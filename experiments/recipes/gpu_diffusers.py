@@ -1,7 +1,7 @@
 """GPU report: the U-Net of DeepFloyd IF-I-M in diffusers, eager and compiled, and in jaxdiff, on the same card.
 
-bfloat16, random parameters. `forward` is one evaluation while sampling; `gradient` the gradient of the mean square of
-its output, without an optimizer.
+bfloat16, random parameters. `forward` is one evaluation in sampling; `gradient` is the gradient of the mean square of
+the output, without an optimizer.
 """
 
 import statistics
@@ -26,12 +26,12 @@ BATCH = 16
 
 
 def main(context: Context) -> None:
-    """Ours first, then diffusers' eager network, then the compiled one."""
+    """Measure ours, then diffusers' eager and compiled network."""
     stage, batch, runs = executed(IF_I_M.reading(*T5_XXL), dtype="bfloat16"), BATCH, 20
     if context.tiny:
         stage, batch, runs = replace(IF_I_M, unet=_small(IF_I_M.unet), side=8).reading(T5_XXL[0], 32), 2, 2
     config, inputs = stage.unet, _inputs(stage, batch)
-    # Parameters of one value each are enough: no test of numbers here. Zeros would be faster than what is trained.
+    # The values do not matter, but zeros would be faster than trained parameters.
     shapes = jax.eval_shape(stage.init, jax.random.key(0))[0]
     context.attempt("jaxdiff", partial(_ours, context, config, shapes, inputs, runs))
     network = Network(config, inputs[2].shape[-1], low_res=False)
@@ -39,7 +39,7 @@ def main(context: Context) -> None:
 
 
 def _small(unet: UNetConfig) -> UNetConfig:
-    """Its topology, for a rehearsal."""
+    """The same topology in a small size, for --tiny."""
     return replace(
         unet,
         channels=32,

@@ -1,9 +1,9 @@
-"""GPU report: draws many examples of `shapes` at 64 pixels with all cores but two.
+"""GPU report: rasterise many examples of `shapes` at 64 pixels with all cores but two.
 
     python -m experiments.recipes.gpu_examples --out OUT --weights WEIGHTS --count 400000
 
-Writes OUT/images.npy (n 64 64 3, uint8), OUT/ids.npy and OUT/mask.npy (n l), what the text encoder of WEIGHTS reads of
-their captions, and then OUT/examples.json. 16 cores draw 400,000 in about 20 s.
+Writes OUT/images.npy (n 64 64 3, uint8), OUT/ids.npy and OUT/mask.npy (n l; the captions tokenized for the text encoder
+of WEIGHTS), then OUT/examples.json. 16 cores rasterise 400,000 in about 20 s.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ IMAGES, IDS, MASK, DONE = "images.npy", "ids.npy", "mask.npy", "examples.json"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to draw."""
+    """Number and kind of examples."""
 
     out: Path
     """An existing folder."""
     weights: Path = SHIPPED
-    """The cascade whose text encoder will read the captions."""
+    """The cascade whose tokenizer is used."""
     count: int = 400_000
-    """Examples."""
+    """Number of examples."""
     two_objects: float = 0.6
     """Fraction of them with two objects."""
     first: int = 0
-    """Number of the first scene of `shapes`."""
+    """Index of the first scene of `shapes`."""
 
 
 def main(settings: Settings) -> None:
-    """Draw examples of `shapes` at 64 pixels with all cores but two; examples.json is there when all are."""
+    """Rasterise examples of `shapes` at 64 pixels with all cores but two; examples.json is written last."""
     try:
         draw_all(settings)
-    except Exception as error:  # it is written where those who wait for the examples look
+    except Exception as error:  # the training section waits for this file
         write_json(settings.out / DONE, {"error": f"{type(error).__name__}: {error}"})
         raise
 
@@ -64,11 +64,11 @@ def draw_all(settings: Settings) -> None:
     edges = np.linspace(0, settings.count, 4 * workers + 1).astype(int).tolist()
     pieces = [range(a, b) for a, b in itertools.pairwise(edges)]
     words = load_tokenizer(settings.weights / "text")
-    # This process has no other threads, so that a fork is safe, and needs no imports.
+    # This process has no other threads, so a fork is safe; it also avoids repeated imports.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         pool.map(partial(_draw, settings, words), pieces, chunksize=1)
-    drawn = {"examples": settings.count, "two_objects": settings.two_objects, "first": settings.first}
-    write_json(out / DONE, drawn)
+    summary = {"examples": settings.count, "two_objects": settings.two_objects, "first": settings.first}
+    write_json(out / DONE, summary)
 
 
 def _draw(settings: Settings, words: PreTrainedTokenizerBase, piece: range) -> None:
@@ -76,9 +76,9 @@ def _draw(settings: Settings, words: PreTrainedTokenizerBase, piece: range) -> N
     texts = []
     for place in piece:
         index = settings.first + place
-        drawn = scene("train", index, 2 if place % 100 < round(100 * settings.two_objects) else 1)
-        images[place] = draw(drawn, 64)
-        texts.append(caption(drawn, "train", index).text)
+        example = scene("train", index, 2 if place % 100 < round(100 * settings.two_objects) else 1)
+        images[place] = draw(example, 64)
+        texts.append(caption(example, "train", index).text)
     ids[piece.start : piece.stop], mask[piece.start : piece.stop] = tokenize(words, texts, ids.shape[1])
 
 

@@ -1,7 +1,7 @@
-"""GPU report: every network gives on the accelerator what it gives on the CPU.
+"""GPU report: every network has the same output on the accelerator as on the CPU.
 
-The error is the root mean square of the difference over that of the CPU's float32 output. Float32 is measured with
-exact products and with the accelerator's default, which on NVIDIA GPUs rounds their inputs to TF32 (10 bits).
+The error is the RMS of the difference over the RMS of the CPU's float32 output. Float32 is measured with exact products
+and with the accelerator's default, which on NVIDIA GPUs rounds their inputs to TF32 (10 bits).
 """
 
 import os
@@ -37,22 +37,22 @@ from jaxdiff.weights.imagen import SHIPPED
 from jaxdiff.weights.stages import load_model
 
 LIMITS = {"float32 exact": 2e-5, "float32": 1e-2, "bfloat16": 6e-2}
-"""Largest relative errors: rounding of 24, 11 and 8 bits, through as many layers as these networks have."""
+"""Maximum relative errors, for rounding to 24, 11 and 8 bits through all layers of these networks."""
 
 LENGTHS = ((64, 77), (64, 64), (256, 333), (49, 77), (1, 25))
-"""Queries and keys of the attention kernels, even and odd."""
+"""Lengths of queries and keys for the attention kernels, even and odd."""
 
 _RUNNING = threading.Lock()
 
-# Of a cascade's folder and a compute type: the function, its parameters and its inputs, all on the host.
+# (folder of a cascade, compute type) → function, parameters and inputs, on the host.
 Build = Callable[[Path, str], tuple[Callable[..., Any], Any, tuple]]
 
 
 def main(context: Context) -> None:
-    """Networks, then attention kernels, then a gradient."""
+    """Compare networks, their gradients and attention kernels."""
     accelerator, cpu = jax.devices()[0], jax.devices("cpu")[0]
     context.record(device=accelerator.device_kind, jax=jax.__version__, platform=accelerator.platform)
-    # In threads, as nearly all of the time is compilation.
+    # In threads, as nearly all the time is compilation.
     with ThreadPoolExecutor(1 if context.tiny else min(8, os.cpu_count() or 1)) as pool:
         for name, build in list(NETWORKS.items())[: 1 if context.tiny else None]:
             pool.submit(context.attempt, name, partial(_compare, context, name, build, cpu, accelerator))
@@ -86,19 +86,19 @@ def _output(function: Callable, params: Any, inputs: tuple, device: Any, precisi
 
 
 def _run(program: Any, *inputs: Any) -> list[np.ndarray]:
-    """The outputs, in float32. One program at a time: another thread's disturbs the capture of a CUDA graph."""
+    """The outputs in float32. One program at a time, as another thread's would disturb the capture of a CUDA graph."""
     with _RUNNING:
         return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(program(*inputs))]
 
 
-def _error(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
-    """The largest relative error of several outputs; not a number where one of them has such."""
+def _error(outputs: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    """The largest relative error of several outputs; NaN if one contains NaN."""
     square = lambda x: float(np.mean(np.square(x, dtype=np.float64)))  # noqa: E731
-    return float(np.max([(square(f - r) / square(r)) ** 0.5 for f, r in zip(found, reference, strict=True)]))
+    return float(np.max([(square(f - r) / square(r)) ** 0.5 for f, r in zip(outputs, reference, strict=True)]))
 
 
 def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool, accelerator: Any) -> None:
-    """Output and gradients of the kernel that is picked for bfloat16, against XLA's on the same inputs in float32."""
+    """Compare output and gradients of the kernel selected for bfloat16 with XLA's in float32."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, n, 4, 64), np.float32) for n in (lengths[0], lengths[1], lengths[1]))
     mask = np.broadcast_to(np.arange(lengths[1]) < np.array([[lengths[1] - 5], [lengths[1]]]), (2, lengths[1]))
@@ -123,7 +123,7 @@ def _compare_attention(context: Context, lengths: tuple[int, int], masked: bool,
 def _shipped_stage(name: str, side: int) -> Build:
     def build(weights: Path, dtype: str):
         model = load_model(weights / name)
-        return _stage(model.model, model.params, _drawn(weights, model.model, side), dtype)
+        return _stage(model.model, model.params, _examples(weights, model.model, side), dtype)
 
     return build
 
@@ -155,26 +155,26 @@ def _random_gradient(stage: DiffusionModel) -> Build:
 
 
 def _gradient(stage: DiffusionModel, params: Any, dtype: str):
-    """The gradient of the training loss with the same batch and the same noise."""
+    """The gradient of the training loss for a fixed batch and noise."""
     stage = executed(stage, dtype=dtype)
     rng = np.random.default_rng(0)
     batch = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in stage.batch_spec(4, stage.side).items()}
     batch |= {"text_mask": np.ones_like(batch["text_mask"]), "image": np.tanh(batch["image"])}
-    batch |= {"null_text": batch["text"][0]}  # read where the null text is the empty caption
+    batch |= {"null_text": batch["text"][0]}  # used if the null text is the empty caption
     key, step = jax.random.key(0), jnp.int32(0)
     grad = jax.grad(lambda params, batch: stage.loss(params, (), (), batch, key, step)[0])
     flat = lambda params, batch: jnp.concatenate([g.ravel() for g in jax.tree.leaves(grad(params, batch))])  # noqa: E731
     return flat, params, (batch,)
 
 
-def _drawn(weights: Path, stage: DiffusionModel, side: int) -> dict[str, np.ndarray]:
-    """Two images of `shapes` and their captions. Given noise alone, a trained network answers nearly 0, of which no
-    relative error makes sense."""
+def _examples(weights: Path, stage: DiffusionModel, side: int) -> dict[str, np.ndarray]:
+    """Two images of `shapes` and their captions. For pure noise a trained network's output is nearly 0, which makes the
+    relative error meaningless."""
     scenes = [scene("train", index) for index in range(2)]
-    batch = {"image": np.stack([draw(drawn, side) for drawn in scenes]).astype(np.float32) / 127.5 - 1.0}
+    batch = {"image": np.stack([draw(each, side) for each in scenes]).astype(np.float32) / 127.5 - 1.0}
     if stage.text is not None:
         encoder = t5.load_text_encoder(weights / "text", stage.text.shape[0])
-        embedded = encoder.encode([caption(drawn, "train", index).text for index, drawn in enumerate(scenes)])
+        embedded = encoder.encode([caption(each, "train", index).text for index, each in enumerate(scenes)])
         batch |= {"text": np.asarray(embedded.tokens), "text_mask": np.asarray(embedded.mask)}
     return batch
 
@@ -198,7 +198,7 @@ def _t5(weights: Path, dtype: str):
     encoder = t5.load_text_encoder(weights / "text", 24, dtype)
     ids = np.random.default_rng(0).integers(1, encoder.config.vocab, (4, 24)).astype(np.int32)
     mask = np.arange(24) < np.array([[3], [11], [24], [17]])
-    # What stands behind the mask is never read.
+    # Masked tokens are never read.
     apply = lambda p, i, m: jnp.where(m[..., None], T5Encoder(encoder.config).apply({"params": p}, i, m), 0)  # noqa: E731
     return apply, encoder.params, (ids, mask)
 

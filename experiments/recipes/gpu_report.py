@@ -1,21 +1,21 @@
-"""What an accelerator is good for, in minutes: correctness, speed, PyTorch beside it, images, and some training.
+"""Report of an accelerator in minutes: correctness, speed, PyTorch for comparison, images, and some training.
 
     python -m experiments.recipes.gpu_report --minutes 8 --out runs/gpu_report
     python -m experiments.recipes.gpu_report --minutes 5 --sections benchmark sampling --out runs/gpu_speed
 
-Sections run in this order, the most valuable first, each in a process of its own with its fraction of the minutes:
+Sections run in this order, the most important first, each in its own process with a fraction of the time:
 
     networks    every network on the CPU and on the accelerator, float32 and bfloat16; attention kernels; a gradient
     suite       the tests of networks and of diffusion, on the accelerator
     benchmark   training steps of all presets, and the fraction of the matrix product rate measured on this card
     diffusers   diffusers' U-Net of DeepFloyd IF, eager and compiled, and ours (needs PyTorch and diffusers)
-    sampling    the shipped cascade, 64 to 256 to 1024 pixels; CPU and accelerator draw the same images
-    training    the shipped 64×64 base trained on from its weights, half of the captions with two objects
+    sampling    the shipped cascade, 64 to 256 to 1024 pixels; CPU and accelerator sample the same images
+    training    further training of the shipped 64×64 base, half of the captions with two objects
 
-A section appends each result to OUT/<section>.jsonl as it comes, and OUT/report.md is rewritten after each section: a
-run that is cut off keeps what it has measured. A section that fails is reported, and the next one begins. The exit code
-is 1 where anything failed, lay outside its limits or was not measured. `--tiny` rehearses all of it on small sizes, on
-a CPU too. Results of one H100 are in experiments/README.md.
+A section appends each result to OUT/<section>.jsonl at once, and OUT/report.md is rewritten after each section, so an
+interrupted run keeps its measurements. A failed section is reported, and the next one starts. The exit code is 1 if
+anything failed, exceeded its limits or was not measured. `--tiny` runs everything on small sizes, also on a CPU.
+Results of one H100 are in experiments/results/README.md.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from jaxdiff.weights.imagen import SHIPPED
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """run: measures and records, until its deadline. fraction: of the minutes. env: of its process."""
+    """run: measures and records until its deadline. fraction: of the time. env: environment of its process."""
 
     run: Callable[[Context], None]
     fraction: float
@@ -50,7 +50,7 @@ _CORRECTNESS = {
 }
 _SPEED = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
-    # Convolutions are tuned, but not checked; products go to cuBLAS: minutes of compiling less.
+    # Convolutions are autotuned but not checked; products use cuBLAS. This saves minutes of compilation.
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=2 --xla_gpu_enable_triton_gemm=false",
 }
 
@@ -65,30 +65,30 @@ SECTIONS: dict[str, Section] = {
 
 
 REHEARSAL = 200.0
-"""Seconds that a section may take in a rehearsal."""
+"""Seconds per section with --tiny."""
 GRACE = 15.0
-"""Seconds beyond its deadline after which a section is stopped: a compilation cannot be interrupted."""
+"""Seconds after its deadline at which a section is killed: a compilation cannot be interrupted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to report."""
+    """Sections and time of the report."""
 
     out: Path
     """Folder of the report."""
     minutes: float = 8.0
-    """Time for all sections together. A section may use what those before it have left."""
+    """Total time of all sections. A section can use the time left by earlier ones."""
     sections: tuple[str, ...] = tuple(SECTIONS)
-    """Which sections: networks | suite | benchmark | diffusers | sampling | training."""
+    """Sections to run: networks | suite | benchmark | diffusers | sampling | training."""
     weights: Path = SHIPPED
-    """The cascade that is sampled from and trained on."""
+    """The cascade to sample from and to train further."""
     tiny: bool = False
-    """A rehearsal: every section on small sizes, on whatever device there is."""
+    """Test run: every section on small sizes, on any device."""
     training: gpu_training.Settings = gpu_training.Settings()
 
 
 def main(settings: Settings) -> int | None:
-    """Measure correctness and speed on the accelerator of this machine, and train on it, in minutes."""
+    """Measure correctness and speed of this machine's accelerator and train on it, in minutes."""
     unknown = [name for name in settings.sections if name not in SECTIONS]
     if unknown:
         raise ValueError(f"--sections {unknown[0]}: choose from {', '.join(SECTIONS)}")
@@ -116,12 +116,12 @@ def main(settings: Settings) -> int | None:
 
 
 def _bad(row: dict[str, Any]) -> bool:
-    """Whether a result says that something is wrong or missing."""
+    """Whether a result is an error, a failure or missing."""
     return "error" in row or "not_measured" in row or bool(row.get("failed")) or row.get("within_limits") is False
 
 
 def _child(settings: Settings, name: str, seconds: float) -> bool:
-    """Runs a section in a process of its own. Whether it failed, which is among its results, too."""
+    """Run a section in its own process. Returns whether it failed, which is also recorded."""
     out = settings.out
     if settings.tiny:
         seconds = REHEARSAL
@@ -145,7 +145,7 @@ def _child(settings: Settings, name: str, seconds: float) -> bool:
 
 
 def _run(section: Callable[[Context], None], context: Context, log: Path) -> None:
-    """In the section's own process: all that it and its libraries print goes to its log."""
+    """The section's process, with its output and that of its libraries redirected to its log."""
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -165,7 +165,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
-    """While the other sections need the accelerator, the processor draws what the training section learns from."""
+    """Render the examples of the training section on the CPU while the other sections use the accelerator."""
     drawing = None
     if "training" in chosen:
         drawing = gpu_training.start_drawing(settings.out, settings.weights, settings.training, settings.tiny)
@@ -179,21 +179,21 @@ def _prepared(settings: Settings, chosen: list[str]) -> Iterator[None]:
 
 
 def _write_report(out: Path) -> None:
-    """OUT/report.md from what all sections have recorded so far, in earlier runs too."""
-    parts = ["# Report of an accelerator"]
+    """Write OUT/report.md from the results of all sections so far, including earlier runs."""
+    blocks = ["# Report of an accelerator"]
     for name in SECTIONS:
         rows = recorded(out, name)
         if not rows:
             continue
-        parts.append(f"## {name}")
+        blocks.append(f"## {name}")
         tables: dict[tuple[str, ...], list[dict]] = {}
         for row in rows:
             tables.setdefault(tuple(row), []).append(row)
         for columns, members in tables.items():
             lines = [columns, ["---"] * len(columns), *([_cell(row[c]) for c in columns] for row in members)]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     with replacing(out / "report.md") as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n")
+        temporary.write_text("\n\n".join(blocks) + "\n")
 
 
 def _cell(value: Any) -> str:

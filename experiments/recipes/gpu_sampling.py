@@ -18,7 +18,7 @@ from jaxdiff.weights.imagen import load, trained, with_dtype
 
 
 def main(context: Context) -> None:
-    """The largest difference from the CPU's image; then the time of one image and sixteen, in bfloat16 and float32."""
+    """Measure the largest difference from the CPU's image; then the time of 1 and 16 images in bfloat16 and float32."""
     model = load(context.weights)
     captions = [c.text for c in held_out_captions(16)]
     counts, up_to = ((1,), 64) if context.tiny else ((16, 1), 1024)
@@ -46,7 +46,7 @@ def _time(context: Context, model: Pipeline, captions: list[str], dtype: str, up
 
 
 def _seconds(model: Pipeline, captions: list[str], up_to: int) -> tuple[float, list[float], Any]:
-    """In all, of each stage, and the images of the last one."""
+    """Total seconds, seconds per stage, and the images of the last stage."""
     begun, after = time.perf_counter(), None
     embedded = dataclasses.replace(model, text_encoder=embed_captions(model.text_encoder, captions, ""))
     laps = [time.perf_counter()]
@@ -58,14 +58,14 @@ def _seconds(model: Pipeline, captions: list[str], up_to: int) -> tuple[float, l
 
 
 def _same(context: Context, model: Pipeline, captions: list[str], up_to: int) -> None:
-    """The promise for one seed on different devices: within a thousandth of the range, with exact products."""
-    found = {}
+    """Check that one seed gives the same images on different devices, within 1e-3 of the range with exact products."""
+    sampled = {}
     for name, device in (("cpu", jax.devices("cpu")[0]), ("accelerator", jax.devices()[0])):
         boxes = [dataclasses.replace(m, params=jax.device_put(m.params, device)) for m in trained(model)]
         text = dataclasses.replace(model.text_encoder, params=jax.device_put(model.text_encoder.params, device))
         placed = dataclasses.replace(with_boxes(model, boxes), text_encoder=text)
         with jax.default_device(device), jax.default_matmul_precision("highest"):
-            found[name] = placed.sample(captions, SampleOptions(seed=7, last=model.sides.index(up_to)))
-    for resolution, images, others in zip(model.sides, found["cpu"], found["accelerator"]):
+            sampled[name] = placed.sample(captions, SampleOptions(seed=7, last=model.sides.index(up_to)))
+    for resolution, images, others in zip(model.sides, sampled["cpu"], sampled["accelerator"]):
         error = float(np.abs(images - others).max()) / 2
         context.record(resolution=resolution, largest_difference_of_range=error, within_limits=error < 1e-3)

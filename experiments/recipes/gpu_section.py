@@ -1,4 +1,4 @@
-"""What the sections of the GPU report share: deadline, records, medians, and random parameters."""
+"""Shared parts of the GPU report's sections: deadline, records, medians, random parameters."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from jaxdiff.weights.imagen import SHIPPED
 
 @dataclass(frozen=True)
 class Context:
-    """One section's run. deadline: in seconds since 1970. tiny: a rehearsal on small sizes. weights: a cascade's
-    folder."""
+    """A run of a section. deadline: in seconds since 1970. tiny: a test run on small sizes. weights: folder of a
+    cascade."""
 
     name: str
     out: Path
@@ -35,12 +35,12 @@ class Context:
         return self.deadline - time.time()
 
     def record(self, **result: Any) -> None:
-        """Appends a result to the section's file and prints it."""
+        """Append a result to the section's file and print it."""
         record(self.out, self.name, result)
         print(" ".join(f"{name}={value}" for name, value in result.items()), flush=True)
 
     def attempt(self, what: str, measure: Callable[[], None]) -> None:
-        """Calls `measure`. One that fails, for want of memory say, is recorded, and the section goes on."""
+        """Call `measure`. An error, such as out of memory, is recorded and does not end the section."""
         if self.left() <= 0:
             self.record(not_measured=what, why="no time was left")
             return
@@ -51,7 +51,7 @@ class Context:
 
 
 def record(out: Path, name: str, result: dict[str, Any]) -> None:
-    """Appends a result of the section `name`, on a line of its own whatever a killed process has left before it."""
+    """Append a result of the section `name`, on its own line even after a line truncated by a killed process."""
     with (out / f"{name}.jsonl").open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -61,7 +61,7 @@ def record(out: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def recorded(out: Path, name: str) -> list[dict[str, Any]]:
-    """The results of a section; a line that a killed process has cut short is one that says so."""
+    """The results of a section; a truncated line becomes an error."""
     try:
         lines = (out / f"{name}.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def median_seconds(call: Callable[[], Any], count: int) -> float:
-    """The median time of `count` calls after two that are not counted, results awaited."""
+    """The median time in seconds of `count` blocking calls after two warm-up calls."""
     seconds = []
     for number in range(count + 2):
         begun = time.perf_counter()
@@ -88,7 +88,7 @@ def median_seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def random_params(shapes: Any, seed: int = 0) -> Any:
-    """Parameters none of which is 0, so that every path of a network counts; kernels keep the size of their input."""
+    """Non-zero random parameters, so that every path of a network contributes; kernels preserve the input's scale."""
     rng = np.random.default_rng(seed)
 
     def values(path: Any, leaf: Any) -> np.ndarray:

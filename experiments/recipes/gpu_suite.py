@@ -23,7 +23,7 @@ TINY = ("tests/nets/test_attention.py",)
 
 
 def main(context: Context) -> None:
-    """Runs pytest on the device that jax finds first. Products are exact, as on the CPU that the tests are made for."""
+    """Run pytest on jax's default device. Products are exact, as on the CPU, for which the tests are written."""
     files = TINY if context.tiny else FILES
     if not (ROOT / files[0]).exists():
         context.record(not_measured="suite", why="there are no tests beside the installed package")
@@ -50,10 +50,10 @@ def main(context: Context) -> None:
         try:
             code = process.wait(max(1.0, context.left()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers, too, which hold memory of the accelerator
+            os.killpg(process.pid, signal.SIGKILL)  # and its workers, which hold accelerator memory
             process.wait()
     text = results.read_text(errors="replace")
-    # A line for each test that has run; xdist writes its outcome before its name.
+    # One line per finished test; xdist writes the outcome before the name.
     line = r"^(?:\[gw\d+\] \[ *\d+%\] (\w+) (tests/.*?)|(tests/.*?) (PASSED|FAILED|SKIPPED|ERROR)(?: .*)?)\s*$"
     outcomes = {name or name2: first or last for first, name, name2, last in re.findall(line, text, re.M)}
     counts = {kind: list(outcomes.values()).count(kind.upper()) for kind in ("passed", "failed", "skipped")}

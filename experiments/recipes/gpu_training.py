@@ -1,9 +1,9 @@
-"""GPU report: the shipped 64×64 base, trained on for as long as there is time.
+"""GPU report: further training of the shipped 64×64 base until the time is over.
 
-Examples are drawn once (gpu_examples.py), while other sections need the accelerator, and lie in its memory: a network
-this small takes them faster than a host can decode files. The averaged parameters are written to OUT/model once a
-minute, so that a run that is cut off has them. Afterwards the model samples held-out captions, and the exact reader
-counts how many images are right, of one object and of two apart.
+Examples are rasterised once (gpu_examples.py), while other sections use the accelerator, and are kept in its memory: a
+network this small consumes them faster than a host can decode files. The EMA parameters are written to OUT/model once a
+minute, so an interrupted run keeps them. Afterwards the model samples held-out captions, and the exact reader scores
+the images, separately for one object and for two.
 """
 
 import json
@@ -42,50 +42,50 @@ from jaxdiff.weights.imagen import load, trained, with_dtype
 from jaxdiff.weights.stages import save_model
 
 RESERVE = 5.0
-"""Seconds kept for writing the parameters at the end; each caption that is scored takes SCORE beside them."""
+"""Seconds reserved for writing the parameters at the end, plus SCORE per scored caption."""
 SCORE = 0.12
 PROBE = 15.0
-"""Seconds after which the speed is known, and with it how many updates there is time for."""
+"""Seconds after which the speed is measured and the number of updates is planned."""
 CAUTION = 0.9
-"""Of the updates that this speed gives, those that are planned: the rate has to reach 0 before the time is over."""
+"""Planned fraction of the updates possible at this speed, as the learning rate must reach 0 before the time is over."""
 FALL = 0.4
-"""Fraction of the updates, the last ones, over which the learning rate falls to 0."""
+"""Fraction of the updates, at the end, over which the learning rate decays to 0."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the base is trained on."""
+    """Settings of the further training."""
 
     examples: int = 400_000
-    """Examples that are drawn; each is seen as often as there is time."""
+    """Examples to rasterise; they repeat as often as the time allows."""
     two_objects: float = 0.6
-    """Fraction of them with two objects."""
+    """Fraction of examples with two objects."""
     batch: int = 512
-    """Images of an update."""
+    """Images per update."""
     updates: int = 0
-    """Updates; 0: as many as there is time for."""
+    """Updates; 0: as many as the time allows."""
     learning_rate: float = 2e-3
-    """Of Muon, until it falls to 0 over the last part of the updates."""
+    """Learning rate of Muon, which decays to 0 over the last updates."""
     ema_decay: float = 0.999
-    """Of the averaged parameters, which are kept."""
+    """Decay of the EMA of the parameters."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the network computes in."""
+    """Compute type of the network."""
     focus: float = 0.75
-    """Fraction of the training at log-SNRs of -6 to 2, where forms and places are decided."""
+    """Fraction of the training at log-SNRs of -6 to 2, which determine shapes and positions."""
     scored: int = 128
-    """Held-out captions of one object, and as many of two, that are sampled at the end; 0: none."""
+    """Held-out captions of one object, and as many of two, to sample at the end; 0: none."""
     first: int = 1_400_000
-    """Number of the first scene of `shapes`: the shipped base was trained on those below."""
+    """Index of the first scene of `shapes`; the shipped base was trained on lower ones."""
 
 
 def remove_examples(out: Path) -> None:
-    """Their five gigabytes are of no use to anyone else."""
+    """Delete the examples (5 GB), which nothing else uses."""
     for name in (IMAGES, IDS, MASK, DONE):
         (out / name).unlink(missing_ok=True)
 
 
 def start_drawing(out: Path, weights: Path, settings: Settings, tiny: bool) -> subprocess.Popen:
-    """A process that draws the examples into OUT."""
+    """Start a process that rasterises the examples into OUT."""
     settings = _rehearsed(settings) if tiny else settings
     (out / DONE).unlink(missing_ok=True)
     options = {"out": out, "weights": weights, "count": settings.examples}
@@ -95,7 +95,7 @@ def start_drawing(out: Path, weights: Path, settings: Settings, tiny: bool) -> s
 
 
 def main(context: Context) -> None:
-    """Training, then the scores of the trained base and of the shipped one."""
+    """Train, then score the trained base and the shipped one."""
     settings = _rehearsed(context.training) if context.tiny else context.training
     cascade = load(context.weights)
     shipped, *_ = trained(cascade)
@@ -120,7 +120,7 @@ def main(context: Context) -> None:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The training step, compiled for one schedule of the learning rate or another."""
+    """The training step, compiled for different learning-rate schedules."""
 
     stage: DiffusionModel
     optimizer: OptimizerConfig
@@ -129,7 +129,7 @@ class _Steps:
     state: TrainState
 
     def compiled(self, fall: int = 0, total: int = 0) -> Any:
-        """With a constant rate; or one that falls to 0 from the update `fall` to `total`, for a state that is there."""
+        """Compile with a constant rate, or for an existing state with one that decays to 0 from `fall` to `total`."""
         optimizer = self.optimizer
         if total:
             optimizer = replace(optimizer, decay=Decay.COSINE, warmup=fall, total=total)
@@ -145,7 +145,7 @@ def _rehearsed(settings: Settings) -> Settings:
 
 
 def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
-    """The shipped stage, trained most where forms are decided, its error weighted alike at all noise levels."""
+    """The shipped stage, trained mostly at noise levels that determine shapes, with equal weights at all levels."""
     return replace(
         executed(stage, dtype=settings.dtype),
         time_sampler=LogSNRRange(-6.0, 2.0, settings.focus, rest=LogSNRRange(-11.0, 4.0)),
@@ -154,14 +154,14 @@ def _stage(stage: DiffusionModel, settings: Settings) -> DiffusionModel:
 
 
 def _on_device(context: Context, encoder: NetworkTextEncoder, settings: Settings) -> dict[str, jax.Array]:
-    """On the device: image (n 64 64 3) uint8, text (n l d) float16 and text_mask (n l)."""
+    """Wait for the examples and move them to the device: image (n 64 64 3) uint8, text (n l d) float16, text_mask."""
     while not (context.out / DONE).is_file():
         if context.left() <= 0:
             raise TimeoutError("the examples were not drawn in time")
         time.sleep(0.2)
-    drawn = json.loads((context.out / DONE).read_text())
-    if "error" in drawn:
-        raise RuntimeError(f"the examples could not be drawn: {drawn['error']}")
+    examples = json.loads((context.out / DONE).read_text())
+    if "error" in examples:
+        raise RuntimeError(f"the examples could not be drawn: {examples['error']}")
     begun = time.perf_counter()
     ids, mask = np.load(context.out / IDS), np.load(context.out / MASK)
     embeddings = []
@@ -182,11 +182,11 @@ def _batch(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
 
 
 def _trained(context: Context, steps: _Steps, program: Any, state: TrainState, data: Any, save: Any) -> Any:
-    """The averaged parameters at the end: after all updates, or where the time ends."""
+    """Train until all updates are done or the time is over. Returns the EMA parameters."""
     settings, reserve = steps.settings, RESERVE + 2 * SCORE * steps.settings.scored
     rng, key, order = np.random.default_rng(settings.first), jax.random.key(settings.first), np.zeros(0, np.int32)
     log, done, total, fall, falling = _Log(context, settings.batch), 0, settings.updates, 0, None
-    # The step with a falling rate is compiled while the first one runs.
+    # The step with a decaying rate is compiled while the first one runs.
     with ThreadPoolExecutor(1) as pool:
         while context.left() > reserve and (not total or done < total):
             if falling is None and (settings.updates or log.seconds > PROBE):
@@ -209,7 +209,7 @@ def _trained(context: Context, steps: _Steps, program: Any, state: TrainState, d
 
 
 class _Log:
-    """Records the mean loss and the speed every ten seconds. Of the device it is at most ten steps ahead."""
+    """Records the mean loss and the speed every ten seconds. The host is at most ten steps ahead of the device."""
 
     def __init__(self, context: Context, batch: int):
         self._context, self._batch = context, batch
@@ -222,7 +222,8 @@ class _Log:
         return time.perf_counter() - self._begun
 
     def add(self, done: int, metrics: dict[str, jax.Array]) -> bool:
-        """Whether a minute has passed since this was last true. FloatingPointError for a loss that is not finite."""
+        """Add a loss. Returns whether a minute has passed since this was last true. FloatingPointError for a non-finite
+        loss."""
         self._losses.append(metrics["loss"])
         self._rate = metrics["learning_rate"]
         if done % 10 == 0:
@@ -258,7 +259,7 @@ def _save(out: Path, shipped: TrainedModel, settings: Settings, ema: Any) -> Non
 
 
 def _score(context: Context, cascade: Pipeline, model: TrainedModel, name: str) -> None:
-    """Of held-out captions of one object and of two: the fraction of images with everything that is stated."""
+    """The fraction of images with all stated attributes, for held-out captions of one object and of two."""
     base = with_dtype(imagen(cascade.text_encoder, model), "float32")
     count = (_rehearsed(context.training) if context.tiny else context.training).scored
     captions = {objects: held_out_captions(count, objects) for objects in KINDS}

@@ -1,10 +1,10 @@
-"""From captioned images to an image of one's own, in one file: what the commands do, without their settings.
+"""From captioned images to a sample in one file, with library functions only.
 
     python -m experiments.recipes.minimal
 
-Trains a small 64×64 base model of Imagen on `shapes` and samples eight captions that training never saw. Five to seven
-minutes on 2 CPU cores; runs/minimal/grid.png then has blurred objects whose colours begin to follow the captions, most
-of them not yet (`experiments.quickstart --train` goes on for 25 minutes). Run again, it goes on where it was.
+Trains a small 64×64 base model of Imagen on `shapes` and samples eight held-out captions. Takes five to seven minutes
+on 2 CPU cores. runs/minimal/grid.png then shows blurred objects; some of their colours follow the captions, most do not
+yet (`experiments.quickstart --train` trains for 25 minutes). Started again, it resumes.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def main(out: Path = Path("runs/minimal"), steps: int = 450, examples: int = 4_0
         examples: images to train on.
         batch: images per update.
     """
-    # 1. Data: images with captions, a random-access sequence. `sources.Folder(Path("photos"))` is a folder of your own.
+    # 1. Data: a random-access sequence of captioned images. For your own folder: `sources.Folder(Path("photos"))`.
     data = sources.open(sources.Shapes(train=examples, held_out=1), 64, "train", out / "data")
 
     # 2. Text encoder: a frozen T5. Its embeddings of all captions are stored once.
@@ -49,14 +49,14 @@ def main(out: Path = Path("runs/minimal"), steps: int = 450, examples: int = 4_0
         captions(data), text_encoder.encode, out / "embeddings", encoder=text_encoder.fingerprint
     )
 
-    # 3. Generator: settings of a diffusion model, for this text encoder; `model.init` gives its parameters. Half of the
-    # training is at noise levels where only the caption tells a colour: without it, few updates learn none.
+    # 3. Generator: settings of a diffusion model for this text encoder; `model.init` creates the parameters. Half of the
+    # training is at noise levels where only the caption decides a colour; otherwise few updates learn none.
     preset = imagen_tiny.BASE_64_QUICK.reading(text_encoder.length, text_encoder.width)
     times = LogSNRRange(-7.0, -2.0, 0.5, rest=preset.time_sampler)
     model = dataclasses.replace(preset, time_sampler=times, weighting=PowerSNR(0.1))
 
-    # 4. Training: batches, an optimizer, a loop with checkpoints. It returns the last state; `ema` are the averaged
-    # parameters, a tree of arrays.
+    # 4. Training: batches, an optimizer, a loop with checkpoints. It returns the last state; `ema` is a tree with the
+    # moving average of the parameters.
     batches = image_batches(data, DataConfig(64, batch), embeddings)
     config = TrainConfig(
         optimizer=OptimizerConfig(Muon(), learning_rate=3e-3, warmup=min(30, steps - 1), total=steps),
@@ -69,12 +69,12 @@ def main(out: Path = Path("runs/minimal"), steps: int = 450, examples: int = 4_0
     trained = TrainedModel(model, jax.device_get(state.ema), imagen_tiny.SAMPLING_BASE_QUICK, text_encoder.fingerprint)
 
     # 5. Sampling: a pipeline of the text encoder and the generator; `imagen(text_encoder, base, sr256)` would add
-    # super-resolution. Image i of seed s is the same whatever else is sampled with it.
+    # super-resolution. Image i of seed s does not depend on the rest of the batch.
     pipeline = imagen(text_encoder, trained)
     prompts = [caption.text for caption in held_out_captions(8)]
     (images,) = pipeline.sample(prompts, SampleOptions(seed=0))
 
-    # 6. Files: a grid to look at, and a folder that `jaxdiff.from_pretrained` reads.
+    # 6. Files: a sample grid, and a folder for `jaxdiff.from_pretrained`.
     grids.write(out / "grid.png", grids.grid(images, prompts, side=128, columns=4))
     save_pretrained(pipeline, out / "weights")
     print(f"{out / 'grid.png'}: {len(images)} held-out captions; weights/ beside it is for experiments.sample")

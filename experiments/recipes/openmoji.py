@@ -1,11 +1,11 @@
-"""A folder of captioned images to try the README's tour on: artwork of OpenMoji, its names as captions.
+"""A folder of captioned images for the tour of the README: OpenMoji artwork with its names as captions.
 
     python -m experiments.recipes.openmoji --out photos
 
-Writes OUT/NAME.png, 256 pixels a side, and OUT/NAME.txt for 300 animals, plants, dishes, places and things, evenly
-spread over the set: half a minute, and 4 MB from npm once. Without npm or the network, put the tarball that the message
-names where it says, and run it again. The artwork is OpenMoji's (openmoji.org), CC BY-SA 4.0, which asks whoever shows
-it to name it.
+Writes OUT/NAME.png (256×256) and OUT/NAME.txt for 300 animals, plants, dishes, places and things, evenly spread over
+the collection. Takes half a minute, and 4 MB from npm once. Without npm or the network, put the tarball into the folder
+named by the error message and run it again. The artwork is by OpenMoji (openmoji.org), CC BY-SA 4.0, which requires
+attribution.
 """
 
 import json
@@ -26,10 +26,10 @@ def main(out: Path = Path("photos"), count: int = 300, side: int = 256, packages
     """Write a folder of captioned images.
 
     Args:
-        out: the folder.
-        count: how many images.
-        side: of an image, in pixels.
-        packages: the folder for the npm package; a tarball found there is used.
+        out: the output folder.
+        count: number of images.
+        side: side of the images in pixels.
+        packages: folder of the npm package; an existing tarball is used.
     """
     tarball = tarball_of(PACKAGE, packages)
     try:

@@ -1,12 +1,11 @@
-"""The composition benchmark, end to end: train on 30 % of `rainbow`, sample what was left out, read it exactly.
+"""The composition benchmark, end to end: train on 30 % of `rainbow`, sample the held-out captions, read them exactly.
 
     python -m experiments.recipes.rainbow
 
-pre-trains T5 on the training captions, trains the 32×32 base model on their 2,765 images and samples the held-out
-captions, about 4,700 (`--n` samples fewer). Right is an image in which all six attributes are read back as its caption
-says (`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/README.md. Writes OUT/grid.png (above each
-other: the held-out image and what was sampled, wrong ones first) and OUT/report.json. Run again, it goes on where it
-was.
+Pre-trains T5 on the training captions, trains the 32×32 base model on their 2,765 images and samples the held-out
+captions, about 4,700 (`--n` samples fewer). An image is right if all six attributes are read back as in its caption
+(`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/results/README.md. Writes OUT/grid.png (held-out
+images above their samples, wrong ones first) and OUT/report.json. Started again, it resumes.
 """
 
 import statistics
@@ -56,15 +55,15 @@ class Settings:
     batch: int = 32
     """Images per update."""
     learning_rate: float = 2e-3
-    """At its peak (Muon)."""
+    """Peak learning rate (Muon)."""
     n: int = 0
-    """Held-out captions to sample, from the first; 0: all of them."""
+    """Held-out captions to sample, from the first; 0: all."""
     sample_batch: int = 64
-    """Images sampled at once."""
+    """Batch size of sampling."""
     seed: int = 0
-    """Of training and sampling; what is held out is always the same."""
+    """Seed of training and sampling; the held-out combinations do not depend on it."""
     data_dir: Path = Path("runs/data")
-    """Where prepared datasets live."""
+    """Folder of prepared datasets."""
 
 
 def main(settings: Settings) -> None:
@@ -98,9 +97,9 @@ def main(settings: Settings) -> None:
     sampled = _sampled(imagen(encoder, model), places, settings)
     asked = [EVERY[place] for place in places]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    made_by = {"parameters": parameters, "images_seen": settings.steps * settings.batch, "seed": settings.seed}
-    made_by |= {"seconds_of_training_in_this_run": trained, "device": jax.devices()[0].device_kind}
-    report(settings.out, asked, sampled, made_by)
+    provenance = {"parameters": parameters, "images_seen": settings.steps * settings.batch, "seed": settings.seed}
+    provenance |= {"seconds_of_training_in_this_run": trained, "device": jax.devices()[0].device_kind}
+    report(settings.out, asked, sampled, provenance)
 
 
 def _sampled(model: Pipeline, places: tuple[int, ...], settings: Settings) -> np.ndarray:
@@ -110,35 +109,35 @@ def _sampled(model: Pipeline, places: tuple[int, ...], settings: Settings) -> np
     return sampled
 
 
-def report(out: Path, asked: list[Attributes], sampled: np.ndarray, made_by: dict) -> None:
-    """Read the images; write the numbers and a sheet."""
-    found = read(sampled)
-    scores = scores_of(asked, found)
-    write_json(out / "report.json", {**scores, "made_by": made_by})
-    order = sorted(range(len(asked)), key=lambda i: found[i].right(asked[i]))[: COLUMNS * ROWS]
+def report(out: Path, asked: list[Attributes], sampled: np.ndarray, provenance: dict) -> None:
+    """Read the images; write the scores and a grid."""
+    detected = read(sampled)
+    scores = scores_of(asked, detected)
+    write_json(out / "report.json", {**scores, "made_by": provenance})
+    order = sorted(range(len(asked)), key=lambda i: detected[i].right(asked[i]))[: COLUMNS * ROWS]
     shown, captions = [], []
-    for first in range(0, len(order), COLUMNS):  # a row of true images, then the same row as it was sampled
+    for first in range(0, len(order), COLUMNS):  # a row of true images, then a row of their samples
         row = order[first : first + COLUMNS]
         blank = [np.ones_like(sampled[0])] * (COLUMNS - len(row))
         shown += [*(to_float(draw(asked[i])) for i in row), *blank, *(sampled[i] for i in row), *blank]
-        said = [("" if found[i].right(asked[i]) else "WRONG: ") + asked[i].caption for i in row]
-        captions += [*[""] * COLUMNS, *said, *[""] * len(blank)]
+        texts = [("" if detected[i].right(asked[i]) else "WRONG: ") + asked[i].caption for i in row]
+        captions += [*[""] * COLUMNS, *texts, *[""] * len(blank)]
     grids.write(out / "grid.png", grids.grid(shown, captions, 96, COLUMNS, font_size=9))
     print(f"{out / 'grid.png'}: {scores['right']:.2%} of {len(asked)} held-out captions right in every attribute")
     print(", ".join(f"{name} {fraction:.2%}" for name, fraction in scores["attributes"].items()))
 
 
-def scores_of(asked: list[Attributes], found: list[Read]) -> dict:
-    """Fractions that are right, and of the wrong ones how many in each set of wrong attributes."""
-    checks = [read.attributes(each) for read, each in zip(found, asked, strict=True)]
-    right = [read.right(each) for read, each in zip(found, asked)]
-    wrong = Counter(_wrong(read, check) for read, check, ok in zip(found, checks, right) if not ok)
+def scores_of(asked: list[Attributes], detected: list[Read]) -> dict:
+    """Fractions of right images and attributes, and the counts of each set of wrong attributes."""
+    checks = [read.attributes(each) for read, each in zip(detected, asked, strict=True)]
+    right = [read.right(each) for read, each in zip(detected, asked)]
+    wrong = Counter(_wrong(read, check) for read, check, ok in zip(detected, checks, right) if not ok)
     return {
         "count": len(asked),
         "right": statistics.mean(right),
         "attributes": {name: statistics.mean(check[name] for check in checks) for name in NAMES},
         "wrong": dict(wrong.most_common()),
-        "explained": statistics.mean(read.explained for read in found),
+        "explained": statistics.mean(read.explained for read in detected),
     }
 
 

@@ -1,1 +1,1 @@
-"""The models that are trained on their own, as commands see them: a `Task` each, named in `experiments/table.py`."""
+"""One `Task` per kind of model, the interface to the commands; `experiments/table.py` names them."""

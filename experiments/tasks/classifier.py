@@ -1,10 +1,10 @@
-"""Training a classifier of `shapes`, whose 64 features stand in for Inception's: FD-shapes, never to be called FID.
+"""Training a classifier of `shapes`, whose 64 features replace Inception's in FD-shapes (never called FID).
 
     python -m experiments.train classifier --out runs/classifier
 
-Takes about ten minutes on one CPU core. It says of one object its kind, colour, fill, size and place, and of every
-image its background and how many objects there are. OUT/model is what `--classifier` of other commands reads; the
-package ships one (jaxdiff/weights/tiny/README.md).
+Takes about ten minutes on one CPU core. It predicts background and number of objects of every image, and kind, colour,
+fill, size and position of a single object. `--classifier` of other commands reads OUT/model; the package ships one
+(jaxdiff/weights/tiny/README.md).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.options.training import OptimizerOptions, Rule, RunOptions, TrainSettings
-from experiments.tasks.held_out import held_out_source, in_whole_batches
+from experiments.tasks.held_out import held_out_source, in_full_batches
 from experiments.tasks.task import Inference, Start, Task, Work
 from jaxdiff.data import sources
 from jaxdiff.data.mixture import Spread
@@ -44,16 +44,16 @@ def _config(side: int, features: int) -> ClassifierConfig:
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """What a classifier is."""
+    """Settings of a classifier."""
 
     side: int | None = None
-    """Side of the images that it sees, in pixels; left out: the preset's."""
+    """Side of the input images in pixels; default: the preset's."""
     features: int | None = None
-    """Width of its features; left out: the preset's."""
+    """Number of features; default: the preset's."""
     noise: float = 0.1
-    """The most noise on the images, of a range of 2."""
+    """Maximum noise on the images, whose range is 2."""
     store: Literal["float32", "float16"] = "float32"
-    """What the finished parameters are stored in."""
+    """Type of the stored parameters."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class ClassifierTask(Task):
             classifier.save(folder, "shapes", config, plain, options.store)
             return f"{folder}: a classifier of {', '.join(ATTRIBUTES)} with {config.features} features"
 
-        made_of = {"examples": len(source), "batch": run.batch}
+        contents = {"examples": len(source), "batch": run.batch}
         model = ClassifierTraining(config, options.noise)
-        return Work(model, Labelled(stream), made_of, finish, held_out=_held_out(settings, config))
+        return Work(model, Labelled(stream), contents, finish, held_out=_held_out(settings, config))
 
 
 def _held_out(settings: Settings, config: ClassifierConfig) -> HeldOutBatches | None:
@@ -118,7 +118,7 @@ def _held_out(settings: Settings, config: ClassifierConfig) -> HeldOutBatches | 
     if settings.dataset.evaluate_data is not None:
         raise ValueError(f"--evaluate-data {settings.dataset.evaluate_data}: the held-out images of `shapes` are known")
     source = held_out_source(settings, config.side)
-    some = None if source is None else in_whole_batches(settings, source)
+    some = None if source is None else in_full_batches(settings, source)
     if some is None:
         return None
     place = some.place if isinstance(some, Spread) else int
@@ -127,7 +127,7 @@ def _held_out(settings: Settings, config: ClassifierConfig) -> HeldOutBatches | 
 
 
 def labels(true: Scene) -> list[int]:
-    """The class of each attribute; -1 for those of one object where there are two."""
+    """The class of each attribute; -1 for attributes of a single object if there are two."""
     values = {"background": true.background, "objects": str(len(true.objects))}
     if len(true.objects) == 1:
         values |= {name: getattr(true.objects[0], name) for name in OF_ONE}
@@ -135,7 +135,7 @@ def labels(true: Scene) -> list[int]:
 
 
 class Labelled:
-    """Batches of training images with their labels, which are those of the scene in the same place of the dataset."""
+    """Batches of images with the labels of their scenes, by the index in the dataset."""
 
     def __init__(self, stream: Batches, split: str = "train", place: Callable[[int], int] = int):
         self._stream, self._split, self._place = stream, split, place

@@ -4,7 +4,7 @@
     python -m experiments.train imagen.sr256 --data shapes --out runs/sr256
     python -m experiments.train imagen.sr1024 --data shapes --examples 2000 --init runs/sr256 --out runs/sr1024
 
-OUT gets, beside what every run writes, samples/ (a grid now and then). Costs of the shipped models are in
+OUT also gets samples/ (a grid every --sample-every steps). The shipped models' costs are in
 jaxdiff/weights/tiny/README.md.
 """
 
@@ -61,9 +61,8 @@ from jaxdiff.weights.stages import load_params, save_model, save_settings
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The noise levels that a preset is trained at where the command line does not say: a range of log-SNR (None: the
-    model's own), the fraction of the training in it, and the power of the SNR that weights the error (None: the
-    model's own)."""
+    """Default noise levels of a preset's training: a range of log-SNR (None: the model's own), the fraction of the
+    training in it, and the power of the SNR that weights the x0 error (None: the model's own)."""
 
     logsnr: tuple[float, float] | None = None
     fraction: float = 1.0
@@ -72,28 +71,28 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """What a stage is trained for; what is left out is as its preset says."""
+    """Training settings of a stage; defaults are the preset's."""
 
     crop: int | None = None
-    """Side of super-resolution's training crops in pixels; 0: whole images; left out: a quarter of the image."""
+    """Side of super-resolution's training crops in pixels; 0: full images; default: a quarter of the image."""
     buckets: bool = False
-    """Keep the shape of images: each batch has one of a few heights and widths of about as many pixels (aspect-ratio
-    buckets), in place of centred squares. A program is compiled for each."""
+    """Aspect-ratio buckets instead of centre crops: each batch has one of a few heights and widths with about the same
+    number of pixels. One program is compiled per bucket."""
     logsnr: tuple[float, float] | None = None
-    """Train at log-SNRs spread evenly over this range. A stage whose images are sharp but do not follow their captions
-    learns faster where that is decided: -5.5 to 0 for shapes at 64 pixels."""
+    """Train at log-SNRs uniform in this range. If images are sharp but do not follow their captions, training at the
+    noise levels that decide it is faster: -5.5 to 0 for shapes at 64 pixels."""
     logsnr_fraction: float | None = None
-    """Fraction of the training that is spent in that range; the rest is where the model's own schedule trains. Left
-    out: all of it, or the preset's for the preset's range."""
+    """Fraction of the training in that range; the rest follows the model's own schedule. Default: 1, or the preset's
+    for the preset's range."""
     snr_power: float | None = None
-    """Weight the x0 error by SNR to this power (0: the same at every noise level); left out: as the preset."""
+    """Weight the x0 error by SNR to this power (0: equal weights at all noise levels); default: the preset's."""
     text_dropout: float | None = None
-    """Fraction of captions that are left out, without which there is no guidance."""
+    """Fraction of captions to drop; guidance needs it above 0."""
     max_aug_level: float | None = None
-    """Highest level of the noise on super-resolution's input."""
+    """Maximum noise level on the input of super-resolution."""
 
     def levels(self, preset: NoiseLevels) -> NoiseLevels:
-        """The preset's noise levels, with what the command line changes of them."""
+        """The preset's noise levels with the changes of the command line."""
         fraction = self.logsnr_fraction
         if fraction is None:
             fraction = preset.fraction if self.logsnr is None else 1.0
@@ -103,17 +102,16 @@ class DiffusionOptions:
 
 @dataclass(frozen=True)
 class UNetCompute(ComputeOptions):
-    """How a U-Net is computed."""
+    """Compute settings of a U-Net."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; parameters and optimizer stay float32. bfloat16 on accelerators."""
+    """Compute type; parameters and optimizer stay float32. Use bfloat16 on accelerators."""
     remat: Remat = "none"
-    """What the backward pass computes again to save memory: none | outputs (norms, activations, attention) | blocks
-    (all of them)."""
+    """Recomputed in the backward pass to save memory: none | outputs (norms, activations, attention) | blocks (all)."""
     scan: bool = False
-    """Equal blocks in a row as one loop, which compiles faster (Efficient U-Nets)."""
+    """Run consecutive equal blocks as one loop, which compiles faster (Efficient U-Nets)."""
     rows: bool = False
-    """The tensor axis of the mesh splits the rows of images instead of layers: for whole images of 1024 pixels."""
+    """Split the rows of images over the mesh's tensor axis, instead of layers: for full images of 1024 pixels."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,11 @@ class Settings(TrainSettings):
 
 @dataclass(frozen=True)
 class Preset:
-    """A model, how it samples, and length and width of the text embeddings that it is planned and measured with;
-    training takes those of the text encoder at hand. `optimizer` and `levels`: what it is trained with and at where
-    the command line does not say."""
+    """A model, its sampling settings, and its training defaults.
+
+    reads: length and width of the text embeddings for planning and benchmarks; training uses the text encoder's.
+    optimizer, levels: defaults of the command line.
+    """
 
     model: DiffusionModel
     sampling: SamplingConfig
@@ -160,7 +160,7 @@ class DiffusionTask(Task):
         return side
 
     def placement(self, model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
-        """Layers are split over the tensor axis, unless it has the rows of images."""
+        """Layers are sharded over the tensor axis, unless it splits the rows of images."""
         rules = () if compute.rows else (ShardingRule(*rule) for rule in model.unet.tensor_rules())
         return ParamSharding(tuple(rules))
 
@@ -168,7 +168,7 @@ class DiffusionTask(Task):
         return executed(model, sharding=ActivationSharding())
 
     def inference(self, preset: str, model: DiffusionModel, count: int) -> Inference:
-        """One step of sampling whole images, both branches of guidance."""
+        """One sampling step of full images, with both branches of guidance."""
         sampling, side = dataclasses.replace(self.preset(preset).sampling, steps=1), model.side
         keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
         batch = model.batch_spec(count, side)
@@ -192,40 +192,40 @@ class DiffusionTask(Task):
         if start.processes > 1 or settings.out.is_file():
             check_shared(usable(settings.out))
         data_dir = settings.dataset.data_dir
-        whole = once(data_dir, lambda: open_source(settings, spec, model))
+        dataset = once(data_dir, lambda: open_source(settings, spec, model))
         limit = settings.dataset.limit
-        source = spread(whole, limit) if limit else whole
+        source = spread(dataset, limit) if limit else dataset
         if encoder is not None and embeddings is None:
-            embeddings = once(data_dir, lambda: stored(settings.dataset, source, len(whole), encoder))
+            embeddings = once(data_dir, lambda: stored(settings.dataset, source, len(dataset), encoder))
         held_out = held_out_batches(settings, model, encoder, text=text is not None)
-        del encoder  # what is stored is enough, and a T5-XXL beside the training would take 19 GB
+        del encoder  # the stored embeddings suffice; T5-XXL would take 19 GB during training
         stream = batches(settings, model, source, embeddings)
         if stream.buckets is not None and multihost.index() == 0:
             print(stream.buckets)
-        # How it was computed in training is no part of what was learned.
+        # Compute settings of training are not part of the model.
         plain = executed(model, dtype="float32")
-        made_by = None if embeddings is None else embeddings.encoder
+        fingerprint = None if embeddings is None else embeddings.encoder
         folder = settings.out / "model"
 
         def begin() -> None:
-            save_settings(TrainedModel(plain, {}, preset.sampling, made_by), folder)
+            save_settings(TrainedModel(plain, {}, preset.sampling, fingerprint), folder)
             options = settings.text_encoder
-            if made_by is not None and (options.text is not None or options.embeddings is None):
-                location = TextSource(options.source, embeddings.length, options.text_dtype, made_by)
+            if fingerprint is not None and (options.text is not None or options.embeddings is None):
+                location = TextSource(options.source, embeddings.length, options.text_dtype, fingerprint)
                 save_text_source(settings.out, location)
 
         def finish(params: Params) -> str:
-            save_model(TrainedModel(plain, params, preset.sampling, made_by), folder)
+            save_model(TrainedModel(plain, params, preset.sampling, fingerprint), folder)
             lines = [f"{folder}: the averaged parameters of step {settings.run.steps}"]
             if summary := stream.skipped.summary(len(source)):
-                part = f" (in the part of process 0 of {start.processes})" if start.processes > 1 else ""
-                lines.insert(0, f"{summary}{part}")
+                shard = f" (in the shard of process 0 of {start.processes})" if start.processes > 1 else ""
+                lines.insert(0, f"{summary}{shard}")
             return "\n".join(lines)
 
         return Work(
             split(model, settings.compute),
             stream,
-            data=data_of(settings, model, stream, (len(source), len(whole)), embeddings),
+            data=data_of(settings, model, stream, (len(source), len(dataset)), embeddings),
             initial=initial,
             begin=begin,
             finish=finish,
@@ -235,7 +235,7 @@ class DiffusionTask(Task):
         )
 
     def trained_model(self, settings: Settings) -> DiffusionModel:
-        """The preset with what the command line changes of it."""
+        """The preset with the changes of the command line."""
         preset = self.preset(settings.preset)
         model, options = executed(preset.model, dtype=settings.compute.dtype), settings.diffusion
         for option, conditioner, lacks in (
@@ -258,19 +258,19 @@ class DiffusionTask(Task):
         return model
 
     def _initial(self, settings: Settings, model: DiffusionModel, mesh: Mesh) -> dict | None:
-        if settings.run.init is None or settings.goes_on:
+        if settings.run.init is None or settings.resumes:
             return None
         shardings = abstract_state(model, self.config(settings, "").optimizer, mesh).ema
         return initial(settings.run.init, model, shardings)
 
 
 def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
-    """The averaged parameters of a run, or of the model/ in it, on the host. `expected`: shapes and placements, for
-    several processes. ValueError for those of another network."""
+    """The EMA parameters of a run, or of its model/, on the host. expected: shapes and placements, for several
+    processes. ValueError if they belong to another network."""
     checkpoints = run / "checkpoints"
-    if checkpoints.is_dir() and multihost.count() > 1:  # all of them read it together
-        parts = load_ema(checkpoints, expected)
-        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), parts)
+    if checkpoints.is_dir() and multihost.count() > 1:  # all processes read it together
+        sharded = load_ema(checkpoints, expected)
+        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), sharded)
     if checkpoints.is_dir():
         params = load_ema(checkpoints)
         check_tree(params, abstract_params(model), str(checkpoints))
@@ -280,7 +280,7 @@ def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
 
 
 def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:
-    """The same model, computed over a mesh. ValueError for --scan where no blocks are equal."""
+    """The model computed over a mesh. ValueError for --scan if no blocks are equal."""
     blocks = model.unet.blocks if isinstance(model.unet, EfficientUNetConfig) else (0,)
     if compute.scan and max(blocks) < 2:
         raise ValueError("--scan: this network has no equal blocks in a row")
@@ -291,7 +291,7 @@ def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:
 def _conditioner(
     conditioner: TextConditioner | LowResConditioner, options: DiffusionOptions
 ) -> TextConditioner | LowResConditioner:
-    """With what the command line changes of it."""
+    """The conditioner with the changes of the command line."""
     if isinstance(conditioner, TextConditioner):
         changed = {"dropout": options.text_dropout}
     else:
@@ -300,8 +300,8 @@ def _conditioner(
 
 
 def time_sampler(model: DiffusionModel, low: float, high: float, fraction: float) -> LogSNRRange:
-    """A fraction of the training in another range, the rest where the model has it. ValueError where its schedule has
-    no such log-SNRs."""
+    """A fraction of the training uniform in a range of log-SNR, the rest as in the model. ValueError if the range is
+    outside of the schedule."""
     lowest, highest = float(model.schedule.logsnr(1.0)), float(model.schedule.logsnr(0.0))
     if not (low < highest and high > lowest):
         raise ValueError(f"--logsnr {low:g} {high:g}: the schedule's lie between {lowest:.3g} and {highest:.3g}")
@@ -310,12 +310,12 @@ def time_sampler(model: DiffusionModel, low: float, high: float, fraction: float
 
 
 def open_source(settings: TrainSettings, spec: sources.DataSpec, model: DiffusionModel, split: str = "train") -> Source:
-    """The images, at the model's resolution where the dataset is drawn."""
+    """Open the dataset; a synthetic one is rasterised at the model's resolution."""
     return sources.open(spec, model.side, split, settings.dataset.data_dir)
 
 
 def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None, **order: bool):
-    """This process's part of the batches. order: `shuffle` and `repeat` of `DataConfig`."""
+    """This process's shard of the batches. order: `shuffle` and `repeat` of `DataConfig`."""
     buckets, sizes = None, None
     if settings.diffusion.buckets:
         buckets, sizes = buckets_of(model, settings.diffusion.crop), sizes_of(source, settings.dataset.data_dir)
@@ -342,7 +342,7 @@ def batches(settings: Settings, model: DiffusionModel, source: Source, embedding
 
 
 def buckets_of(model: DiffusionModel, crop: int | None) -> Buckets:
-    """Heights and widths in steps of about an eighth of the side, as the network takes them."""
+    """Buckets with a stride of about an eighth of the side, as a multiple of the network's stride."""
     if crop:
         raise ValueError(f"--crop {crop} and --buckets: crops are squares; give one of them")
     unit = math.lcm(model.unet.stride, model.factor)
@@ -350,7 +350,7 @@ def buckets_of(model: DiffusionModel, crop: int | None) -> Buckets:
 
 
 def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
-    """Of all images, read once from their headers."""
+    """The sizes of all images, read once from their headers."""
     with tqdm(total=len(source), desc="read sizes", unit="image", disable=multihost.index() > 0) as bar:
         return once(data_dir, lambda: read_sizes(source, data_dir / "sizes", progress=bar.update))
 
@@ -358,14 +358,13 @@ def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
 def held_out_batches(
     settings: Settings, model: DiffusionModel, encoder: TextEncoder | None, text: bool
 ) -> HeldOutBatches | None:
-    """Examples that are not trained on, the same ones at each call; None where the dataset has none, or `text` is read
-    and no encoder is at hand."""
+    """Fixed held-out examples; None if the dataset has none, or if the model reads `text` and there is no encoder."""
     source = held_out_source(settings, model.side)
     if source is None:
         return None
     if encoder is None and text:
         if multihost.index() == 0:
-            print("no held-out loss: give --text beside --embeddings, which holds no embeddings of held-out captions")
+            print("no held-out loss: give --text too, as --embeddings has no embeddings of held-out captions")
         return None
     data_dir = settings.dataset.data_dir
     some = spread(source, settings.dataset.evaluate_n)
@@ -377,7 +376,7 @@ def held_out_batches(
 
 
 def crop_of(model: DiffusionModel, crop: int | None) -> int | None:
-    """Side of super-resolution's training crops, a quarter of the image's by default; None: whole images."""
+    """Side of super-resolution's training crops, by default a quarter of the image's; None: full images."""
     if model.low_res is None:
         if crop:
             raise ValueError(f"--crop {crop}: for super-resolution; this model is trained on whole images")
@@ -388,8 +387,8 @@ def crop_of(model: DiffusionModel, crop: int | None) -> int | None:
 def data_of(
     settings: Settings, model: DiffusionModel, stream: Batches, counts: tuple[int, int], embeddings: Embeddings | None
 ) -> dict[str, Any]:
-    """What a run's batches are made of: run again with something else, it would not be the same run. counts: of the
-    examples that are used, and of all."""
+    """Description of a run's batches, which must be unchanged when it resumes. counts: of the used and of all
+    examples."""
     varying = {} if stream.varying_shapes is None else {"shapes": stream.varying_shapes}
     return varying | {
         "data": settings.dataset.shown,

@@ -1,4 +1,4 @@
-"""The examples that a held-out loss is measured on."""
+"""The examples of the held-out loss."""
 
 from experiments.options.training import TrainSettings
 from jaxdiff.data import sources
@@ -11,7 +11,7 @@ from jaxdiff.training.prefetch import Batches
 
 
 def held_out_source(settings: TrainSettings, side: int) -> Source | None:
-    """All of them, at a resolution where the dataset is drawn; None where nothing is measured."""
+    """The held-out dataset, rasterised at `side` if it is synthetic; None if no held-out loss is measured."""
     split = settings.dataset.held_out_split()
     if not settings.run.evaluate_every or split is None:
         return None
@@ -19,8 +19,8 @@ def held_out_source(settings: TrainSettings, side: int) -> Source | None:
     return once(data_dir, lambda: sources.open(split[0], side, split[1], data_dir))
 
 
-def in_whole_batches(settings: TrainSettings, source: Source) -> Source | None:
-    """--evaluate-n of them in whole batches of --batch, at least one, for a loss of the batch instead of each example.
+def in_full_batches(settings: TrainSettings, source: Source) -> Source | None:
+    """--evaluate-n examples in full batches of --batch, at least one, for a loss of the batch instead of each example.
     None, with one printed line, for fewer examples than a batch."""
     batch = settings.run.batch
     count = max(batch, settings.dataset.evaluate_n // batch * batch)
@@ -33,6 +33,6 @@ def in_whole_batches(settings: TrainSettings, source: Source) -> Source | None:
 
 
 def kept(stream: Batches, count: int) -> HeldOutBatches:
-    """The first batches of an endless stream, the same ones at each call."""
+    """The first `count` batches of an endless stream, the same at each call."""
     batches = [next(stream) for _ in range(count)]
     return lambda: batches

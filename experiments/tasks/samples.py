@@ -1,4 +1,4 @@
-"""What a training run shows now and then: a grid of the same few captions, or low-resolution images."""
+"""Sample grids of a training run: fixed captions, or fixed low-resolution images."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from jaxdiff.training.distributed import gathered
 
 
 class Samples:
-    """Called by the loop now and then: a grid of the same few captions, or of the same low-resolution images."""
+    """A sample hook of the training loop: writes a grid of fixed captions or low-resolution images."""
 
     COUNT = 8
 
@@ -34,7 +34,7 @@ class Samples:
     ) -> None:
         self._stage, self._sampling, self._folder = stage, sampling, folder
         self._captions, self._text, self._low_res = [], None, None
-        shown, found = Spread(source, self.COUNT), range(self.COUNT)
+        shown, indices = Spread(source, self.COUNT), range(self.COUNT)
         if stage.low_res is not None:
             config = DataConfig(
                 stage.side,
@@ -46,18 +46,18 @@ class Samples:
                 shuffle=False,
             )
             batch = next(image_batches(shown, config))
-            self._low_res, found = jnp.asarray(batch["low_res"]), batch["index"]
+            self._low_res, indices = jnp.asarray(batch["low_res"]), batch["index"]
         if embeddings is not None:
             texts = list(captions(shown))
-            self._captions = [texts[i] or "" for i in found]
-            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in found))
+            self._captions = [texts[i] or "" for i in indices]
+            text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in indices))
             self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
 
     def __call__(self, step: int, params: dict) -> None:
         stage = self._stage
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor
-        # With reports of progress it samples in pieces, so that a signal need not wait for all of it.
+        # A progress callback splits sampling into several programs, so that a signal is handled sooner.
         request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None)
         images = gathered(TrainedModel(stage, params, self._sampling).decode(self._low_res, request))
         if images is None:

@@ -1,10 +1,10 @@
-"""Pre-training a T5 on captions by span corruption; its encoder, frozen, is then what generators read.
+"""Pre-training a T5 on captions by span corruption; generators use its frozen encoder.
 
     python -m experiments.train t5 --data shapes --out runs/t5
 
-Writes OUT/encoder/: config.json, model.safetensors and tokenizer.json in the transformers layout, which
-`experiments.train imagen.base64 --text runs/t5/encoder` reads. The tiny preset takes about ten minutes on 2 CPU cores
-with the defaults.
+Writes OUT/encoder/: config.json, model.safetensors and tokenizer.json in the transformers layout, for
+`experiments.train imagen.base64 --text runs/t5/encoder`. The tiny preset takes about ten minutes on 2 CPU cores with
+the defaults.
 """
 
 import dataclasses
@@ -32,32 +32,32 @@ from jaxdiff.training.state import Params
 from jaxdiff.weights import t5 as weights
 
 PLANNED_LENGTH = 128
-"""Tokens a caption that a T5 is planned and measured with: what large text encoders are given."""
+"""Tokens per caption for planning and benchmarks, as for large text encoders."""
 
 
 @dataclass(frozen=True)
 class T5Options:
-    """What a T5 reads."""
+    """Text and tokenizer of a T5."""
 
     texts: Path | None = None
-    """A file of further texts, one a line (experiments.recipes.glosses writes one): as many of them as there are
-    captions, spread over the file, are learned beside these."""
+    """A file with further texts, one per line (such as that of experiments.recipes.glosses). As many of them as there
+    are captions, evenly spread over the file, are added to the training data."""
     tokenizer: str = "trained"
     """`trained` (a new unigram one, from these captions), `bytes` (ByT5's), or a directory or hub id."""
     vocab: int = 512
-    """Number of ids of a newly trained tokenizer."""
+    """Vocabulary size of a newly trained tokenizer."""
     length: int = 24
-    """Tokens per caption, the end token included."""
+    """Tokens per caption, including the end token."""
 
 
 @dataclass(frozen=True)
 class T5Compute(ComputeOptions):
-    """How a T5 is computed."""
+    """Compute settings of a T5."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; bfloat16 on accelerators."""
+    """Compute type; use bfloat16 on accelerators."""
     remat: bool = False
-    """Compute blocks again in the backward pass, to save memory."""
+    """Recompute blocks in the backward pass, to save memory."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class T5Task(Task):
     """A T5."""
 
     unit: ClassVar[str] = "captions"
-    whole_parameters: ClassVar[bool] = False  # T5-XXL's do not fit one chip
+    replicated_parameters: ClassVar[bool] = False  # T5-XXL does not fit one chip
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(), "muon": Muon()}
     presets: dict[str, T5Config] = field(
         default_factory=lambda: {
@@ -97,7 +97,7 @@ class T5Task(Task):
         return T5Pretraining(config, PLANNED_LENGTH)
 
     def inference(self, preset: str, model: T5Pretraining, count: int) -> Inference:
-        """The encoder over captions, as it is used frozen."""
+        """The frozen encoder on captions."""
         encoder = t5.T5Encoder(dataclasses.replace(model.config, decoder_layers=0))
         batch = model.batch_spec(count, 0)
 
@@ -105,14 +105,14 @@ class T5Task(Task):
             return encoder.apply({"params": params}, tokens, mask)
 
         def used(params: Params) -> Params:
-            """Those of the encoder, which lie in memory as it is computed in."""
+            """The encoder's parameters, in its compute type."""
             return jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), t5.encoder_params(params))
 
         return Inference(encode, (batch["inputs"], batch["input_mask"]), used)
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         if settings.run.init is not None:
-            raise ValueError("--init: a T5 begins anew; a public one is used with --text as it is")
+            raise ValueError("--init: T5 is trained from scratch; use a public T5 with --text")
         options = settings.t5
         captions = _captions(settings)
         tokenizer, stream = _stream(settings, captions)
@@ -136,14 +136,14 @@ class T5Task(Task):
 
 
 def _captions(settings: Settings) -> list[str]:
-    """The captions of the data, and the further texts behind them."""
+    """The captions of the data, then the further texts."""
     spec, data_dir, texts = settings.dataset.spec(), settings.dataset.data_dir, settings.t5.texts
     captions = once(data_dir, lambda: captions_of(spec, data_dir))
     return captions if texts is None else captions + lines_of(texts, len(captions))
 
 
 def _held_out(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> HeldOutBatches | None:
-    """Held-out captions with gaps in fixed places, in whole batches: what is short of one is read again with others."""
+    """Held-out captions with fixed masked spans, in full batches; the last one is filled up with repeated captions."""
     source = held_out_source(settings, 64)
     if source is None:
         return None
@@ -154,9 +154,9 @@ def _held_out(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> HeldOut
 
 
 def _stream(settings: Settings, captions: list[str]) -> tuple[PreTrainedTokenizerBase, OwnRows]:
-    """The tokenizer, which process 0 trains or loads once (a run that goes on has the same), and batches made with it.
+    """The tokenizer, trained or loaded once by process 0 and reused when the run resumes, and its batches.
 
-    It is written when a stream could be made of it: one that cannot be used leaves nothing behind.
+    It is saved only after the stream is created, so an unusable tokenizer leaves no files.
     """
     folder, options, run = settings.out / "encoder", settings.t5, settings.run
 
@@ -164,7 +164,7 @@ def _stream(settings: Settings, captions: list[str]) -> tuple[PreTrainedTokenize
         return tokenizer, OwnRows(span_batches(tokenizer, captions, run.batch, options.length, run.seed))
 
     def begin() -> tuple[PreTrainedTokenizerBase, OwnRows]:
-        if settings.goes_on:
+        if settings.resumes:
             return read_with(load_tokenizer(folder))
         tokenizer, stream = read_with(_tokenizer(options.tokenizer, captions, options.vocab))
         save_tokenizer(tokenizer, folder)

@@ -1,7 +1,7 @@
-"""What the commands know of a model that is trained on its own.
+"""The interface between commands and trainable models.
 
-`train`, `sample`, `plan` and `benchmark` are written against `Task`; a new system adds its tasks to the table in
-`experiments/table.py`, and changes no command.
+`train`, `sample`, `plan` and `benchmark` use `Task`; a new system adds its tasks to `experiments/table.py` and changes
+no command.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from jaxdiff.training.state import Params, Trainable
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: the number of processes, the mesh over their devices."""
+    """The number of processes and the mesh over their devices."""
 
     processes: int
     mesh: Mesh
@@ -31,12 +31,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, on what.
+    """A model and its data.
 
-    data: what the batches are made of, which must stay the same when a run goes on. initial: parameters to begin with,
-    on the host. finish: called on process 0 with the averaged parameters; writes OUT/model and returns a line about it.
-    held_out: batches whose loss is measured now and then.
-    begin: called on process 0 before the first step, once nothing was refused.
+    data: description of the batches, which must be unchanged when a run resumes.
+    finish: called on process 0 with the EMA parameters; writes OUT/model and returns a line about it.
+    initial: initial parameters, on the host.
+    begin: called on process 0 before the first step, after all checks.
+    held_out: batches of the held-out loss.
     """
 
     model: Trainable
@@ -52,10 +53,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Inference:
-    """What a trained model computes over and over: a step of sampling, or the encoding of a batch.
+    """The repeated computation of a trained model: a sampling step, or the encoding of a batch.
 
-    function: of (params, *given). given: shapes and types. used: the parameters that it takes, made of all that are
-    trained.
+    function: of (params, *given). given: shapes and types. used: the parameters of `function` from the trained ones.
     """
 
     function: Callable[..., Any]
@@ -65,32 +65,32 @@ class Inference:
 
 @dataclass(frozen=True)
 class Task:
-    """A model as the commands see it; a subclass for each kind.
+    """A kind of model, for the commands.
 
-    about: one line for --help. presets: settings of the model by the names of its sizes.
+    about: one line for --help. presets: settings of the model by size.
     """
 
     about: str
     presets: dict[str, Any] = field(default_factory=dict)
     settings: TrainSettings = TrainSettings()
     unit: ClassVar[str] = "images"
-    whole_parameters: ClassVar[bool] = True
-    """Whether every device has all parameters when the trained model is used."""
+    replicated_parameters: ClassVar[bool] = True
+    """Whether inference replicates the parameters on every device."""
     least_batch: ClassVar[int] = 1
     takes_init: ClassVar[bool] = False
-    """Whether a run may begin with the parameters of another."""
+    """Whether a run can start from the parameters of another (--init)."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
 
     def prepare(self, settings: Any, start: Start) -> Work:
-        """What a training run needs. All that can be wrong is refused before anything is written."""
+        """Prepare a training run. Bad settings are rejected before anything is written."""
         raise NotImplementedError
 
     def config(self, settings: TrainSettings, name: str) -> TrainConfig:
-        """Of the training loop, where `settings` leave something to the preset too. ValueError naming the flag."""
+        """Settings of the training loop, with the preset's defaults. ValueError naming the flag."""
         return settings.config(self.rules, name, self.unit)
 
     def model(self, preset: str, compute: ComputeOptions) -> Trainable:
-        """The settings of a preset, computed in a certain way. ValueError for a preset that there is not."""
+        """The preset with these compute settings. ValueError for an unknown preset."""
         return self.preset(preset)
 
     def preset(self, name: str) -> Any:
@@ -99,24 +99,23 @@ class Task:
         return self.presets[name]
 
     def side(self, model: Any, crop: int | None) -> int:
-        """Side in pixels of the images that it is trained on; 0 where there are none. ValueError for a bad `crop`."""
+        """Side of the training images in pixels; 0 if there are none. ValueError for a bad `crop`."""
         if crop is not None:
             raise ValueError("--crop: this model is not trained on crops")
         return getattr(model, "side", 0)
 
     def placement(self, model: Any, compute: ComputeOptions) -> ParamSharding:
-        """How its parameters are split over a mesh."""
+        """How the parameters are sharded over a mesh."""
         return ParamSharding()
 
     def inference(self, preset: str, model: Any, count: int) -> Inference | None:
-        """One evaluation for `count` examples; None where only training is planned and measured."""
+        """One evaluation for `count` examples; None if only training is planned and measured."""
         return None
 
     def on_one_device(self, model: Any) -> Trainable:
-        """The model as it is computed without a mesh."""
+        """The model computed without a mesh."""
         return model
 
     def pipeline(self, folders: Sequence[str | Path]) -> Pipeline | None:
-        """The pipeline that samples from folders of runs, the first of them this task's; None: `from_pretrained`
-        knows them."""
+        """The pipeline for folders of runs, the first of which is of this task; None if `from_pretrained` loads it."""
         return None

@@ -1,4 +1,4 @@
-"""Which text encoder a stage is trained with, and the embeddings of its captions."""
+"""The text encoder of a stage and the embeddings of its captions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from experiments.tasks.diffusion import Preset
 
 KNOWN = ("shapes", "rainbow")
-"""Datasets whose words the shipped text encoder knows."""
+"""Datasets whose vocabulary the shipped text encoder knows."""
 CHOICES = (
     "a public T5 with --text google/flan-t5-base (width 768, 0.5 GB, Apache-2.0), "
     "one pre-trained on these captions with --text runs/t5/encoder (python -m experiments.train t5 --data {data} "
@@ -33,30 +33,30 @@ class TextOptions:
     """The frozen text encoder."""
 
     text: str | None = None
-    """A directory or hub id in the transformers layout; any width will do, the paper's is T5-XXL's, 4096
-    (google/flan-t5-xxl). May be left out for `shapes` and `rainbow`, which the shipped tiny one was made for, and with
-    EMBEDDINGS. `none`: super-resolution learns from images alone."""
+    """Directory or hub id of a text encoder in the transformers layout, of any width; the paper uses T5-XXL, 4096 wide
+    (google/flan-t5-xxl). Default: the shipped one for `shapes` and `rainbow`, none with --embeddings. `none`: train
+    super-resolution without text."""
     text_length: int | None = None
-    """Tokens a caption; left out: 24 for the tiny presets, 128 for the others, or as many as EMBEDDINGS have."""
+    """Tokens per caption; default: 24 for the tiny presets, 128 for the others, or the length of --embeddings."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the text encoder is kept and computed in; bfloat16 halves the memory of a large one."""
+    """Parameter and compute type of the text encoder; bfloat16 halves its memory."""
     embeddings: Path | None = None
-    """A folder that experiments.embed wrote: no text encoder is loaded. Without it the captions are embedded once and
-    stored below DATA_DIR."""
+    """A folder written by experiments.embed, instead of loading a text encoder. Default: embed the captions once and
+    store them below --data-dir."""
 
     @property
     def source(self) -> str:
-        """Where the text encoder is."""
+        """Location of the text encoder."""
         return self.text or str(SHIPPED / "text")
 
 
 def find(
     options: TextOptions, data: DataOptions, preset: "Preset", model: DiffusionModel
 ) -> tuple[TextEncoder | None, Embeddings | None]:
-    """The encoder, where one is named or needed, and the embeddings that are named; without text neither.
+    """The encoder, if named or needed, and the named embeddings; (None, None) for a model without text.
 
-    ValueError where neither is named and the shipped encoder does not know the dataset's words, and for embeddings of
-    another length than is asked for, or that TEXT has not made.
+    ValueError if neither is named and the shipped encoder does not know the dataset's words, and for embeddings of
+    another length or another encoder than requested.
     """
     if options.text_length is not None and options.text_length < 1:
         raise ValueError(f"--text-length {options.text_length}: must be at least 1")
@@ -86,17 +86,16 @@ def find(
 
 
 def stored(data: DataOptions, source: Source, of: int, encoder: TextEncoder, prefix: str = "") -> Embeddings:
-    """The stored embeddings of the source's captions, computed now where they are not there yet; `prefix`: of their
-    folder's name, where it is not the training split. of: how many examples there are, of which the source may be a
-    part."""
-    made_by = encoder.fingerprint
+    """The stored embeddings of the source's captions, computed if missing. prefix: of the folder's name, for splits
+    other than training. of: size of the dataset, of which the source may be a subset."""
+    fingerprint = encoder.fingerprint
     name = "".join(c if c.isalnum() else "-" for c in data.shown)
     limited = f"-of-{of}" if len(source) < of else ""
-    path = data.data_dir / "embeddings" / f"{prefix}{name}-{len(source)}{limited}-{made_by}"
+    path = data.data_dir / "embeddings" / f"{prefix}{name}-{len(source)}{limited}-{fingerprint}"
     if (path / "embeddings.json").is_file():
         try:
-            return open_embeddings(path, made_by)
-        except (ValueError, FileNotFoundError):  # begun and not finished, or without a part that was damaged: go on
+            return open_embeddings(path, fingerprint)
+        except (ValueError, FileNotFoundError):  # unfinished, or a damaged part was deleted: continue
             pass
     with tqdm(total=len(source), desc="embed captions", unit="caption") as bar:
-        return store_embeddings(captions(source), encoder.encode, path, encoder=made_by, progress=bar.update)
+        return store_embeddings(captions(source), encoder.encode, path, encoder=fingerprint, progress=bar.update)

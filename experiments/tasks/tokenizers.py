@@ -1,4 +1,4 @@
-"""Captions to train a tokenizer on, and tokenizers that are there before the first step."""
+"""Captions for training a tokenizer, and saving it before the first step."""
 
 import os
 import tempfile
@@ -14,12 +14,12 @@ from jaxdiff.training import multihost
 
 
 def captions_of(data: sources.DataSpec, data_dir: Path) -> list[str]:
-    """Every caption of a dataset's training split; examples without one are left out, with one warning of how many."""
+    """All captions of a dataset's training split. Examples without one are skipped and counted in one warning."""
     return captions_in(sources.open(data, 64, "train", data_dir))
 
 
 def captions_in(source: example.Source) -> list[str]:
-    """The same of an open dataset."""
+    """`captions_of` for an open dataset."""
     read = tqdm(
         example.captions(source), total=len(source), desc="read captions", unit="caption", disable=multihost.index() > 0
     )
@@ -31,7 +31,7 @@ def captions_in(source: example.Source) -> list[str]:
 
 
 def lines_of(texts: Path, most: int) -> list[str]:
-    """The lines of a file that are not blank, or `most` of them, spread over it. ValueError for a file without any."""
+    """The non-blank lines of a file, at most `most`, evenly spread over it. ValueError if there are none."""
     lines = read_lines(texts)
     if not lines:
         raise ValueError(f"{texts}: no lines of text")
@@ -40,10 +40,10 @@ def lines_of(texts: Path, most: int) -> list[str]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Before the first step, so that a run that goes on has the same token ids."""
+    """Save the tokenizer; called before the first step, so that a resumed run has the same token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        # The file by which a tokenizer is known comes last: where it is, all of it is.
+        # tokenizer_config.json comes last: its presence marks a complete tokenizer.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer_config.json"):
             os.replace(file, folder / file.name)

@@ -46,8 +46,8 @@ def test_other_files_are_refused(tmp_path, state, command, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({name: value for name, value in state.items() if "7c" not in name}, tmp_path / "less.pth")
     for name, culprit in (
-        ("evil", "evil.pth: no state dict of tensors alone"),
-        ("text", "text.pth: no state dict"),
+        ("evil", "evil.pth: not a state dict of tensors only"),
+        ("text", "text.pth: not a state dict"),
         ("less", "less.pth"),
         ("absent", "absent.pth: no such file"),
     ):

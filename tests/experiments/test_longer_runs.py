@@ -74,7 +74,7 @@ def test_embeddings_need_their_encoder_for_a_held_out_loss(base, standin, tmp_pa
     task = TASKS["imagen.base64"]
     settings = dataclasses.replace(task.settings, dataset=data, text_encoder=TextOptions(embeddings=stored.path))
     assert diffusion.held_out_batches(settings, task.preset("tiny").model, None, text=True) is None
-    assert "no held-out loss: give --text beside --embeddings" in capsys.readouterr().out
+    assert "no held-out loss: give --text too, as --embeddings" in capsys.readouterr().out
 
 
 def test_the_optimizer_is_the_presets():
