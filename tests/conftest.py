@@ -16,13 +16,15 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PyTorch's threads wait in loops: two test processes with two threads each spend a third of two cores on waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Scripts that a test starts find the commands, which are not installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 # Child processes inherit the cache, so that a script started by a test reuses what another one compiled. Of tests that
 # run in several processes (pytest -n) each has its own: jax writes without a lock, and reads what is half written.
 _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the suite's time is compilation: with few optimizations it takes half. test_jaxlib.py has the compiler's own
 # settings.
 _FLAGS: dict[str, int | str] = {

@@ -49,8 +49,8 @@ def main(out: Path = Path("runs/minimal"), steps: int = 450, examples: int = 4_0
         captions(data), text_encoder.encode, out / "embeddings", encoder=text_encoder.fingerprint
     )
 
-    # 3. Generator: settings of a diffusion model for this text encoder; `model.init` creates the parameters. Half of the
-    # training is at noise levels where only the caption decides a colour; otherwise few updates learn none.
+    # 3. Generator: settings of a diffusion model for this text encoder; `model.init` creates the parameters. Half of
+    # the training is at noise levels where only the caption decides a colour; otherwise few updates learn none.
     preset = imagen_tiny.BASE_64_QUICK.reading(text_encoder.length, text_encoder.width)
     times = LogSNRRange(-7.0, -2.0, 0.5, rest=preset.time_sampler)
     model = dataclasses.replace(preset, time_sampler=times, weighting=PowerSNR(0.1))

@@ -7,9 +7,9 @@ import pytest
 import small_others
 
 from experiments import train
-from experiments.options.training import DataOptions, OptimizerOptions
+from experiments.options.training import DataOptions, OptimizerOptions, RunOptions, TrainSettings
 from experiments.table import TASKS
-from experiments.tasks import diffusion
+from experiments.tasks import diffusion, held_out
 from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import store_embeddings
@@ -63,6 +63,20 @@ def test_so_does_that_of_other_models(name, monkeypatch, command, tmp_path):
     assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 20 for loss in losses)
     accuracies = [name for name in lines[0] if name.startswith("held_out_") and name != "held_out_loss"]
     assert accuracies, lines[0]
+
+
+def test_a_loss_of_the_batch_is_measured_on_full_batches_alone(capsys):
+    source = range(20)
+
+    def count(batch, evaluate_n):
+        settings = TrainSettings(run=RunOptions(batch=batch), dataset=DataOptions(evaluate_n=evaluate_n))
+        some = held_out.in_full_batches(settings, source)
+        return some and len(some)
+
+    assert [count(16, 64), count(8, 64), count(8, 15), count(4, 1)] == [16, 16, 8, 4]
+    assert not capsys.readouterr().out
+    assert count(32, 64) is None
+    assert capsys.readouterr().out == "no held-out loss: 20 held-out examples are fewer than --batch 32\n"
 
 
 def test_embeddings_need_their_encoder_for_a_held_out_loss(base, standin, tmp_path, capsys):
