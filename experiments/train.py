@@ -21,6 +21,7 @@ from experiments.options.cores import use_cores
 from experiments.table import TASKS
 from experiments.tasks.task import Start, Task
 from jaxdiff.training.checkpoints import SettingsDifferError
+from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import alike, gathered, on_process_0, start
 from jaxdiff.training.lock import locked
 from jaxdiff.training.loop import Diverged, Hooks, Layout, Loaded, train
@@ -55,6 +56,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
         raise ValueError(f"--batch {run_options.batch}: at least {task.least_batch} for {name}")
     mesh = settings.devices.make(run_options.batch, run_options.accumulate)
     work = task.prepare(settings, Start(processes, mesh))
+    on_process_0(lambda: print(f"{name}, preset {settings.preset}: {_summary(config)}"))
 
     def begin() -> None:
         work.begin()
@@ -82,6 +84,13 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
     on_process_0(finish)
 
 
+def _summary(config: TrainConfig) -> str:
+    """The values that a command line may leave to the preset and the number of steps."""
+    optimizers = config.optimizer.values() if isinstance(config.optimizer, Mapping) else [config.optimizer]
+    rules = [f"{type(each.kind).__name__} at {each.learning_rate:g}, warmup {each.warmup}" for each in optimizers]
+    return f"{'; '.join(rules)}, {config.steps} steps, a checkpoint every {config.save_every}"
+
+
 @contextmanager
 def _explained(name: str, task: Task, settings: Any) -> Iterator[None]:
     """Name the flags that differ from a run's, and the command that continues from a finished run."""
@@ -97,7 +106,7 @@ def _explained(name: str, task: Task, settings: Any) -> Iterator[None]:
         changed = settings_file.changed(kept, settings) if kept.is_file() else []
         if not changed:
             raise
-        raise ValueError(f"{error}; flags that differ from {kept}: {', '.join(changed)}") from error
+        raise ValueError(f"{', '.join(changed)}: flags that differ from {kept} ({error})") from error
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions, up_to
 
 COLUMNS = 16
+WRONG = "caption", "expected", "sampled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,12 @@ def _sampled(model: Pipeline, captions: Sequence[str], seed: int, batch: int) ->
 def colour_scores(
     captions: Sequence[str], true: Sequence[np.ndarray], sampled: Mapping[int, Sequence[np.ndarray]]
 ) -> dict:
-    """dominant_colour_accuracy_R and wrong_R (caption, the dataset's colour, the sampled colour) per resolution R."""
+    """dominant_colour_accuracy_R and wrong_R per resolution R."""
     colours = [dominant(image) for image in true]
     scores: dict = {}
     for side, images in sampled.items():
         pairs = list(zip(captions, colours, map(dominant, images), strict=True))
-        wrong = [list(pair) for pair in pairs if pair[1] != pair[2]]
+        wrong = [dict(zip(WRONG, pair, strict=True)) for pair in pairs if pair[1] != pair[2]]
         scores[f"dominant_colour_accuracy_{side}"] = 1 - len(wrong) / len(pairs)
         scores[f"wrong_{side}"] = wrong
     return scores

@@ -76,7 +76,10 @@ def main(settings: Settings) -> None:
     for name, model in models.items():
         stages.save_model(model, settings.out / name, settings.dtype)
     sides = ", ".join(map(str, cascade.sides))
-    print(f"{settings.out}: a cascade that samples {sides} pixels, for --weights of experiments.sample")
+    print(
+        f"{settings.out}: a cascade that samples {sides} pixels, for --weights of experiments.sample and for "
+        f'jaxdiff.from_pretrained("{settings.out}")'
+    )
 
 
 def text_source(settings: Settings, length: int) -> TextSource:

@@ -101,14 +101,18 @@ class RunOptions:
     """Fine-tune: start from the EMA parameters of another run of the same network (its folder, finished or not)."""
     log_every: int = 50
     """Steps between logged metrics."""
-    sample_every: int = 500
-    """Steps between sample grids in samples/, for models of images; 0: none."""
-    evaluate_every: int = 500
-    """Steps between evaluations of the held-out loss; 0: none."""
-    save_every: int = 500
-    """Steps between checkpoints."""
+    sample_every: int | None = None
+    """Steps between sample grids in samples/, for models of images; 0: none. Default: a fifth of --steps, 50 to 500."""
+    evaluate_every: int | None = None
+    """Steps between evaluations of the held-out loss; 0: none. Default: as --sample-every."""
+    save_every: int | None = None
+    """Steps between checkpoints. Default: as --sample-every."""
     keep: int = 3
     """Checkpoints to keep."""
+
+    def interval(self, given: int | None) -> int:
+        """The given number of steps, or the default for the length of the run."""
+        return min(500, max(50, self.steps // 5)) if given is None else given
 
 
 @dataclass(frozen=True)
@@ -216,9 +220,9 @@ class TrainSettings:
             accumulate=run.accumulate,
             ema_decay=run.ema_decay,
             log_every=run.log_every,
-            sample_every=run.sample_every,
-            evaluate_every=run.evaluate_every,
-            save_every=run.save_every,
+            sample_every=run.interval(run.sample_every),
+            evaluate_every=run.interval(run.evaluate_every),
+            save_every=run.interval(run.save_every),
             keep=run.keep,
             seed=run.seed,
             description=description,

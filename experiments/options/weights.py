@@ -1,5 +1,6 @@
 """The trained models that a command uses."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import imagen
 from jaxdiff.weights.imagen import SHIPPED, load_text
+from jaxdiff.weights.runs import latest_step
 from jaxdiff.weights.t5 import load_text_encoder
 
 
@@ -47,6 +49,9 @@ class WeightsOptions:
         """Load the pipeline; `text` replaces its text encoder. ValueError or FileNotFoundError naming a folder."""
         if (own := self.own(tasks)) is not None:
             return own
+        for place in self.places:
+            if (unfinished := _unfinished(Path(place))) is not None:
+                print(unfinished, file=sys.stderr)
         # Large weights take minutes to read; small ones load before the bar appears. Only on a terminal.
         with tqdm(desc="load", unit="B", unit_scale=True, delay=2, disable=None) as bar:
 
@@ -69,6 +74,15 @@ class WeightsOptions:
         if self.text is None:
             return load_text(self.weights, dtype=dtype, variant=self.variant, clean=self.clean)
         return load_text_encoder(self.text, imagen.text_length(self.weights))
+
+
+def _unfinished(run: Path) -> str | None:
+    """A line for a run that has not reached its last step; None for others."""
+    step, kept = latest_step(run), run / settings_file.NAME
+    if step is None or not kept.is_file():
+        return None
+    steps = settings_file.read(kept)[1].get("steps")
+    return f"{run}: step {step} of {steps}" if isinstance(steps, int) and step < steps else None
 
 
 def _task(place: str, tasks: Mapping[str, Task]) -> Task | None:

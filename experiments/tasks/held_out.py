@@ -13,7 +13,7 @@ from jaxdiff.training.prefetch import Batches
 def held_out_source(settings: TrainSettings, side: int) -> Source | None:
     """The held-out dataset, rasterised at `side` if it is synthetic; None if no held-out loss is measured."""
     split = settings.dataset.held_out_split()
-    if not settings.run.evaluate_every or split is None:
+    if settings.run.evaluate_every == 0 or split is None:
         return None
     data_dir = settings.dataset.data_dir
     return once(data_dir, lambda: sources.open(split[0], side, split[1], data_dir))

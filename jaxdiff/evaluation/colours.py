@@ -17,20 +17,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (40, 40, 40),
     "white": (250, 250, 250),
 }
-BACKGROUND = 235
-"""Pixels whose channels are all above this (of 255) are background."""
 LEAST = 0.01
 """An image with a smaller fraction of foreground is white."""
 
 
 def dominant(image: Float[np.ndarray, "h w 3"]) -> str:
-    """The name of the colour nearest to most pixels off the white background; `image` in [-1, 1]."""
+    """The name of the colour nearest to most foreground pixels, which are those not nearest to white; `image` in
+    [-1, 1]."""
     pixels = np.clip((image.reshape(-1, 3) + 1) * 127.5, 0, 255)
-    foreground = pixels[~(pixels > BACKGROUND).all(axis=1)]
-    if len(foreground) < LEAST * len(pixels):
-        return "white"
-    votes = np.bincount(nearest(foreground), minlength=len(COLOURS))
-    return list(COLOURS)[int(np.argmax(votes))]
+    votes = dict(zip(COLOURS, np.bincount(nearest(pixels), minlength=len(COLOURS)), strict=True))
+    del votes["white"]
+    return max(votes, key=votes.__getitem__) if sum(votes.values()) >= LEAST * len(pixels) else "white"
 
 
 def nearest(pixels: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:

@@ -153,7 +153,8 @@ def check_order(boxes: Sequence[Generator | Decoder]) -> None:
     for lower, upper in itertools.pairwise(boxes):
         if upper.consumes is None:
             raise ValueError(
-                f"the {upper.side} stage is not super-resolution, but the stage before it produces {lower.side}"
+                f"the {upper.side} stage samples from text, but after the {lower.side} stage only super-resolution can "
+                "follow"
             )
         if not same_kind(lower.produces, upper.consumes):
             raise ValueError(

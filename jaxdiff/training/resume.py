@@ -2,6 +2,7 @@
 
 `steps` may change between starts. A constant rate allows any number. A rate that has not started to decay
 (`optimizer.StableDecay`) may decay earlier, later or not at all. After it has decayed to 0, more steps are an error.
+The warmup may change once it is over: its default may depend on the number of steps.
 """
 
 from collections.abc import Iterable, Mapping
@@ -58,8 +59,14 @@ def adapted(
     alike = difference(_with_schedules(saved, given, configs), given) is None
     if alike and max(schedule.end for schedule in before.values()) <= step < steps and step >= asked_before:
         raise RunFinishedError(step, steps, out)
-    same = [name for name in configs if step <= min(before[name].stable_until, configs[name].stable_until)]
+    same = [name for name, config in configs.items() if _agree(before[name], config, step)]
     return _with_schedules(saved, given, same)
+
+
+def _agree(before: OptimizerConfig, after: OptimizerConfig, step: int) -> bool:
+    """Whether both schedules have the same rates from `step` on to the first decay, and `step` lies before it."""
+    warm = before.warmup == after.warmup or step >= max(before.warmup, after.warmup)
+    return warm and step <= min(before.stable_until, after.stable_until)
 
 
 def _named(optimizer: Optimizers) -> dict[str, OptimizerConfig]:
@@ -79,8 +86,8 @@ def _with_schedules(saved: Mapping[str, Any], given: Mapping[str, Any], names: I
 
 
 def _of_schedule(key: str, name: str) -> bool:
-    """Whether a flat setting belongs to the decay schedule of the optimizer `name`."""
-    return key in (f"{name}.total", f"{name}.decay") or key.startswith(f"{name}.decay.")
+    """Whether a flat setting belongs to the warmup or decay of the optimizer `name`."""
+    return key in (f"{name}.warmup", f"{name}.total", f"{name}.decay") or key.startswith(f"{name}.decay.")
 
 
 def _saved_schedule(saved: Mapping[str, Any], name: str) -> OptimizerConfig | None:

@@ -51,13 +51,16 @@ def load(
     FileNotFoundError, which describes a folder without weights, or ValueError for settings, names or shapes that do
     not fit.
     """
-    models = []
-    for path in _stages(weights, variant, ("unet",)):
+    models, paths = [], _stages(weights, variant, ("unet",))
+    for path in paths:
         if is_pipeline(path):
             models.append(deepfloyd_pipeline.load_stage(path, dtype=dtype or "float32", variant=variant, place=place))
         else:
             models.append(runs.load(path) if runs.is_run(path) else stages.load_model(path))
-    check_order(models)
+    try:
+        check_order(models)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from error
     base, *others = models
     if text is None:
         text = load_text(weights, dtype=dtype, variant=variant, clean=clean, place=place)

@@ -37,11 +37,17 @@ def is_run(folder: Path) -> bool:
     return (folder / MODEL / stages.SETTINGS).is_file()
 
 
+def latest_step(run: Path) -> int | None:
+    """The step of the newest checkpoint; None if there is none."""
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
 def load(run: Path) -> TrainedModel:
     """The model at a run's newest checkpoint. FileNotFoundError if there is none yet; ValueError if it is damaged."""
     model, sampling, text = stages.read_settings(run / MODEL)
     checkpoints, params = run / "checkpoints", run / MODEL / "model.safetensors"
-    if any(path.name.isdigit() for path in checkpoints.glob("*")):
+    if latest_step(run) is not None:
         ema = load_ema(checkpoints)
         check_tree(ema, abstract_params(model), str(checkpoints))
         return TrainedModel(model, ema, sampling, text)

@@ -58,6 +58,16 @@ def test_from_the_command_line(trained, command, tmp_path):
     done = command(sample, "a red circle", *weights, "--out", tmp_path / "images")
     assert done.code == 0 and "1 images at 256 pixels" in done.out, done.err
     assert Image.open(tmp_path / "images" / "0000-a-red-circle.png").size == (256, 256)
+    assert ": step " not in done.err
+    # A run that is not finished says so, and one stage in the place of another is named.
+    unfinished = tmp_path / "base64"
+    shutil.copytree(trained / "base64", unfinished)
+    shutil.rmtree(unfinished / "checkpoints" / "2")
+    done = command(sample, "a red circle", "--weights", unfinished, "--out", tmp_path / "early")
+    assert done.code == 0 and f"{unfinished}: step 1 of 2" in done.err
+    done = command(sample, "a red circle", *weights[:2], "--sr", trained / "base64", "--out", tmp_path / "twice")
+    last = done.err.splitlines()[-1]
+    assert done.code == 2 and f"{trained / 'base64'}: the 64 stage samples from text" in last
     # A folder of runs is a cascade, too.
     both = jaxdiff.from_pretrained(trained)
     assert both.sides == (64, 256)

@@ -107,10 +107,10 @@ def test_the_optimizer_is_the_presets():
 
 def test_a_finished_run_names_the_command_that_goes_on(base, tmp_path):
     assert base(2, "--evaluate-every", 0).code == 0
-    done = base(3, "--evaluate-every", 0)
+    done = base(30, "--evaluate-every", 0)  # with another warmup, a tenth of the steps
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: "), done.err
     out = tmp_path / "run"
-    command = f"python -m experiments.train imagen.base64 --config {out}/settings.json --init {out} --steps 3"
+    command = f"python -m experiments.train imagen.base64 --config {out}/settings.json --init {out} --steps 30"
     assert "learning rate has fallen to 0" in done.err and command in done.err
     kept = json.loads((out / "settings.json").read_text())
     assert kept["settings"]["steps"] == 2

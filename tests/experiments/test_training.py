@@ -282,5 +282,5 @@ def test_emoji(tmp_path, command):
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["dominant_colour_accuracy_64"] == 1 - len(report["wrong_64"]) / 3
-    assert all(name.split()[0] == colour for name, colour, _ in report["wrong_64"])
+    assert all(each["caption"].split()[0] == each["expected"] != each["sampled"] for each in report["wrong_64"])
     assert (tmp_path / "out" / "grid.png").is_file()

@@ -207,7 +207,7 @@ def test_stages_must_fit(encoder):
         Pipeline(encoder, model(8), (model(32, True),))
     with pytest.raises(ValueError, match="the first stage enlarges 8 pixels to 16: it must come after a stage"):
         Pipeline(encoder, model(16, True))
-    with pytest.raises(ValueError, match="the 16 stage is not super-resolution, but the stage before it produces 8"):
+    with pytest.raises(ValueError, match="the 16 stage samples from text, but after the 8 stage only"):
         Pipeline(encoder, model(8), (model(16),))
     grey = replace(model(8), model=replace(model(8).model, product=ImageSpec(channels=1)))
     with pytest.raises(ValueError, match="16 stage decodes images of 3 channels, the one before it produces"):

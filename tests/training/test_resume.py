@@ -55,6 +55,18 @@ def test_a_constant_rate_goes_on_for_as_long_as_is_asked(tmp_path):
     assert lines(tmp_path / "longer") == lines(tmp_path / "at once")
 
 
+def test_a_warmup_may_change_when_it_is_over(tmp_path):
+    """Its default is a tenth of the steps, so that more steps change it."""
+    constant = rates(Decay.CONSTANT)
+    for warmup, allowed in ((4, True), (5, False)):
+        longer = replace(constant, warmup=warmup)
+        kept = adapted(4, flat(constant, steps=4), flat(longer), longer, 14, tmp_path)
+        assert (kept == flat(longer)) == allowed
+    with pytest.raises(RunFinishedError):
+        longer = rates(warmup=3, total=14)
+        adapted(10, flat(rates(), steps=10), flat(longer), longer, 14, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_stable_rate_may_fall_later_until_it_falls(tmp_path):
     """Bit by bit as if it had been begun with the longer schedule; from then on its schedule stays."""

@@ -95,7 +95,7 @@ def test_stages_out_of_order(exported, copy):
         with pytest.raises(ValueError, match=missing) as error:
             imagen.load(weights, text=text)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="the 16 stage is not super-resolution, but the stage before it produces 16"):
+    with pytest.raises(ValueError, match="the 16 stage samples from text, but after the 16 stage only"):
         imagen.load([first, first], text=text)
     with pytest.raises(ValueError, match="the 64 stage enlarges 16 pixels, but the stage before it produces 64"):
         imagen.load([first, second, second], text=text)
