@@ -14,7 +14,9 @@ from small_cascade import BASE, STAGES, T5, WIDTH
 
 from experiments.cli import run
 from experiments.options import names, training
+from experiments.options.training import PresetOptimizer
 from experiments.table import TASKS
+from experiments.tasks.diffusion import NoiseLevels
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
@@ -64,7 +66,10 @@ def small_presets(monkeypatch) -> None:
     sampling = SamplingConfig(names.SAMPLERS["ddim"], steps=2)
     for name, stage in STAGES.items():
         presets = TASKS[f"imagen.{name}"].presets
-        small = dataclasses.replace(presets["tiny"], model=stage, sampling=sampling, reads=(24, WIDTH))
+        adam = PresetOptimizer("adam", 1e-3)  # Muon's program takes longer to compile
+        small = dataclasses.replace(
+            presets["tiny"], model=stage, sampling=sampling, reads=(24, WIDTH), optimizer=adam, levels=NoiseLevels()
+        )
         for preset in ("tiny", "quick"):
             monkeypatch.setitem(presets, preset, small)
     monkeypatch.setitem(TASKS["t5"].presets, "tiny", T5)

@@ -130,7 +130,7 @@ def test_many_kills(tmp_path, photos, encoder_dir, command):
 def test_bad_arguments_are_one_line(tmp_path, photos, encoder_dir, command):
     arguments = "--data", f"folder:{photos}", "--text-encoder", encoder_dir, "--length", 12, "--out", tmp_path / "out"
     for wrong, culprit in (
-        (("--shard", "2"), "--shard 2: two numbers"),
+        (("--shard", "2"), "--shard 2: not of the form I/N"),
         (("--shard", "4/4"), "shard 4/4"),
         (("--part", 0), "part 0"),
         (("--batch", 0), "batch 0"),

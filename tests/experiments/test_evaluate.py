@@ -184,7 +184,7 @@ def test_dominant_colours_are_compared_at_each_resolution():
     scores = colour_scores(["a cherry", "the sea"], [red, blue], {64: [red, blue], 256: large})
     assert scores["dominant_colour_accuracy_64"] == 1 and scores["wrong_64"] == []
     assert scores["dominant_colour_accuracy_256"] == 0.5
-    assert scores["wrong_256"] == [["the sea", "blue", "red"]]
+    assert scores["wrong_256"] == [{"caption": "the sea", "expected": "blue", "sampled": "red"}]
 
 
 def test_colours_of_a_folder(standin, command, tmp_path):
@@ -197,7 +197,7 @@ def test_colours_of_a_folder(standin, command, tmp_path):
     done = command(evaluate, "colours", *data, "--weights", standin, *files)
     assert done.code == 0, done.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    true = {caption: colour for caption, colour, _ in scores["wrong_64"]}
+    true = {each["caption"]: each["expected"] for each in scores["wrong_64"]}
     assert true.items() <= {"square 0": "red", "square 1": "blue"}.items()
     assert scores["dominant_colour_accuracy_64"] == 1 - len(true) / 2
     with Image.open(tmp_path / "out" / "grid.png") as grid:

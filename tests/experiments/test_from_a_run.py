@@ -26,7 +26,7 @@ def trained(folder, standin, command, small_presets):
     """Two runs of two steps, base64 and sr256, trained once."""
     if not (folder / "sr256").is_dir():
         short = "--steps", 2, "--batch", 8, "--sample-every", 0, "--examples", 16, "--held-out", 2
-        short = *short, "--data-dir", folder / "data", "--save-every", 1, "--ema-decay", 0.995
+        short = *short, "--data-dir", folder / "data", "--save-every", 1, "--evaluate-every", 0, "--ema-decay", 0.995
         text = "--text", standin / "text", "--text-length", 16
         done = command(train, "imagen.base64", *short, *text, "--out", folder / "base64")
         assert done.code == 0, done.err

@@ -237,7 +237,7 @@ def test_two_references_of_one_network_are_refused(judged, photos, tmp_path):
     judged("--images", photos, "--keep-reference", tmp_path / "kept")
     file = next((tmp_path / "kept").glob("classifier*.npz"))
     done, _ = judged("--images", photos, "--reference", file, file)
-    one_line(done, "two of classifier-shapes")
+    one_line(done, "two files of classifier-shapes")
 
 
 def test_missing_weights_of_inception(judged, photos, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import small_others
 
 from experiments import train
-from experiments.options.training import DataOptions, OptimizerOptions, RunOptions, TrainSettings
+from experiments.options.training import DataOptions, RunOptions, TrainSettings
 from experiments.table import TASKS
 from experiments.tasks import diffusion, held_out
 from experiments.tasks.text_embeddings import TextOptions
@@ -16,7 +16,6 @@ from jaxdiff.data.embeddings import store_embeddings
 from jaxdiff.data.example import captions
 from jaxdiff.nets.t5 import MICRO
 from jaxdiff.training.metrics import read
-from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
 from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
@@ -89,20 +88,6 @@ def test_embeddings_need_their_encoder_for_a_held_out_loss(base, standin, tmp_pa
     settings = dataclasses.replace(task.settings, dataset=data, text_encoder=TextOptions(embeddings=stored.path))
     assert diffusion.held_out_batches(settings, task.preset("tiny").model, None, text=True) is None
     assert "no held-out loss: give --text too, as --embeddings" in capsys.readouterr().out
-
-
-def test_the_optimizer_is_the_presets():
-    task, given = TASKS["imagen.base64"], OptimizerOptions
-    rates = {}
-    for preset in ("tiny", "50m", "300m", "2b"):
-        chosen = task.config(dataclasses.replace(task.settings, preset=preset), "").optimizer
-        rates[preset] = type(chosen.kind), chosen.learning_rate
-    assert rates == {"tiny": (Muon, 2e-3), "50m": (AdamW, 2e-4), "300m": (AdamW, 1e-4), "2b": (Adafactor, 1e-4)}
-    told = dataclasses.replace(task.settings, optimization=given("adam", 1e-5))
-    chosen = task.config(told, "").optimizer
-    assert (type(chosen.kind), chosen.learning_rate) == (AdamW, 1e-5)
-    with pytest.raises(ValueError, match=r"--optimizer adam: needs a --learning-rate; the preset's 0.002 is for muon"):
-        task.config(dataclasses.replace(task.settings, optimization=given("adam")), "")
 
 
 def test_a_finished_run_names_the_command_that_goes_on(base, tmp_path):

@@ -46,7 +46,7 @@ def test_a_hugging_face_folder_mixed_with_shapes(standin, tmp_path, command):
     again = command(train, "--config", tmp_path / "run" / "settings.json")
     assert again.code == 0, again.err
     done = command(train, "imagen.base64", *arguments, "--data-weights", 1, 1, "--out", tmp_path / "run")
-    assert done.code == 2 and "--data-weights [3.0, 1.0] → [1.0, 1.0]" in done.err, done.err
+    assert done.code == 2 and "--data-weights 3.0 1.0 → 1.0 1.0" in done.err, done.err
 
 
 def test_images_keep_their_shape_in_buckets(standin, tmp_path, command):

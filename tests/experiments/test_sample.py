@@ -208,7 +208,7 @@ def test_few_frames_lie_between_the_command_and_the_network(standin, tmp_path, c
     assert done.code == 70 and "RuntimeError: the network is reached" in done.err, done.err
     frames = re.findall(r'File "(.+)", line \d+, in (\S+)', done.err)
     ours = [name for file, name in frames if Path(file).is_relative_to(ROOT / "jaxdiff") or "/experiments/" in file]
-    assert (ours[0], ours[1], ours[-1]) == ("run", "main", "reached") and "guide" in ours
+    assert (ours[0], ours[1], ours[-1]) == ("run", "main", "reached") and "guided" in ours
     assert len(ours) <= 10, ours
 
 

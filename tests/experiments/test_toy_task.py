@@ -1,5 +1,6 @@
 """A system that no command knows, trained, sampled, planned, measured and evaluated by a line of the table alone."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from small_judges import write_judges
 
 from experiments import benchmark, evaluate, plan, sample, train
-from experiments.options.training import RunOptions, TrainSettings
+from experiments.options.training import OptimizerOptions, RunOptions, TrainSettings
 from experiments.table import TASKS
 from experiments.tasks.task import Inference, Task, Work
 from jaxdiff.core.products import ImageSpec
@@ -22,6 +23,7 @@ from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.systems.boxes import Generator
 from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,17 @@ def test_all_tasks_keep_the_contract():
         assert jax.tree.leaves(jax.eval_shape(inference.function, params, *inference.given)), name
         with pytest.raises(ValueError, match="--preset huge: choose from"):
             task.preset("huge")
+
+
+def test_the_optimizer_is_the_presets():
+    task, given = TASKS["imagen.base64"], OptimizerOptions
+    rates = {}
+    for preset in ("tiny", "50m", "300m", "2b"):
+        chosen = task.config(dataclasses.replace(task.settings, preset=preset), "").optimizer
+        rates[preset] = type(chosen.kind), chosen.learning_rate
+    assert rates == {"tiny": (Muon, 2e-3), "50m": (AdamW, 2e-4), "300m": (AdamW, 1e-4), "2b": (Adafactor, 1e-4)}
+    told = dataclasses.replace(task.settings, optimization=given("adam", 1e-5))
+    chosen = task.config(told, "").optimizer
+    assert (type(chosen.kind), chosen.learning_rate) == (AdamW, 1e-5)
+    with pytest.raises(ValueError, match=r"--optimizer adam: needs a --learning-rate; the preset's 0.002 is for muon"):
+        task.config(dataclasses.replace(task.settings, optimization=given("adam")), "")

@@ -79,7 +79,7 @@ def test_damage_to_any_file_is_named(finished, tmp_path, harm):
                 manifest.verify(copy)
             assert str(victim) in str(caught.value) and "\n" not in str(caught.value)
             # With the work shared out, some process finds it.
-            assert any(manifest.damage(copy, part=part, parts=3) for part in range(3))
+            assert any(manifest.damage(copy, process=part, processes=3) for part in range(3))
         shutil.rmtree(copy)
 
 

@@ -184,7 +184,7 @@ def test_settings_of_another_preset(copy):
         (b'{"stage": 1}', "not the settings of a stage"),
         (b'{"stage": 1, "sampling": 2, "version": 2}', "not the settings of a stage"),
         (b'{"stage": 1, "sampling": 2}', r"stage\.json has version 1, but only version 2 is supported"),
-        (b'{"stage": 1, "sampling": 2, "version": "\\u001b"}', r"has version '\\x1b', and version 2"),
+        (b'{"stage": 1, "sampling": 2, "version": "\\u001b"}', r"has version '\\x1b', but only version 2"),
         pytest.param(b'{"stage": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not JSON .* too deeply", id="nested"),
         (b'{"stage": 1, "stage": 2, "sampling": 2}', "not JSON .* 'stage' occurs twice, with different values"),
         (b'{"version": 2, "stage": {"class": "\\u001b[2J"}, "sampling": 2}', r"unknown class of settings '\\x1b\[2J'"),
