@@ -39,7 +39,7 @@ def settings(data_dir):
     """Settings of a short run, on a command line."""
     return (
         "--data-dir", data_dir, "--examples", 200, "--held-out", 20, "--steps", 4, "--batch", 16, "--vocab", 400,
-        "--save-every", 2, "--log-every", 1,
+        "--save-every", 2, "--log-every", 1, "--evaluate-every", 0,
     )  # fmt: skip
 
 

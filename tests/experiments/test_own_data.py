@@ -49,6 +49,7 @@ def test_a_hugging_face_folder_mixed_with_shapes(standin, tmp_path, command):
     assert done.code == 2 and "--data-weights 3.0 1.0 → 1.0 1.0" in done.err, done.err
 
 
+@pytest.mark.slow
 def test_images_keep_their_shape_in_buckets(standin, tmp_path, command):
     data = "--data", f"hf:{write(tmp_path / 'mine', 32)}", "--data-dir", tmp_path / "data"
     arguments = *data, "--text", standin / "text", *SHORT, "--buckets", "--log-every", 1, "--steps", 4

@@ -93,7 +93,11 @@ def near(found, wanted, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("name", "chunk"),
-    [("contrastive", 7), ("sigmoid", 7), ("contrastive", 100), pytest.param("sigmoid", 100, marks=pytest.mark.slow)],
+    [
+        ("contrastive", 7),
+        ("sigmoid", 7),
+        *(pytest.param(name, 100, marks=pytest.mark.slow) for name in ("contrastive", "sigmoid")),
+    ],
 )
 def test_chunks_give_the_plain_formula(batch, name, chunk):
     wanted, gradient = formula(name)(params_of(name), batch)

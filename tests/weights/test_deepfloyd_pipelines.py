@@ -113,7 +113,7 @@ def assert_same(found, wanted):
         assert theirs.std() > 0.2 and np.abs(np.diff(theirs, axis=0)).mean() > 0.1
 
 
-@pytest.mark.parametrize("negative", ["", "a Blue star"])
+@pytest.mark.parametrize("negative", [pytest.param("", marks=pytest.mark.slow), "a Blue star"])
 def test_text_to_image(ours, theirs, negative):
     told = {"negative_prompt": [negative] * COUNT} if negative else {}
     base = theirs(diffusers.IFPipeline, 0, **told)
