@@ -7,7 +7,8 @@ from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
-from experiments.tasks.diffusion import DiffusionTask, NoiseLevels, Preset, Settings
+from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
+from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
 from experiments.tasks.held_out import held_out_source
+from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
@@ -37,8 +38,6 @@ from jaxdiff.data.image_sizes import ImageSizes, read_sizes
 from jaxdiff.data.mixture import spread
 from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.losses import PowerSNR
-from jaxdiff.diffusion.time_samplers import LogSNRRange, TimeSampler, UniformTimes
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
@@ -57,16 +56,6 @@ from jaxdiff.training.param_sharding import Rule as ShardingRule
 from jaxdiff.training.state import Params, abstract_params, abstract_state
 from jaxdiff.weights.runs import TextSource, save_text_source
 from jaxdiff.weights.stages import load_params, save_model, save_settings
-
-
-@dataclass(frozen=True)
-class NoiseLevels:
-    """Default noise levels of a preset's training: a range of log-SNR (None: the model's own), the fraction of the
-    training in it, and the power of the SNR that weights the x0 error (None: the model's own)."""
-
-    logsnr: tuple[float, float] | None = None
-    fraction: float = 1.0
-    snr_power: float | None = None
 
 
 @dataclass(frozen=True)
@@ -245,14 +234,8 @@ class DiffusionTask(Task):
             if getattr(options, option) is not None and conditioner is None:
                 flag = f"--{option.replace('_', '-')}"
                 raise ValueError(f"{flag} {getattr(options, option)}: --preset {settings.preset} {lacks}")
-        changes: dict[str, Any] = {"conditioners": tuple(_conditioner(each, options) for each in model.conditioners)}
-        levels = options.levels(preset.levels)
-        if levels.logsnr is not None:
-            changes["time_sampler"] = time_sampler(model, *levels.logsnr, levels.fraction)
-        if levels.snr_power is not None:
-            power = model.weighting if isinstance(model.weighting, PowerSNR) else PowerSNR()
-            changes["weighting"] = dataclasses.replace(power, power=levels.snr_power)
-        model = dataclasses.replace(model, **changes)
+        conditioners = tuple(_conditioner(each, options) for each in model.conditioners)
+        model = options.levels(preset.levels).applied(dataclasses.replace(model, conditioners=conditioners))
         if crop := crop_of(model, options.crop):
             check_crop(model, crop)
         return model
@@ -297,16 +280,6 @@ def _conditioner(
     else:
         changed = {"max_level": options.max_aug_level}
     return dataclasses.replace(conditioner, **{name: value for name, value in changed.items() if value is not None})
-
-
-def time_sampler(model: DiffusionModel, low: float, high: float, fraction: float) -> LogSNRRange:
-    """A fraction of the training uniform in a range of log-SNR, the rest as in the model. ValueError if the range is
-    outside of the schedule."""
-    lowest, highest = float(model.schedule.logsnr(1.0)), float(model.schedule.logsnr(0.0))
-    if not (low < highest and high > lowest):
-        raise ValueError(f"--logsnr {low:g} {high:g}: the schedule's lie between {lowest:.3g} and {highest:.3g}")
-    rest: TimeSampler = UniformTimes() if fraction == 1.0 else model.time_sampler
-    return LogSNRRange(low, high, fraction, rest)
 
 
 def open_source(settings: TrainSettings, spec: sources.DataSpec, model: DiffusionModel, split: str = "train") -> Source:

@@ -16,7 +16,7 @@ from experiments.cli import run
 from experiments.options import names, training
 from experiments.options.training import PresetOptimizer
 from experiments.table import TASKS
-from experiments.tasks.diffusion import NoiseLevels
+from experiments.tasks.noise_levels import NoiseLevels
 from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel

@@ -17,7 +17,8 @@ from experiments.options.training import DataOptions
 from experiments.recipes import emoji as emoji_run
 from experiments.table import TASKS
 from experiments.tasks import diffusion, text_embeddings
-from experiments.tasks.diffusion import DiffusionOptions, NoiseLevels, Settings
+from experiments.tasks.diffusion import DiffusionOptions, Settings
+from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
 from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.data import emoji
