@@ -4,8 +4,9 @@
 
 Uses 64 emoji, evenly spread over the dataset, and at most 20 minutes of training on 2 CPU cores (900 updates of about a
 second). Expected: the right dominant colour in at least 80 % of the images sampled from their names; measured: 62 of 64
-(2 cores of an AMD EPYC, jax 0.10.2, 2026-11-24, when near-white pixels still counted as a colour). Writes OUT/grid.png and OUT/report.json, as
-`experiments.evaluate colours` does. Needs npm and the network once, for the artwork (experiments.recipes.emoji_data).
+(2 cores of an AMD EPYC, jax 0.10.2, 2026-11-24, when near-white pixels still counted as a colour). Writes OUT/grid.png
+and OUT/report.json, as `experiments.evaluate colours` does. Needs npm and the network once, for the artwork
+(experiments.recipes.emoji_data).
 
 The full dataset on one GPU, 1,644 images with different names (not measured yet):
 
