@@ -17,7 +17,7 @@ from experiments.benchmark import Asked, BenchmarkSettings, Training
 from experiments.recipes.gpu_section import Context, median_seconds
 from experiments.table import TASKS
 from experiments.tasks.diffusion import UNetCompute
-from jaxdiff.nets.unet import Remat
+from jaxdiff.nets.execution import Remat
 
 
 def _asked(stage: str, preset: str, batch: int, dtype: str = "bfloat16", remat: Remat = "none") -> Asked:

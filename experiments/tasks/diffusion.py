@@ -42,7 +42,8 @@ from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.nets.unet import EfficientUNetConfig, Remat
+from jaxdiff.nets.execution import Remat
+from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training import multihost
 from jaxdiff.training.checkpoints import load_ema

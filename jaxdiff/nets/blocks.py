@@ -77,6 +77,7 @@ class Norm(nn.Module):
     dtype: Dtype = jnp.float32
     groups: int = 0
     exact: bool = False
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s c"]:
@@ -84,7 +85,7 @@ class Norm(nn.Module):
         groups = self.groups or math.gcd(32, channels)
         while not self.groups and channels // groups < 4 and groups > 1:
             groups //= 2
-        return nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, use_fast_variance=not self.exact)(x)
+        return nn.GroupNorm(groups, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=not self.exact)(x)
 
 
 class TimestepEmbedding(nn.Module):

@@ -37,6 +37,18 @@ class Conditioning(NamedTuple):
 UNCONDITIONED = Conditioning()
 
 
+def add_residuals(skips: list[Array], middle: Array, conditioning: Conditioning) -> tuple[list[Array], Array]:
+    """Add the residuals of the conditioning, if any, to the skip connections and the middle. ValueError unless there is
+    one for each."""
+    if conditioning.residuals is None:
+        return skips, middle
+    *each, last = conditioning.residuals
+    if len(each) != len(skips):
+        raise ValueError(f"{len(each) + 1} residuals for {len(skips)} skip connections and the middle")
+    added = [skip + residual.astype(skip.dtype) for skip, residual in zip(skips, each)]
+    return added, middle + last.astype(middle.dtype)
+
+
 class TextRead(NamedTuple):
     """Tokens and mask for attention, and the pooled vector (None without pooling)."""
 

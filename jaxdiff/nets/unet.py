@@ -6,25 +6,17 @@ Both take a noised image, a time and a `Conditioning`, and return an image, opti
 frozen dataclasses; `settings.module()` is the network.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.nets import blocks
-from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.blocks import Activation, AttentionBlock, Norm, Resample, ResBlock, TimestepEmbedding
-from jaxdiff.nets.conditioning import UNCONDITIONED, Conditioning, MaskedText, WholeText
-
-Remat = Literal["none", "outputs", "blocks"]
-
-HOW = {"how": True}
-"""Metadata of settings that affect only the execution; they are not saved with the model."""
+from jaxdiff.nets.conditioning import UNCONDITIONED, Conditioning, MaskedText, WholeText, add_residuals
+from jaxdiff.nets.execution import ExecutionConfig, in_loop
 
 
 @dataclass(frozen=True)
@@ -58,23 +50,6 @@ class ConditioningConfig:
     width: int = 2048
     text: MaskedText | WholeText | None = MaskedText()
     frequencies: int = 0
-
-
-@dataclass(frozen=True)
-class ExecutionConfig:
-    """How the network is executed. Only `dtype` affects the output.
-
-    dtype: compute type; parameters stay float32.
-    remat: what the backward pass recomputes to save memory: `none`; `outputs`: everything except the outputs of
-    convolutions and of matrix products with parameters; `blocks`: every block, from its inputs.
-    scan: run consecutive residual blocks of one shape as a loop, which compiles faster (Efficient U-Net).
-    sharding: the mesh axes over which activations are sharded.
-    """
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = field(default="none", metadata=HOW)
-    scan: bool = field(default=False, metadata=HOW)
-    sharding: ActivationSharding = field(default=ActivationSharding(), metadata=HOW)
 
 
 @dataclass(frozen=True)
@@ -236,7 +211,9 @@ class _Shared(nn.Module):
         return x
 
     def res(self, x, embedding, width, name, resample=Resample.NONE, project=False):
-        block = self._remat(nn.remat, ResBlock)(width, resample, project, *self._style(), name=name)
+        block = self.config.execution.rematerialized(nn.remat, ResBlock)(
+            width, resample, project, *self._style(), name=name
+        )
         return self.split(block(x, embedding))
 
     def repeated(self, x, embedding, width, prefix, count):
@@ -246,19 +223,16 @@ class _Shared(nn.Module):
             for name in names:
                 x = self.res(x, embedding, width, name, project=True)
             return x
-        # Parameters keep their names and are stacked here, so that checkpoints do not depend on `scan`.
-        params = [self.variables["params"][name] for name in names]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         block = ResBlock(width, Resample.NONE, True, *self._style(), parent=None)
 
-        def body(x, params):
-            return self.split(block.apply({"params": params}, x, embedding)), None
+        def apply(x: Array, params: dict) -> Array:
+            return self.split(block.apply({"params": params}, x, embedding))
 
-        return jax.lax.scan(self._remat(jax.checkpoint, body), x, stacked)[0]
+        return in_loop(self.config.execution, [self.variables["params"][name] for name in names], apply, x)
 
     def attend(self, x: Array, level: int, name: str, text: _Text) -> Array:
         config, attention = self.config, self.config.attention
-        block = self._remat(nn.remat, AttentionBlock)
+        block = config.execution.rematerialized(nn.remat, AttentionBlock)
         for enabled, self_attention, kind in (
             (attention.self_attention[level], True, "self"),
             (attention.cross_attention[level], False, "cross"),
@@ -273,29 +247,6 @@ class _Shared(nn.Module):
         """The arguments shared by all residual blocks."""
         config = self.config
         return config.execution.dtype, config.activation, config.norm_groups, config.residual_scale
-
-    def _remat(self, transform: Callable, target: Any) -> Any:
-        """Apply the rematerialization setting to a block (class or function)."""
-        remat = self.config.execution.remat
-        return target if remat == "none" else transform(target, policy=_outputs if remat == "outputs" else None)
-
-
-def _with_residuals(skips: list[Array], middle: Array, conditioning: Conditioning) -> tuple[list[Array], Array]:
-    """Add the residuals, if any, to the skips and the middle."""
-    if conditioning.residuals is None:
-        return skips, middle
-    *each, last = conditioning.residuals
-    if len(each) != len(skips):
-        raise ValueError(f"{len(each) + 1} residuals for {len(skips)} skip connections and the middle")
-    added = [skip + residual.astype(skip.dtype) for skip, residual in zip(skips, each)]
-    return added, middle + last.astype(middle.dtype)
-
-
-def _outputs(primitive: Any, *inputs: Any, **settings: Any) -> bool:
-    """Checkpoint policy: save convolutions and matrix products, except those of attention, which have batch axes."""
-    if primitive is jax.lax.conv_general_dilated_p:
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **settings)
 
 
 class UNet(_Shared):
@@ -325,7 +276,7 @@ class UNet(_Shared):
         x = self.res(x, embedding, config.width(last), "middle_0")
         x = self.attend(x, last, "middle", text)
         x = self.res(x, embedding, config.width(last), "middle_1")
-        skips, x = _with_residuals(skips, x, conditioning)
+        skips, x = add_residuals(skips, x, conditioning)
         for level in reversed(range(last + 1)):
             for i in range(config.blocks[level] + 1):
                 x = jnp.concatenate([x, skips.pop() * config.skip_scale], axis=-1)
@@ -359,7 +310,7 @@ class EfficientUNet(_Shared):
             x = nn.Conv(config.width(level), (3, 3), strides=2, dtype=config.execution.dtype, name=f"down_{level}")(x)
             x = self.repeated(x, embedding, config.width(level), f"down_{level}", count)
             x = self.attend(x, level, f"down_{level}", text)
-        skips, x = _with_residuals(skips, x, conditioning)
+        skips, x = add_residuals(skips, x, conditioning)
         for level in reversed(range(len(config.blocks))):
             x = self.repeated(x, embedding, config.width(level), f"up_{level}", config.blocks[level])
             x = self.attend(x, level, f"up_{level}", text)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxdiff.core import trees
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.conditioning import Conditioning, WholeText
-from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, ExecutionConfig, UNetConfig
+from jaxdiff.nets.execution import ExecutionConfig
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
 from jaxdiff.weights import hub, sizes
 
 

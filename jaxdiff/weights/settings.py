@@ -17,7 +17,7 @@ from jaxdiff.diffusion import (
     time_samplers,
 )
 from jaxdiff.models import conditioners, diffusion, sampling, tiles
-from jaxdiff.nets import blocks, classifier, conditioning, unet
+from jaxdiff.nets import blocks, classifier, conditioning, execution, unet
 from jaxdiff.weights import sizes
 
 VERSION = 2
@@ -46,7 +46,7 @@ TABLE = Table(
         "nets.EfficientUNet": unet.EfficientUNetConfig,
         "nets.Attention": unet.AttentionConfig,
         "nets.Conditioning": unet.ConditioningConfig,
-        "nets.Execution": unet.ExecutionConfig,
+        "nets.Execution": execution.ExecutionConfig,
         "nets.MaskedText": conditioning.MaskedText,
         "nets.WholeText": conditioning.WholeText,
         "nets.Activation": blocks.Activation,

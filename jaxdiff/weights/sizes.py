@@ -120,14 +120,18 @@ def _finite(number: int | float) -> bool:
 
 def check_network(config: UNetConfig, where: str) -> None:
     """ValueError for a U-Net with too many levels or blocks, or whose heads do not divide the width."""
-    levels = len(config.blocks)
-    if not 1 <= levels <= LEVELS:
-        raise ValueError(f"{where}: a network of {levels} levels: 1 to {LEVELS} are supported")
-    if sum(config.blocks) > DEPTH.most:
-        raise ValueError(f"{where}: {sum(config.blocks)} blocks in total: at most {DEPTH.most} are supported")
+    check_depth(config.blocks, where)
     for name, heads, width in _attentions(config):
         if width % heads:
             raise ValueError(f"{where}: {name}: {heads} heads do not divide a width of {width}")
+
+
+def check_depth(blocks: tuple[int, ...], where: str) -> None:
+    """ValueError for a U-Net with too many levels or blocks."""
+    if not 1 <= len(blocks) <= LEVELS:
+        raise ValueError(f"{where}: a network of {len(blocks)} levels: 1 to {LEVELS} are supported")
+    if sum(blocks) > DEPTH.most:
+        raise ValueError(f"{where}: {sum(blocks)} blocks in total: at most {DEPTH.most} are supported")
 
 
 def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:

@@ -15,7 +15,8 @@ from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.blocks import Activation
 from jaxdiff.nets.conditioning import MaskedText, WholeText
-from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, ExecutionConfig
+from jaxdiff.nets.execution import ExecutionConfig
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig
 from jaxdiff.systems import deepfloyd, imagen, imagen_tiny
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
