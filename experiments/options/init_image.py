@@ -8,7 +8,8 @@ import numpy as np
 
 from experiments.options.sampling import each
 from jaxdiff.data.images import Unreadable, decode, to_float
-from jaxdiff.systems.pipeline import After, InitImage, Pipeline
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import After, Pipeline
 
 
 @dataclass(frozen=True)

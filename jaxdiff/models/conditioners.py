@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
+from jaxdiff.nets.blocks import sinusoidal
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.text.encoder import TextEmbedding
 
@@ -49,13 +50,15 @@ class SampleInputs:
     """Conditions of a batch of samples.
 
     text: the embedded prompts (b n d); None: no text. negative: text of the unconditional branch; None: the null text.
-    low_res: (b h w c). aug_level: its noise level in [0, 1].
+    low_res: (b h w c). aug_level: its noise level in [0, 1]. mask, masked: of inpainting, see `MaskConditioner`.
     """
 
     text: TextEmbedding | None = None
     negative: TextEmbedding | None = None
-    low_res: Float[Array, "b h w c"] | None = None
+    low_res: Float[Array, "b h2 w2 c2"] | None = None
     aug_level: Float[Array, ""] | float = 0.0
+    mask: Float[Array, "b h w 1"] | None = None
+    masked: Float[Array, "b h w c"] | None = None
 
 
 class Branches(NamedTuple):
@@ -88,12 +91,14 @@ class TextConditioner:
 
     width, length: those of the text encoder's embeddings; None until set by `DiffusionModel.reading`.
     dropout: fraction of captions replaced by the null text in training.
+    pooled: width of the text encoder's pooled vector, if the network reads it beside the tokens.
     """
 
     width: int | None = None
     length: int | None = None
     dropout: float = 0.1
     null: NullText = NullText.ZEROS
+    pooled: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
@@ -108,38 +113,126 @@ class TextConditioner:
 
     def null_text(self, count: int) -> TextEmbedding:
         """Zeros, all masked."""
-        return TextEmbedding(jnp.zeros((count, *self.shape)), jnp.zeros((count, self.shape[0]), bool))
+        pooled = None if self.pooled is None else jnp.zeros((count, self.pooled))
+        return TextEmbedding(jnp.zeros((count, *self.shape)), jnp.zeros((count, self.shape[0]), bool), pooled)
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
-        return {
+        shapes = {
             "text": jax.ShapeDtypeStruct((batch_size, *self.shape), jnp.float16),
             "text_mask": jax.ShapeDtypeStruct((batch_size, self.shape[0]), jnp.bool_),
         }
+        if self.pooled is not None:
+            shapes["text_pooled"] = jax.ShapeDtypeStruct((batch_size, self.pooled), jnp.float16)
+        return shapes
 
     def example(self, size: tuple[int, int]) -> Conditioning:
-        return _attended(self.null_text(1))
+        return self._attended(self.null_text(1))
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
-        """Reads text (b n d), text_mask (b n) and, for `NullText.EMPTY`, null_text (n d), the embedding of the empty
-        caption. A batch without text trains unconditionally."""
+        """Reads text (b n d), text_mask (b n), with `pooled` text_pooled (b p), and for `NullText.EMPTY` null_text
+        (n d) and null_pooled (p), the embedding of the empty caption. A batch without text trains unconditionally."""
         if "text" not in batch:
-            return _attended(self.null_text(keys.shape[0]))
+            return self._attended(self.null_text(keys.shape[0]))
         kept = noise.uniform(noise.fold(keys, 1)) >= self.dropout
         text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
         if self.null is NullText.EMPTY:
-            if "null_text" not in batch:
-                raise ValueError("the null text of this model is the empty caption: a batch needs null_text")
             # Neither text nor null text is masked.
-            null = batch["null_text"].astype(jnp.float32)
-            return Conditioning(tokens=jnp.where(kept[:, None, None], text, null), token_mask=mask)
-        mask = mask & kept[:, None]
-        return Conditioning(tokens=jnp.where(mask[..., None], text, 0.0), token_mask=mask)
+            tokens = jnp.where(kept[:, None, None], text, _entry(batch, "null_text"))
+        else:
+            mask = mask & kept[:, None]
+            tokens = jnp.where(mask[..., None], text, 0.0)
+        if self.pooled is None:
+            return Conditioning(tokens=tokens, token_mask=mask)
+        null = _entry(batch, "null_pooled") if self.null is NullText.EMPTY else 0.0
+        return Conditioning(tokens, mask, jnp.where(kept[:, None], _entry(batch, "text_pooled"), null))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         null = self.null_text(keys.shape[0]) if inputs.text is None or inputs.negative is None else None
         text, negative = (null if value is None else value for value in (inputs.text, inputs.negative))
         assert text is not None and negative is not None  # replaced by the null text
-        return Branches(_attended(text), _attended(negative))
+        return Branches(self._attended(text), self._attended(negative))
+
+    def _attended(self, text: TextEmbedding) -> Conditioning:
+        if self.pooled is None:
+            return Conditioning(tokens=text.tokens, token_mask=text.mask)
+        if text.pooled is None or text.pooled.shape[-1] != self.pooled:
+            width = "none" if text.pooled is None else f"one of {text.pooled.shape[-1]}"
+            raise ValueError(f"this model reads a pooled text of width {self.pooled}, its text encoder gives {width}")
+        return Conditioning(text.tokens, text.mask, text.pooled)
+
+
+@dataclass(frozen=True)
+class SizeConditioner:
+    """The size of an image before it was resized, the corner of its crop, and its size in training (SDXL, arXiv
+    2307.01952, 2.2): six numbers, each embedded by sines of `frequencies` values, as a vector.
+
+    stride: pixels per latent. In sampling, original and final size are those of the image, and the crop starts at its
+    corner.
+    """
+
+    frequencies: int = 256
+    stride: int = 8
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        return {"sizes": jax.ShapeDtypeStruct((batch_size, 6), jnp.float32)}
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        return self._embedded(jnp.zeros((1, 6)))
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
+        """Reads sizes (b 6), in pixels: height and width before resizing, top and left of the crop, height and width of
+        the crop."""
+        return self._embedded(_entry(batch, "sizes"))
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
+        height, width = (side * self.stride for side in size)
+        sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+        both = self._embedded(jnp.broadcast_to(sizes, (keys.shape[0], 6)))
+        return Branches(both, both)
+
+    def _embedded(self, sizes: Float[Array, "b 6"]) -> Conditioning:
+        return Conditioning(vector=sinusoidal(sizes.reshape(-1), self.frequencies).reshape(sizes.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class MaskConditioner:
+    """Inpainting: the mask, 1 where sampled, and the product of the image with the masked pixels grey, beside the
+    network's input (Stable Diffusion's inpainting).
+
+    channels: of the product. dropout: fraction of examples of which everything is masked in training.
+    """
+
+    channels: int = 4
+    dropout: float = 0.25
+
+    def __post_init__(self):
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout {self.dropout}: must be a fraction of the images, between 0 and 1")
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        shape = (batch_size, side, side)
+        return {
+            "mask": jax.ShapeDtypeStruct((*shape, 1), jnp.float32),
+            "masked": jax.ShapeDtypeStruct((*shape, self.channels), jnp.float32),
+        }
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        return Conditioning(concat=jnp.zeros((1, *size, 1 + self.channels)))
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
+        """Reads mask (b h w 1) and masked (b h w c)."""
+        kept = (noise.uniform(noise.fold(keys, 4)) >= self.dropout)[:, None, None, None]
+        mask, masked = jnp.where(kept, _entry(batch, "mask"), 1.0), jnp.where(kept, _entry(batch, "masked"), 0.0)
+        return Conditioning(concat=jnp.concatenate([mask, masked], axis=-1))
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
+        """Without an image everything is masked."""
+        if inputs.mask is None or inputs.masked is None:
+            shape = (keys.shape[0], *size)
+            concat = jnp.concatenate([jnp.ones((*shape, 1)), jnp.zeros((*shape, self.channels))], axis=-1)
+        else:
+            concat = jnp.concatenate([inputs.mask, inputs.masked], axis=-1)
+        return Branches(Conditioning(concat=concat), Conditioning(concat=concat))
 
 
 @dataclass(frozen=True)
@@ -198,6 +291,9 @@ class LowResConditioner:
         return alpha[:, None, None, None] * given.concat
 
 
+AnyConditioner = TextConditioner | SizeConditioner | MaskConditioner | LowResConditioner
+
+
 def joined(conditionings: list[Conditioning]) -> Conditioning:
     """Concatenate conditionings: tokens along the sequence, channels and vectors along the last axis.
 
@@ -212,16 +308,21 @@ def joined(conditionings: list[Conditioning]) -> Conditioning:
     return Conditioning(**fields)
 
 
-def without_dropout(conditioner: TextConditioner | LowResConditioner) -> TextConditioner | LowResConditioner:
+def without_dropout(conditioner: AnyConditioner) -> AnyConditioner:
     """The conditioner without dropout, to evaluate the conditional model."""
-    return replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner) else conditioner
+    return (
+        replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner | MaskConditioner) else conditioner
+    )
 
 
 _AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}
 
 
-def _attended(text: TextEmbedding) -> Conditioning:
-    return Conditioning(tokens=text.tokens, token_mask=text.mask)
+def _entry(batch: Mapping[str, Any], name: str) -> Array:
+    """An entry of a training batch; ValueError if it is missing."""
+    if name not in batch:
+        raise ValueError(f"a batch of this model needs {name}")
+    return batch[name].astype(jnp.float32)
 
 
 def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:

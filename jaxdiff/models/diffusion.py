@@ -18,10 +18,11 @@ from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
 from jaxdiff.diffusion.time_samplers import TimeSampler, UniformTimes
-from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, joined, without_dropout
+from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, TextConditioner, joined, without_dropout
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import Conditioning
+from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.unet import UNetConfig
 
 HELD_OUT_LEVELS = 8
@@ -40,10 +41,10 @@ class DiffusionModel(SingleOptimizer):
     exact.
     """
 
-    unet: UNetConfig = UNetConfig()
+    unet: UNetConfig | LatentUNetConfig = UNetConfig()
     side: int = 64
     product: ImageSpec | LatentSpec = ImageSpec()
-    conditioners: tuple[TextConditioner | LowResConditioner, ...] = (TextConditioner(),)
+    conditioners: tuple[AnyConditioner, ...] = (TextConditioner(),)
     schedule: Schedule = CosineSchedule()
     time_sampler: TimeSampler = UniformTimes()
     prediction: Prediction = Prediction.EPSILON

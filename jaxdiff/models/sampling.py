@@ -20,11 +20,11 @@ from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, d
 from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
 from jaxdiff.diffusion.thresholding import DynamicThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_grid
-from jaxdiff.models.conditioners import Branches, NullText, SampleInputs, joined
+from jaxdiff.models.conditioners import Branches, MaskConditioner, NullText, SampleInputs, joined
 from jaxdiff.models.diffusion import DiffusionModel, check_size
 from jaxdiff.models.tiles import Tiles, in_tiles
 from jaxdiff.nets.activation_sharding import check_rows
-from jaxdiff.nets.conditioning import Conditioning, WholeText
+from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.text.encoder import TextEmbedding
 
 
@@ -35,7 +35,8 @@ class SamplingConfig:
     aug_level: noise level in [0, 1] of the low-resolution input of super-resolution.
     keep_eps: keep the network's ε after thresholding x₀ (diffusers' DDIM) instead of the ε implied by x₀.
     clean_known: in inpainting, restore the known pixels without noise after each step (DeepFloyd IF) instead of noised
-    to the step's level.
+    to the step's level. fresh_start: in inpainting at strength 1, start from noise alone (Stable Diffusion) instead of
+    from the initial product, of which the first step's noise leaves a trace.
     """
 
     sampler: Sampler = DDPM()
@@ -47,6 +48,7 @@ class SamplingConfig:
     tiles: Tiles | None = None
     keep_eps: bool = False
     clean_known: bool = False
+    fresh_start: bool = False
 
     def __post_init__(self):
         if self.steps < 1:
@@ -61,12 +63,13 @@ class InitProduct:
 
     value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
     are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
-    value is kept.
+    value is kept. masked: as `value`, of the image with the sampled pixels grey; for boxes that read it.
     """
 
     value: Float[Array, "b h w c"]
     strength: float = 1.0
     mask: Float[Array, "b h w 1"] | None = None
+    masked: Float[Array, "b h w c"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +179,15 @@ class TrainedModel:
     def reads_padding(self) -> bool:
         """Whether it reads the text encoder's outputs for padding and for the empty caption."""
         text = self.model.text
-        return text is not None and (
-            text.null is NullText.EMPTY or isinstance(self.model.unet.conditioning.text, WholeText)
-        )
+        return text is not None and (text.null is NullText.EMPTY or self.model.unet.reads_padding)
+
+    @property
+    def takes_init(self) -> bool:
+        return True
+
+    @property
+    def reads_mask(self) -> bool:
+        return any(isinstance(each, MaskConditioner) for each in self.model.conditioners)
 
     def batch_size(self, wanted: int) -> int:
         """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
@@ -194,7 +203,9 @@ class TrainedModel:
         None for a generator. ValueError as from `check`."""
         model, sampling, keys, size = self.model, self.sampling, request.keys, request.size
         self.check(size)
-        inputs = SampleInputs(request.text, request.negative, _checked(model, product, size), sampling.aug_level)
+        low_res, init = _checked(model, product, size), request.init
+        mask, masked = (None, None) if init is None else (init.mask, init.masked)
+        inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked)
         branches = jax.tree.map(self._shard, _conditioned(model, size, keys, inputs))
         guided = model.text is not None and sampling.guidance.on  # without text both branches are the same
         guidance = sampling.guidance if guided else Guidance()
@@ -203,9 +214,10 @@ class TrainedModel:
         points = _points(model.schedule, sampling.steps, sampling.spacing)
         x = noise.normal_like(noise.fold(keys, 0), (*size, model.product.channels))
         first, known = 0, None
-        if request.init is not None:
-            first = first_step(request.init.strength, sampling.steps)
-            x, known = _begin(sampling.clean_known, request.init.value, request.init.mask, x, points, first)
+        if init is not None:
+            first = first_step(init.strength, sampling.steps)
+            fresh = sampling.fresh_start and init.mask is not None and first == 0
+            x, known = _begin(sampling.clean_known, fresh, init.value, init.mask, x, points, first)
         carry = jax.tree.map(self._shard, sampling.sampler.init(x))
         chunk = sampling.steps if request.progress is None else CHUNK
         for start in range(first, sampling.steps, chunk):
@@ -216,6 +228,8 @@ class TrainedModel:
                 jax.block_until_ready(carry)
                 request.progress(stop)
         samples = sampling.sampler.image(carry)
+        if known is not None:  # without the noise of the last point
+            samples = known.mask * samples + (1.0 - known.mask) * known.value
         return jnp.clip(samples, -1.0, 1.0) if isinstance(model.product, ImageSpec) else samples
 
     generate = partialmethod(decode, None)
@@ -275,17 +289,18 @@ class _Known:
         return self.mask * x + (1.0 - self.mask) * value
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _begin(
-    clean: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
+    clean: bool, fresh: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
 ) -> tuple[Array, _Known | None]:
-    """The value noised to the level of the first step, and the known pixels (None without a mask)."""
+    """The value noised to the level of the first step, or with `fresh` the noise; and the known pixels (None without a
+    mask)."""
     point = TimeGrid(*(values[first] for values in points))
     x = noised(value, eps, point.alpha, point.sigma)
     if mask is None:
         return x, None
     known = _Known(clean, value, mask, eps)
-    return known(x, point), known
+    return (eps, known) if fresh else (known(x, point), known)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -111,6 +111,11 @@ class UNetConfig:
     def reads_text(self) -> bool:
         return self.conditioning.text is not None or self.attends
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether padding is attended to as text."""
+        return isinstance(self.conditioning.text, WholeText)
+
     def tensor_rules(self) -> tuple[tuple[str, int], ...]:
         """For tensor parallelism: (regular expression for the end of a parameter's path, axis to shard).
 

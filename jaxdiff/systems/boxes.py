@@ -18,7 +18,8 @@ class Box(Protocol):
     side: side of its default square products. consumes: the input product of a decoder; None for a generator. factor:
     ratio of the sides of a decoder's output to its input. steps: number of steps that it reports.
     reads: length and width of its text embeddings; None if it reads no text. reads_padding: whether it reads the text
-    encoder's outputs for padding and for the empty caption.
+    encoder's outputs for padding and for the empty caption. takes_init: whether it can start from an initial product.
+    reads_mask: whether it reads the mask of inpainting, and the product of the image without the masked pixels.
     """
 
     @property
@@ -45,6 +46,14 @@ class Box(Protocol):
 
     @property
     def reads_padding(self) -> bool:
+        return False
+
+    @property
+    def takes_init(self) -> bool:
+        return False
+
+    @property
+    def reads_mask(self) -> bool:
         return False
 
     def batch_size(self, wanted: int) -> int:

@@ -28,6 +28,7 @@ def _base(channels: int, blocks: tuple[int, ...]) -> DiffusionModel:
 
 
 def _narrowed(model: DiffusionModel, channels: int, conditioning: ConditioningConfig) -> DiffusionModel:
+    assert isinstance(model.unet, UNetConfig)
     return replace(model, unet=replace(model.unet, channels=channels, conditioning=conditioning))
 
 

@@ -17,28 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.core.products import ImageSpec, check_product, same_kind
+from jaxdiff.core.products import check_product, same_kind
 from jaxdiff.diffusion import noise
-from jaxdiff.models.sampling import InitProduct, SampleRequest, first_step
-from jaxdiff.systems.boxes import Box, Decoder, Encoding, Generator
+from jaxdiff.models.sampling import SampleRequest
+from jaxdiff.systems.boxes import Box, Decoder, Generator
+from jaxdiff.systems.init_image import InitImage
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 
 Progress = Callable[[int, int, int], None]
 """Called with (number of the box, samples × steps done, samples × steps in total)."""
-
-
-@dataclass(frozen=True, eq=False)
-class InitImage:
-    """Initial image for image to image and, with a mask, inpainting, for every box.
-
-    image: (h, w, c) in [-1, 1], of any size; each box gets it at its own size, or encoded by the next decoder.
-    strengths: for each box, the fraction of its steps that are run, in (0, 1]. mask: (h, w), True where sampled, False
-    where the image is kept.
-    """
-
-    image: np.ndarray
-    strengths: tuple[float, ...]
-    mask: np.ndarray | None = None
 
 
 class After(NamedTuple):
@@ -54,8 +41,8 @@ class SampleOptions:
 
     first: number of the first sample, to sample a long list in parts. negative: negative prompt; empty is the null
     text. size: height and width of the generator's product; its side by default. last: number of the last box to run;
-    None: all. init: initial image of every box. after: products to start from. batch: samples per program of the
-    generator; for larger products it decreases in proportion to their pixels.
+    None: all. init: initial image of every box that takes one. after: products to start from. batch: samples per
+    program of the generator; for larger products it decreases in proportion to their pixels.
     """
 
     seed: int = 0
@@ -214,7 +201,7 @@ def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) ->
         )
     stages = tuple(_stages(pipeline, options, count))
     if options.init is not None:
-        _check_init(pipeline, options.init, stages)
+        options.init.check(pipeline.boxes, [stage.number for stage in stages])
     if not all(prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt is sampled without text", stacklevel=4)
     keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
@@ -306,7 +293,9 @@ def _request(
         def report(step: int) -> None:
             progress(stage.number, before + step * stage.rows, total)
 
-    init = None if plan.options.init is None else _init(pipeline, plan.options.init, stage, len(rows))
+    init = None
+    if plan.options.init is not None and box.takes_init:
+        init = plan.options.init.product(pipeline.boxes, stage.number, stage.size, len(rows))
     return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report)
 
 
@@ -314,48 +303,3 @@ def _runs_of(plan: _Plan, stage: _Stage, samples: int) -> int:
     """The number of runs of the box for the first `samples` samples."""
     batches, rest = divmod(samples, plan.rows)
     return batches * -(-plan.rows // stage.rows) - (-rest // stage.rows)
-
-
-def _init(pipeline: Pipeline, init: InitImage, stage: _Stage, count: int) -> InitProduct:
-    """The initial product of a box, for each of `count` samples."""
-    value = _encoded(pipeline, init, stage.number, stage.size)
-    value = jnp.broadcast_to(value, (count, *value.shape))
-    if init.mask is None:
-        return InitProduct(value, init.strengths[stage.number])
-    mask = jax.image.resize(jnp.asarray(init.mask, jnp.float32)[..., None], (*stage.size, 1), "linear")
-    mask = jnp.broadcast_to((mask >= 0.5).astype(jnp.float32), (count, *stage.size, 1))
-    return InitProduct(value, init.strengths[stage.number], mask)
-
-
-def _encoded(pipeline: Pipeline, init: InitImage, number: int, size: tuple[int, int]) -> Array:
-    """The initial image as a product of a box: at its size, or encoded by the next decoder."""
-    if isinstance(pipeline.boxes[number].produces, ImageSpec):
-        image = jax.image.resize(jnp.asarray(init.image, jnp.float32), (*size, init.image.shape[2]), "cubic")
-        return jnp.clip(image, -1.0, 1.0)
-    decoder = pipeline.decoders[number]
-    assert isinstance(decoder, Encoding)  # see `_check_init`
-    image = _encoded(pipeline, init, number + 1, (size[0] * decoder.factor, size[1] * decoder.factor))
-    return decoder.encode(image[None])[0]
-
-
-def _check_init(pipeline: Pipeline, init: InitImage, stages: Sequence[_Stage]) -> None:
-    if len(init.strengths) != len(pipeline.boxes):
-        raise ValueError(f"{len(init.strengths)} strengths for {len(pipeline.boxes)} stages: give one for each")
-    if init.image.ndim != 3 or init.image.shape[2] != 3:
-        raise ValueError(f"an init_image has the shape h×w×3, not {_times(init.image.shape)}")
-    if init.mask is not None and init.mask.shape != init.image.shape[:2]:
-        have, want = _times(init.mask.shape), _times(init.image.shape[:2])
-        raise ValueError(f"a mask of {have} pixels for an image of {want}")
-    for stage in stages:
-        box = pipeline.boxes[stage.number]
-        first_step(init.strengths[stage.number], box.steps)
-        if not isinstance(box.produces, ImageSpec):
-            following = pipeline.decoders[stage.number : stage.number + 1]
-            if not following or not isinstance(following[0], Encoding):
-                raise ValueError(
-                    f"the {box.side} stage produces {box.produces}, and no decoder encodes an image to them"
-                )
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

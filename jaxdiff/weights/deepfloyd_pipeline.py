@@ -22,6 +22,7 @@ from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, Trailing
 from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import T5TextEncoder
@@ -171,6 +172,8 @@ def _thresholding(config: hub.Group) -> DynamicThreshold | StaticThreshold | NoT
 def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     """The settings of each component that `export_stage` writes. ValueError if diffusers cannot express a setting."""
     model, sampling = trained.model, trained.sampling
+    if not isinstance(model.unet, UNetConfig):
+        raise ValueError(f"diffusers' DeepFloyd IF has no {type(model.unet).__name__}")
     text, low_res = model.text, model.low_res
     enlargement = None if low_res is None else low_res.enlargement
     for name, fits, value in (
@@ -191,7 +194,7 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def _network(model: DiffusionModel) -> deepfloyd.Network:
-    assert model.text is not None  # see `described`
+    assert model.text is not None and isinstance(model.unet, UNetConfig)  # see `described`
     return deepfloyd.Network(model.unet, model.text.shape[1], model.low_res is not None)
 
 

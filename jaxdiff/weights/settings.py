@@ -17,7 +17,7 @@ from jaxdiff.diffusion import (
     time_samplers,
 )
 from jaxdiff.models import conditioners, diffusion, sampling, tiles
-from jaxdiff.nets import blocks, classifier, conditioning, execution, unet
+from jaxdiff.nets import blocks, classifier, conditioning, execution, latent_unet, unet
 from jaxdiff.weights import sizes
 
 VERSION = 2
@@ -38,12 +38,15 @@ TABLE = Table(
         "models.Diffusion": diffusion.DiffusionModel,
         "models.TextConditioner": conditioners.TextConditioner,
         "models.NullText": conditioners.NullText,
+        "models.SizeConditioner": conditioners.SizeConditioner,
+        "models.MaskConditioner": conditioners.MaskConditioner,
         "models.LowResConditioner": conditioners.LowResConditioner,
         "models.Enlargement": conditioners.Enlargement,
         "models.Sampling": sampling.SamplingConfig,
         "models.Tiles": tiles.Tiles,
         "nets.UNet": unet.UNetConfig,
         "nets.EfficientUNet": unet.EfficientUNetConfig,
+        "nets.LatentUNet": latent_unet.LatentUNetConfig,
         "nets.Attention": unet.AttentionConfig,
         "nets.Conditioning": unet.ConditioningConfig,
         "nets.Execution": execution.ExecutionConfig,

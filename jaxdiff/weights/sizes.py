@@ -15,13 +15,14 @@ from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.core.products import ImageSpec, LatentSpec
 from jaxdiff.diffusion import schedules, time_grid
-from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
+from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
+from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
 
@@ -53,6 +54,13 @@ _TOWER = {"width": SIZE, "layers": DEPTH, "heads": SIZE, "feed_forward": SIZE}
 BOUNDS: dict[type, dict[str, Bounds]] = {
     UNetConfig: _UNET,
     EfficientUNetConfig: _UNET | {"outer_blocks": Bounds(0, DEPTH.most)},
+    LatentUNetConfig: {
+        **{name: bounds for name, bounds in _UNET.items() if name != "patch"},
+        "transformer_layers": Bounds(0, DEPTH.most),
+        "middle_layers": Bounds(0, DEPTH.most),
+        "heads": HEADS,
+        "level_entries": OPTIONAL,
+    },
     T5Config: {
         **dict.fromkeys(("vocab", "d_model", "d_kv", "d_ff", "heads"), SIZE),
         "layers": DEPTH,
@@ -72,7 +80,9 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     ImageSpec: _PRODUCT,
     LatentSpec: _PRODUCT,
     DiffusionModel: {"side": SIDE},
-    TextConditioner: {"width": SIZE, "length": STEPS},
+    TextConditioner: {"width": SIZE, "length": STEPS, "pooled": SIZE},
+    SizeConditioner: {"frequencies": SIZE, "stride": SIDE},
+    MaskConditioner: {"channels": SIZE},
     LowResConditioner: {"factor": SIDE, "channels": SIZE},
     SamplingConfig: {"steps": STEPS},
     Tiles: {"side": SIDE, "overlap": SIDE},
@@ -145,6 +155,8 @@ def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:
 
 def check_model(model: DiffusionModel, where: str) -> None:
     """ValueError if the heads of the text pooling do not divide the text's width."""
+    if isinstance(model.unet, LatentUNetConfig):
+        return
     reader, width = model.unet.conditioning.text, None if model.text is None else model.text.width
     if isinstance(reader, WholeText) and reader.pool and width is not None and width % reader.heads(width):
         raise ValueError(f"{where}: pool_heads: {reader.heads(width)} heads do not divide a width of {width}")

@@ -19,7 +19,8 @@ from jaxdiff.models import sampling as sampling_module
 from jaxdiff.models.conditioners import LowResConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel, first_step
-from jaxdiff.systems.pipeline import After, InitImage, Pipeline, SampleOptions
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.precomputed import PrecomputedTextEncoder
 

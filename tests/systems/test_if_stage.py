@@ -76,7 +76,7 @@ def test_dropped_captions_are_the_empty_one():
 
 def test_a_batch_needs_the_empty_caption():
     batch = {name: value for name, value in BATCH.items() if name != "null_text"}
-    with pytest.raises(ValueError, match="the null text of this model is the empty caption") as error:
+    with pytest.raises(ValueError, match="a batch of this model needs null_text") as error:
         seen_in_training(batch=batch)
     assert "\n" not in str(error.value)
 

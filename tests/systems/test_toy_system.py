@@ -8,7 +8,8 @@ import pytest
 
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
 from jaxdiff.systems.boxes import Decoder, Generator
-from jaxdiff.systems.pipeline import After, InitImage, Pipeline, SampleOptions
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +18,7 @@ class Constant(Generator):
 
     produces: object = LatentSpec(channels=2, stride=2)
     side: int = 4
+    takes_init: bool = True
 
     def generate(self, request):
         shape = (len(request.keys), *request.size, 2)
@@ -55,7 +57,7 @@ def test_it_samples():
 def test_it_goes_on_from_latents_and_begins_with_an_image():
     (images,) = TOY.sample(["a"], SampleOptions(after=After(0, np.full((1, 4, 4, 2), 0.5, np.float32))))
     np.testing.assert_array_equal(images, 1.0)
-    init = InitImage(np.full((16, 16, 3), 0.5, np.float32), strengths=(1.0, 1.0))
+    init = InitImage(np.full((16, 16, 3), 0.5, np.float32), strengths=(1.0,))
     latents, images = TOY.sample(["a"], SampleOptions(init=init))
     np.testing.assert_allclose(latents, 0.25, atol=1e-6)  # as the decoder encodes the image
     np.testing.assert_allclose(images, 0.5, atol=1e-6)
@@ -77,7 +79,7 @@ def test_what_does_not_fit_is_refused():
         Pipeline(None, Constant(side=8), (Doubled(),))
     with pytest.raises(ValueError, match="1×4×4×3, which is not a batch of latents of 2 channels"):
         TOY.sample(["a"], SampleOptions(after=After(0, np.zeros((1, 4, 4, 3), np.float32))))
-    init = InitImage(np.zeros((8, 8, 3), np.float32), (1.0, 1.0))
+    init = InitImage(np.zeros((8, 8, 3), np.float32), (1.0,))
     with pytest.raises(ValueError, match="produces latents of 2 channels, and no decoder encodes an image to them"):
         Pipeline(None, Constant(), (Mute(),)).sample(["a"], SampleOptions(init=init))
 

@@ -15,7 +15,8 @@ import small_if
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.time_grid import Leading, Respaced
-from jaxdiff.systems.pipeline import InitImage, SampleOptions
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.weights import imagen
 
 torch = pytest.importorskip("torch", reason="diffusers' IF is PyTorch's")
