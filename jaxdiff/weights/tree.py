@@ -183,7 +183,8 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle, which can run code when read; convert it once where you trust it: "
             'python -c "import torch, safetensors.torch as s; '
             f"t = torch.load('{path}', map_location='cpu', weights_only=True); t = t.get('state_dict', t); "
-            f"s.save_file({{k: v.clone() for k, v in t.items() if torch.is_tensor(v)}}, '{_converted(path)}')\""
+            "t = {k: v.contiguous().clone() for k, v in t.items() if torch.is_tensor(v)}; "
+            f"s.save_file(t, '{_converted(path)}')\""
         )
 
 
