@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.weights import lazy, sizes, tree
 from jaxdiff.weights import single_file_families as families
@@ -73,6 +75,7 @@ def split(tensors: Mapping[str, Unread], family: Family, path: Path, *, ema: boo
     if ema:
         unet, averaged = _averaged(tensors, unet, where)
         taken = averaged
+    taken |= set(kinds.markers(family))
     components["unet"] = names.renamed(unet, names.unet(family.unet), f"{where}: the U-Net")
     prefix = next((prefix for prefix in kinds.VAE if _inside(tensors, prefix)), None)
     if prefix is not None:
@@ -91,7 +94,8 @@ def split(tensors: Mapping[str, Unread], family: Family, path: Path, *, ema: boo
 def join(components: Mapping[str, Mapping[str, Unread]], family: Family) -> Tensors:
     """The inverse of `split`: the tensors of a single file. ValueError unless all components of `family` are given.
 
-    The names are those of diffusers and transformers; those of a CLIPTextModel may lack its prefix `text_model.`.
+    The names are those of diffusers and transformers; those of a CLIPTextModel may lack its prefix `text_model.`. The
+    layer of OpenCLIP that Stable Diffusion 2 does not use is not written, as in files that diffusers converts.
     """
     wanted = {"unet", "vae", *family.text_encoders}
     if components.keys() != wanted:
@@ -125,6 +129,7 @@ def save(
     tensors = join(components, family)
     if dtype is not None:
         tensors = {name: lazy.cast(tensor, codes[dtype]) for name, tensor in tensors.items()}
+    tensors |= {name: lazy.held(np.zeros(0, np.float32)) for name in kinds.markers(family)}
     tree.write_unread(Path(path), tensors, described(family))
 
 

@@ -42,7 +42,8 @@ class TextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A family of models with the same components. Two families are equal only if they are the same object.
+    """A family of models with the same components. A file's is one of `FAMILIES`, or a copy with another scheduler:
+    `architecture` tells which.
 
     title: for messages. architecture: its name in the metadata "modelspec.architecture". text_encoders: by the names of
     diffusers' folders. index: settings of model_index.json. image_size: side of the training images in pixels.

@@ -5,6 +5,7 @@ Recognition needs no metadata. Only the prediction (ε or v) cannot be told from
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from jaxdiff.core.messages import plain
@@ -15,6 +16,8 @@ from jaxdiff.weights.tree import TYPES, Unread
 
 UNET, EMA, CONTROLNET = "model.diffusion_model.", "model_ema.", "control_model."
 VAE = ("first_stage_model.", "vae.")
+V, ZERO_SNR = "v_pred", "ztsnr"
+"""Empty tensors that say that the prediction is v, and that the schedule ends in pure noise."""
 
 _STEPS_OF_SD_2_BASE = 875_000
 """Training steps of the published checkpoint 512-base-ema, by which diffusers knows it."""
@@ -44,19 +47,30 @@ def family_of(
     prediction: if None, it is what the file says: its metadata ("modelspec.prediction_type", then
     "modelspec.architecture"), a tensor "v_pred", or the training step of the published 512-pixel base; else v for
     Stable Diffusion 2, as in diffusers, and ε for all others. The shapes are the same: a file of Stable Diffusion 2
-    that was trained on ε and does not say so needs `prediction`.
+    that was trained on ε and does not say so needs `prediction`. A tensor "ztsnr" sets "rescale_betas_zero_snr".
     """
     has_unet, has_control = (any(name.startswith(prefix) for name in tensors) for prefix in (UNET, CONTROLNET))
     if has_control or not has_unet or f"{UNET}input_blocks.0.0.weight" not in tensors:
         raise ValueError(f"{where} is not a single file of Stable Diffusion: it holds {describe(tensors)}")
     found = _signature(tensors)
     fits = [family for family in families if _signature_of(family) == found]
-    if not fits or "edm_mean" in tensors:
+    if not fits or any(name.startswith("edm_") for name in tensors):
         raise ValueError(f"{where} is not a supported model of Stable Diffusion: it holds {_unknown(tensors, found)}")
-    wanted = prediction or _stated(tensors, metadata)
-    if wanted is None:
-        return fits[0]
-    return next((family for family in fits if family.prediction == wanted), fits[0].with_prediction(wanted))
+    wanted = prediction or _stated(tensors, metadata) or fits[0].prediction
+    fitting = next((family for family in fits if family.prediction is wanted), None)
+    family = fits[0].with_prediction(wanted) if fitting is None else fitting
+    if ZERO_SNR not in tensors:
+        return family
+    return replace(family, scheduler=family.scheduler | {"rescale_betas_zero_snr": True})
+
+
+def markers(family: Family) -> tuple[str, ...]:
+    """The names of empty tensors that state what is unusual in a family's training, as in ComfyUI."""
+    usual = any(
+        family.prediction is other.prediction for other in FAMILIES if other.architecture == family.architecture
+    )
+    unusual = () if usual or family.prediction is not Prediction.V else (V,)
+    return (*unusual, ZERO_SNR) if family.scheduler.get("rescale_betas_zero_snr") else unusual
 
 
 def describe(tensors: Mapping[str, Unread]) -> str:
@@ -142,6 +156,8 @@ def _signature_of(family: Family) -> Signature:
 def _unknown(tensors: Mapping[str, Unread], found: Signature) -> str:
     if "edm_mean" in tensors:
         return "Playground 2.5, whose noise schedule is EDM's"
+    if any(name.startswith("edm_") for name in tensors):
+        return "CosXL or its kind, whose noise schedule is EDM's"
     if found.context == 1024 and found.in_channels == 5:
         return "a depth-to-image model of Stable Diffusion 2"
     if found.context == 1024 and found.vector:
@@ -158,7 +174,7 @@ def _stated(tensors: Mapping[str, Unread], metadata: Mapping[str, str]) -> Predi
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
     by_architecture = {_V_ARCHITECTURE: Prediction.V, _EPSILON_ARCHITECTURE: Prediction.EPSILON}
     stated = named.get(metadata.get("modelspec.prediction_type", "")) or by_architecture.get(architecture)
-    if stated is None and "v_pred" in tensors:
+    if stated is None and V in tensors:
         stated = Prediction.V
     step = tensors.get("global_step")
     if stated is None and step is not None and tuple(step.shape) in ((), (1,)) and step.dtype in TYPES:

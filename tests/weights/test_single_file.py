@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.weights import lazy, single_file, tree
+from jaxdiff.weights import lazy, single_file, single_file_kinds, tree
 from jaxdiff.weights import single_file_families as families
 
 UNET, CONTEXT = "model.diffusion_model.", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -77,6 +77,19 @@ def test_the_prediction(tmp_path, title, metadata, extra, given, family):
     assert found.prediction is family.prediction
 
 
+def test_schedules_that_end_in_noise(tmp_path):
+    """As some files of XL that predict v state it, and as we write it."""
+    tensors = PUBLISHED["XL"][0] | {"v_pred": zeros(0), "ztsnr": zeros(0)}
+    opened = single_file.open_file(write(tmp_path / "model.safetensors", tensors))
+    assert opened.family.scheduler == families.SDXL.scheduler | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+    assert opened.ignored == () and opened.family.architecture == families.SDXL.architecture
+    assert single_file_kinds.markers(opened.family) == ("v_pred", "ztsnr")
+    assert not any(map(single_file_kinds.markers, families.FAMILIES))
+
+
 def test_a_prediction_that_no_family_has():
     with pytest.raises(ValueError, match=r"Stable Diffusion 1 is Prediction\.EPSILON or Prediction\.V"):
         families.SD_1.with_prediction(Prediction.VELOCITY)
@@ -127,6 +140,7 @@ def test_what_else_a_file_is(tmp_path, message, names):
         "depth-to-image": unet((320, 5), (320, 1024)),
         "unCLIP": unet(context=(320, 1024), **{VECTOR: zeros(1280, 2048)}),
         "Playground": unet(**XL) | {"edm_mean": zeros(4)},
+        "CosXL": unet(**XL) | {"edm_vpred.sigma_max": zeros(1)},
         "U-Net of 128 channels, 4 input channels and text of width 32": unet((128, 4), (128, 32)),
         "text of width 0, with a vector of 7": unet(context=(320, 0), **{VECTOR: zeros(8, 7)}),
     }.items(),
@@ -263,6 +277,19 @@ def test_our_files_come_back(written, monkeypatch):
                 np.testing.assert_array_equal(array, wanted[key], strict=True)
         assert reads != []
         reads.clear()
+
+
+def test_names_of_both_versions_of_clip(written):
+    """Some files lack the prefix text_model., and some have the temperature."""
+    family, _, folder = written
+    wanted = single_file.open_file(folder / "model.safetensors", among=(family,)).components
+    stored, _ = tree.read_header(folder / "model.safetensors")
+    renamed = {name.replace(".transformer.text_model.", ".transformer."): tensor for name, tensor in stored.items()}
+    unused = [f"{encoder.prefix}logit_scale" for encoder in family.text_encoders.values()]
+    opened = single_file.split(renamed | dict(zip(unused, stored.values())), family, folder)
+    assert opened.ignored == tuple(sorted(unused))
+    for name, tensors in wanted.items():
+        assert opened.component(name).keys() == tensors.keys()
 
 
 def test_diffusers_opens_our_files(written):
