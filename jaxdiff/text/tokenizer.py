@@ -39,7 +39,7 @@ _GENERIC = (
 _BYTE_SCORE = -1e3  # log probability: bytes are used only if no piece fits
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
     """Import transformers without its advice to install PyTorch, which tokenizers do not need."""
     name, advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS", os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
     os.environ[name] = "1"
@@ -73,9 +73,9 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             if "tokenizer_class" not in config:
                 return _t5_tokenizer(folder, config)
         if config.get("tokenizer_class") in _GENERIC:
-            return _transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+            return import_transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
         # AutoTokenizer imports PyTorch if it is installed, which takes seconds.
-        return _transformers().AutoTokenizer.from_pretrained(str(path_or_id))
+        return import_transformers().AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
@@ -88,7 +88,7 @@ def _t5_tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerBase:
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
     sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in config else {}
-    return _transformers().T5Tokenizer.from_pretrained(str(folder), **sentinels)
+    return import_transformers().T5Tokenizer.from_pretrained(str(folder), **sentinels)
 
 
 def _check_pieces(path: Path) -> None:
@@ -119,7 +119,7 @@ def _settings(path: Path) -> dict:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """ByT5's tokenizer: one token per UTF-8 byte, without files. 384 ids, 125 sentinels included."""
-    return _transformers().ByT5Tokenizer()
+    return import_transformers().ByT5Tokenizer()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -143,7 +143,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     ]
     tokenizer = _pipeline(Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=True)))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return _transformers().PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
@@ -187,7 +187,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: set pad_token in its tokenizer_config.json")
     try:
-        rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+        # verbose: transformers would log that long captions are an error; here they are cut.
+        rows = tokenizer(list(captions), verbose=False)["input_ids"] if len(captions) else []
     except (
         Exception
     ) as error:  # the tokenizers library raises nothing narrower, for example if there is no unknown token
@@ -261,10 +262,13 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> int:
 def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
     """The words of `caption` that are not entirely within the first `kept` tokens."""
     if tokenizer.is_fast:
-        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         start = offsets[kept][0]
     else:  # ByT5, the only slow tokenizer; its tokens are bytes
-        start = len(tokenizer.decode(tokenizer(caption, add_special_tokens=False)["input_ids"][:kept]))
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
+        start = len(tokenizer.decode(ids[:kept]))
     if not caption[start:].startswith(" "):
         start = caption.rfind(" ", 0, start) + 1
     return caption[start:].strip()
