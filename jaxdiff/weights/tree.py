@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +77,20 @@ def load_expected(path: str | Path, expected_shapes: dict) -> dict:
     return unflatten({name: tensor.read() for name, tensor in stored.items()})
 
 
+@runtime_checkable
+class Unread(Protocol):
+    """A tensor that is read when asked: stored in a file (`Stored`), or computed from others (`weights/lazy.py`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Of `TYPES`."""
+
+    def read(self, types: Collection[str] = FLOATS) -> np.ndarray: ...
+
+
 class Stored(NamedTuple):
     """A tensor not yet read. start: its first byte in the file. version: the file's size in bytes and modification time
     when its header was read."""
@@ -136,7 +150,7 @@ def _version(file) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def check_stored(stored: Mapping[str, Stored], want: Mapping[str, tuple], where: str) -> None:
+def check_stored(stored: Mapping[str, Unread], want: Mapping[str, tuple], where: str) -> None:
     """`check_shapes` of unread tensors; also ValueError if one is not floating."""
     check_shapes({key: tensor.shape for key, tensor in stored.items()}, want, where)
     others = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
