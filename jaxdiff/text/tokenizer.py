@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
@@ -54,10 +54,11 @@ def import_transformers() -> Any:
 
 
 class Tokens(NamedTuple):
-    """Token ids, padded to one length, and the mask (False for padding)."""
+    """Token ids, padded to one length, and the mask (False for padding). weights: of the states; None: all are 1."""
 
     ids: Int[np.ndarray, "b n"]
     mask: Bool[np.ndarray, "b n"]
+    weights: Float[np.ndarray, "b n"] | None = None
 
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
@@ -184,11 +185,31 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     """
     if length < 1:
         raise ValueError(f"length must be at least 1 token, not {length}")
+    rows = token_ids(tokenizer, captions, vocab)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    lost = []
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            kept = max(length - len(special_ids(tokenizer)), 0)
+            lost.append(lost_words(tokenizer, captions[i], kept).strip())
+            row = _cut(tokenizer, row, length)
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    warn_cut(lost, length, stacklevel=3)
+    return Tokens(ids, mask)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], vocab: int, special: bool = True
+) -> list[list[int]]:
+    """The ids of each caption, of any length. special: with start and end tokens. ValueError as `tokenize`."""
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: set pad_token in its tokenizer_config.json")
     try:
         # verbose: transformers would log that long captions are an error; here they are cut.
-        rows = tokenizer(list(captions), verbose=False)["input_ids"] if len(captions) else []
+        options = {"add_special_tokens": special, "verbose": False}
+        rows = tokenizer(list(captions), **options)["input_ids"] if len(captions) else []
     except (
         Exception
     ) as error:  # the tokenizers library raises nothing narrower, for example if there is no unknown token
@@ -196,20 +217,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     largest = max([tokenizer.pad_token_id, *(max(row, default=0) for row in rows)])
     if largest >= vocab:
         raise ValueError(f"the tokenizer gives the id {largest}, the embedding has only {vocab}")
-    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    lost = []
-    for i, row in enumerate(rows):
-        if len(row) > length:
-            lost.append(_lost_words(tokenizer, captions[i], max(length - _specials(tokenizer), 0)))
-            row = _cut(tokenizer, row, length)
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = True
+    return rows
+
+
+def warn_cut(lost: Sequence[str], length: int, stacklevel: int) -> None:
+    """One warning for all captions of more than `length` tokens, with the words that they lost, if any."""
     if lost:
         shown = ", ".join(quoted(words, 200) for words in lost[:3]) + (", …" if len(lost) > 3 else "")
         count = "prompt" if len(lost) == 1 else f"{len(lost)} prompts"
-        warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=2)
-    return Tokens(ids, mask)
+        warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=stacklevel)
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -251,15 +267,15 @@ def _cut(tokenizer: PreTrainedTokenizerBase, row: list[int], length: int) -> lis
     """Truncate a caption but keep its end token: the tokenizer's, or the last one if captions have special tokens."""
     if tokenizer.eos_token_id is not None:
         return [*row[: length - 1], tokenizer.eos_token_id]
-    return [*row[: length - 1], row[-1]] if _specials(tokenizer) else row[:length]
+    return [*row[: length - 1], row[-1]] if special_ids(tokenizer) else row[:length]
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of special tokens per caption: T5's end; CLIP's start and end."""
-    return len(tokenizer("", add_special_tokens=True)["input_ids"])
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens of each caption: T5's end; CLIP's start and end."""
+    return tokenizer("", add_special_tokens=True)["input_ids"]
 
 
-def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
+def lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
     """The words of `caption` that are not entirely within the first `kept` tokens."""
     if tokenizer.is_fast:
         offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
@@ -271,7 +287,7 @@ def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> 
         start = len(tokenizer.decode(ids[:kept]))
     if not caption[start:].startswith(" "):
         start = caption.rfind(" ", 0, start) + 1
-    return caption[start:].strip()
+    return caption[start:]
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tokenizer:
