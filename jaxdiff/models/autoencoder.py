@@ -66,6 +66,14 @@ class TrainedAutoencoder:
     def reads_padding(self) -> bool:
         return False
 
+    @property
+    def takes_init(self) -> bool:
+        return False
+
+    @property
+    def reads_mask(self) -> bool:
+        return False
+
     def batch_size(self, wanted: int) -> int:
         return wanted
 

@@ -108,7 +108,7 @@ def read(path: Path, learned: bool = False) -> Scheduler:
 
     Raises FileNotFoundError, or ValueError that names the file and the unsupported setting.
     """
-    return _read(path, hub.read_json(path, "scheduler"), learned)
+    return from_values(path, hub.read_json(path, "scheduler"), learned)
 
 
 def described(
@@ -128,7 +128,7 @@ def described(
     known = SETTINGS[config["_class_name"]]
     config |= _spacing_config(sampling.spacing, known) | _threshold_config(sampling.thresholding, known)
     config |= _betas_config(schedule, config["_class_name"])
-    back = _read(Path("scheduler_config.json"), config, learned)
+    back = from_values(Path("scheduler_config.json"), config, learned)
     unclipped = sampling.thresholding == NoThreshold()
     for name, value in back.sampling.items():
         if getattr(sampling, name) != value and not (name == "keep_eps" and unclipped):
@@ -139,7 +139,8 @@ def described(
     return config
 
 
-def _read(path: Path, given: Mapping[str, Any], learned: bool) -> Scheduler:
+def from_values(path: Path, given: Mapping[str, Any], learned: bool = False) -> Scheduler:
+    """`read` for the content of a file. path: its name in messages."""
     config = _checked(path, given)
     name = given["_class_name"]
     schedule = _schedule(config, name)
