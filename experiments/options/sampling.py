@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.options import names
+from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold
@@ -18,9 +19,8 @@ from jaxdiff.models.diffusion import executed
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.systems.pipeline import Pipeline, with_boxes
+from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
-from jaxdiff.weights.imagen import trained
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
 """Number of steps below which a sampler's images are blurred or noisy, for any model."""
@@ -70,9 +70,9 @@ def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
     """The pipeline with the sampling settings of the command line. ValueError naming the bad option."""
     if dataclasses.replace(options, dtype=None, mesh="") == SamplingOptions():
         return pipeline
-    models = trained(pipeline)
+    models = models_of(pipeline)
     chosen = samplings(models, options)
-    return with_boxes(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+    return with_models(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
 
 
 def box_of(pipeline: Pipeline, side: int | None) -> int | None:
@@ -110,7 +110,7 @@ def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
         return dataclasses.replace(each, model=model, params=params)
 
     with jax.set_mesh(mesh):
-        yield with_boxes(pipeline, [place(each) for each in trained(pipeline)])
+        yield with_models(pipeline, [place(each) for each in models_of(pipeline)])
 
 
 def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
@@ -213,8 +213,29 @@ def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConf
     return dataclasses.replace(sampling, thresholding=dataclasses.replace(sampling.thresholding, **given))
 
 
-def size_of(text: str) -> tuple[int, int] | None:
-    """Parse `SIDE` or `HEIGHTxWIDTH`, in pixels; None if empty."""
+def size_of(text: str, pipeline: Pipeline) -> tuple[int, int] | None:
+    """The size of the generator's product for `SIDE` or `HEIGHTxWIDTH`, in pixels of its image; None if empty."""
+    size, pixels = _sides(text), pixels_of(pipeline)
+    if size is None or pixels == 1:
+        return size
+    if any(side % pixels for side in size):
+        raise ValueError(f"--size {text}: not a multiple of {pixels} pixels, which one latent represents")
+    return size[0] // pixels, size[1] // pixels
+
+
+def pixels_of(pipeline: Pipeline) -> int:
+    """Pixels along each axis that a value of the generator's product represents: 1 for images."""
+    product = pipeline.generator.produces
+    return product.stride if isinstance(product, LatentSpec) else 1
+
+
+def unit_of(pipeline: Pipeline) -> int:
+    """What the sides of the generator's product are multiples of."""
+    generator = pipeline.generator
+    return generator.model.unet.stride if isinstance(generator, TrainedModel) else generator.produces.stride
+
+
+def _sides(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     try:
