@@ -20,6 +20,7 @@ from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
+from jaxdiff.systems.stable_diffusion import Solver, solved_by
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
@@ -32,7 +33,8 @@ class SamplingOptions:
     (`50,,`) keeps the stage's own setting."""
 
     sampler: str = ""
-    """ddpm | ddim | dpmpp | heun | euler"""
+    """ddpm | ddim | dpmpp | heun | euler; of latent diffusion ddim | plms | euler | euler-a | dpmpp-2m |
+    dpmpp-2m-karras, each with the timesteps of diffusers."""
     steps: str = ""
     """Steps of the sampler."""
     respacing: str = ""
@@ -127,7 +129,7 @@ def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
 def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple[SamplingConfig, ...]:
     """Each stage's sampling settings, overridden by the command line. ValueError naming the bad option."""
     chosen = {
-        "sampler": each("sampler", options.sampler, len(models), names.sampler),
+        "sampler": each("sampler", options.sampler, len(models), str),
         "steps": each("steps", options.steps, len(models), int),
         "spacing": each("respacing", options.respacing, len(models), names.respacing),
         "guidance": each("guidance", options.guidance, len(models), _guidance_weight),
@@ -137,6 +139,7 @@ def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple
     changed = []
     for number, model in enumerate(models):
         given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
+        given = _sampler(model, given) | given
         given |= _spaced(model.sampling, given)
         given |= _learned(model, given)
         given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), options)
@@ -175,6 +178,20 @@ def _guidance_weight(text: str) -> float:
 def _guidance(guidance: Guidance, weight: float | None, options: SamplingOptions) -> Guidance:
     given = {"weight": weight, "interval": options.guidance_interval, "rescale": options.guidance_rescale}
     return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sampler(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a sampler's name sets; the name is removed from `given`. ValueError for an unknown name."""
+    name = given.pop("sampler", None)
+    if name is None:
+        return {}
+    try:
+        if not isinstance(model.model.product, LatentSpec):
+            return {"sampler": names.sampler(name)}
+        sampling = solved_by(model.sampling, names.solver(name), model.model.prediction)
+    except ValueError as error:
+        raise ValueError(f"--sampler {name}: {error}") from error
+    return {field: getattr(sampling, field) for field in Solver._fields}
 
 
 def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
