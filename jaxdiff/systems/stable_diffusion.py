@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.diffusion.samplers import DDIM, Euler
+from jaxdiff.diffusion.samplers import DDIM, PLMS, DPMSolverPP2M, Euler, Sampler
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, TabulatedKarras
