@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from experiments.options.training import PresetOptimizer
+from experiments.tasks.autoencoder import AutoencoderTask
+from experiments.tasks.autoencoder import Preset as AutoencoderPreset
+from experiments.tasks.autoencoder import Settings as AutoencoderSettings
 from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
@@ -74,6 +77,17 @@ TASKS: dict[str, Task] = {
             "tiny": Preset(imagen_tiny.BASE_32_TINY, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5, SMALL),
         },
         Settings(_folder("base32")),
+    ),
+    "sd.autoencoder": AutoencoderTask(
+        "an autoencoder of images, for latent diffusion",
+        {
+            "tiny": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY, SMALL),
+            "kl-f8": AutoencoderPreset(stable_diffusion.KL_F8),
+            "kl-f4": AutoencoderPreset(stable_diffusion.KL_F4),
+            "vq-f8": AutoencoderPreset(stable_diffusion.VQ_F8),
+            "vq-f4": AutoencoderPreset(stable_diffusion.VQ_F4),
+        },
+        AutoencoderSettings(_folder("autoencoder")),
     ),
     "sd.unet": LatentTask(
         "a latent diffusion model, in the latents of a trained autoencoder",

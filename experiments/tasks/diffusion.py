@@ -161,7 +161,8 @@ class DiffusionTask(Task):
         batch = model.batch_spec(count, side)
         text = None
         if "text" in batch:
-            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
+            pooled = batch["text_pooled"].update(dtype=jnp.float32) if "text_pooled" in batch else None
+            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"], pooled)
 
         def step(params, text, negative, keys, low_res):
             request = SampleRequest(keys, (side, side), text, negative)

@@ -16,6 +16,7 @@ from jaxdiff.diffusion.samplers import DDIM, PLMS, DPMSolverPP2M, Euler, Sampler
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, TabulatedKarras
+from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import (
     AnyConditioner,
     LowResConditioner,
@@ -26,6 +27,7 @@ from jaxdiff.models.conditioners import (
 )
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.boxes import Decoder
 from jaxdiff.systems.pipeline import Pipeline
@@ -104,6 +106,17 @@ SD_X4 = replace(
     schedule=TabulatedSchedule.scaled_linear(1000, 0.0001, 0.02),
 )
 """The ×4 upscaler, 474 M parameters: from an image, in latents of stride 4."""
+
+
+KL_F8 = AutoencoderModel()
+KL_F4 = AutoencoderModel(AutoencoderConfig(channels=(128, 256, 512), latent_channels=3))
+VQ_F8 = AutoencoderModel(
+    AutoencoderConfig(channels=(128, 256, 256, 512), bottleneck=VQBottleneck(16_384, 4), attention_levels=(3,))
+)
+VQ_F4 = AutoencoderModel(
+    AutoencoderConfig(channels=(128, 256, 512), latent_channels=3, bottleneck=VQBottleneck(8192, 3))
+)
+"""Autoencoders of latent diffusion (arXiv 2112.10752, Table 8), trained on images of 256 pixels."""
 
 
 class Solver(NamedTuple):

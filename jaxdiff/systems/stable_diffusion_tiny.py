@@ -5,13 +5,16 @@ from dataclasses import replace
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.autoencoder import AutoencoderConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.stable_diffusion import SAMPLING, SCHEDULE
 
-AUTOENCODER_TINY = AutoencoderConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8)
+AUTOENCODER_TINY = AutoencoderModel(
+    AutoencoderConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8), side=64, adversary=None
+)
 """64×64 images ⇄ 16×16 latents."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
