@@ -27,7 +27,7 @@ EPSILON = 1e-6
 """Of every group norm."""
 LOGVAR = -30.0, 20.0
 """The range of the log-variance of a code."""
-LARGEST_LOGITS = 2**26
+LARGEST_LOGITS = 2**24
 """Attention with more logits per image than this computes a part of the queries at a time."""
 
 
@@ -135,6 +135,15 @@ class Region(NamedTuple):
     columns: Float[Array, "2"]
     own: Bool[Array, ""]
 
+    def inside(self, height: int, width: int) -> Bool[Array, "1 h w 1"]:
+        """Whether the pixels of a map of the tile belong to the area."""
+
+        def along(length: int, bounds: Array) -> Array:
+            centres = (jnp.arange(length) + 0.5) / length
+            return (centres > bounds[0]) & (centres < bounds[1])
+
+        return (along(height, self.rows)[:, None] & along(width, self.columns)[None, :])[None, :, :, None]
+
 
 class Gaussian(NamedTuple):
     """Means and clamped log-variances of codes."""
@@ -194,7 +203,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         grouped = x.astype(jnp.float32).reshape(b, h, w, self.groups, c // self.groups)
-        inside = None if region is None else _inside(region, h, w)
+        inside = None if region is None else region.inside(h, w)[..., None]
         mean = grouped.mean((1, 2, 4), where=inside)
         variance = ((grouped - mean[:, None, None, :, None]) ** 2).mean((1, 2, 4), where=inside)
         if region is not None:
@@ -205,16 +214,6 @@ class GroupNorm(nn.Module):
         factor = jax.lax.rsqrt(variance + EPSILON)
         grouped = (grouped - mean[:, None, None, :, None]) * factor[:, None, None, :, None]
         return (grouped.reshape(x.shape) * scale + bias).astype(self.dtype)
-
-
-def _inside(region: Region, height: int, width: int) -> Array:
-    """Whether the pixels of a tile of this size belong to its region: (1 h w 1 1)."""
-
-    def along(length: int, bounds: Array) -> Array:
-        centres = (jnp.arange(length) + 0.5) / length
-        return (centres > bounds[0]) & (centres < bounds[1])
-
-    return (along(height, region.rows)[:, None] & along(width, region.columns)[None, :])[None, :, :, None, None]
 
 
 class ResidualBlock(nn.Module):
