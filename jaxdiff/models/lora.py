@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def init(params: Mapping, targets: Targets, rank: int, key: Key[Array, ""], alph
     return trees.unflatten(result)
 
 
-def merged(params: Mapping, loras: Iterable[tuple[Mapping, float | Array]]) -> dict:
+def merged(params: Mapping, loras: Iterable[tuple[Mapping, int | float | Array]]) -> dict:
     """The parameters with all LoRAs added, each times its weight, which may be traced. Differences are summed in
     float32; each kernel keeps its type.
 
@@ -96,7 +96,7 @@ def merged(params: Mapping, loras: Iterable[tuple[Mapping, float | Array]]) -> d
     return trees.unflatten(result)
 
 
-def difference(module: Mapping[str, Array]) -> Array:
+def difference(module: Mapping[str, Any]) -> Array:
     """(alpha / r) · down @ up of one kernel, float32, in the kernel's shape."""
     down, up = (jnp.asarray(module[name], jnp.float32) for name in ("down", "up"))
     # Accelerators round products to 8 or 11 bits by default.
@@ -135,6 +135,7 @@ def check_module(path: str, module: Mapping[str, Any], kernel: tuple[int, ...] |
         raise ValueError(f"a LoRA of {path} with down {down} and up {up} does not fit its kernel {tuple(kernel)}")
 
 
+@runtime_checkable
 class Base(Hashable, Protocol):
     """A `training.state.Trainable`."""
 

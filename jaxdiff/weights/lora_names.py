@@ -7,6 +7,7 @@ the given networks can have are listed, and looked up with underscores for dots.
 """
 
 import enum
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,8 +43,12 @@ class Component:
         return self.paths.get(module.replace(".", "_"))
 
 
-def components(networks: Networks) -> dict[str, Component]:
-    """By the names of `models.lora`. ValueError if two modules of a network have the same name."""
+@functools.lru_cache(maxsize=8)
+def components(networks: Networks) -> Mapping[str, Component]:
+    """By the names of `models.lora`. Cached, as tracing a large network takes seconds.
+
+    ValueError if two modules of a network have the same name.
+    """
     result = {}
     if networks.unet is not None:
         shapes = latent_unet.shapes_of(networks.unet)
