@@ -46,7 +46,7 @@ def torch_unet(config, device="cpu"):
     torch = pytest.importorskip("torch", reason="names and numbers of diffusers' network")
     diffusers = pytest.importorskip("diffusers")
     with torch.device(device):
-        network = diffusers.UNet2DConditionModel(layers_per_block=1, **config).eval()
+        network = diffusers.UNet2DConditionModel(**{"layers_per_block": 1} | config).eval()
     return filled(network) if device == "cpu" else network
 
 

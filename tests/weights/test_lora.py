@@ -1,5 +1,6 @@
 """LoRA files in all public formats, as an independent writer makes them, and back."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -69,8 +70,14 @@ def load(*args, **options):
 
 
 @pytest.fixture(scope="module")
-def world(request, tmp_path_factory):
-    return World(request.param, tmp_path_factory.mktemp("world"))
+def worlds(tmp_path_factory):
+    """By name; pytest makes a fixture with parameters anew whenever they alternate."""
+    return functools.cache(lambda name: World(name, tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture
+def world(request, worlds):
+    return worlds(request.param)
 
 
 def text_model(part, name):
