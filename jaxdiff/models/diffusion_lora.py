@@ -78,7 +78,7 @@ class DiffusionLoRA(LoRAModel):
         """LoRAs that change nothing yet, and the base's extra."""
         params, extra = super().init(key)
         for number, (name, tower) in enumerate(self._named.items(), 1):
-            own = jax.random.fold_in(key, -number)
+            own = jax.random.fold_in(key, 2**31 + number)  # smaller ones are those of the model's kernels
             params[name] = init(tower.shapes(), tower.targets, self.rank, own, self.alpha)
         return params, extra
 

@@ -128,10 +128,9 @@ def check_module(path: str, module: Mapping[str, Any], kernel: tuple[int, ...] |
     """ValueError if a LoRA does not fit the kernel of that shape. None: there is no such kernel."""
     if kernel is None:
         raise ValueError(f"a LoRA of {path}, which the network does not have")
-    *sides, width, out = kernel
     down, up = tuple(module["down"].shape), tuple(module["up"].shape)
-    rank = down[-1] if down else 0
-    if down != (*sides, width, rank) or up != (*(1 for _ in sides), rank, out):
+    rank, ones = down[-1] if down else 0, (1,) * (len(kernel) - 2)
+    if len(kernel) < 2 or down != (*kernel[:-1], rank) or up != (*ones, rank, kernel[-1]):
         raise ValueError(f"a LoRA of {path} with down {down} and up {up} does not fit its kernel {tuple(kernel)}")
 
 

@@ -99,6 +99,6 @@ def values(modules: Mapping[str, tuple[int, float]], targets: list[str]) -> dict
     }
 
 
-def _whole(number: float) -> float:
+def _whole(number: float) -> int | float:
     """Whole numbers as such: PEFT's type of alpha is int."""
     return int(number) if number == int(number) else number
