@@ -84,15 +84,14 @@ def merged(params: Mapping, loras: Iterable[tuple[Mapping, int | float | Array]]
     ValueError for a LoRA of a kernel that is missing or of another shape.
     """
     result: dict[str, Any] = dict(trees.flatten(params))
-    differences: dict[str, Array] = {}
+    added: dict[str, list[tuple[Mapping[str, Any], int | float | Array]]] = {}
     for lora, weight in loras:
         for path, module in modules(lora).items():
             check_module(path, module, result[path].shape if path in result else None)
-            added = weight * difference(module)
-            differences[path] = differences[path] + added if path in differences else added
-    for path, added in differences.items():
-        kernel = result[path]
-        result[path] = (jnp.asarray(kernel, jnp.float32) + added).astype(kernel.dtype)
+            added.setdefault(path, []).append((module, weight))
+    for path, own in added.items():
+        total = sum(weight * difference(module) for module, weight in own)
+        result[path] = (jnp.asarray(result[path], jnp.float32) + total).astype(result[path].dtype)
     return trees.unflatten(result)
 
 

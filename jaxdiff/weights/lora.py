@@ -42,20 +42,20 @@ class Layout(enum.Enum):
 
 
 def load(
-    path: str | Path,
+    path_or_id: str | Path,
     networks: Networks,
     dtype: str = "float32",
     *,
     strict: bool = False,
     place: hub.Place = jnp.asarray,
 ) -> dict[str, dict]:
-    """The LoRAs of a file, or of the LoRA file in a folder, by network: "model", "text", "text_2" (`models.lora`).
-    Networks without a tensor are absent.
+    """The LoRAs of a file, or of the LoRA file of a folder or hub id, by network: "model", "text", "text_2"
+    (`models.lora`). Networks without a tensor are absent.
 
     Tensors of no given network are named in one warning; strict: they are a ValueError. Raises FileNotFoundError, or
     ValueError for another algorithm than LoRA, tensors that do not fit the network, or a file with none that do.
     """
-    file = _file(Path(path))
+    file = _file(path_or_id)
     tensors, metadata = tree.read_header(file)
     known = components(networks)
     for key in tensors:
@@ -89,8 +89,11 @@ _Pairs = dict[tuple[str, str], _Pair]
 """The tensors of each kernel, by its network and path."""
 
 
-def _file(path: Path) -> Path:
-    """The LoRA file of a folder; any other path is returned unchanged."""
+def _file(path_or_id: str | Path) -> Path:
+    """The LoRA file of a folder or hub id; the path of a file is returned unchanged."""
+    path = Path(path_or_id)
+    if not path.exists() and path.suffix not in (".safetensors", *tree.PICKLES):
+        path = hub.directory_of(path_or_id, "LoRA")
     if not path.is_dir():
         return path
     named = [path / name for name in FILES if (path / name).is_file()]

@@ -132,9 +132,9 @@ def test_diffusers_loads_written_files(case, layout, number, tmp_path):
 @pytest.mark.parametrize("projected", [False, True])
 def test_text_towers(projected, tmp_path):
     """Of transformers: beside the layers, and as diffusers loads a written file."""
+    theirs = lora_files.torch_text(projected)
     import torch
 
-    theirs = lora_files.torch_text(projected)
     theirs.save_pretrained(tmp_path)
     config, params = clip.load_text(tmp_path)
     named = {name.removesuffix(".weight"): path for path, name in clip.key_map(params).items()}

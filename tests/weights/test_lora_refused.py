@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from jaxdiff.models import lora
 from jaxdiff.nets.clip import CLIPConfig, TextTowerConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
-from jaxdiff.weights import latent_unet
+from jaxdiff.weights import hub, latent_unet
 from jaxdiff.weights import lora as files
 from jaxdiff.weights.lora_names import Networks
 
@@ -161,6 +161,8 @@ def test_folders(tmp_path):
         files.load(tmp_path, NETWORKS)
     with pytest.raises(FileNotFoundError, match="no weights at"):
         files.load(tmp_path / "a.safetensors", NETWORKS)
+    with pytest.raises(FileNotFoundError, match=r"no LoRA at .*nothing: not a directory"):
+        files.load(tmp_path / "nothing", NETWORKS)
     (tmp_path / "style.pt").write_bytes(b"PK\x03\x04")
     for path in (tmp_path, tmp_path / "style.pt"):
         with pytest.raises(ValueError, match=r"style.pt is a pickle"):
@@ -170,6 +172,17 @@ def test_folders(tmp_path):
     saved(tmp_path, pair(), name="b.safetensors")
     with pytest.raises(ValueError, match=r"holds 2 files \(a.safetensors, b.safetensors\): pass one"):
         files.load(tmp_path, NETWORKS)
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    """The file of a repository, with its name in diffusers, or the only one."""
+    saved(tmp_path, pair(), name="style.safetensors")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **how: asked.append(name) or str(tmp_path))
+    assert list(files.load("someone/style-v1.5", NETWORKS)) == ["model"]
+    saved(tmp_path, pair(rank=3), name="pytorch_lora_weights.safetensors")
+    [module] = lora.modules(files.load("someone/style-v1.5", NETWORKS)["model"]).values()
+    assert module["up"].shape == (3, 8) and asked == ["someone/style-v1.5"] * 2
 
 
 def test_refused_exports(tmp_path):
