@@ -149,7 +149,7 @@ def case(request, tmp_path_factory):
     image = torch.tensor(np.concatenate([x, concat], -1).transpose(0, 3, 1, 2))
     with torch.no_grad():
         wanted = theirs(image, torch.tensor(time), torch.tensor(tokens), **extra).sample.numpy()
-    run = jax.jit(lambda params, x, given: network.unet.module().apply({"params": params}, x, time, given))
+    run = jax.jit(lambda params, x, given: network.unet.module().apply({"params": params}, x, jnp.asarray(time), given))
     return SimpleNamespace(
         name=request.param, theirs=theirs, network=network, params=params, x=x, time=time, given=given, run=run,
         wanted=wanted.transpose(0, 2, 3, 1), folder=folder,
