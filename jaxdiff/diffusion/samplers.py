@@ -6,13 +6,15 @@ A sampler is a frozen dataclass with functions of its carry, which holds only th
     carry = integrate(sampler, denoise, carry, grid, keys, start, stop)
     image = sampler.image(carry)                               # sampler.replace(carry, image) sets another image
 
-`denoise(x, t)` is the network with guidance and thresholding: it maps x (b, …), noised by the schedule, and t (b,) to
-x₀ and ε. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and n = i + 1 the next. All samplers
-but DDIM use only x₀. After thresholding x₀, ε is either re-derived from it (`parameterization.from_x0`, which makes
-DDIM consistent with the others) or remains the network's (as in diffusers' DDIM).
+`denoise(x, point)` is the network with guidance and thresholding: it maps x (b, …) and the grid point at which x is
+noised (scalars) to x₀ and ε. Below, x = α x₀ + σ ε, λ is the log-SNR, i the current point of the grid and n = i + 1 the
+next. All samplers but DDIM and PLMS use only x₀. After thresholding x₀, ε is either re-derived from it
+(`parameterization.from_x0`, which makes DDIM consistent with the others) or remains the network's (as in diffusers'
+DDIM).
 
-The grid ends at the schedule's last, clipped log-SNR, where σ is 5e-5 of the image's range by default (0.002 with EDM);
-the state there is the image. State and coefficients are float32 (float64 if x is), whatever the network's compute type.
+The grid ends at the schedule's last, clipped log-SNR, where σ is 5e-5 of the image's range by default (0.002 with EDM),
+or at a table's first entry; the state there is the image. State and coefficients are float32 (float64 if x is),
+whatever the network's compute type.
 """
 
 import dataclasses
@@ -22,13 +24,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdiff.diffusion import noise
-from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance
+from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, Prediction, denoised, target
 from jaxdiff.diffusion.time_grid import TimeGrid
 
-Denoise = Callable[[Float[Array, "b *s"], Float[Array, " b"]], Denoised | DenoisedWithVariance]
+Denoise = Callable[[Float[Array, "b *s"], TimeGrid], Denoised | DenoisedWithVariance]
 Carry = Any
 Index = Int[Array, ""] | int
 
@@ -110,7 +113,7 @@ class DDPM(_SingleStep):
         self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        estimate = _cast(denoise(x, _times(x, here)), x)
+        estimate = _cast(denoise(x, here), x)
         gamma: float | Array
         if self.gamma is not None:
             gamma = self.gamma
@@ -128,7 +131,8 @@ class DDPM(_SingleStep):
 class DDIM(_SingleStep):
     """DDIM (arXiv 2010.02502, Eq. 12): x_n = α_n x₀ + √(σ_n² − s²) ε + s z, s² = η² c σ_n², c = 1 − e^(λ_i − λ_n).
 
-    η = 0 is deterministic, η = 1 as random as DDPM at its lower bound.
+    η = 0 is deterministic, η = 1 as random as DDPM at its lower bound. η = 1 is also ancestral Euler (k-diffusion's and
+    diffusers' "Euler a"): with u = σ/α its noise in x/α has the variance u_n² (u_i² − u_n²)/u_i² = c σ_n²/α_n².
     """
 
     eta: float = 0.0
@@ -141,7 +145,7 @@ class DDIM(_SingleStep):
         self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         x, here, there = carry, _at(grid, i), _at(grid, i + 1)
-        estimate = _cast(denoise(x, _times(x, here)), x)
+        estimate = _cast(denoise(x, here), x)
         x0, eps = estimate.x0, estimate.eps
         if self.eta == 0.0:
             return there.alpha * x0 + there.sigma * eps
@@ -161,7 +165,7 @@ class Euler(_SingleStep):
         self, i: Index, carry: Float[Array, "b *s"], denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]
     ) -> Float[Array, "b *s"]:
         here, there = _at(grid, i), _at(grid, i + 1)
-        return _first_order(carry, _cast(denoise(carry, _times(carry, here)), carry).x0, here, there)
+        return _first_order(carry, _cast(denoise(carry, here), carry).x0, here, there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Heun(_SingleStep):
 
         def stage(j, state):
             x, before = state
-            x0 = _cast(denoise(x, _times(x, _at(grid, i + j))), x).x0
+            x0 = _cast(denoise(x, _at(grid, i + j)), x).x0
             corrected = x + there.alpha * q * (x0 - before)
             return jnp.where(j == 0, _first_order(x, x0, here, there), corrected), x0
 
@@ -232,13 +236,77 @@ class DPMSolverPP2M:
 
     def step(self, i: Index, carry: Multistep, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> Multistep:
         before, here, there = _at(grid, jnp.maximum(i - 1, 0)), _at(grid, i), _at(grid, i + 1)
-        x0 = _cast(denoise(carry.x, _times(carry.x, here)), carry.x).x0
+        x0 = _cast(denoise(carry.x, here), carry.x).x0
         # Two points beyond the clip have the same log-SNR, so the slope is undefined.
         moved = here.logsnr > before.logsnr
         extrapolate = carry.ready & moved & (i > 0) & ((i + 1 < _steps(grid)) | (not self.lower_order_final))
         slope = 0.5 * (there.logsnr - here.logsnr) / jnp.where(extrapolate, here.logsnr - before.logsnr, 1.0)
         slope = jnp.where(extrapolate, slope, 0.0)
         return Multistep(_first_order(carry.x, x0 + slope * (x0 - carry.x0), here, there), x0, jnp.asarray(True))
+
+
+class History(NamedTuple):
+    """The state of `PLMS`."""
+
+    x: Float[Array, "b *s"]
+    outputs: Float[Array, "3 b *s"]  # of the previous steps, latest first
+    filled: Int[Array, ""]  # number of them, up to 3
+
+
+_ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+"""Weights of the outputs, latest first, by the number of previous ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PLMS:
+    """Pseudo linear multistep (PNDM, arXiv 2202.09778, Eq. 9 and 12, without its Runge–Kutta steps): DDIM's step with
+    an ε extrapolated from four evaluations by Adams–Bashforth, whose weights are those of equal steps.
+
+    The first step, also of a run that begins in the middle, evaluates the network at both of its ends and uses the
+    mean; the next two extrapolate from two and three evaluations. A step that is both first and last is DDIM's.
+    For tables of moderate noise, as Stable Diffusion's: unstable if σ/α falls by large factors (`UniformTime`).
+    extrapolated: the quantity to extrapolate. diffusers extrapolates the network's output, so its v-prediction is
+    `Prediction.V`, which is of first order only: a combination of v of several times is converted to ε at one.
+
+    In diffusers' image-to-image pipelines the second evaluation skips an entry, so that the state is one entry noisier
+    than the network's time in all later steps. Here it does not.
+    """
+
+    extrapolated: Prediction = Prediction.EPSILON
+
+    def init(self, x: Float[Array, "b *s"]) -> History:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return History(x, jnp.zeros((3, *x.shape), x.dtype), jnp.asarray(0))
+
+    def image(self, carry: History) -> Float[Array, "b *s"]:
+        return carry.x
+
+    def replace(self, carry: History, x: Float[Array, "b *s"]) -> History:
+        return carry._replace(x=x.astype(carry.x.dtype))
+
+    def evaluations(self, steps: int) -> int:
+        return steps + (steps > 1)
+
+    def step(self, i: Index, carry: History, denoise: Denoise, grid: TimeGrid, keys: Key[Array, " b"]) -> History:
+        here, there = _at(grid, i), _at(grid, i + 1)
+        weights = jnp.asarray(_ADAMS_BASHFORTH, carry.x.dtype)[carry.filled]
+
+        def stage(j, state):
+            x, first = state
+            point = _at(grid, i + j)
+            estimate = _cast(denoise(x, point), x)
+            output = target(self.extrapolated, estimate.x0, estimate.eps, point.alpha, point.sigma)
+            extrapolated = weights[0] * output + jnp.tensordot(weights[1:], carry.outputs, 1)
+            combined = jnp.where(j == 0, extrapolated, 0.5 * (first + output))
+            eps = denoised(self.extrapolated, combined, carry.x, here.alpha, here.sigma).eps
+            ratio = there.alpha / here.alpha
+            return ratio * carry.x + (there.sigma - ratio * here.sigma) * eps, jnp.where(j == 0, output, first)
+
+        # A loop over one or two stages, so that the network is compiled only once.
+        stages = jnp.where((carry.filled == 0) & (i + 1 < _steps(grid)), 2, 1)
+        x, output = jax.lax.fori_loop(0, stages, stage, (carry.x, jnp.zeros_like(carry.x)))
+        outputs = jnp.concatenate([output[None], carry.outputs[:-1]])
+        return History(x, outputs, jnp.minimum(carry.filled + 1, 3))
 
 
 def ancestral_deviation(here: TimeGrid, there: TimeGrid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:
@@ -257,10 +325,6 @@ def _first_order(
 def _new_noise(here: TimeGrid, there: TimeGrid) -> Float[Array, "..."]:
     """c = 1 − e^(λ_i − λ_n): the fraction of the noise variance at i that is absent at n."""
     return -jnp.expm1(here.logsnr - there.logsnr)
-
-
-def _times(x: Float[Array, "b *s"], here: TimeGrid) -> Float[Array, " b"]:
-    return jnp.broadcast_to(here.t, x.shape[:1])
 
 
 def _cast(estimate: Denoised | DenoisedWithVariance, x: Float[Array, "b *s"]) -> Denoised | DenoisedWithVariance:

@@ -4,12 +4,14 @@ Use `time_grid(schedule, steps)` in most cases; `time_grid_at` takes any times, 
 σ = 0 at the end), such as those of a published discrete sampler.
 """
 
+import abc
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -28,17 +30,20 @@ class TimeGrid(NamedTuple):
 
 @runtime_checkable
 class Spacing(Protocol):
-    """Positions of the k + 1 points; the last is always t = 0. ValueError if the spacing does not allow k steps."""
+    """Positions of the k + 1 points."""
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]: ...
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        """The points. α and σ are the schedule's at t, unless the spacing says otherwise. ValueError if it does not
+        allow k steps on this schedule."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformTime:
     """Uniform steps in t, from 1 to 0. On the EDM schedule these are EDM's steps."""
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
-        return jnp.linspace(1.0, 0.0, steps + 1)
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        return time_grid_at(schedule, jnp.linspace(1.0, 0.0, steps + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +57,9 @@ class UniformLogSNR:
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"the log-SNR spacing needs finite low < high, not {self.low} and {self.high}")
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
-        return _spread(schedule, steps, self.low, self.high, lambda logsnr: logsnr, lambda position: position)
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        times = _spread(schedule, steps, self.low, self.high, lambda logsnr: logsnr, lambda position: position)
+        return time_grid_at(schedule, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,51 +77,124 @@ class Karras:
                 f"not {self.sigma_min}, {self.sigma_max} and {self.rho}"
             )
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
         low, high = -2.0 * math.log(self.sigma_max), -2.0 * math.log(self.sigma_min)
         scale = -2.0 * self.rho
-        return _spread(schedule, steps, low, high, lambda logsnr: jnp.exp(logsnr / scale), lambda s: scale * jnp.log(s))
+        position, logsnr = lambda logsnr: jnp.exp(logsnr / scale), lambda s: scale * jnp.log(s)
+        return time_grid_at(schedule, _spread(schedule, steps, low, high, position, logsnr))
+
+
+class _Entries(abc.ABC):
+    """Base of the spacings through the entries of a table."""
+
+    to_first_entry: bool
+
+    @abc.abstractmethod
+    def entries(self, table: int, steps: int) -> np.ndarray:
+        """The k entries of a table with `table` entries, cleanest first; they may lie between two."""
+
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        table = _table_of(schedule, steps)
+        return time_grid_at(table, _times(table, self.entries(table.steps, steps), self.to_first_entry))
 
 
 @dataclasses.dataclass(frozen=True)
-class Leading:
+class Leading(_Entries):
     """Every (N // k)-th entry of a discrete schedule, starting at entry `offset`, then the clean end (diffusers'
-    "leading" with its `steps_offset`; arXiv 2305.08891, Table 2)."""
+    "leading" with its `steps_offset`; arXiv 2305.08891, Table 2).
+
+    skip_cleanest: k + 1 entries, (N // (k + 1)) apart, without the cleanest (diffusers' DPM-Solver).
+    to_first_entry: end at entry 0, whose noise remains in the image, instead of the clean end (diffusers'
+    `set_alpha_to_one=False` and `final_sigmas_type="sigma_min"`).
+
+    In diffusers the steps of DDIM, PNDM and DDPM are N // k entries long, whatever the spacing, though the network sees
+    the times of the spacing. Here each step ends where the next one begins. The two differ for the other spacings.
+    """
 
     offset: int = 0
+    skip_cleanest: bool = False
+    to_first_entry: bool = False
 
     def __post_init__(self):
         if self.offset < 0:
             raise ValueError(f"the leading spacing needs an offset of at least 0, not {self.offset}")
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
-        table = _table_of(schedule, steps)
-        entries = [table.steps // steps * i + self.offset for i in range(steps)]
-        if entries[-1] >= table.steps:
-            raise ValueError(f"{steps} leading steps with an offset of {self.offset} end beyond {table.steps} entries")
-        return _falling(table, entries)
+    def entries(self, table: int, steps: int) -> np.ndarray:
+        count = steps + self.skip_cleanest
+        entries = (table // count * np.arange(count) + self.offset)[self.skip_cleanest :]
+        if entries[-1] >= table or (self.skip_cleanest and count > table):
+            raise ValueError(f"{steps} leading steps with an offset of {self.offset} end beyond {table} entries")
+        return entries
 
 
 @dataclasses.dataclass(frozen=True)
-class Trailing:
+class Trailing(_Entries):
     """Every (N / k)-th entry of a discrete schedule, rounded, down from the last one, then the clean end (diffusers'
-    "trailing"; arXiv 2305.08891, Table 2)."""
+    "trailing"; arXiv 2305.08891, Table 2). to_first_entry: as of `Leading`."""
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
-        table = _table_of(schedule, steps)
+    to_first_entry: bool = False
+
+    def entries(self, table: int, steps: int) -> np.ndarray:
         # diffusers' rounding, without the entry -1 that diffusers gets for some numbers of steps.
-        falling = np.arange(table.steps, 0, -table.steps / steps).round()[:steps].astype(int) - 1
-        return _falling(table, falling[::-1].tolist())
+        return np.arange(table, 0, -table / steps).round()[:steps][::-1] - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Linspace:
+class Linspace(_Entries):
     """Evenly spaced entries of a discrete schedule from first to last, rounded, then the clean end (diffusers'
-    "linspace"; arXiv 2305.08891, Table 2). A single step is the first entry."""
+    "linspace"; arXiv 2305.08891, Table 2). A single step is the first entry.
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+    rounded: False for times between the entries, where σ/α is interpolated linearly (diffusers' Euler).
+    skip_cleanest, to_first_entry: as of `Leading`.
+    """
+
+    rounded: bool = True
+    skip_cleanest: bool = False
+    to_first_entry: bool = False
+
+    def entries(self, table: int, steps: int) -> np.ndarray:
+        entries = np.linspace(0, table - 1, steps + self.skip_cleanest)[self.skip_cleanest :]
+        return entries.round() if self.rounded else entries
+
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        if self.rounded:
+            return super().grid(schedule, steps)
         table = _table_of(schedule, steps)
-        return _falling(table, np.linspace(0, table.steps - 1, steps).round().astype(int).tolist())
+        entries = self.entries(table.steps, steps)
+        ratios = np.interp(entries, np.arange(table.steps), _ratios(table))
+        return _of_ratios(table, entries, ratios, self.to_first_entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class TabulatedKarras:
+    """Karras spacing on a discrete schedule as in k-diffusion and diffusers: k points with uniform s^(1/ρ), s = σ/α,
+    between two entries, then the clean end. The network's times are those at which log s, interpolated linearly between
+    entries, has these values.
+
+    ends: the spacing whose cleanest and noisiest entry are the ends (diffusers' Euler); None: the first and last entry
+    of the table (diffusers' DPM-Solver). rounded: round the network's times to entries, but not α and σ (diffusers'
+    DPM-Solver). to_first_entry: as of `Leading`.
+    """
+
+    ends: Leading | Trailing | Linspace | None = None
+    rho: float = 7.0
+    rounded: bool = False
+    to_first_entry: bool = False
+
+    def __post_init__(self):
+        if not 0.0 < self.rho < math.inf:
+            raise ValueError(f"Karras spacing needs a finite rho above 0, not {self.rho}")
+        if self.ends is not None and self.ends.to_first_entry:
+            raise ValueError("to_first_entry is a setting of TabulatedKarras itself, not of its ends")
+
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
+        table = _table_of(schedule, steps)
+        numbers, ratios = np.arange(table.steps), _ratios(table)
+        ends = numbers if self.ends is None else self.ends.entries(table.steps, steps)
+        last, first = np.interp(ends[[0, -1]], numbers, ratios) ** (1.0 / self.rho)
+        spread = np.linspace(first, last, steps)[::-1] ** self.rho
+        entries = np.interp(np.log(spread), np.log(ratios), numbers)
+        return _of_ratios(table, entries.round() if self.rounded else entries, spread, self.to_first_entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +216,11 @@ class Respaced:
     def steps(self) -> int:
         return sum(self.counts)
 
-    def times(self, schedule: Schedule, steps: int) -> Float[Array, " n"]:
+    def grid(self, schedule: Schedule, steps: int) -> TimeGrid:
         if steps != self.steps:
             raise ValueError(f"this respacing has {self.steps} steps, not {steps}")
         table = _table_of(schedule, steps)
-        return _falling(table, self.entries(table.steps))
+        return time_grid_at(table, _times(table, np.asarray(self.entries(table.steps))))
 
     def entries(self, table: int) -> list[int]:
         """The entries of a table with `table` entries, ascending."""
@@ -162,7 +241,7 @@ def time_grid(schedule: Schedule, steps: int, spacing: Spacing = UniformTime()) 
     """The grid of `steps` steps. Its ends have the clipped log-SNR, so no coefficient is zero or infinite."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    return time_grid_at(schedule, spacing.times(schedule, steps))
+    return spacing.grid(schedule, steps)
 
 
 def time_grid_at(schedule: Schedule, t: Float[Array, "..."]) -> TimeGrid:
@@ -184,9 +263,25 @@ def _table_of(schedule: Schedule, steps: int) -> TabulatedSchedule:
     return schedule
 
 
-def _falling(schedule: TabulatedSchedule, entries: list[int]) -> Float[Array, " n"]:
-    """Times of ascending entries, noisiest first, then the clean end."""
-    return jnp.append(schedule.time(jnp.asarray(entries[::-1], jnp.float32)), 0.0)
+def _times(table: TabulatedSchedule, entries: np.ndarray, to_first_entry: bool = False) -> Float[Array, " n"]:
+    """Times of entries, given cleanest first, then the clean end or entry 0."""
+    end = table.time(0.0) if to_first_entry else 0.0
+    return jnp.append(table.time(jnp.asarray(entries[::-1], jnp.float32)), end)
+
+
+def _ratios(table: TabulatedSchedule) -> np.ndarray:
+    """σ/α at the entries."""
+    alpha_bar = np.asarray(table.alpha_bar)
+    return np.sqrt((1.0 - alpha_bar) / alpha_bar)
+
+
+def _of_ratios(table: TabulatedSchedule, entries: np.ndarray, ratios: np.ndarray, to_first_entry: bool) -> TimeGrid:
+    """The grid with these σ/α, and times for the network, given cleanest first."""
+    t = _times(table, entries, to_first_entry)
+    logsnr = jnp.asarray(np.clip(-2.0 * np.log(ratios[::-1]), -table.clip, table.clip), t.dtype)
+    logsnr = jnp.append(logsnr, table.logsnr(t[-1]))
+    alpha, sigma = (jnp.exp(0.5 * jax.nn.log_sigmoid(sign * logsnr)) for sign in (1.0, -1.0))
+    return TimeGrid(t, alpha, sigma, logsnr)
 
 
 def _spread(

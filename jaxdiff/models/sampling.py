@@ -34,6 +34,8 @@ class SamplingConfig:
 
     aug_level: noise level in [0, 1] of the low-resolution input of super-resolution.
     keep_eps: keep the network's ε after thresholding x₀ (diffusers' DDIM) instead of the ε implied by x₀.
+    scaled_start: begin with σ ε, the noised image 0, instead of unit noise ε. The two differ if the schedule's last
+    entry is not pure noise (diffusers' Euler samplers, with linspace and trailing spacing).
     clean_known: in inpainting, restore the known pixels without noise after each step (DeepFloyd IF) instead of noised
     to the step's level. fresh_start: in inpainting at strength 1, start from noise alone (Stable Diffusion) instead of
     from the initial product, of which the first step's noise leaves a trace.
@@ -49,6 +51,7 @@ class SamplingConfig:
     keep_eps: bool = False
     clean_known: bool = False
     fresh_start: bool = False
+    scaled_start: bool = False
 
     def __post_init__(self):
         if self.steps < 1:
@@ -107,9 +110,10 @@ class Denoiser:
     guidance: Guidance
     thresholding: Thresholding
 
-    def __call__(self, x: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Denoised | DenoisedWithVariance:
-        """x₀ and ε of noised samples, and γ if the variance is learned."""
-        model, guidance, logsnr = self.model, self.guidance, self.model.schedule.logsnr(t)
+    def __call__(self, x: Float[Array, "b h w c"], point: TimeGrid) -> Denoised | DenoisedWithVariance:
+        """x₀ and ε of samples noised at one grid point (scalars), and γ if the variance is learned."""
+        model, guidance = self.model, self.guidance
+        t = jnp.broadcast_to(point.t, x.shape[:1])
         predict = model.predict if self.tiles is None else partial(_predict_in_tiles, model, self.tiles)
 
         def guided():
@@ -117,7 +121,7 @@ class Denoiser:
             twice, times = jnp.concatenate([x, x]), jnp.concatenate([t, t])
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *self.given)
             (cond, gamma), (uncond, _) = map(model.split_output, jnp.split(predict(self.params, twice, times, both), 2))
-            return guidance.apply(cond, uncond, logsnr), gamma
+            return guidance.apply(cond, uncond, point.logsnr), gamma
 
         def conditional():
             return model.split_output(predict(self.params, x, t, self.given.conditional))
@@ -127,11 +131,10 @@ class Denoiser:
         elif guidance.interval is None:
             output, gamma = guided()
         else:
-            output, gamma = jax.lax.cond(guidance.inside(logsnr).any(), guided, conditional)
-        alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        estimate = denoised(model.prediction, output, x, alpha, sigma)
+            output, gamma = jax.lax.cond(guidance.inside(point.logsnr).any(), guided, conditional)
+        estimate = denoised(model.prediction, output, x, point.alpha, point.sigma)
         x0 = self.thresholding.apply(estimate.x0)
-        eps = estimate.eps if self.keep_eps else from_x0(x0, x, alpha, sigma).eps
+        eps = estimate.eps if self.keep_eps else from_x0(x0, x, point.alpha, point.sigma).eps
         return Denoised(x0, eps) if gamma is None else DenoisedWithVariance(x0, eps, gamma)
 
 
@@ -214,10 +217,14 @@ class TrainedModel:
         points = _points(model.schedule, sampling.steps, sampling.spacing)
         x = noise.normal_like(noise.fold(keys, 0), (*size, model.product.channels))
         first, known = 0, None
-        if init is not None:
+        pure = points.sigma[0] * x if sampling.scaled_start else x
+        if init is None:
+            x = pure
+        else:
             first = first_step(init.strength, sampling.steps)
-            fresh = sampling.fresh_start and init.mask is not None and first == 0
-            x, known = _begin(sampling.clean_known, fresh, init.value, init.mask, x, points, first)
+            x, known = _begin(sampling.clean_known, init.value, init.mask, x, points, first)
+            if sampling.fresh_start and init.mask is not None and first == 0:
+                x = pure
         carry = jax.tree.map(self._shard, sampling.sampler.init(x))
         chunk = sampling.steps if request.progress is None else CHUNK
         for start in range(first, sampling.steps, chunk):
@@ -228,8 +235,8 @@ class TrainedModel:
                 jax.block_until_ready(carry)
                 request.progress(stop)
         samples = sampling.sampler.image(carry)
-        if known is not None:  # without the noise of the last point
-            samples = known.mask * samples + (1.0 - known.mask) * known.value
+        if known is not None:
+            samples = known.finished(samples)
         return jnp.clip(samples, -1.0, 1.0) if isinstance(model.product, ImageSpec) else samples
 
     generate = partialmethod(decode, None)
@@ -288,19 +295,22 @@ class _Known:
         value = self.value if self.clean else noised(self.value, self.eps, point.alpha, point.sigma)
         return self.mask * x + (1.0 - self.mask) * value
 
+    def finished(self, x: Array) -> Array:
+        """The last state with the known pixels as given: a grid may end with some noise."""
+        return self.mask * x + (1.0 - self.mask) * self.value
 
-@partial(jax.jit, static_argnums=(0, 1))
+
+@partial(jax.jit, static_argnums=0)
 def _begin(
-    clean: bool, fresh: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
+    clean: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
 ) -> tuple[Array, _Known | None]:
-    """The value noised to the level of the first step, or with `fresh` the noise; and the known pixels (None without a
-    mask)."""
+    """The value noised to the level of the first step, and the known pixels (None without a mask)."""
     point = TimeGrid(*(values[first] for values in points))
     x = noised(value, eps, point.alpha, point.sigma)
     if mask is None:
         return x, None
     known = _Known(clean, value, mask, eps)
-    return (eps, known) if fresh else (known(x, point), known)
+    return known(x, point), known
 
 
 @partial(jax.jit, static_argnums=(0, 1))

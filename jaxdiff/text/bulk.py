@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float16, Int
+from jaxtyping import Array, Bool, Float, Float16, Int
 
 from jaxdiff.text.encoder import NetworkTextEncoder
+from jaxdiff.text.prompt_weights import weighted
 from jaxdiff.text.tokenizer import Tokens
 
 LENGTHS = (16, 32, 64, 128, 256)
@@ -76,8 +77,8 @@ class BulkEncoder:
 
     def _embedded(self, tokens: Tokens, chosen: np.ndarray, batch: "Batch") -> Float16[Array, "b n d"]:
         padding = ((0, batch.rows - len(chosen)), (0, 0))
-        ids, mask = (np.pad(array[chosen, : batch.length], padding) for array in tokens)
-        return self._program(self.encoder.params, *jax.device_put((ids, mask), self.sharding))
+        arrays = [np.pad(array[chosen, : batch.length], padding) for array in tokens if array is not None]
+        return self._program(self.encoder.params, *jax.device_put(arrays, self.sharding))
 
     @functools.cached_property
     def _program(self):
@@ -125,6 +126,11 @@ def _fetch(
 
 
 def _embed(
-    encoder: NetworkTextEncoder, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]
+    encoder: NetworkTextEncoder,
+    params: dict,
+    ids: Int[Array, "b n"],
+    mask: Bool[Array, "b n"],
+    weights: Float[Array, "b n"] | None = None,
 ) -> Float16[Array, "b n d"]:
-    return encoder.states(params, ids, mask).astype(jnp.float16)
+    states = encoder.states(params, ids, mask)
+    return (states if weights is None else weighted(states, weights, mask)).astype(jnp.float16)

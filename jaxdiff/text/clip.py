@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, TextTowerConfig, TowerOutput
 from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of, in_blocks
+from jaxdiff.text.prompt_weights import Fragment, parse, weighted
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, tokenize
+from jaxdiff.text.windows import tokenize_windows
 
 
 class Pooling(enum.Enum):
@@ -35,7 +37,11 @@ class CLIPTextEncoder:
 
     skip_last: take `tokens` before this number of last blocks. final_norm: apply the tower's last norm to `tokens`.
     padding_is_read: keep the states of padding; otherwise they are masked.
-    max_length: tokens per caption, start and end included; None: the tower's maximum.
+    max_length: tokens per caption (with `chunks`, per window), start and end included; None: the tower's maximum.
+    chunks: windows of that length per caption, for captions beyond the tower's maximum. Each window is encoded on its
+        own, with a start and an end token; `tokens` are those of all windows, `pooled` is that of the first. Short
+        captions get empty windows, so that prompts and negative prompts have the same length (`text/windows.py`).
+    weights: read the notation of `text/prompt_weights.py`, `(word:1.3)`. It affects `tokens`, not `pooled`.
     """
 
     config: CLIPConfig
@@ -46,14 +52,18 @@ class CLIPTextEncoder:
     padding_is_read: bool = True
     pooling: Pooling = Pooling.EMBEDDING
     max_length: int | None = None
+    chunks: int = 1
+    weights: bool = False
 
     def __post_init__(self):
         if self.config.text is None:
             raise ValueError("this CLIP has no text tower")
         if not 0 <= self.skip_last <= self.config.text.layers:
             raise ValueError(f"skip_last {self.skip_last}: the tower has {self.config.text.layers} blocks")
-        if not 1 <= self.length <= self.config.text.length:
-            raise ValueError(f"max_length {self.length}: the tower reads 1 to {self.config.text.length} tokens")
+        if not 1 <= self._window <= self.config.text.length:
+            raise ValueError(f"max_length {self._window}: the tower reads 1 to {self.config.text.length} tokens")
+        if self.chunks < 1:
+            raise ValueError(f"chunks {self.chunks}: a caption has at least one window")
 
     @property
     def width(self) -> int:
@@ -61,31 +71,56 @@ class CLIPTextEncoder:
 
     @property
     def length(self) -> int:
-        return self._tower.length if self.max_length is None else self.max_length
+        return self.chunks * self._window
 
     @cached_property
     def fingerprint(self) -> str:
         # Independent of the image tower and of `remat`.
         config, params = replace(self.config, image=None, remat=False), {"text": self.params["text"]}
         settings = (config, self.skip_last, self.final_norm, self.padding_is_read, self.pooling, self.length)
-        return fingerprint_of((*settings, self.tokenizer.pad_token_id), self.tokenizer, params)
+        # Later settings count only where they are in use, so that older fingerprints remain valid.
+        later = {
+            f"{self.chunks} chunks": self.chunks > 1,
+            "weights": self.weights,
+            "pads with a word": self._pads_with_a_word,
+        }
+        used = [name for name, is_used in later.items() if is_used]
+        return fingerprint_of((*settings, self.tokenizer.pad_token_id, *used), self.tokenizer, params)
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
         return self.embed(self.tokenize(captions))
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        return tokenize(self.tokenizer, caption_list(captions), self.length, self._tower.vocab)
+        captions = caption_list(captions)
+        if self.chunks == 1 and not self.weights:
+            return tokenize(self.tokenizer, captions, self.length, self._tower.vocab)
+        prompts = [parse(caption) if self.weights else [Fragment(caption, 1.0)] for caption in captions]
+        tokens = tokenize_windows(self.tokenizer, prompts, self._window, self.chunks, self._tower.vocab)
+        return tokens if self.weights else tokens._replace(weights=None)
 
     def embed(self, tokens: Tokens) -> TextEmbedding:
-        settings = self.config, self.skip_last, self.final_norm, self.pooling
+        settings = self.config, self.skip_last, self.final_norm, self.pooling, self._window
         states, pooled = in_blocks(partial(_embed, *settings, self.params), tokens.ids)
         ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
-        if self.padding_is_read:
-            return TextEmbedding(states, jnp.ones_like(mask), pooled, ids)
-        return TextEmbedding(jnp.where(mask[..., None], states, 0.0), mask, pooled, ids)
+        read = jnp.ones_like(mask) if self.padding_is_read else mask
+        if tokens.weights is not None:
+            states = weighted(states, jnp.asarray(tokens.weights), read)
+        if not self.padding_is_read:
+            states = jnp.where(mask[..., None], states, 0.0)
+        return TextEmbedding(states, read, pooled, ids)
 
     def states(self, params: dict, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-        return _embed(self.config, self.skip_last, self.final_norm, Pooling.NONE, params, ids)[0]
+        return _embed(self.config, self.skip_last, self.final_norm, Pooling.NONE, self._window, params, ids)[0]
+
+    @property
+    def _window(self) -> int:
+        return self._tower.length if self.max_length is None else self.max_length
+
+    @property
+    def _pads_with_a_word(self) -> bool:
+        """Whether the padding token is not special, so that captions do not contain it (`Padding.ZERO`)."""
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad is not None and pad != end and pad not in self.tokenizer.added_tokens_decoder
 
     @property
     def _tower(self) -> TextTowerConfig:
@@ -93,14 +128,25 @@ class CLIPTextEncoder:
         return self.config.text
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _embed(
-    config: CLIPConfig, skip_last: int, final_norm: bool, pooling: Pooling, params: dict, ids: Int[Array, "b n"]
+    config: CLIPConfig,
+    skip_last: int,
+    final_norm: bool,
+    pooling: Pooling,
+    window: int,
+    params: dict,
+    ids: Int[Array, "b n"],
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b e"] | None]:
+    """States of all windows, and the pooled vectors of the first ones. The last window may be shorter."""
+    count, length = ids.shape
+    if length > window:
+        # The tower is causal: what the last window is filled up with has no effect on the states that are kept.
+        ids = jnp.pad(ids, ((0, 0), (0, -length % window))).reshape(-1, window)
     arguments = {"params": params}, ids, skip_last, final_norm
     embedded = cast(TowerOutput, CLIP(config).apply(*arguments, method="embed_text"))
+    states = embedded.states.reshape(count, -1, embedded.states.shape[-1])[:, :length]
     if pooling is Pooling.NONE:
-        return embedded.states, None
-    if pooling is Pooling.STATE or embedded.embedding is None:
-        return embedded.states, embedded.pooled
-    return embedded.states, embedded.embedding
+        return states, None
+    pooled = embedded.pooled if pooling is Pooling.STATE or embedded.embedding is None else embedded.embedding
+    return states, pooled.reshape(count, -1, pooled.shape[-1])[:, 0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import Unigram
@@ -39,7 +39,7 @@ _GENERIC = (
 _BYTE_SCORE = -1e3  # log probability: bytes are used only if no piece fits
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
     """Import transformers without its advice to install PyTorch, which tokenizers do not need."""
     name, advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS", os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
     os.environ[name] = "1"
@@ -54,10 +54,11 @@ def _transformers() -> Any:
 
 
 class Tokens(NamedTuple):
-    """Token ids, padded to one length, and the mask (False for padding)."""
+    """Token ids, padded to one length, and the mask (False for padding). weights: of the states; None: all are 1."""
 
     ids: Int[np.ndarray, "b n"]
     mask: Bool[np.ndarray, "b n"]
+    weights: Float[np.ndarray, "b n"] | None = None
 
 
 def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
@@ -73,9 +74,9 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
             if "tokenizer_class" not in config:
                 return _t5_tokenizer(folder, config)
         if config.get("tokenizer_class") in _GENERIC:
-            return _transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
+            return import_transformers().PreTrainedTokenizerFast.from_pretrained(str(path_or_id))
         # AutoTokenizer imports PyTorch if it is installed, which takes seconds.
-        return _transformers().AutoTokenizer.from_pretrained(str(path_or_id))
+        return import_transformers().AutoTokenizer.from_pretrained(str(path_or_id))
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot parse
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from {path_or_id}: {plain(first, 400)}") from error
@@ -88,7 +89,7 @@ def _t5_tokenizer(folder: Path, config: dict) -> PreTrainedTokenizerBase:
     """
     multilingual = _settings(folder / "config.json").get("model_type") in ("mt5", "umt5")
     sentinels: dict[str, Any] = {"extra_ids": 0} if multilingual and "extra_ids" not in config else {}
-    return _transformers().T5Tokenizer.from_pretrained(str(folder), **sentinels)
+    return import_transformers().T5Tokenizer.from_pretrained(str(folder), **sentinels)
 
 
 def _check_pieces(path: Path) -> None:
@@ -119,7 +120,7 @@ def _settings(path: Path) -> dict:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """ByT5's tokenizer: one token per UTF-8 byte, without files. 384 ids, 125 sentinels included."""
-    return _transformers().ByT5Tokenizer()
+    return import_transformers().ByT5Tokenizer()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -143,7 +144,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     ]
     tokenizer = _pipeline(Tokenizer(Unigram(vocabulary, unk_id=2, byte_fallback=True)))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return _transformers().PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
@@ -184,10 +185,31 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     """
     if length < 1:
         raise ValueError(f"length must be at least 1 token, not {length}")
+    rows = token_ids(tokenizer, captions, vocab)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    lost = []
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            kept = max(length - len(special_ids(tokenizer)), 0)
+            lost.append(lost_words(tokenizer, captions[i], kept).strip())
+            row = _cut(tokenizer, row, length)
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    warn_cut(lost, length, stacklevel=3)
+    return Tokens(ids, mask)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], vocab: int, special: bool = True
+) -> list[list[int]]:
+    """The ids of each caption, of any length. special: with start and end tokens. ValueError as `tokenize`."""
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token: set pad_token in its tokenizer_config.json")
     try:
-        rows = tokenizer(list(captions), add_special_tokens=True)["input_ids"] if len(captions) else []
+        # verbose: transformers would log that long captions are an error; here they are cut.
+        options = {"add_special_tokens": special, "verbose": False}
+        rows = tokenizer(list(captions), **options)["input_ids"] if len(captions) else []
     except (
         Exception
     ) as error:  # the tokenizers library raises nothing narrower, for example if there is no unknown token
@@ -195,20 +217,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length
     largest = max([tokenizer.pad_token_id, *(max(row, default=0) for row in rows)])
     if largest >= vocab:
         raise ValueError(f"the tokenizer gives the id {largest}, the embedding has only {vocab}")
-    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    lost = []
-    for i, row in enumerate(rows):
-        if len(row) > length:
-            lost.append(_lost_words(tokenizer, captions[i], max(length - _specials(tokenizer), 0)))
-            row = _cut(tokenizer, row, length)
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = True
+    return rows
+
+
+def warn_cut(lost: Sequence[str], length: int, stacklevel: int) -> None:
+    """One warning for all captions of more than `length` tokens, with the words that they lost, if any."""
     if lost:
         shown = ", ".join(quoted(words, 200) for words in lost[:3]) + (", …" if len(lost) > 3 else "")
         count = "prompt" if len(lost) == 1 else f"{len(lost)} prompts"
-        warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=2)
-    return Tokens(ids, mask)
+        warnings.warn(f"{count} longer than {length} tokens cut short; lost: {shown}", stacklevel=stacklevel)
 
 
 def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -250,24 +267,27 @@ def _cut(tokenizer: PreTrainedTokenizerBase, row: list[int], length: int) -> lis
     """Truncate a caption but keep its end token: the tokenizer's, or the last one if captions have special tokens."""
     if tokenizer.eos_token_id is not None:
         return [*row[: length - 1], tokenizer.eos_token_id]
-    return [*row[: length - 1], row[-1]] if _specials(tokenizer) else row[:length]
+    return [*row[: length - 1], row[-1]] if special_ids(tokenizer) else row[:length]
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of special tokens per caption: T5's end; CLIP's start and end."""
-    return len(tokenizer("", add_special_tokens=True)["input_ids"])
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens of each caption: T5's end; CLIP's start and end."""
+    return tokenizer("", add_special_tokens=True)["input_ids"]
 
 
-def _lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
+def lost_words(tokenizer: PreTrainedTokenizerBase, caption: str, kept: int) -> str:
     """The words of `caption` that are not entirely within the first `kept` tokens."""
     if tokenizer.is_fast:
-        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         start = offsets[kept][0]
     else:  # ByT5, the only slow tokenizer; its tokens are bytes
-        start = len(tokenizer.decode(tokenizer(caption, add_special_tokens=False)["input_ids"][:kept]))
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
+        start = len(tokenizer.decode(ids[:kept]))
     if not caption[start:].startswith(" "):
         start = caption.rfind(" ", 0, start) + 1
-    return caption[start:].strip()
+    return caption[start:]
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tokenizer:

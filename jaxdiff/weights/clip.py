@@ -1,7 +1,8 @@
 """CLIP in the transformers layout (config.json + safetensors) ⇄ configuration and parameter tree.
 
 Reads OpenAI and OpenCLIP models saved as transformers' CLIPModel (both towers or one), and towers saved alone, with
-their projection or without it (Stable Diffusion's text tower).
+their projection or without it (Stable Diffusion's text towers). Tensors may also come from memory, for checkpoints that
+hold several networks in one file.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from jaxdiff.core import trees
 from jaxdiff.core.messages import quoted
 from jaxdiff.nets.clip import CLIP, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.text.clip import CLIPTextEncoder
-from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
-from jaxdiff.weights import hub, sizes
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer, with_special_tokens
+from jaxdiff.weights import hub, sizes, tree
 
 UNUSED = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 """The range 0, 1, 2, …, stored by older versions of transformers."""
@@ -54,26 +55,47 @@ def load_image(
     return _load(path_or_id, dtype, variant, place, "image")
 
 
+def from_tensors(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, tree.Unread],
+    dtype: str = "float32",
+    *,
+    tower: Tower | None = "text",
+    where: str = "CLIP",
+    place: hub.Place = jnp.asarray,
+) -> tuple[CLIPConfig, dict]:
+    """As `load_text`, from the settings of a config.json and tensors by their transformers names.
+
+    tower: "image" as `load_image`, None as `load`. where: the origin of the tensors, for errors.
+    """
+    config = _config(Path(where), dict(values), hub.check_dtype(dtype), tower)
+    return _params(config, values, tensors, tower, dtype, place, where)
+
+
 def load_text_encoder(
     path_or_id: str | Path,
     dtype: str = "float32",
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     variant: str | None = None,
     place: hub.Place = jnp.asarray,
 ) -> CLIPTextEncoder:
     """Load the frozen text tower and its tokenizer from a directory or hub id.
 
-    tokenizer: the tokenizer's directory, if it is not beside the weights (Stable Diffusion).
+    tokenizer: the tokenizer's directory, if it is not beside the weights (Stable Diffusion); or a tokenizer, as
+    `text.clip_tokenizer` makes it, which is used unchanged.
     """
     directory = hub.directory_of(path_or_id, "CLIP", variant=variant)
     # Validate config.json before the tokenizer library reads it.
     settings = read_config(directory / "config.json", tower="text").text
     assert settings is not None  # tower="text"
-    loaded = load_tokenizer(directory if tokenizer is None else tokenizer)
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        loaded = load_tokenizer(directory if tokenizer is None else tokenizer)
+        end = loaded.eos_token_id if settings.eos_id is None else settings.eos_id
+        loaded = with_special_tokens(loaded, end, end)  # OpenAI's CLIP pads with the end token
+    else:
+        loaded = tokenizer
     check_vocabulary(loaded, settings.vocab, str(directory))
-    end = loaded.eos_token_id if settings.eos_id is None else settings.eos_id
-    loaded = with_special_tokens(loaded, end, end)  # OpenAI's CLIP pads with the end token
     config, params = load_text(directory, dtype, variant=variant, place=place)
     return CLIPTextEncoder(config, params, loaded)
 
@@ -155,30 +177,50 @@ def _load(
     path = directory / "config.json"
     values = hub.read_json(path, "CLIP")
     config = _config(path, values, compute_type, tower)
-    tensors = hub.open_tensors(directory, variant)
+    return _params(config, values, hub.open_tensors(directory, variant), tower, dtype, place, str(directory))
+
+
+def _params(
+    config: CLIPConfig,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, tree.Unread],
+    tower: Tower | None,
+    dtype: str,
+    place: hub.Place,
+    where: str,
+) -> tuple[CLIPConfig, dict]:
+    """The parameters, and `config` without the projection if the tower has none."""
     if tower:
         tensors = _tower_tensors(tensors, tower)
+        if _without_projection(values, tower):
+            tensors = {key: tensor for key, tensor in tensors.items() if key != PROJECTION[tower]}
         if PROJECTION[tower] not in tensors and not _expects_projection(values):
             config = replace(config, width=None)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in UNUSED}
-    shapes = sizes.shapes(_init, config, str(path))
-    return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
+    shapes = sizes.shapes(_init, config, where)
+    return config, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, where)
 
 
-def _tower_tensors(tensors: Mapping[str, hub.Stored], tower: Tower) -> dict[str, hub.Stored]:
+def _tower_tensors(tensors: Mapping[str, tree.Unread], tower: Tower) -> dict[str, tree.Unread]:
     """The tensors of one tower, without the temperature, under their names in CLIPModel.
 
     transformers 5 saves a tower without a projection without the tower's prefix.
     """
-    if "embeddings.position_embedding.weight" in tensors:
-        return {f"{WORDS[tower]}.{key}": tensor for key, tensor in tensors.items()}
     other: Tower = "image" if tower == "text" else "text"
     left_out = (f"{WORDS[other]}.", PROJECTION[other], "logit_scale")
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(left_out)}
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(left_out)}
+    if any(key.startswith(f"{WORDS[tower]}.") for key in kept):
+        return kept
+    return {key if key == PROJECTION[tower] else f"{WORDS[tower]}.{key}": tensor for key, tensor in kept.items()}
 
 
-def _expects_projection(values: dict) -> bool:
+def _expects_projection(values: Mapping[str, Any]) -> bool:
     return values["model_type"] == "clip" or "WithProjection" in str(values.get("architectures"))
+
+
+def _without_projection(values: Mapping[str, Any], tower: Tower) -> bool:
+    """Whether the file's class has no projection: one that other tools wrote beside the tower is not used."""
+    return values.get("architectures") == [f"CLIP{'Text' if tower == 'text' else 'Vision'}Model"]
 
 
 def _config(path: Path, values: dict, dtype: hub.Dtype, tower: Tower | None) -> CLIPConfig:

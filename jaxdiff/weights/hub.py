@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxdiff.core import files, json_files, trees
 from jaxdiff.core.messages import plain, quoted
 from jaxdiff.weights import sizes, tree
-from jaxdiff.weights.tree import Stored
+from jaxdiff.weights.tree import Stored, Unread
 
 SETTINGS = ("*.json", "*spiece.model", "*merges.txt")
 """Patterns of the files downloaded with the weights, from any folder of a repository."""
@@ -205,7 +205,7 @@ def names(
 
 
 def load_params(
-    tensors: Mapping[str, Stored], shapes: dict, named: Mapping[str, str], dtype: str, place: Place, where: str
+    tensors: Mapping[str, Unread], shapes: dict, named: Mapping[str, str], dtype: str, place: Place, where: str
 ) -> dict:
     """The parameter tree of `shapes`. named: the name in `tensors` of each leaf; missing or extra tensors are an error.
 

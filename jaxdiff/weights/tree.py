@@ -3,13 +3,14 @@
 A parameter tree is a nested dict of arrays. A leaf's name in the file is its path joined by "/".
 """
 
+import json
 import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,20 @@ def load_expected(path: str | Path, expected_shapes: dict) -> dict:
     return unflatten({name: tensor.read() for name, tensor in stored.items()})
 
 
+@runtime_checkable
+class Unread(Protocol):
+    """A tensor that is read when asked: stored in a file (`Stored`), or computed from others (`weights/lazy.py`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Of `TYPES`."""
+
+    def read(self, types: Collection[str] = FLOATS) -> np.ndarray: ...
+
+
 class Stored(NamedTuple):
     """A tensor not yet read. start: its first byte in the file. version: the file's size in bytes and modification time
     when its header was read."""
@@ -136,7 +151,7 @@ def _version(file) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def check_stored(stored: Mapping[str, Stored], want: Mapping[str, tuple], where: str) -> None:
+def check_stored(stored: Mapping[str, Unread], want: Mapping[str, tuple], where: str) -> None:
     """`check_shapes` of unread tensors; also ValueError if one is not floating."""
     check_shapes({key: tensor.shape for key, tensor in stored.items()}, want, where)
     others = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
@@ -167,20 +182,50 @@ def refuse_pickle(path: Path) -> None:
         raise ValueError(
             f"{path} is a pickle, which can run code when read; convert it once where you trust it: "
             'python -c "import torch, safetensors.torch as s; '
-            f"t = torch.load('{path}', map_location='cpu', weights_only=True); "
-            f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{path.with_name('model.safetensors')}')\""
+            f"t = torch.load('{path}', map_location='cpu', weights_only=True); t = t.get('state_dict', t); "
+            "t = {k: v.contiguous().clone() for k, v in t.items() if torch.is_tensor(v)}; "
+            f"s.save_file(t, '{_converted(path)}')\""
         )
+
+
+def _converted(path: Path) -> Path:
+    """The name of a converted pickle: the one that transformers and diffusers give, or that of a single file."""
+    return path.with_suffix(".safetensors") if path.suffix == ".ckpt" else path.with_name("model.safetensors")
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes beside `path`, then renames. A failure leaves no temporary file and keeps an older file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    _check_space(path, sum(tensor.nbytes for tensor in tensors.values()))
+    with saving(path), replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def write_unread(path: Path, tensors: Mapping[str, Unread], metadata: Mapping[str, str]) -> None:
+    """`write_safetensors` of tensors that are read one at a time: memory holds the largest, not all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    end = 0
+    tensors = dict(sorted(tensors.items(), key=lambda named: (-TYPES[named[1].dtype].itemsize, named[0])))  # aligned
+    for key, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * TYPES[tensor.dtype].itemsize
+        header[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data is aligned to eight bytes
+    _check_space(path, len(encoded) + end)
+    with saving(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for key, tensor in tensors.items():
+            array = tensor.read(TYPES)
+            if array.shape != tuple(tensor.shape) or array.dtype != TYPES[tensor.dtype]:
+                raise ValueError(f"{plain(key)} is {array.dtype} {array.shape}, not {tensor.dtype} {tensor.shape}")
+            file.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
+
+
+def _check_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(f"cannot save {path}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free on the disk")
-    with saving(path), replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
 
 
 @contextmanager

@@ -28,7 +28,6 @@ def _start():
 
 
 def _network(x, timestep):
-    timestep = timestep.reshape(-1, 1, 1, 1)
     return x * timestep / (timestep + 1.0)
 
 
@@ -37,11 +36,11 @@ def _keys(x):
 
 
 def _run(sampler, grid, schedule, x, prediction=Prediction.EPSILON, threshold=UNTHRESHOLDED):
-    """The network is told the timestep of the grid's t; ε stays its own when x₀ is thresholded, as in diffusers."""
+    """The network sees the timestep of the point's t; ε stays its own when x₀ is thresholded, as in diffusers."""
 
-    def denoise(x, t):
-        here = jnp.argmin(jnp.abs(grid.t - t[0]))
-        found = denoised(prediction, _network(x, schedule.network_time(t)), x, grid.alpha[here], grid.sigma[here])
+    def denoise(x, point):
+        output = _network(x, schedule.network_time(point.t))
+        found = denoised(prediction, output, x, point.alpha, point.sigma)
         return found._replace(x0=threshold.apply(found.x0))
 
     steps = grid.t.shape[0] - 1
@@ -59,12 +58,10 @@ def _run_shrinking(sampler, grid, schedule, x, prediction=Prediction.EPSILON):
 
     @jax.jit
     def step(x, i):
-        def denoise(x, t):
-            first = t[0] == grid.t[i]
-            here = jnp.where(first, i, i + 1)
-            alpha, sigma = grid.alpha[here], grid.sigma[here]
+        def denoise(x, point):
+            first, alpha, sigma = point.t == grid.t[i], point.alpha, point.sigma
             shrunk = jnp.where(first, x, alpha * x)
-            output = _network(shrunk / alpha, schedule.network_time(t))
+            output = _network(shrunk / alpha, schedule.network_time(point.t))
             eps = denoised(prediction, output, shrunk, alpha, sigma).eps
             return denoised(Prediction.EPSILON, eps, x, alpha, sigma)
 
@@ -212,13 +209,13 @@ def test_edm_euler():
     points = time_grid.time_grid(schedule, STEPS - 1)  # evenly spaced times are EDM's own noise levels
     grid = time_grid.time_grid_of(*(jnp.append(v, end) for v, end in zip(points[:3], (-1.0, 1.0, 0.0))))
 
-    def denoise(x, t):
-        s = schedule.sigma(t[0]) / schedule.alpha(t[0])
+    def denoise(x, point):
+        s = point.sigma / point.alpha
         y, data = x * jnp.sqrt(1.0 + s**2), 0.5
         total = jnp.sqrt(s**2 + data**2)
-        output = _network(y / total, jnp.broadcast_to(jnp.log(s) / 4.0, t.shape))
+        output = _network(y / total, jnp.log(s) / 4.0)
         x0 = (data / total) ** 2 * y + s * data / total * output
-        return denoised(Prediction.X0, x0, x, schedule.alpha(t), schedule.sigma(t))
+        return denoised(Prediction.X0, x0, x, point.alpha, point.sigma)
 
     x = jax.jit(lambda x: samplers.integrate(samplers.Euler(), denoise, x, grid, _keys(x), 0, STEPS))(_start())
     assert float(jnp.sum(jnp.abs(x))) == pytest.approx(34.1855, abs=1e-2)

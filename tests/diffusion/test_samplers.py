@@ -27,9 +27,10 @@ DETERMINISTIC = [
     samplers.Heun(in_sigma=True),
     samplers.DPMSolverPP2M(),
     samplers.DPMSolverPP2M(lower_order_final=False),
+    samplers.PLMS(),
 ]
 RANDOM = [samplers.DDPM(), samplers.DDPM(gamma=0.3), samplers.DDIM(eta=1.0)]
-ORDERS = [1, 1, 2, 2, 2, 2]
+ORDERS = [1, 1, 2, 2, 2, 2, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +60,9 @@ class Mixture:
         estimate = means + alpha * deviations**2 / variance * (x - alpha * means)
         return jnp.sum(jax.nn.softmax(log_posterior, axis=-1) * estimate, axis=-1)
 
-    @functools.cache  # noqa: B019 (one function a pair, for jit to know again)
-    def denoise(self, schedule):
-        """What samplers ask for, on this schedule."""
-
-        def denoise(x, t):
-            alpha, sigma = schedule.alpha(t[0]), schedule.sigma(t[0])
-            return from_x0(self.x0(x, alpha, sigma), x, alpha, sigma)
-
-        return denoise
+    def denoise(self, x, point):
+        """What samplers ask for."""
+        return from_x0(self.x0(x, point.alpha, point.sigma), x, point.alpha, point.sigma)
 
 
 _grid = jax.jit(time_grid.time_grid, static_argnums=(0, 1, 2))
@@ -108,7 +103,7 @@ COUNTS = np.array([20, 40, 80, 160])
 def _even_grids(schedule):
     """In float64: the starting points, grids of COUNTS steps, and what 5000 steps of Heun make of the points."""
     x = jnp.linspace(-2.0, 2.0, 33)[None]
-    exact = _draw(samplers.Heun(), Mixture().denoise(schedule), x, _even_grid(schedule, 5000))
+    exact = _draw(samplers.Heun(), Mixture().denoise, x, _even_grid(schedule, 5000))
     return x, [_even_grid(schedule, int(count)) for count in COUNTS], exact
 
 
@@ -118,7 +113,7 @@ def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
     """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
     with jax.enable_x64(True):
         x, grids, exact = _even_grids(schedule)
-        drawn = [_draw_few(sampler, Mixture().denoise(schedule), x, grid, COUNTS[-1]) for grid in grids]
+        drawn = [_draw_few(sampler, Mixture().denoise, x, grid, COUNTS[-1]) for grid in grids]
     errors = [np.sqrt(np.mean((np.asarray(found) - np.asarray(exact)) ** 2)) for found in drawn]
     slope = -np.polyfit(np.log(COUNTS), np.log(errors), 1)[0]
     assert order - 0.15 < slope < order + 0.4
@@ -147,7 +142,7 @@ def test_closed_form_for_gaussian_data(schedule):
         return grid.alpha[i] * 0.4 + jnp.sqrt(grid.alpha[i] ** 2 * 0.25 + grid.sigma[i] ** 2) * z
 
     for sampler in (samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()):
-        got = _draw(sampler, data.denoise(schedule), path(0), grid)
+        got = _draw(sampler, data.denoise, path(0), grid)
         tolerance = 0.03 if isinstance(sampler, samplers.DDIM) else 3e-3
         np.testing.assert_allclose(got, path(-1), atol=tolerance)
 
@@ -157,16 +152,14 @@ def _exact(spacing):
     """33 starting points, and what 1000 steps of Heun make of them."""
     x = jnp.linspace(-2.0, 2.0, 33)[None]
     grid = _grid(CosineSchedule(), 1000, spacing)
-    return x, np.asarray(_draw(samplers.Heun(), Mixture().denoise(CosineSchedule()), x, grid))
+    return x, np.asarray(_draw(samplers.Heun(), Mixture().denoise, x, grid))
 
 
 @functools.cache
 def _mean_error(sampler, steps, spacing):
     """Against 1000 steps of Heun on the same spacing."""
     (x, exact), grid = _exact(spacing), _grid(CosineSchedule(), steps, spacing)
-    return float(
-        np.abs(np.asarray(_draw_few(sampler, Mixture().denoise(CosineSchedule()), x, grid, 64)) - exact).mean()
-    )
+    return float(np.abs(np.asarray(_draw_few(sampler, Mixture().denoise, x, grid, 64)) - exact).mean())
 
 
 @pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.Heun(), samplers.DPMSolverPP2M()], ids=str)
@@ -200,7 +193,7 @@ def test_moments_of_random_samplers(sampler):
     keys = _keys(b)
     start = noise.normal_like(noise.fold(keys, 10**6), (d,))
     grid = _grid(schedule, 400)
-    x = np.asarray(_draw(sampler, data.denoise(schedule), start, grid, keys))
+    x = np.asarray(_draw(sampler, data.denoise, start, grid, keys))
     error = (data.variance / x.size) ** 0.5
     assert abs(x.mean() - data.mean) < 4 * error
     assert x.var() == pytest.approx(data.variance, rel=0.03)
@@ -229,7 +222,7 @@ def test_ancestral_variance_lies_between_its_bounds():
 def test_noise_of_a_ddim_step(eta):
     """With x₀ = ε = 0 a step leaves its own noise: η times DDPM's lower bound (arXiv 2010.02502, Eq. 16)."""
     grid = _grid(CosineSchedule(), 4)
-    nothing = lambda x, t: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
+    nothing = lambda x, point: Denoised(jnp.zeros_like(x), jnp.zeros_like(x))  # noqa: E731
     left = samplers.DDIM(eta=eta).step(1, jnp.ones((4, 50, 50)), nothing, grid, _keys(4))
     here, there = (time_grid.TimeGrid(*(values[i] for values in grid)) for i in (1, 2))
     expected = eta * samplers.ancestral_deviation(here, there, 0.0).item()
@@ -241,7 +234,7 @@ def test_chunks_do_not_change_the_result(sampler):
     """One program, called for steps 0–10 or in chunks of 3, 1 and 6, gives the same bits."""
     grid, keys = _grid(CosineSchedule(), 10), _keys(2)
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
-    denoise = Mixture().denoise(CosineSchedule())
+    denoise = Mixture().denoise
     whole = _sample(sampler, denoise, sampler.init(x), grid, keys, 0, 10)
     carry = sampler.init(x)
     for start, stop in ((0, 3), (3, 4), (4, 10)):
@@ -251,20 +244,28 @@ def test_chunks_do_not_change_the_result(sampler):
 
 
 def test_a_run_begun_in_the_middle_has_no_step_before():
-    """DPM-Solver++(2M), handed a fresh state at step 3, takes a first-order step, not extrapolating from zeros."""
-    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(2), Mixture().denoise(CosineSchedule())
+    """DPM-Solver++(2M), handed a fresh state at step 3, takes a first-order step, not extrapolating from zeros; PLMS
+    evaluates the network at both ends."""
+    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(2), Mixture().denoise
     x = noise.normal_like(keys, (5,))
     first = {
         s: s.image(_sample(s, denoise, s.init(x), grid, keys, 3, 4))
         for s in (samplers.DPMSolverPP2M(), samplers.Euler())
     }
     np.testing.assert_allclose(*first.values(), atol=1e-6)
+    plms, (here, there) = samplers.PLMS(), (time_grid.TimeGrid(*(v[i] for v in grid)) for i in (3, 4))
+    eps = denoise(x, here).eps
+    ahead = there.alpha / here.alpha * x + (there.sigma - there.alpha / here.alpha * here.sigma) * eps
+    mean = 0.5 * (eps + denoise(ahead, there).eps)
+    corrected = there.alpha / here.alpha * x + (there.sigma - there.alpha / here.alpha * here.sigma) * mean
+    found = plms.image(_sample(plms, denoise, plms.init(x), grid, keys, 3, 4))
+    np.testing.assert_allclose(found, corrected, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [samplers.DPMSolverPP2M(), samplers.Heun(), samplers.DDPM(gamma=0.3)], ids=str)
+@pytest.mark.parametrize("sampler", [samplers.DPMSolverPP2M(), samplers.PLMS(), samplers.DDPM(gamma=0.3)], ids=str)
 def test_samples_do_not_depend_on_their_batch_or_mesh(sampler):
     """Sample i of a batch of eight, of a batch of one, and of a batch spread over eight devices."""
-    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(8), Mixture().denoise(CosineSchedule())
+    grid, keys, denoise = _grid(CosineSchedule(), 10), _keys(8), Mixture().denoise
     x = noise.normal_like(noise.fold(keys, 99), (4, 4, 3))
     whole = _draw(sampler, denoise, x, grid, keys)
     for i in (0, 5):
@@ -283,7 +284,7 @@ def test_memory_does_not_grow_with_the_steps(sampler):
 
     def temporaries(steps):
         grid = _grid(CosineSchedule(), steps)
-        denoise = lambda x, t: from_x0(0.9 * x, x, 1.0, 0.5)  # noqa: E731
+        denoise = lambda x, point: from_x0(0.9 * x, x, 1.0, 0.5)  # noqa: E731
         draw = lambda x: sampler.image(  # noqa: E731
             samplers.integrate(sampler, denoise, sampler.init(x), grid, _keys(1), 0, steps)
         )
@@ -302,22 +303,22 @@ def test_state_stays_float32_when_the_network_is_bfloat16(sampler):
     schedule, data = CosineSchedule(), Mixture()
     seen = []
 
-    def denoise(x, t):
-        seen.append((x.dtype, t.dtype, t.shape))
-        x0, eps = data.denoise(schedule)(x, t)
+    def denoise(x, point):
+        seen.append((x.dtype, *{(value.dtype, value.shape) for value in point}))
+        x0, eps = data.denoise(x, point)
         return Denoised(x0.astype(jnp.bfloat16), eps.astype(jnp.bfloat16))
 
     x = noise.normal_like(_keys(2), (4,), jnp.bfloat16)
     image = _draw(sampler, denoise, x, _grid(schedule, 8))
     assert image.dtype == jnp.float32
-    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), (2,))}
+    assert set(seen) == {(jnp.dtype("float32"), (jnp.dtype("float32"), ()))}
 
 
 def test_evaluations_are_counted_as_they_happen():
-    for sampler in (samplers.DDPM(), samplers.DDIM(), samplers.Euler(), samplers.Heun(), samplers.DPMSolverPP2M()):
+    for sampler in (samplers.DDPM(), *DETERMINISTIC[:5], DETERMINISTIC[-1]):
         calls = []
 
-        def denoise(x, t, calls=calls):
+        def denoise(x, point, calls=calls):
             jax.debug.callback(lambda: calls.append(1))
             return from_x0(0.5 * x, x, 1.0, 1.0)
 
@@ -339,5 +340,5 @@ def test_a_grid_that_begins_beyond_the_clip():
     assert grid.logsnr[0] == grid.logsnr[1]
     x = noise.normal_like(keys, (5,))
     for sampler in (*DETERMINISTIC[3:], *RANDOM[1:]):  # one of each formula
-        carry = _sample(sampler, Mixture().denoise(schedule), sampler.init(x), grid, keys, 0, 24)
+        carry = _sample(sampler, Mixture().denoise, sampler.init(x), grid, keys, 0, 24)
         assert np.all(np.isfinite(sampler.image(carry))), sampler

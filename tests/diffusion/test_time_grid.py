@@ -10,6 +10,7 @@ from jaxdiff.diffusion.time_grid import (
     Leading,
     Linspace,
     Respaced,
+    TabulatedKarras,
     Trailing,
     UniformLogSNR,
     UniformTime,
@@ -130,8 +131,63 @@ def assert_steps(scheduler, schedule, spacing):
         if steps < schedule.steps:
             scheduler.set_timesteps(steps)
             wanted = [entry for entry in scheduler.timesteps.tolist() if entry >= 0]
-            times = np.asarray(spacing.times(schedule, steps)[:-1])
+            times = np.asarray(time_grid(schedule, steps, spacing).t[:-1])
             assert np.rint(times * schedule.steps - 1).astype(int).tolist() == wanted, (spacing, steps)
+
+
+def test_entries_without_the_cleanest():
+    """One more, of which the cleanest is left out, as in diffusers' DPM-Solver."""
+    assert entries(Leading(1, skip_cleanest=True), 4) == [801, 601, 401, 201]
+    assert entries(Leading(1, skip_cleanest=True), 1) == [501]
+    assert entries(Linspace(skip_cleanest=True), 4) == [999, 749, 500, 250]
+    assert entries(Linspace(skip_cleanest=True), 1) == [999]
+    for steps, spacing in ((1000, Leading(skip_cleanest=True)), (499, Leading(2, skip_cleanest=True))):
+        with pytest.raises(ValueError, match=f"{steps} leading steps with an offset of {spacing.offset} end beyond"):
+            time_grid(TabulatedSchedule.cosine(), steps, spacing)
+
+
+def test_entries_between():
+    """σ/α is interpolated linearly, where the schedule interpolates log ᾱ; at entries the two agree."""
+    schedule = TabulatedSchedule.scaled_linear()
+    points = time_grid(schedule, 3, Linspace(rounded=False))
+    np.testing.assert_allclose(schedule.network_time(points.t), [999, 499.5, 0, -1], atol=1e-4)
+    at = lambda entry: np.exp(-0.5 * schedule.logsnr(schedule.time(float(entry))))  # noqa: E731
+    ratios = [at(999), (at(499) + at(500)) / 2, at(0), np.exp(-10)]
+    np.testing.assert_allclose(points.sigma / points.alpha, ratios, rtol=1e-5)
+    np.testing.assert_allclose(points.alpha**2 + points.sigma**2, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spacing", [Leading(1, to_first_entry=True), Trailing(True), Linspace(to_first_entry=True)], ids=str
+)
+def test_grids_that_end_at_the_first_entry(spacing):
+    schedule = TabulatedSchedule.scaled_linear()
+    for each in (spacing, TabulatedKarras(to_first_entry=True)):
+        points = time_grid(schedule, 4, each)
+        assert schedule.network_time(points.t[-1]) == 0
+        assert points.sigma[-1] == pytest.approx(0.00085**0.5, rel=1e-4)
+
+
+def test_karras_between_entries():
+    """σ/α are those of the formula; the network's times lie near them, or are the nearest entries."""
+    schedule = TabulatedSchedule.scaled_linear()
+    table = np.asarray(schedule.alpha_bar)
+    ratios = np.sqrt((1 - table) / table)
+    for spacing, last, first in (
+        (TabulatedKarras(rounded=True), 0, 999),
+        (TabulatedKarras(Leading(1)), 1, 801),
+        (TabulatedKarras(Trailing(), rho=5.0), 199, 999),
+    ):
+        points = time_grid(schedule, 5, spacing)
+        wanted = np.linspace(*(ratios[[first, last]] ** (1 / spacing.rho)), 5) ** spacing.rho
+        np.testing.assert_allclose((points.sigma / points.alpha)[:-1], wanted, rtol=1e-5)
+        seen = np.asarray(schedule.network_time(points.t[:-1]))
+        np.testing.assert_allclose(np.interp(seen, np.arange(1000), ratios), wanted, rtol=5e-3)
+        assert np.all(seen == seen.round()) == spacing.rounded and seen[0] == first and seen[-1] == last
+    with pytest.raises(ValueError, match="to_first_entry is a setting of TabulatedKarras itself"):
+        TabulatedKarras(Leading(to_first_entry=True))
+    with pytest.raises(ValueError, match="a finite rho above 0, not 0"):
+        TabulatedKarras(rho=0.0)
 
 
 def test_respaced_entries():
@@ -145,7 +201,9 @@ def test_respaced_entries():
     assert entries(Respaced((1000,)), 1000) == list(range(999, -1, -1))
 
 
-@pytest.mark.parametrize("spacing", [Leading(), Trailing(), Linspace(), Respaced((2, 3))], ids=str)
+@pytest.mark.parametrize(
+    "spacing", [Leading(), Trailing(), Linspace(), Linspace(False), TabulatedKarras(), Respaced((2, 3))]
+)
 def test_a_table_is_needed(spacing):
     with pytest.raises(ValueError, match="the table of a discrete schedule, not Cosine"):
         time_grid(CosineSchedule(), 5, spacing)

@@ -133,7 +133,7 @@ def test_respacings(exported):
 
     def chosen(**settings):
         return [
-            (s.steps, s.spacing.times(m.model.schedule, s.steps).shape[0])
+            (s.steps, s.spacing.grid(m.model.schedule, s.steps).t.shape[0])
             for s, m in zip(samplings(models, SamplingOptions(**settings)), models)
         ]
 

@@ -12,9 +12,10 @@ from small import BASE, LENGTH, TEXT, Formula, random_params
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
+from jaxdiff.diffusion.samplers import DDIM, DDPM, PLMS, DPMSolverPP2M, Heun
+from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
-from jaxdiff.diffusion.time_grid import UniformLogSNR, time_grid
+from jaxdiff.diffusion.time_grid import Leading, UniformLogSNR, time_grid
 from jaxdiff.models import sampling as sampling_module
 from jaxdiff.models.conditioners import LowResConditioner
 from jaxdiff.models.diffusion import DiffusionModel
@@ -93,6 +94,26 @@ def test_strength_one_is_drawn_afresh(sampler):
     np.testing.assert_allclose(afresh, np.broadcast_to(WANTED, afresh.shape), atol=2e-2)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_start(scaled):
+    """Unit noise, or that noise as the first point has it."""
+    stage, calls = seen(replace(GREY, schedule=TabulatedSchedule.scaled_linear()))
+    spacing = Leading(1)
+    drawn(None, sampling_of(DDIM(), 3, spacing=spacing, scaled_start=scaled), stage)
+    jax.effects_barrier()
+    sigma = float(time_grid(stage.schedule, 3, spacing).sigma[0])
+    assert sigma < 0.97
+    eps = np.asarray(noise.normal_like(noise.fold(noise.sample_keys(KEY, jnp.arange(COUNT)), 0), (SIDE, SIDE, 3)))
+    np.testing.assert_allclose(calls[0][0], (sigma if scaled else 1.0) * eps, atol=1e-5)
+
+
+def test_known_pixels_are_clean_where_a_grid_ends_with_noise():
+    table = replace(GREY, schedule=TabulatedSchedule.scaled_linear())
+    found = drawn(given(1.0, MASK), sampling_of(DDIM(), 3, spacing=Leading(1, to_first_entry=True)), table)
+    kept = np.broadcast_to(MASK == 0, found.shape)
+    np.testing.assert_allclose(found[kept], IMAGE[kept], atol=1e-6)
+
+
 def keeper(x, time, text, mask):
     """A network of small strength: what is left of the image in x, a little smoothed."""
     return 0.9 * jnp.clip(x, -1.0, 1.0) + 0.1 * grey(x, time, text, mask)
@@ -138,8 +159,8 @@ def test_the_network_sees_what_is_known(clean_known):
 
 @pytest.mark.parametrize(
     ("sampler", "real"),
-    [*((sampler, False) for sampler in SAMPLERS), (DDPM(), True)],
-    ids=[*(type(sampler).__name__ for sampler in SAMPLERS), "a real network"],
+    [*((sampler, False) for sampler in (*SAMPLERS, PLMS())), (DDPM(), True)],
+    ids=[*(type(sampler).__name__ for sampler in SAMPLERS), "PLMS", "a real network"],
 )
 def test_the_same_in_chunks_and_in_other_batches(sampler, real, monkeypatch):
     stage, params = (BASE, random_params(BASE)) if real else (replace(GREY, unet=Formula(output=keeper)), {})

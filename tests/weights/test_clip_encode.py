@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_clip import CONFIGS, MERGES, OPENAI, close, fitted, init, tokenizer
 
+from jaxdiff.text.clip_tokenizer import clip_tokenizer
 from jaxdiff.text.encoder import BLOCK
 from jaxdiff.text.precomputed import embed_captions
 from jaxdiff.weights import captions, clip, tree
@@ -54,6 +55,17 @@ def test_a_vocabulary_in_two_files(directory, tmp_path):
     expected = clip.load_text_encoder(directory).encode(CAPTIONS)
     found = clip.load_text_encoder(directory, tokenizer=tmp_path).encode(CAPTIONS)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_tokenizer_as_an_object(directory):
+    words = tokenizer("quick_gelu")
+    encoder = clip.load_text_encoder(directory, tokenizer=words)
+    assert encoder.tokenizer is words
+    expected = clip.load_text_encoder(directory)
+    assert encoder.fingerprint == expected.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, encoder.encode(CAPTIONS), expected.encode(CAPTIONS))
+    with pytest.raises(ValueError, match="the tokenizer has 49408 ids, the embedding only"):
+        clip.load_text_encoder(directory, tokenizer=clip_tokenizer())
 
 
 def test_batches_change_nothing(directory):

@@ -1,6 +1,8 @@
 """One tower of CLIP: out of a whole one, or saved alone by transformers, with a projection and without."""
 
+import json
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,99 @@ def test_names_of_transformers_5(tower, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({key.split(".", 1)[1]: tensor for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
     equal(LOAD[tower](tmp_path)[1], params)
+
+
+class Held(NamedTuple):
+    """An array as a tensor that is read when asked."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return {"float16": "F16", "float32": "F32", "int32": "I32", "int64": "I64"}[str(self.array.dtype)]
+
+    def read(self, types=()):
+        return self.array
+
+
+def in_memory(arrays):
+    return {key: Held(array) for key, array in arrays.items()}
+
+
+@TOWERS
+@WIDTHS
+@pytest.mark.parametrize("prefixed", [True, False], ids=["prefixed", "bare"])
+def test_towers_from_memory(tower, width, prefixed, tmp_path):
+    """Tensors out of a file with several networks: arrays, or not read yet. Under the names of both generations, with
+    the numbers of the positions that older versions wrote."""
+    config = alone(OPENAI, tower, width)
+    params = init(config)
+    clip.export(config, params, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    prefix = {"text": "text_model.", "image": "vision_model."}[tower]
+    arrays = load_file(tmp_path / "model.safetensors") | {f"{prefix}embeddings.position_ids": np.arange(12)[None]}
+    stored = hub.open_tensors(tmp_path)
+    given = [
+        tensors if prefixed else {k.removeprefix(prefix): t for k, t in tensors.items()}
+        for tensors in (in_memory(arrays), stored)
+    ]
+    for tensors in given:
+        names = set(tensors)
+        found_config, found = clip.from_tensors(values, tensors, tower=tower)
+        assert found_config == config and set(tensors) == names
+        equal(found, params)
+    half = {key: array.astype("f2") if array.dtype == "f4" else array for key, array in arrays.items()}
+    _, found = clip.from_tensors(values, in_memory(half), "bfloat16", tower=tower, place=np.asarray)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype("f2").astype("bfloat16"), params)
+    equal(found, expected)
+
+
+def test_both_towers_from_memory(tmp_path):
+    params = init(OPENAI)
+    clip.export(OPENAI, params, tmp_path)
+    values, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    config, found = clip.from_tensors(values, in_memory(tensors), tower=None)
+    assert config == OPENAI
+    equal(found, params)
+    for tower in LOAD:
+        config, found = clip.from_tensors(values, in_memory(tensors), tower=tower)
+        assert config == alone(OPENAI, tower, OPENAI.width)
+        equal(found, {tower: params[tower]})
+
+
+def test_what_is_wrong_in_memory_is_named(tmp_path):
+    config = alone(OPENAI, "text", 24)
+    clip.export(config, init(config), tmp_path)
+    values, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^v1\.safetensors: hidden_size = '48' is not supported"):
+        clip.from_tensors(values | {"hidden_size": "48"}, in_memory(tensors), where="v1.safetensors")
+    wrong = tensors | {"text_projection.weight": np.ones((24, 48), "i4")}
+    with pytest.raises(ValueError, match=r"^v1\.safetensors has 1 of another type .text_projection.weight holds I32"):
+        clip.from_tensors(values, in_memory(wrong), where="v1.safetensors")
+    with pytest.raises(
+        ValueError, match=r"^v1\.safetensors does not fit the settings: 1 missing .text_projection.weight"
+    ):
+        del tensors["text_projection.weight"]
+        clip.from_tensors(values, in_memory(tensors), where="v1.safetensors")
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not float16"):
+        clip.from_tensors(values, in_memory(tensors), "float16")
+
+
+@TOWERS
+def test_a_projection_that_the_class_does_not_have(tower, tmp_path):
+    """Some tools write one beside Stable Diffusion's text tower, of whatever size; transformers leaves it out too."""
+    config = alone(OPENAI, tower)
+    params = init(config)
+    clip.export(config, params, tmp_path)
+    values, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    extra = {clip.PROJECTION[tower]: np.ones((7, 7), "f4")}
+    found_config, found = clip.from_tensors(values | {"projection_dim": 512}, in_memory(tensors | extra), tower=tower)
+    assert found_config == config
+    equal(found, params)
 
 
 @TOWERS

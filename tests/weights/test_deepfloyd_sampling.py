@@ -103,9 +103,9 @@ def test_steps_of_ddpm(tmp_path, variance, spacing, monkeypatch):
 
     @jax.jit
     def step(x, i):
-        def denoise(x, t):
+        def denoise(x, point):
             output, spread = (jnp.asarray(values)[i] for values in outputs)
-            found = denoised(Prediction.EPSILON, output, x, schedule.alpha(t), schedule.sigma(t))
+            found = denoised(Prediction.EPSILON, output, x, point.alpha, point.sigma)
             return DenoisedWithVariance(given["thresholding"].apply(found.x0), found.eps, 0.5 * (spread + 1))
 
         return integrate(given["sampler"], denoise, x, points, keys, i, i + 1)

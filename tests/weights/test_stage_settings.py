@@ -75,6 +75,9 @@ OTHERS = [
     SamplingConfig(samplers.DDIM(0.5), spacing=time_grid.UniformLogSNR(-5.0, 6.0)),
     SamplingConfig(samplers.DPMSolverPP2M(), guidance=Guidance(4.0, (-2.0, 3.0), 0.7)),
     SamplingConfig(samplers.Heun(True), thresholding=thresholding.DynamicThreshold(0.9, 1.5)),
+    SamplingConfig(samplers.PLMS(parameterization.Prediction.V), spacing=time_grid.Leading(1, to_first_entry=True)),
+    SamplingConfig(spacing=time_grid.TabulatedKarras(time_grid.Linspace(rounded=False)), scaled_start=True),
+    SamplingConfig(spacing=time_grid.TabulatedKarras(rounded=True, to_first_entry=True)),
     SamplingConfig(samplers.Euler(), thresholding=thresholding.NoThreshold(), tiles=Tiles(128, 16), aug_level=0.2),
 ]
 

@@ -144,6 +144,20 @@ def test_the_advice_for_pickles_works(tmp_path):
     np.testing.assert_array_equal(loaded["shared.weight"], shared.numpy())
 
 
+def test_the_advice_for_a_training_checkpoint_works(tmp_path):
+    """Of which the tensors are a part; others may be beside it."""
+    torch = pytest.importorskip("torch", reason="writing a pickle of tensors needs PyTorch")
+    state = {"a": torch.arange(6.0).reshape(2, 3).T, "epoch": 3}
+    torch.save({"state_dict": state, "global_step": 5}, tmp_path / "sd.v1.ckpt")
+    with pytest.raises(ValueError, match="convert it") as error:
+        tree.refuse_pickle(tmp_path / "sd.v1.ckpt")
+    _, *arguments = shlex.split(str(error.value).partition("trust it: ")[2])
+    subprocess.run([sys.executable, *arguments], check=True)
+    loaded, _ = tree.load_tree(tmp_path / "sd.v1.safetensors")
+    assert loaded.keys() == {"a"}
+    np.testing.assert_array_equal(loaded["a"], state["a"].numpy())
+
+
 @pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x05", b"PK"])
 def test_a_file_whose_length_looks_like_a_pickle(tmp_path, start):
     """safetensors begins with the length of its header: any two bytes, those of a pickle included."""

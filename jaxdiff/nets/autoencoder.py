@@ -1,0 +1,385 @@
+"""The convolutional autoencoder of latent diffusion (arXiv 2112.10752, 3.1 and G; VQGAN, arXiv 2012.09841).
+
+An encoder maps images to a grid of codes, `stride` times smaller, and a decoder maps codes to images. The bottleneck is
+a diagonal Gaussian per code (KL) or the nearest entry of a codebook (VQ). With the published settings these are the
+networks of Stable Diffusion and of the paper's VQ models; `weights/autoencoder.py` reads them.
+
+To process large images in tiles, both networks run in two parts: the fine levels, at high resolution and without
+attention, and the coarse levels, which are small enough for the entire image. In tiles, `Region` supplies what group
+norms need to know about the rest of the image.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxdiff.nets import blocks
+from jaxdiff.nets.attention import attention
+from jaxdiff.nets.blocks import Dtype, Resample
+from jaxdiff.nets.unet import HOW
+
+EPSILON = 1e-6
+"""Of every group norm."""
+LOGVAR = -30.0, 20.0
+"""The range of the log-variance of a code."""
+LARGEST_LOGITS = 2**24
+"""Attention with more logits per image than this computes a part of the queries at a time."""
+
+
+@dataclass(frozen=True)
+class KLBottleneck:
+    """Each code is a diagonal Gaussian: the encoder returns means and log-variances."""
+
+
+@dataclass(frozen=True)
+class VQBottleneck:
+    """Each code is the nearest of `codes` vectors of `width`."""
+
+    codes: int = 8192
+    width: int = 3
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Settings of an autoencoder. The defaults are those of Stable Diffusion: KL, stride 8.
+
+    channels: width of each level, the finest first; each level after the first halves the image. blocks: residual
+    blocks of a level in the encoder; the decoder has one more. latent_channels: output channels of the encoder, for KL
+    of the mean alone. attention_levels: levels with attention after each residual block. middle_attention: attention
+    at the lowest resolution, between two blocks. norm_groups: groups of channels that are normalized together.
+    quant_conv, post_quant_conv: 1×1 convolutions before and after the bottleneck.
+    dtype: compute type; statistics and outputs are float32. remat: recompute every block in the backward pass.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 4
+    image_channels: int = 3
+    bottleneck: KLBottleneck | VQBottleneck = KLBottleneck()
+    attention_levels: tuple[int, ...] = ()
+    middle_attention: bool = True
+    norm_groups: int = 32
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = field(default=False, metadata=HOW)
+
+    def __post_init__(self):
+        if not self.channels:
+            raise ValueError("an autoencoder needs at least one level: channels is empty")
+        for width in self.channels:
+            if width % self.norm_groups:
+                raise ValueError(f"a level of {width} channels cannot be normalized in {self.norm_groups} groups")
+        outside = [level for level in self.attention_levels if not 0 <= level < len(self.channels)]
+        if outside:
+            raise ValueError(f"attention_levels has {outside[0]}, and there are {len(self.channels)} levels from 0")
+        convolved = self.quant_conv and self.post_quant_conv
+        if not convolved and self.code_channels != self.latent_channels:
+            raise ValueError(
+                f"codes of width {self.code_channels} for {self.latent_channels} latent channels need both convolutions"
+            )
+
+    def module(self) -> "Autoencoder":
+        return Autoencoder(self)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per code, along each axis. Image sides must be multiples of it."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of the codes that the decoder takes."""
+        return self.bottleneck.width if isinstance(self.bottleneck, VQBottleneck) else self.latent_channels
+
+    @property
+    def coarse_level(self) -> int:
+        """The finest level of the coarse part: the finest with attention, or the last level."""
+        return min(self.attention_levels, default=len(self.channels) - 1)
+
+    @property
+    def encoder_reach(self) -> int:
+        """How far, in features of the coarse level, the pixels lie that a feature of the fine part depends on."""
+        pixels = 1 + sum((2 * self.blocks + 2) * 2**level for level in range(self.coarse_level))
+        return -(-pixels // 2**self.coarse_level)
+
+    @property
+    def decoder_reach(self) -> int:
+        """How far, in features of the coarse level, the features lie that a pixel depends on in the fine part."""
+        pixels = 1 + sum((2 * self.blocks + 3) * 2**level for level in range(self.coarse_level))
+        return -(-pixels // 2**self.coarse_level) + 1  # repetition reaches one further
+
+
+class Part(enum.Enum):
+    """The part of the encoder or decoder to run. The encoder runs the fine part first, the decoder last."""
+
+    ALL = "all"
+    FINE = "fine"
+    COARSE = "coarse"
+
+
+class Region(NamedTuple):
+    """The area of a tile that belongs to it, and how it is normalized; overlaps belong to one tile each.
+
+    rows, columns: start and end of the area, as fractions of the tile's sides. own: normalize with the statistics of
+    this area; otherwise with those of the variable collection `statistics`. The area's statistics are stored in
+    `moments`, in both cases.
+    """
+
+    rows: Float[Array, "2"]
+    columns: Float[Array, "2"]
+    own: Bool[Array, ""]
+
+    def inside(self, height: int, width: int) -> Bool[Array, "1 h w 1"]:
+        """Whether the pixels of a map of the tile belong to the area."""
+
+        def along(length: int, bounds: Array) -> Array:
+            centres = (jnp.arange(length) + 0.5) / length
+            return (centres > bounds[0]) & (centres < bounds[1])
+
+        return (along(height, self.rows)[:, None] & along(width, self.columns)[None, :])[None, :, :, None]
+
+
+class Gaussian(NamedTuple):
+    """Means and clamped log-variances of codes."""
+
+    mean: Float[Array, "b h w c"]
+    logvar: Float[Array, "b h w c"]
+
+
+def gaussian(moments: Float[Array, "b h w c2"]) -> Gaussian:
+    """The distribution in the encoder's output."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return Gaussian(mean, jnp.clip(logvar, *LOGVAR))
+
+
+def nearest(code: Float[Array, "b h w c"], codebook: Float[Array, "k c"]) -> Int[Array, "b h w"]:
+    """The index of the nearest entry for each code, the first of equal ones. No gradient."""
+    code, codebook = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (code, codebook))
+    lengths = (codebook**2).sum(-1)
+
+    def index(vector: Array) -> Array:
+        # In full precision: a matrix product in TF32 or bfloat16 selects other entries.
+        return jnp.argmin(lengths - 2.0 * jnp.dot(codebook, vector, precision=jax.lax.Precision.HIGHEST))
+
+    rows = max(1, LARGEST_LOGITS // len(codebook))
+    return jax.lax.map(index, code.reshape(-1, code.shape[-1]), batch_size=rows).reshape(code.shape[:-1])
+
+
+def quantize(
+    code: Float[Array, "b h w c"], codebook: Float[Array, "k c"]
+) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"]]:
+    """The nearest entries, and their indices."""
+    indices = nearest(code, codebook)
+    return codebook[indices], indices
+
+
+def init(config: AutoencoderConfig, key: Key[Array, ""]) -> dict:
+    """Initial float32 parameters: `encoder`, `decoder`, `quant`, `post_quant`, and for VQ the `codebook` (k c),
+    uniform in ±1/k (taming's)."""
+    network_key, code_key = jax.random.split(key)
+    image = jnp.zeros((1, config.stride, config.stride, config.image_channels))
+    params = dict(config.module().init(network_key, image)["params"])
+    if isinstance(config.bottleneck, VQBottleneck):
+        codes, width = config.bottleneck.codes, config.bottleneck.width
+        params["codebook"] = jax.random.uniform(code_key, (codes, width), minval=-1.0 / codes, maxval=1.0 / codes)
+    return params
+
+
+class GroupNorm(nn.Module):
+    """Group norm; statistics in float32, per sample."""
+
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], region: Region | None = None) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        grouped = x.astype(jnp.float32).reshape(b, h, w, self.groups, c // self.groups)
+        inside = None if region is None else region.inside(h, w)[..., None]
+        mean = grouped.mean((1, 2, 4), where=inside)
+        variance = ((grouped - mean[:, None, None, :, None]) ** 2).mean((1, 2, 4), where=inside)
+        if region is not None:
+            self.put_variable("moments", "mean", mean)
+            self.put_variable("moments", "variance", variance)
+            mean = jnp.where(region.own, mean, self.get_variable("statistics", "mean", mean))
+            variance = jnp.where(region.own, variance, self.get_variable("statistics", "variance", variance))
+        factor = jax.lax.rsqrt(variance + EPSILON)
+        grouped = (grouped - mean[:, None, None, :, None]) * factor[:, None, None, :, None]
+        return (grouped.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, swish and 3×3 convolution, added to the input, after a 1×1 convolution if the width changes."""
+
+    channels: int
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], region: Region | None = None) -> Float[Array, "b h w c2"]:
+        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_1")(x, region))
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_1")(y)
+        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_2")(y, region))
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_2")(y)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
+        return x + y
+
+
+class AttentionBlock(nn.Module):
+    """Attention of all pixels to all pixels, with one head, added to the input."""
+
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
+        q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(y)[:, :, None] for name in "qkv")
+        y = nn.Dense(c, dtype=self.dtype, name="out")(_attend(q, k, v)[:, :, 0])
+        return x + y.reshape(x.shape)
+
+
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    """Attention with a bounded number of logits at a time."""
+    b, count = q.shape[:2]
+    pieces = -(-(count**2) // LARGEST_LOGITS)
+    pieces = next(number for number in range(pieces, count + 1) if count % number == 0)
+    if pieces == 1:
+        return attention(q, k, v)
+    queries = jnp.moveaxis(q.reshape(b, pieces, count // pieces, *q.shape[2:]), 1, 0)
+    return jnp.moveaxis(jax.lax.map(lambda piece: attention(piece, k, v), queries), 0, 1).reshape(q.shape)
+
+
+class _Half(nn.Module):
+    """Base class of encoder and decoder: blocks built from the settings. Levels are numbered from the finest."""
+
+    config: AutoencoderConfig
+
+    def level(self, x: Array, level: int, name: str, count: int, region: Region | None) -> Array:
+        """The blocks of one level. With attention, the level is in the coarse part, which has no region."""
+        for i in range(count):
+            x = self.block(x, self.config.channels[level], f"{name}_{i}", region)
+            if level in self.config.attention_levels:
+                x = self.attend(x, f"{name}_{i}_attention")
+        return x
+
+    def middle(self, x: Array) -> Array:
+        width = self.config.channels[-1]
+        x = self.block(x, width, "middle_0")
+        if self.config.middle_attention:
+            x = self.attend(x, "middle_attention")
+        return self.block(x, width, "middle_1")
+
+    def head(self, x: Array, channels: int, region: Region | None = None) -> Array:
+        x = nn.silu(GroupNorm(self.config.norm_groups, self.config.dtype, name="head_norm")(x, region))
+        return self.conv(x, channels, "head")
+
+    def block(self, x: Array, channels: int, name: str, region: Region | None = None) -> Array:
+        return self._remat(ResidualBlock)(channels, self.config.norm_groups, self.config.dtype, name=name)(x, region)
+
+    def attend(self, x: Array, name: str) -> Array:
+        return self._remat(AttentionBlock)(self.config.norm_groups, self.config.dtype, name=name)(x)
+
+    def conv(self, x: Array, channels: int, name: str, **options: Any) -> Array:
+        return nn.Conv(channels, (3, 3), dtype=self.config.dtype, name=name, **options)(x)
+
+    def _remat(self, module: Any) -> Any:
+        return nn.remat(module) if self.config.remat else module
+
+
+class Encoder(_Half):
+    """From images to means and log-variances (KL) or codes (VQ), before the 1×1 convolution."""
+
+    @nn.compact
+    def __call__(self, x: Array, part: Part = Part.ALL, region: Region | None = None) -> Array:
+        config, last = self.config, len(self.config.channels) - 1
+        if part is not Part.COARSE:
+            x = self.conv(x.astype(config.dtype), config.channels[0], "stem")
+            for level in range(config.coarse_level):
+                x = self.down(self.level(x, level, f"down_{level}", config.blocks, region), level)
+        if part is Part.FINE:
+            return x
+        for level in range(config.coarse_level, last + 1):
+            x = self.level(x, level, f"down_{level}", config.blocks, None)
+            x = x if level == last else self.down(x, level)
+        double = isinstance(config.bottleneck, KLBottleneck)
+        return self.head(self.middle(x), config.latent_channels * (2 if double else 1))
+
+    def down(self, x: Array, level: int) -> Array:
+        """Halve the image; the published networks pad only its right and lower border."""
+        padding = ((0, 1), (0, 1))
+        return self.conv(x, self.config.channels[level], f"down_{level}", strides=2, padding=padding)
+
+
+class Decoder(_Half):
+    """From codes, after the 1×1 convolution, to images."""
+
+    @nn.compact
+    def __call__(self, x: Array, part: Part = Part.ALL, region: Region | None = None) -> Array:
+        config, last = self.config, len(self.config.channels) - 1
+        if part is not Part.FINE:
+            x = self.middle(self.conv(x.astype(config.dtype), config.channels[-1], "stem"))
+            for level in range(last, config.coarse_level - 1, -1):
+                x = x if level == last else self.up(x, level + 1)
+                x = self.level(x, level, f"up_{level}", config.blocks + 1, None)
+        if part is Part.COARSE:
+            return x
+        for level in range(config.coarse_level - 1, -1, -1):
+            x = self.level(self.up(x, level + 1), level, f"up_{level}", config.blocks + 1, region)
+        return self.head(x, config.image_channels, region)
+
+    def up(self, x: Array, level: int) -> Array:
+        """Double the image by repetition, then a convolution."""
+        return self.conv(blocks.resize(x, Resample.UP), self.config.channels[level], f"up_{level}")
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder with the 1×1 convolutions around the bottleneck. Outputs are float32."""
+
+    config: AutoencoderConfig
+
+    def setup(self):
+        config = self.config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        if config.quant_conv:
+            double = isinstance(config.bottleneck, KLBottleneck)
+            self.quant = nn.Conv(config.code_channels * (2 if double else 1), (1, 1), dtype=config.dtype)
+        if config.post_quant_conv:
+            self.post_quant = nn.Conv(config.latent_channels, (1, 1), dtype=config.dtype)
+
+    def encode(
+        self, x: Float[Array, "b h w c"], part: Part = Part.ALL, region: Region | None = None
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Images in [-1, 1] → means and log-variances (KL; see `gaussian`) or codes before quantization (VQ).
+
+        part FINE: images → features of the coarse level, in the compute type. COARSE: these features → the result.
+        """
+        x = self.encoder(x, part, region)
+        if part is Part.FINE:
+            return x
+        return blocks.to_float32(self.quant(x) if self.config.quant_conv else x)
+
+    def decode(
+        self, x: Float[Array, "b h w c"], part: Part = Part.ALL, region: Region | None = None
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Codes, after quantization → images. part COARSE: codes → features of the coarse level, in the compute type.
+        FINE: these features → images."""
+        if part is not Part.FINE and self.config.post_quant_conv:
+            x = self.post_quant(x.astype(self.config.dtype))
+        x = self.decoder(x, part, region)
+        return x if part is Part.COARSE else blocks.to_float32(x)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The image of the mean (KL) or of the codes without quantization (VQ); creates all parameters."""
+        code = self.encode(x)
+        return self.decode(gaussian(code).mean if isinstance(self.config.bottleneck, KLBottleneck) else code)

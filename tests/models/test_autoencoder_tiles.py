@@ -1,0 +1,166 @@
+"""Large images in tiles: as diffusers blends them, and without seams."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_autoencoder as small
+
+from jaxdiff.models import autoencoder_tiles
+from jaxdiff.models.autoencoder_tiles import SeamlessTiles
+from jaxdiff.models.tiles import Tiles
+from jaxdiff.nets.autoencoder import AutoencoderConfig
+
+CONFIG = AutoencoderConfig((4, 8), 1, 4, norm_groups=2, middle_attention=False)
+"""Of stride 2."""
+PARAMS = small.random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch = pytest.importorskip("torch", reason="diffusers' autoencoders are PyTorch's")
+    pytest.importorskip("diffusers", reason="the independent tiles are diffusers'")
+    from safetensors.numpy import save
+    from safetensors.torch import load
+
+    from jaxdiff.core import trees
+    from jaxdiff.weights import autoencoder, hub
+
+    model = small.diffusers_model(CONFIG, sample_size=16)
+    named = autoencoder.key_map(PARAMS)
+    tensors = {named[path]: hub.theirs(path, np.asarray(leaf)) for path, leaf in trees.flatten(PARAMS).items()}
+    model.load_state_dict(load(save(tensors)))
+    model.enable_tiling()
+    assert (model.tile_sample_min_size, model.tile_latent_min_size, model.tile_overlap_factor) == (16, 8, 0.25)
+
+    def run(x, encode):
+        with torch.no_grad():
+            x = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+            y = model.encode(x).latent_dist.parameters if encode else model.decode(x).sample
+        return y.permute(0, 2, 3, 1).numpy()
+
+    return run
+
+
+@pytest.mark.parametrize("size", [(12, 13), (8, 13)])
+def test_blended_as_diffusers_does(size, theirs):
+    """Sides that are, and are not, multiples of the distance of 6 between tiles; a last tile of one code; one row."""
+    tiles = Tiles(16, 4)
+    codes = jnp.asarray(np.random.default_rng(0).normal(size=(1, *size, 4)), jnp.float32)
+    image = jnp.asarray(small.image(2 * size[0], 2 * size[1], 1))
+    for run, x, encode in ((autoencoder_tiles.decode, codes, False), (autoencoder_tiles.encode, image, True)):
+        blended, wanted = run(CONFIG, PARAMS, x, tiles), theirs(x, encode)
+        assert blended.shape == wanted.shape
+        np.testing.assert_allclose(blended, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_small_images_are_one_tile():
+    x = jnp.asarray(small.image(16, 12))
+    for tiles in (Tiles(16, 4), SeamlessTiles(16)):
+        np.testing.assert_array_equal(
+            autoencoder_tiles.encode(CONFIG, PARAMS, x, tiles), autoencoder_tiles.encode(CONFIG, PARAMS, x, None)
+        )
+
+
+def uneven(height, width, channels=4):
+    """Maps whose statistics differ from place to place."""
+    rng = np.random.default_rng(2)
+    y, x = np.mgrid[0:height, 0:width][..., None]
+    smooth = np.sin(y / 7 + np.arange(channels)) * (1 + x / width) + (x > width / 2) * np.arange(channels)
+    return jnp.asarray(smooth + rng.normal(size=(2, height, width, channels)) * (0.1 + y / height), jnp.float32)
+
+
+@pytest.mark.parametrize("size", [(40, 33), (50, 14)])
+def test_seamless(size):
+    """The tiles give the result of the entire image; the fewer the passes, the less exactly."""
+    for run, x in (
+        (autoencoder_tiles.decode, uneven(*size)),
+        (autoencoder_tiles.encode, uneven(2 * size[0], 2 * size[1], 3)),
+    ):
+        entire = run(CONFIG, PARAMS, x, None)
+        errors = [
+            np.abs(run(CONFIG, PARAMS, x, SeamlessTiles(28, tolerance)) - entire).max() / np.abs(entire).std()
+            for tolerance in (0.0, 2e-3, 1e9)
+        ]
+        print(errors)
+        assert errors[0] < 1e-4 and errors[1] < 2 / 255 and errors[2] > 0.02
+
+
+def test_regions_cover_the_image_once():
+    """Each position belongs to one tile, and lies as far from that tile's borders as the network reaches."""
+    for length in range(1, 60):
+        for side, reach in ((11, 5), (16, 3), (8, 0)):
+            spans = list(autoencoder_tiles._spans(length, min(side, length), reach))
+            assert [span[1] for span in spans] == [0, *(span[2] for span in spans[:-1])]
+            assert spans[-1][2] == length
+            for start, first, last in spans:
+                end = start + min(side, length)
+                assert 0 <= start <= first < last <= end <= length
+                assert first - start >= reach or start == 0
+                assert end - last >= reach or end == length
+
+
+def test_one_program_per_tile_shape():
+    """Images of other sizes compile nothing anew, apart from slices."""
+    run, tiles = autoencoder_tiles._fine, SeamlessTiles(28, 1e9)
+    run.clear_cache()
+    for size in ((40, 33), (33, 58), (70, 40)):
+        autoencoder_tiles.decode(CONFIG, PARAMS, uneven(*size), tiles)
+    assert run._cache_size() == 1
+
+
+def test_tiles_that_do_not_fit():
+    for tiles, message in (
+        (Tiles(15, 4), "a tile side of 15 pixels is not a multiple of the stride 2"),
+        (Tiles(16, 3), "a tile overlap of 3 pixels is not a multiple"),
+        (SeamlessTiles(8), "seamless tiles of 8 pixels are too small: .* at least 18 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            autoencoder_tiles.check_tiles(CONFIG, tiles)
+    for refused in ({"side": 0}, {"tolerance": -1.0}):
+        with pytest.raises(ValueError, match="tiles need a side"):
+            SeamlessTiles(**refused)
+
+
+def test_memory_of_a_tile():
+    """The program of a tile needs the same memory whatever the image; the entire image needs far more."""
+    config = replace(small.KL8, blocks=1, middle_attention=False)
+    shapes = jax.eval_shape(lambda: small.random_params(config))
+
+    def temporary(side):
+        lowered = autoencoder_tiles._run.lower(config, "decode", shapes, jax.ShapeDtypeStruct((1, side, side, 4), "f4"))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert 3.5 * temporary(16) < temporary(32) < 4.5 * temporary(16)
+
+
+LARGE = """
+import resource, sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp, numpy as np
+import small_autoencoder as small
+from dataclasses import replace
+from jaxdiff.models import autoencoder_tiles
+from jaxdiff.models.tiles import Tiles
+config = replace(small.KL8, channels=(32, 32, 64, 64), blocks=1)
+z = jnp.asarray(np.random.default_rng(0).normal(size=(1, 256, 256, 4)), jnp.float32)
+tiles = Tiles(512, 128) if sys.argv[1] == "blended" else autoencoder_tiles.SeamlessTiles(512, 1e9)
+image = autoencoder_tiles.decode(config, small.random_params(config), z, tiles)
+assert image.shape == (1, 2048, 2048, 3) and bool(jnp.isfinite(image).all())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["blended", "seamless"])
+def test_memory_of_a_large_image(kind):
+    """2048×2048 pixels, with attention over 65,536 codes; a process of its own measures its peak."""
+    command = [sys.executable, "-c", LARGE, kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    print(f"{kind}: {int(done.stdout.split()[-1]) / 1e9:.2f} GB")
+    assert int(done.stdout.split()[-1]) < 2e9
