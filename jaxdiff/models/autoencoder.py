@@ -66,6 +66,10 @@ class TrainedAutoencoder:
     def reads_padding(self) -> bool:
         return False
 
+    @property
+    def reads_hints(self) -> None:
+        return None
+
     def batch_size(self, wanted: int) -> int:
         return wanted
 

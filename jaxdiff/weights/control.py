@@ -15,7 +15,7 @@ from jaxdiff.core import trees
 from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.weights import hub, latent_unet, sizes
 from jaxdiff.weights.latent_unet import Vector
-from jaxdiff.weights.tree import Stored
+from jaxdiff.weights.tree import Unread
 
 
 class Network(NamedTuple):
@@ -40,7 +40,7 @@ def load_control(
     return network, load_tensors(network, hub.open_tensors(directory, variant), dtype, place, str(directory))
 
 
-def load_tensors(network: Network, tensors: Mapping[str, Stored], dtype: str, place: hub.Place, where: str) -> dict:
+def load_tensors(network: Network, tensors: Mapping[str, Unread], dtype: str, place: hub.Place, where: str) -> dict:
     """The parameters from tensors with diffusers' names. ValueError, naming `where`, if names or shapes differ."""
     shapes = sizes.shapes(_init, network, where)
     return hub.load_params(tensors, shapes, key_map(network, shapes), dtype, place, where)
@@ -62,19 +62,24 @@ def read_config(values: Mapping[str, Any], path: Path, dtype: str = "float32") -
     """Read the settings of a diffusers config.json. path: its name in messages. ValueError that names an unsupported
     setting."""
     config = latent_unet.open_settings(values, path, "ControlNetModel", FIXED, READ)
-    widths = config.values.get("conditioning_embedding_out_channels")
-    bounds = sizes.BOUNDS[ControlNetConfig]["hint_widths"]
-    good = isinstance(widths, list | tuple) and 0 < len(widths) <= sizes.LEVELS
-    if not good or not all(type(width) is int and bounds.least <= width <= bounds.most for width in widths):
-        wanted = f"1 to {sizes.LEVELS} whole numbers from {bounds.least} to {bounds.most}"
-        raise config.error("conditioning_embedding_out_channels", widths, wanted)
     control = ControlNetConfig(
         latent_unet.read_unet(config, latent_unet.attention_levels(config, "Down"), dtype),
         config.size("in_channels"),
         config.size("conditioning_channels"),
-        tuple(widths),
+        _hint_widths(config),
     )
     return Network(control, config.size("cross_attention_dim"), latent_unet.read_vector(config))
+
+
+def _hint_widths(config: hub.Group) -> tuple[int, ...]:
+    name, (least, most) = "conditioning_embedding_out_channels", sizes.SIZE
+    widths = config.values.get(name)
+    if not isinstance(widths, list | tuple) or not 0 < len(widths) <= sizes.LEVELS:
+        widths = (None,)
+    if not all(type(width) is int and least <= width <= most for width in widths):
+        wanted = f"1 to {sizes.LEVELS} whole numbers from {least} to {most}"
+        raise config.error(name, config.values.get(name), wanted)
+    return tuple(widths)
 
 
 FIXED = latent_unet.FIXED_DOWN | {

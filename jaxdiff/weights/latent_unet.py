@@ -16,7 +16,7 @@ from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.weights import hub, sizes
-from jaxdiff.weights.tree import Stored
+from jaxdiff.weights.tree import Unread
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -53,7 +53,7 @@ def load_unet(
     return network, load_tensors(network, hub.open_tensors(directory, variant), dtype, place, str(directory))
 
 
-def load_tensors(network: Network, tensors: Mapping[str, Stored], dtype: str, place: hub.Place, where: str) -> dict:
+def load_tensors(network: Network, tensors: Mapping[str, Unread], dtype: str, place: hub.Place, where: str) -> dict:
     """The parameters from tensors with diffusers' names. ValueError, naming `where`, if names or shapes differ."""
     shapes = sizes.shapes(_init, network, where)
     return hub.load_params(tensors, shapes, key_map(network, shapes), dtype, place, where)
@@ -256,7 +256,7 @@ def hub_settings(unet: LatentUNetConfig, text_width: int, vector: Vector | None)
     layers = [count or unet.middle_layers for count in unet.transformer_layers]
     if layers[-1] != unet.middle_layers or not unet.middle_layers:
         raise ValueError(f"diffusers' U-Net has no middle of {unet.middle_layers} layers after a level of {layers[-1]}")
-    values = {
+    values: dict[str, Any] = {
         "down_block_types": [("CrossAttn" if n else "") + "DownBlock2D" for n in unet.transformer_layers],
         "only_cross_attention": list(unet.cross_only) if any(unet.cross_only) else False,
         "block_out_channels": [unet.width(level) for level in range(len(layers))],
