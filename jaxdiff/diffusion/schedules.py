@@ -220,6 +220,18 @@ class TabulatedSchedule(_VariancePreserving):
         f = np.cos((np.arange(steps + 1) / steps + offset) / (1.0 + offset) * np.pi / 2.0) ** 2
         return cls.from_betas(np.minimum(1.0 - f[1:] / f[:-1], max_beta))
 
+    def zero_terminal_snr(self, last: float = 0.0) -> "TabulatedSchedule":
+        """The table with a last entry of pure noise: √ᾱ is shifted and scaled so that the last one is 0 and the first
+        one is kept (arXiv 2305.08891, Algorithm 1). For v and x₀ prediction.
+
+        last: ᾱ of the last entry, at least that of the clipped log-SNR (2e-9 by default). diffusers has 0 in DDPM and
+        DDIM, 2⁻²⁴ in Euler and DPM-Solver. ValueError if it is not below that of the entry before.
+        """
+        root = np.sqrt(self.alpha_bar)
+        rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        least = 1.0 / (1.0 + math.exp(self.clip))
+        return TabulatedSchedule((*rescaled[:-1].tolist(), max(last, least)), self.clip)
+
     @property
     def steps(self) -> int:
         """N, the number of entries."""

@@ -70,6 +70,14 @@ class TrainedAutoencoder:
     def reads_hints(self) -> None:
         return None
 
+    @property
+    def takes_init(self) -> bool:
+        return False
+
+    @property
+    def reads_mask(self) -> bool:
+        return False
+
     def batch_size(self, wanted: int) -> int:
         return wanted
 

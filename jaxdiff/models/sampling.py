@@ -212,9 +212,7 @@ class TrainedModel:
         None for a generator. ValueError as from `check`."""
         model, sampling, keys, size = self.model, self.sampling, request.keys, request.size
         self.check(size)
-        low_res, init = _checked(model, product, size), request.init
-        mask, masked = (None, None) if init is None else (init.mask, init.masked)
-        inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked, *_hints(model, sampling, request))
+        inputs, init = _inputs(model, sampling, _checked(model, product, size), request), request.init
         branches = jax.tree.map(self._shard, _conditioned(model, size, keys, inputs))
         guided = model.text is not None and sampling.guidance.on  # without text both branches are the same
         guidance = sampling.guidance if guided else Guidance()
@@ -326,16 +324,21 @@ def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inpu
     return Branches(*(joined(list(conditionings)) for conditionings in zip(*branches)))
 
 
-def _hints(
-    model: DiffusionModel, sampling: SamplingConfig, request: SampleRequest
-) -> tuple[tuple[Hint, ...], tuple[bool, ...]]:
-    """The hints, and for each whether only the conditional branch gets it. ValueError unless they suit the model."""
+def _inputs(
+    model: DiffusionModel, sampling: SamplingConfig, low_res: Array | None, request: SampleRequest
+) -> SampleInputs:
+    """The conditions of a request. ValueError unless its hints suit the model."""
+    init, count = request.init, len(request.keys)
     reads = next((each for each in model.conditioners if isinstance(each, HintConditioner)), None)
-    count, hints = len(request.keys), request.hints
-    check_hints(reads, hints, request.size, count, f"the {model.side} stage")
-    first = 0 if request.init is None else first_step(request.init.strength, sampling.steps)
+    check_hints(reads, request.hints, request.size, count, f"the {model.side} stage")
+    mask, masked = (None, None) if init is None else (init.mask, init.masked)
+    inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked)
+    if not request.hints:
+        return inputs
     times = _points(model.schedule, sampling.steps, sampling.spacing).t
-    return traced(hints, count, times[first:]), tuple(hint.guess for hint in hints)
+    run = times if init is None else times[first_step(init.strength, sampling.steps) :]
+    guess = tuple(hint.guess for hint in request.hints)
+    return replace(inputs, hints=traced(request.hints, count, run), guess=guess)
 
 
 def _predict_in_tiles(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxdiff.nets import blocks
 from jaxdiff.nets.attention import attention
 from jaxdiff.nets.blocks import Dtype, Resample
-from jaxdiff.nets.unet import HOW
+from jaxdiff.nets.execution import HOW
 
 EPSILON = 1e-6
 """Of every group norm."""

@@ -14,6 +14,8 @@ STEP = 1.1
 """(word) multiplies by this, [word] divides by it."""
 LARGEST = 100.0
 """Weights are limited to ±LARGEST."""
+DEEPEST = 64
+"""Brackets within this many of their kind have no effect, so that no prompt takes long: 1.1⁶⁴ is beyond LARGEST."""
 _SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
     r"|:\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)"
@@ -45,14 +47,16 @@ def parse(prompt: str) -> list[Fragment]:
         if closed and opened[closed]:
             start = opened[closed].pop()
             texts[start] = ""  # the bracket, literal until now
-            factor = 1 / STEP if closed == "[" else STEP if weight is None else _limited(float(weight))
-            weights[start:] = [_limited(each * factor) for each in weights[start:]]
+            factor = STEP if weight is None else _limited(float(weight))
+            factor = 1 / factor if closed == "[" else factor
+            if len(opened[closed]) < DEEPEST:
+                weights[start:] = [each * factor for each in weights[start:]]  # finite: 100⁶⁴ at most
             continue
         if bracket in opened:
             opened[bracket].append(len(texts))
         texts.append(match["escaped"] or match[0])
         weights.append(1.0)
-    return _merged(texts, weights)
+    return _merged(texts, list(map(_limited, weights)))
 
 
 def _limited(weight: float) -> float:

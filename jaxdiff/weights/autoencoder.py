@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxdiff.core import trees
 from jaxdiff.nets import autoencoder as nets
 from jaxdiff.nets.autoencoder import AutoencoderConfig, KLBottleneck, VQBottleneck
-from jaxdiff.weights import hub, sizes
+from jaxdiff.weights import hub, sizes, tree
 
 CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _T = TypeVar("_T")
@@ -47,9 +47,16 @@ def load(
     compute_type = hub.check_dtype(dtype)
     directory = hub.directory_of(path_or_id, "autoencoder", variant=variant)
     settings = read_config(directory / CONFIG, compute_type)
-    tensors = new_names(hub.open_tensors(directory, variant))
-    shapes = sizes.shapes(_init, settings.config, str(directory / CONFIG))
-    return settings, hub.load_params(tensors, shapes, key_map(shapes), dtype, place, str(directory))
+    return settings, load_tensors(settings, hub.open_tensors(directory, variant), dtype, place, str(directory))
+
+
+def load_tensors(
+    settings: Settings, tensors: Mapping[str, tree.Unread], dtype: str, place: hub.Place, where: str
+) -> dict:
+    """The parameters from tensors with diffusers' names, of either generation. ValueError, naming `where`, if names or
+    shapes differ."""
+    shapes = sizes.shapes(_init, settings.config, where)
+    return hub.load_params(new_names(tensors), shapes, key_map(shapes), dtype, place, where)
 
 
 def export(settings: Settings, params: dict, directory: str | Path, dtype: str = "float32") -> None:

@@ -7,6 +7,7 @@ The scheduler's settings define the stage's sampling; settings that it lacks (gu
 of stage II) come from `systems/deepfloyd.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from jaxdiff.core.messages import quoted
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import TabulatedSchedule
-from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
-from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, Trailing
+from jaxdiff.diffusion.time_grid import Leading, Linspace, Trailing
 from jaxdiff.models.conditioners import Enlargement, LowResConditioner, NullText
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
@@ -26,7 +26,7 @@ from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems import deepfloyd as presets
 from jaxdiff.text.cleaning import clean_caption
 from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.weights import deepfloyd, hub, sizes, t5
+from jaxdiff.weights import deepfloyd, hub, schedulers, sizes, t5
 
 INDEX = "model_index.json"
 LENGTH = 77
@@ -91,82 +91,26 @@ def lowered(caption: str) -> str:
 def read_scheduler(path: Path, learned: bool) -> tuple[TabulatedSchedule, dict[str, Any]]:
     """Read a scheduler_config.json: the schedule, and fields of `SamplingConfig`.
 
-    learned: whether the network predicts the variance. ValueError that names an unsupported setting.
+    The spacing is among them only if the file sets one. The published files do not; the default is in
+    `systems/deepfloyd.py`. learned: whether the network predicts the variance. ValueError that names an unsupported
+    setting.
     """
     values = hub.read_json(path, "scheduler")
+    _check_scheduler(path, values)
+    schedule, _, fields = schedulers.read(path, learned)
+    if values.get("timestep_spacing") is None and not values.get("steps_offset"):
+        del fields["spacing"]
+    return schedule, fields
+
+
+def _check_scheduler(path: Path, values: Mapping[str, Any]) -> None:
+    """ValueError for settings that `schedulers.read` supports, but IF does not have."""
     config = hub.Group(path, {name: value for name, value in values.items() if value is not None})
     config.require("_class_name", ("DDPMScheduler", "DDIMScheduler"))
-    unknown = sorted(name for name in values if not name.startswith("_") and name not in {*SCHEDULER, *SOLVER})
-    if unknown:
-        raise ValueError(f"{path}: unknown settings of {values['_class_name']}: {sizes.names(unknown)}")
-    for name, (default, *allowed) in SCHEDULER.items():
-        if allowed:
-            config.require(name, tuple(allowed), default)
-    schedule = TabulatedSchedule.cosine(config.size("num_train_timesteps", 1000, 2, sizes.STEPS.most))
-    fields: dict[str, Any] = {"thresholding": _thresholding(config)} | _spacing(config, schedule.steps)
-    if values["_class_name"] == "DDIMScheduler":
-        return schedule, fields | {"sampler": DDIM(), "keep_eps": True}
-    variances: dict[str, float | None] = {
-        "fixed_small": 0.0,
-        "fixed_small_log": 0.0,
-        "fixed_large": 1.0,
-        "fixed_large_log": 1.0,
-    }
-    variances |= {"learned_range": None} if learned else {}
-    config.require("variance_type", tuple(variances), "fixed_small")
-    return schedule, fields | {"sampler": DDPM(variances[config.values.get("variance_type", "fixed_small")])}
-
-
-SPACINGS: dict[str, type[Spacing]] = {"leading": Leading, "trailing": Trailing, "linspace": Linspace}
-"""diffusers' names of the timestep spacings."""
-SCHEDULER: dict[str, tuple] = {
-    "beta_schedule": ("linear", "squaredcos_cap_v2"),
-    "trained_betas": (None, None),
-    "prediction_type": ("epsilon", "epsilon"),
-    "steps_offset": (0,),
-    "rescale_betas_zero_snr": (False, False),
-    "set_alpha_to_one": (True, True),
-    "clip_sample_range": (1.0, 1.0),
-    "num_train_timesteps": (1000,),
-    "variance_type": ("fixed_small",),
-    "clip_sample": (True,),
-    "thresholding": (False,),
-    "dynamic_thresholding_ratio": (0.995,),
-    "sample_max_value": (1.0,),
-    "beta_start": (0.0001,),  # for other schedules
-    "beta_end": (0.02,),
-    "timestep_spacing": ("leading", *SPACINGS),
-}
-"""For each setting: the schedulers' default, then the supported values if they are restricted."""
-SOLVER = {"algorithm_type", "disable_corrector", "lambda_min_clipped", "lower_order_final", "predict_x0"} | {
-    *("solver_order", "solver_p", "solver_type", "use_karras_sigmas"),
-}
-"""Settings of DPM-Solver and UniPC in the published files, which DDPM ignores."""
-
-
-def _spacing(config: hub.Group, steps: int) -> dict[str, Spacing]:
-    """The timestep spacing, if the file sets one. The published files do not; the default is in `systems/deepfloyd.py`.
-
-    `steps_offset` applies to leading spacing only, as in diffusers. Each step ends where the next one begins; in
-    diffusers DDIM's steps are N // k entries long, whatever the spacing.
-    """
-    offset = config.size("steps_offset", 0, 0, steps - 1)
-    if "timestep_spacing" not in config.values and not offset:
-        return {}
-    kind = SPACINGS[config.values.get("timestep_spacing", "leading")]
-    return {"spacing": Leading(offset) if kind is Leading else kind()}
-
-
-def _thresholding(config: hub.Group) -> DynamicThreshold | StaticThreshold | NoThreshold:
-    if not config.flag("thresholding", False):
-        return StaticThreshold() if config.flag("clip_sample", True) else NoThreshold()
-    numbers = []
-    for name, most in (("dynamic_thresholding_ratio", 1.0), ("sample_max_value", 1e9)):
-        value = config.values.get(name, *SCHEDULER[name])
-        if type(value) not in (int, float) or not 0.0 < value <= most:
-            raise config.error(name, value, f"a number above 0 and up to {most:g}")
-        numbers.append(float(value))
-    return DynamicThreshold(*numbers)
+    config.require("beta_schedule", ("squaredcos_cap_v2",), "linear")
+    config.require("prediction_type", ("epsilon",), "epsilon")
+    config.require("rescale_betas_zero_snr", (False,), False)
+    config.require("set_alpha_to_one", (True,), True)
 
 
 def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
@@ -186,8 +130,7 @@ def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     ):
         if not fits:
             raise ValueError(f"diffusers' DeepFloyd IF has no stage with {name} = {value}")
-    sampler = _sampler_config(sampling, model.unet.learned_variance)
-    config = {"scheduler": _scheduler(model.schedule, "schedule") | sampler}
+    config = {"scheduler": _scheduler(model.schedule, "schedule") | _sampler_config(model, sampling)}
     if low_res is not None:
         config["image_noising_scheduler"] = _scheduler(low_res.augmentation, "low_res.augmentation")
     return config | {"unet": deepfloyd.described(_network(model), trained.params) | {"sample_size": model.side}}
@@ -235,20 +178,15 @@ def _scheduler(schedule: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _sampler_config(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
-    threshold, sampler = sampling.thresholding, sampling.sampler
-    config: dict[str, Any] = {"thresholding": False, "clip_sample": isinstance(threshold, StaticThreshold)}
-    spacings = [name for name, kind in SPACINGS.items() if isinstance(sampling.spacing, kind)]
-    config |= {"timestep_spacing": spacings[0]} if spacings else {}
-    config |= {"steps_offset": sampling.spacing.offset} if isinstance(sampling.spacing, Leading) else {}
-    if isinstance(threshold, DynamicThreshold):
-        config["thresholding"] = True
-        cap = 1e6 if threshold.cap is None else threshold.cap
-        config |= {"dynamic_thresholding_ratio": threshold.percentile, "sample_max_value": cap}
-    if sampler == DDIM() and sampling.keep_eps:
-        return config | {"_class_name": "DDIMScheduler"}
-    gammas = {0.0: "fixed_small", 1.0: "fixed_large"} | ({None: "learned_range"} if learned else {})
-    if not isinstance(sampler, DDPM) or sampler.gamma not in gammas:
-        kept = f" with keep_eps = {sampling.keep_eps}" if isinstance(sampler, DDIM) else ""
-        raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampler}{kept}")
-    return config | {"variance_type": gammas[sampler.gamma]}
+def _sampler_config(model: DiffusionModel, sampling: SamplingConfig) -> dict[str, Any]:
+    """Without a spacing if diffusers has none like it, as IF's own."""
+    known = isinstance(sampling.spacing, Leading | Trailing | Linspace)
+    sampling = sampling if known else replace(sampling, spacing=Leading())
+    if not isinstance(sampling.sampler, DDPM) and sampling.sampler != DDIM():
+        raise ValueError(f"diffusers' DeepFloyd IF has no sampler = {sampling.sampler}")
+    config = schedulers.described(model.schedule, model.prediction, sampling, model.unet.learned_variance)
+    _check_scheduler(Path("scheduler_config.json"), config)
+    return config if known else {name: value for name, value in config.items() if name not in _SPACING}
+
+
+_SPACING = ("timestep_spacing", "steps_offset")

@@ -173,8 +173,9 @@ def join_controlnet(config: Mapping[str, Any], tensors: Mapping[str, Unread]) ->
     return _prefixed(kinds.CONTROLNET, names.renamed(tensors, modules, "the ControlNet"))
 
 
-def open_autoencoder(path: str | Path, family: Family) -> Tensors:
-    """The autoencoder of a file, alone or with a model, in either layout, under diffusers' names.
+def open_autoencoder(path: str | Path, config: Mapping[str, Any]) -> Tensors:
+    """The autoencoder of a file, alone or with a model, in either layout, under diffusers' names. config: its settings
+    in diffusers' layout, of which the numbers of levels and blocks are used.
 
     Raises FileNotFoundError, or ValueError that says what the file is.
     """
@@ -182,7 +183,7 @@ def open_autoencoder(path: str | Path, family: Family) -> Tensors:
     tensors, _ = tree.read_header(path)
     prefix = next((prefix for prefix in kinds.VAE if _inside(tensors, prefix)), "")
     inner = _autoencoder_only(_inside(tensors, prefix))
-    modules = names.autoencoder(family.vae)
+    modules = names.autoencoder(config)
     if "encoder.conv_norm_out.weight" in inner:
         return dict(inner)
     if "decoder.conv_in.weight" not in inner or "decoder.norm_out.weight" not in inner:
@@ -191,7 +192,7 @@ def open_autoencoder(path: str | Path, family: Family) -> Tensors:
 
 
 def _with_vae(opened: SingleFile, path: Path) -> SingleFile:
-    components = opened.components | {"vae": open_autoencoder(path, opened.family)}
+    components = opened.components | {"vae": open_autoencoder(path, opened.family.vae)}
     return SingleFile(opened.path, opened.family, components, opened.ignored)
 
 

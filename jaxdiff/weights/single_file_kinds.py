@@ -25,10 +25,9 @@ _V_ARCHITECTURE, _EPSILON_ARCHITECTURE = "stable-diffusion-v2-768-v", "stable-di
 
 
 class Signature(NamedTuple):
-    """What tells the U-Nets apart. context: width of the text. vector: width of the added vector, or 0. classes: number
-    of classes, or 0."""
+    """What tells the U-Nets apart, whatever their width. context: width of the text. vector: width of the added vector,
+    or 0. classes: number of classes, or 0."""
 
-    channels: int
     in_channels: int
     context: int
     vector: int
@@ -134,7 +133,7 @@ def _signature(tensors: Mapping[str, Unread]) -> Signature:
     keys = (name for name in tensors if name.startswith(UNET) and name.endswith(".attn2.to_k.weight"))
     context = next((tensors[name].shape for name in keys), ())
     vector, classes = _shape(tensors, "label_emb.0.0.weight"), _shape(tensors, "label_emb.weight")
-    return Signature(_at(first, 0), _at(first, 1), _at(context, 1), _at(vector, 1), _at(classes, 0))
+    return Signature(_at(first, 1), _at(context, 1), _at(vector, 1), _at(classes, 0))
 
 
 def _shape(tensors: Mapping[str, Unread], name: str) -> tuple[int, ...]:
@@ -150,7 +149,7 @@ def _signature_of(family: Family) -> Signature:
     config = family.unet
     vector = config["projection_class_embeddings_input_dim"] or 0
     in_channels, context = config["in_channels"], config["cross_attention_dim"]
-    return Signature(config["block_out_channels"][0], in_channels, context, vector, config["num_class_embeds"] or 0)
+    return Signature(in_channels, context, vector, config["num_class_embeds"] or 0)
 
 
 def _unknown(tensors: Mapping[str, Unread], found: Signature) -> str:
@@ -164,7 +163,7 @@ def _unknown(tensors: Mapping[str, Unread], found: Signature) -> str:
         return "Stable unCLIP, which also reads an image"
     if found.context == 768 and found.in_channels == 8:
         return "InstructPix2Pix"
-    given = f"{found.channels} channels, {found.in_channels} input channels and text of width {found.context}"
+    given = f"{found.in_channels} input channels and text of width {found.context}"
     return f"a U-Net of {given}" + (f", with a vector of {found.vector}" if found.vector else "")
 
 

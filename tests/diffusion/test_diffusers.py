@@ -39,8 +39,8 @@ class Case(NamedTuple):
     scaled_start: bool = False
 
 
-def solver(spacing, karras=False):
-    return "DPMSolverMultistepScheduler", {"timestep_spacing": spacing, "use_karras_sigmas": karras}
+def solver(spacing, karras=False, **more):
+    return "DPMSolverMultistepScheduler", {"timestep_spacing": spacing, "use_karras_sigmas": karras} | more
 
 
 def euler(spacing, karras=False):
@@ -59,6 +59,7 @@ def plms(spacing, to_one=False):
     return "PNDMScheduler", {"timestep_spacing": spacing, "set_alpha_to_one": to_one, "skip_prk_steps": True}
 
 
+FIRST = {"final_sigmas_type": "sigma_min"}
 EULER, ANCESTRAL, SOLVER = samplers.Euler(), samplers.DDIM(eta=1.0), samplers.DPMSolverPP2M()
 CASES = {
     "DDIM": Case(*ddim("leading"), samplers.DDIM(), Leading(1, to_first_entry=True)),
@@ -81,7 +82,18 @@ CASES = {
     "DPM++ 2M": Case(*solver("leading"), SOLVER, Leading(1, skip_cleanest=True)),
     "DPM++ 2M trailing": Case(*solver("trailing"), SOLVER, Trailing()),
     "DPM++ 2M linspace": Case(*solver("linspace"), SOLVER, Linspace(skip_cleanest=True)),
+    "DPM++ 2M to the first entry": Case(
+        *solver("leading", **FIRST, lower_order_final=False),
+        samplers.DPMSolverPP2M(False),
+        Leading(1, skip_cleanest=True, to_first_entry=True),
+    ),
     "DPM++ 2M Karras": Case(*solver("leading", True), SOLVER, TabulatedKarras(rounded=True)),
+    "DPM++ 2M Karras to the first entry": Case(
+        *solver("leading", True, **FIRST, euler_at_final=True),
+        SOLVER,
+        TabulatedKarras(rounded=True, to_first_entry=True),
+    ),
+    "DDPM": Case("DDPMScheduler", {"clip_sample": False}, samplers.DDPM(0.0), Leading(1)),
 }
 
 
@@ -135,7 +147,7 @@ def theirs(case, prediction, steps, monkeypatch, skipped=0, image=None, **settin
         x = scheduler.add_noise(torch.tensor(image), eps, timesteps[:1])
     drawn = iter(random_numbers()[MOST - steps + skipped :])
     module = type(scheduler).__module__
-    if "ancestral" in module:
+    if "ancestral" in module or "ddpm" in module:
         monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.tensor(next(drawn)))
     for timestep in timesteps:
         output = network(scheduler.scale_model_input(x, timestep), timestep.float(), torch)
@@ -191,3 +203,28 @@ def test_the_default_clip_is_close(name, monkeypatch):
     """The clean end of a schedule clipped at a log-SNR of 20 has σ = 4.5e-5."""
     found = ours(CASES[name], Prediction.EPSILON, 20, schedule=TabulatedSchedule.scaled_linear())
     assert error(found, theirs(CASES[name], "epsilon", 20, monkeypatch)) < 5e-5
+
+
+ZERO = {
+    "DDIM trailing": 0.0,
+    "DDPM trailing": 0.0,
+    "Euler trailing": 2.0**-24,
+    "Euler": 2.0**-24,
+    "Euler Karras trailing": 2.0**-24,
+    "Euler a trailing": 2.0**-24,
+    "DPM++ 2M trailing": 2.0**-24,
+    "DPM++ 2M Karras": 2.0**-24,
+}
+"""ᾱ of the last entry in each class of diffusers."""
+
+
+@pytest.mark.parametrize("clip", [20.0, 40.0])
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_terminal_snr(name, clip, monkeypatch):
+    """v-prediction from pure noise. With the default clip the last α is 4.5e-5 instead of 0, as is the last σ."""
+    settings = {"clip_sample": False, "timestep_spacing": "trailing"}
+    case = CASES.get(name) or Case("DDPMScheduler", settings, samplers.DDPM(0.0), Trailing())
+    schedule = TabulatedSchedule(SCHEDULE.alpha_bar, clip).zero_terminal_snr(ZERO[name])
+    wanted = theirs(case, "v_prediction", 20, monkeypatch, rescale_betas_zero_snr=True)
+    difference = error(ours(case, Prediction.V, 20, schedule=schedule), wanted)
+    assert difference < (2e-5 if clip == 40.0 else 1e-4)

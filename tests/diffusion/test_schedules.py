@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdiff.diffusion.losses import MinSNR, UniformWeighting, diffusion_loss
+from jaxdiff.diffusion.parameterization import Prediction, target
 from jaxdiff.diffusion.schedules import (
     EDM,
     CosineSchedule,
@@ -184,3 +186,38 @@ def test_settings_out_of_range_are_named(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("table", [TabulatedSchedule.scaled_linear(), TabulatedSchedule.cosine(100)])
+def test_zero_terminal_snr(table):
+    """√ᾱ of the first entry and the ratios of differences are kept; the last entry is noise, within the clip."""
+    rescaled = table.zero_terminal_snr()
+    before, after = (np.sqrt(each.alpha_bar) for each in (table, rescaled))
+    assert after[0] == pytest.approx(before[0], rel=1e-12) and after[-1] == pytest.approx(np.exp(-10), rel=1e-4)
+    wanted = np.diff(before[:-1]) / (before[0] - before[-1]) * before[0]
+    np.testing.assert_allclose(np.diff(after[:-1]), wanted, rtol=1e-6)
+    assert rescaled.logsnr(1.0) == pytest.approx(-20.0, rel=1e-5)
+    assert table.zero_terminal_snr(2.0**-24).alpha_bar[-1] == 2.0**-24
+    with pytest.raises(ValueError, match="decreasing alpha_bar"):
+        table.zero_terminal_snr(0.5)
+
+
+def test_zero_terminal_snr_of_diffusers():
+    pytest.importorskip("torch", reason="diffusers' schedulers are PyTorch's")
+    diffusers = pytest.importorskip("diffusers", reason="compared with diffusers' schedulers")
+    settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = diffusers.DDIMScheduler(**settings, rescale_betas_zero_snr=True).alphas_cumprod.numpy()
+    ours = TabulatedSchedule.scaled_linear().zero_terminal_snr().alpha_bar
+    np.testing.assert_allclose(np.sqrt(ours[:-1]), np.sqrt(theirs[:-1]), rtol=1e-3, atol=1e-6)
+    assert theirs[-1] == 0.0
+
+
+def test_v_training_at_zero_terminal_snr():
+    """At the last entry the target is −x₀ and every weighting's loss is finite."""
+    schedule = TabulatedSchedule.scaled_linear().zero_terminal_snr()
+    alpha, sigma = schedule.alpha(jnp.ones(2)), schedule.sigma(jnp.ones(2))
+    x0, eps = jnp.asarray([[0.7, -1.0], [0.1, 0.2]]), jnp.asarray([[1.0, -2.0], [0.0, 0.5]])
+    np.testing.assert_allclose(target(Prediction.V, x0, eps, alpha, sigma), -x0, atol=1e-4)
+    for weighting in (UniformWeighting(), MinSNR(floor=1.0)):
+        loss = diffusion_loss(jnp.zeros_like(x0), Prediction.V, x0, eps, alpha, sigma, weighting)
+        np.testing.assert_allclose(loss, jnp.mean(x0**2, axis=1), rtol=1e-3)

@@ -82,6 +82,7 @@ def test_what_is_literal(prompt, text):
         (f"(a:{'9' * 999})", [("a", 100.0)]),
         (f"(((a:-{'9' * 999}):0):5)", [("a", 0.0)]),
         (99 * "(" + "a" + 99 * ")", [("a", 100.0)]),
+        (99 * "[" + "a" + 99 * "]" + "(b)", [("a", DOWN**64), ("b", UP)]),
     ],
 )
 def test_what_looks_malformed(prompt, expected):
@@ -106,6 +107,7 @@ def test_long_prompts_take_no_time(unit):
     start = time.perf_counter()
     parse(unit * (20_000 // len(unit)))
     parse(":" + unit * 20_000)
+    parse(unit * 20_000 + 20_000 * "a)" + 20_000 * "]")
     assert time.perf_counter() - start < 5
 
 

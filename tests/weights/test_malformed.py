@@ -16,12 +16,17 @@ import small_if
 from safetensors.numpy import save
 from small_clip import OPENAI
 
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DPMSolverPP2M
+from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.thresholding import DynamicThreshold
+from jaxdiff.diffusion.time_grid import TabulatedKarras
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.text.precomputed import PrecomputedTextEncoder
-from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, stages, t5, tree
+from jaxdiff.weights import captions, classifier, clip, deepfloyd, hub, schedulers, stages, t5, tree
 from jaxdiff.weights.deepfloyd_pipeline import read_scheduler
 from jaxdiff.weights.settings import VERSION, to_json
 
@@ -51,6 +56,17 @@ SETTINGS = {
         "scheduler_config.json",
         {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "thresholding": True, "steps_offset": 1},
         lambda path: read_scheduler(path, True),
+    ),
+    "schedulers": (
+        "scheduler_config.json",
+        schedulers.described(
+            TabulatedSchedule.scaled_linear(),
+            Prediction.V,
+            SamplingConfig(
+                DPMSolverPP2M(), spacing=TabulatedKarras(rounded=True), thresholding=DynamicThreshold(0.9, 2.0)
+            ),
+        ),
+        schedulers.read,
     ),
     "stage": (
         "stage.json",

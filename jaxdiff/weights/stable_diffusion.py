@@ -1,0 +1,287 @@
+"""Stable Diffusion from disk: a single safetensors file, or a folder of a diffusers pipeline.
+
+    pipeline = load("v1-5-pruned-emaonly.safetensors")
+    pipeline = load("stable-diffusion-xl-base-1.0/", dtype="bfloat16")
+
+Both are opened as a `Source`: per component its settings and its tensors, which are not read before they are needed.
+Nothing is downloaded for a file: configurations and the tokenizer are in the package.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxdiff.core.messages import quoted
+from jaxdiff.core.products import LatentSpec
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.autoencoder import TrainedAutoencoder
+from jaxdiff.models.conditioners import (
+    AnyConditioner,
+    LowResConditioner,
+    MaskConditioner,
+    NullText,
+    SizeConditioner,
+    TextConditioner,
+)
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems import stable_diffusion as presets
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.text.clip import CLIPTextEncoder, Pooling
+from jaxdiff.text.clip_tokenizer import Padding, clip_tokenizer
+from jaxdiff.text.combined import Axis, CombinedTextEncoder
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer
+from jaxdiff.weights import autoencoder, clip, hub, latent_unet, schedulers, single_file, single_file_sizes
+from jaxdiff.weights.single_file_families import SD_1, Family
+from jaxdiff.weights.tree import Unread
+
+INDEX = "model_index.json"
+CLASSES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Upscale"))
+CLASSES += tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
+CLASSES += tuple(f"{name[:-8]}ControlNetPipeline" for name in CLASSES if "Upscale" not in name)
+"""The pipelines of diffusers whose folders are read."""
+FOLDERS = ("unet", "vae", "text_encoder")
+
+
+class Component(NamedTuple):
+    """A component that is not yet read. where: the name of its settings in messages. tensors: by the names of diffusers
+    and transformers."""
+
+    settings: Mapping[str, Any]
+    where: Path
+    tensors: Mapping[str, Unread]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An opened model. components: by diffusers' folder names. schedulers: settings by folder name. index: the content
+    of model_index.json. tokenizers: of each text encoder. vae: settings for an autoencoder file beside the model."""
+
+    path: Path
+    components: dict[str, Component]
+    schedulers: Mapping[str, tuple[Mapping[str, Any], Path]]
+    index: Mapping[str, Any]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    vae: Mapping[str, Any]
+
+    def component(self, name: str) -> Component:
+        """ValueError if the model has no such component."""
+        if name not in self.components:
+            raise ValueError(f"{self.path} has no {name}: its pipeline needs one")
+        return self.components[name]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model is read.
+
+    dtype: type of parameters and computation, "float32" or "bfloat16". variant: "fp16" selects the files of that name
+    in a folder. place: puts an array on its devices. vae: a file or folder with the autoencoder, instead of the
+    model's. prediction: what the U-Net predicts, if a single file does not say (`single_file_kinds.family_of`).
+    ema: the averaged weights of a single file that has both.
+    chunks, weights: windows of 75 tokens for a prompt, and whether `(word:1.3)` is a weight (`CLIPTextEncoder`).
+    """
+
+    dtype: str = "float32"
+    variant: str | None = None
+    place: hub.Place = jnp.asarray
+    vae: str | Path | None = None
+    prediction: Prediction | None = None
+    ema: bool = False
+    chunks: int = 1
+    weights: bool = False
+
+
+def is_stable_diffusion(path_or_id: str | Path) -> bool:
+    """Whether this is a single file, or the folder of one of diffusers' pipelines of Stable Diffusion."""
+    path = Path(path_or_id)
+    if path.is_file():
+        return True
+    if not (path / INDEX).is_file():
+        return False
+    return str(hub.read_json(path / INDEX).get("_class_name")).startswith("StableDiffusion")
+
+
+def load(path_or_id: str | Path, reading: Reading = Reading(), text: TextEncoder | None = None) -> Pipeline:
+    """Load a pipeline from a single file, a folder or a hub id. text: replaces the text encoder, which is not loaded.
+
+    Raises FileNotFoundError, or ValueError that names the file and what does not fit.
+    """
+    source = open_source(path_or_id, reading)
+    generator = load_generator(source, reading)
+    decoder = load_autoencoder(source, generator.model, reading)
+    return presets.stable_diffusion(load_text(source, reading) if text is None else text, generator, decoder)
+
+
+def open_source(path_or_id: str | Path, reading: Reading = Reading()) -> Source:
+    """Open a single file, a folder or a hub id."""
+    return _open_file(Path(path_or_id), reading) if Path(path_or_id).is_file() else _open_folder(path_or_id, reading)
+
+
+def _open_file(path: Path, reading: Reading) -> Source:
+    opened = single_file.open_file(path, prediction=reading.prediction, ema=reading.ema)
+    family, components = opened.family, {}
+    for name in ("unet", "vae", *family.text_encoders):
+        if name == "vae" and reading.vae is not None:
+            continue
+        tensors, where = opened.component(name), Path(f"{path} ({name})")
+        components[name] = Component(_settings(family, name, tensors), where, tensors)
+    low_res = {} if family.low_res_scheduler is None else {"low_res_scheduler": (family.low_res_scheduler, path)}
+    ends = {"<|endoftext|>": Padding.END, "!": Padding.EXCLAMATION}
+    tokenizers = {name: clip_tokenizer(ends[each.pad]) for name, each in family.text_encoders.items()}
+    listed = {"scheduler": (family.scheduler, path)} | low_res
+    return Source(path, components, listed, family.index, tokenizers, family.vae)
+
+
+def _settings(family: Family, name: str, tensors: Mapping[str, Unread]) -> Mapping[str, Any]:
+    """The settings of a component of a single file."""
+    if name == "unet":
+        return single_file_sizes.unet(family.unet, tensors)
+    if name == "vae":
+        return single_file_sizes.autoencoder(family.vae, tensors)
+    return single_file_sizes.text_encoder(family.text_encoders[name].config, tensors)
+
+
+def _open_folder(path_or_id: str | Path, reading: Reading) -> Source:
+    folder = hub.directory_of(path_or_id, "Stable Diffusion", folders=FOLDERS, variant=reading.variant)
+    index = hub.read_json(folder / INDEX, "pipeline")
+    hub.require(folder / INDEX, index, "_class_name", CLASSES)
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    components = {}
+    for name in ("unet", "vae", *encoders):
+        if name == "vae" and (reading.vae is not None or not (folder / name).is_dir()):
+            continue
+        config = folder / name / "config.json"
+        tensors = hub.open_tensors(folder / name, reading.variant)
+        components[name] = Component(hub.read_json(config, name), config, tensors)
+    files = {name: folder / name / "scheduler_config.json" for name in ("scheduler", "low_res_scheduler")}
+    read = {name: (hub.read_json(path, "scheduler"), path) for name, path in files.items() if path.is_file()}
+    if "scheduler" not in read:
+        raise FileNotFoundError(f"{files['scheduler']} is missing: a pipeline needs it")
+    tokenizers = {name: _tokenizer(folder / name.replace("text_encoder", "tokenizer"), name) for name in encoders}
+    vae = folder / "vae" / "config.json"
+    return Source(folder, components, read, index, tokenizers, hub.read_json(vae) if vae.is_file() else SD_1.vae)
+
+
+def _tokenizer(folder: Path, encoder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; without one, the package's with the padding that the public models have."""
+    if folder.is_dir():
+        return load_tokenizer(folder)
+    return clip_tokenizer(Padding.EXCLAMATION if encoder == "text_encoder_2" else Padding.END)
+
+
+def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel:
+    """The latent diffusion model and its sampling settings. ValueError for a kind that is not supported."""
+    unet = source.component("unet")
+    network = latent_unet.read_config(unet.settings, unet.where, reading.dtype)
+    settings, path = source.schedulers["scheduler"]
+    scheduler = schedulers.from_values(path, settings)
+    stride = 4 if network.unet.level_entries else 8  # of the upscaler's autoencoder
+    model = DiffusionModel(
+        unet=network.unet,
+        side=_side(unet, network),
+        product=LatentSpec(network.channels, stride),
+        conditioners=_conditioners(source, network, reading),
+        schedule=scheduler.schedule,
+        prediction=scheduler.prediction,
+    )
+    preset = presets.SAMPLING_X4 if network.unet.level_entries else presets.SAMPLING
+    preset = replace(preset, guidance=Guidance(5.0)) if network.vector is not None else preset
+    params = latent_unet.load_tensors(network, unet.tensors, reading.dtype, reading.place, str(unet.where))
+    return TrainedModel(model, params, replace(preset, **scheduler.sampling))
+
+
+def _side(unet: Component, network: latent_unet.Network) -> int:
+    """The side of the training latents."""
+    side = unet.settings.get("sample_size") or 64
+    if type(side) is not int or not 1 <= side <= 2**14 or side % network.unet.stride:
+        raise ValueError(
+            f"{unet.where}: sample_size = {quoted(side)} is not supported, only multiples of {network.unet.stride}"
+        )
+    return side
+
+
+def _conditioners(source: Source, network: latent_unet.Network, reading: Reading) -> tuple[AnyConditioner, ...]:
+    """What the network is conditioned on. ValueError, naming its inputs, for a combination that no supported model
+    has."""
+    where, vector, concat = source.component("unet").where, network.vector, network.concat
+    conditioners: list[AnyConditioner] = []
+    pooled, null = None, NullText.EMPTY
+    if vector is not None:
+        pooled = vector.width - 6 * vector.frequencies
+        if vector.kind != "text_time" or pooled < 1 or source.index.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"{where}: a vector of {vector.width} numbers ({vector.kind}) is not supported, only SDXL's"
+            )
+        conditioners.append(SizeConditioner(vector.frequencies))
+        if source.index.get("force_zeros_for_empty_prompt", True):
+            null = NullText.ZEROS
+    if network.unet.level_entries and concat:
+        settings, path = source.schedulers.get("low_res_scheduler", source.schedulers["scheduler"])
+        most = source.index.get("max_noise_level", 350) / network.unet.level_entries
+        conditioners.append(
+            LowResConditioner(1, schedulers.from_values(path, settings).schedule, most, channels=concat)
+        )
+    elif concat == 1 + network.channels:
+        conditioners.append(MaskConditioner(network.channels))
+    elif concat or network.unet.level_entries:
+        kinds = {1: "a depth map", network.channels: "an image to be edited"}
+        what = kinds.get(concat, f"{concat} channels")
+        raise ValueError(f"{where}: the network reads {what} beside the latents, which is not supported")
+    text = TextConditioner(network.text_width, presets.TOKENS * reading.chunks, null=null, pooled=pooled)
+    return (text, *conditioners)
+
+
+def load_autoencoder(source: Source, model: DiffusionModel, reading: Reading = Reading()) -> TrainedAutoencoder:
+    """The autoencoder: the model's, or that of `reading.vae`."""
+    component = source.component("vae") if reading.vae is None else _other_vae(Path(reading.vae), source, reading)
+    settings = autoencoder.from_values(component.settings, component.where, hub.check_dtype(reading.dtype))
+    params = autoencoder.load_tensors(settings, component.tensors, reading.dtype, reading.place, str(component.where))
+    assert isinstance(model.product, LatentSpec)
+    if settings.config.stride != model.product.stride:
+        raise ValueError(
+            f"{component.where}: an autoencoder of stride {settings.config.stride}, "
+            f"the model's latents have {model.product.stride}"
+        )
+    side = model.side * settings.config.stride
+    return TrainedAutoencoder(settings.config, params, settings.scale, settings.upcast, side)
+
+
+def _other_vae(path: Path, source: Source, reading: Reading) -> Component:
+    """An autoencoder beside the model: a folder with its config.json, or a file."""
+    if path.is_dir():
+        config = path / "config.json"
+        return Component(hub.read_json(config, "autoencoder"), config, hub.open_tensors(path, reading.variant))
+    tensors = single_file.open_autoencoder(path, source.vae)
+    return Component(single_file_sizes.autoencoder(dict(source.vae), tensors), path, tensors)
+
+
+def load_text(source: Source, reading: Reading = Reading()) -> TextEncoder:
+    """The text encoder: CLIP's text tower, or both of SDXL's."""
+    names = [name for name in source.components if name.startswith("text_encoder")]
+    if not names:
+        raise ValueError(f"{source.path} has no text_encoder: name one")
+    encoders = [_text_encoder(source, name, reading) for name in names]
+    if len(encoders) == 1:
+        return replace(encoders[0], pooling=Pooling.NONE)
+    # SDXL: the states before the last block, without the final norm, of both; the second's embedding.
+    penultimate = partial(replace, skip_last=1, final_norm=False)
+    first, second = penultimate(encoders[0], pooling=Pooling.NONE), penultimate(encoders[1], pooling=Pooling.EMBEDDING)
+    return CombinedTextEncoder((first, second), Axis.FEATURES)
+
+
+def _text_encoder(source: Source, name: str, reading: Reading) -> CLIPTextEncoder:
+    component, tokenizer = source.component(name), source.tokenizers[name]
+    where = str(component.where)
+    config, params = clip.from_tensors(
+        component.settings, component.tensors, reading.dtype, where=where, place=reading.place
+    )
+    assert config.text is not None
+    check_vocabulary(tokenizer, config.text.vocab, where)
+    return CLIPTextEncoder(config, params, tokenizer, chunks=reading.chunks, weights=reading.weights)
