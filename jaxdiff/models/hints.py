@@ -19,8 +19,8 @@ class HintImage:
     image: floating, in [0, 1] (an edge map, a pose, depth; not in [-1, 1]), of the size of the sampled image: (h w c)
     for all samples, or (n h w c), one for each. weight: factor of the ControlNet's residuals; 0 turns it off.
     start, end: it acts in the steps that lie between these fractions of those that are run.
-    guess: for sampling without a prompt. Only the conditional branch of guidance gets the hint, and the residuals of the
-    first layers weigh less, from 0.1 to 1 in the middle.
+    guess: for sampling without a prompt. Only the conditional branch of guidance gets the hint, and the residuals of
+    the first layers weigh less, from 0.1 to 1 in the middle.
     """
 
     image: Any
@@ -68,9 +68,9 @@ def traced(hints: Sequence[HintImage], count: int, times: Float[Array, " n"]) ->
 
 def _traced(hint: HintImage, count: int, times: Array) -> Hint:
     image = jnp.broadcast_to(jnp.asarray(hint.image, jnp.float32), (count, *hint.image.shape[-3:]))
-    each = [jnp.full(count, value, jnp.float32) for value in (hint.weight, float(hint.guess))]
+    weight, fade = (jnp.full(count, value, jnp.float32) for value in (hint.weight, float(hint.guess)))
     if (hint.start, hint.end) == (0.0, 1.0):
-        return Hint(image, *each)
+        return Hint(image, weight, fade)
     steps = len(times) - 1
     acts = [i for i in range(steps) if i / steps >= hint.start and (i + 1) / steps <= hint.end]
     if not acts:
@@ -78,7 +78,8 @@ def _traced(hint: HintImage, count: int, times: Array) -> Hint:
     # Bounds are halfway to the neighbouring steps.
     high = jnp.inf if acts[0] == 0 else (times[acts[0] - 1] + times[acts[0]]) / 2
     low = -jnp.inf if acts[-1] == steps - 1 else (times[acts[-1]] + times[acts[-1] + 1]) / 2
-    return Hint(image, *each, jnp.broadcast_to(jnp.stack([jnp.asarray(low), jnp.asarray(high)]), (count, 2)))
+    bounds = jnp.stack([jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)])
+    return Hint(image, weight, fade, jnp.broadcast_to(bounds, (count, 2)))
 
 
 def folded(image: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c2"]:

@@ -25,7 +25,7 @@ from jaxdiff.models.diffusion import DiffusionModel, check_size
 from jaxdiff.models.hints import HintImage, check_hints, folded, traced, unfolded
 from jaxdiff.models.tiles import Tiles, in_tiles
 from jaxdiff.nets.activation_sharding import check_rows
-from jaxdiff.nets.conditioning import Conditioning, Hint
+from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.text.encoder import TextEmbedding
 
 
@@ -346,7 +346,7 @@ def _predict_in_tiles(
 ) -> Array:
     hints, size = conditioning.hints or (), x.shape[1:3]
     beside = () if conditioning.concat is None else (conditioning.concat,)
-    images = x, *(folded(hint.image, size) for hint in hints), *beside
+    images = x, *(folded(hint.image, (size[0], size[1])) for hint in hints), *beside
 
     def network(x: Array, *rest: Array) -> Array:
         cut = [hint._replace(image=unfolded(b, hint.image.shape[-1])) for hint, b in zip(hints, rest)]

@@ -77,8 +77,8 @@ class ControlNet(LatentDownPath):
         return conditioning
 
     def zero(self, x: Array, name: str) -> Array:
-        settings = {"dtype": self.config.execution.dtype, "kernel_init": nn.initializers.zeros}
-        return self.split(nn.Conv(x.shape[-1], (1, 1), name=name, **settings)(x))
+        dtype, init = self.config.execution.dtype, nn.initializers.zeros
+        return self.split(nn.Conv(x.shape[-1], (1, 1), dtype=dtype, kernel_init=init, name=name)(x))
 
 
 class HintEncoder(nn.Module):
