@@ -10,6 +10,8 @@ A `ControlledModel` is the base model with parameters {"base": …, "controls": 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +115,7 @@ def with_controls(trained: TrainedModel, controls: Sequence[tuple[ControlNetConf
     does not fit."""
     model = controlled(trained.model, *(config for config, _ in controls))
     for i, (_, params) in enumerate(controls):
-        shapes = jax.eval_shape(model.init_control, i, jax.random.key(0))
+        shapes = jax.eval_shape(partial(model.init_control, i), jax.random.key(0))
         check_tree(params, shapes, f"ControlNet {i} for the {model.side} stage")
     return replace(trained, model=model, params={"base": trained.params, "controls": tuple(p for _, p in controls)})
 
@@ -143,8 +145,8 @@ class ControlModel(SingleOptimizer):
     def initial(self, key: Key[Array, ""], base: Mapping) -> dict:
         """Initial parameters with copies of the base's: its embeddings, stem, down path and middle. The hint encoder is
         random, and the last convolutions are zero. ValueError if the base has other settings than the ControlNet."""
-        shapes = jax.eval_shape(self.model.init_control, 0, key)
-        own = jax.jit(lambda: {name: tree for name, tree in self.init(key)[0].items() if name not in base})()
+        shapes = jax.eval_shape(partial(self.model.init_control, 0), key)
+        own = jax.jit(lambda key: {name: tree for name, tree in self.init(key)[0].items() if name not in base})(key)
         copies = {name: jax.tree.map(_copied, base[name]) for name in shapes if name in base}
         # The stem may read fewer channels than the base's, of which the first are the latents.
         copies["stem"]["kernel"] = copies["stem"]["kernel"][:, :, : self.control.inputs]
@@ -176,7 +178,7 @@ def _both(params: dict, frozen: dict) -> dict:
     return {"base": frozen, "controls": (params,)}
 
 
-def _copied(leaf: Array) -> Array:
+def _copied(leaf: Any) -> Array:
     """Never the same buffer, which a training step would donate."""
     return jnp.array(leaf, jnp.float32, copy=True)
 
