@@ -3,6 +3,7 @@
     python -m experiments.evaluate attributes --n 100 --objects 1 --up-to 64 --json scores.json
     python -m experiments.evaluate psnr --json psnr.json
     python -m experiments.evaluate metrics --weights runs/cascade --data shapes
+    python -m experiments.evaluate reconstruction --autoencoder runs/autoencoder
     python -m experiments.evaluate retrieval --clip runs/clip/model
 
 The docstrings of `experiments/evaluations/` describe each metric and its cost.
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from experiments.cli import Command, run
-from experiments.evaluations import attributes, colours, metrics, psnr, retrieval, zero_shot
+from experiments.evaluations import attributes, colours, metrics, psnr, reconstruction, retrieval, zero_shot
 from experiments.table import TASKS
 from experiments.tasks.task import Task
 
@@ -22,6 +23,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Any, Mapping[str, Task]], None], Any]] = 
     "colours": (colours.main, colours.Settings()),
     "psnr": (psnr.main, psnr.Settings()),
     "metrics": (metrics.main, metrics.Settings()),
+    "reconstruction": (reconstruction.main, reconstruction.Settings()),
     "retrieval": (retrieval.main, retrieval.Settings()),
     "zero-shot": (zero_shot.main, zero_shot.Settings()),
 }

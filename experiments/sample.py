@@ -91,7 +91,8 @@ class Run:
     up_to: int | None = None
     """Stop at this resolution (64 | 256 | 1024); default: the last stage's."""
     size: str = ""
-    """Size of the base's images: SIDE or HEIGHTxWIDTH in pixels, multiples of the stride."""
+    """Size of the base's images, for latent diffusion of the images: SIDE or HEIGHTxWIDTH in pixels, multiples of the
+    stride."""
     batch: int = 16
     """Batch size of the base; super-resolution uses a sixteenth of it, at least 1."""
     embeddings: Path | None = None
@@ -143,7 +144,7 @@ def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: 
         seed=settings.seed,
         per_prompt=settings.per_prompt,
         negative=settings.negative,
-        size=size_of(settings.size) or settings.init.size(model),
+        size=size_of(settings.size, model) or settings.init.size(model),
         last=box_of(model, settings.up_to),
         batch=settings.batch,
         init=settings.init.begin(model),
@@ -193,6 +194,7 @@ def _warn_of_unknown_words(settings: Run, prompts: Sequence[str]) -> None:
 def _embedded(settings: Run, captions: list[str]) -> PrecomputedTextEncoder:
     weights, dtype = settings.pipeline, settings.sampling.dtype
     values = {"weights": weights.weights[:1], "clean": weights.clean, "dtype": dtype, "variant": weights.variant}
+    values |= {name: given for name, given in weights.read.items() if name in ("chunks", "prompt_weights")}
     made_by = json.dumps(values | ({} if weights.text is None else {"text": weights.text}))
     if settings.embeddings is not None and settings.embeddings.exists():
         kept = captions_file.load(settings.embeddings)
@@ -278,6 +280,7 @@ def _metadata(
         "text": weights.text,
         "variant": weights.variant,
         "clean": weights.clean,
+        **weights.read,
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
         "stages": [to_json(sampling) for sampling in samplings],

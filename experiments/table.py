@@ -3,16 +3,20 @@
 from pathlib import Path
 
 from experiments.options.training import PresetOptimizer
+from experiments.tasks.autoencoder import AutoencoderTask
+from experiments.tasks.autoencoder import Preset as AutoencoderPreset
+from experiments.tasks.autoencoder import Settings as AutoencoderSettings
 from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
 from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
+from experiments.tasks.latents import LatentSettings, LatentTask
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
-from jaxdiff.systems import imagen, imagen_small, imagen_tiny
+from jaxdiff.systems import imagen, imagen_small, imagen_tiny, stable_diffusion, stable_diffusion_tiny
 
 SHIPPED_T5 = 24, 128
 """Length and width of the shipped text encoder's embeddings."""
@@ -73,6 +77,27 @@ TASKS: dict[str, Task] = {
             "tiny": Preset(imagen_tiny.BASE_32_TINY, imagen_tiny.SAMPLING_BASE_32, SHIPPED_T5, SMALL),
         },
         Settings(_folder("base32")),
+    ),
+    "sd.autoencoder": AutoencoderTask(
+        "an autoencoder of images, for latent diffusion",
+        {
+            "tiny": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY, SMALL),
+            "kl-f8": AutoencoderPreset(stable_diffusion.KL_F8),
+            "kl-f4": AutoencoderPreset(stable_diffusion.KL_F4),
+            "vq-f8": AutoencoderPreset(stable_diffusion.VQ_F8),
+            "vq-f4": AutoencoderPreset(stable_diffusion.VQ_F4),
+        },
+        AutoencoderSettings(_folder("autoencoder")),
+    ),
+    "sd.unet": LatentTask(
+        "a latent diffusion model, in the latents of a trained autoencoder",
+        {
+            "tiny": Preset(stable_diffusion_tiny.UNET_TINY, stable_diffusion_tiny.SAMPLING_TINY, SHIPPED_T5, SMALL),
+            "1": Preset(stable_diffusion.SD_1, stable_diffusion.SAMPLING, (77, 768)),
+            "2": Preset(stable_diffusion.SD_2_V, stable_diffusion.SAMPLING, (77, 1024)),
+            "xl": Preset(stable_diffusion.SD_XL, stable_diffusion.SAMPLING_XL, (77, 2048)),
+        },
+        LatentSettings(_folder("unet")),
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

@@ -72,7 +72,7 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
             settings.out,
             data=work.data,
             layout=Layout(mesh, work.placement),
-            loaded=Loaded(work.initial),
+            loaded=Loaded(work.initial, work.frozen),
             hooks=Hooks(work.sample_hook, work.held_out),
         )
     params = gathered(state.ema)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.options.sampling import each
+from experiments.options.sampling import each, unit_of
 from jaxdiff.data.images import Unreadable, decode, to_float
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.systems.pipeline import After, Pipeline
@@ -47,8 +47,9 @@ class InitImageOptions:
         """The initial image of all stages; None if absent. ValueError naming a bad image or value."""
         if self.image is None:
             return None
-        strengths = each("strength", self.strength, len(model.boxes), float)
-        usual = [1.0 if self.mask else 0.7, *[0.8] * len(model.decoders)]
+        takers = sum(box.takes_init for box in model.boxes)
+        strengths = each("strength", self.strength, takers, float)
+        usual = [1.0 if self.mask else 0.7, *[0.8] * (takers - 1)]
         chosen = tuple(own if given is None else given for given, own in zip(strengths, usual))
         mask = None if self.mask is None else read(self.mask).mean(-1) >= 0.0
         image = read(self.image)
@@ -62,7 +63,7 @@ class InitImageOptions:
         if self.image is None:
             return None
         height, width = read(self.image).shape[:2]
-        side, stride = model.generator.side, model.generator.produces.stride
+        side, stride = model.generator.side, unit_of(model)
         scale = side / min(height, width)
         return tuple(max(stride, round(length * scale / stride) * stride) for length in (height, width))
 

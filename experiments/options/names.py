@@ -3,7 +3,8 @@
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Leading, Respaced, Spacing
-from jaxdiff.systems import deepfloyd
+from jaxdiff.systems import deepfloyd, stable_diffusion
+from jaxdiff.systems.stable_diffusion import Solver
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": DDPM(),
@@ -12,6 +13,15 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Heun(),
     "euler": Euler(),
 }
+SOLVERS: dict[str, Solver] = {
+    "ddim": stable_diffusion.SOLVER_DDIM,
+    "plms": stable_diffusion.SOLVER_PLMS,
+    "euler": stable_diffusion.SOLVER_EULER,
+    "euler-a": stable_diffusion.SOLVER_EULER_ANCESTRAL,
+    "dpmpp-2m": stable_diffusion.SOLVER_DPMPP_2M,
+    "dpmpp-2m-karras": stable_diffusion.SOLVER_DPMPP_2M_KARRAS,
+}
+"""Of latent diffusion, whose samplers have spacings of their own."""
 RESPACINGS: dict[str, Spacing] = {
     "fast27": deepfloyd.FAST27,
     "smart27": deepfloyd.SMART27,
@@ -35,6 +45,12 @@ def sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def solver(name: str) -> Solver:
+    if name not in SOLVERS:
+        raise ValueError(f"unknown sampler {name!r} of latent diffusion: choose from {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def respacing(name: str) -> Spacing:

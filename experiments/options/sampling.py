@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.options import names
+from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold
@@ -18,9 +19,9 @@ from jaxdiff.models.diffusion import executed
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.systems.pipeline import Pipeline, with_boxes
+from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
+from jaxdiff.systems.stable_diffusion import Solver, solved_by
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
-from jaxdiff.weights.imagen import trained
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
 """Number of steps below which a sampler's images are blurred or noisy, for any model."""
@@ -32,7 +33,8 @@ class SamplingOptions:
     (`50,,`) keeps the stage's own setting."""
 
     sampler: str = ""
-    """ddpm | ddim | dpmpp | heun | euler"""
+    """ddpm | ddim | dpmpp | heun | euler; of latent diffusion ddim | plms | euler | euler-a | dpmpp-2m |
+    dpmpp-2m-karras, each with the timesteps of diffusers."""
     steps: str = ""
     """Steps of the sampler."""
     respacing: str = ""
@@ -70,9 +72,9 @@ def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
     """The pipeline with the sampling settings of the command line. ValueError naming the bad option."""
     if dataclasses.replace(options, dtype=None, mesh="") == SamplingOptions():
         return pipeline
-    models = trained(pipeline)
+    models = models_of(pipeline)
     chosen = samplings(models, options)
-    return with_boxes(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+    return with_models(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
 
 
 def box_of(pipeline: Pipeline, side: int | None) -> int | None:
@@ -110,7 +112,7 @@ def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
         return dataclasses.replace(each, model=model, params=params)
 
     with jax.set_mesh(mesh):
-        yield with_boxes(pipeline, [place(each) for each in trained(pipeline)])
+        yield with_models(pipeline, [place(each) for each in models_of(pipeline)])
 
 
 def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
@@ -127,7 +129,7 @@ def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:
 def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple[SamplingConfig, ...]:
     """Each stage's sampling settings, overridden by the command line. ValueError naming the bad option."""
     chosen = {
-        "sampler": each("sampler", options.sampler, len(models), names.sampler),
+        "sampler": each("sampler", options.sampler, len(models), str),
         "steps": each("steps", options.steps, len(models), int),
         "spacing": each("respacing", options.respacing, len(models), names.respacing),
         "guidance": each("guidance", options.guidance, len(models), _guidance_weight),
@@ -137,6 +139,7 @@ def samplings(models: Sequence[TrainedModel], options: SamplingOptions) -> tuple
     changed = []
     for number, model in enumerate(models):
         given = {name: values[number] for name, values in chosen.items() if values[number] is not None}
+        given = _sampler(model, given) | given
         given |= _spaced(model.sampling, given)
         given |= _learned(model, given)
         given["guidance"] = _guidance(model.sampling.guidance, given.get("guidance"), options)
@@ -177,6 +180,20 @@ def _guidance(guidance: Guidance, weight: float | None, options: SamplingOptions
     return dataclasses.replace(guidance, **{name: value for name, value in given.items() if value is not None})
 
 
+def _sampler(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a sampler's name sets; the name is removed from `given`. ValueError for an unknown name."""
+    name = given.pop("sampler", None)
+    if name is None:
+        return {}
+    try:
+        if not isinstance(model.model.product, LatentSpec):
+            return {"sampler": names.sampler(name)}
+        sampling = solved_by(model.sampling, names.solver(name), model.model.prediction)
+    except ValueError as error:
+        raise ValueError(f"--sampler {name}: {error}") from error
+    return {field: getattr(sampling, field) for field in Solver._fields}
+
+
 def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Consistent steps and spacing: a respacing sets the number of steps; another --steps takes them evenly."""
     spacing, steps = given.get("spacing", sampling.spacing), given.get("steps")
@@ -213,8 +230,29 @@ def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConf
     return dataclasses.replace(sampling, thresholding=dataclasses.replace(sampling.thresholding, **given))
 
 
-def size_of(text: str) -> tuple[int, int] | None:
-    """Parse `SIDE` or `HEIGHTxWIDTH`, in pixels; None if empty."""
+def size_of(text: str, pipeline: Pipeline) -> tuple[int, int] | None:
+    """The size of the generator's product for `SIDE` or `HEIGHTxWIDTH`, in pixels of its image; None if empty."""
+    size, pixels = _sides(text), pixels_of(pipeline)
+    if size is None or pixels == 1:
+        return size
+    if any(side % pixels for side in size):
+        raise ValueError(f"--size {text}: not a multiple of {pixels} pixels, which one latent represents")
+    return size[0] // pixels, size[1] // pixels
+
+
+def pixels_of(pipeline: Pipeline) -> int:
+    """Pixels along each axis that a value of the generator's product represents: 1 for images."""
+    product = pipeline.generator.produces
+    return product.stride if isinstance(product, LatentSpec) else 1
+
+
+def unit_of(pipeline: Pipeline) -> int:
+    """What the sides of the generator's product are multiples of."""
+    generator = pipeline.generator
+    return generator.model.unet.stride if isinstance(generator, TrainedModel) else generator.produces.stride
+
+
+def _sides(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     try:

@@ -1,9 +1,11 @@
 """The trained models that a command uses."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from tqdm import tqdm
 
 from experiments.options import settings_file
 from experiments.tasks.task import Task
+from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
-from jaxdiff.weights import imagen
-from jaxdiff.weights.imagen import SHIPPED, load_text
+from jaxdiff.weights import pretrained
+from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.pretrained import LoadOptions
 from jaxdiff.weights.runs import latest_step
 from jaxdiff.weights.t5 import load_text_encoder
 
@@ -25,8 +29,9 @@ class WeightsOptions:
     """The trained models."""
 
     weights: tuple[str, ...] = (str(SHIPPED),)
-    """Folder of a cascade or of a training run, finished or not; or DeepFloyd IF pipelines, one folder or hub id
-    (id@revision) per stage: a published stage I includes its stage II."""
+    """Folder of a cascade or of a training run, finished or not; a Stable Diffusion, as a .safetensors file, folder or
+    hub id (id@revision); or DeepFloyd IF pipelines, one folder or hub id per stage: a published stage I includes its
+    stage II."""
     sr: tuple[str, ...] = ()
     """Super-resolution stages to append: runs, or stages of other cascades, in the order of their sizes."""
     text: str | None = None
@@ -35,6 +40,16 @@ class WeightsOptions:
     """Variant of a pipeline's files, such as fp16 (part of their names)."""
     clean: bool = True
     """Clean captions for DeepFloyd IF as in its training."""
+    vae: str | None = None
+    """File or folder of the autoencoder, instead of that of a latent diffusion model."""
+    prediction: Literal["", "epsilon", "v"] = ""
+    """What a Stable Diffusion 2 in a single file predicts; default: as the file says, otherwise v."""
+    ema: bool = False
+    """Use the averaged weights of a single file that has both."""
+    chunks: int = 1
+    """Windows of 75 tokens for a prompt that CLIP reads; longer prompts are cut."""
+    prompt_weights: bool = False
+    """Read (word:1.3), ((word)) and [word] in a prompt as weights, for CLIP."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -44,6 +59,13 @@ class WeightsOptions:
     def names(self) -> list[str]:
         """The weights for metadata; `shipped` replaces the path of the installed package."""
         return ["shipped" if place == str(SHIPPED) else place for place in self.places]
+
+    @property
+    def read(self) -> dict[str, object]:
+        """The settings of latent diffusion that are given, for metadata."""
+        names = ("vae", "prediction", "ema", "chunks", "prompt_weights")
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
     def load(self, tasks: Mapping[str, Task], dtype: str | None = None, text: TextEncoder | None = None) -> Pipeline:
         """Load the pipeline; `text` replaces its text encoder. ValueError or FileNotFoundError naming a folder."""
@@ -59,10 +81,17 @@ class WeightsOptions:
                 bar.update(array.nbytes)
                 return jnp.asarray(array)
 
-            options = {"dtype": dtype, "variant": self.variant, "clean": self.clean, "place": place}
             if text is None and self.text is not None:
                 text = self.load_text(dtype)
-            return imagen.with_dtype(imagen.load(self.places, text=text, **options), dtype)
+            return pretrained.load(self.places, dataclasses.replace(self.options(dtype), place=place), text)
+
+    def options(self, dtype: str | None = None) -> LoadOptions:
+        """How the weights are read. ValueError for a bad option."""
+        if self.chunks < 1:
+            raise ValueError(f"--chunks {self.chunks}: a prompt has at least one window")
+        prediction = {"": None, "epsilon": Prediction.EPSILON, "v": Prediction.V}[self.prediction]
+        read = {"chunks": self.chunks, "weights": self.prompt_weights, "vae": self.vae, "prediction": prediction}
+        return LoadOptions(dtype, self.variant, clean=self.clean, ema=self.ema, **read)
 
     def own(self, tasks: Mapping[str, Task]) -> Pipeline | None:
         """The pipeline of a run whose task builds its own; None if the library loads it."""
@@ -72,8 +101,8 @@ class WeightsOptions:
     def load_text(self, dtype: str | None = None) -> TextEncoder:
         """Load only the text encoder."""
         if self.text is None:
-            return load_text(self.weights, dtype=dtype, variant=self.variant, clean=self.clean)
-        return load_text_encoder(self.text, imagen.text_length(self.weights))
+            return pretrained.load_text(self.weights, self.options(dtype))
+        return load_text_encoder(self.text, pretrained.text_length(self.weights))
 
 
 def _unfinished(run: Path) -> str | None:

@@ -9,7 +9,6 @@ jaxdiff/weights/tiny/README.md.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
 from experiments.tasks.held_out import held_out_source
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
+from experiments.tasks.spaces import Pixels, Space, crop_of
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
 from jaxdiff.core.files import usable
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
-from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.embeddings import Embeddings
-from jaxdiff.data.example import Source
-from jaxdiff.data.image_sizes import ImageSizes, read_sizes
 from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import Batches
 from jaxdiff.diffusion import noise
-from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
+from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.execution import Remat
+from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training import multihost
@@ -164,7 +161,8 @@ class DiffusionTask(Task):
         batch = model.batch_spec(count, side)
         text = None
         if "text" in batch:
-            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"])
+            pooled = batch["text_pooled"].update(dtype=jnp.float32) if "text_pooled" in batch else None
+            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"], pooled)
 
         def step(params, text, negative, keys, low_res):
             request = SampleRequest(keys, (side, side), text, negative)
@@ -172,8 +170,13 @@ class DiffusionTask(Task):
 
         return Inference(step, (text, text, keys, batch.get("low_res")))
 
+    def space(self, settings: Settings, model: DiffusionModel) -> Space:
+        """What the model is trained in."""
+        return Pixels(model)
+
     def prepare(self, settings: Settings, start: Start) -> Work:
-        preset, model = self.preset(settings.preset), self.trained_model(settings)
+        space = self.space(settings, self.trained_model(settings))
+        preset, model = self.preset(settings.preset), space.model
         spec = settings.dataset.spec()
         encoder, embeddings = find(settings.text_encoder, settings.dataset, preset, model)
         text = embeddings or encoder
@@ -182,14 +185,14 @@ class DiffusionTask(Task):
         if start.processes > 1 or settings.out.is_file():
             check_shared(usable(settings.out))
         data_dir = settings.dataset.data_dir
-        dataset = once(data_dir, lambda: open_source(settings, spec, model))
+        dataset = once(data_dir, lambda: sources.open(spec, space.side, "train", data_dir))
         limit = settings.dataset.limit
         source = spread(dataset, limit) if limit else dataset
         if encoder is not None and embeddings is None:
             embeddings = once(data_dir, lambda: stored(settings.dataset, source, len(dataset), encoder))
-        held_out = held_out_batches(settings, model, encoder, text=text is not None)
+        held_out = held_out_batches(settings, space, encoder, text=text is not None)
         del encoder  # the stored embeddings suffice; T5-XXL would take 19 GB during training
-        stream = batches(settings, model, source, embeddings)
+        stream = space.batches(settings, source, embeddings)
         if stream.buckets is not None and multihost.index() == 0:
             print(stream.buckets)
         # Compute settings of training are not part of the model.
@@ -199,6 +202,7 @@ class DiffusionTask(Task):
 
         def begin() -> None:
             save_settings(TrainedModel(plain, {}, preset.sampling, fingerprint), folder)
+            space.record(settings.out)
             options = settings.text_encoder
             if fingerprint is not None and (options.text is not None or options.embeddings is None):
                 location = TextSource(options.source, embeddings.length, options.text_dtype, fingerprint)
@@ -213,14 +217,17 @@ class DiffusionTask(Task):
             return "\n".join(lines)
 
         return Work(
-            split(model, settings.compute),
+            space.trainable(split(model, settings.compute)),
             stream,
-            data=data_of(settings, model, stream, (len(source), len(dataset)), embeddings),
+            data=space.data | data_of(settings, model, stream, (len(source), len(dataset)), embeddings),
+            frozen=space.frozen,
             initial=initial,
             begin=begin,
             finish=finish,
             placement=self.placement(model, settings.compute),
-            sample_hook=Samples(model, preset.sampling, source, embeddings, settings.out / "samples"),
+            sample_hook=Samples(
+                TrainedModel(model, {}, preset.sampling), source, embeddings, settings.out / "samples", space.decode
+            ),
             held_out=held_out,
         )
 
@@ -265,75 +272,32 @@ def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
 
 def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:
     """The model computed over a mesh. ValueError for --scan if no blocks are equal."""
-    blocks = model.unet.blocks if isinstance(model.unet, EfficientUNetConfig) else (0,)
-    if compute.scan and max(blocks) < 2:
+    equal: tuple[int, ...] = (0,)
+    if isinstance(model.unet, EfficientUNetConfig):
+        equal = model.unet.blocks
+    elif isinstance(model.unet, LatentUNetConfig):
+        equal = (*model.unet.transformer_layers, model.unet.middle_layers)
+    if compute.scan and max(equal) < 2:
         raise ValueError("--scan: this network has no equal blocks in a row")
     axes = ActivationSharding(BATCH_AXES, ("tensor",) if compute.rows else ())
     return executed(model, remat=compute.remat, scan=compute.scan, sharding=axes)
 
 
-def _conditioner(
-    conditioner: TextConditioner | LowResConditioner, options: DiffusionOptions
-) -> TextConditioner | LowResConditioner:
+def _conditioner(conditioner: AnyConditioner, options: DiffusionOptions) -> AnyConditioner:
     """The conditioner with the changes of the command line."""
+    changed = {}
     if isinstance(conditioner, TextConditioner):
         changed = {"dropout": options.text_dropout}
-    else:
+    elif isinstance(conditioner, LowResConditioner):
         changed = {"max_level": options.max_aug_level}
     return dataclasses.replace(conditioner, **{name: value for name, value in changed.items() if value is not None})
 
 
-def open_source(settings: TrainSettings, spec: sources.DataSpec, model: DiffusionModel, split: str = "train") -> Source:
-    """Open the dataset; a synthetic one is rasterised at the model's resolution."""
-    return sources.open(spec, model.side, split, settings.dataset.data_dir)
-
-
-def batches(settings: Settings, model: DiffusionModel, source: Source, embeddings: Embeddings | None, **order: bool):
-    """This process's shard of the batches. order: `shuffle` and `repeat` of `DataConfig`."""
-    buckets, sizes = None, None
-    if settings.diffusion.buckets:
-        buckets, sizes = buckets_of(model, settings.diffusion.crop), sizes_of(source, settings.dataset.data_dir)
-    config = DataConfig(
-        model.side,
-        settings.run.batch // jax.process_count(),
-        low_resolution=model.side // model.factor if model.low_res is not None else None,
-        crop=None if settings.diffusion.buckets else crop_of(model, settings.diffusion.crop),
-        buckets=buckets,
-        seed=settings.run.seed,
-        caption_optional=model.low_res is not None,
-        strict=settings.dataset.strict,
-        **order,
-    )
-    return image_batches(
-        source,
-        config,
-        embeddings,
-        sizes=sizes,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        read_ahead=ReadAhead(workers=settings.dataset.workers),
-    )
-
-
-def buckets_of(model: DiffusionModel, crop: int | None) -> Buckets:
-    """Buckets with a stride of about an eighth of the side, as a multiple of the network's stride."""
-    if crop:
-        raise ValueError(f"--crop {crop} and --buckets: crops are squares; give one of them")
-    unit = math.lcm(model.unet.stride, model.factor)
-    return Buckets(unit * max(1, round(model.side / 8 / unit)))
-
-
-def sizes_of(source: Source, data_dir: Path) -> ImageSizes:
-    """The sizes of all images, read once from their headers."""
-    with tqdm(total=len(source), desc="read sizes", unit="image", disable=multihost.index() > 0) as bar:
-        return once(data_dir, lambda: read_sizes(source, data_dir / "sizes", progress=bar.update))
-
-
 def held_out_batches(
-    settings: Settings, model: DiffusionModel, encoder: TextEncoder | None, text: bool
+    settings: Settings, space: Space, encoder: TextEncoder | None, text: bool
 ) -> HeldOutBatches | None:
     """Fixed held-out examples; None if the dataset has none, or if the model reads `text` and there is no encoder."""
-    source = held_out_source(settings, model.side)
+    source = held_out_source(settings, space.side)
     if source is None:
         return None
     if encoder is None and text:
@@ -346,16 +310,7 @@ def held_out_batches(
     if encoder is not None:
         embeddings = once(data_dir, lambda: stored(settings.dataset, some, len(source), encoder, "held-out-"))
     in_order = {"shuffle": False, "repeat": False}
-    return lambda: batches(settings, model, some, embeddings, **in_order)
-
-
-def crop_of(model: DiffusionModel, crop: int | None) -> int | None:
-    """Side of super-resolution's training crops, by default a quarter of the image's; None: full images."""
-    if model.low_res is None:
-        if crop:
-            raise ValueError(f"--crop {crop}: for super-resolution; this model is trained on whole images")
-        return None
-    return model.side // 4 if crop is None else crop or None
+    return lambda: space.batches(settings, some, embeddings, **in_order)
 
 
 def data_of(

@@ -1,5 +1,7 @@
 """Sample grids of a training run: fixed captions, or fixed low-resolution images."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,8 +15,7 @@ from jaxdiff.data.example import Source, captions
 from jaxdiff.data.mixture import Spread
 from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.diffusion import noise
-from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.distributed import gathered
 
@@ -26,13 +27,14 @@ class Samples:
 
     def __init__(
         self,
-        stage: DiffusionModel,
-        sampling: SamplingConfig,
+        model: TrainedModel,
         source: Source,
         embeddings: Embeddings | None,
         folder: Path,
+        decode: Callable[[jax.Array], jax.Array] | None = None,
     ) -> None:
-        self._stage, self._sampling, self._folder = stage, sampling, folder
+        """decode: the images of the model's samples, if they are latents."""
+        self._model, self._folder, self._decode, stage = model, folder, decode, model.model
         self._captions, self._text, self._low_res = [], None, None
         shown, indices = Spread(source, self.COUNT), range(self.COUNT)
         if stage.low_res is not None:
@@ -54,12 +56,13 @@ class Samples:
             self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
 
     def __call__(self, step: int, params: dict) -> None:
-        stage = self._stage
+        stage = self._model.model
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor
         # A progress callback splits sampling into several programs, so that a signal is handled sooner.
         request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None)
-        images = gathered(TrainedModel(stage, params, self._sampling).decode(self._low_res, request))
+        samples = dataclasses.replace(self._model, params=params).decode(self._low_res, request)
+        images = gathered(samples if self._decode is None else self._decode(samples))
         if images is None:
             return
         shown, captions = list(images), self._captions or [f"step {step}"] * self.COUNT

@@ -35,7 +35,7 @@ class Work:
 
     data: description of the batches, which must be unchanged when a run resumes.
     finish: called on process 0 with the EMA parameters; writes OUT/model and returns a line about it.
-    initial: initial parameters, on the host.
+    initial: initial parameters, on the host. frozen: arrays that the loss reads and never updates, on the host.
     begin: called on process 0 before the first step, after all checks.
     held_out: batches of the held-out loss.
     """
@@ -45,6 +45,7 @@ class Work:
     data: Mapping[str, Any]
     finish: Callable[[Params], str]
     initial: Params | None = None
+    frozen: Any = ()
     begin: Callable[[], None] = lambda: None
     placement: ParamSharding = ParamSharding()
     sample_hook: Callable[[int, Params], None] | None = None

@@ -249,7 +249,7 @@ class History(NamedTuple):
     """The state of `PLMS`."""
 
     x: Float[Array, "b *s"]
-    outputs: Float[Array, "3 b *s"]  # of the previous steps, latest first
+    outputs: tuple[Float[Array, "b *s"], ...]  # of the previous three steps, latest first
     filled: Int[Array, ""]  # number of them, up to 3
 
 
@@ -276,7 +276,7 @@ class PLMS:
 
     def init(self, x: Float[Array, "b *s"]) -> History:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return History(x, jnp.zeros((3, *x.shape), x.dtype), jnp.asarray(0))
+        return History(x, tuple(jnp.zeros_like(x) for _ in range(3)), jnp.asarray(0))
 
     def image(self, carry: History) -> Float[Array, "b *s"]:
         return carry.x
@@ -296,7 +296,7 @@ class PLMS:
             point = _at(grid, i + j)
             estimate = _cast(denoise(x, point), x)
             output = target(self.extrapolated, estimate.x0, estimate.eps, point.alpha, point.sigma)
-            extrapolated = weights[0] * output + jnp.tensordot(weights[1:], carry.outputs, 1)
+            extrapolated = sum(weight * each for weight, each in zip(weights, (output, *carry.outputs)))
             combined = jnp.where(j == 0, extrapolated, 0.5 * (first + output))
             eps = denoised(self.extrapolated, combined, carry.x, here.alpha, here.sigma).eps
             ratio = there.alpha / here.alpha
@@ -305,8 +305,7 @@ class PLMS:
         # A loop over one or two stages, so that the network is compiled only once.
         stages = jnp.where((carry.filled == 0) & (i + 1 < _steps(grid)), 2, 1)
         x, output = jax.lax.fori_loop(0, stages, stage, (carry.x, jnp.zeros_like(carry.x)))
-        outputs = jnp.concatenate([output[None], carry.outputs[:-1]])
-        return History(x, outputs, jnp.minimum(carry.filled + 1, 3))
+        return History(x, (output, *carry.outputs[:-1]), jnp.minimum(carry.filled + 1, 3))
 
 
 def ancestral_deviation(here: TimeGrid, there: TimeGrid, gamma: float | Float[Array, "b *s"]) -> Float[Array, "..."]:

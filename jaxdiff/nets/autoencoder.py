@@ -282,6 +282,7 @@ class _Half(nn.Module):
 
     def head(self, x: Array, channels: int, region: Region | None = None) -> Array:
         x = nn.silu(GroupNorm(self.config.norm_groups, self.config.dtype, name="head_norm")(x, region))
+        self.sow("intermediates", "head_input", x)  # for gradients of the last layer
         return self.conv(x, channels, "head")
 
     def block(self, x: Array, channels: int, name: str, region: Region | None = None) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from jaxdiff.core.products import check_product, same_kind
 from jaxdiff.diffusion import noise
 from jaxdiff.models.hints import HintImage, check_hints
-from jaxdiff.models.sampling import SampleRequest
+from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.systems.boxes import Box, Decoder, Generator
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
@@ -117,6 +117,18 @@ class Pipeline:
 def with_boxes(pipeline: Pipeline, boxes: Sequence[Any]) -> Pipeline:
     """The pipeline with these boxes, the generator first."""
     return replace(pipeline, generator=boxes[0], decoders=tuple(boxes[1:]))
+
+
+def models_of(pipeline: Pipeline) -> tuple[TrainedModel, ...]:
+    """The diffusion models among the boxes, in order."""
+    return tuple(box for box in pipeline.boxes if isinstance(box, TrainedModel))
+
+
+def with_models(pipeline: Pipeline, models: Sequence[TrainedModel]) -> Pipeline:
+    """The pipeline with these diffusion models in the places of its own."""
+    remaining = iter(models)
+    boxes = [next(remaining) if isinstance(box, TrainedModel) else box for box in pipeline.boxes]
+    return with_boxes(pipeline, boxes)
 
 
 def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:

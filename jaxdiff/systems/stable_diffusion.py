@@ -7,14 +7,16 @@ of conditioners: text, pooled text, sizes, a mask, a low-resolution image.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.diffusion.samplers import DDIM, Euler
+from jaxdiff.diffusion.samplers import DDIM, PLMS, DPMSolverPP2M, Euler, Sampler
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold
-from jaxdiff.diffusion.time_grid import Leading
+from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, TabulatedKarras
+from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import (
     AnyConditioner,
     LowResConditioner,
@@ -25,6 +27,7 @@ from jaxdiff.models.conditioners import (
 )
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.boxes import Decoder
 from jaxdiff.systems.pipeline import Pipeline
@@ -104,13 +107,46 @@ SD_X4 = replace(
 )
 """The ×4 upscaler, 474 M parameters: from an image, in latents of stride 4."""
 
+
+KL_F8 = AutoencoderModel()
+KL_F4 = AutoencoderModel(AutoencoderConfig(channels=(128, 256, 512), latent_channels=3))
+VQ_F8 = AutoencoderModel(
+    AutoencoderConfig(channels=(128, 256, 256, 512), bottleneck=VQBottleneck(16_384, 4), attention_levels=(3,))
+)
+VQ_F4 = AutoencoderModel(
+    AutoencoderConfig(channels=(128, 256, 512), latent_channels=3, bottleneck=VQBottleneck(8192, 3))
+)
+"""Autoencoders of latent diffusion (arXiv 2112.10752, Table 8), trained on images of 256 pixels."""
+
+
+class Solver(NamedTuple):
+    """A sampler with the spacing and the start that people compare it with: fields of `SamplingConfig`."""
+
+    sampler: Sampler
+    spacing: Spacing
+    scaled_start: bool = False
+
+
+SOLVER_DDIM = Solver(DDIM(), Leading(1, to_first_entry=True))
+SOLVER_PLMS = Solver(PLMS(), Leading(1, to_first_entry=True))
+SOLVER_EULER = Solver(Euler(), Linspace(rounded=False), scaled_start=True)
+SOLVER_EULER_ANCESTRAL = Solver(DDIM(eta=1.0), Linspace(rounded=False), scaled_start=True)
+SOLVER_DPMPP_2M = Solver(DPMSolverPP2M(), Linspace(skip_cleanest=True))
+SOLVER_DPMPP_2M_KARRAS = Solver(DPMSolverPP2M(), TabulatedKarras(rounded=True))
+"""Those of diffusers' schedulers with the public models' betas and offset, and otherwise their defaults."""
+
 SAMPLING = SamplingConfig(
-    sampler=DDIM(),
     steps=50,
-    spacing=Leading(1, to_first_entry=True),
     guidance=Guidance(7.5),
     thresholding=NoThreshold(),
     fresh_start=True,
+    **SOLVER_DDIM._asdict(),
 )
 SAMPLING_XL = replace(SAMPLING, sampler=Euler(), spacing=Leading(1), guidance=Guidance(5.0))
 SAMPLING_X4 = replace(SAMPLING, steps=75, guidance=Guidance(9.0), aug_level=0.02)
+
+
+def solved_by(sampling: SamplingConfig, solver: Solver, prediction: Prediction) -> SamplingConfig:
+    """The sampling settings with another solver, for a model with this prediction."""
+    sampler = replace(solver.sampler, extrapolated=prediction) if isinstance(solver.sampler, PLMS) else solver.sampler
+    return replace(sampling, sampler=sampler, spacing=solver.spacing, scaled_start=solver.scaled_start)

@@ -1,14 +1,89 @@
-"""`jaxdiff.from_pretrained` and `jaxdiff.save_pretrained`."""
+"""`jaxdiff.from_pretrained` and `jaxdiff.save_pretrained`: any system's pipeline from disk or the hub, and back."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.weights import hub, imagen, stages, t5
+from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stages, t5
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are loaded. Settings of other systems are ignored.
+
+    dtype: compute type of the networks ("float32" or "bfloat16"), and of public parameters; None: as saved, or float32.
+    variant: "fp16" selects the files of that name. place: puts an array on its devices.
+    clean: clean captions as in DeepFloyd IF's training.
+    vae, prediction, ema, chunks, weights: as in `stable_diffusion.Reading`.
+    """
+
+    dtype: str | None = None
+    variant: str | None = None
+    place: hub.Place = jnp.asarray
+    clean: bool = True
+    vae: str | Path | None = None
+    prediction: Prediction | None = None
+    ema: bool = False
+    chunks: int = 1
+    weights: bool = False
+
+    @property
+    def reading(self) -> stable_diffusion.Reading:
+        dtype = self.dtype or "float32"
+        kept = self.variant, self.place, self.vae, self.prediction, self.ema, self.chunks, self.weights
+        return stable_diffusion.Reading(dtype, *kept)
+
+
+def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncoder | None = None) -> Pipeline:
+    """Load a pipeline of any system. text: replaces the text encoder of the weights, which is then not loaded.
+
+    Raises FileNotFoundError or ValueError as the system's own loader does.
+    """
+    if (path := _stable_diffusion(weights)) is not None:
+        return stable_diffusion.load(path, options.reading, text)
+    if (run := _latent_run(weights)) is not None:
+        return latent_runs.load(run, text, options.dtype)
+    pipeline = imagen.load(
+        weights, dtype=options.dtype, variant=options.variant, clean=options.clean, text=text, place=options.place
+    )
+    return imagen.with_dtype(pipeline, options.dtype)
+
+
+def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEncoder:
+    """The text encoder of `load`, without the rest: to embed captions first and free it."""
+    if (path := _stable_diffusion(weights)) is not None:
+        return stable_diffusion.load_text(stable_diffusion.open_source(path, options.reading), options.reading)
+    return imagen.load_text(
+        weights, dtype=options.dtype, variant=options.variant, clean=options.clean, place=options.place
+    )
+
+
+def text_length(weights: Weights) -> int:
+    """Tokens per caption in the training of the first stage of `weights`."""
+    return imagen.text_length(weights) if _stable_diffusion(weights) is None else stable_diffusion.presets.TOKENS
+
+
+def _stable_diffusion(weights: Weights) -> str | Path | None:
+    """The file, folder or id of a Stable Diffusion; None for other systems. ValueError for several."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    if not any(map(stable_diffusion.is_stable_diffusion, listed)):
+        return None
+    if len(listed) > 1:
+        raise ValueError(f"{', '.join(map(str, listed))}: a Stable Diffusion is one file or folder")
+    return listed[0]
+
+
+def _latent_run(weights: Weights) -> Path | None:
+    """The run of a latent diffusion model; None for others."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    return Path(listed[0]) if len(listed) == 1 and latent_runs.is_latent_run(Path(listed[0])) else None
 
 
 def from_pretrained(
@@ -21,13 +96,12 @@ def from_pretrained(
 ) -> Pipeline:
     """Load a pipeline: `from_pretrained("runs/base64").sample(["a red circle"])`.
 
-    weights: the folder of a cascade or of a training run, several of them, or a hub id; by default the tiny cascade of
-    the package. dtype: compute type of the networks ("float32" or "bfloat16"). variant: as in `weights.imagen.load`.
-    text_encoder: replaces the one of the weights. place: puts an array on its devices. Raises FileNotFoundError or
-    ValueError as `weights.imagen.load` does.
+    weights: the folder of a cascade or of a training run, several of them, a single file or folder of Stable Diffusion,
+    or a hub id; by default the tiny cascade of the package. dtype: compute type of the networks ("float32" or
+    "bfloat16"). variant: "fp16" selects the files of that name. text_encoder: replaces the one of the weights. place:
+    puts an array on its devices. Other settings: `load` with `LoadOptions`. Raises FileNotFoundError or ValueError.
     """
-    pipeline = imagen.load(weights, dtype=dtype, variant=variant, text=text_encoder, place=place)
-    return pipeline if dtype is None else imagen.with_dtype(pipeline, dtype)
+    return load(weights, LoadOptions(dtype, variant, place), text_encoder)
 
 
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxdiff.diffusion import noise, samplers, time_grid
-from jaxdiff.diffusion.parameterization import Denoised, from_x0
+from jaxdiff.diffusion.parameterization import Denoised, Prediction, from_x0
 from jaxdiff.diffusion.schedules import (
     EDM,
     CosineSchedule,
@@ -108,7 +108,7 @@ def _even_grids(schedule):
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), RectifiedFlow()], ids=["cosine", "flow"])
-@pytest.mark.parametrize("sampler,order", list(zip(DETERMINISTIC, ORDERS)), ids=str)
+@pytest.mark.parametrize("sampler,order", [*zip(DETERMINISTIC, ORDERS), (samplers.PLMS(Prediction.V), 1)], ids=str)
 def test_order_of_convergence_on_a_mixture(sampler, order, schedule):
     """The error falls with the power of the step size that each method is known for, over 20 … 180 steps."""
     with jax.enable_x64(True):

@@ -86,7 +86,7 @@ def test_embeddings_need_their_encoder_for_a_held_out_loss(base, standin, tmp_pa
     assert done.code == 0 and "held_out_loss" in read(tmp_path / "run" / "metrics.jsonl")[-1], done.err
     task = TASKS["imagen.base64"]
     settings = dataclasses.replace(task.settings, dataset=data, text_encoder=TextOptions(embeddings=stored.path))
-    assert diffusion.held_out_batches(settings, task.preset("tiny").model, None, text=True) is None
+    assert diffusion.held_out_batches(settings, diffusion.Pixels(task.preset("tiny").model), None, text=True) is None
     assert "no held-out loss: give --text too, as --embeddings" in capsys.readouterr().out
 
 

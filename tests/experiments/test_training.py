@@ -16,13 +16,14 @@ from experiments import convert, embed, export, train
 from experiments.options.training import DataOptions
 from experiments.recipes import emoji as emoji_run
 from experiments.table import TASKS
-from experiments.tasks import diffusion, text_embeddings
+from experiments.tasks import diffusion, spaces, text_embeddings
 from experiments.tasks.diffusion import DiffusionOptions, Settings
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
 from experiments.tasks.text_embeddings import TextOptions
-from jaxdiff.data import emoji
+from jaxdiff.data import emoji, sources
 from jaxdiff.diffusion.time_samplers import LogSNRRange
+from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.training import metrics
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.stages import load_model, save_model
@@ -139,10 +140,10 @@ def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, c
     assert done.code == 0, done.err
 
     data = DataOptions((f"folder:{photos}",))
-    source = diffusion.open_source(Settings(tmp_path, dataset=data), data.spec(), reading)
+    source = sources.open(data.spec(), reading.side, "train", data.data_dir)
     rows = {i: (np.full((16, small_cascade.WIDTH), i, np.float16), np.arange(16) < 3, b"") for i in range(9)}
     with pytest.warns(UserWarning, match=r"3\.png"):
-        samples = Samples(reading, task.preset("tiny").sampling, source, rows, tmp_path)
+        samples = Samples(TrainedModel(reading, {}, task.preset("tiny").sampling), source, rows, tmp_path)
     shades = np.round((np.asarray(samples._low_res)[:, 0, 0, 0] + 1) * 127.5 / 25).astype(int)
     assert 3 not in shades
     assert samples._captions == [f"a dark red square number {i}" if i else "" for i in shades]
@@ -180,8 +181,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(standin, photos, tmp_path, comma
             return next(self._stream)
 
     with monkeypatch.context() as patched:
-        real = diffusion.batches
-        patched.setattr(diffusion, "batches", lambda *given: Torn(real(*given)))
+        real = spaces.batches
+        patched.setattr(spaces, "batches", lambda *given: Torn(real(*given)))
         assert command(train, *arguments, "--out", tmp_path / "torn").code == 130
     assert [line["step"] for line in metrics.read(tmp_path / "torn" / "metrics.jsonl")][-1] == 2
     assert command(train, *arguments, "--out", tmp_path / "torn").code == 0

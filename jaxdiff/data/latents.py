@@ -1,0 +1,82 @@
+"""Latents of all images of a source, encoded once and stored, for latent diffusion."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float16
+
+from jaxdiff.core.files import replacing
+from jaxdiff.data.example import Source
+from jaxdiff.data.mixture import spread
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
+
+BATCH = 64
+"""Images per call of the encoder."""
+Encode = Callable[[Float[np.ndarray, "b h w 3"]], Float[np.ndarray, "b h2 w2 c"]]
+
+
+def stored_latents(
+    source: Source,
+    side: int,
+    encode: Encode,
+    folder: Path,
+    fingerprint: str,
+    progress: Callable[[int], object] = lambda images: None,
+) -> Float16[np.ndarray, "n h w c"]:
+    """The latents of the images of a source, at `side` pixels, read from a file in `folder` where they are needed.
+
+    They are computed if the file is missing. Its name has the number of images, a digest of 64 of them, and
+    `fingerprint`, which identifies the encoder. encode: of `BATCH` images at a time. progress: called with the number
+    of images of each batch. OSError if writing fails; nothing half-written remains.
+    """
+    shown = next(image_batches(spread(source, min(BATCH, len(source))), _in_order(side)))["image"]
+    digest = hashlib.blake2b(np.ascontiguousarray(shown).tobytes(), digest_size=8).hexdigest()
+    path = folder / f"{len(source)}-{side}-{digest}-{''.join(c if c.isalnum() else '-' for c in fingerprint)}.npy"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            _store(source, side, encode, temporary, progress)
+    return np.load(path, mmap_mode="r")
+
+
+def _in_order(side: int) -> DataConfig:
+    return DataConfig(side, BATCH, captions=True, caption_optional=True, shuffle=False, repeat=False)
+
+
+def _store(source: Source, side: int, encode: Encode, path: Path, progress: Callable[[int], object]) -> None:
+    latents = None
+    for batch in image_batches(source, _in_order(side)):
+        image = batch["image"]
+        padded = np.pad(image, ((0, BATCH - len(image)), (0, 0), (0, 0), (0, 0)))  # so that one program suffices
+        rows = np.asarray(encode(padded), np.float16)[: len(image)]
+        if latents is None:
+            latents = np.lib.format.open_memmap(path, "w+", np.float16, (len(source), *rows.shape[1:]))
+        latents[batch["index"]] = rows
+        progress(len(image))
+    if latents is None:
+        raise ValueError(f"{source}: no image can be read")
+    latents.flush()
+
+
+class LatentBatches:
+    """Batches with the stored latents of their images as `image`. stream: batches with `captions`."""
+
+    def __init__(self, stream: Batches, latents: Float16[np.ndarray, "n h w c"]):
+        self._stream, self._latents = stream, latents
+        self.skipped, self.buckets, self.varying_shapes = stream.skipped, stream.buckets, stream.varying_shapes
+
+    def __iter__(self) -> "LatentBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._stream)
+        kept = {name: value for name, value in batch.items() if name not in ("image", "index", "caption")}
+        return kept | {"image": self._latents[batch["index"]].astype(np.float32)}
+
+    def get_state(self) -> dict:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._stream.set_state(state)

@@ -1,0 +1,35 @@
+"""A tiny latent diffusion system that trains on a laptop: an autoencoder of stride 4, and a U-Net in its latents."""
+
+from dataclasses import replace
+
+from jaxdiff.core.products import LatentSpec
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.autoencoder_training import AutoencoderModel
+from jaxdiff.models.conditioners import TextConditioner
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.nets.autoencoder import AutoencoderConfig
+from jaxdiff.nets.latent_unet import LatentUNetConfig
+from jaxdiff.systems.stable_diffusion import SAMPLING, SCHEDULE
+
+AUTOENCODER_TINY = AutoencoderModel(
+    AutoencoderConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8), side=64, adversary=None
+)
+"""64×64 images ⇄ 16×16 latents."""
+UNET_TINY = DiffusionModel(
+    unet=LatentUNetConfig(
+        channels=64,
+        multipliers=(1, 2),
+        blocks=(2, 2),
+        transformer_layers=(1, 1),
+        heads=(4, 8),
+        cross_only=(False, False),
+        norm_groups=16,
+    ),
+    side=16,
+    product=LatentSpec(channels=4, stride=4),
+    conditioners=(TextConditioner(),),
+    schedule=SCHEDULE,
+    prediction=Prediction.V,
+)
+SAMPLING_TINY = replace(SAMPLING, steps=25, guidance=Guidance(3.0))
