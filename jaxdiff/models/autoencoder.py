@@ -67,6 +67,10 @@ class TrainedAutoencoder:
         return False
 
     @property
+    def reads_hints(self) -> None:
+        return None
+
+    @property
     def takes_init(self) -> bool:
         return False
 

@@ -6,7 +6,7 @@ unconditional branch of guidance.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,7 +17,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
 from jaxdiff.nets.blocks import sinusoidal
-from jaxdiff.nets.conditioning import Conditioning
+from jaxdiff.nets.conditioning import Conditioning, Hint
 from jaxdiff.text.encoder import TextEmbedding
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -51,6 +51,7 @@ class SampleInputs:
 
     text: the embedded prompts (b n d); None: no text. negative: text of the unconditional branch; None: the null text.
     low_res: (b h w c). aug_level: its noise level in [0, 1]. mask, masked: of inpainting, see `MaskConditioner`.
+    hints: one for each ControlNet. guess: for each, whether only the conditional branch gets it.
     """
 
     text: TextEmbedding | None = None
@@ -59,6 +60,8 @@ class SampleInputs:
     aug_level: Float[Array, ""] | float = 0.0
     mask: Float[Array, "b h w 1"] | None = None
     masked: Float[Array, "b h w c"] | None = None
+    hints: tuple[Hint, ...] = ()
+    guess: tuple[bool, ...] = field(default=(), metadata={"static": True})
 
 
 class Branches(NamedTuple):
@@ -236,6 +239,60 @@ class MaskConditioner:
 
 
 @dataclass(frozen=True)
+class HintConditioner:
+    """Hints of ControlNets: images in [0, 1], with `stride` pixels per pixel or latent of the network's input.
+
+    channels: of each hint.
+    """
+
+    channels: tuple[int, ...] = (3,)
+    stride: int = 8
+
+    def batch_spec(self, batch_size: int, side: int) -> Shapes:
+        shape = batch_size, self.stride * side, self.stride * side
+        return {
+            name: jax.ShapeDtypeStruct((*shape, channels), jnp.float32)
+            for name, channels in zip(self.entries, self.channels)
+        }
+
+    @property
+    def entries(self) -> list[str]:
+        """The names of the hints in a training batch: hint, hint_1, …"""
+        return [f"hint_{i}" if i else "hint" for i in range(len(self.channels))]
+
+    def example(self, size: tuple[int, int]) -> Conditioning:
+        height, width = self.pixels(size)
+        images = [jnp.zeros((1, height, width, channels)) for channels in self.channels]
+        return Conditioning(hints=tuple(Hint(image, jnp.ones(1), jnp.zeros(1)) for image in images))
+
+    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
+        """Reads hint (b H W c), H and W: `stride` times the size. ValueError for a hint of another size."""
+        count, hints = keys.shape[0], []
+        for name, channels in zip(self.entries, self.channels):
+            image = _entry(batch, name)
+            self.check_image(image, channels, size, f"the batch's {name}")
+            hints.append(Hint(image, jnp.ones(count), jnp.zeros(count)))
+        return Conditioning(hints=tuple(hints))
+
+    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
+        """Both branches get the hints, but for those with `guess` the unconditional one: their weight is 0 there."""
+        weights = [jnp.zeros_like(h.weight) if guess else h.weight for h, guess in zip(inputs.hints, inputs.guess)]
+        unconditional = tuple(hint._replace(weight=weight) for hint, weight in zip(inputs.hints, weights))
+        return Branches(Conditioning(hints=inputs.hints), Conditioning(hints=unconditional))
+
+    def pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of the hints for an input of this size."""
+        return self.stride * size[0], self.stride * size[1]
+
+    def check_image(self, image: Any, channels: int, size: tuple[int, int], what: str) -> None:
+        """ValueError unless the last axes of a hint are those for an input of this size."""
+        wanted = *self.pixels(size), channels
+        if tuple(image.shape[-3:]) != wanted:
+            have, want = ("×".join(map(str, shape)) for shape in (image.shape[-3:], wanted))
+            raise ValueError(f"{what} is an image of {have}: sampling {size[0]}×{size[1]} needs {want}")
+
+
+@dataclass(frozen=True)
 class LowResConditioner:
     """A low-resolution image, upsampled and noised to a known level (Imagen 2.4).
 
@@ -291,7 +348,7 @@ class LowResConditioner:
         return alpha[:, None, None, None] * given.concat
 
 
-AnyConditioner = TextConditioner | SizeConditioner | MaskConditioner | LowResConditioner
+AnyConditioner = TextConditioner | SizeConditioner | MaskConditioner | HintConditioner | LowResConditioner
 
 
 def joined(conditionings: list[Conditioning]) -> Conditioning:

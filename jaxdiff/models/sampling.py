@@ -20,8 +20,9 @@ from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, d
 from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
 from jaxdiff.diffusion.thresholding import DynamicThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_grid
-from jaxdiff.models.conditioners import Branches, MaskConditioner, NullText, SampleInputs, joined
+from jaxdiff.models.conditioners import Branches, HintConditioner, MaskConditioner, NullText, SampleInputs, joined
 from jaxdiff.models.diffusion import DiffusionModel, check_size
+from jaxdiff.models.hints import HintImage, check_hints, folded, traced, unfolded
 from jaxdiff.models.tiles import Tiles, in_tiles
 from jaxdiff.nets.activation_sharding import check_rows
 from jaxdiff.nets.conditioning import Conditioning
@@ -81,7 +82,7 @@ class SampleRequest:
 
     keys: one per sample, for this box; sample i depends only on its own key and conditions. size: height and width of
     the product. text, negative: text of the conditional and unconditional branches (None: the null text).
-    progress: called periodically with the number of steps done.
+    progress: called periodically with the number of steps done. hints: one for each ControlNet.
     """
 
     keys: Key[Array, " b"]
@@ -90,6 +91,7 @@ class SampleRequest:
     negative: TextEmbedding | None = None
     init: InitProduct | None = None
     progress: Callable[[int], None] | None = None
+    hints: tuple[HintImage, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -192,6 +194,10 @@ class TrainedModel:
     def reads_mask(self) -> bool:
         return any(isinstance(each, MaskConditioner) for each in self.model.conditioners)
 
+    @property
+    def reads_hints(self) -> HintConditioner | None:
+        return next((each for each in self.model.conditioners if isinstance(each, HintConditioner)), None)
+
     def batch_size(self, wanted: int) -> int:
         """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
         batch_devices, _ = self.model.unet.execution.sharding.sizes()
@@ -206,9 +212,7 @@ class TrainedModel:
         None for a generator. ValueError as from `check`."""
         model, sampling, keys, size = self.model, self.sampling, request.keys, request.size
         self.check(size)
-        low_res, init = _checked(model, product, size), request.init
-        mask, masked = (None, None) if init is None else (init.mask, init.masked)
-        inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked)
+        inputs, init = _inputs(model, sampling, _checked(model, product, size), request), request.init
         branches = jax.tree.map(self._shard, _conditioned(model, size, keys, inputs))
         guided = model.text is not None and sampling.guidance.on  # without text both branches are the same
         guidance = sampling.guidance if guided else Guidance()
@@ -320,13 +324,35 @@ def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inpu
     return Branches(*(joined(list(conditionings)) for conditionings in zip(*branches)))
 
 
+def _inputs(
+    model: DiffusionModel, sampling: SamplingConfig, low_res: Array | None, request: SampleRequest
+) -> SampleInputs:
+    """The conditions of a request. ValueError unless its hints suit the model."""
+    init, count = request.init, len(request.keys)
+    reads = next((each for each in model.conditioners if isinstance(each, HintConditioner)), None)
+    check_hints(reads, request.hints, request.size, count, f"the {model.side} stage")
+    mask, masked = (None, None) if init is None else (init.mask, init.masked)
+    inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked)
+    if not request.hints:
+        return inputs
+    times = _points(model.schedule, sampling.steps, sampling.spacing).t
+    run = times if init is None else times[first_step(init.strength, sampling.steps) :]
+    guess = tuple(hint.guess for hint in request.hints)
+    return replace(inputs, hints=traced(request.hints, count, run), guess=guess)
+
+
 def _predict_in_tiles(
     model: DiffusionModel, tiles: Tiles, params: Any, x: Array, t: Array, conditioning: Conditioning
 ) -> Array:
-    images = (x,) if conditioning.concat is None else (x, conditioning.concat)
+    hints, size = conditioning.hints or (), x.shape[1:3]
+    beside = () if conditioning.concat is None else (conditioning.concat,)
+    images = x, *(folded(hint.image, (size[0], size[1])) for hint in hints), *beside
 
-    def network(x: Array, *concat: Array) -> Array:
-        return model.predict(params, x, t, conditioning._replace(concat=concat[0] if concat else None))
+    def network(x: Array, *rest: Array) -> Array:
+        cut = [hint._replace(image=unfolded(b, hint.image.shape[-1])) for hint, b in zip(hints, rest)]
+        concat = rest[len(hints)] if beside else None
+        given = conditioning._replace(concat=concat, hints=tuple(cut) if hints else None)
+        return model.predict(params, x, t, given)
 
     return cast(Array, in_tiles(network, images, tiles))
 

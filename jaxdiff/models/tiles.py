@@ -28,7 +28,7 @@ class Tiles:
 
 
 def in_tiles(
-    network: Callable[..., Float[Array, "b h w o"]], images: tuple[Float[Array, "b h w c"], ...], tiles: Tiles
+    network: Callable[..., Float[Array, "b h w o"]], images: tuple[Float[Array, "b h w _"], ...], tiles: Tiles
 ) -> Float[Array, "b h w o"]:
     """`network(*images)` in tiles; images and result have the same height and width.
 

@@ -16,13 +16,28 @@ from jaxdiff.nets.attention import attention
 from jaxdiff.nets.blocks import Dtype
 
 
+class Hint(NamedTuple):
+    """The input of one ControlNet (arXiv 2302.05543); every field has a batch axis.
+
+    image: in [0, 1], with the ControlNet's `hint_stride` times the sides of the network's input. weight: factor of the
+    residuals. fade: residual i = 0 … n of the n skips and the middle is also scaled by 10^(−fade (1 − i/n)). times: the
+    lowest and highest time t at which it acts; None: always.
+    """
+
+    image: Float[Array, "b h w c"]
+    weight: Float[Array, " b"]
+    fade: Float[Array, " b"]
+    times: Float[Array, "b 2"] | None = None
+
+
 class Conditioning(NamedTuple):
     """Conditioning inputs of a diffusion network; None if absent.
 
     tokens, token_mask: attended to; a mask of None means all tokens. vector: projected and added to the time embedding.
     concat: concatenated to the input's channels, with the same height and width. aug_level: its noise level in [0, 1].
     residuals: feature maps to add, one per skip connection in the order of the down path, and one for the middle
-    (ControlNet, arXiv 2302.05543). interval: the time step of a distilled network, in [0, 1].
+    (ControlNet, arXiv 2302.05543). interval: the time step of a distilled network, in [0, 1]. hints: of a model's
+    ControlNets, which compute the residuals from them (`models/control.py`).
     """
 
     tokens: Float[Array, "b n d"] | None = None
@@ -32,6 +47,7 @@ class Conditioning(NamedTuple):
     aug_level: Float[Array, " b"] | None = None
     residuals: tuple[Any, ...] | None = None
     interval: Float[Array, " b"] | None = None
+    hints: tuple[Hint, ...] | None = None
 
 
 UNCONDITIONED = Conditioning()

@@ -95,32 +95,10 @@ class LatentUNetConfig:
         return tuple(rules)
 
 
-class LatentUNet(nn.Module):
-    """The latent U-Net."""
+class LatentDownPath(nn.Module):
+    """Conditioning, down path and middle, which the latent U-Net and its ControlNets have in common."""
 
     config: LatentUNetConfig
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], time: Float[Array, " b"], conditioning: Conditioning = UNCONDITIONED
-    ) -> Float[Array, "b h w c"]:
-        """time: in 0…1000. h, w: multiples of the stride. Residuals: one per skip (stem, each block and downsampling),
-        and one for the middle. ValueError if tokens are missing or the number of residuals is wrong."""
-        config, channels, dtype = self.config, x.shape[-1], self.config.execution.dtype
-        embedding, tokens = self.condition(time, conditioning)
-        x, skips = self.down(self.stem(x, conditioning), embedding, tokens)
-        x = self.middle(x, embedding, tokens)
-        skips, x = add_residuals(skips, x, conditioning)
-        for level in reversed(range(len(config.blocks))):
-            for i in range(config.blocks[level] + 1):
-                x = self.res(jnp.concatenate([x, skips.pop()], axis=-1), embedding, level, f"up_{level}_{i}")
-                x = self.attend(x, level, f"up_{level}_{i}", tokens)
-            if level:
-                x = resize(x, Resample.UP)
-                x = self.split(nn.Conv(x.shape[-1], (3, 3), dtype=dtype, name=f"up_{level}")(x))
-        x = nn.silu(Norm(dtype, config.norm_groups, name="head_norm")(x))
-        head = nn.Conv(channels, (3, 3), dtype=dtype, kernel_init=nn.initializers.zeros, name="head")
-        return to_float32(head(x))
 
     def condition(self, time: Array, conditioning: Conditioning) -> tuple[Array, Array | None]:
         """The conditioning vector (b t) and the tokens."""
@@ -192,6 +170,32 @@ class LatentUNet(nn.Module):
 
     def split(self, x: Array) -> Array:
         return self.config.execution.sharding.images(x)
+
+
+class LatentUNet(LatentDownPath):
+    """The latent U-Net."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, " b"], conditioning: Conditioning = UNCONDITIONED
+    ) -> Float[Array, "b h w c"]:
+        """time: in 0…1000. h, w: multiples of the stride. Residuals: one per skip (stem, each block and downsampling),
+        and one for the middle. ValueError if tokens are missing or the number of residuals is wrong."""
+        config, channels, dtype = self.config, x.shape[-1], self.config.execution.dtype
+        embedding, tokens = self.condition(time, conditioning)
+        x, skips = self.down(self.stem(x, conditioning), embedding, tokens)
+        x = self.middle(x, embedding, tokens)
+        skips, x = add_residuals(skips, x, conditioning)
+        for level in reversed(range(len(config.blocks))):
+            for i in range(config.blocks[level] + 1):
+                x = self.res(jnp.concatenate([x, skips.pop()], axis=-1), embedding, level, f"up_{level}_{i}")
+                x = self.attend(x, level, f"up_{level}_{i}", tokens)
+            if level:
+                x = resize(x, Resample.UP)
+                x = self.split(nn.Conv(x.shape[-1], (3, 3), dtype=dtype, name=f"up_{level}")(x))
+        x = nn.silu(Norm(dtype, config.norm_groups, name="head_norm")(x))
+        head = nn.Conv(channels, (3, 3), dtype=dtype, kernel_init=nn.initializers.zeros, name="head")
+        return to_float32(head(x))
 
 
 class VectorEmbedding(nn.Module):

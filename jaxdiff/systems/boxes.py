@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Array
 
 from jaxdiff.core.products import ProductSpec
+from jaxdiff.models.conditioners import HintConditioner
 from jaxdiff.models.sampling import SampleRequest
 
 
@@ -20,6 +21,7 @@ class Box(Protocol):
     reads: length and width of its text embeddings; None if it reads no text. reads_padding: whether it reads the text
     encoder's outputs for padding and for the empty caption. takes_init: whether it can start from an initial product.
     reads_mask: whether it reads the mask of inpainting, and the product of the image without the masked pixels.
+    reads_hints: which hints its ControlNets read; None if it has none.
     """
 
     @property
@@ -55,6 +57,10 @@ class Box(Protocol):
     @property
     def reads_mask(self) -> bool:
         return False
+
+    @property
+    def reads_hints(self) -> HintConditioner | None:
+        return None
 
     def batch_size(self, wanted: int) -> int:
         """The smallest supported batch size of at least `wanted`."""

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jaxdiff.core.products import check_product, same_kind
 from jaxdiff.diffusion import noise
+from jaxdiff.models.hints import HintImage, check_hints
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.systems.boxes import Box, Decoder, Generator
 from jaxdiff.systems.init_image import InitImage
@@ -42,7 +43,8 @@ class SampleOptions:
     first: number of the first sample, to sample a long list in parts. negative: negative prompt; empty is the null
     text. size: height and width of the generator's product; its side by default. last: number of the last box to run;
     None: all. init: initial image of every box that takes one. after: products to start from. batch: samples per
-    program of the generator; for larger products it decreases in proportion to their pixels.
+    program of the generator; for larger products it decreases in proportion to their pixels. hints: one for each
+    ControlNet, for every box that has them.
     """
 
     seed: int = 0
@@ -54,6 +56,7 @@ class SampleOptions:
     batch: int = 16
     init: InitImage | None = None
     after: After | None = None
+    hints: tuple[HintImage, ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:  # jax's keys would wrap around
@@ -214,6 +217,7 @@ def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) ->
     stages = tuple(_stages(pipeline, options, count))
     if options.init is not None:
         options.init.check(pipeline.boxes, [stage.number for stage in stages])
+    _check_hints(pipeline, options, stages, count)
     if not all(prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt is sampled without text", stacklevel=4)
     keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
@@ -251,6 +255,16 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
         box.check(size)
         rows = max(1, options.batch * boxes[0].side ** 2 // box.side**2)
         yield _Stage(number, size, box.batch_size(min(rows, count)))
+
+
+def _check_hints(pipeline: Pipeline, options: SampleOptions, stages: Sequence[_Stage], count: int) -> None:
+    """ValueError unless the hints suit every box that runs and reads hints."""
+    readers = [stage for stage in stages if pipeline.boxes[stage.number].reads_hints is not None]
+    if options.hints and not readers:
+        raise ValueError(f"{len(options.hints)} hints, and no stage that runs has a ControlNet")
+    for stage in readers:
+        box = pipeline.boxes[stage.number]
+        check_hints(box.reads_hints, options.hints, stage.size, count, f"the {box.side} stage")
 
 
 def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator[Batch]:
@@ -308,7 +322,8 @@ def _request(
     init = None
     if plan.options.init is not None and box.takes_init:
         init = plan.options.init.product(pipeline.boxes, stage.number, stage.size, len(rows))
-    return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report)
+    hints = tuple(hint.of_rows(rows) for hint in plan.options.hints) if box.reads_hints is not None else ()
+    return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report, hints)
 
 
 def _runs_of(plan: _Plan, stage: _Stage, samples: int) -> int:

@@ -73,24 +73,41 @@ def export_unet(network: Network, params: dict, directory: str | Path, dtype: st
 def read_config(values: Mapping[str, Any], path: Path, dtype: str = "float32") -> Network:
     """Read the settings of a diffusers config.json. path: its name in messages. ValueError that names an unsupported
     setting."""
-    unknown = sorted(name for name in values if not name.startswith("_") and name not in {*FIXED, *READ})
-    if unknown:
-        raise ValueError(f"{path}: unknown settings of UNet2DConditionModel: {sizes.names(unknown)}")
-    config = hub.Group(path, {name: value for name, value in (READ | dict(values)).items() if value is not None})
-    config.require("_class_name", ("UNet2DConditionModel",), "UNet2DConditionModel")
-    for name, (default, *allowed) in FIXED.items():
-        config.require(name, tuple(allowed), default)
-    widths = _levels(config, "block_out_channels", sizes.SIZE)
-    count = len(widths)
-    if any(width % widths[0] for width in widths) or widths[0] % 4:
-        raise config.error("block_out_channels", list(widths), "multiples of the first, and that one of 4")
-    attends = _attention_levels(config, count)
-    layers = _levels(config, "transformer_layers_per_block", sizes.DEPTH, count)
-    cross_only = _flags(config, "only_cross_attention", count)
+    config = open_settings(values, path, "UNet2DConditionModel", FIXED, READ)
+    attends = attention_levels(config, "Down")
+    if attends != attention_levels(config, "Up")[::-1]:
+        raise config.error("up_block_types", config.values["up_block_types"], "those that mirror down_block_types")
     channels = config.size("out_channels")
     inputs = config.size("in_channels")
     if inputs < channels:
         raise config.error("in_channels", inputs, f"at least out_channels, {channels}")
+    unet = read_unet(config, attends, dtype)
+    return Network(unet, channels, inputs - channels, config.size("cross_attention_dim"), read_vector(config))
+
+
+def open_settings(
+    values: Mapping[str, Any], path: Path, name: str, fixed: Mapping[str, tuple], read: Mapping[str, Any]
+) -> hub.Group:
+    """The settings of diffusers' class `name`, with defaults. ValueError unless all are in `fixed`, with a supported
+    value, or in `read`."""
+    unknown = sorted(key for key in values if not key.startswith("_") and key not in {*fixed, *read})
+    if unknown:
+        raise ValueError(f"{path}: unknown settings of {name}: {sizes.names(unknown)}")
+    config = hub.Group(path, {key: value for key, value in ({**read} | dict(values)).items() if value is not None})
+    config.require("_class_name", (name,), name)
+    for key, (default, *allowed) in fixed.items():
+        config.require(key, tuple(allowed), default)
+    return config
+
+
+def read_unet(config: hub.Group, attends: tuple[bool, ...], dtype: str) -> LatentUNetConfig:
+    """The settings that the U-Net and its ControlNets have in common. attends: which levels have attention."""
+    count = len(attends)
+    widths = _levels(config, "block_out_channels", sizes.SIZE, count)
+    if any(width % widths[0] for width in widths) or widths[0] % 4:
+        raise config.error("block_out_channels", list(widths), "multiples of the first, and that one of 4")
+    layers = _levels(config, "transformer_layers_per_block", sizes.DEPTH, count)
+    cross_only = _flags(config, "only_cross_attention", count)
     try:
         unet = LatentUNetConfig(
             channels=widths[0],
@@ -106,12 +123,12 @@ def read_config(values: Mapping[str, Any], path: Path, dtype: str = "float32") -
             execution=ExecutionConfig(dtype=hub.check_dtype(dtype)),
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    sizes.check_depth(unet.blocks, str(path))
-    return Network(unet, channels, inputs - channels, config.size("cross_attention_dim"), _vector(config))
+        raise ValueError(f"{config.path}: {error}") from error
+    sizes.check_depth(unet.blocks, str(config.path))
+    return unet
 
 
-def _vector(config: hub.Group) -> Vector | None:
+def read_vector(config: hub.Group) -> Vector | None:
     """The source of the added vector."""
     by_class, by_text = config.values.get("class_embed_type"), config.values.get("addition_embed_type")
     config.require("class_embed_type", (None, "projection"))
@@ -131,13 +148,12 @@ def _text_time(config: hub.Group, width: int) -> Vector:
     return Vector(width, "text_time", frequencies)
 
 
-def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
-    """A number within bounds for each of up to `sizes.LEVELS` levels; a single number applies to all."""
+def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int) -> tuple[int, ...]:
+    """A number within bounds for each of `count` levels; a single number applies to all."""
     value = config.values.get(name)
-    values = [value] * (count or 0) if type(value) is int else list(value) if isinstance(value, list | tuple) else []
-    good = 0 < len(values) <= sizes.LEVELS and len(values) == (count or len(values))
-    if not good or not all(type(n) is int and bounds.least <= n <= bounds.most for n in values):
-        wanted = f"whole numbers from {bounds.least} to {bounds.most}, one for each level of at most {sizes.LEVELS}"
+    values = [value] * count if type(value) is int else list(value) if isinstance(value, list | tuple) else []
+    if len(values) != count or not all(type(n) is int and bounds.least <= n <= bounds.most for n in values):
+        wanted = f"whole numbers from {bounds.least} to {bounds.most}, one for each level"
         raise config.error(name, value, wanted)
     return tuple(values)
 
@@ -150,21 +166,19 @@ def _flags(config: hub.Group, name: str, count: int) -> tuple[bool, ...]:
     return tuple(values)
 
 
-def _attention_levels(config: hub.Group, levels: int) -> tuple[bool, ...]:
-    """Which levels have attention; ValueError unless down and up paths agree."""
-    attends = []
-    for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        kinds, value = (f"{way}Block2D", f"CrossAttn{way}Block2D"), config.values.get(name)
-        if not isinstance(value, list | tuple) or len(value) != levels or any(kind not in kinds for kind in value):
-            raise config.error(name, value, f"{levels} of {' and '.join(kinds)}")
-        attends.append(tuple(kind == kinds[1] for kind in value)[:: 1 if way == "Down" else -1])
-    if attends[0] != attends[1]:
-        raise config.error("up_block_types", config.values["up_block_types"], "those that mirror down_block_types")
-    return attends[0]
+def attention_levels(config: hub.Group, way: Literal["Down", "Up"]) -> tuple[bool, ...]:
+    """Which levels have attention, in the order of the settings."""
+    name, kinds = f"{way.lower()}_block_types", (f"{way}Block2D", f"CrossAttn{way}Block2D")
+    value, widths = config.values.get(name), config.values.get("block_out_channels")
+    levels = len(widths) if isinstance(widths, list | tuple) else 0
+    if not 0 < levels <= sizes.LEVELS:
+        raise config.error("block_out_channels", widths, f"a width for each level, of at most {sizes.LEVELS}")
+    if not isinstance(value, list | tuple) or len(value) != levels or any(kind not in kinds for kind in value):
+        raise config.error(name, value, f"{levels} of {' and '.join(kinds)}")
+    return tuple(kind == kinds[1] for kind in value)
 
 
-FIXED = {
-    "center_input_sample": (False, False),
+FIXED_DOWN = {
     "flip_sin_to_cos": (True, True),
     "freq_shift": (0, 0),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DCrossAttn"),
@@ -172,12 +186,16 @@ FIXED = {
     "norm_eps": (1e-5, 1e-5),
     "act_fn": ("silu", "silu"),
     "mid_block_scale_factor": (1, 1),
-    "reverse_transformer_layers_per_block": (None, None),
     "encoder_hid_dim": (None, None),
     "encoder_hid_dim_type": (None, None),
     "num_attention_heads": (None, None),
-    "dual_cross_attention": (False, False),
     "resnet_time_scale_shift": ("default", "default"),
+}
+"""For each setting: diffusers' default, then the supported values."""
+FIXED = FIXED_DOWN | {
+    "center_input_sample": (False, False),
+    "reverse_transformer_layers_per_block": (None, None),
+    "dual_cross_attention": (False, False),
     "resnet_skip_time_act": (False, False),
     "resnet_out_scale_factor": (1.0, 1.0),
     "time_embedding_type": ("positional", "positional"),
@@ -192,12 +210,9 @@ FIXED = {
     "cross_attention_norm": (None, None),
     "mid_block_only_cross_attention": (None, None, False),
 }
-"""For each setting: diffusers' default, then the supported values."""
-READ = {
+READ_DOWN = {
     "in_channels": 4,
-    "out_channels": 4,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "only_cross_attention": False,
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
@@ -211,34 +226,43 @@ READ = {
     "addition_time_embed_dim": None,
     "num_class_embeds": None,
     "projection_class_embeddings_input_dim": None,
-    "sample_size": None,  # read by the model
-    "dropout": 0.0,  # training only
     "upcast_attention": False,  # the softmax is always float32
     "addition_embed_type_num_heads": 64,  # of another addition_embed_type
 }
 """The settings that differ between families, with diffusers' defaults. `attention_head_dim` is the number of heads."""
+READ = READ_DOWN | {
+    "out_channels": 4,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "sample_size": None,  # read by the model
+    "dropout": 0.0,  # training only
+}
 
 
 def hub_config(network: Network) -> dict[str, Any]:
     """diffusers' settings of a network. ValueError for one that UNet2DConditionModel cannot express."""
-    unet, vector = network.unet, network.vector
-    attends = [layers > 0 for layers in unet.transformer_layers]
-    levels = len(attends)
+    values = hub_settings(network.unet, network.text_width, network.vector)
+    values |= {
+        "in_channels": network.channels + network.concat,
+        "out_channels": network.channels,
+        "up_block_types": [kind.replace("Down", "Up") for kind in values["down_block_types"]][::-1],
+    }
+    fixed = {name: allowed[0] for name, (_, *allowed) in FIXED.items()}
+    return {"_class_name": "UNet2DConditionModel"} | fixed | READ | values
+
+
+def hub_settings(unet: LatentUNetConfig, text_width: int, vector: Vector | None) -> dict[str, Any]:
+    """diffusers' settings that the U-Net and its ControlNets have in common, the inverse of `read_unet`."""
     # Levels without attention need a number too: the middle's.
     layers = [count or unet.middle_layers for count in unet.transformer_layers]
     if layers[-1] != unet.middle_layers or not unet.middle_layers:
         raise ValueError(f"diffusers' U-Net has no middle of {unet.middle_layers} layers after a level of {layers[-1]}")
-    down, up = ([("CrossAttn" if a else "") + f"{way}Block2D" for a in attends] for way in ("Down", "Up"))
-    values = {
-        "in_channels": network.channels + network.concat,
-        "out_channels": network.channels,
-        "down_block_types": down,
-        "up_block_types": up[::-1],
+    values: dict[str, Any] = {
+        "down_block_types": [("CrossAttn" if n else "") + "DownBlock2D" for n in unet.transformer_layers],
         "only_cross_attention": list(unet.cross_only) if any(unet.cross_only) else False,
-        "block_out_channels": [unet.width(level) for level in range(levels)],
+        "block_out_channels": [unet.width(level) for level in range(len(layers))],
         "layers_per_block": unet.blocks[0] if len(set(unet.blocks)) == 1 else list(unet.blocks),
         "norm_num_groups": unet.norm_groups,
-        "cross_attention_dim": network.text_width,
+        "cross_attention_dim": text_width,
         "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "attention_head_dim": unet.heads[0] if len(set(unet.heads)) == 1 else list(unet.heads),
         "use_linear_projection": unet.linear_projection,
@@ -248,8 +272,7 @@ def hub_config(network: Network) -> dict[str, Any]:
         values["projection_class_embeddings_input_dim"] = vector.width
         values["class_embed_type" if vector.kind == "projection" else "addition_embed_type"] = vector.kind
         values["addition_time_embed_dim"] = vector.frequencies or None
-    fixed = {name: allowed[0] for name, (_, *allowed) in FIXED.items()}
-    return {"_class_name": "UNet2DConditionModel"} | fixed | READ | values
+    return values
 
 
 def key_map(network: Network, params: dict) -> dict[str, str]:
@@ -261,14 +284,24 @@ def key_map(network: Network, params: dict) -> dict[str, str]:
         for level in range(last + 1)
         for ours, theirs in _path("up", "upsamplers")
     ]
+    return hub.names(trees.flatten(params), [*up, *down_rules(network.vector), *_HEAD], WORDS)
+
+
+def down_rules(vector: Vector | None) -> list[tuple[str, str]]:
+    """The rules of `hub.names` for the parameters that the U-Net and its ControlNets have in common."""
     middle = [
         *_block("middle", "mid_block.attentions.0", _TRANSFORMER),
         *_block("middle_{i}", "mid_block.resnets.{i}", _RES),
     ]
-    embedding = "class_embedding" if network.vector is None or network.vector.kind == "projection" else "add_embedding"
-    vector = ("vector/{layer}/{leaf}", embedding + ".{layer}.{leaf}")
-    rules = [*_path("down", "downsamplers"), *up, *middle, vector, *_TOP]
-    return hub.names(trees.flatten(params), rules, _WORDS)
+    embedding = "class_embedding" if vector is None or vector.kind == "projection" else "add_embedding"
+    return [
+        *_path("down", "downsamplers"),
+        *middle,
+        ("vector/{layer}/{leaf}", embedding + ".{layer}.{leaf}"),
+        ("stem/{leaf}", "conv_in.{leaf}"),
+        ("time/{layer}/{leaf}", "time_embedding.{layer}.{leaf}"),
+        ("aug_level/embedding", "class_embedding.weight"),
+    ]
 
 
 def _path(way: str, resample: str) -> list[tuple[str, str]]:
@@ -304,14 +337,8 @@ _TRANSFORMER = {
     "_attention/block_{j}/up": "transformer_blocks.{j}.ff.net.0.proj",
     "_attention/block_{j}/down": "transformer_blocks.{j}.ff.net.2",
 }
-_TOP = (
-    ("stem/{leaf}", "conv_in.{leaf}"),
-    ("head_norm/GroupNorm_0/{leaf}", "conv_norm_out.{leaf}"),
-    ("head/{leaf}", "conv_out.{leaf}"),
-    ("time/{layer}/{leaf}", "time_embedding.{layer}.{leaf}"),
-    ("aug_level/embedding", "class_embedding.weight"),
-)
-_WORDS = {
+_HEAD = (("head_norm/GroupNorm_0/{leaf}", "conv_norm_out.{leaf}"), ("head/{leaf}", "conv_out.{leaf}"))
+WORDS = {
     "kernel": "weight",
     "scale": "weight",
     "Dense_0": "linear_1",
@@ -329,13 +356,18 @@ def shapes_of(network: Network) -> dict:
 
 
 def _init(network: Network) -> dict:
-    unet, side = network.unet, network.unet.stride
-    conditioning = Conditioning(tokens=jnp.zeros((1, 2, network.text_width)))
-    if network.vector is not None:
-        conditioning = conditioning._replace(vector=jnp.zeros((1, network.vector.width)))
+    unet = network.unet
+    conditioning = example(unet, network.text_width, network.vector)
     if network.concat:
-        conditioning = conditioning._replace(concat=jnp.zeros((1, side, side, network.concat)))
-    if unet.level_entries:
-        conditioning = conditioning._replace(aug_level=jnp.zeros(1))
-    x = jnp.zeros((1, side, side, network.channels))
+        conditioning = conditioning._replace(concat=jnp.zeros((1, unet.stride, unet.stride, network.concat)))
+    x = jnp.zeros((1, unet.stride, unet.stride, network.channels))
     return unet.module().init(jax.random.key(0), x, jnp.zeros(1), conditioning)["params"]
+
+
+def example(unet: LatentUNetConfig, text_width: int, vector: Vector | None) -> Conditioning:
+    """The inputs beside the latents, for a batch of one."""
+    return Conditioning(
+        tokens=jnp.zeros((1, 2, text_width)),
+        vector=None if vector is None else jnp.zeros((1, vector.width)),
+        aug_level=jnp.zeros(1) if unet.level_entries else None,
+    )

@@ -16,8 +16,9 @@ from jaxdiff.diffusion import (
     time_grid,
     time_samplers,
 )
-from jaxdiff.models import conditioners, diffusion, sampling, tiles
+from jaxdiff.models import conditioners, control, diffusion, sampling, tiles
 from jaxdiff.nets import blocks, classifier, conditioning, execution, latent_unet, unet
+from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
 
 VERSION = 2
@@ -42,11 +43,13 @@ TABLE = Table(
         "models.MaskConditioner": conditioners.MaskConditioner,
         "models.LowResConditioner": conditioners.LowResConditioner,
         "models.Enlargement": conditioners.Enlargement,
+        "models.Control": control.ControlModel,
         "models.Sampling": sampling.SamplingConfig,
         "models.Tiles": tiles.Tiles,
         "nets.UNet": unet.UNetConfig,
         "nets.EfficientUNet": unet.EfficientUNetConfig,
         "nets.LatentUNet": latent_unet.LatentUNetConfig,
+        "nets.ControlNet": nets_control.ControlNetConfig,
         "nets.Attention": unet.AttentionConfig,
         "nets.Conditioning": unet.ConditioningConfig,
         "nets.Execution": execution.ExecutionConfig,

@@ -23,6 +23,7 @@ from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
+from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
@@ -62,6 +63,7 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
         "heads": HEADS,
         "level_entries": OPTIONAL,
     },
+    ControlNetConfig: {"inputs": SIZE, "hint_channels": SIZE, "hint_widths": SIZE},
     T5Config: {
         **dict.fromkeys(("vocab", "d_model", "d_kv", "d_ff", "heads"), SIZE),
         "layers": DEPTH,
