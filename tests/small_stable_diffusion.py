@@ -228,5 +228,5 @@ def feed(monkeypatch, pipeline, keys, first=0):
 def difference(image, wanted):
     """Mean absolute difference of images in 1/255 of their range; `image` in [-1, 1], `wanted` in [0, 1]."""
     assert image.shape == wanted.shape
-    assert 0.02 < ((wanted > 0) & (wanted < 1)).mean() and wanted.std() > 0.05, "an image with nothing in it"
+    assert ((wanted > 0) & (wanted < 1)).mean() > 0.02 and wanted.std() > 0.05, "an image with nothing in it"
     return np.abs((np.asarray(image) + 1) / 2 - wanted).mean() * 255
