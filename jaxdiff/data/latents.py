@@ -27,13 +27,19 @@ def stored_latents(
 ) -> Float16[np.ndarray, "n h w c"]:
     """The latents of the images of a source, at `side` pixels, read from a file in `folder` where they are needed.
 
-    They are computed if the file is missing. Its name has the number of images, a digest of 64 of them, and
-    `fingerprint`, which identifies the encoder. encode: of `BATCH` images at a time. progress: called with the number
-    of images of each batch. OSError if writing fails; nothing half-written remains.
+    They are computed if the file is missing. Its name has the number of images, a digest of 64 of them and of the
+    source's own fingerprint, if it has one, and `fingerprint`, which identifies the encoder. encode: of `BATCH` images
+    at a time. progress: called with the number of images of each batch. OSError if writing fails; nothing half-written
+    remains.
     """
     shown = next(image_batches(spread(source, min(BATCH, len(source))), _in_order(side)))["image"]
-    digest = hashlib.blake2b(np.ascontiguousarray(shown).tobytes(), digest_size=8).hexdigest()
-    path = folder / f"{len(source)}-{side}-{digest}-{''.join(c if c.isalnum() else '-' for c in fingerprint)}.npy"
+    digest = hashlib.blake2b(np.ascontiguousarray(shown).tobytes(), digest_size=8)
+    stated = getattr(source, "fingerprint", lambda: None)()
+    digest.update(str(stated).encode())
+    path = (
+        folder
+        / f"{len(source)}-{side}-{digest.hexdigest()}-{''.join(c if c.isalnum() else '-' for c in fingerprint)}.npy"
+    )
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

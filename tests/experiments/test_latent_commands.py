@@ -1,0 +1,152 @@
+"""A latent diffusion system by commands: its autoencoder, the model in its latents, a LoRA and a ControlNet of it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxdiff
+from experiments import evaluate, sample, train
+from experiments.cli import run
+from experiments.table import TASKS
+from jaxdiff.core.products import LatentSpec
+from jaxdiff.models.autoencoder_training import AutoencoderModel
+from jaxdiff.models.conditioners import TextConditioner
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.nets.autoencoder import AutoencoderConfig
+from jaxdiff.nets.latent_unet import LatentUNetConfig
+from jaxdiff.systems.pipeline import SampleOptions
+from jaxdiff.systems.stable_diffusion import SCHEDULE
+from jaxdiff.training import metrics
+
+AUTOENCODER = AutoencoderModel(
+    AutoencoderConfig(channels=(8, 8), blocks=1, latent_channels=2, norm_groups=4), side=32, adversary=None
+)
+UNET = DiffusionModel(
+    LatentUNetConfig(
+        channels=8, multipliers=(1,), blocks=(1,), transformer_layers=(1,), heads=(1,), cross_only=(False,),
+        norm_groups=4,
+    ),
+    side=16,
+    product=LatentSpec(2, 2),
+    conditioners=(TextConditioner(),),
+    schedule=SCHEDULE,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def presets():
+    """Very small ones in place of the tiny ones."""
+    unet = TASKS["sd.unet"]
+    small = dataclasses.replace(unet.preset("tiny"), model=UNET)
+    sampling = dataclasses.replace(small.sampling, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        autoencoder = TASKS["sd.autoencoder"]
+        changed = dataclasses.replace(autoencoder.preset("tiny"), model=AUTOENCODER)
+        patch.setitem(autoencoder.presets, "tiny", changed)
+        patch.setitem(unet.presets, "tiny", dataclasses.replace(small, sampling=sampling))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(presets, standin, tmp_path_factory):
+    """An autoencoder, and a model in its latents, after two steps each."""
+
+    def trained(*arguments):
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            pytest.raises(SystemExit) as stop,
+        ):
+            run(train.commands(), list(map(str, arguments)))
+        assert stop.value.code == 0, printed.getvalue()
+        return printed.getvalue()
+
+    folder = tmp_path_factory.mktemp("latent")
+    data = "--data", "shapes", "--examples", 12, "--held-out", 4, "--evaluate-n", 4, "--data-dir", folder / "data"
+    short = *data, "--steps", 2, "--batch", 4, "--log-every", 1
+    printed = trained("sd.autoencoder", *short, "--out", folder / "autoencoder")
+    text = "--text", standin / "text", "--text-length", 6
+    trained("sd.unet", *short, *text, "--autoencoder", folder / "autoencoder", "--out", folder / "unet")
+    return SimpleNamespace(folder=folder, short=short, printed=printed)
+
+
+def test_an_autoencoder_is_trained_and_scored(runs, command):
+    lines = metrics.read(runs.folder / "autoencoder" / "metrics.jsonl")
+    assert {"loss", "psnr", "kl", "held_out_loss", "held_out_psnr"} <= lines[-1].keys()
+    model = runs.folder / "autoencoder" / "model"
+    scale = json.loads((model / "config.json").read_text())["scaling_factor"]
+    assert 0 < scale < 1e4 and f"{scale:.5f}" in runs.printed
+    assert (runs.folder / "autoencoder" / "samples" / "0000002.png").is_file()
+    path = runs.folder / "scores.json"
+    settings = "--n", 3, "--json", path, "--data-dir", runs.folder / "data"
+    done = command(evaluate, "reconstruction", "--autoencoder", runs.folder / "autoencoder", *settings)
+    assert done.code == 0, done.err
+    scores = json.loads(path.read_text())
+    assert 0 < scores["psnr"] < 40 and -1 <= scores["ssim"] <= 1 and scores["made_by"]["n"] == 3
+    assert "no Fréchet distance of classifier-shapes: 3 images for 64 features" in done.out
+
+
+def test_latents_are_stored_once(runs, command):
+    (stored,) = (runs.folder / "data" / "latents").glob("12-32-*.npy")
+    latents = np.load(stored)
+    assert latents.shape == (12, 16, 16, 2) and latents.dtype == np.float16 and np.isfinite(latents).all()
+    assert abs(latents.astype(np.float32).std() - 1) < 0.3  # what the scale is for
+
+
+def test_a_run_is_a_pipeline(runs, command):
+    pipeline = jaxdiff.from_pretrained(runs.folder / "unet")
+    latents, images = pipeline.sample(["a red circle", ""], SampleOptions(seed=1))
+    assert latents.shape == (2, 16, 16, 2) and images.shape == (2, 32, 32, 3)
+    settings = "--weights", runs.folder / "unet", "--seed", 1, "--size", "16x24", "--sampler", "dpmpp-2m-karras"
+    done = command(sample, "a red circle", *settings, "--out", runs.folder / "images")
+    assert done.code == 0, done.err
+    (path,) = (runs.folder / "images").glob("0000*.png")
+    assert Image.open(path).size == (24, 16)
+    done = command(
+        sample, "a red circle", "--weights", runs.folder / "unet", "--size", "17", "--out", runs.folder / "x"
+    )
+    assert done.code == 2 and "--size 17: not a multiple of 2 pixels" in done.err
+
+
+def test_adapters_of_a_run(runs, command):
+    """A LoRA and a ControlNet change its samples; the base stays as it is."""
+    folder, base = runs.folder, ("--weights", runs.folder / "unet")
+    before = (folder / "unet" / "model" / "model.safetensors").read_bytes()
+    rate = "--learning-rate", 0.1, "--warmup", 0
+    done = command(train, "sd.lora", *runs.short, *rate, *base, "--rank", 2, "--out", folder / "lora")
+    assert done.code == 0, done.err
+    done = command(train, "sd.controlnet", *runs.short, *rate, *base, "--out", folder / "control")
+    assert done.code == 0, done.err
+    assert (folder / "unet" / "model" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in (folder / "lora").glob("*.safetensors")} == {
+        "lora.safetensors",
+        "lora-kohya.safetensors",
+    }
+    assert (folder / "control" / "samples" / "0000002.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sd.unet", "--text-length", 6), "--autoencoder is missing"),
+        (("sd.unet", "--autoencoder", "{unet}/model"), "no autoencoder"),
+        (("sd.unet", "--autoencoder", "{ae}", "--buckets"), "--buckets and --crop are for models of images"),
+        (("sd.autoencoder", "--discriminator-start", 5), "this preset has no discriminator"),
+        (("sd.autoencoder", "--side", 15), "not a multiple of the stride 2"),
+        (("sd.lora",), "--weights is missing"),
+        (("sd.lora", "--weights", "{unet}", "--rank", 0), "--rank 0: at least 1"),
+    ],
+)
+def test_refused(runs, command, arguments, message, tmp_path):
+    places = {"unet": runs.folder / "unet", "ae": runs.folder / "autoencoder"}
+    given = [each.format(**places) if isinstance(each, str) else each for each in arguments]
+    done = command(train, *given, *runs.short, "--out", tmp_path / "run")
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
