@@ -19,7 +19,6 @@ from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, Size
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
-from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
@@ -75,12 +74,6 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     TextTowerConfig: _TOWER | {"vocab": SIZE, "length": STEPS, "eos_id": OPTIONAL},
     ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
     CLIPConfig: {"width": SIZE},
-    AutoencoderConfig: {
-        **dict.fromkeys(("channels", "latent_channels", "image_channels", "norm_groups"), SIZE),
-        "blocks": DEPTH,
-        "attention_levels": Bounds(0, LEVELS - 1),
-    },
-    VQBottleneck: {"codes": SIZE, "width": SIZE},
     ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
     AttentionConfig: {"head_channels": SIZE, "heads": HEADS, "feed_forward": FACTOR},
     ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL},

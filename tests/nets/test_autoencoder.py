@@ -57,8 +57,7 @@ def test_attention_in_parts(monkeypatch):
     np.testing.assert_allclose(block.apply(variables, x), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize(("method", "level"), [("encode", 1), ("decode", 0), ("decode", 2)])
 def test_fine_and_coarse_parts(method, level):
     """One after the other they are the network, wherever attention starts."""
     config = replace(CONFIG, attention_levels=(level,) if level < 2 else ())
@@ -134,13 +133,9 @@ def test_bfloat16():
 
 
 def test_derivatives():
-    """`jax.jvp` is the difference quotient; with rematerialization the gradient is the same."""
+    """`jax.jvp` is the difference quotient; with rematerialization the backward pass repeats every block."""
     config = replace(CONFIG, channels=(4,), norm_groups=2, attention_levels=())
     params, image = small.random_params(config), jnp.asarray(small.image(8, 8))
-
-    @partial(jax.jit, static_argnums=0)
-    def gradient(config, params):
-        return jax.grad(lambda params: (run(config, params, image, "encode") ** 2).mean())(params)
 
     def of(x):
         return run(config, params, x, "encode")
@@ -149,8 +144,10 @@ def test_derivatives():
     _, tangent = jax.jvp(of, (image,), (direction,))
     quotient = (of(image + 2e-3 * direction) - of(image - 2e-3 * direction)) / 4e-3
     np.testing.assert_allclose(tangent, quotient, atol=2e-2 * np.abs(tangent).max())
-    wanted, found = gradient(config, params), gradient(replace(config, remat=True), params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), wanted, found)
+    for remat, count in ((False, 0), (True, 4)):  # three residual blocks and the attention
+        module = replace(config, remat=remat).module()
+        gradient = jax.grad(lambda p, module=module: module.apply({"params": p}, image, method="encode").sum())
+        assert str(jax.make_jaxpr(gradient)(params)).count("= remat2[") == count
 
 
 def test_initial_parameters():
