@@ -379,7 +379,7 @@ def _entry(batch: Mapping[str, Any], name: str) -> Array:
     """An entry of a training batch; ValueError if it is missing."""
     if name not in batch:
         raise ValueError(f"a batch of this model needs {name}")
-    return batch[name].astype(jnp.float32)
+    return jnp.asarray(batch[name], jnp.float32)
 
 
 def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:

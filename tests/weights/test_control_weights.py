@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from jaxdiff.core import trees
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.models.control import with_controls
+from jaxdiff.models.hints import HintImage
+from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.nets.blocks import sinusoidal
 from jaxdiff.nets.conditioning import Conditioning
+from jaxdiff.systems import stable_diffusion
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.weights import control, hub, latent_unet, single_file_families
 
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
@@ -49,8 +56,14 @@ SMALL = {
         "addition_time_embed_dim": 16,
         "projection_class_embeddings_input_dim": 20 + 6 * 16,
     },
+    "two levels": {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+    },
 }
-"""Of these the numbers are compared: the published topology at a small width."""
+"""Of these the numbers are compared: the published topologies at a small width, and one for sampling."""
 HINT = {"conditioning_embedding_out_channels": [4, 8, 8, 16]}
 
 
@@ -121,53 +134,80 @@ def case(request, tmp_path_factory):
         extra = {"added_cond_kwargs": {"text_embeds": torch.tensor(pooled), "time_ids": torch.tensor(numbers)}}
 
     @jax.jit
-    def run(params, control_params, hints, weights):
-        """The residuals of each ControlNet, and of SD 1.5 the U-Net's output with their weighted sum."""
+    def run(params, hints):
+        """The residuals of both ControlNets."""
         module, inputs = ours[0][0].control.module(), (jnp.asarray(x), jnp.asarray(time))
         apply = jax.vmap(lambda params, hint: module.apply({"params": params}, *inputs, hint, given))
-        each = apply(jax.tree.map(lambda a, b: jnp.stack([a, b]), *control_params), jnp.stack(hints))
-        if base.vector is not None:
-            return each, None
-        total = tuple(jnp.tensordot(jnp.asarray(weights), pair, 1) for pair in each)
-        return each, base.unet.module().apply({"params": params}, *inputs, given._replace(residuals=total))
+        return apply(jax.tree.map(lambda *pair: jnp.stack(pair), *params), jnp.stack(hints))
 
-    channels_first = lambda array: torch.tensor(array.transpose(0, 3, 1, 2))  # noqa: E731
     inputs = channels_first(x), torch.tensor(time), torch.tensor(tokens)
     return SimpleNamespace(
-        unet=unet, nets=nets, inputs=inputs, hints=[channels_first(hint) for hint in hints], extra=extra, ours=ours,
-        run=lambda weights: run(params, [p for _, p in ours], hints, weights),
+        unet=unet, nets=nets, inputs=inputs, hints=hints, extra=extra, base=base, params=params, ours=ours,
+        run=lambda: run([p for _, p in ours], hints),
     )  # fmt: skip
 
 
-WEIGHTS = 0.7, 1.6
+def channels_first(array):
+    import torch
+
+    return torch.tensor(np.asarray(array).transpose(0, 3, 1, 2))
 
 
-def close(got, wanted):
+def error(got, wanted):
+    """The largest, relative to the largest value."""
     wanted = wanted.numpy().transpose(0, 2, 3, 1)
     return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_same_residuals_and_outputs(case):
-    """One ControlNet alone, and two in the U-Net as diffusers' MultiControlNetModel joins them."""
+def test_same_residuals(case):
     import torch
-    from diffusers.models import MultiControlNetModel
 
-    each, output = case.run(WEIGHTS)
-    with torch.no_grad():
-        for i, net in enumerate(case.nets):
-            down, middle = net(*case.inputs, case.hints[i], **case.extra, return_dict=False)
-            assert len(each) == len(down) + 1
-            assert max(close(ours[i], theirs) for ours, theirs in zip(each, (*down, middle))) < 2e-5
-        if output is None:
-            return
-        multi = MultiControlNetModel(case.nets)
-        down, middle = multi(*case.inputs, case.hints, list(WEIGHTS), **case.extra, return_dict=False)
-        joined = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        plain = case.unet(*case.inputs, **case.extra).sample
-        wanted = case.unet(*case.inputs, **joined, **case.extra).sample
-    assert close(output, wanted) < 2e-5
-    assert close(output, plain) > 0.01
+    for each, net, hint in zip(zip(*case.run()), case.nets, case.hints):
+        with torch.no_grad():
+            down, middle = net(*case.inputs, channels_first(hint), **case.extra, return_dict=False)
+        assert len(each) == len(down) + 1
+        assert max(map(error, each, (*down, middle))) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["two levels"], indirect=True)
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_same_samples_with_two(case, guess):
+    """As diffusers' pipeline with two ControlNets, each with a weight and in some steps only, guided."""
+    import diffusers
+    import torch
+
+    weights, starts, ends = (0.7, 1.6), (0.0, 0.25), (0.5, 1.0)
+    model = stable_diffusion.latent_model(case.base.unet, 16).reading(5, case.base.text_width)
+    sampling = replace(stable_diffusion.SAMPLING, steps=4, guidance=Guidance(3.0))
+    trained = with_controls(
+        TrainedModel(model, case.params, sampling), [(network.control, params) for network, params in case.ours]
+    )
+    keys, mask = noise.sample_keys(jax.random.key(1), jnp.arange(1)), jnp.ones((1, 5), bool)
+    text, negative = (TextEmbedding(jnp.asarray(random(i, 1, 5, case.base.text_width)), mask) for i in (5, 6))
+    given = tuple(HintImage(hint[0], *each, guess=guess) for hint, *each in zip(case.hints, weights, starts, ends))
+    got = trained.generate(SampleRequest(keys, (16, 8), text, negative, hints=given))
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    pipeline = diffusers.StableDiffusionControlNetPipeline(
+        *(None, None, None, case.unet, case.nets),
+        diffusers.DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=False),
+        *(None, None, None, False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        prompt_embeds=torch.tensor(np.asarray(text.tokens)),
+        negative_prompt_embeds=torch.tensor(np.asarray(negative.tokens)),
+        image=[channels_first(hint[:1]) for hint in case.hints],
+        latents=channels_first(noise.normal_like(noise.fold(keys, 0), (16, 8, 4))),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        controlnet_conditioning_scale=list(weights),
+        control_guidance_start=list(starts),
+        control_guidance_end=list(ends),
+        guess_mode=guess,
+        output_type="latent",
+    ).images
+    assert error(got, wanted) < 2e-5
 
 
 def test_written_for_diffusers(case, tmp_path):
