@@ -104,7 +104,9 @@ def line(row: Row) -> str:
     """A row of the table."""
     mean = "" if row.mean is None else f"{row.mean:.3f}"
     numbers = f"{row.largest:13.1e} {row.relative:10.1e} {mean:>10} {row.limit:7g}"
-    return f"{row.stage:14} {row.what:22} {numbers}  {'pass' if row.passed else 'FAIL'}{f' ({row.note})' * bool(row.note)}"
+    return (
+        f"{row.stage:14} {row.what:22} {numbers}  {'pass' if row.passed else 'FAIL'}{f' ({row.note})' * bool(row.note)}"
+    )
 
 
 def _inputs(settings: Settings) -> Inputs:
@@ -128,7 +130,9 @@ def _check(settings: Settings, kind: Kind) -> None:
 
 def _write(out: Path, settings: Settings, kind: Kind, libraries: Libraries, rows: list[Row]) -> None:
     versions = {"jax": jax.__version__} | libraries.versions
-    given = {name: getattr(settings, name) for name in ("prompt", "negative", "seed", "steps", "size", "dtype", "variant")}
+    given = {
+        name: getattr(settings, name) for name in ("prompt", "negative", "seed", "steps", "size", "dtype", "variant")
+    }
     report = {
         "weights": settings.weights,
         "family": kind.title,

@@ -1,8 +1,8 @@
 """CLIP in the transformers layout, against transformers: both towers, or one.
 
-Compared are a tower's states, its embedding (without a projection, its pooled state), and the logits of a CLIP with both
-towers, whose embeddings are unit vectors. The image is synthetic. Without a tokenizer beside the weights the package's is used, or random tokens for another
-vocabulary.
+Compared are the states of each tower, its embedding (without a projection, its pooled state), and the logits of a CLIP
+with both towers, whose embeddings are unit vectors. The image is synthetic. Without a tokenizer beside the weights the
+package's is used, or random tokens for another vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.verifications.inputs import Inputs, picture
@@ -43,7 +44,7 @@ def _ours(folder: Path, settings: dict[str, Any], inputs: Inputs) -> tuple[nets.
     config, params = load(folder, inputs.dtype, variant=inputs.variant)
     towers: dict[str, nets.TowerOutput] = {}
     if config.text is not None:
-        towers["text"] = _text(config, params, _ids(folder, config.text, inputs))
+        towers["text"] = _text(config, params, jnp.asarray(_ids(folder, config.text, inputs)))
     if config.image is not None:
         towers["image"] = _image(config, params, _pixels(config.image))
     outputs: dict[str, Any] = {f"{tower} states": output.states for tower, output in towers.items()}
@@ -81,8 +82,8 @@ def _ids(folder: Path, tower: nets.TextTowerConfig, inputs: Inputs) -> np.ndarra
     return tokenize(with_special_tokens(tokenizer, end, end), list(inputs.prompts), tower.length, tower.vocab).ids
 
 
-def _pixels(tower: nets.ImageTowerConfig) -> np.ndarray:
-    return np.asarray(normalised(picture(tower.resolution, tower.resolution)))
+def _pixels(tower: nets.ImageTowerConfig) -> jax.Array:
+    return normalised(jnp.asarray(picture(tower.resolution, tower.resolution)))
 
 
 def _theirs(

@@ -1,8 +1,8 @@
 """What both implementations read: prompts, sizes, noise, images. All of it is drawn by jaxdiff from one seed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from collections.abc import Iterator
 from typing import Any
 
 import jax

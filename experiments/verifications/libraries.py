@@ -56,7 +56,9 @@ class Libraries:
         others = sorted(state.keys() ^ tensors.keys())
         others += sorted(name for name in state.keys() & tensors.keys() if state[name].shape != tensors[name].shape)
         if others:
-            raise ValueError(f"{where}: {len(others)} tensors do not fit {type(network).__name__} ({sizes.names(others)})")
+            raise ValueError(
+                f"{where}: {len(others)} tensors do not fit {type(network).__name__} ({sizes.names(others)})"
+            )
         with self.torch.no_grad():
             for name, target in state.items():
                 target.copy_(self.torch.from_numpy(tensors[name].read().astype(np.float32)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.verifications.inputs import Inputs
@@ -53,11 +54,12 @@ def _tokens(folder: Path, inputs: Inputs) -> Tokens:
 
 def _ours(folder: Path, inputs: Inputs, tokens: Tokens) -> _Outputs:
     config, params = t5.load(folder, inputs.dtype, variant=inputs.variant)
-    states = _states(config, nets.encoder_params(params), *tokens[:2])
+    ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+    states = _states(config, nets.encoder_params(params), ids, mask)
     logits = None
     if config.decoder_layers:
-        targets = nets.shift_right(tokens.ids, config.decoder_start_id)
-        logits = np.asarray(_logits(config, params, *tokens[:2], targets))
+        targets = nets.shift_right(ids, config.decoder_start_id)
+        logits = np.asarray(_logits(config, params, ids, mask, targets))
     return _Outputs(np.asarray(states), logits)
 
 
