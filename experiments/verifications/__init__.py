@@ -1,0 +1,1 @@
+"""The comparisons of `experiments.verify` with independent implementations, one file per family."""
