@@ -166,7 +166,7 @@ class Pictures:
     def __getitem__(self, index):
         file = io.BytesIO()
         Image.new("RGB", (16, 16), (int(index), 0, 0)).save(file, "PNG")
-        return {"image": file.getvalue(), "caption": f"shade {index}".encode(), "name": str(index)}
+        return {"image": file.getvalue(), "caption": f"shade {index}", "name": str(index)}
 
 
 def test_stored_latents(latent, tmp_path):
