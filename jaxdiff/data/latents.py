@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Float16
@@ -10,7 +11,7 @@ from jaxtyping import Float, Float16
 from jaxdiff.core.files import replacing
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 
 BATCH = 64
 """Images per call of the encoder."""
@@ -66,10 +67,24 @@ def _store(source: Source, side: int, encode: Encode, path: Path, progress: Call
     latents.flush()
 
 
+class _Stream(Protocol):
+    """A stream of batches whose state can be saved, such as `pipeline.Batches`."""
+
+    skipped: Any
+    buckets: Any
+    varying_shapes: Any
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict: ...
+
+    def set_state(self, state: dict) -> None: ...
+
+
 class LatentBatches:
     """Batches with the stored latents of their images as `image`. stream: batches with `captions`."""
 
-    def __init__(self, stream: Batches, latents: Float16[np.ndarray, "n h w c"]):
+    def __init__(self, stream: _Stream, latents: Float16[np.ndarray, "n h w c"]):
         self._stream, self._latents = stream, latents
         self.skipped, self.buckets, self.varying_shapes = stream.skipped, stream.buckets, stream.varying_shapes
 
