@@ -35,6 +35,7 @@ from PIL import Image
 
 from experiments.cli import Command, run
 from experiments.options import texts
+from experiments.options.hints import HintOptions
 from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
 from experiments.options.sampling import (
     SamplingOptions,
@@ -100,6 +101,7 @@ class Run:
     read instead of loading the text encoder."""
     pipeline: WeightsOptions = WeightsOptions()
     init: InitImageOptions = InitImageOptions()
+    hints: HintOptions = HintOptions()
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -133,6 +135,7 @@ def _check(settings: Run) -> None:
     if settings.per_prompt < 1:
         raise ValueError(f"--per-prompt {settings.per_prompt}: at least one image of each prompt")
     settings.init.check()
+    settings.hints.check(settings.pipeline.control)
     if settings.init.enlarge is not None and settings.size:
         raise ValueError("--size is for what is sampled from text or --image; --enlarge has the size of its image")
     if settings.embeddings is not None and settings.embeddings.suffix != ".safetensors":
@@ -140,15 +143,17 @@ def _check(settings: Run) -> None:
 
 
 def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: int) -> SampleOptions:
+    size = size_of(settings.size, model) or settings.init.size(model)
     return SampleOptions(
         seed=settings.seed,
         per_prompt=settings.per_prompt,
         negative=settings.negative,
-        size=size_of(settings.size, model) or settings.init.size(model),
+        size=size,
         last=box_of(model, settings.up_to),
         batch=settings.batch,
         init=settings.init.begin(model),
         after=None if enlarging is None else enlarging.after(count),
+        hints=settings.hints.load(model, size),
     )
 
 
@@ -194,7 +199,7 @@ def _warn_of_unknown_words(settings: Run, prompts: Sequence[str]) -> None:
 def _embedded(settings: Run, captions: list[str]) -> PrecomputedTextEncoder:
     weights, dtype = settings.pipeline, settings.sampling.dtype
     values = {"weights": weights.weights[:1], "clean": weights.clean, "dtype": dtype, "variant": weights.variant}
-    values |= {name: given for name, given in weights.read.items() if name in ("chunks", "prompt_weights")}
+    values |= {name: given for name, given in weights.read.items() if name in ("chunks", "prompt_weights", "lora")}
     made_by = json.dumps(values | ({} if weights.text is None else {"text": weights.text}))
     if settings.embeddings is not None and settings.embeddings.exists():
         kept = captions_file.load(settings.embeddings)
@@ -283,6 +288,7 @@ def _metadata(
         **weights.read,
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
+        **settings.hints.shown,
         "stages": [to_json(sampling) for sampling in samplings],
     }
     return Metadata(prompt, settings.seed, values)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from experiments.options.training import PresetOptimizer
+from experiments.tasks.adapters import ControlSettings, ControlTask, LoRASettings, LoRATask
 from experiments.tasks.autoencoder import AutoencoderTask
 from experiments.tasks.autoencoder import Preset as AutoencoderPreset
 from experiments.tasks.autoencoder import Settings as AutoencoderSettings
@@ -98,6 +99,14 @@ TASKS: dict[str, Task] = {
             "xl": Preset(stable_diffusion.SD_XL, stable_diffusion.SAMPLING_XL, (77, 2048)),
         },
         LatentSettings(_folder("unet")),
+    ),
+    "sd.lora": LoRATask(
+        "a LoRA of a latent diffusion model", {"default": PresetOptimizer("adam", 1e-4)}, LoRASettings(_folder("lora"))
+    ),
+    "sd.controlnet": ControlTask(
+        "a ControlNet of a latent diffusion model, for edge maps",
+        {"default": PresetOptimizer("adam", 1e-5)},
+        ControlSettings(_folder("controlnet")),
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

@@ -18,6 +18,7 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import pretrained
+from jaxdiff.weights.adapters import LoRAFile, LoRAs
 from jaxdiff.weights.imagen import SHIPPED
 from jaxdiff.weights.pretrained import LoadOptions
 from jaxdiff.weights.runs import latest_step
@@ -48,6 +49,12 @@ class WeightsOptions:
     """Use the averaged weights of a single file that has both."""
     chunks: int = 1
     """Windows of 75 tokens for a prompt that CLIP reads; longer prompts are cut."""
+    lora: tuple[str, ...] = ()
+    """LoRAs of a latent diffusion model: files, folders or hub ids, with a weight as in FILE=0.8."""
+    strict: bool = False
+    """Refuse a LoRA with tensors that fit no network, instead of a warning."""
+    control: tuple[str, ...] = ()
+    """ControlNets of a latent diffusion model: files, folders or hub ids; give a --hint for each."""
     prompt_weights: bool = False
     """Read (word:1.3), ((word)) and [word] in a prompt as weights, for CLIP."""
 
@@ -63,7 +70,7 @@ class WeightsOptions:
     @property
     def read(self) -> dict[str, object]:
         """The settings of latent diffusion that are given, for metadata."""
-        names = ("vae", "prediction", "ema", "chunks", "prompt_weights")
+        names = ("vae", "prediction", "ema", "chunks", "prompt_weights", "lora", "control")
         defaults = {each.name: each.default for each in dataclasses.fields(self)}
         return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
@@ -91,6 +98,7 @@ class WeightsOptions:
             raise ValueError(f"--chunks {self.chunks}: a prompt has at least one window")
         prediction = {"": None, "epsilon": Prediction.EPSILON, "v": Prediction.V}[self.prediction]
         read = {"chunks": self.chunks, "weights": self.prompt_weights, "vae": self.vae, "prediction": prediction}
+        read |= {"loras": LoRAs(tuple(map(_lora, self.lora)), self.strict), "controls": self.control}
         return LoadOptions(dtype, self.variant, clean=self.clean, ema=self.ema, **read)
 
     def own(self, tasks: Mapping[str, Task]) -> Pipeline | None:
@@ -103,6 +111,17 @@ class WeightsOptions:
         if self.text is None:
             return pretrained.load_text(self.weights, self.options(dtype))
         return load_text_encoder(self.text, pretrained.text_length(self.weights))
+
+
+def _lora(text: str) -> LoRAFile:
+    """Parse FILE or FILE=WEIGHT."""
+    path, equals, weight = text.rpartition("=")
+    if not equals:
+        return LoRAFile(text)
+    try:
+        return LoRAFile(path, float(weight))
+    except ValueError as error:
+        raise ValueError(f"--lora {text}: the weight after = is a number") from error
 
 
 def _unfinished(run: Path) -> str | None:

@@ -119,9 +119,10 @@ class Latents(Space):
         if not self.stored:
             return stream
         data_dir = settings.dataset.data_dir
-        return LatentBatches(stream, once(data_dir, lambda: self._encoded(source, data_dir / "latents")))
+        return LatentBatches(stream, once(data_dir, lambda: self.encoded_once(source, data_dir / "latents")))
 
-    def _encoded(self, source: Source, folder: Path) -> np.ndarray:
+    def encoded_once(self, source: Source, folder: Path) -> np.ndarray:
+        """The stored latents of a source (`data.latents`)."""
         trained = self.autoencoder
         encode = jax.jit(partial(encoded, trained.config, trained.scale, trained.params))
         with tqdm(total=len(source), desc="encode images", unit="image", disable=multihost.index() > 0) as bar:

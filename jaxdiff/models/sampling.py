@@ -38,8 +38,9 @@ class SamplingConfig:
     scaled_start: begin with σ ε, the noised image 0, instead of unit noise ε. The two differ if the schedule's last
     entry is not pure noise (diffusers' Euler samplers, with linspace and trailing spacing).
     clean_known: in inpainting, restore the known pixels without noise after each step (DeepFloyd IF) instead of noised
-    to the step's level. fresh_start: in inpainting at strength 1, start from noise alone (Stable Diffusion) instead of
-    from the initial product, of which the first step's noise leaves a trace.
+    to the step's level. A network that reads the mask restores them itself. fresh_start: in inpainting at strength 1,
+    start from noise alone (Stable Diffusion) instead of from the initial product, of which the first step's noise
+    leaves a trace.
     """
 
     sampler: Sampler = DDPM()
@@ -67,7 +68,8 @@ class InitProduct:
 
     value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
     are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
-    value is kept. masked: as `value`, of the image with the sampled pixels grey; for boxes that read it.
+    value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the sampled pixels grey;
+    for boxes that read it.
     """
 
     value: Float[Array, "b h w c"]
@@ -226,7 +228,9 @@ class TrainedModel:
             x = pure
         else:
             first = first_step(init.strength, sampling.steps)
-            x, known = _begin(sampling.clean_known, init.value, init.mask, x, points, first)
+            # A network that reads the mask keeps the known pixels itself.
+            held = None if self.reads_mask else init.mask
+            x, known = _begin(sampling.clean_known, init.value, held, x, points, first)
             if sampling.fresh_start and init.mask is not None and first == 0:
                 x = pure
         carry = jax.tree.map(self._shard, sampling.sampler.init(x))

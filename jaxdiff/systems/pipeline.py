@@ -29,8 +29,13 @@ Progress = Callable[[int, int, int], None]
 """Called with (number of the box, samples × steps done, samples × steps in total)."""
 
 
+INPUT = -1
+"""Number of the box before the first, see `After`."""
+
+
 class After(NamedTuple):
-    """Start sampling after box number `box`, with `product` as its output."""
+    """Start sampling after box number `box`, with `product` as its output; after `INPUT`, with what the first box
+    consumes (the image that an upscaler enlarges)."""
 
     box: int
     product: np.ndarray
@@ -75,11 +80,12 @@ class Batch(NamedTuple):
 class Pipeline:
     """A text encoder (possibly precomputed embeddings), a generator, and decoders in order.
 
+    A generator that is itself a decoder starts from a product instead of from text alone: `SampleOptions.after`.
     Raises ValueError if they do not fit together.
     """
 
     text_encoder: TextEncoder | None
-    generator: Generator
+    generator: Generator | Decoder
     decoders: tuple[Decoder, ...] = ()
 
     def __post_init__(self):
@@ -145,13 +151,7 @@ def up_to(pipeline: Pipeline, side: int | None) -> Pipeline:
 
 
 def check_order(boxes: Sequence[Generator | Decoder]) -> None:
-    """ValueError unless the first box is a generator, and every other box decodes the product of the one before it."""
-    first = boxes[0]
-    if first.consumes is not None:
-        raise ValueError(
-            f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
-            "it must come after a stage that samples from text"
-        )
+    """ValueError unless every box but the first decodes the product of the one before it."""
     for lower, upper in itertools.pairwise(boxes):
         if upper.consumes is None:
             raise ValueError(
@@ -167,6 +167,15 @@ def check_order(boxes: Sequence[Generator | Decoder]) -> None:
                 f"the {upper.side} stage enlarges {upper.side // upper.factor} pixels, "
                 f"but the stage before it produces {lower.side}"
             )
+
+
+def check_start(first: Box) -> None:
+    """ValueError unless a first box samples from text alone."""
+    if first.consumes is not None:
+        raise ValueError(
+            f"the first stage enlarges {first.side // first.factor} pixels to {first.side}: "
+            "it must come after a stage that samples from text"
+        )
 
 
 def _check_text(encoder: TextEncoder | None, box: Box) -> None:
@@ -232,15 +241,20 @@ def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) ->
 
 
 def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[_Stage]:
-    boxes, after = pipeline.boxes, options.after
+    boxes, after, consumed = pipeline.boxes, options.after, pipeline.generator.consumes
     end = len(boxes) if options.last is None else options.last + 1
-    for number in (end - 1, *(() if after is None else (after.box,))):
-        if not 0 <= number < len(boxes):
+    lowest = 0 if consumed is None else INPUT
+    for number, least in ((end - 1, 0), *(() if after is None else ((after.box, lowest),))):
+        if not least <= number < len(boxes):
             raise ValueError(f"no box {number}: this pipeline has {len(boxes)}")
     begin = 0
     size = options.size or (boxes[0].side,) * 2
+    if after is None and consumed is not None:
+        raise ValueError(f"this pipeline starts from {consumed}: pass a batch of them, `after=After(INPUT, …)`")
     if after is not None:
-        check_product(boxes[after.box].produces, after.product, "the product of `after`")
+        product = consumed if after.box == INPUT else boxes[after.box].produces
+        assert product is not None  # else `INPUT` is no box
+        check_product(product, after.product, "the product of `after`")
         if len(after.product) != count:
             raise ValueError(f"`after` has {len(after.product)} products, for {count} samples")
         begin, size = after.box + 1, after.product.shape[1:3]
@@ -250,7 +264,7 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
             )
     for number in range(begin, end):
         box = boxes[number]
-        if number:
+        if number or after is not None:
             size = size[0] * box.factor, size[1] * box.factor
         box.check(size)
         rows = max(1, options.batch * boxes[0].side ** 2 // box.side**2)
@@ -283,9 +297,11 @@ def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator
                 rows = np.minimum(np.arange(start, start + stage.rows), last - 1)
                 request = _request(pipeline, plan, stage, rows, progress)
                 if product is None:
-                    output = pipeline.generator.generate(request)
+                    assert isinstance(box, Generator)  # else the plan has a product
+                    output = box.generate(request)
                 else:
-                    output = pipeline.decoders[stage.number - 1].decode(jnp.asarray(product[rows - first]), request)
+                    assert isinstance(box, Decoder)
+                    output = box.decode(jnp.asarray(product[rows - first]), request)
                 part = np.asarray(output)[: last - start]
                 if not np.isfinite(part).all():
                     raise ValueError(

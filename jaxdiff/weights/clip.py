@@ -72,6 +72,11 @@ def from_tensors(
     return _params(config, values, tensors, tower, dtype, place, where)
 
 
+def config_of(values: Mapping[str, Any], where: str, dtype: str = "float32") -> CLIPConfig:
+    """The text tower of a config.json's content. where: its name in messages. ValueError as `load_text`."""
+    return _config(Path(where), dict(values), hub.check_dtype(dtype), "text")
+
+
 def load_text_encoder(
     path_or_id: str | Path,
     dtype: str = "float32",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxdiff.models.diffusion import executed
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.imagen import imagen
-from jaxdiff.systems.pipeline import Pipeline, check_order, with_boxes
+from jaxdiff.systems.pipeline import Pipeline, check_order, check_start, with_boxes
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import deepfloyd_pipeline, hub, runs, stages, t5
@@ -58,6 +58,7 @@ def load(
         else:
             models.append(runs.load(path) if runs.is_run(path) else stages.load_model(path))
     try:
+        check_start(models[0])
         check_order(models)
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, paths))}: {error}") from error

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.core import trees
+from jaxdiff.models.conditioners import SizeConditioner, joined
+from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
@@ -38,6 +40,21 @@ class Network(NamedTuple):
     concat: int
     text_width: int
     vector: Vector | None = None
+
+
+def network_of(model: DiffusionModel) -> Network:
+    """The network of a latent diffusion model whose text encoder is set. ValueError for another kind of model."""
+    if not isinstance(model.unet, LatentUNetConfig) or model.text is None:
+        raise ValueError("not a latent diffusion model that reads text")
+    given = joined([conditioner.example((model.unet.stride,) * 2) for conditioner in model.conditioners])
+    concat = 0 if given.concat is None else given.concat.shape[-1]
+    vector = None
+    if given.vector is not None:
+        sizes_read = next((each for each in model.conditioners if isinstance(each, SizeConditioner)), None)
+        if sizes_read is None:
+            raise ValueError("diffusers has no U-Net with this vector: only SDXL's pooled text and sizes")
+        vector = Vector(given.vector.shape[-1], "text_time", sizes_read.frequencies)
+    return Network(model.unet, model.product.channels, concat, model.text.shape[1], vector)
 
 
 def load_unet(

@@ -11,6 +11,7 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stages, t5
+from jaxdiff.weights.adapters import LoRAs
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
 
@@ -21,7 +22,7 @@ class LoadOptions:
     dtype: compute type of the networks ("float32" or "bfloat16"), and of public parameters; None: as saved, or float32.
     variant: "fp16" selects the files of that name. place: puts an array on its devices.
     clean: clean captions as in DeepFloyd IF's training.
-    vae, prediction, ema, chunks, weights: as in `stable_diffusion.Reading`.
+    vae, prediction, ema, chunks, weights, loras, controls: as in `stable_diffusion.Reading`.
     """
 
     dtype: str | None = None
@@ -33,12 +34,14 @@ class LoadOptions:
     ema: bool = False
     chunks: int = 1
     weights: bool = False
+    loras: LoRAs = LoRAs()
+    controls: tuple[str | Path, ...] = ()
 
     @property
     def reading(self) -> stable_diffusion.Reading:
         dtype = self.dtype or "float32"
         kept = self.variant, self.place, self.vae, self.prediction, self.ema, self.chunks, self.weights
-        return stable_diffusion.Reading(dtype, *kept)
+        return stable_diffusion.Reading(dtype, *kept, self.loras, self.controls)
 
 
 def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncoder | None = None) -> Pipeline:
@@ -50,6 +53,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
         return stable_diffusion.load(path, options.reading, text)
     if (run := _latent_run(weights)) is not None:
         return latent_runs.load(run, text, options.dtype)
+    if options.loras.files or options.controls:
+        raise ValueError(f"{weights}: LoRAs and ControlNets are for a Stable Diffusion")
     pipeline = imagen.load(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, text=text, place=options.place
     )

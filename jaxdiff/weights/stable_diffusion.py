@@ -38,6 +38,8 @@ from jaxdiff.text.combined import Axis, CombinedTextEncoder
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, check_vocabulary, load_tokenizer
 from jaxdiff.weights import autoencoder, clip, hub, latent_unet, schedulers, single_file, single_file_sizes
+from jaxdiff.weights.adapters import LoRAs, with_controlnets
+from jaxdiff.weights.lora_names import Networks
 from jaxdiff.weights.single_file_families import SD_1, Family
 from jaxdiff.weights.tree import Unread
 
@@ -86,6 +88,7 @@ class Reading:
     model's. prediction: what the U-Net predicts, if a single file does not say (`single_file_kinds.family_of`).
     ema: the averaged weights of a single file that has both.
     chunks, weights: windows of 75 tokens for a prompt, and whether `(word:1.3)` is a weight (`CLIPTextEncoder`).
+    loras: merged into the U-Net and the text encoders. controls: ControlNets, for which sampling needs hints.
     """
 
     dtype: str = "float32"
@@ -96,6 +99,8 @@ class Reading:
     ema: bool = False
     chunks: int = 1
     weights: bool = False
+    loras: LoRAs = LoRAs()
+    controls: tuple[str | Path, ...] = ()
 
 
 def is_stable_diffusion(path_or_id: str | Path) -> bool:
@@ -194,7 +199,9 @@ def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel
     preset = presets.SAMPLING_X4 if network.unet.level_entries else presets.SAMPLING
     preset = replace(preset, guidance=Guidance(5.0)) if network.vector is not None else preset
     params = latent_unet.load_tensors(network, unet.tensors, reading.dtype, reading.place, str(unet.where))
-    return TrainedModel(model, params, replace(preset, **scheduler.sampling))
+    params = reading.loras.merged_into(params, "model", _networks(source, reading))
+    trained = TrainedModel(model, params, replace(preset, **scheduler.sampling))
+    return with_controlnets(trained, reading.controls, reading.dtype, reading.place)
 
 
 def _side(unet: Component, network: latent_unet.Network) -> int:
@@ -284,4 +291,14 @@ def _text_encoder(source: Source, name: str, reading: Reading) -> CLIPTextEncode
     )
     assert config.text is not None
     check_vocabulary(tokenizer, config.text.vocab, where)
+    network = name.replace("text_encoder", "text")
+    params = reading.loras.merged_into(params, network, _networks(source, reading))
     return CLIPTextEncoder(config, params, tokenizer, chunks=reading.chunks, weights=reading.weights)
+
+
+def _networks(source: Source, reading: Reading) -> Networks:
+    """The networks that a LoRA may be of."""
+    unet = source.component("unet")
+    towers = [source.components[name] for name in ("text_encoder", "text_encoder_2") if name in source.components]
+    text = (clip.config_of(tower.settings, str(tower.where), reading.dtype) for tower in towers)
+    return Networks(latent_unet.read_config(unet.settings, unet.where, reading.dtype), tuple(text))

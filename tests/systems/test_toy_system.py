@@ -9,7 +9,7 @@ import pytest
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
 from jaxdiff.systems.boxes import Decoder, Generator
 from jaxdiff.systems.init_image import InitImage
-from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
+from jaxdiff.systems.pipeline import INPUT, After, Pipeline, SampleOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,21 @@ def test_it_goes_on_from_latents_and_begins_with_an_image():
     latents, images = TOY.sample(["a"], SampleOptions(init=init))
     np.testing.assert_allclose(latents, 0.25, atol=1e-6)  # as the decoder encodes the image
     np.testing.assert_allclose(images, 0.5, atol=1e-6)
+
+
+def test_a_decoder_alone_starts_from_its_product():
+    """As an upscaler does, whose text is not all that it reads."""
+    alone = Pipeline(None, Doubled())
+    given = np.full((2, 3, 5, 2), 0.5, np.float32)
+    (images,) = alone.sample(["a", "b"], SampleOptions(after=After(INPUT, given)))
+    assert images.shape == (2, 6, 10, 3)
+    np.testing.assert_array_equal(images, 1.0)
+    with pytest.raises(ValueError, match="starts from latents of 2 channels: pass a batch of them, `after=After"):
+        alone.sample(["a"])
+    with pytest.raises(ValueError, match="2×3×5×1, which is not a batch of latents of 2 channels"):
+        alone.sample(["a", "b"], SampleOptions(after=After(INPUT, given[..., :1])))
+    with pytest.raises(ValueError, match="no box -1"):
+        TOY.sample(["a"], SampleOptions(after=After(INPUT, given[:1])))
 
 
 class Mute(Decoder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small_if
 from small import executed
+from small_stable_diffusion import PUBLIC, torch_unet
 
 from jaxdiff.core import trees
 from jaxdiff.nets.blocks import sinusoidal
@@ -18,59 +19,6 @@ from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.weights import hub, latent_unet
 
-CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
-
-
-def blocks(*attends):
-    """The types of the blocks, levels from the first."""
-    each = [CROSS if attend else PLAIN for attend in attends]
-    return {"down_block_types": [b[0] for b in each], "up_block_types": [b[1] for b in each[::-1]]}
-
-
-PUBLIC = {
-    "SD 1": {"sample_size": 64, "cross_attention_dim": 768},
-    "SD 1 inpainting": {"sample_size": 64, "cross_attention_dim": 768, "in_channels": 9},
-    "SD 2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    "SDXL": {
-        **blocks(False, True, True),
-        "block_out_channels": [320, 640, 1280],
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
-        "transformer_layers_per_block": [1, 2, 10],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "SDXL refiner": {
-        **blocks(False, True, True, False),
-        "block_out_channels": [384, 768, 1536, 1536],
-        "cross_attention_dim": 1280,
-        "attention_head_dim": [6, 12, 24, 24],
-        "transformer_layers_per_block": 4,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2560,
-    },
-    "upscaler": {
-        **blocks(False, True, True, True),
-        "in_channels": 7,
-        "block_out_channels": [256, 512, 512, 1024],
-        "cross_attention_dim": 1024,
-        "only_cross_attention": [True, True, True, False],
-        "use_linear_projection": True,
-        "num_class_embeds": 1000,
-    },
-    "stable unCLIP": {
-        "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20],
-        "use_linear_projection": True,
-        "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2048,
-    },
-}
-"""The public configurations, without the settings that have diffusers' defaults."""
 SMALL = {
     "SD 1": {"cross_attention_dim": 24},
     "SDXL": {
@@ -88,22 +36,6 @@ SMALL = {
 def small(name):
     widths = PUBLIC[name].get("block_out_channels", [320, 640, 1280, 1280])
     return PUBLIC[name] | {"block_out_channels": [32, *[64] * (len(widths) - 1)]} | SMALL[name]
-
-
-def torch_unet(config, device="cpu"):
-    """diffusers' network; random parameters none of which is 0."""
-    torch = pytest.importorskip("torch", reason="compared with diffusers' network")
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device(device):
-        network = diffusers.UNet2DConditionModel(**config).eval()
-    if device == "cpu":
-        generator = torch.Generator().manual_seed(0)
-        for name, value in network.named_parameters():
-            drawn = torch.randn(value.shape, generator=generator) * (
-                0.1 if value.ndim == 1 else value[0].numel() ** -0.5
-            )
-            value.data = drawn + (value.ndim == 1 and name.endswith("weight"))
-    return network
 
 
 @pytest.mark.parametrize("name", PUBLIC)

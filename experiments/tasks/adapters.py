@@ -1,0 +1,354 @@
+"""Training a LoRA or a ControlNet of a latent diffusion model, which itself stays as it is.
+
+    python -m experiments.train sd.lora --weights v1-5.safetensors --data folder:photos --steps 500 --out runs/lora
+    python -m experiments.sample "a photo of sks dog" --weights v1-5.safetensors --lora runs/lora/lora.safetensors
+    python -m experiments.train sd.controlnet --weights v1-5.safetensors --data folder:photos --out runs/edges
+    python -m experiments.sample "a house" --weights v1-5.safetensors --control runs/edges/model --hint a.png --edges
+
+The base is a Stable Diffusion, or a run of `sd.unet`. Captions and images are encoded once. A LoRA is written in
+diffusers' and in kohya's layout; the hints of a ControlNet are the edge maps of the training images.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.options.training import OptimizerOptions, PresetOptimizer, Rule, RunOptions, TrainSettings
+from experiments.tasks.held_out import held_out_source
+from experiments.tasks.latents import LatentOptions, Latents
+from experiments.tasks.task import Start, Task, Work
+from jaxdiff.core.trees import digest_of
+from jaxdiff.data import grids, sources
+from jaxdiff.data.edges import edge_map
+from jaxdiff.data.example import Source
+from jaxdiff.data.images import to_uint8
+from jaxdiff.data.latents import LatentBatches
+from jaxdiff.data.mixture import spread
+from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.diffusion import noise
+from jaxdiff.models import lora
+from jaxdiff.models.autoencoder import TrainedAutoencoder
+from jaxdiff.models.conditioners import NullText, TextConditioner
+from jaxdiff.models.control import ControlModel, with_controls
+from jaxdiff.models.diffusion_lora import DiffusionLoRA
+from jaxdiff.models.hints import HintImage
+from jaxdiff.models.sampling import SampleRequest, TrainedModel
+from jaxdiff.nets.control import ControlNetConfig
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.text.encoder import TextEmbedding, TextEncoder
+from jaxdiff.training.distributed import gathered, once
+from jaxdiff.training.held_out import HeldOutBatches
+from jaxdiff.training.optimizer import AdamW
+from jaxdiff.training.state import Params
+from jaxdiff.weights import control, latent_unet, pretrained
+from jaxdiff.weights import lora as lora_files
+from jaxdiff.weights.lora import Layout
+from jaxdiff.weights.lora_names import Networks
+from jaxdiff.weights.pretrained import LoadOptions
+
+SHOWN = 4
+"""Samples of a grid."""
+TARGETS = {"attention": lora.ATTENTION, "transformers": lora.TRANSFORMERS, "all": lora.ALL}
+"""Names of the kernels with a LoRA."""
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """The latent diffusion model that stays as it is."""
+
+    weights: str = ""
+    """A Stable Diffusion (file, folder or hub id), or a run of sd.unet."""
+    vae: str | None = None
+    """File or folder of the autoencoder, instead of the model's."""
+    side: int | None = None
+    """Side of the training images in pixels; default: that of the model's training."""
+    text_dropout: float | None = None
+    """Fraction of captions to drop; default: 0.1 for a LoRA, 0.5 for a ControlNet."""
+
+    def load(self, dropout: float) -> Pipeline:
+        """The pipeline, with the side and the dropout of this training. ValueError naming a bad option."""
+        if not self.weights:
+            raise ValueError("--weights is missing: name a Stable Diffusion, or a run of sd.unet")
+        pipeline = pretrained.load(self.weights, LoadOptions(vae=self.vae))
+        generator, decoder = pipeline.generator, pipeline.decoders[0] if pipeline.decoders else None
+        if not isinstance(generator, TrainedModel) or not isinstance(decoder, TrainedAutoencoder):
+            raise ValueError(f"--weights {self.weights}: not a latent diffusion model")
+        side = generator.side * decoder.factor if self.side is None else self.side
+        decoder.check((side, side))
+        dropout = dropout if self.text_dropout is None else self.text_dropout
+        conditioners = tuple(
+            dataclasses.replace(each, dropout=dropout) if isinstance(each, TextConditioner) else each
+            for each in generator.model.conditioners
+        )
+        model = dataclasses.replace(generator.model, side=side // decoder.factor, conditioners=conditioners)
+        return dataclasses.replace(pipeline, generator=dataclasses.replace(generator, model=model))
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Size of a LoRA."""
+
+    rank: int = 8
+    """Rank of the differences."""
+    alpha: float | None = None
+    """Scale times the rank; default: the rank, a scale of 1."""
+    targets: Literal["attention", "transformers", "all"] = "attention"
+    """Layers of the U-Net: attention, all of the transformers, or all."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings(TrainSettings):
+    """Settings of LoRAs and ControlNets."""
+
+    preset: str = "default"
+    """Optimizer and learning rate; the size is that of the base."""
+    run: RunOptions = RunOptions(steps=500, batch=4, ema_decay=0.99)
+    optimization: OptimizerOptions = OptimizerOptions(weight_decay=0.01)
+    base: BaseOptions = BaseOptions()
+
+
+@dataclass(frozen=True)
+class LoRASettings(AdapterSettings):
+    """Train a LoRA."""
+
+    lora: LoRAOptions = LoRAOptions()
+
+
+@dataclass(frozen=True)
+class ControlSettings(AdapterSettings):
+    """Train a ControlNet."""
+
+
+@dataclass(frozen=True)
+class AdapterTask(Task):
+    """What the training of a LoRA and of a ControlNet have in common."""
+
+    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
+    presets: dict[str, PresetOptimizer] = dataclasses.field(default_factory=dict)
+    settings: AdapterSettings = AdapterSettings()
+    hinted: ClassVar[bool] = False
+    """Whether batches have hints."""
+    dropout: ClassVar[float] = 0.1
+
+    def config(self, settings: TrainSettings, name: str) -> Any:
+        return settings.config(self.rules, name, self.unit, self.preset(settings.preset))
+
+    def model(self, preset: str, compute: Any) -> Any:
+        raise ValueError("an adapter has the size of its base: plan or measure sd.unet")
+
+    def adapter(self, settings: Any, generator: TrainedModel) -> tuple[Any, Params | None, Any]:
+        """The trainable, its initial parameters (None: its own) and the frozen arrays."""
+        raise NotImplementedError
+
+    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
+        """The base with the trained adapter."""
+        raise NotImplementedError
+
+    def save(self, settings: Any, generator: TrainedModel, model: Any, params: Params) -> str:
+        """Write the adapter; returns a line about it."""
+        raise NotImplementedError
+
+    def prepare(self, settings: AdapterSettings, start: Start) -> Work:
+        if settings.run.init is not None:
+            raise ValueError("--init: an adapter starts from its base, --weights")
+        pipeline, data = settings.base.load(self.dropout), settings.dataset
+        generator, decoder = pipeline.generator, pipeline.decoders[0]
+        assert isinstance(generator, TrainedModel) and isinstance(decoder, TrainedAutoencoder)
+        space = Latents(generator.model, decoder, LatentOptions())
+        dataset = once(data.data_dir, lambda: sources.open(data.spec(), space.side, "train", data.data_dir))
+        source = spread(dataset, data.limit) if data.limit else dataset
+        assert pipeline.text_encoder is not None  # the model reads text
+        captions = Captions(pipeline.text_encoder, generator.model.text)
+        model, initial, frozen = self.adapter(settings, generator)
+        held_out = held_out_source(settings, space.side)
+        some = None if held_out is None else spread(held_out, min(data.evaluate_n, len(held_out)))
+        contents = space.data | {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
+        contents |= {"base": digest_of(generator.params), "text": pipeline.text_encoder.fingerprint}
+
+        def finish(params: Params) -> str:
+            return self.save(settings, generator, model, params)
+
+        return Work(
+            model,
+            self._batches(settings, space, source, captions),
+            contents,
+            finish,
+            initial=initial,
+            frozen=jax.tree.map(np.asarray, frozen),
+            sample_hook=self._samples(settings, space, source, captions, model, generator),
+            held_out=self._held_out(settings, space, some, captions),
+        )
+
+    def _batches(
+        self, settings: AdapterSettings, space: Latents, source: Source, captions: "Captions", **order: bool
+    ) -> Any:
+        config = DataConfig(
+            space.side,
+            settings.run.batch // jax.process_count(),
+            captions=True,
+            seed=settings.run.seed,
+            strict=settings.dataset.strict,
+            **order,
+        )
+        places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        stream = image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
+        folder = settings.dataset.data_dir / "latents"
+        latents = once(settings.dataset.data_dir, lambda: space.encoded_once(source, folder))
+        sizes = np.asarray([space.side, space.side, 0, 0, space.side, space.side], np.float32)
+        return LatentBatches(Described(stream, captions, sizes, self.hinted), latents)
+
+    def _held_out(
+        self, settings: AdapterSettings, space: Latents, source: Source | None, captions: "Captions"
+    ) -> HeldOutBatches | None:
+        if source is None:
+            return None
+        return lambda: self._batches(settings, space, source, captions, shuffle=False, repeat=False)
+
+    def _samples(
+        self,
+        settings: AdapterSettings,
+        space: Latents,
+        source: Source,
+        captions: "Captions",
+        model: Any,
+        generator: TrainedModel,
+    ) -> Callable[[int, Params], None]:
+        """The sample hook: a grid of fixed captions, with the hints of their images."""
+        config = DataConfig(space.side, SHOWN, captions=True, shuffle=False, repeat=False)
+        batch = next(image_batches(spread(source, min(SHOWN, len(source))), config))
+        texts, hints = [str(caption) for caption in batch["caption"]], ()
+        if self.hinted:
+            hints = (HintImage(hint_of(batch["image"])),)
+        keys = noise.sample_keys(jax.random.key(settings.run.seed), jnp.arange(len(texts)))
+
+        def sample(step: int, params: Params) -> None:
+            side = space.model.side
+            text, negative = captions.embedding(texts), captions.embedding([""] * len(texts))
+            request = SampleRequest(
+                keys, (side, side), text, None if captions.zeros else negative, progress=lambda done: None, hints=hints
+            )
+            images = gathered(space.decode(self.applied(generator, params, model).generate(request)))
+            if images is None:
+                return
+            shown = [*(2.0 * hint.image[i] - 1.0 for hint in hints for i in range(len(texts))), *images]
+            labels = ["hint"] * (len(shown) - len(texts)) + texts
+            sheet = grids.grid(shown, labels, min(256, space.side), len(texts))
+            grids.write(settings.out / "samples" / f"{step:07d}.png", sheet)
+            tqdm.write(f"samples: {settings.out / 'samples' / f'{step:07d}.png'}")
+
+        return sample
+
+
+@dataclass(frozen=True)
+class LoRATask(AdapterTask):
+    """A LoRA of a latent diffusion model."""
+
+    settings: LoRASettings = LoRASettings()
+
+    def adapter(self, settings: LoRASettings, generator: TrainedModel) -> tuple[DiffusionLoRA, None, Any]:
+        options = settings.lora
+        if options.rank < 1:
+            raise ValueError(f"--rank {options.rank}: at least 1")
+        model = DiffusionLoRA(generator.model, TARGETS[options.targets], options.rank, options.alpha)
+        return model, None, {lora.MODEL: generator.params}
+
+    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
+        return dataclasses.replace(generator, params=lora.merged(generator.params, [(params[lora.MODEL], 1.0)]))
+
+    def save(self, settings: LoRASettings, generator: TrainedModel, model: Any, params: Params) -> str:
+        networks = Networks(latent_unet.network_of(generator.model))
+        for name, layout in (("lora", Layout.DIFFUSERS), ("lora-kohya", Layout.KOHYA)):
+            lora_files.export(params, networks, settings.out / f"{name}.safetensors", layout=layout)
+        return (
+            f"{settings.out / 'lora.safetensors'}: a LoRA of rank {settings.lora.rank} for diffusers, and "
+            "lora-kohya.safetensors beside it for others"
+        )
+
+
+@dataclass(frozen=True)
+class ControlTask(AdapterTask):
+    """A ControlNet of a latent diffusion model."""
+
+    settings: ControlSettings = ControlSettings()
+    hinted: ClassVar[bool] = True
+    dropout: ClassVar[float] = 0.5
+
+    def adapter(self, settings: ControlSettings, generator: TrainedModel) -> tuple[ControlModel, Params, Any]:
+        base = generator.model
+        stride, channels = base.product.stride, base.product.channels
+        widths = (16, 32, 96, 256)[: stride.bit_length()]
+        model = ControlModel(base, ControlNetConfig(base.unet, channels, 3, widths))
+        initial = model.initial(jax.random.key(settings.run.seed), generator.params)
+        return model, jax.device_get(initial), generator.params
+
+    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
+        return with_controls(generator, [(model.control, params)])
+
+    def save(self, settings: ControlSettings, generator: TrainedModel, model: Any, params: Params) -> str:
+        unet = latent_unet.network_of(generator.model)
+        network, folder = control.Network(model.control, unet.text_width, unet.vector), settings.out / "model"
+        control.export_control(network, params, folder)
+        return f"{folder}: a ControlNet of edge maps, for diffusers and --control of experiments.sample"
+
+
+class Captions:
+    """Embeddings of captions, each computed once, on the host. zeros: whether the null text is zeros."""
+
+    def __init__(self, encoder: TextEncoder, text: TextConditioner | None):
+        assert text is not None
+        self._encoder, self._kept, self.zeros = encoder, {}, text.null is NullText.ZEROS
+
+    def embedding(self, captions: list[str]) -> TextEmbedding:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        if new:
+            embedded = jax.tree.map(np.asarray, self._encoder.encode(new)._replace(ids=None))
+            self._kept |= {text: jax.tree.map(lambda a, i=i: a[i], embedded) for i, text in enumerate(new)}
+        rows = [self._kept[caption] for caption in captions]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+    def entries(self, captions: list[str]) -> dict[str, np.ndarray]:
+        """What a batch of the model needs of its captions."""
+        text = self.embedding(captions)
+        result = {"text": text.tokens, "text_mask": text.mask}
+        if text.pooled is not None:
+            result["text_pooled"] = text.pooled
+        if not self.zeros:
+            null = self.embedding([""] * len(captions))
+            result["null_text"] = null.tokens
+            if null.pooled is not None:
+                result["null_pooled"] = null.pooled
+        return result
+
+
+class Described:
+    """Batches with the embeddings of their captions, image sizes, and hints if wanted."""
+
+    def __init__(self, stream: Any, captions: Captions, sizes: np.ndarray, hinted: bool):
+        self._stream, self._captions, self._sizes, self._hinted = stream, captions, sizes, hinted
+        self.skipped, self.buckets, self.varying_shapes = stream.skipped, stream.buckets, stream.varying_shapes
+
+    def __iter__(self) -> "Described":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._stream)
+        entries = self._captions.entries([str(caption) for caption in batch["caption"]])
+        entries["sizes"] = np.broadcast_to(self._sizes, (len(batch["image"]), 6))
+        return batch | entries | ({"hint": hint_of(batch["image"])} if self._hinted else {})
+
+    def get_state(self) -> dict:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._stream.set_state(state)
+
+
+def hint_of(images: np.ndarray) -> np.ndarray:
+    """The edge maps of images in [-1, 1]: (b h w 3), 0 or 1."""
+    return np.stack([edge_map(image, sigma=0.0) for image in to_uint8(images)])
