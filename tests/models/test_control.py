@@ -237,6 +237,9 @@ def test_a_copy_changes_nothing(params, initial):
     flat, base = trees.flatten(initial), trees.flatten(params["base"])
     own = {name.split("/")[0] for name in flat if name not in base}
     assert own == {"hint", "zero_0", "zero_1", "zero_middle"}
+    for name in ("zero_0", "zero_1", "zero_middle", "hint/out"):
+        assert not np.asarray(flat[f"{name}/kernel"]).any(), name
+    assert np.asarray(flat["hint/in/kernel"]).any() and np.asarray(flat["hint/block_0/kernel"]).any()
     for name in flat.keys() & base.keys():
         np.testing.assert_array_equal(flat[name], base[name], err_msg=name)
     assert {"stem", "time", "down_0_0", "down_0_0_attention", "middle_0", "middle_1"} <= initial.keys()
