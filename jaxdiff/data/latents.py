@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float16
@@ -67,6 +67,7 @@ def _store(source: Source, side: int, encode: Encode, path: Path, progress: Call
     latents.flush()
 
 
+@runtime_checkable
 class _Stream(Protocol):
     """A stream of batches whose state can be saved, such as `pipeline.Batches`."""
 

@@ -78,7 +78,7 @@ def test_samplers_and_settings(sampled, weights):
     ):
         other, _, _ = sampled(*arguments)
         same = arguments == ("--prompt-weights",)  # without brackets it changes nothing
-        assert (apart(other, plain) < 1e-3) is same, arguments
+        assert bool(apart(other, plain) < 1e-3) is same, arguments
 
 
 def test_image_to_image_and_inpainting(sampled, weights):

@@ -191,7 +191,7 @@ def test_stored_latents(latent, tmp_path):
     assert len(calls) == 4
 
     class Stream:
-        skipped, buckets, varying_shapes = None, None, None
+        skipped, buckets, varying_shapes, get_state, set_state = None, None, None, dict, dict
 
         def __next__(self):
             return {"image": np.zeros((2, 16, 16, 3)), "index": np.array([5, 1]), "caption": ["", ""], "text": 1}
