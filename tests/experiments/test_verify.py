@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def perturbed(load):
         return (*others, params) if others else params
 
     return loaded
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+    """These networks are small, and a collection takes half a second in a process with many objects."""
+    monkeypatch.setattr(libraries, "gc", SimpleNamespace(collect=lambda: None))
 
 
 @pytest.fixture(scope="module")

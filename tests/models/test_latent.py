@@ -194,7 +194,12 @@ def test_stored_latents(latent, tmp_path):
         skipped, buckets, varying_shapes, get_state, set_state = None, None, None, dict, dict
 
         def __next__(self):
-            return {"image": np.zeros((2, 16, 16, 3)), "index": np.array([5, 1]), "caption": ["", ""], "text": 1}
+            return {
+                "image": np.zeros((2, 16, 16, 3)),
+                "index": np.array([5, 1]),
+                "caption": ["", ""],
+                "text": np.ones(2),
+            }
 
     batch = next(LatentBatches(Stream(), latents))
     assert batch.keys() == {"image", "text"}
