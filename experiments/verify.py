@@ -31,7 +31,7 @@ from typing import Literal
 import jax
 
 from experiments.cli import Command, run
-from experiments.options.sampling import size_of
+from experiments.options.sampling import sides_of
 from experiments.output.comparison import side_by_side
 from experiments.output.folder import folder_for_images
 from experiments.verifications.inputs import Inputs
@@ -118,7 +118,7 @@ def _inputs(settings: Settings) -> Inputs:
     if not 0 <= settings.seed < 2**32:
         raise ValueError(f"--seed {settings.seed}: must be at least 0 and below 2**32")
     given = {name: getattr(settings, name) for name in ("negative", "seed", "steps", "dtype", "variant")}
-    return Inputs(settings.prompt, size=size_of(settings.size), **given)
+    return Inputs(settings.prompt, size=sides_of(settings.size), **given)
 
 
 def _check(settings: Settings, kind: Kind) -> None:

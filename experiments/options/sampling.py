@@ -232,7 +232,7 @@ def _dynamic(sampling: SamplingConfig, options: SamplingOptions) -> SamplingConf
 
 def size_of(text: str, pipeline: Pipeline) -> tuple[int, int] | None:
     """The size of the generator's product for `SIDE` or `HEIGHTxWIDTH`, in pixels of its image; None if empty."""
-    size, pixels = _sides(text), pixels_of(pipeline)
+    size, pixels = sides_of(text), pixels_of(pipeline)
     if size is None or pixels == 1:
         return size
     if any(side % pixels for side in size):
@@ -252,7 +252,8 @@ def unit_of(pipeline: Pipeline) -> int:
     return generator.model.unet.stride if isinstance(generator, TrainedModel) else generator.produces.stride
 
 
-def _sides(text: str) -> tuple[int, int] | None:
+def sides_of(text: str) -> tuple[int, int] | None:
+    """Parse `SIDE` or `HEIGHTxWIDTH`; None if empty."""
     if not text:
         return None
     try:
