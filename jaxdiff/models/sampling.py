@@ -67,7 +67,8 @@ class InitProduct:
 
     value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
     are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
-    value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the sampled pixels grey; for boxes that read it.
+    value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the sampled pixels grey;
+    for boxes that read it.
     """
 
     value: Float[Array, "b h w c"]
