@@ -2,8 +2,9 @@
 noise for them as for ours."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from jaxdiff.diffusion import noise
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import INPUT, After, Pipeline, SampleOptions
 from jaxdiff.text.clip_tokenizer import Padding, clip_tokenizer
-from jaxdiff.weights import schedulers
+from jaxdiff.weights import hub, schedulers, stable_diffusion
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
@@ -107,15 +110,17 @@ SMALL = {
         "projection_class_embeddings_input_dim": TEXT + 6 * 16,
     },
     "upscaler": {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": TEXT},
-    "one level": {
-        **blocks(True),
-        "block_out_channels": [32],
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
-        "cross_attention_dim": TEXT,
-    },
 }
-"""Settings that differ from the public ones. The network of one level is for what does not depend on the levels."""
+"""Settings that differ from the public ones."""
+ONE_LEVEL = {
+    **blocks(True),
+    "block_out_channels": [32],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": 1,
+    "only_cross_attention": False,
+}
+"""For all that does not depend on the levels: cheap to compile."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 USUAL = {**BETAS, "steps_offset": 1, "timestep_spacing": "leading"}
 SCHEDULERS = {
@@ -135,54 +140,85 @@ def scheduler(name, **change):
     return getattr(diffusers, kind)(**settings, **change)
 
 
-def torch_pipeline(family, kind="StableDiffusionPipeline", sampler="DDIM", **change):
-    """diffusers' pipeline of a family of `SMALL`, in the class `kind`. change: of the settings of its U-Net."""
-    torch = pytest.importorskip("torch", reason="compared with diffusers' pipelines")
+SINGLE_FILE = {
+    "SD 1": {"cross_attention_dim": 768},
+    "SD 2": {"cross_attention_dim": 1024, "attention_head_dim": 1},
+    "SDXL": {
+        "cross_attention_dim": 2048,
+        "attention_head_dim": 1,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "upscaler": {"cross_attention_dim": 1024},
+}
+"""For single files, whose families are recognised by the sizes of the text and the added vector."""
+OPEN_CLIP = ("SD 2", "upscaler")
+
+
+def torch_pipeline(family, kind="StableDiffusionPipeline", sampler="DDIM", *, single=False, **change):
+    """diffusers' pipeline of a family of `SMALL`, in the class `kind`.
+
+    single: with the public sizes of the text and depth of the autoencoder, as a single file needs them. change: of the
+    settings of its U-Net.
+    """
+    pytest.importorskip("torch", reason="compared with diffusers' pipelines")
     diffusers = pytest.importorskip("diffusers")
 
-    torch.manual_seed(0)
-    config = {"sample_size": 8} | PUBLIC.get(family, {}) | SMALL[family] | {"sample_size": 8} | change
-    unet = drawn(diffusers.UNet2DConditionModel(**config).eval(), head=0.3)
-    levels = 3 if family == "upscaler" else 4
-    prediction = "v_prediction" if family in ("SD 2", "upscaler") else "epsilon"
+    config = PUBLIC[family] | SMALL[family] | {"sample_size": 8} | (SINGLE_FILE[family] if single else {})
+    unet = drawn(diffusers.UNet2DConditionModel(**config | change).eval(), head=0.3)
+    activation, padding = ("gelu", Padding.EXCLAMATION) if family in OPEN_CLIP else ("quick_gelu", Padding.END)
+    width = config["cross_attention_dim"] if family != "SDXL" else 768 if single else TEXT
     components = {
         "unet": unet,
-        "vae": torch_autoencoder(levels, 0.13025 if family == "SDXL" else 0.18215),
-        "scheduler": scheduler(sampler, prediction_type=prediction),
-        "tokenizer": clip_tokenizer(Padding.EXCLAMATION if family in ("SD 2", "upscaler") else Padding.END),
-        "text_encoder": torch_text("gelu" if family in ("SD 2", "upscaler") else "quick_gelu"),
+        "vae": torch_autoencoder(family, single),
+        "scheduler": scheduler(sampler, prediction_type="v_prediction" if family in OPEN_CLIP else "epsilon"),
+        "tokenizer": clip_tokenizer(padding),
+        "text_encoder": torch_text(activation, width),
     }
     if family == "SDXL":
-        components |= {"text_encoder_2": torch_text("gelu", TEXT)}
+        second = 1280 if single else TEXT
+        components |= {"text_encoder_2": torch_text("gelu", second, second)}
         components |= {"tokenizer_2": clip_tokenizer(Padding.EXCLAMATION)}
     else:
         components |= {"safety_checker": None, "feature_extractor": None}
     if family == "upscaler":
         betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
         components |= {"low_res_scheduler": diffusers.DDPMScheduler(**betas)}
-    elif family != "SDXL":
-        components |= {"requires_safety_checker": False}
-    pipeline = getattr(diffusers, kind)(**components)
+    return in_class(components, kind)
+
+
+def in_class(components, kind, sampler=None):
+    """diffusers' pipeline `kind` of components. sampler: another one, of `SCHEDULERS`."""
+    import diffusers
+
+    if sampler is not None:
+        prediction = components["scheduler"].config["prediction_type"]
+        components = components | {"scheduler": scheduler(sampler, prediction_type=prediction)}
+    has_checker = "XL" not in kind and "Upscale" not in kind
+    pipeline = getattr(diffusers, kind)(**components, **{"requires_safety_checker": False} if has_checker else {})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def torch_autoencoder(levels=4, scale=0.18215, width=8, groups=4):
-    """diffusers' autoencoder, with one block a level."""
+def torch_autoencoder(family="SD 1", single=False):
+    """diffusers' autoencoder, with one block a level, or with two as the public ones."""
     import diffusers
 
+    levels = 3 if family == "upscaler" else 4
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    widths = {"block_out_channels": [width] * levels, "norm_num_groups": groups, "sample_size": 64}
-    network = diffusers.AutoencoderKL(**kinds, **widths, layers_per_block=1, scaling_factor=scale)
+    sizes = {"block_out_channels": [32 if single else 8] * levels, "layers_per_block": 2 if single else 1}
+    groups, scale = 32 if single else 4, 0.13025 if family == "SDXL" else 0.08333 if family == "upscaler" else 0.18215
+    network = diffusers.AutoencoderKL(**kinds, **sizes, norm_num_groups=groups, sample_size=64, scaling_factor=scale)
     return drawn(network.eval())
 
 
-def torch_text(activation, projection=None, width=TEXT, layers=2):
-    """transformers' text tower, with CLIP's full vocabulary."""
+def torch_text(activation, width=TEXT, projection=None):
+    """transformers' text tower of two layers, with CLIP's full vocabulary."""
     import transformers
 
     kind = "CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"
-    settings = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
+    heads = max(1, width // 64)
+    settings = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": heads}
     settings |= {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
     settings |= {"hidden_act": activation, "projection_dim": projection or 32, "pad_token_id": 1}
     return drawn(getattr(transformers, kind)(transformers.CLIPTextConfig(**settings)).eval())
@@ -240,3 +276,86 @@ def difference(image, wanted) -> float:
     assert image.shape == wanted.shape
     assert ((wanted > 0) & (wanted < 1)).mean() > 0.02 and wanted.std() > 0.05, "an image with nothing in it"
     return float(np.abs((np.asarray(image) + 1) / 2 - wanted).mean()) * 255
+
+
+PROMPT, NEGATIVE, COUNT, STEPS = "a red cat!", "ugly, low quality", 2, 5
+HEIGHT, WIDTH = 64, 128
+LATENTS = HEIGHT // 8, WIDTH // 8
+_RNG = np.random.default_rng(0)
+IMAGE = _RNG.normal(size=(HEIGHT, WIDTH, 3)) * 0.3 + np.linspace(-0.8, 0.8, WIDTH)[:, None]
+IMAGE = np.clip(IMAGE, -1, 1).astype("f4")
+MASK = np.zeros((HEIGHT, WIDTH), bool)
+MASK[5:43, 20:93] = True  # edges that are no multiples of the stride
+SMALL_IMAGES = np.stack([IMAGE, IMAGE[::-1]])[:, 24:40:2, ::8]
+CLOSE = 0.01
+"""Mean absolute difference of images, in 1/255 of their range."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """diffusers' pipeline, and ours of the folder that it wrote."""
+
+    theirs: Any
+    folder: Path
+    ours: Pipeline
+
+    def in_class(self, kind, sampler=None):
+        """The same networks in another class of diffusers, and ours with the same scheduler; few steps."""
+        theirs = in_class(self.theirs.components, kind, sampler)
+        return theirs, sampled_as(self.ours, theirs, STEPS)
+
+
+def pair(folder, family, kind="StableDiffusionPipeline", **change):
+    theirs = torch_pipeline(family, kind, **change)
+    theirs.save_pretrained(folder)
+    return Pair(theirs, folder, stable_diffusion.load(folder))
+
+
+def tensors_of(folder):
+    """The unread tensors of a folder's networks."""
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return {name: hub.open_tensors(folder / name) for name in names if (folder / name).is_dir()}
+
+
+def options(**given):
+    return SampleOptions(per_prompt=COUNT, size=LATENTS, **given)
+
+
+def compare(monkeypatch, theirs, ours, init=None, *, negative=NEGATIVE, **given):
+    """One task, from the same noise. init: for image to image and inpainting; None: text to image."""
+    images = ours.sample([PROMPT], options(init=init, negative=negative or ""))[-1]
+    if init is None:
+        given |= {"height": HEIGHT, "width": WIDTH}
+    else:
+        [strength] = init.strengths
+        given |= {"strength": strength, "image": (init.image + 1) / 2}
+        if init.mask is not None:
+            given |= {"mask_image": init.mask.astype("f4"), "height": HEIGHT, "width": WIDTH}
+    feed(monkeypatch, theirs, keys_of(COUNT), STEPS - int(STEPS * given.get("strength", 1.0)))
+    given |= {"num_images_per_prompt": COUNT, "num_inference_steps": STEPS, "output_type": "np"}
+    given["guidance_scale"] = ours.generator.sampling.guidance.weight
+    check(images, theirs(PROMPT, negative_prompt=negative, **given).images, theirs)
+
+
+def compare_upscaling(monkeypatch, theirs, ours):
+    """From two images, of two prompts."""
+    prompts, start = [PROMPT, NEGATIVE], After(INPUT, SMALL_IMAGES)
+    images = ours.sample(prompts, SampleOptions(after=start, negative=NEGATIVE))[-1]
+    feed(monkeypatch, theirs, keys_of(2))
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 9.0, "noise_level": 20, "output_type": "np"}
+    wanted = theirs(prompts, (SMALL_IMAGES + 1) / 2, negative_prompt=[NEGATIVE] * 2, **settings).images
+    check(images, wanted, theirs)
+
+
+def check(images, wanted, theirs):
+    found = difference(images, wanted)
+    print(f"{type(theirs).__name__}, {type(theirs.scheduler).__name__}: {found:.1e} of 255")
+    assert found < CLOSE
+
+
+def image_to_image(strength):
+    return InitImage(IMAGE, (strength,))
+
+
+def inpainting(strength):
+    return InitImage(IMAGE, (strength,), MASK)

@@ -82,7 +82,7 @@ class CLIPTextEncoder:
         later = {
             f"{self.chunks} chunks": self.chunks > 1,
             "weights": self.weights,
-            "pads with a word": self._pads_with_a_word,
+            "pads with a word": self.pads_with_a_word,
         }
         used = [name for name, is_used in later.items() if is_used]
         return fingerprint_of((*settings, self.tokenizer.pad_token_id, *used), self.tokenizer, params)
@@ -117,7 +117,7 @@ class CLIPTextEncoder:
         return self._tower.length if self.max_length is None else self.max_length
 
     @property
-    def _pads_with_a_word(self) -> bool:
+    def pads_with_a_word(self) -> bool:
         """Whether the padding token is not special, so that captions do not contain it (`Padding.ZERO`)."""
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad is not None and pad != end and pad not in self.tokenizer.added_tokens_decoder

@@ -174,6 +174,13 @@ def read_config(path: Path, dtype: hub.Dtype = "float32", tower: Tower | None = 
     return _config(path, hub.read_json(path, "CLIP"), dtype, tower)
 
 
+def from_values(
+    values: Mapping[str, Any], path: Path, dtype: hub.Dtype = "float32", tower: Tower | None = None
+) -> CLIPConfig:
+    """`read_config` for the content of a file. path: its name in messages."""
+    return _config(path, dict(values), dtype, tower)
+
+
 def _load(
     path_or_id: str | Path, dtype: str, variant: str | None, place: hub.Place, tower: Tower | None
 ) -> tuple[CLIPConfig, dict]:

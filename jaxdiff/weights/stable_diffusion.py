@@ -40,7 +40,7 @@ from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, check_vocabulary, lo
 from jaxdiff.weights import autoencoder, clip, hub, latent_unet, schedulers, single_file, single_file_sizes
 from jaxdiff.weights.adapters import LoRAs, with_controlnets
 from jaxdiff.weights.lora_names import Networks
-from jaxdiff.weights.single_file_families import SD_1, Family
+from jaxdiff.weights.single_file_families import SD_1, X4_UPSCALER, Family
 from jaxdiff.weights.tree import Unread
 
 INDEX = "model_index.json"
@@ -49,6 +49,8 @@ CLASSES += tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", 
 CLASSES += tuple(f"{name[:-8]}ControlNetPipeline" for name in CLASSES if "Upscale" not in name)
 """The pipelines of diffusers whose folders are read."""
 FOLDERS = ("unet", "vae", "text_encoder")
+PADDING = {"<|endoftext|>": Padding.END, "!": Padding.EXCLAMATION}
+"""By the token that fills a prompt up."""
 
 
 class Component(NamedTuple):
@@ -63,7 +65,8 @@ class Component(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Source:
     """An opened model. components: by diffusers' folder names. schedulers: settings by folder name. index: the content
-    of model_index.json. tokenizers: of each text encoder. vae: settings for an autoencoder file beside the model."""
+    of model_index.json. tokenizers: of each text encoder. vae: the settings of the model's autoencoder, of which only
+    the layout and the stride are used if another replaces it."""
 
     path: Path
     components: dict[str, Component]
@@ -138,8 +141,7 @@ def _open_file(path: Path, reading: Reading) -> Source:
         tensors, where = opened.component(name), Path(f"{path} ({name})")
         components[name] = Component(_settings(family, name, tensors), where, tensors)
     low_res = {} if family.low_res_scheduler is None else {"low_res_scheduler": (family.low_res_scheduler, path)}
-    ends = {"<|endoftext|>": Padding.END, "!": Padding.EXCLAMATION}
-    tokenizers = {name: clip_tokenizer(ends[each.pad]) for name, each in family.text_encoders.items()}
+    tokenizers = {name: clip_tokenizer(PADDING[each.pad]) for name, each in family.text_encoders.items()}
     listed = {"scheduler": (family.scheduler, path)} | low_res
     return Source(path, components, listed, family.index, tokenizers, family.vae)
 
@@ -171,7 +173,8 @@ def _open_folder(path_or_id: str | Path, reading: Reading) -> Source:
         raise FileNotFoundError(f"{files['scheduler']} is missing: a pipeline needs it")
     tokenizers = {name: _tokenizer(folder / name.replace("text_encoder", "tokenizer"), name) for name in encoders}
     vae = folder / "vae" / "config.json"
-    return Source(folder, components, read, index, tokenizers, hub.read_json(vae) if vae.is_file() else SD_1.vae)
+    usual = X4_UPSCALER.vae if "low_res_scheduler" in read else SD_1.vae
+    return Source(folder, components, read, index, tokenizers, hub.read_json(vae) if vae.is_file() else usual)
 
 
 def _tokenizer(folder: Path, encoder: str) -> PreTrainedTokenizerBase:
@@ -187,7 +190,7 @@ def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel
     network = latent_unet.read_config(unet.settings, unet.where, reading.dtype)
     settings, path = source.schedulers["scheduler"]
     scheduler = schedulers.from_values(path, settings)
-    stride = 4 if network.unet.level_entries else 8  # of the upscaler's autoencoder
+    stride = autoencoder.from_values(source.vae, source.path / "vae").config.stride
     model = DiffusionModel(
         unet=network.unet,
         side=_side(unet, network),
