@@ -1,19 +1,23 @@
 """Write trained models, or public ones, in another format.
 
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --out runs/cascade
+    python -m experiments.export sd --weights v1-5.safetensors --lora style.safetensors --out styled.safetensors
     python -m experiments.export inception --source pt_inception-2015-12-05-6726825d.pth --out inception.safetensors
 
-Each takes seconds. The docstrings of `experiments/exports/` describe inputs and outputs.
+The docstrings of `experiments/exports/` describe inputs and outputs.
 """
 
 from experiments.cli import Command, run
-from experiments.exports import imagen, inception
+from experiments.exports import imagen, inception, stable_diffusion
 
 
 def commands() -> dict[str, Command]:
     """One command per format."""
     return {
         "imagen": Command(imagen.main, imagen.Settings(), (imagen.main.__doc__ or "").strip()),
+        "sd": Command(
+            stable_diffusion.main, stable_diffusion.Settings(), (stable_diffusion.main.__doc__ or "").strip()
+        ),
         "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),
     }
 

@@ -10,7 +10,7 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stages, t5
+from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
 from jaxdiff.weights.adapters import LoRAs
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
@@ -110,11 +110,14 @@ def from_pretrained(
 
 
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
-    """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/.
+    """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/; a
+    Stable Diffusion in diffusers' layout.
 
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
     pipeline, before anything is written; OSError if writing fails.
     """
+    if stable_diffusion_export.is_latent_diffusion(pipeline):
+        return stable_diffusion_export.export(pipeline, directory, dtype=dtype)
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")

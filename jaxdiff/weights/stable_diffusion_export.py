@@ -112,7 +112,7 @@ def network_of(model: DiffusionModel) -> latent_unet.Network:
     """The U-Net and the sizes of its inputs. ValueError for conditioners that diffusers does not have."""
     assert isinstance(model.unet, LatentUNetConfig)
     text, sizes, mask = (_only(model, kind) for kind in (TextConditioner, SizeConditioner, MaskConditioner))
-    low_res, channels = model.low_res, model.product.channels
+    low_res = model.low_res
     if text is None or (text.pooled is None) != (sizes is None):
         raise ValueError("diffusers' Stable Diffusion reads text, and a pooled text and sizes both or neither")
     if (low_res is None) == bool(model.unet.level_entries) or (low_res is not None and (mask or low_res.factor != 1)):
@@ -121,11 +121,7 @@ def network_of(model: DiffusionModel) -> latent_unet.Network:
         )
     if sizes is None and text.null is not NullText.EMPTY:
         raise ValueError(f"diffusers' Stable Diffusion has no null text {text.null}: it is the empty prompt")
-    vector = None
-    if sizes is not None:
-        vector = latent_unet.Vector(text.pooled + 6 * sizes.frequencies, "text_time", sizes.frequencies)
-    concat = low_res.channels if low_res is not None else 0 if mask is None else 1 + mask.channels
-    return latent_unet.Network(model.unet, channels, concat, text.shape[1], vector)
+    return latent_unet.network_of(model)
 
 
 def _only(model: DiffusionModel, kind: type) -> Any:

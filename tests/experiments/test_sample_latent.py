@@ -9,7 +9,7 @@ import small_stable_diffusion as small
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from experiments import sample
+from experiments import export, sample
 from jaxdiff.data import png_metadata
 from jaxdiff.models import lora
 from jaxdiff.models.control import ControlModel
@@ -23,7 +23,7 @@ from jaxdiff.weights.lora_names import Networks
 def weights(tmp_path_factory):
     """A folder of diffusers, with a LoRA and a ControlNet beside it."""
     folder = tmp_path_factory.mktemp("sd")
-    small.torch_pipeline("one level").save_pretrained(folder / "sd")
+    small.torch_pipeline("SD 1", **small.ONE_LEVEL).save_pretrained(folder / "sd")
     generator = stable_diffusion.load(folder / "sd").generator
     network = latent_unet.network_of(generator.model)
     change = lora.init(generator.params, lora.ATTENTION, 2, jax.random.key(0))
@@ -115,6 +115,17 @@ def test_controlnets(sampled, weights):
     assert message in sampled("--hint", weights / "image.png", code=2)
     assert "--edges is for ControlNets" in sampled("--edges", code=2)
     assert "is not a ControlNet" in sampled("--control", weights / "lora.safetensors", *given[2:], code=2)
+
+
+def test_exported_with_a_lora(sampled, weights, command, tmp_path):
+    """As a folder; it samples what the LoRA samples."""
+    given = "--weights", weights / "sd", "--lora", weights / "lora.safetensors", "--out", tmp_path / "styled"
+    done = command(export, "sd", *given)
+    assert done.code == 0, done.err
+    wanted, _, _ = sampled("--lora", weights / "lora.safetensors")
+    found, _, _ = sampled("--weights", tmp_path / "styled")
+    assert apart(found, wanted) < 0.01
+    assert "exists; name another" in command(export, "sd", *given).err
 
 
 @pytest.mark.parametrize(
