@@ -20,6 +20,6 @@ def side_by_side(ours: np.ndarray, theirs: np.ndarray, name: str, prompts: tuple
     captions = [
         caption
         for prompt in prompts
-        for caption in (f"jaxdiff: {prompt}", f"{name}: {prompt}", f"difference × {FACTOR}")
+        for caption in (f"jaxdiff: {prompt}", f"{name}: {prompt}", f"{FACTOR} times the difference")
     ]
     return grids.grid(images, captions, side, 3)

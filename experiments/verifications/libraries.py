@@ -72,19 +72,18 @@ def imported(against: Against, dtype: str) -> Libraries:
         try:
             import torch
         except ImportError:
-            torch, missing = None, ["torch"]
-        try:
-            diffusers = __import__("diffusers") if against == "diffusers" else None
-        except ImportError:
-            missing.append("diffusers")
+            missing.append("torch")
+        if against == "diffusers":
+            try:
+                import diffusers
+            except ImportError:
+                missing.append("diffusers")
         if missing:
             raise ValueError(f"not installed, and needed for this comparison: pip install {' '.join(missing)}")
         transformers = import_transformers()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if diffusers is not None:
-            diffusers.utils.logging.set_verbosity_error()
-            diffusers.utils.logging.disable_progress_bar()
+    for library in filter(None, (transformers, diffusers)):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     return Libraries(torch, transformers, diffusers, dtype)
 
 

@@ -26,10 +26,11 @@ from jaxdiff.models.conditioners import SampleInputs
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.nets.conditioning import Conditioning
-from jaxdiff.weights import latent_unet, stable_diffusion
+from jaxdiff.weights import hub, latent_unet, stable_diffusion
 from jaxdiff.weights.stable_diffusion import Reading, Source
 
 TEXT, UNET, VAE, PIPELINE = "text encoder", "U-Net", "autoencoder", "pipeline"
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 class _Ours(NamedTuple):
@@ -64,7 +65,7 @@ def compare(places: Sequence[str | Path], inputs: Inputs, libraries: Libraries) 
     """The rows of one model. ValueError for an unsupported model or size, before weights are read."""
     (place,) = places
     reading = Reading(inputs.dtype, inputs.variant)
-    source = stable_diffusion.open_source(place, reading)
+    source = stable_diffusion.open_source(_local(place, inputs), reading)
     _check(source, inputs)
     texts = freed(_our_texts, source, reading, inputs)
     their_texts = freed(_their_texts, source, inputs, libraries)
@@ -78,12 +79,22 @@ def compare(places: Sequence[str | Path], inputs: Inputs, libraries: Libraries) 
     yield images(PIPELINE, f"{inputs.steps} steps", ours.image, theirs.image, inputs.limits)
 
 
+def _local(place: str | Path, inputs: Inputs) -> Path:
+    """The file or folder; of a hub id, the folder of what is downloaded: all components that the model has."""
+    if Path(place).exists():
+        return Path(place)
+    settings = hub.directory_of(place, "Stable Diffusion", folders=())
+    folders = tuple(name for name in COMPONENTS if (settings / name / "config.json").is_file())
+    return hub.directory_of(place, "Stable Diffusion", folders=folders, variant=inputs.variant)
+
+
 def _check(source: Source, inputs: Inputs) -> None:
-    """ValueError for the ×4 upscaler, and for sizes that are no multiples of the strides."""
+    """ValueError for models that do not sample from text, and for sizes that are no multiples of the strides."""
     unet = source.component("unet")
     network = latent_unet.read_config(unet.settings, unet.where).unet
-    if network.level_entries:
-        raise ValueError(f"{source.path}: the ×4 upscaler is not compared, only models that sample from text")
+    if network.level_entries or source.index.get("requires_aesthetics_score"):
+        title = "×4 upscaler" if network.level_entries else "refiner"
+        raise ValueError(f"{source.path}: the {title} is not compared, only models that sample from text")
     stride = 8 * network.stride
     for side in inputs.size or ():
         if side < stride or side % stride:

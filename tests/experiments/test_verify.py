@@ -13,11 +13,11 @@ from PIL import Image
 
 from experiments import verify
 from experiments.output.comparison import FACTOR, side_by_side
-from experiments.verifications import libraries, stable_diffusion
+from experiments.verifications import kinds, libraries, stable_diffusion
 from experiments.verifications.inputs import Inputs
 from experiments.verifications.rows import LIMITS, arrays, images
 from jaxdiff.core import trees
-from jaxdiff.weights import clip, imagen, latent_unet, t5
+from jaxdiff.weights import clip, hub, imagen, latent_unet, t5
 from jaxdiff.weights import deepfloyd as unets
 from jaxdiff.weights import stable_diffusion as weights
 
@@ -284,6 +284,30 @@ def test_sizes_and_models_that_are_refused(sd, tmp_path, command):
     (tmp_path / "x4" / "unet" / "config.json").write_text(json.dumps(settings))
     done = command(verify, "--weights", tmp_path / "x4", "--out", tmp_path)
     assert done.code == 2 and "the ×4 upscaler is not compared" in done.err
+
+
+def test_the_refiner(sd, tmp_path, command):
+    index = json.loads((sd / "model_index.json").read_text()) | {"requires_aesthetics_score": True}
+    shutil.copytree(sd, tmp_path / "refiner")
+    (tmp_path / "refiner" / "model_index.json").write_text(json.dumps(index))
+    done = command(verify, "--weights", tmp_path / "refiner", "--out", tmp_path)
+    assert done.code == 2 and "the refiner is not compared" in done.err
+
+
+def test_a_hub_id(sd, monkeypatch):
+    """First the settings, then the folders that they name."""
+    asked = []
+
+    def directory_of(place, what="weights", *, folders=("",), variant=None):
+        asked.append((place, folders, variant))
+        return sd
+
+    monkeypatch.setattr(hub, "directory_of", directory_of)
+    kind, places = kinds.recognised(["someone/sd-tiny@main"])
+    assert kind is kinds.STABLE_DIFFUSION and places == ["someone/sd-tiny@main"]
+    assert stable_diffusion._local(places[0], Inputs(("a cat",), variant="fp16")) == sd
+    folders = ("unet", "vae", "text_encoder")
+    assert asked == [(places[0], (), None), (places[0], (), None), (places[0], folders, "fp16")]
 
 
 def test_rows():
