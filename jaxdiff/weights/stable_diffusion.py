@@ -49,6 +49,8 @@ CLASSES += tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", 
 CLASSES += tuple(f"{name[:-8]}ControlNetPipeline" for name in CLASSES if "Upscale" not in name)
 """The pipelines of diffusers whose folders are read."""
 FOLDERS = ("unet", "vae", "text_encoder")
+OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
+"""What diffusers' pipelines of Stable Diffusion 1 and 2 set, since the first published files lack it."""
 PADDING = {"<|endoftext|>": Padding.END, "!": Padding.EXCLAMATION}
 """By the token that fills a prompt up."""
 
@@ -189,6 +191,8 @@ def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel
     unet = source.component("unet")
     network = latent_unet.read_config(unet.settings, unet.where, reading.dtype)
     settings, path = source.schedulers["scheduler"]
+    if network.vector is None and not network.unet.level_entries:
+        settings = {**settings, **OLD_SCHEDULER}
     scheduler = schedulers.from_values(path, settings)
     stride = autoencoder.from_values(source.vae, source.path / "vae").config.stride
     model = DiffusionModel(
@@ -260,7 +264,9 @@ def load_autoencoder(source: Source, model: DiffusionModel, reading: Reading = R
             f"the model's latents have {model.product.stride}"
         )
     side = model.side * settings.config.stride
-    return TrainedAutoencoder(settings.config, params, settings.scale, settings.upcast, side)
+    # The class's default is true, but only XL's needs it.
+    upcast = settings.upcast and any(isinstance(each, SizeConditioner) for each in model.conditioners)
+    return TrainedAutoencoder(settings.config, params, settings.scale, upcast, side)
 
 
 def _other_vae(path: Path, source: Source, reading: Reading) -> Component:
