@@ -137,7 +137,7 @@ def scheduler(name, **change):
     import diffusers
 
     kind, settings = SCHEDULERS[name]
-    return getattr(diffusers, kind)(**settings, **change)
+    return getattr(diffusers, kind)(**settings | change)
 
 
 SINGLE_FILE = {
@@ -168,10 +168,11 @@ def torch_pipeline(family, kind="StableDiffusionPipeline", sampler="DDIM", *, si
     unet = drawn(diffusers.UNet2DConditionModel(**config | change).eval(), head=0.3)
     activation, padding = ("gelu", Padding.EXCLAMATION) if family in OPEN_CLIP else ("quick_gelu", Padding.END)
     width = config["cross_attention_dim"] if family != "SDXL" else 768 if single else TEXT
+    betas = {"beta_start": 0.0001, "beta_end": 0.02} if family == "upscaler" else {}
     components = {
         "unet": unet,
         "vae": torch_autoencoder(family, single),
-        "scheduler": scheduler(sampler, prediction_type="v_prediction" if family in OPEN_CLIP else "epsilon"),
+        "scheduler": scheduler(sampler, prediction_type="v_prediction" if family in OPEN_CLIP else "epsilon", **betas),
         "tokenizer": clip_tokenizer(padding),
         "text_encoder": torch_text(activation, width),
     }
@@ -182,8 +183,7 @@ def torch_pipeline(family, kind="StableDiffusionPipeline", sampler="DDIM", *, si
     else:
         components |= {"safety_checker": None, "feature_extractor": None}
     if family == "upscaler":
-        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
-        components |= {"low_res_scheduler": diffusers.DDPMScheduler(**betas)}
+        components |= {"low_res_scheduler": diffusers.DDPMScheduler(beta_schedule="scaled_linear", **betas)}
     return in_class(components, kind)
 
 

@@ -65,14 +65,18 @@ def integrate(
 ) -> Carry:
     """Run steps start … stop−1 of the grid's k. Both may be traced, so that chunks of a run reuse one compiled program;
     the result does not depend on the chunks. keys (b,): one per sample; each step folds in its number. keep(x, point):
-    restores the known part of the image (inpainting) after each step, at the grid point where the step ends."""
+    restores the known part of the image (inpainting) after each step, at the grid point where the step ends, and in the
+    states within a step that the network sees."""
 
     step = partial(sampler.step, denoise=denoise, grid=grid, keys=keys)
     if keep is None:
         return jax.lax.fori_loop(start, stop, step, carry)
 
     def step_and_keep(i: Index, state: Carry) -> Carry:
-        state = step(i, state)
+        def denoise_kept(x: Array, point: TimeGrid) -> Denoised | DenoisedWithVariance:
+            return denoise(jnp.where(point.t == grid.t[i], x, keep(x, point)), point)
+
+        state = step(i, state, denoise=denoise_kept)
         return sampler.replace(state, keep(sampler.image(state), _at(grid, i + 1)))
 
     return jax.lax.fori_loop(start, stop, step_and_keep, carry)

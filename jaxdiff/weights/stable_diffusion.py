@@ -126,7 +126,10 @@ def load(path_or_id: str | Path, reading: Reading = Reading(), text: TextEncoder
     source = open_source(path_or_id, reading)
     generator = load_generator(source, reading)
     decoder = load_autoencoder(source, generator.model, reading)
-    return presets.stable_diffusion(load_text(source, reading) if text is None else text, generator, decoder)
+    if text is None:
+        text = load_text(source, reading)
+        _check_pooled(source, generator.model, text)
+    return presets.stable_diffusion(text, generator, decoder)
 
 
 def open_source(path_or_id: str | Path, reading: Reading = Reading()) -> Source:
@@ -167,8 +170,8 @@ def _open_folder(path_or_id: str | Path, reading: Reading) -> Source:
         if name == "vae" and (reading.vae is not None or not (folder / name).is_dir()):
             continue
         config = folder / name / "config.json"
-        tensors = hub.open_tensors(folder / name, reading.variant)
-        components[name] = Component(hub.read_json(config, name), config, tensors)
+        settings = hub.read_json(config, name)
+        components[name] = Component(settings, config, hub.open_tensors(folder / name, reading.variant))
     files = {name: folder / name / "scheduler_config.json" for name in ("scheduler", "low_res_scheduler")}
     read = {name: (hub.read_json(path, "scheduler"), path) for name, path in files.items() if path.is_file()}
     if "scheduler" not in read:
@@ -229,7 +232,9 @@ def _conditioners(source: Source, network: latent_unet.Network, reading: Reading
     pooled, null = None, NullText.EMPTY
     if vector is not None:
         pooled = vector.width - 6 * vector.frequencies
-        if vector.kind != "text_time" or pooled < 1 or source.index.get("requires_aesthetics_score"):
+        if source.index.get("requires_aesthetics_score"):
+            raise ValueError(f"{where}: a refiner, which reads an aesthetic score, is not supported")
+        if vector.kind != "text_time" or pooled < 1:
             raise ValueError(
                 f"{where}: a vector of {vector.width} numbers ({vector.kind}) is not supported, only SDXL's"
             )
@@ -256,13 +261,12 @@ def load_autoencoder(source: Source, model: DiffusionModel, reading: Reading = R
     """The autoencoder: the model's, or that of `reading.vae`."""
     component = source.component("vae") if reading.vae is None else _other_vae(Path(reading.vae), source, reading)
     settings = autoencoder.from_values(component.settings, component.where, hub.check_dtype(reading.dtype))
-    params = autoencoder.load_tensors(settings, component.tensors, reading.dtype, reading.place, str(component.where))
     assert isinstance(model.product, LatentSpec)
-    if settings.config.stride != model.product.stride:
-        raise ValueError(
-            f"{component.where}: an autoencoder of stride {settings.config.stride}, "
-            f"the model's latents have {model.product.stride}"
-        )
+    for name, own in (("stride", settings.config.stride), ("channels", settings.config.code_channels)):
+        if own != (wanted := getattr(model.product, name)):
+            have, want = (f"{n} {name}" if name == "channels" else f"{name} {n}" for n in (own, wanted))
+            raise ValueError(f"{component.where}: an autoencoder of {have}, but the model's latents have {want}")
+    params = autoencoder.load_tensors(settings, component.tensors, reading.dtype, reading.place, str(component.where))
     side = model.side * settings.config.stride
     # The class's default is true, but only XL's needs it.
     upcast = settings.upcast and any(isinstance(each, SizeConditioner) for each in model.conditioners)
@@ -290,6 +294,16 @@ def load_text(source: Source, reading: Reading = Reading()) -> TextEncoder:
     penultimate = partial(replace, skip_last=1, final_norm=False)
     first, second = penultimate(encoders[0], pooling=Pooling.NONE), penultimate(encoders[1], pooling=Pooling.EMBEDDING)
     return CombinedTextEncoder((first, second), Axis.FEATURES)
+
+
+def _check_pooled(source: Source, model: DiffusionModel, encoder: TextEncoder) -> None:
+    """ValueError if the model does not read the pooled vector of its second text encoder."""
+    last = encoder.encoders[-1] if isinstance(encoder, CombinedTextEncoder) else None
+    given = last.config.width if isinstance(last, CLIPTextEncoder) else None
+    wanted = None if model.text is None else model.text.pooled
+    if given != wanted:
+        have, want = ("none" if width is None else f"one of width {width}" for width in (given, wanted))
+        raise ValueError(f"{source.path}: the U-Net reads {want} as pooled text, the text encoders give {have}")
 
 
 def _text_encoder(source: Source, name: str, reading: Reading) -> CLIPTextEncoder:

@@ -53,9 +53,10 @@ def test_image_to_image(one_level, strength, monkeypatch):
     compare(monkeypatch, *one_level.in_class(IMAGE), image_to_image(strength))
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_by_a_plain_network(one_level, strength, monkeypatch):
-    compare(monkeypatch, *one_level.in_class(INPAINT), inpainting(strength))
+@pytest.mark.parametrize(("sampler", "strength"), [("DDIM", 0.6), ("PLMS", 1.0)])
+def test_inpainting_by_a_plain_network(one_level, sampler, strength, monkeypatch):
+    """The network also sees the known pixels in the middle of PLMS' first step."""
+    compare(monkeypatch, *one_level.in_class(INPAINT, sampler), inpainting(strength))
 
 
 def test_inpainting_by_its_network(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from small_stable_diffusion import compare, image_to_image, inpainting
 from jaxdiff.models.conditioners import NullText
 from jaxdiff.weights import single_file, stable_diffusion
 from jaxdiff.weights import single_file_families as families
+from jaxdiff.weights.stable_diffusion_export import Layout, export
 
 XL = "StableDiffusionXL{}Pipeline"
 
@@ -58,8 +59,16 @@ def rounded(theirs):
             each.half().float()
 
 
+def assert_written_alike(ours, folder):
+    """Our pipeline as a single file has the same names and numbers."""
+    export(ours, folder / "ours.safetensors", Layout.SINGLE_FILE, "float16")
+    found, wanted = load_file(folder / "ours.safetensors"), load_file(folder / "with.safetensors")
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not np.array_equal(found[name].view("u2"), wanted[name].view("u2"))] == []
+
+
 def equal_in_half(found, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.float16(b)), found, wanted)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, np.float16(b)), found, wanted)))
 
 
 def test_a_single_file_is_its_folder(tmp_path):
@@ -68,6 +77,7 @@ def test_a_single_file_is_its_folder(tmp_path):
     theirs = small.torch_pipeline("SD 1", sampler="PLMS", single=True)
     ours = stable_diffusion.load(written(tmp_path, case, theirs))
     folder = stable_diffusion.load(tmp_path)
+    assert_written_alike(folder, tmp_path)
     public = replace(folder.generator.model, side=64), 64, 512  # the public file's: a single file has none
     assert (ours.generator.model, ours.generator.side, ours.decoders[0].side) == public
     assert ours.generator.sampling == folder.generator.sampling
@@ -88,6 +98,7 @@ def test_families(name, tmp_path, monkeypatch):
     case = CASES[name]
     theirs = small.torch_pipeline(case.name, case.kind, case.sampler, single=True, in_channels=case.channels)
     path = written(tmp_path, case, theirs)
+    assert_written_alike(stable_diffusion.load(tmp_path), tmp_path)
     for source in (tmp_path, path):
         if source == path:
             rounded(theirs)
