@@ -26,11 +26,10 @@ from jaxdiff.models.conditioners import SampleInputs
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.nets.conditioning import Conditioning
-from jaxdiff.weights import hub, latent_unet, stable_diffusion
-from jaxdiff.weights.stable_diffusion import Reading, Source
+from jaxdiff.weights import latent_unet, stable_diffusion
+from jaxdiff.weights.stable_diffusion import Reading, Source, directory_of
 
 TEXT, UNET, VAE, PIPELINE = "text encoder", "U-Net", "autoencoder", "pipeline"
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 class _Ours(NamedTuple):
@@ -80,12 +79,8 @@ def compare(places: Sequence[str | Path], inputs: Inputs, libraries: Libraries) 
 
 
 def _local(place: str | Path, inputs: Inputs) -> Path:
-    """The file or folder; of a hub id, the folder of what is downloaded: all components that the model has."""
-    if Path(place).exists():
-        return Path(place)
-    settings = hub.directory_of(place, "Stable Diffusion", folders=())
-    folders = tuple(name for name in COMPONENTS if (settings / name / "config.json").is_file())
-    return hub.directory_of(place, "Stable Diffusion", folders=folders, variant=inputs.variant)
+    """The file or folder; of a hub id, the folder of what is downloaded."""
+    return Path(place) if Path(place).exists() else directory_of(place, inputs.variant)
 
 
 def _check(source: Source, inputs: Inputs) -> None:

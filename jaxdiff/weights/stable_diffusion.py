@@ -48,7 +48,8 @@ CLASSES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "In
 CLASSES += tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 CLASSES += tuple(f"{name[:-8]}ControlNetPipeline" for name in CLASSES if "Upscale" not in name)
 """The pipelines of diffusers whose folders are read."""
-FOLDERS = ("unet", "vae", "text_encoder")
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""Folders with weights."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 """What diffusers' pipelines of Stable Diffusion 1 and 2 set, since the first published files lack it."""
 PADDING = {"<|endoftext|>": Padding.END, "!": Padding.EXCLAMATION}
@@ -109,13 +110,27 @@ class Reading:
 
 
 def is_stable_diffusion(path_or_id: str | Path) -> bool:
-    """Whether this is a single file, or the folder of one of diffusers' pipelines of Stable Diffusion."""
-    path = Path(path_or_id)
-    if path.is_file():
+    """Whether this is a single file, or one of diffusers' pipelines of Stable Diffusion: a folder or a hub id, of which
+    the settings are downloaded."""
+    folder = Path(path_or_id)
+    if folder.is_file():
         return True
-    if not (path / INDEX).is_file():
+    hub_id = isinstance(path_or_id, str) and path_or_id.count("/") == 1 and path_or_id[0] not in "./~"
+    if hub_id and not folder.is_dir():
+        try:
+            folder = hub.directory_of(path_or_id, folders=())  # the settings alone
+        except (OSError, ValueError):  # the loader of another system says what is wrong
+            return False
+    if not (folder / INDEX).is_file():
         return False
-    return str(hub.read_json(path / INDEX).get("_class_name")).startswith("StableDiffusion")
+    return str(hub.read_json(folder / INDEX).get("_class_name")).startswith("StableDiffusion")
+
+
+def directory_of(path_or_id: str | Path, variant: str | None = None) -> Path:
+    """The folder of a pipeline; of a hub id the settings are downloaded first, then the components that it has."""
+    settings = hub.directory_of(path_or_id, "Stable Diffusion", folders=())
+    folders = tuple(name for name in COMPONENTS if (settings / name / "config.json").is_file())
+    return hub.directory_of(path_or_id, "Stable Diffusion", folders=folders, variant=variant)
 
 
 def load(path_or_id: str | Path, reading: Reading = Reading(), text: TextEncoder | None = None) -> Pipeline:
@@ -161,7 +176,7 @@ def _settings(family: Family, name: str, tensors: Mapping[str, Unread]) -> Mappi
 
 
 def _open_folder(path_or_id: str | Path, reading: Reading) -> Source:
-    folder = hub.directory_of(path_or_id, "Stable Diffusion", folders=FOLDERS, variant=reading.variant)
+    folder = directory_of(path_or_id, reading.variant)
     index = hub.read_json(folder / INDEX, "pipeline")
     hub.require(folder / INDEX, index, "_class_name", CLASSES)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
