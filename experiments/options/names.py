@@ -1,10 +1,10 @@
 """Command-line names of samplers, respacings and thresholdings, with their values."""
 
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Sampler
+from jaxdiff.diffusion.solvers import Solver
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Leading, Respaced, Spacing
 from jaxdiff.systems import deepfloyd, stable_diffusion
-from jaxdiff.systems.stable_diffusion import Solver
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": DDPM(),

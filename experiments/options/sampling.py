@@ -20,7 +20,6 @@ from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
-from jaxdiff.systems.stable_diffusion import Solver, solved_by
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
@@ -188,10 +187,9 @@ def _sampler(model: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     try:
         if not isinstance(model.model.product, LatentSpec):
             return {"sampler": names.sampler(name)}
-        sampling = solved_by(model.sampling, names.solver(name), model.model.prediction)
+        return names.solver(name).of(model.model.prediction)._asdict()
     except ValueError as error:
         raise ValueError(f"--sampler {name}: {error}") from error
-    return {field: getattr(sampling, field) for field in Solver._fields}
 
 
 def _spaced(sampling: SamplingConfig, given: dict[str, Any]) -> dict[str, Any]:

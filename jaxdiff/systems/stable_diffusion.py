@@ -7,15 +7,15 @@ of conditioners: text, pooled text, sizes, a mask, a low-resolution image.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
-from jaxdiff.diffusion.samplers import DDIM, PLMS, DPMSolverPP2M, Euler, Sampler
+from jaxdiff.diffusion.samplers import DDIM, PLMS, DPMSolverPP2M, Euler
 from jaxdiff.diffusion.schedules import TabulatedSchedule
+from jaxdiff.diffusion.solvers import Solver
 from jaxdiff.diffusion.thresholding import NoThreshold
-from jaxdiff.diffusion.time_grid import Leading, Linspace, Spacing, TabulatedKarras
+from jaxdiff.diffusion.time_grid import Leading, Linspace, TabulatedKarras
 from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import (
     AnyConditioner,
@@ -119,14 +119,6 @@ VQ_F4 = AutoencoderModel(
 """Autoencoders of latent diffusion (arXiv 2112.10752, Table 8), trained on images of 256 pixels."""
 
 
-class Solver(NamedTuple):
-    """A sampler with the spacing and the start that people compare it with: fields of `SamplingConfig`."""
-
-    sampler: Sampler
-    spacing: Spacing
-    scaled_start: bool = False
-
-
 SOLVER_DDIM = Solver(DDIM(), Leading(1, to_first_entry=True))
 SOLVER_PLMS = Solver(PLMS(), Leading(1, to_first_entry=True))
 SOLVER_EULER = Solver(Euler(), Linspace(rounded=False), scaled_start=True)
@@ -144,9 +136,3 @@ SAMPLING = SamplingConfig(
 )
 SAMPLING_XL = replace(SAMPLING, sampler=Euler(), spacing=Leading(1), guidance=Guidance(5.0))
 SAMPLING_X4 = replace(SAMPLING, steps=75, guidance=Guidance(9.0), aug_level=0.02)
-
-
-def solved_by(sampling: SamplingConfig, solver: Solver, prediction: Prediction) -> SamplingConfig:
-    """The sampling settings with another solver, for a model with this prediction."""
-    sampler = replace(solver.sampler, extrapolated=prediction) if isinstance(solver.sampler, PLMS) else solver.sampler
-    return replace(sampling, sampler=sampler, spacing=solver.spacing, scaled_start=solver.scaled_start)
