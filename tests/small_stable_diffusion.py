@@ -338,12 +338,13 @@ def compare(monkeypatch, theirs, ours, init=None, *, negative=NEGATIVE, **given)
 
 
 def compare_upscaling(monkeypatch, theirs, ours):
-    """From two images, of two prompts."""
-    prompts, start = [PROMPT, NEGATIVE], After(INPUT, SMALL_IMAGES)
-    images = ours.sample(prompts, SampleOptions(after=start, negative=NEGATIVE))[-1]
-    feed(monkeypatch, theirs, keys_of(2))
+    """From two images."""
+    start = After(INPUT, SMALL_IMAGES)
+    images = ours.sample([PROMPT], SampleOptions(per_prompt=COUNT, after=start, negative=NEGATIVE))[-1]
+    feed(monkeypatch, theirs, keys_of(COUNT))
     settings = {"num_inference_steps": STEPS, "guidance_scale": 9.0, "noise_level": 20, "output_type": "np"}
-    wanted = theirs(prompts, (SMALL_IMAGES + 1) / 2, negative_prompt=[NEGATIVE] * 2, **settings).images
+    prompts = {"prompt": [PROMPT] * COUNT, "negative_prompt": [NEGATIVE] * COUNT}
+    wanted = theirs(image=(SMALL_IMAGES + 1) / 2, **prompts, **settings).images
     check(images, wanted, theirs)
 
 

@@ -327,6 +327,26 @@ def test_evaluations_are_counted_as_they_happen():
         assert len(calls) == sampler.evaluations(6)
 
 
+@pytest.mark.parametrize("sampler", [samplers.PLMS(), samplers.Heun(), samplers.DPMSolverPP2M()], ids=str)
+def test_the_network_sees_what_is_kept(sampler):
+    """In the middle of a step, too; but the start of a run is the caller's."""
+    grid, keys, seen = _even_grid(CosineSchedule(), 4), _keys(2), []
+
+    def denoise(x, point):
+        jax.debug.callback(lambda x, t: seen.append((float(t), float(x[0]))), x, point.t, ordered=True)
+        return Denoised(0.5 * x, from_x0(0.5 * x, x, point.alpha, point.sigma).eps)
+
+    def keep(x, point):
+        return x.at[0].set(point.t + 7.0)
+
+    carry = sampler.init(jnp.ones(2))
+    carry = jax.jit(lambda carry: samplers.integrate(sampler, denoise, carry, grid, keys, 0, 4, keep))(carry)
+    jax.effects_barrier()
+    assert seen[0][1] == 1.0 and len(seen) == sampler.evaluations(4)
+    assert all(value == pytest.approx(t + 7.0) for t, value in seen[1:])
+    assert sampler.image(carry)[0] == pytest.approx(float(grid.t[-1]) + 7.0)
+
+
 @pytest.mark.parametrize("make", [lambda: samplers.DDPM(gamma=1.5), lambda: samplers.DDIM(eta=-0.1)])
 def test_settings_out_of_range_are_named(make):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):

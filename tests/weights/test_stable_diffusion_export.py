@@ -20,14 +20,15 @@ from jaxdiff.weights import stable_diffusion
 from jaxdiff.weights.stable_diffusion_export import Layout, described, export, is_latent_diffusion
 
 KINDS = {
-    "1": ("SD 1", "StableDiffusionPipeline", "PLMS", 4),
     "2 inpainting": ("SD 2", "StableDiffusionInpaintPipeline", "DPM++ 2M Karras", 9),
     "upscaler": ("upscaler", "StableDiffusionUpscalePipeline", "DDIM", 7),
     "XL": ("SDXL", "StableDiffusionXLPipeline", "Euler", 4),
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name == "upscaler" else ()) for name in KINDS]
+)
 def case(request, tmp_path_factory):
     family, kind, sampler, channels = KINDS[request.param]
     change = ONE_LEVEL | {"in_channels": channels}
@@ -82,7 +83,12 @@ def test_read_by_diffusers(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    return small.pair(tmp_path_factory.mktemp("theirs"), "SD 1", **ONE_LEVEL).ours
+    return small.pair(tmp_path_factory.mktemp("theirs"), "SD 1", sampler="PLMS", **ONE_LEVEL).ours
+
+
+def test_version_1(ours, tmp_path):
+    export(ours, tmp_path)
+    assert_same(stable_diffusion.load(tmp_path), ours)
 
 
 def test_half_precision(ours, tmp_path):

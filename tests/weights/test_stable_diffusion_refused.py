@@ -205,18 +205,18 @@ def test_upscalers(tmp_path):
 
 def test_values_that_are_not_finite(pair):
     """Of the U-Net: an error. Of an autoencoder in half precision: a warning, and the images of float32."""
-    ours = small.sampled_as(pair.ours, pair.theirs, 1)
+    ours = small.sampled_as(pair.ours, pair.theirs, small.STEPS)
     generator = ours.generator
     broken = jax.tree.map(lambda leaf: leaf, generator.params)
     broken["head"]["bias"] = broken["head"]["bias"].at[0].set(jnp.nan)
     one = Pipeline(ours.text_encoder, replace(generator, params=broken), ours.decoders)
-    refused("the 8 stage produced values that are not finite", ValueError, one.sample, ["a"], small.options())
+    refused("the 8 stage produced values that are not finite", ValueError, one.sample, [small.PROMPT], small.options())
     decoder = ours.decoders[0]
     params = jax.tree.map(lambda leaf: leaf, decoder.params)
     params["decoder"]["head"]["bias"] = params["decoder"]["head"]["bias"].at[0].set(3.4e38)  # bfloat16 ends at 3.39e38
     plain = replace(decoder, params=params, upcast=True)
     half = replace(plain, config=replace(decoder.config, dtype="bfloat16"), upcast=False)
-    wanted = replace(ours, decoders=(plain,)).sample(["a"], small.options())[-1]
+    wanted = replace(ours, decoders=(plain,)).sample([small.PROMPT], small.options())[-1]
     with pytest.warns(UserWarning, match="in bfloat16 gave values that are not finite: it is repeated in float32"):
-        found = replace(ours, decoders=(half,)).sample(["a"], small.options())[-1]
+        found = replace(ours, decoders=(half,)).sample([small.PROMPT], small.options())[-1]
     np.testing.assert_array_equal(found, wanted)
