@@ -112,9 +112,14 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     projection. ValueError if `params` does not fit `config`, OSError if writing fails.
     """
     directory = Path(directory)
-    trees.check_tree(params, _shapes(config), "the CLIP to export")
+    check(config, params)
     hub.write_params(directory / "model.safetensors", params, key_map(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
+
+
+def check(config: CLIPConfig, params: dict) -> None:
+    """ValueError if `export` would refuse the parameters."""
+    trees.check_tree(params, _shapes(config), "the CLIP to export")
 
 
 def key_map(params: dict) -> dict[str, str]:

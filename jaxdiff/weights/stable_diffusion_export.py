@@ -37,6 +37,7 @@ from jaxdiff.weights.single_file_families import FAMILIES, Family
 from jaxdiff.weights.stable_diffusion import INDEX, PADDING
 from jaxdiff.weights.tree import Unread
 
+TYPES = ("float32", "float16", "bfloat16")
 VERSION = "0.42.1"
 """Of the diffusers whose layout is written; its inpainting pipelines do not open a folder without one."""
 
@@ -70,6 +71,8 @@ def export(pipeline: Pipeline, path: str | Path, layout: Layout = Layout.FOLDER,
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for what the layout
     cannot express, before anything is written; OSError if writing fails.
     """
+    if dtype not in TYPES:
+        raise ValueError(f"dtype must be one of {', '.join(TYPES)}, not {dtype}")
     contents = described(pipeline)
     if layout is Layout.SINGLE_FILE:
         family, tensors = family_of(contents), _tensors(contents)
@@ -148,6 +151,7 @@ def _encoders(pipeline: Pipeline, network: latent_unet.Network) -> dict[str, CLI
         for setting, value in fixed.items():
             if getattr(each, setting) != value:
                 raise ValueError(f"diffusers has no {setting} = {getattr(each, setting)} in the {name} of this layout")
+        clip.check(*_tower(each))
     return named
 
 

@@ -128,6 +128,7 @@ def test_refused_before_anything_is_written(ours, tmp_path):
         "no pads_with_a_word = True": changed(ours, text_encoder=zero),
         "not one text tower of CLIP": changed(ours, text_encoder=CombinedTextEncoder((encoder,), Axis.TOKENS)),
         "the U-Net to export": replace(ours, generator=narrow),
+        "the CLIP to export": changed(ours, text_encoder=replace(encoder, params={"text": narrow.params})),
         "a latent diffusion model and an autoencoder": replace(ours, decoders=()),
     }
     for message, pipeline in cases.items():
@@ -142,6 +143,8 @@ def test_what_only_a_folder_expresses(ours, tmp_path):
         ValueError, match=r"no single file has a U-Net of 4 input channels, text of width 32 .* a folder"
     ):
         export(ours, tmp_path / "model.safetensors", Layout.SINGLE_FILE)
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, not int8"):
+        export(ours, tmp_path / "folder", dtype="int8")
     assert not list(tmp_path.iterdir())
 
 
