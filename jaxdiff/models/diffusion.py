@@ -193,9 +193,10 @@ def executed(model: DiffusionModel, **how: Any) -> DiffusionModel:
 
 def check_size(model: DiffusionModel, *sides: int, name: str = "side") -> None:
     """ValueError if a side is not a multiple of the network's stride. name: its name in the message."""
+    unit = "latents" if isinstance(model.product, LatentSpec) else "pixels"
     for side in sides:
         if side < 1 or side % model.unet.stride:
-            raise ValueError(f"a {name} of {side} pixels is not a multiple of the network's stride {model.unet.stride}")
+            raise ValueError(f"a {name} of {side} {unit} is not a multiple of the network's stride {model.unet.stride}")
 
 
 def check_crop(model: DiffusionModel, side: int) -> None:

@@ -41,13 +41,15 @@ from jaxdiff.weights import autoencoder, clip, hub, latent_unet, schedulers, sin
 from jaxdiff.weights.adapters import LoRAs, with_controlnets
 from jaxdiff.weights.lora_names import Networks
 from jaxdiff.weights.single_file_families import SD_1, X4_UPSCALER, Family
-from jaxdiff.weights.tree import Unread
+from jaxdiff.weights.tree import PICKLES, Unread
 
 INDEX = "model_index.json"
 CLASSES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Upscale"))
 CLASSES += tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 CLASSES += tuple(f"{name[:-8]}ControlNetPipeline" for name in CLASSES if "Upscale" not in name)
 """The pipelines of diffusers whose folders are read."""
+FILES = (".safetensors", *PICKLES)
+"""Endings of single files; pickles are refused with the command that converts them."""
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """Folders with weights."""
 OLD_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
@@ -113,7 +115,7 @@ def is_stable_diffusion(path_or_id: str | Path) -> bool:
     """Whether this is a single file, or one of diffusers' pipelines of Stable Diffusion: a folder or a hub id, of which
     the settings are downloaded."""
     folder = Path(path_or_id)
-    if folder.is_file():
+    if folder.is_file() or folder.suffix in FILES:
         return True
     hub_id = isinstance(path_or_id, str) and path_or_id.count("/") == 1 and path_or_id[0] not in "./~"
     if hub_id and not folder.is_dir():
@@ -149,7 +151,8 @@ def load(path_or_id: str | Path, reading: Reading = Reading(), text: TextEncoder
 
 def open_source(path_or_id: str | Path, reading: Reading = Reading()) -> Source:
     """Open a single file, a folder or a hub id."""
-    return _open_file(Path(path_or_id), reading) if Path(path_or_id).is_file() else _open_folder(path_or_id, reading)
+    path = Path(path_or_id)
+    return _open_file(path, reading) if path.is_file() or path.suffix in FILES else _open_folder(path_or_id, reading)
 
 
 def _open_file(path: Path, reading: Reading) -> Source:

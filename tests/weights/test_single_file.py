@@ -141,7 +141,7 @@ def test_what_else_a_file_is(tmp_path, message, names):
         "unCLIP": unet(context=(320, 1024), **{VECTOR: zeros(1280, 2048)}),
         "Playground": unet(**XL) | {"edm_mean": zeros(4)},
         "CosXL": unet(**XL) | {"edm_vpred.sigma_max": zeros(1)},
-        "U-Net of 128 channels, 4 input channels and text of width 32": unet((128, 4), (128, 32)),
+        "U-Net of 4 input channels and text of width 32": unet((128, 4), (128, 32)),
         "text of width 0, with a vector of 7": unet(context=(320, 0), **{VECTOR: zeros(8, 7)}),
     }.items(),
 )
