@@ -149,7 +149,7 @@ def test_single_files(tmp_path):
     pickle.write_bytes(b"PK\x03\x04 of PyTorch")
     refused("v1-5.ckpt is a pickle, which can run code .*v1-5.safetensors", ValueError, stable_diffusion.load, pickle)
     refused(
-        "no Stable Diffusion at .*gone.safetensors",
+        "no weights at .*gone.safetensors",
         FileNotFoundError,
         stable_diffusion.load,
         tmp_path / "gone.safetensors",
