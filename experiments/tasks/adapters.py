@@ -132,6 +132,7 @@ class AdapterTask(Task):
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
     presets: dict[str, PresetOptimizer] = dataclasses.field(default_factory=dict)
     settings: AdapterSettings = AdapterSettings()
+    sized: ClassVar[bool] = False
     hinted: ClassVar[bool] = False
     """Whether batches have hints."""
     dropout: ClassVar[float] = 0.1

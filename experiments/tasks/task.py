@@ -78,6 +78,8 @@ class Task:
     replicated_parameters: ClassVar[bool] = True
     """Whether inference replicates the parameters on every device."""
     least_batch: ClassVar[int] = 1
+    sized: ClassVar[bool] = True
+    """Whether its presets are models, which can be planned and measured."""
     takes_init: ClassVar[bool] = False
     """Whether a run can start from the parameters of another (--init)."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
