@@ -79,7 +79,8 @@ def _draw(settings: Settings, words: PreTrainedTokenizerBase, piece: range) -> N
         example = scene("train", index, 2 if place % 100 < round(100 * settings.two_objects) else 1)
         images[place] = draw(example, 64)
         texts.append(caption(example, "train", index).text)
-    ids[piece.start : piece.stop], mask[piece.start : piece.stop] = tokenize(words, texts, ids.shape[1])
+    tokens = tokenize(words, texts, ids.shape[1])
+    ids[piece.start : piece.stop], mask[piece.start : piece.stop] = tokens.ids, tokens.mask
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ class Processes:
         return len(self._children)
 
     def out(self, index: int) -> str:
-        """What the process has written to standard output so far."""
-        return self._file(index, "out").read_text(errors="replace")
+        """What the process has written to standard output so far; nothing before it has opened its file."""
+        path = self._file(index, "out")
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def err(self, index: int) -> str:
         """The same of standard error."""
