@@ -103,8 +103,8 @@ class Processes:
             time.sleep(0.05)
 
     def kill(self, which: int) -> None:
-        """Send every process that still runs this signal."""
-        for child in self._children:
+        """Send every process that still runs this signal; the first one last, whose end ends the others."""
+        for child in reversed(self._children):
             if child.poll() is None:
                 child.send_signal(which)
 
