@@ -15,13 +15,14 @@ from jaxdiff.core.products import ImageSpec, LatentSpec, check_product
 from jaxdiff.diffusion import noise
 from jaxdiff.models import autoencoder_tiles
 from jaxdiff.models.autoencoder_tiles import SeamlessTiles
+from jaxdiff.models.boxes import Decoder
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck, gaussian, quantize
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedAutoencoder:
+class TrainedAutoencoder(Decoder):
     """An autoencoder with parameters: the decoder of latent diffusion, which can also encode.
 
     scale: latents are codes times this, so that they have about unit variance. upcast: compute in float32, whatever
@@ -53,33 +54,6 @@ class TrainedAutoencoder:
     @property
     def factor(self) -> int:
         return self.config.stride
-
-    @property
-    def steps(self) -> int:
-        return 1
-
-    @property
-    def reads(self) -> None:
-        return None
-
-    @property
-    def reads_padding(self) -> bool:
-        return False
-
-    @property
-    def reads_hints(self) -> None:
-        return None
-
-    @property
-    def takes_init(self) -> bool:
-        return False
-
-    @property
-    def reads_mask(self) -> bool:
-        return False
-
-    def batch_size(self, wanted: int) -> int:
-        return wanted
 
     def check(self, size: tuple[int, int]) -> None:
         """ValueError unless height and width are multiples of the stride."""

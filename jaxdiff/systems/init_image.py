@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff.core.products import ImageSpec
+from jaxdiff.models.boxes import Box, Encoding
 from jaxdiff.models.sampling import InitProduct, first_step
-from jaxdiff.systems.boxes import Box, Encoding
 
 Size = tuple[int, int]
 

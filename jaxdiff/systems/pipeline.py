@@ -19,9 +19,9 @@ from jaxtyping import Array
 
 from jaxdiff.core.products import check_product, same_kind
 from jaxdiff.diffusion import noise
+from jaxdiff.models.boxes import Box, Decoder, Generator
 from jaxdiff.models.hints import HintImage, check_hints
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
-from jaxdiff.systems.boxes import Box, Decoder, Generator
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 

@@ -17,6 +17,7 @@ from jaxdiff.diffusion.solvers import Solver
 from jaxdiff.diffusion.thresholding import NoThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace, TabulatedKarras
 from jaxdiff.models.autoencoder_training import AutoencoderModel
+from jaxdiff.models.boxes import Decoder
 from jaxdiff.models.conditioners import (
     AnyConditioner,
     LowResConditioner,
@@ -29,7 +30,6 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.latent_unet import LatentUNetConfig
-from jaxdiff.systems.boxes import Decoder
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 

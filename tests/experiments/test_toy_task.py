@@ -20,8 +20,8 @@ from experiments.tasks.task import Inference, Task, Work
 from jaxdiff.core.products import ImageSpec
 from jaxdiff.data import sources
 from jaxdiff.data.pipeline import DataConfig, image_batches
+from jaxdiff.models.boxes import Generator
 from jaxdiff.models.single_optimizer import SingleOptimizer
-from jaxdiff.systems.boxes import Generator
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
 

@@ -21,6 +21,7 @@ from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
 from jaxdiff.models import conditioners
 from jaxdiff.models import sampling as sampling_module
+from jaxdiff.models.boxes import Decoder, Encoding, Generator
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, enlarge
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
@@ -28,7 +29,6 @@ from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import MaskedText, TextReader, WholeText
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
-from jaxdiff.systems.boxes import Decoder, Encoding, Generator
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.training.mesh import BATCH_AXES, batch_sharding, make_mesh, to_devices
 

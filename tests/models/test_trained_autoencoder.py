@@ -14,11 +14,11 @@ from jaxdiff.diffusion import noise
 from jaxdiff.models import autoencoder_tiles
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.autoencoder_tiles import SeamlessTiles
+from jaxdiff.models.boxes import Decoder, Encoding
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets import autoencoder as nets
 from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
-from jaxdiff.systems.boxes import Decoder, Encoding
 
 KL = AutoencoderConfig((4, 8), 1, 4, norm_groups=2)
 VQ = replace(KL, bottleneck=VQBottleneck(20, 5))

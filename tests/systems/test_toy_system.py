@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
-from jaxdiff.systems.boxes import Decoder, Generator
+from jaxdiff.models.boxes import Decoder, Generator
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.systems.pipeline import INPUT, After, Pipeline, SampleOptions
 
