@@ -107,7 +107,8 @@ def test_diffusers_loads_written_files(case, number, tmp_path):
 def same_in_diffusers(case, layout, number, tmp_path):
     """Its network gives the numbers of ours.
 
-    Of kohya's files diffusers 0.42 ignores alphas that differ between attention layers, and SDXL's `add_embedding` under diffusers' name.
+    Of kohya's files diffusers 0.42 ignores alphas that differ between attention layers, and SDXL's `add_embedding`
+    under diffusers' name.
     """
     from diffusers import loaders
 
