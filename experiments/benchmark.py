@@ -33,8 +33,15 @@ from jaxdiff.training.chips import PEAK_TFLOPS
 from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.mesh import batch_sharding, make_mesh, to_devices
 from jaxdiff.training.optimizer import OptimizerConfig
-from jaxdiff.training.plan import network_flops
-from jaxdiff.training.state import Trainable, TrainState, abstract_params, abstract_state, loss_inputs, placements_of
+from jaxdiff.training.plan import network_flops, training_flops
+from jaxdiff.training.state import (
+    Trainable,
+    TrainState,
+    abstract_frozen,
+    abstract_params,
+    abstract_state,
+    placements_of,
+)
 from jaxdiff.training.step import make_step
 
 
@@ -136,13 +143,14 @@ def measure(asked: Asked) -> Row:
 class Training:
     """A compiled training step; `timed` runs it. Several can be compiled in threads before the first is timed.
 
-    program: of (state, batch, key). state: shapes and placements. flops: per step. compiling: seconds.
+    program: of (state, batch, key, frozen). state, frozen: shapes and placements. flops: per step. compiling: seconds.
     """
 
     asked: Asked
     side: int
     program: Any
     state: TrainState
+    frozen: Any
     batch: dict[str, np.ndarray]
     flops: float
     compiling: float
@@ -176,9 +184,9 @@ class Training:
         )
 
     def _steps(self, batch: Any) -> Iterator[Any]:
-        state, key = _filled(self.state), jax.random.key(1)
+        state, frozen, key = _filled(self.state), _filled(self.frozen), jax.random.key(1)
         while True:
-            state, metrics = self.program(state, batch, key)
+            state, metrics = self.program(state, batch, key, frozen)
             yield metrics["loss"]
 
 
@@ -189,13 +197,13 @@ def compile_training(asked: Asked) -> Training:
     mesh, optimizer = make_mesh(fsdp=settings.fsdp), OptimizerConfig()
     abstract, batch = abstract_state(model, optimizer, mesh), random_arrays(model.batch_spec(settings.batch, side))
     with jax.set_mesh(mesh):
-        step = make_step(model, optimizer, placements_of(abstract))
+        frozen = abstract_frozen(asked.task.frozen(model), mesh)
+        step = make_step(model, optimizer, placements_of(abstract), frozen=placements_of(frozen))
         shapes = {name: _shape(array, batch_sharding(mesh)) for name, array in batch.items()}
-        compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1))
-    # The backward pass has twice the products of the forward pass. cuDNN's attention (GPUs in bfloat16) is not counted,
-    # so the fraction of the peak is a lower bound there.
-    flops = 3 * network_flops(model.loss, *loss_inputs(model, shapes))
-    return Training(asked, side, compiled, abstract, batch, flops, compiling)
+        compiled, compiling = _compiled(step, abstract, shapes, jax.random.key(1), frozen)
+    # cuDNN's attention (GPUs in bfloat16) is not counted, so the fraction of the peak is a lower bound there.
+    flops = training_flops(model, shapes, frozen)
+    return Training(asked, side, compiled, abstract, frozen, batch, flops, compiling)
 
 
 def _shape(array: np.ndarray, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -227,12 +235,14 @@ def _sampling(asked: Asked) -> tuple[float, float, float | None] | None:
     if inference is None:
         return None
     given = jax.tree.map(jnp.asarray, random_arrays(inference.given))
-    shapes = jax.eval_shape(inference.used, abstract_params(model))
+    frozen = asked.task.frozen(model)
+    shapes = jax.eval_shape(inference.used, abstract_params(model), frozen)
     compiled, compiling = _compiled(jax.jit(inference.function), shapes, *given)
     flops = network_flops(inference.function, shapes, *given)
     if not settings.steps:
         return flops, compiling, None
-    params = jax.jit(lambda key: inference.used(model.init(key)[0]))(jax.random.key(0))
+    start = jax.jit(lambda key, frozen: inference.used(model.init(key)[0], frozen))
+    params = start(jax.random.key(0), random_arrays(frozen))
     return flops, compiling, _median((compiled(params, *given) for _ in iter(int, 1)), settings.steps)
 
 

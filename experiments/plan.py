@@ -41,8 +41,8 @@ from jaxdiff.training.compilation_cache import without_compilation_cache
 from jaxdiff.training.hlo import COUNTING
 from jaxdiff.training.mesh import AXES, BATCH_AXES, AnyMesh, batch_devices, check_batch, make_mesh, parse
 from jaxdiff.training.param_sharding import bytes_on_a_device, shardings, table
-from jaxdiff.training.plan import Costs, compiled_costs, estimated_costs, network_flops
-from jaxdiff.training.state import TrainState, abstract_params, abstract_state, loss_inputs, placements_of
+from jaxdiff.training.plan import Costs, compiled_costs, estimated_costs, network_flops, training_flops
+from jaxdiff.training.state import TrainState, abstract_frozen, abstract_params, abstract_state, placements_of
 from jaxdiff.training.step import make_step
 
 
@@ -143,14 +143,14 @@ def planned(question: Planned, topology: chips.Topology) -> dict[str, Any]:
 
 
 def useful_flops(question: Planned) -> float:
-    """FLOPs of the network per step: the forward pass for sampling and encoding, three times that for training, without
-    recomputation."""
+    """FLOPs of the network per step, without recomputation: the forward pass for sampling and encoding, for training
+    also the backward pass."""
     model = question.plain
     if question.settings.sample:
         inference = question.inference(model)
-        params = jax.eval_shape(inference.used, abstract_params(model))
+        params = jax.eval_shape(inference.used, abstract_params(model), question.task.frozen(model))
         return network_flops(inference.function, params, *inference.given)
-    return 3 * network_flops(model.loss, *loss_inputs(model, question.spec))
+    return training_flops(model, question.spec, question.task.frozen(model))
 
 
 def links_of(mesh: AnyMesh, topology: chips.Topology) -> dict[str, float]:
@@ -172,11 +172,15 @@ def _training(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[st
     model, settings = question.model, question.settings
     placement = question.task.placement(model, settings.compute)
     state = abstract_state(model, question.optimizer, mesh, placement)
-    step = make_step(model, question.optimizer, placements_of(state), accumulate=settings.accumulate)
+    frozen = abstract_frozen(question.task.frozen(model), mesh, placement)
+    step = make_step(
+        model, question.optimizer, placements_of(state), frozen=placements_of(frozen), accumulate=settings.accumulate
+    )
     with jax.set_mesh(mesh):
         batch = placed(question.spec, mesh, BATCH_AXES)
-        costs = _compiled(step, state, batch, key_shape(mesh), name=str(question), hlo=settings.hlo, options=options)
-    return _sizes(settings, state) | {"costs": costs}
+        arguments = state, batch, key_shape(mesh), frozen
+        costs = _compiled(step, *arguments, name=str(question), hlo=settings.hlo, options=options)
+    return _sizes(settings, state, frozen) | {"costs": costs}
 
 
 def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +188,8 @@ def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[s
     diffusion models and sharded as in training for others."""
     model = question.model
     inference = question.inference(model)
-    cast = jax.eval_shape(lambda params: inference.used(model.cast(params)), abstract_params(model))
+    frozen = question.task.frozen(model)
+    cast = jax.eval_shape(lambda *trees: inference.used(model.cast(trees[0]), trees[1]), abstract_params(model), frozen)
     if question.task.replicated_parameters:
         params = placed(cast, mesh)
     else:
@@ -200,15 +205,19 @@ def _inference(question: Planned, mesh: Mesh, options: dict[str, Any]) -> dict[s
 
 def _estimate(question: Planned, mesh: Any) -> dict[str, Any]:
     settings, model = question.settings, question.model
-    state = abstract_state(model, question.optimizer, mesh, question.task.placement(model, settings.compute))
+    placement = question.task.placement(model, settings.compute)
+    state = abstract_state(model, question.optimizer, mesh, placement)
+    frozen = abstract_frozen(question.task.frozen(model), mesh, placement)
     rows = settings.batch // batch_devices(mesh) // settings.accumulate
     spec = model.batch_spec(rows, question.side)
-    costs = estimated_costs(question.task.on_one_device(model), state, spec, accumulate=settings.accumulate)
-    return _sizes(settings, state) | {"costs": costs}
+    costs = estimated_costs(question.task.on_one_device(model), state, spec, frozen, settings.accumulate)
+    return _sizes(settings, state, frozen) | {"costs": costs}
 
 
-def _sizes(settings: PlanSettings, state: TrainState) -> dict[str, Any]:
+def _sizes(settings: PlanSettings, state: TrainState, frozen: Any) -> dict[str, Any]:
     trees = {"parameters": state.params, "average": state.ema, "optimizer": state.opt_state}
+    if jax.tree.leaves(frozen):
+        trees["frozen"] = frozen
     if settings.arrays:
         print(table(state))
     return {

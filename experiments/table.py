@@ -31,6 +31,15 @@ EARLY = NoiseLevels((-9.0, 0.0), 0.75, snr_power=0.0)
 """Noise levels that hide everything but shapes and colours, which a small base model must learn first."""
 
 
+LATENT = {
+    "tiny": Preset(stable_diffusion_tiny.UNET_TINY, stable_diffusion_tiny.SAMPLING_TINY, SHIPPED_T5, SMALL),
+    "1": Preset(stable_diffusion.SD_1, stable_diffusion.SAMPLING, (77, 768)),
+    "2": Preset(stable_diffusion.SD_2_V, stable_diffusion.SAMPLING, (77, 1024)),
+    "xl": Preset(stable_diffusion.SD_XL, stable_diffusion.SAMPLING_XL, (77, 2048)),
+}
+"""Latent diffusion models."""
+
+
 def _folder(name: str) -> Path:
     return Path("runs") / name
 
@@ -92,21 +101,20 @@ TASKS: dict[str, Task] = {
     ),
     "sd.unet": LatentTask(
         "a latent diffusion model, in the latents of a trained autoencoder",
-        {
-            "tiny": Preset(stable_diffusion_tiny.UNET_TINY, stable_diffusion_tiny.SAMPLING_TINY, SHIPPED_T5, SMALL),
-            "1": Preset(stable_diffusion.SD_1, stable_diffusion.SAMPLING, (77, 768)),
-            "2": Preset(stable_diffusion.SD_2_V, stable_diffusion.SAMPLING, (77, 1024)),
-            "xl": Preset(stable_diffusion.SD_XL, stable_diffusion.SAMPLING_XL, (77, 2048)),
-        },
+        LATENT,
         LatentSettings(_folder("unet")),
     ),
     "sd.lora": LoRATask(
-        "a LoRA of a latent diffusion model", {"default": PresetOptimizer("adam", 1e-4)}, LoRASettings(_folder("lora"))
+        "a LoRA of a latent diffusion model",
+        {"default": PresetOptimizer("adam", 1e-4)},
+        LoRASettings(_folder("lora")),
+        LATENT,
     ),
     "sd.controlnet": ControlTask(
         "a ControlNet of a latent diffusion model, for edge maps",
         {"default": PresetOptimizer("adam", 1e-5)},
         ControlSettings(_folder("controlnet")),
+        LATENT,
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

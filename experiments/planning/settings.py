@@ -35,6 +35,8 @@ class PlanSettings:
     """Gradient accumulation: micro-batches per step."""
     crop: int | None = None
     """Side of super-resolution's training images in pixels; default: a quarter of the resolution."""
+    side: int | None = None
+    """Side of the images in pixels; default: the preset's."""
     optimizer: Literal["adam", "adafactor", "muon"] | None = None
     """Default: the paper's, Adafactor for Imagen's base and Adam for the others."""
     sample: bool = False
@@ -63,14 +65,14 @@ class Planned:
 
     @property
     def model(self) -> Trainable:
-        return self.task.model(self.settings.preset, self.settings.compute)
+        return self._model(self.settings.compute)
 
     @property
     def plain(self) -> Trainable:
         """The model on one device without rematerialization, for counting."""
         compute = self.settings.compute
         left = {"remat": "none", "scan": False, "rows": False} if isinstance(compute, UNetCompute) else {}
-        return self.task.on_one_device(self.task.model(self.settings.preset, dataclasses.replace(compute, **left)))
+        return self.task.on_one_device(self._model(dataclasses.replace(compute, **left)))
 
     @property
     def side(self) -> int:
@@ -95,6 +97,10 @@ class Planned:
             raise ValueError(f"--sample: {self.name} has only a training step to plan")
         return inference
 
+    def _model(self, compute: ComputeOptions) -> Trainable:
+        model, side = self.task.model(self.settings.preset, compute), self.settings.side
+        return model if side is None else self.task.resized(model, side)
+
     def __str__(self) -> str:
         return f"{self.name} {self.settings.preset} for {self.settings.topology}"
 
@@ -102,7 +108,7 @@ class Planned:
 def check(asked: Planned, topology: chips.Topology) -> None:
     """ValueError for settings that cannot be planned, before anything is traced."""
     settings = asked.settings
-    for name in ("batch", "accumulate", "crop"):
+    for name in ("batch", "accumulate", "crop", "side"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least 1")

@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.options.training import OptimizerOptions, PresetOptimizer, Rule, RunOptions, TrainSettings
+from experiments.tasks.diffusion import Preset, UNetCompute, placement, resized, sampling_step, split
 from experiments.tasks.held_out import held_out_source
 from experiments.tasks.latents import LatentOptions, Latents
-from experiments.tasks.task import Start, Task, Work
+from experiments.tasks.task import Inference, Start, Task, Work
 from jaxdiff.core.trees import digest_of
 from jaxdiff.data import grids, sources
 from jaxdiff.data.edges import edge_map
@@ -36,16 +37,20 @@ from jaxdiff.models import lora
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.conditioners import NullText, TextConditioner
 from jaxdiff.models.control import ControlModel, with_controls
+from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.models.diffusion_lora import DiffusionLoRA
 from jaxdiff.models.hints import HintImage
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.control import ControlNetConfig
+from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training.distributed import gathered, once
 from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.state import Params
+from jaxdiff.training.param_sharding import ParamSharding
+from jaxdiff.training.state import Params, abstract_params
 from jaxdiff.weights import control, latent_unet, pretrained
 from jaxdiff.weights import lora as lora_files
 from jaxdiff.weights.lora import Layout
@@ -70,6 +75,9 @@ class BaseOptions:
     """Side of the training images in pixels; default: that of the model's training."""
     text_dropout: float | None = None
     """Fraction of captions to drop; default: 0.1 for a LoRA, 0.5 for a ControlNet."""
+    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type in which the base's parameters are kept. float16 changes nothing for files in float16; bfloat16 is for
+    ControlNets: a LoRA then learns the difference to rounded parameters."""
 
     def load(self, dropout: float) -> Pipeline:
         """The pipeline, with the side and the dropout of this training. ValueError naming a bad option."""
@@ -110,6 +118,7 @@ class AdapterSettings(TrainSettings):
     """Optimizer and learning rate; the size is that of the base."""
     run: RunOptions = RunOptions(steps=500, batch=4, ema_decay=0.99)
     optimization: OptimizerOptions = OptimizerOptions(weight_decay=0.01)
+    compute: UNetCompute = UNetCompute()
     base: BaseOptions = BaseOptions()
 
 
@@ -127,12 +136,15 @@ class ControlSettings(AdapterSettings):
 
 @dataclass(frozen=True)
 class AdapterTask(Task):
-    """What the training of a LoRA and of a ControlNet have in common."""
+    """What the training of a LoRA and of a ControlNet have in common.
+
+    bases: presets of the base, for planning and benchmarks; training takes the base from --weights.
+    """
 
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
     presets: dict[str, PresetOptimizer] = dataclasses.field(default_factory=dict)
     settings: AdapterSettings = AdapterSettings()
-    sized: ClassVar[bool] = False
+    bases: dict[str, Preset] = dataclasses.field(default_factory=dict)
     hinted: ClassVar[bool] = False
     """Whether batches have hints."""
     dropout: ClassVar[float] = 0.1
@@ -140,12 +152,45 @@ class AdapterTask(Task):
     def config(self, settings: TrainSettings, name: str) -> Any:
         return settings.config(self.rules, name, self.unit, self.preset(settings.preset))
 
-    def model(self, preset: str, compute: Any) -> Any:
-        raise ValueError("an adapter has the size of its base: plan or measure sd.unet")
+    def model(self, preset: str, compute: UNetCompute) -> Any:
+        """The adapter of a preset of the base."""
+        base = self._base(preset)
+        return self.adapter(
+            self.settings, split(executed(base.model.reading(*base.reads), dtype=compute.dtype), compute)
+        )
 
-    def adapter(self, settings: Any, generator: TrainedModel) -> tuple[Any, Params | None, Any]:
-        """The trainable, its initial parameters (None: its own) and the frozen arrays."""
+    def side(self, model: Any, crop: int | None) -> int:
+        return super().side(model.base, crop)
+
+    def resized(self, model: Any, side: int) -> Any:
+        return dataclasses.replace(model, base=resized(model.base, side))
+
+    def frozen(self, model: Any) -> Any:
+        dtype = self.settings.base.base_dtype
+        return self.given(jax.tree.map(lambda leaf: leaf.update(dtype=dtype), abstract_params(model.base)))
+
+    def placement(self, model: Any, compute: UNetCompute) -> ParamSharding:
+        return placement(model.base, compute)
+
+    def on_one_device(self, model: Any) -> Any:
+        return dataclasses.replace(model, base=executed(model.base, sharding=ActivationSharding()))
+
+    def _base(self, preset: str) -> Preset:
+        if preset not in self.bases:
+            raise ValueError(f"--preset {preset}: choose from {', '.join(self.bases)}")
+        return self.bases[preset]
+
+    def adapter(self, settings: Any, base: DiffusionModel) -> Any:
+        """The trainable."""
         raise NotImplementedError
+
+    def given(self, base: Params) -> Any:
+        """The frozen arrays, from the base's parameters."""
+        raise NotImplementedError
+
+    def start(self, settings: Any, model: Any, base: Params) -> Params | None:
+        """Initial parameters; None: the trainable's own."""
+        return None
 
     def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
         """The base with the trained adapter."""
@@ -166,7 +211,9 @@ class AdapterTask(Task):
         source = spread(dataset, data.limit) if data.limit else dataset
         assert pipeline.text_encoder is not None  # the model reads text
         captions = Captions(pipeline.text_encoder, generator.model.text)
-        model, initial, frozen = self.adapter(settings, generator)
+        base = split(executed(generator.model, dtype=settings.compute.dtype), settings.compute)
+        model, kept = self.adapter(settings, base), np.dtype(settings.base.base_dtype)
+        frozen = self.given(jax.tree.map(lambda leaf: np.asarray(leaf).astype(kept), generator.params))
         held_out = held_out_source(settings, space.side)
         some = None if held_out is None else spread(held_out, min(data.evaluate_n, len(held_out)))
         contents = space.data | {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
@@ -180,8 +227,9 @@ class AdapterTask(Task):
             self._batches(settings, space, source, captions),
             contents,
             finish,
-            initial=initial,
-            frozen=jax.tree.map(np.asarray, frozen),
+            initial=self.start(settings, model, generator.params),
+            frozen=frozen,
+            placement=self.placement(model, settings.compute),
             sample_hook=self._samples(settings, space, source, captions, model, generator),
             held_out=self._held_out(settings, space, some, captions),
         )
@@ -252,12 +300,14 @@ class LoRATask(AdapterTask):
 
     settings: LoRASettings = LoRASettings()
 
-    def adapter(self, settings: LoRASettings, generator: TrainedModel) -> tuple[DiffusionLoRA, None, Any]:
+    def adapter(self, settings: LoRASettings, base: DiffusionModel) -> DiffusionLoRA:
         options = settings.lora
         if options.rank < 1:
             raise ValueError(f"--rank {options.rank}: at least 1")
-        model = DiffusionLoRA(generator.model, TARGETS[options.targets], options.rank, options.alpha)
-        return model, None, {lora.MODEL: generator.params}
+        return DiffusionLoRA(base, TARGETS[options.targets], options.rank, options.alpha)
+
+    def given(self, base: Params) -> Any:
+        return {lora.MODEL: base}
 
     def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
         return dataclasses.replace(generator, params=lora.merged(generator.params, [(params[lora.MODEL], 1.0)]))
@@ -280,13 +330,25 @@ class ControlTask(AdapterTask):
     hinted: ClassVar[bool] = True
     dropout: ClassVar[float] = 0.5
 
-    def adapter(self, settings: ControlSettings, generator: TrainedModel) -> tuple[ControlModel, Params, Any]:
-        base = generator.model
+    def adapter(self, settings: ControlSettings, base: DiffusionModel) -> ControlModel:
         stride, channels = base.product.stride, base.product.channels
-        widths = (16, 32, 96, 256)[: stride.bit_length()]
-        model = ControlModel(base, ControlNetConfig(base.unet, channels, 3, widths))
-        initial = model.initial(jax.random.key(settings.run.seed), generator.params)
-        return model, jax.device_get(initial), generator.params
+        plain = dataclasses.replace(base.unet, execution=ExecutionConfig())  # it is executed as the base is
+        return ControlModel(base, ControlNetConfig(plain, channels, 3, (16, 32, 96, 256)[: stride.bit_length()]))
+
+    def given(self, base: Params) -> Any:
+        return base
+
+    def start(self, settings: ControlSettings, model: ControlModel, base: Params) -> Params:
+        return jax.device_get(model.initial(jax.random.key(settings.run.seed), base))
+
+    def inference(self, preset: str, model: ControlModel, count: int) -> Inference:
+        """A sampling step of the base with this ControlNet."""
+        step = sampling_step(model.model, self._base(preset).sampling, count)
+
+        def used(params: Params, frozen: Any) -> Params:
+            return {"base": model.base.cast(frozen), "controls": (params,)}
+
+        return dataclasses.replace(step, used=used)
 
     def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
         return with_controls(generator, [(model.control, params)])

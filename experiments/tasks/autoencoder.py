@@ -116,12 +116,15 @@ class AutoencoderTask(Task):
         network = dataclasses.replace(model.network, dtype=compute.dtype, remat=compute.remat)
         return dataclasses.replace(model, network=network)
 
+    def resized(self, model: AutoencoderModel, side: int) -> AutoencoderModel:
+        return dataclasses.replace(model, side=side)
+
     def inference(self, preset: str, model: AutoencoderModel, count: int) -> Inference:
         """The decoding of latents."""
         side, network = model.side // model.network.stride, model.network.module()
         code = jax.ShapeDtypeStruct((count, side, side, model.network.code_channels), jnp.float32)
         decode = lambda params, code: network.apply({"params": params}, code, method="decode")  # noqa: E731
-        return Inference(decode, (code,), lambda params: params["autoencoder"])
+        return Inference(decode, (code,), lambda params, frozen: params["autoencoder"])
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         model, data = self._model(settings), settings.dataset

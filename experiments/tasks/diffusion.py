@@ -28,14 +28,16 @@ from experiments.tasks.spaces import Pixels, Space, crop_of
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
 from jaxdiff.core.files import usable
+from jaxdiff.core.products import LatentSpec
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.mixture import spread
 from jaxdiff.data.pipeline import Batches
 from jaxdiff.diffusion import noise
-from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, TextConditioner
+from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, NullText, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel, check_crop, executed
+from jaxdiff.models.hints import HintImage
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.execution import Remat
@@ -125,6 +127,24 @@ class Preset:
     levels: NoiseLevels = NoiseLevels()
 
 
+def sampling_step(model: DiffusionModel, sampling: SamplingConfig, count: int) -> Inference:
+    """One sampling step of full images, with both branches of guidance."""
+    sampling, side = dataclasses.replace(sampling, steps=1), model.side
+    keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
+    batch = model.batch_spec(count, side)
+    text = None
+    if "text" in batch:
+        pooled = batch["text_pooled"].update(dtype=jnp.float32) if "text_pooled" in batch else None
+        text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"], pooled)
+
+    def step(params, text, negative, keys, low_res, hint):
+        hints = () if hint is None else (HintImage(hint),)
+        request = SampleRequest(keys, (side, side), text, negative, hints=hints)
+        return TrainedModel(model, params, sampling).decode(low_res, request)
+
+    return Inference(step, (text, text, keys, batch.get("low_res"), batch.get("hint")))
+
+
 @dataclass(frozen=True)
 class DiffusionTask(Task):
     """A stage of Imagen."""
@@ -147,28 +167,16 @@ class DiffusionTask(Task):
         return side
 
     def placement(self, model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
-        """Layers are sharded over the tensor axis, unless it splits the rows of images."""
-        rules = () if compute.rows else (ShardingRule(*rule) for rule in model.unet.tensor_rules())
-        return ParamSharding(tuple(rules))
+        return placement(model, compute)
 
     def on_one_device(self, model: DiffusionModel) -> DiffusionModel:
         return executed(model, sharding=ActivationSharding())
 
     def inference(self, preset: str, model: DiffusionModel, count: int) -> Inference:
-        """One sampling step of full images, with both branches of guidance."""
-        sampling, side = dataclasses.replace(self.preset(preset).sampling, steps=1), model.side
-        keys = jax.eval_shape(lambda: noise.sample_keys(jax.random.key(0), jnp.arange(count)))
-        batch = model.batch_spec(count, side)
-        text = None
-        if "text" in batch:
-            pooled = batch["text_pooled"].update(dtype=jnp.float32) if "text_pooled" in batch else None
-            text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"], pooled)
+        return sampling_step(model, self.preset(preset).sampling, count)
 
-        def step(params, text, negative, keys, low_res):
-            request = SampleRequest(keys, (side, side), text, negative)
-            return TrainedModel(model, params, sampling).decode(low_res, request)
-
-        return Inference(step, (text, text, keys, batch.get("low_res")))
+    def resized(self, model: DiffusionModel, side: int) -> DiffusionModel:
+        return resized(model, side)
 
     def space(self, settings: Settings, model: DiffusionModel) -> Space:
         """What the model is trained in."""
@@ -181,6 +189,10 @@ class DiffusionTask(Task):
         encoder, embeddings = find(settings.text_encoder, settings.dataset, preset, model)
         text = embeddings or encoder
         model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
+        if model.text is not None:  # embeddings are stored without padding: the empty caption has no tokens
+            unpadded = dataclasses.replace(model.text, null=NullText.ZEROS)
+            conditioners = tuple(unpadded if each is model.text else each for each in model.conditioners)
+            model = dataclasses.replace(model, conditioners=conditioners)
         initial = self._initial(settings, model, start.mesh)
         if start.processes > 1 or settings.out.is_file():
             check_shared(usable(settings.out))
@@ -253,6 +265,20 @@ class DiffusionTask(Task):
             return None
         shardings = abstract_state(model, self.config(settings, "").optimizer, mesh).ema
         return initial(settings.run.init, model, shardings)
+
+
+def resized(model: DiffusionModel, side: int) -> DiffusionModel:
+    """The model for images of this side in pixels. ValueError if it is not a multiple of the stride."""
+    pixels = model.product.stride if isinstance(model.product, LatentSpec) else 1
+    if side % (pixels * model.unet.stride):
+        raise ValueError(f"--side {side}: not a multiple of {pixels * model.unet.stride}")
+    return dataclasses.replace(model, side=side // pixels)
+
+
+def placement(model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
+    """Layers are sharded over the tensor axis, unless it splits the rows of images."""
+    rules = () if compute.rows else (ShardingRule(*rule) for rule in model.unet.tensor_rules())
+    return ParamSharding(tuple(rules))
 
 
 def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:

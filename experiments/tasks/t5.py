@@ -104,7 +104,7 @@ class T5Task(Task):
         def encode(params, tokens, mask):
             return encoder.apply({"params": params}, tokens, mask)
 
-        def used(params: Params) -> Params:
+        def used(params: Params, frozen: Any) -> Params:
             """The encoder's parameters, in its compute type."""
             return jax.tree.map(lambda leaf: leaf.astype(model.config.dtype), t5.encoder_params(params))
 

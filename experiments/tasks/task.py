@@ -56,12 +56,13 @@ class Work:
 class Inference:
     """The repeated computation of a trained model: a sampling step, or the encoding of a batch.
 
-    function: of (params, *given). given: shapes and types. used: the parameters of `function` from the trained ones.
+    function: of (params, *given). given: shapes and types. used: the parameters of `function`, from the trained and the
+    frozen ones.
     """
 
     function: Callable[..., Any]
     given: tuple[Any, ...]
-    used: Callable[[Params], Params] = lambda params: params
+    used: Callable[[Params, Any], Params] = lambda params, frozen: params
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,6 @@ class Task:
     replicated_parameters: ClassVar[bool] = True
     """Whether inference replicates the parameters on every device."""
     least_batch: ClassVar[int] = 1
-    sized: ClassVar[bool] = True
-    """Whether its presets are models, which can be planned and measured."""
     takes_init: ClassVar[bool] = False
     """Whether a run can start from the parameters of another (--init)."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
@@ -106,6 +105,14 @@ class Task:
         if crop is not None:
             raise ValueError("--crop: this model is not trained on crops")
         return getattr(model, "side", 0)
+
+    def resized(self, model: Any, side: int) -> Trainable:
+        """The model for images of this side in pixels. ValueError if it cannot have this one."""
+        raise ValueError(f"--side {side}: this model has one size")
+
+    def frozen(self, model: Any) -> Any:
+        """Shapes and types of the arrays that the loss reads and never updates."""
+        return ()
 
     def placement(self, model: Any, compute: ComputeOptions) -> ParamSharding:
         """How the parameters are sharded over a mesh."""

@@ -22,7 +22,7 @@ from experiments.verifications.libraries import Libraries, freed, noise_from, to
 from experiments.verifications.networks import Texts
 from experiments.verifications.rows import Row, arrays, images
 from jaxdiff.diffusion.time_grid import Respaced
-from jaxdiff.models.conditioners import SampleInputs
+from jaxdiff.models.conditioner import SampleInputs
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.weights import deepfloyd_pipeline, hub

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.verifications.inputs import Inputs, entries
-from jaxdiff.models.conditioners import SampleInputs, joined
+from jaxdiff.models.conditioner import SampleInputs, joined
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.conditioning import Conditioning

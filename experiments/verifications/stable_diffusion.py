@@ -22,7 +22,7 @@ from experiments.verifications.inputs import Inputs, entries, picture
 from experiments.verifications.libraries import Libraries, freed, noise_from, to_images, to_numpy
 from experiments.verifications.networks import Texts
 from experiments.verifications.rows import Row, arrays, images
-from jaxdiff.models.conditioners import SampleInputs
+from jaxdiff.models.conditioner import SampleInputs
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.nets.conditioning import Conditioning

@@ -21,7 +21,8 @@ class Box(Protocol):
     reads: length and width of its text embeddings; None if it reads no text. reads_padding: whether it reads the text
     encoder's outputs for padding and for the empty caption. takes_init: whether it can start from an initial product.
     reads_mask: whether it reads the mask of inpainting, and the product of the image without the masked pixels.
-    reads_hints: which hints its ControlNets read; None if it has none.
+    reads_hints: which hints its ControlNets read; None if it has none. conditions: names of the conditions beside the
+    text that it reads from `SampleRequest.given`.
     """
 
     @property
@@ -61,6 +62,10 @@ class Box(Protocol):
     @property
     def reads_hints(self) -> HintConditioner | None:
         return None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return ()
 
     def batch_size(self, wanted: int) -> int:
         """The smallest supported batch size of at least `wanted`."""

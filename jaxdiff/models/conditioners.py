@@ -1,13 +1,13 @@
 """Conditioners: settings of a diffusion model, each of which computes a part of the network's `Conditioning`.
 
 In training they read a batch, with dropout and augmentation; in sampling they return the conditional and the
-unconditional branch of guidance.
+unconditional branch of guidance. Here: text, sizes, masks, hints, low-resolution images.
 """
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
+from jaxdiff.models.conditioner import Branches, SampleInputs, Shapes, check_dropout, entry
+from jaxdiff.models.representations import Representation
 from jaxdiff.nets.blocks import sinusoidal
 from jaxdiff.nets.conditioning import Conditioning, Hint
 from jaxdiff.text.encoder import TextEmbedding
-
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class NullText(enum.Enum):
@@ -44,50 +44,6 @@ class Enlargement(enum.Enum):
     BILINEAR = "bilinear"
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SampleInputs:
-    """Conditions of a batch of samples.
-
-    text: the embedded prompts (b n d); None: no text. negative: text of the unconditional branch; None: the null text.
-    low_res: (b h w c). aug_level: its noise level in [0, 1]. mask, masked: of inpainting, see `MaskConditioner`.
-    hints: one for each ControlNet. guess: for each, whether only the conditional branch gets it.
-    """
-
-    text: TextEmbedding | None = None
-    negative: TextEmbedding | None = None
-    low_res: Float[Array, "b h2 w2 c2"] | None = None
-    aug_level: Float[Array, ""] | float = 0.0
-    mask: Float[Array, "b h w 1"] | None = None
-    masked: Float[Array, "b h w c"] | None = None
-    hints: tuple[Hint, ...] = ()
-    guess: tuple[bool, ...] = field(default=(), metadata={"static": True})
-
-
-class Branches(NamedTuple):
-    """The conditionings of the two branches of guidance."""
-
-    conditional: Conditioning
-    unconditional: Conditioning
-
-
-@runtime_checkable
-class Conditioner(Protocol):
-    """A frozen dataclass of settings. Sizes are (height, width) of the network's input."""
-
-    def batch_spec(self, batch_size: int, side: int) -> Shapes:
-        """The entries of training batches that it reads, for square images of that side."""
-        ...
-
-    def example(self, size: tuple[int, int]) -> Conditioning:
-        """A batch of one, to initialize the network: which fields of `Conditioning` are present, and their shapes."""
-        ...
-
-    def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning: ...
-
-    def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches: ...
-
-
 @dataclass(frozen=True)
 class TextConditioner:
     """Caption embeddings for attention.
@@ -104,8 +60,7 @@ class TextConditioner:
     pooled: int | None = None
 
     def __post_init__(self):
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout {self.dropout}: must be a fraction of the captions, between 0 and 1")
+        check_dropout(self.dropout, "captions")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,6 +81,9 @@ class TextConditioner:
         }
         if self.pooled is not None:
             shapes["text_pooled"] = jax.ShapeDtypeStruct((batch_size, self.pooled), jnp.float16)
+        if self.null is NullText.EMPTY:  # with a batch axis, along which every entry is sharded
+            names = {"text": "null_text", "text_pooled": "null_pooled"}
+            shapes |= {null: shapes[name] for name, null in names.items() if name in shapes}
         return shapes
 
     def example(self, size: tuple[int, int]) -> Conditioning:
@@ -133,21 +91,22 @@ class TextConditioner:
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads text (b n d), text_mask (b n), with `pooled` text_pooled (b p), and for `NullText.EMPTY` null_text
-        (n d) and null_pooled (p), the embedding of the empty caption. A batch without text trains unconditionally."""
+        and null_pooled, the embedding of the empty caption, with or without a batch axis. A batch without text trains
+        unconditionally."""
         if "text" not in batch:
             return self._attended(self.null_text(keys.shape[0]))
         kept = noise.uniform(noise.fold(keys, 1)) >= self.dropout
         text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
         if self.null is NullText.EMPTY:
             # Neither text nor null text is masked.
-            tokens = jnp.where(kept[:, None, None], text, _entry(batch, "null_text"))
+            tokens = jnp.where(kept[:, None, None], text, entry(batch, "null_text"))
         else:
             mask = mask & kept[:, None]
             tokens = jnp.where(mask[..., None], text, 0.0)
         if self.pooled is None:
             return Conditioning(tokens=tokens, token_mask=mask)
-        null = _entry(batch, "null_pooled") if self.null is NullText.EMPTY else 0.0
-        return Conditioning(tokens, mask, jnp.where(kept[:, None], _entry(batch, "text_pooled"), null))
+        null = entry(batch, "null_pooled") if self.null is NullText.EMPTY else 0.0
+        return Conditioning(tokens, mask, jnp.where(kept[:, None], entry(batch, "text_pooled"), null))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         null = self.null_text(keys.shape[0]) if inputs.text is None or inputs.negative is None else None
@@ -185,7 +144,7 @@ class SizeConditioner:
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads sizes (b 6), in pixels: height and width before resizing, top and left of the crop, height and width of
         the crop."""
-        return self._embedded(_entry(batch, "sizes"))
+        return self._embedded(entry(batch, "sizes"))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         height, width = (side * self.stride for side in size)
@@ -209,8 +168,7 @@ class MaskConditioner:
     dropout: float = 0.25
 
     def __post_init__(self):
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout {self.dropout}: must be a fraction of the images, between 0 and 1")
+        check_dropout(self.dropout, "images")
 
     def batch_spec(self, batch_size: int, side: int) -> Shapes:
         shape = (batch_size, side, side)
@@ -225,7 +183,7 @@ class MaskConditioner:
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads mask (b h w 1) and masked (b h w c)."""
         kept = (noise.uniform(noise.fold(keys, 4)) >= self.dropout)[:, None, None, None]
-        mask, masked = jnp.where(kept, _entry(batch, "mask"), 1.0), jnp.where(kept, _entry(batch, "masked"), 0.0)
+        mask, masked = jnp.where(kept, entry(batch, "mask"), 1.0), jnp.where(kept, entry(batch, "masked"), 0.0)
         return Conditioning(concat=jnp.concatenate([mask, masked], axis=-1))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
@@ -269,7 +227,7 @@ class HintConditioner:
         """Reads hint (b H W c), H and W: `stride` times the size. ValueError for a hint of another size."""
         count, hints = keys.shape[0], []
         for name, channels in zip(self.entries, self.channels):
-            image = _entry(batch, name)
+            image = entry(batch, name)
             self.check_image(image, channels, size, f"the batch's {name}")
             hints.append(Hint(image, jnp.ones(count), jnp.zeros(count)))
         return Conditioning(hints=tuple(hints))
@@ -348,38 +306,16 @@ class LowResConditioner:
         return alpha[:, None, None, None] * given.concat
 
 
-AnyConditioner = TextConditioner | SizeConditioner | MaskConditioner | HintConditioner | LowResConditioner
-
-
-def joined(conditionings: list[Conditioning]) -> Conditioning:
-    """Concatenate conditionings: tokens along the sequence, channels and vectors along the last axis.
-
-    ValueError if more than one sets a noise level, residuals or an interval.
-    """
-    fields: dict[str, Any] = {}
-    for name in Conditioning._fields:
-        values = [getattr(each, name) for each in conditionings if getattr(each, name) is not None]
-        if len(values) > 1 and name not in _AXIS:
-            raise ValueError(f"{len(values)} conditioners set {name}, a network takes one")
-        fields[name] = None if not values else values[0] if len(values) == 1 else jnp.concatenate(values, _AXIS[name])
-    return Conditioning(**fields)
+AnyConditioner = (
+    TextConditioner | SizeConditioner | MaskConditioner | HintConditioner | LowResConditioner | Representation
+)
 
 
 def without_dropout(conditioner: AnyConditioner) -> AnyConditioner:
     """The conditioner without dropout, to evaluate the conditional model."""
-    return (
-        replace(conditioner, dropout=0.0) if isinstance(conditioner, TextConditioner | MaskConditioner) else conditioner
-    )
-
-
-_AXIS = {"tokens": 1, "token_mask": 1, "vector": -1, "concat": -1}
-
-
-def _entry(batch: Mapping[str, Any], name: str) -> Array:
-    """An entry of a training batch; ValueError if it is missing."""
-    if name not in batch:
-        raise ValueError(f"a batch of this model needs {name}")
-    return jnp.asarray(batch[name], jnp.float32)
+    if isinstance(conditioner, TextConditioner | MaskConditioner | Representation):
+        return replace(conditioner, dropout=0.0)
+    return conditioner
 
 
 def enlarge(low_res: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.core.trees import check_tree
-from jaxdiff.models.conditioners import HintConditioner, joined
+from jaxdiff.models.conditioner import joined
+from jaxdiff.models.conditioners import HintConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.models.single_optimizer import SingleOptimizer

@@ -18,7 +18,9 @@ from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule, TabulatedSchedule
 from jaxdiff.diffusion.time_samplers import TimeSampler, UniformTimes
-from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, TextConditioner, joined, without_dropout
+from jaxdiff.models.conditioner import joined
+from jaxdiff.models.conditioners import AnyConditioner, LowResConditioner, TextConditioner, without_dropout
+from jaxdiff.models.representations import Form, Representation
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import Conditioning
@@ -56,8 +58,9 @@ class DiffusionModel(SingleOptimizer):
         kinds = [type(conditioner) for conditioner in self.conditioners]
         if len(set(kinds)) != len(kinds):
             raise ValueError("two conditioners of the same type")
-        if self.unet.reads_text != (self.text is not None):
-            raise ValueError("a network has a TextConditioner if and only if it reads text")
+        tokens = any(getattr(each, "form", None) is Form.TOKENS for each in self.representations)
+        if self.unet.reads_text != (self.text is not None or tokens):
+            raise ValueError("a network has a conditioner with tokens if and only if it reads text")
         if self.low_res is not None and self.side % self.low_res.factor:
             raise ValueError(f"a side of {self.side} is not a multiple of the factor {self.low_res.factor}")
         if self.residual and (self.prediction is not Prediction.X0 or self.low_res is None):
@@ -74,6 +77,15 @@ class DiffusionModel(SingleOptimizer):
     @property
     def low_res(self) -> LowResConditioner | None:
         return next((each for each in self.conditioners if isinstance(each, LowResConditioner)), None)
+
+    @property
+    def representations(self) -> tuple[Representation, ...]:
+        return tuple(each for each in self.conditioners if isinstance(each, Representation))
+
+    @property
+    def guided(self) -> bool:
+        """Whether the two branches of guidance differ: it has a conditioner with a null condition."""
+        return self.text is not None or bool(self.representations)
 
     @property
     def factor(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -47,7 +48,7 @@ def check_hints(
     reads: HintConditioner | None, hints: Sequence[HintImage], size: tuple[int, int], count: int, what: str
 ) -> None:
     """ValueError unless these are hints for `count` samples of this size, one for each ControlNet. what: names the
-    model in messages."""
+    model in messages. The range of a traced hint is not checked."""
     wanted = 0 if reads is None else len(reads.channels)
     if len(hints) != wanted:
         raise ValueError(f"{len(hints)} hints: {what} has {wanted} ControlNets, and takes a hint for each")
@@ -56,6 +57,8 @@ def check_hints(
         reads.check_image(hint.image, channels, size, f"hint {i}")
         if hint.image.ndim == 4 and len(hint.image) != count:
             raise ValueError(f"hint {i} has {len(hint.image)} images, for {count} samples")
+        if isinstance(hint.image, jax.core.Tracer):
+            continue
         low, high = float(hint.image.min()), float(hint.image.max())
         if not jnp.issubdtype(hint.image.dtype, jnp.floating) or not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"hint {i} is {hint.image.dtype} from {low:g} to {high:g}: hints are floating, in [0, 1]")

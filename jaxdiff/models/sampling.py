@@ -4,7 +4,7 @@ One compiled program runs all steps. Numeric settings are traced, so that new va
 and interval, thresholding percentile and cap, augmentation level, strength and seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, partialmethod
 from typing import Any, cast
@@ -16,13 +16,15 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.core.products import ImageSpec, LatentSpec, ProductSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
-from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, denoised, from_x0, noised
+from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, denoised, from_x0
 from jaxdiff.diffusion.samplers import DDPM, Sampler, integrate
 from jaxdiff.diffusion.thresholding import DynamicThreshold, Thresholding
 from jaxdiff.diffusion.time_grid import Spacing, TimeGrid, UniformTime, time_grid
-from jaxdiff.models.conditioners import Branches, HintConditioner, MaskConditioner, NullText, SampleInputs, joined
+from jaxdiff.models.conditioner import Branches, SampleInputs, joined
+from jaxdiff.models.conditioners import HintConditioner, MaskConditioner, NullText
 from jaxdiff.models.diffusion import DiffusionModel, check_size
 from jaxdiff.models.hints import HintImage, check_hints, folded, traced, unfolded
+from jaxdiff.models.start import InitProduct, begin, first_step
 from jaxdiff.models.tiles import Tiles, in_tiles
 from jaxdiff.nets.activation_sharding import check_rows
 from jaxdiff.nets.conditioning import Conditioning
@@ -63,28 +65,13 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class InitProduct:
-    """Initial product for image to image and, with a mask, inpainting.
-
-    value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
-    are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
-    value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the sampled pixels grey;
-    for boxes that read it.
-    """
-
-    value: Float[Array, "b h w c"]
-    strength: float = 1.0
-    mask: Float[Array, "b h w 1"] | None = None
-    masked: Float[Array, "b h w c"] | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class SampleRequest:
     """One batch of samples for a box of a pipeline to produce.
 
     keys: one per sample, for this box; sample i depends only on its own key and conditions. size: height and width of
     the product. text, negative: text of the conditional and unconditional branches (None: the null text).
-    progress: called periodically with the number of steps done. hints: one for each ControlNet.
+    progress: called periodically with the number of steps done. hints: one for each ControlNet. given: conditions of
+    the other conditioners, such as `label` or `semantic_map`, by the names of their entries in a training batch.
     """
 
     keys: Key[Array, " b"]
@@ -94,6 +81,7 @@ class SampleRequest:
     init: InitProduct | None = None
     progress: Callable[[int], None] | None = None
     hints: tuple[HintImage, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -200,6 +188,10 @@ class TrainedModel:
     def reads_hints(self) -> HintConditioner | None:
         return next((each for each in self.model.conditioners if isinstance(each, HintConditioner)), None)
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(each.entry for each in self.model.representations)
+
     def batch_size(self, wanted: int) -> int:
         """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
         batch_devices, _ = self.model.unet.execution.sharding.sizes()
@@ -216,7 +208,7 @@ class TrainedModel:
         self.check(size)
         inputs, init = _inputs(model, sampling, _checked(model, product, size), request), request.init
         branches = jax.tree.map(self._shard, _conditioned(model, size, keys, inputs))
-        guided = model.text is not None and sampling.guidance.on  # without text both branches are the same
+        guided = model.guided and sampling.guidance.on
         guidance = sampling.guidance if guided else Guidance()
         switches = model, sampling.tiles, guided, sampling.keep_eps
         denoiser = Denoiser(*switches, self.params, branches, guidance, sampling.thresholding)
@@ -230,7 +222,7 @@ class TrainedModel:
             first = first_step(init.strength, sampling.steps)
             # A network that reads the mask keeps the known pixels itself.
             held = None if self.reads_mask else init.mask
-            x, known = _begin(sampling.clean_known, init.value, held, x, points, first)
+            x, known = begin(sampling.clean_known, init.value, held, x, points, first)
             if sampling.fresh_start and init.mask is not None and first == 0:
                 x = pure
         carry = jax.tree.map(self._shard, sampling.sampler.init(x))
@@ -281,46 +273,6 @@ def mean(models: Sequence[TrainedModel]) -> TrainedModel:
     return replace(first, params=params, text_fingerprint=known[0] if known else None)
 
 
-def first_step(strength: float, steps: int) -> int:
-    """The first step that is run at this strength. ValueError if no step would run, or for a strength above 1."""
-    taken = int(steps * strength) if 0.0 < strength <= 1.0 else 0
-    if taken < 1:
-        raise ValueError(f"strength {strength} leaves no step of {steps}, or is above 1")
-    return steps - taken
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Known:
-    """The known pixels under a mask, restored after each step; their noise is the same at every step."""
-
-    clean: bool = field(metadata={"static": True})
-    value: Array
-    mask: Array
-    eps: Array
-
-    def __call__(self, x: Array, point: TimeGrid) -> Array:
-        value = self.value if self.clean else noised(self.value, self.eps, point.alpha, point.sigma)
-        return self.mask * x + (1.0 - self.mask) * value
-
-    def finished(self, x: Array) -> Array:
-        """The last state with the known pixels as given: a grid may end with some noise."""
-        return self.mask * x + (1.0 - self.mask) * self.value
-
-
-@partial(jax.jit, static_argnums=0)
-def _begin(
-    clean: bool, value: Array, mask: Array | None, eps: Array, points: TimeGrid, first: Array
-) -> tuple[Array, _Known | None]:
-    """The value noised to the level of the first step, and the known pixels (None without a mask)."""
-    point = TimeGrid(*(values[first] for values in points))
-    x = noised(value, eps, point.alpha, point.sigma)
-    if mask is None:
-        return x, None
-    known = _Known(clean, value, mask, eps)
-    return known(x, point), known
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inputs: SampleInputs) -> Branches:
     """The network's conditioning in both branches."""
@@ -331,18 +283,30 @@ def _conditioned(model: DiffusionModel, size: tuple[int, int], keys: Array, inpu
 def _inputs(
     model: DiffusionModel, sampling: SamplingConfig, low_res: Array | None, request: SampleRequest
 ) -> SampleInputs:
-    """The conditions of a request. ValueError unless its hints suit the model."""
+    """The conditions of a request. ValueError unless its hints and given conditions suit the model."""
     init, count = request.init, len(request.keys)
     reads = next((each for each in model.conditioners if isinstance(each, HintConditioner)), None)
     check_hints(reads, request.hints, request.size, count, f"the {model.side} stage")
     mask, masked = (None, None) if init is None else (init.mask, init.masked)
-    inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked)
+    check_given(model, request.given, request.size, count)
+    given = {name: jnp.asarray(value) for name, value in request.given.items()}
+    inputs = SampleInputs(request.text, request.negative, low_res, sampling.aug_level, mask, masked, given=given)
     if not request.hints:
         return inputs
     times = _points(model.schedule, sampling.steps, sampling.spacing).t
     run = times if init is None else times[first_step(init.strength, sampling.steps) :]
     guess = tuple(hint.guess for hint in request.hints)
     return replace(inputs, hints=traced(request.hints, count, run), guess=guess)
+
+
+def check_given(model: DiffusionModel, given: Mapping[str, Any], size: tuple[int, int], count: int) -> None:
+    """ValueError unless these are conditions that the model reads, for `count` samples of this size."""
+    readers = {each.entry: each for each in model.representations}
+    for name, value in given.items():
+        if name not in readers:
+            known = ", ".join(readers) or "none"
+            raise ValueError(f"{name} is given, and the {model.side} stage does not read it: it reads {known}")
+        readers[name].check(value, count, size)
 
 
 def _predict_in_tiles(

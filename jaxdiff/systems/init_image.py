@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxdiff.core.products import ImageSpec
 from jaxdiff.models.boxes import Box, Encoding
-from jaxdiff.models.sampling import InitProduct, first_step
+from jaxdiff.models.start import InitProduct, first_step
 
 Size = tuple[int, int]
 

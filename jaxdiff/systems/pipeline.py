@@ -8,8 +8,8 @@ A *box* is the generator or a decoder. Sample i of a seed does not depend on the
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,8 @@ class SampleOptions:
     text. size: height and width of the generator's product; its side by default. last: number of the last box to run;
     None: all. init: initial image of every box that takes one. after: products to start from. batch: samples per
     program of the generator; for larger products it decreases in proportion to their pixels. hints: one for each
-    ControlNet, for every box that has them.
+    ControlNet, for every box that has them. given: arrays of the generator's other conditions (`SampleRequest.given`),
+    with a row for each sample of the call.
     """
 
     seed: int = 0
@@ -62,6 +63,7 @@ class SampleOptions:
     init: InitImage | None = None
     after: After | None = None
     hints: tuple[HintImage, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:  # jax's keys would wrap around
@@ -227,6 +229,7 @@ def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) ->
     if options.init is not None:
         options.init.check(pipeline.boxes, [stage.number for stage in stages])
     _check_hints(pipeline, options, stages, count)
+    _check_given(pipeline, options, stages, count)
     if not all(prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt is sampled without text", stacklevel=4)
     keys = noise.sample_keys(jax.random.key(options.seed), jnp.arange(options.first, options.first + count))
@@ -279,6 +282,16 @@ def _check_hints(pipeline: Pipeline, options: SampleOptions, stages: Sequence[_S
     for stage in readers:
         box = pipeline.boxes[stage.number]
         check_hints(box.reads_hints, options.hints, stage.size, count, f"the {box.side} stage")
+
+
+def _check_given(pipeline: Pipeline, options: SampleOptions, stages: Sequence[_Stage], count: int) -> None:
+    """ValueError unless the generator runs and reads all given conditions, and there is one for each sample."""
+    known = pipeline.generator.conditions if stages[0].number == 0 else ()
+    for name, values in options.given.items():
+        if name not in known:
+            raise ValueError(f"{name} is given, but the generator reads {', '.join(known) or 'no such condition'}")
+        if len(values) != count:
+            raise ValueError(f"{name} is given for {len(values)} samples, not {count}")
 
 
 def _run(pipeline: Pipeline, plan: _Plan, progress: Progress | None) -> Iterator[Batch]:
@@ -339,7 +352,9 @@ def _request(
     if plan.options.init is not None and box.takes_init:
         init = plan.options.init.product(pipeline.boxes, stage.number, stage.size, len(rows))
     hints = tuple(hint.of_rows(rows) for hint in plan.options.hints) if box.reads_hints is not None else ()
-    return SampleRequest(noise.fold(plan.keys[rows], stage.number), stage.size, text, negative, init, report, hints)
+    given = {} if stage.number else {name: np.asarray(values)[rows] for name, values in plan.options.given.items()}
+    keys = noise.fold(plan.keys[rows], stage.number)
+    return SampleRequest(keys, stage.size, text, negative, init, report, hints, given)
 
 
 def _runs_of(plan: _Plan, stage: _Stage, samples: int) -> int:

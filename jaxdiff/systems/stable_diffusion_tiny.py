@@ -13,21 +13,24 @@ from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.stable_diffusion import SAMPLING, SCHEDULE
 
 AUTOENCODER_TINY = AutoencoderModel(
-    AutoencoderConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8), side=64, adversary=None
+    AutoencoderConfig(channels=(16, 32, 64, 64), blocks=1, latent_channels=8, norm_groups=8),
+    side=64,
+    kl_weight=1e-3,
+    adversary=None,
 )
-"""64×64 images ⇄ 16×16 latents."""
+"""64×64 images ⇄ 8×8 latents."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
-        channels=64,
-        multipliers=(1, 2),
+        channels=128,
+        multipliers=(1, 1),
         blocks=(2, 2),
         transformer_layers=(1, 1),
-        heads=(4, 8),
+        heads=(4, 4),
         cross_only=(False, False),
         norm_groups=16,
     ),
-    side=16,
-    product=LatentSpec(channels=4, stride=4),
+    side=8,
+    product=LatentSpec(channels=8, stride=8),
     conditioners=(TextConditioner(),),
     schedule=SCHEDULE,
     prediction=Prediction.V,

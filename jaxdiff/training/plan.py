@@ -166,9 +166,17 @@ def compiled_costs(compiled: Any, devices: int) -> Costs:
 
 def network_flops(function: Callable[..., Any], *shapes: Any) -> float:
     """FLOPs of the convolutions and matrix products of a function, from shapes only, without compilation or the padding
-    of convolutions. A training step needs three times the FLOPs of its loss: the backward pass has two products for
-    each product of the forward pass."""
+    of convolutions."""
     return _counted(jax.make_jaxpr(function)(*shapes).jaxpr)[0]
+
+
+def training_flops(trainable: Trainable, batch: Any, frozen: Any = ()) -> float:
+    """`network_flops` of a training step without recomputation. The backward pass has two products for each product of
+    the forward pass; for frozen arrays it has one, or none, so with these the gradient itself is counted."""
+    inputs = loss_inputs(trainable, batch, frozen)
+    if not jax.tree.leaves(frozen):
+        return 3 * network_flops(trainable.loss, *inputs)
+    return network_flops(jax.grad(trainable.loss, has_aux=True), *inputs)
 
 
 def estimated_costs(

@@ -139,6 +139,15 @@ def init_state(
         return jax.jit(create, out_shardings=placements)(placed, extra)
 
 
+def abstract_frozen(frozen: Any, mesh: AnyMesh, placement: ParamSharding = BY_SHAPE) -> Any:
+    """Shapes of `frozen` arrays with the placements of `place_frozen`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        frozen,
+        shardings(frozen, mesh, placement, strict=False),
+    )
+
+
 def place_frozen(frozen: Any, mesh: Mesh, placement: ParamSharding = BY_SHAPE) -> Any:
     """Shard a loss's `frozen` arrays (on host or devices) over the devices like parameters."""
     return jax.tree.map(_placed, frozen, shardings(frozen, mesh, placement, strict=False))

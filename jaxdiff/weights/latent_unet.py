@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.core import trees
-from jaxdiff.models.conditioners import SizeConditioner, joined
+from jaxdiff.models.conditioner import joined
+from jaxdiff.models.conditioners import SizeConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.execution import ExecutionConfig

@@ -16,7 +16,7 @@ from jaxdiff.diffusion import (
     time_grid,
     time_samplers,
 )
-from jaxdiff.models import conditioners, control, diffusion, sampling, tiles
+from jaxdiff.models import conditioners, control, diffusion, representations, sampling, tiles
 from jaxdiff.nets import blocks, classifier, conditioning, execution, latent_unet, unet
 from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
@@ -42,6 +42,10 @@ TABLE = Table(
         "models.SizeConditioner": conditioners.SizeConditioner,
         "models.MaskConditioner": conditioners.MaskConditioner,
         "models.LowResConditioner": conditioners.LowResConditioner,
+        "models.ClassConditioner": representations.ClassConditioner,
+        "models.EmbeddingConditioner": representations.EmbeddingConditioner,
+        "models.Form": representations.Form,
+        "models.SemanticMapConditioner": representations.SemanticMapConditioner,
         "models.Enlargement": conditioners.Enlargement,
         "models.Control": control.ControlModel,
         "models.Sampling": sampling.SamplingConfig,

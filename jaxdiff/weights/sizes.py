@@ -17,6 +17,7 @@ from jaxdiff.core.products import ImageSpec, LatentSpec
 from jaxdiff.diffusion import schedules, time_grid
 from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.representations import ClassConditioner, EmbeddingConditioner, SemanticMapConditioner
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.classifier import ClassifierConfig
@@ -86,6 +87,9 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     SizeConditioner: {"frequencies": SIZE, "stride": SIDE},
     MaskConditioner: {"channels": SIZE},
     LowResConditioner: {"factor": SIDE, "channels": SIZE},
+    ClassConditioner: {"classes": SIZE},
+    EmbeddingConditioner: {"width": SIZE, "length": STEPS},
+    SemanticMapConditioner: {"classes": SIZE, "stride": SIDE, "detail": SIDE},
     SamplingConfig: {"steps": STEPS},
     Tiles: {"side": SIDE, "overlap": SIDE},
     schedules.LinearBetaSchedule: {"steps": STEPS},

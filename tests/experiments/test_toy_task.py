@@ -128,19 +128,18 @@ def test_the_tables_are_not_changed(command):
 
 
 def test_all_tasks_keep_the_contract():
-    """Every preset's batch, side and inference can be asked for, without a computation."""
+    """Every preset's batch, side, loss and inference can be asked for, without a computation."""
     for name, task in TASKS.items():
         assert task.settings.preset in task.presets, name
-        if not task.sized:
-            with pytest.raises(ValueError, match="has the size of its base"):
-                task.model(task.settings.preset, task.settings.compute)
-            continue
         model = task.on_one_device(task.model("tiny", task.settings.compute))
         shapes = model.batch_spec(2, task.side(model, None))
         assert all(leaf.shape[0] == 2 for leaf in shapes.values()), name
-        inference = task.inference("tiny", model, 2)
-        params = jax.eval_shape(lambda key, m=model, used=inference.used: used(m.init(key)[0]), jax.random.key(0))
-        assert jax.tree.leaves(jax.eval_shape(inference.function, params, *inference.given)), name
+        frozen, key = task.frozen(model), jax.random.key(0)
+        inputs = *jax.eval_shape(model.init, key), frozen, shapes, key, jnp.int32(0)
+        assert jax.eval_shape(model.loss, *inputs)[0].shape == (), name
+        if (inference := task.inference("tiny", model, 2)) is not None:
+            params = jax.eval_shape(inference.used, inputs[0], frozen)
+            assert jax.tree.leaves(jax.eval_shape(inference.function, params, *inference.given)), name
         with pytest.raises(ValueError, match="--preset huge: choose from"):
             task.preset("huge")
 

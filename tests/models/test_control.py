@@ -17,11 +17,13 @@ from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.schedules import TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold
 from jaxdiff.diffusion.time_grid import time_grid
-from jaxdiff.models.conditioners import HintConditioner, MaskConditioner, SampleInputs, TextConditioner
+from jaxdiff.models.conditioner import SampleInputs
+from jaxdiff.models.conditioners import HintConditioner, MaskConditioner, TextConditioner
 from jaxdiff.models.control import ControlModel, controlled, with_controls
 from jaxdiff.models.diffusion import DiffusionModel, executed
 from jaxdiff.models.hints import HintImage
-from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel, _inputs, _predict_in_tiles
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel, _inputs, _predict_in_tiles
+from jaxdiff.models.start import InitProduct
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.conditioning import Conditioning, Hint
 from jaxdiff.nets.control import ControlNetConfig

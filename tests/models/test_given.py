@@ -19,7 +19,8 @@ from jaxdiff.diffusion.time_grid import Leading, UniformLogSNR, time_grid
 from jaxdiff.models import sampling as sampling_module
 from jaxdiff.models.conditioners import LowResConditioner
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel, first_step
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.models.start import InitProduct, first_step
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.systems.pipeline import After, Pipeline, SampleOptions
 from jaxdiff.text.encoder import TextEmbedding

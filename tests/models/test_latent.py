@@ -14,15 +14,8 @@ from jaxdiff.data.latents import LatentBatches, stored_latents
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.models.autoencoder import TrainedAutoencoder
-from jaxdiff.models.conditioners import (
-    Conditioner,
-    MaskConditioner,
-    NullText,
-    SampleInputs,
-    SizeConditioner,
-    TextConditioner,
-    joined,
-)
+from jaxdiff.models.conditioner import Conditioner, SampleInputs, joined
+from jaxdiff.models.conditioners import MaskConditioner, NullText, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.latent import LatentTraining, encoded, on_autoencoder
 from jaxdiff.nets import autoencoder as nets

@@ -12,7 +12,8 @@ from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DPMSolverPP2M
 from jaxdiff.diffusion.thresholding import DynamicThreshold
-from jaxdiff.models.sampling import InitProduct, SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
+from jaxdiff.models.start import InitProduct
 from jaxdiff.text.encoder import TextEmbedding
 
 RNG = np.random.default_rng(0)
