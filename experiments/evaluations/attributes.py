@@ -118,14 +118,14 @@ def attribute_scores(model: Pipeline, captions: Mapping[int, Sequence[Caption]],
             batches = model.batches([c.text for c in each], options, bars)
             bars.resume()
             for first, products in batches:
-                for resolution, sampled in zip(model.sides, products):
-                    tallies[objects].add(resolution, sampled, each[first : first + len(sampled)])
+                for resolution, box in model.image_boxes.items():
+                    tallies[objects].add(resolution, products[box], each[first : first + len(products[box])])
                 bars.resume()
     scores: dict = {}
     for objects, tally in tallies.items():
-        scores |= {f"attribute_accuracy_{r}{KINDS[objects]}": tally.accuracy(r) for r in model.sides}
-        scores |= {f"attributes_{r}{KINDS[objects]}": tally.attributes(r) for r in model.sides}
-        scores |= {f"wrong_{r}{KINDS[objects]}": tally.wrong(r) for r in model.sides}
+        scores |= {f"attribute_accuracy_{r}{KINDS[objects]}": tally.accuracy(r) for r in model.image_boxes}
+        scores |= {f"attributes_{r}{KINDS[objects]}": tally.attributes(r) for r in model.image_boxes}
+        scores |= {f"wrong_{r}{KINDS[objects]}": tally.wrong(r) for r in model.image_boxes}
     count = sum(map(len, captions.values()))
     seconds = {str(r): bars.per_image(box, count) for box, r in enumerate(model.sides)}
     return scores | {"seconds_per_image": sum(seconds.values()), "seconds_per_image_of_stage": seconds}

@@ -93,10 +93,10 @@ def _examples(settings: Settings, spec: sources.DataSpec, side: int) -> tuple[li
 
 def _sampled(model: Pipeline, captions: Sequence[str], seed: int, batch: int) -> dict[int, list[np.ndarray]]:
     """One image per caption, by resolution."""
-    sampled: dict[int, list[np.ndarray]] = {side: [] for side in model.sides}
+    sampled: dict[int, list[np.ndarray]] = {side: [] for side in model.image_boxes}
     with Bars(model) as bars:
         for _, products in model.batches(captions, SampleOptions(seed=seed, batch=batch), bars):
-            for side, images in zip(model.sides, products, strict=True):
+            for side, images in ((side, products[box]) for side, box in model.image_boxes.items()):
                 sampled[side] += list(np.asarray(images))
     return sampled
 

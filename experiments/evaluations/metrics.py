@@ -234,7 +234,7 @@ def _first_size(shown: ImageSet) -> tuple[int, int] | None:
 
 def _model(settings: Settings, tasks: Mapping[str, Task]) -> Pipeline:
     model = settings.pipeline.load(tasks, settings.sampling.dtype)
-    return up_to(model, settings.up_to or model.sides[0])
+    return up_to(model, settings.up_to or min(model.image_boxes))
 
 
 def _sampled(settings: Settings, model: Pipeline, spec: sources.DataSpec, split: str) -> ImageFiles:

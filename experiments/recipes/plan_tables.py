@@ -11,6 +11,7 @@ README.md there is generated from these files. A plan is repeated if its setting
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,19 @@ def main(only: str = "", again: bool = False, out: Path = FOLDER) -> int:
         again: repeat existing plans
         out: folder of the plans
     """
+    failed = compute(cases(), out, _write_page, only, again)
+    print(f"{out / 'README.md'}: {len(kept_of(cases(), out))} plans")
+    return 1 if failed else 0
+
+
+def compute(
+    cases: Mapping[str, Planned], out: Path, write_page: Callable[[Path], None], only: str = "", again: bool = False
+) -> int:
+    """Compute missing plans, each to a file of `out`, and write the page after each. Returns how many failed."""
     usable(out)
-    wanted = {} if only == "none" else {name: case for name, case in cases().items() if only in name}
+    wanted = {} if only == "none" else {name: case for name, case in cases.items() if only in name}
     if not wanted and only != "none":
-        raise ValueError(f"--only {only}: no plan has that in its name: {', '.join(cases())}")
+        raise ValueError(f"--only {only}: no plan has that in its name: {', '.join(cases)}")
     due = {name: case for name, case in wanted.items() if again or not _answers(out / f"{name}.json", case)}
     failed = 0
     for name, case in tqdm(due.items(), desc="plans", unit="plan"):
@@ -85,10 +95,9 @@ def main(only: str = "", again: bool = False, out: Path = FOLDER) -> int:
         if done.returncode:
             failed += 1
             tqdm.write(f"{name}: not planned, exit code {done.returncode}", file=sys.stderr)
-        _write_page(out)
-    _write_page(out)
-    print(f"{out / 'README.md'}: {len(_kept(out))} plans")
-    return 1 if failed else 0
+        write_page(out)
+    write_page(out)
+    return failed
 
 
 def _answers(path: Path, case: Planned) -> bool:
@@ -98,10 +107,10 @@ def _answers(path: Path, case: Planned) -> bool:
     return kept is not None and {name: kept["asked"].get(name) for name in settings} == settings
 
 
-def _kept(out: Path) -> dict[str, dict[str, Any]]:
+def kept_of(cases: Mapping[str, Planned], out: Path) -> dict[str, dict[str, Any]]:
     """The existing plans with current settings."""
     plans = {}
-    for name, case in cases().items():
+    for name, case in cases.items():
         with contextlib.suppress(ValueError):
             if _answers(out / f"{name}.json", case):
                 plans[name] = plan.read(out / f"{name}.json")
@@ -143,7 +152,7 @@ A CPU core computes a plan in 1 to 50 minutes.
 
 
 def _write_page(out: Path) -> None:
-    kept = _kept(out)
+    kept = kept_of(cases(), out)
     training = {name: saved for name, saved in kept.items() if saved["asked"]["model"] != "t5"}
     encoding = {name: saved for name, saved in kept.items() if saved["asked"]["model"] == "t5"}
     versions = sorted({f"{saved['asked']['compiler']}, {saved['date']}" for saved in kept.values()})

@@ -68,7 +68,7 @@ def _store(source: Source, side: int, encode: Encode, path: Path, progress: Call
 
 
 @runtime_checkable
-class _Stream(Protocol):
+class Stream(Protocol):
     """A stream of batches whose state can be saved, such as `pipeline.Batches`."""
 
     skipped: Any
@@ -82,23 +82,32 @@ class _Stream(Protocol):
     def set_state(self, state: dict) -> None: ...
 
 
-class LatentBatches:
-    """Batches with the stored latents of their images as `image`. stream: batches with `captions`."""
+class ExtendedBatches:
+    """The batches of a stream with further entries. entries: of a batch, computed on the host."""
 
-    def __init__(self, stream: _Stream, latents: Float16[np.ndarray, "n h w c"]):
-        self._stream, self._latents = stream, latents
+    def __init__(self, stream: Stream, entries: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]):
+        self._stream, self._entries = stream, entries
         self.skipped, self.buckets, self.varying_shapes = stream.skipped, stream.buckets, stream.varying_shapes
 
-    def __iter__(self) -> "LatentBatches":
+    def __iter__(self) -> "ExtendedBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._stream)
-        kept = {name: value for name, value in batch.items() if name not in ("image", "index", "caption")}
-        return kept | {"image": self._latents[batch["index"]].astype(np.float32)}
+        return batch | self._entries(batch)
 
     def get_state(self) -> dict:
         return self._stream.get_state()
 
     def set_state(self, state: dict) -> None:
         self._stream.set_state(state)
+
+
+class LatentBatches(ExtendedBatches):
+    """Batches with the stored latents of their images as `image`. stream: batches with `captions`."""
+
+    def __init__(self, stream: Stream, latents: Float16[np.ndarray, "n h w c"]):
+        super().__init__(stream, lambda batch: {"image": latents[batch["index"]].astype(np.float32)})
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {name: value for name, value in super().__next__().items() if name not in ("index", "caption")}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.core.products import check_product, same_kind
+from jaxdiff.core.products import ImageSpec, check_product, same_kind
 from jaxdiff.diffusion import noise
 from jaxdiff.models.boxes import Box, Decoder, Generator
 from jaxdiff.models.hints import HintImage, check_hints
@@ -103,6 +103,11 @@ class Pipeline:
     def sides(self) -> tuple[int, ...]:
         """The side of each box's product, in its own pixels."""
         return tuple(box.side for box in self.boxes)
+
+    @property
+    def image_boxes(self) -> dict[int, int]:
+        """The numbers of the boxes that produce images, by the side of their images."""
+        return {box.side: number for number, box in enumerate(self.boxes) if isinstance(box.produces, ImageSpec)}
 
     def sample(
         self, prompts: Sequence[str], options: SampleOptions = SampleOptions(), progress: Progress | None = None

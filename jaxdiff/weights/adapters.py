@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxdiff.models.control import with_controls
 from jaxdiff.models.lora import merged
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.weights import control, hub, lora, single_file
+from jaxdiff.weights import control, hub, latent_unet, lora, single_file
 from jaxdiff.weights.lora_names import Networks
 
 
@@ -41,6 +42,20 @@ class LoRAs(NamedTuple):
             if name in trees:
                 given.append((trees[name], file.weight))
         return merged(params, given) if given else params
+
+
+def with_adapters(
+    generator: TrainedModel,
+    loras: LoRAs,
+    controls: Sequence[str | Path],
+    dtype: str = "float32",
+    place: hub.Place = jnp.asarray,
+) -> TrainedModel:
+    """A latent diffusion model with these LoRAs of its U-Net, merged, and these ControlNets."""
+    if loras.files:
+        networks = Networks(latent_unet.network_of(generator.model))
+        generator = replace(generator, params=loras.merged_into(generator.params, "model", networks))
+    return with_controlnets(generator, controls, dtype, place)
 
 
 def with_controlnets(

@@ -1,17 +1,18 @@
 """`jaxdiff.from_pretrained` and `jaxdiff.save_pretrained`: any system's pipeline from disk or the hub, and back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
-from jaxdiff.weights.adapters import LoRAs
+from jaxdiff.weights.adapters import LoRAs, with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
 
@@ -52,7 +53,11 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load(path, options.reading, text)
     if (run := _latent_run(weights)) is not None:
-        return latent_runs.load(run, text, options.dtype)
+        pipeline = latent_runs.load(run, text, options.dtype)
+        assert isinstance(pipeline.generator, TrainedModel)
+        dtype = options.dtype or "float32"
+        adapted = with_adapters(pipeline.generator, options.loras, options.controls, dtype, options.place)
+        return replace(pipeline, generator=adapted)
     if options.loras.files or options.controls:
         raise ValueError(f"{weights}: LoRAs and ControlNets are for a Stable Diffusion")
     pipeline = imagen.load(

@@ -13,8 +13,10 @@ from PIL import Image
 import jaxdiff
 from experiments import evaluate, sample, train
 from experiments.cli import run
+from experiments.evaluations.attributes import attribute_scores
 from experiments.table import TASKS
 from jaxdiff.core.products import LatentSpec
+from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
@@ -125,6 +127,23 @@ def test_a_lora_of_a_run(runs, command):
     assert (folder / "unet" / "model" / "model.safetensors").read_bytes() == before
     written = {path.name for path in (folder / "lora").glob("*.safetensors")}
     assert written == {"lora.safetensors", "lora-kohya.safetensors"}
+    files = {}
+    for name, lora in (("none", ()), ("half", ("--lora", f"{folder / 'lora'}/lora.safetensors=0.5"))):
+        done = command(sample, "a red circle", *base, *lora, "--out", folder / f"lora-{name}")
+        assert done.code == 0, done.err
+        (path,) = (folder / f"lora-{name}").glob("0000*.png")
+        files[name] = np.asarray(Image.open(path))
+    assert files["none"].shape == files["half"].shape == (32, 32, 3)
+
+
+def test_images_of_a_run_are_scored(runs):
+    """Its images, not its latents."""
+    pipeline = jaxdiff.from_pretrained(runs.folder / "unet")
+    generator = dataclasses.replace(pipeline.generator, model=dataclasses.replace(pipeline.generator.model, side=32))
+    decoder = dataclasses.replace(pipeline.decoders[0], side=64)
+    larger = dataclasses.replace(pipeline, generator=generator, decoders=(decoder,))
+    scores = attribute_scores(larger, {1: held_out_captions(2, 1)}, seed=0, batch=2)
+    assert 0 <= scores["attribute_accuracy_64"] <= 1 and "attribute_accuracy_32" not in scores
 
 
 @pytest.mark.slow
@@ -135,6 +154,10 @@ def test_a_controlnet_of_a_run(runs, command):
     assert done.code == 0, done.err
     assert (folder / "control" / "samples" / "0000002.png").is_file()
     assert (folder / "control" / "model" / "config.json").is_file()
+    hint = next((folder / "images").glob("0000*.png"))
+    given = "--control", folder / "control" / "model", "--hint", hint, "--edges", "--size", "16x24"
+    done = command(sample, "a red circle", *base, *given, "--out", folder / "controlled")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def cells_of(page, number):
 @pytest.fixture(scope="module")
 def kept():
     """The published plans."""
-    return plan_tables._kept(plan_tables.FOLDER)
+    return plan_tables.kept_of(plan_tables.cases(), plan_tables.FOLDER)
 
 
 def test_the_published_plans_leave_memory_free(kept):
