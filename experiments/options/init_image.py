@@ -9,7 +9,7 @@ import numpy as np
 from experiments.options.sampling import each, unit_of
 from jaxdiff.data.images import Unreadable, decode, to_float
 from jaxdiff.systems.init_image import InitImage
-from jaxdiff.systems.pipeline import After, Pipeline
+from jaxdiff.systems.pipeline import INPUT, After, Pipeline
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class InitImageOptions:
     """Mask of the same size as --image, with the same EXIF rotation: white is resampled, black is kept, transparent
     counts as white."""
     enlarge: Path | None = None
-    """Input image of super-resolution instead of the base's sample; of any size."""
+    """Input image of super-resolution instead of the base's sample, or of an upscaler; of any size."""
     enlarge_from: int | None = None
     """Resolution of the stage that it replaces; default: the base's."""
 
@@ -88,9 +88,17 @@ class Enlarged:
 
 
 def enlarged(settings: InitImageOptions, model: Pipeline) -> Enlarged | None:
-    """The image to enlarge; None if absent. ValueError if no stage can enlarge it."""
+    """The image to enlarge; None if absent. ValueError if no stage can enlarge it, or if one starts from an image and
+    there is none."""
+    upscaler = model.generator.consumes is not None
     if settings.enlarge is None:
+        if upscaler:
+            raise ValueError("these weights enlarge an image: give one with --enlarge")
         return None
+    if upscaler:
+        if settings.enlarge_from is not None:
+            raise ValueError(f"--enlarge-from {settings.enlarge_from}: these weights enlarge images of any size")
+        return _padded(settings.enlarge, INPUT, unit_of(model))
     side = model.sides[0] if settings.enlarge_from is None else settings.enlarge_from
     if side not in model.sides[:-1]:
         sizes = ", ".join(map(str, model.sides[:-1])) or "nothing"
@@ -99,8 +107,12 @@ def enlarged(settings: InitImageOptions, model: Pipeline) -> Enlarged | None:
     for upper in model.decoders[box:]:
         stride = upper.produces.stride
         units.append(stride // math.gcd(stride, upper.side // side))
-    unit = math.lcm(*units)
-    image = read(settings.enlarge)
+    return _padded(settings.enlarge, box, math.lcm(*units))
+
+
+def _padded(path: Path, box: int, unit: int) -> Enlarged:
+    """The image with sides that are multiples of `unit`."""
+    image = read(path)
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % unit), (0, -width % unit), (0, 0)), mode="edge")
     return Enlarged(box, padded, height, width)

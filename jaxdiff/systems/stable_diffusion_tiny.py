@@ -21,11 +21,11 @@ AUTOENCODER_TINY = AutoencoderModel(
 """64×64 images ⇄ 8×8 latents."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
-        channels=128,
+        channels=96,
         multipliers=(1, 1),
         blocks=(2, 2),
         transformer_layers=(1, 1),
-        heads=(4, 4),
+        heads=(3, 3),
         cross_only=(False, False),
         norm_groups=16,
     ),

@@ -144,3 +144,22 @@ def test_refused(sampled, weights, arguments, message):
     given = [each.format(weights) if isinstance(each, str) else each for each in arguments]
     error = sampled(*given, code=2)
     assert message in error and error.count("\n") == 1, error
+
+
+def test_an_upscaler_enlarges_an_image(command, tmp_path):
+    """Of any size, which is padded and cut; without one, and with a box to begin at, it is refused."""
+    folder = tmp_path / "x4"
+    kind = "StableDiffusionUpscalePipeline"
+    small.torch_pipeline("upscaler", kind, in_channels=7, **small.ONE_LEVEL).save_pretrained(folder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (21, 30, 3), np.uint8)).save(tmp_path / "image.png")
+    fixed = "a cat", "--weights", folder, "--steps", 2, "--out", tmp_path / "out"
+    done = command(sample, *fixed, "--enlarge", tmp_path / "image.png")
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "out").glob("0000*.png")
+    assert Image.open(path).size == (120, 84)
+    for arguments, message in (
+        ((), "these weights enlarge an image: give one with --enlarge"),
+        (("--enlarge", tmp_path / "image.png", "--enlarge-from", 64), "--enlarge-from 64: these weights enlarge"),
+    ):
+        done = command(sample, *fixed[:-1], tmp_path / "other", *arguments)
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
