@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from experiments.options.training import PresetOptimizer
-from experiments.tasks.adapters import ControlSettings, ControlTask, LoRASettings, LoRATask
+from experiments.tasks.adapters import (
+    ControlSettings,
+    ControlTask,
+    LoRASettings,
+    LoRATask,
+    WholeSettings,
+    WholeTask,
+)
 from experiments.tasks.autoencoder import AutoencoderTask
 from experiments.tasks.autoencoder import Preset as AutoencoderPreset
 from experiments.tasks.autoencoder import Settings as AutoencoderSettings
@@ -114,6 +121,12 @@ TASKS: dict[str, Task] = {
         "a ControlNet of a latent diffusion model, for edge maps",
         {"default": PresetOptimizer("adam", 1e-5)},
         ControlSettings(_folder("controlnet")),
+        LATENT,
+    ),
+    "sd.finetune": WholeTask(
+        "all parameters of a Stable Diffusion's U-Net",
+        {"default": PresetOptimizer("adam", 1e-5)},
+        WholeSettings(_folder("finetune")),
         LATENT,
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),

@@ -27,7 +27,8 @@ from experiments import train
 from experiments.cli import Command, run
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
 from experiments.table import TASKS
-from experiments.tasks.adapters import BaseOptions, ControlSettings, LoRAOptions, LoRASettings, hint_of
+from experiments.tasks.adapters import ControlSettings, LoRAOptions, LoRASettings
+from experiments.tasks.fine_tuning import BaseOptions, hint_of
 from experiments.tasks.latents import LatentOptions, Latents
 from jaxdiff.core.files import write_json
 from jaxdiff.data import grids, shapes, sources

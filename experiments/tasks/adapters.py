@@ -1,103 +1,49 @@
-"""Training a LoRA or a ControlNet of a latent diffusion model, which itself stays as it is.
+"""Training a LoRA, a ControlNet or all parameters of a given latent diffusion model.
 
     python -m experiments.train sd.lora --weights v1-5.safetensors --data folder:photos --steps 500 --out runs/lora
     python -m experiments.sample "a photo of sks dog" --weights v1-5.safetensors --lora runs/lora/lora.safetensors
     python -m experiments.train sd.controlnet --weights v1-5.safetensors --data folder:photos --out runs/edges
     python -m experiments.sample "a house" --weights v1-5.safetensors --control runs/edges/model --hint a.png --edges
+    python -m experiments.train sd.finetune --weights v1-5.safetensors --data folder:photos --out runs/photos
+    python -m experiments.train sd.finetune --weights v1-5.safetensors --fresh --data folder:photos --out runs/scratch
 
-The base is a Stable Diffusion, or a run of `sd.unet`. Captions and images are encoded once. A LoRA is written in
-diffusers' and in kohya's layout; the hints of a ControlNet are the edge maps of the training images.
+The base is a Stable Diffusion, or a run of `sd.unet`. Images are encoded once, captions too if they are few. A LoRA is
+written in diffusers' and in kohya's layout; the hints of a ControlNet are the edge maps of the training images;
+`sd.finetune` writes a pipeline in diffusers' layout.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from experiments.options.training import OptimizerOptions, PresetOptimizer, Rule, RunOptions, TrainSettings
-from experiments.tasks.diffusion import Preset, UNetCompute, placement, resized, sampling_step, split
-from experiments.tasks.held_out import held_out_source
-from experiments.tasks.latents import LatentOptions, Latents
-from experiments.tasks.task import Inference, Start, Task, Work
-from jaxdiff.core.trees import digest_of
-from jaxdiff.data import grids, sources
-from jaxdiff.data.edges import edge_map
-from jaxdiff.data.example import Source
-from jaxdiff.data.images import to_uint8
-from jaxdiff.data.latents import ExtendedBatches, LatentBatches
-from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
-from jaxdiff.diffusion import noise
+from experiments.options.training import Rule
+from experiments.tasks.diffusion import sampling_step
+from experiments.tasks.fine_tuning import Captions, FineTuning, FineTuningSettings
+from experiments.tasks.task import Inference
 from jaxdiff.models import lora
-from jaxdiff.models.autoencoder import TrainedAutoencoder
-from jaxdiff.models.conditioners import NullText, TextConditioner
 from jaxdiff.models.control import ControlModel, with_controls
-from jaxdiff.models.diffusion import DiffusionModel, executed
-from jaxdiff.models.diffusion_lora import DiffusionLoRA
-from jaxdiff.models.hints import HintImage
-from jaxdiff.models.sampling import SampleRequest, TrainedModel
-from jaxdiff.nets.activation_sharding import ActivationSharding
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.diffusion_lora import DiffusionLoRA, TextTower
+from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.systems.pipeline import Pipeline
-from jaxdiff.text.encoder import TextEmbedding, TextEncoder
-from jaxdiff.training.distributed import gathered, once
-from jaxdiff.training.held_out import HeldOutBatches
-from jaxdiff.training.optimizer import AdamW
-from jaxdiff.training.param_sharding import ParamSharding
-from jaxdiff.training.state import Params, abstract_params
-from jaxdiff.weights import control, latent_unet, pretrained
+from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.combined import CombinedTextEncoder
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.training.optimizer import Adafactor, AdamW
+from jaxdiff.training.state import Params
+from jaxdiff.weights import control, latent_unet, stable_diffusion_export
 from jaxdiff.weights import lora as lora_files
 from jaxdiff.weights.lora import Layout
 from jaxdiff.weights.lora_names import Networks
-from jaxdiff.weights.pretrained import LoadOptions
 
-SHOWN = 4
-"""Samples of a grid."""
-KEPT = 4096
-"""Embedded captions in memory: 1 GB for Stable Diffusion 1, 2.6 GB for XL."""
 TARGETS = {"attention": lora.ATTENTION, "transformers": lora.TRANSFORMERS, "all": lora.ALL}
 """Names of the kernels with a LoRA."""
-
-
-@dataclass(frozen=True)
-class BaseOptions:
-    """The latent diffusion model that stays as it is."""
-
-    weights: str = ""
-    """A Stable Diffusion (file, folder or hub id), or a run of sd.unet."""
-    vae: str | None = None
-    """File or folder of the autoencoder, instead of the model's."""
-    side: int | None = None
-    """Side of the training images in pixels; default: that of the model's training."""
-    text_dropout: float | None = None
-    """Fraction of captions to drop; default: 0.1 for a LoRA, 0.5 for a ControlNet."""
-    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type in which the base's parameters are kept. float16 changes nothing for files in float16; bfloat16 is for
-    ControlNets: a LoRA then learns the difference to rounded parameters."""
-
-    def load(self, dropout: float) -> Pipeline:
-        """The pipeline, with the side and the dropout of this training. ValueError naming a bad option."""
-        if not self.weights:
-            raise ValueError("--weights is missing: name a Stable Diffusion, or a run of sd.unet")
-        pipeline = pretrained.load(self.weights, LoadOptions(vae=self.vae))
-        generator, decoder = pipeline.generator, pipeline.decoders[0] if pipeline.decoders else None
-        if not isinstance(generator, TrainedModel) or not isinstance(decoder, TrainedAutoencoder):
-            raise ValueError(f"--weights {self.weights}: not a latent diffusion model")
-        side = generator.side * decoder.factor if self.side is None else self.side
-        decoder.check((side, side))
-        dropout = dropout if self.text_dropout is None else self.text_dropout
-        conditioners = tuple(
-            dataclasses.replace(each, dropout=dropout) if isinstance(each, TextConditioner) else each
-            for each in generator.model.conditioners
-        )
-        model = dataclasses.replace(generator.model, side=side // decoder.factor, conditioners=conditioners)
-        return dataclasses.replace(pipeline, generator=dataclasses.replace(generator, model=model))
 
 
 @dataclass(frozen=True)
@@ -110,219 +56,82 @@ class LoRAOptions:
     """Scale times the rank; default: the rank, a scale of 1."""
     targets: Literal["attention", "transformers", "all"] = "attention"
     """Layers of the U-Net: attention, all of the transformers, or all."""
+    train_text: bool = False
+    """Train a LoRA of the attention of the CLIP text encoders too."""
 
 
 @dataclass(frozen=True)
-class AdapterSettings(TrainSettings):
-    """Settings of LoRAs and ControlNets."""
-
-    preset: str = "default"
-    """Optimizer and learning rate; the size is that of the base."""
-    run: RunOptions = RunOptions(steps=500, batch=4, ema_decay=0.99)
-    optimization: OptimizerOptions = OptimizerOptions(weight_decay=0.01)
-    compute: UNetCompute = UNetCompute()
-    base: BaseOptions = BaseOptions()
-
-
-@dataclass(frozen=True)
-class LoRASettings(AdapterSettings):
+class LoRASettings(FineTuningSettings):
     """Train a LoRA."""
 
     lora: LoRAOptions = LoRAOptions()
 
 
 @dataclass(frozen=True)
-class ControlSettings(AdapterSettings):
+class ControlSettings(FineTuningSettings):
     """Train a ControlNet."""
 
 
 @dataclass(frozen=True)
-class AdapterTask(Task):
-    """What the training of a LoRA and of a ControlNet have in common.
+class WholeOptions:
+    """Initial parameters."""
 
-    bases: presets of the base, for planning and benchmarks; training takes the base from --weights.
-    """
-
-    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
-    presets: dict[str, PresetOptimizer] = dataclasses.field(default_factory=dict)
-    settings: AdapterSettings = AdapterSettings()
-    bases: dict[str, Preset] = dataclasses.field(default_factory=dict)
-    hinted: ClassVar[bool] = False
-    """Whether batches have hints."""
-    dropout: ClassVar[float] = 0.1
-
-    def config(self, settings: TrainSettings, name: str) -> Any:
-        return settings.config(self.rules, name, self.unit, self.preset(settings.preset))
-
-    def model(self, preset: str, compute: UNetCompute) -> Any:
-        """The adapter of a preset of the base."""
-        base = self._base(preset)
-        return self.adapter(
-            self.settings, split(executed(base.model.reading(*base.reads), dtype=compute.dtype), compute)
-        )
-
-    def side(self, model: Any, crop: int | None) -> int:
-        return super().side(model.base, crop)
-
-    def resized(self, model: Any, side: int) -> Any:
-        return dataclasses.replace(model, base=resized(model.base, side))
-
-    def frozen(self, model: Any) -> Any:
-        dtype = self.settings.base.base_dtype
-        return self.given(jax.tree.map(lambda leaf: leaf.update(dtype=dtype), abstract_params(model.base)))
-
-    def placement(self, model: Any, compute: UNetCompute) -> ParamSharding:
-        return placement(model.base, compute)
-
-    def on_one_device(self, model: Any) -> Any:
-        return dataclasses.replace(model, base=executed(model.base, sharding=ActivationSharding()))
-
-    def _base(self, preset: str) -> Preset:
-        if preset not in self.bases:
-            raise ValueError(f"--preset {preset}: choose from {', '.join(self.bases)}")
-        return self.bases[preset]
-
-    def adapter(self, settings: Any, base: DiffusionModel) -> Any:
-        """The trainable."""
-        raise NotImplementedError
-
-    def given(self, base: Params) -> Any:
-        """The frozen arrays, from the base's parameters."""
-        raise NotImplementedError
-
-    def start(self, settings: Any, model: Any, base: Params) -> Params | None:
-        """Initial parameters; None: the trainable's own."""
-        return None
-
-    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
-        """The base with the trained adapter."""
-        raise NotImplementedError
-
-    def save(self, settings: Any, generator: TrainedModel, model: Any, params: Params) -> str:
-        """Write the adapter; returns a line about it."""
-        raise NotImplementedError
-
-    def prepare(self, settings: AdapterSettings, start: Start) -> Work:
-        if settings.run.init is not None:
-            raise ValueError("--init: an adapter starts from its base, --weights")
-        pipeline, data = settings.base.load(self.dropout), settings.dataset
-        generator, decoder = pipeline.generator, pipeline.decoders[0]
-        assert isinstance(generator, TrainedModel) and isinstance(decoder, TrainedAutoencoder)
-        space = Latents(generator.model, decoder, LatentOptions())
-        dataset = once(data.data_dir, lambda: sources.open(data.spec(), space.side, "train", data.data_dir))
-        source = spread(dataset, data.limit) if data.limit else dataset
-        assert pipeline.text_encoder is not None  # the model reads text
-        captions = Captions(pipeline.text_encoder, generator.model.text)
-        base = split(executed(generator.model, dtype=settings.compute.dtype), settings.compute)
-        model, kept = self.adapter(settings, base), np.dtype(settings.base.base_dtype)
-        frozen = self.given(jax.tree.map(lambda leaf: np.asarray(leaf).astype(kept), generator.params))
-        held_out = held_out_source(settings, space.side)
-        some = None if held_out is None else spread(held_out, min(data.evaluate_n, len(held_out)))
-        contents = space.data | {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
-        contents |= {"base": digest_of(generator.params), "text": pipeline.text_encoder.fingerprint}
-
-        def finish(params: Params) -> str:
-            return self.save(settings, generator, model, params)
-
-        return Work(
-            model,
-            self._batches(settings, space, source, captions),
-            contents,
-            finish,
-            initial=self.start(settings, model, generator.params),
-            frozen=frozen,
-            placement=self.placement(model, settings.compute),
-            sample_hook=self._samples(settings, space, source, captions, model, generator),
-            held_out=self._held_out(settings, space, some, captions),
-        )
-
-    def _batches(
-        self, settings: AdapterSettings, space: Latents, source: Source, captions: "Captions", **order: bool
-    ) -> Any:
-        config = DataConfig(
-            space.side,
-            settings.run.batch // jax.process_count(),
-            captions=True,
-            seed=settings.run.seed,
-            strict=settings.dataset.strict,
-            **order,
-        )
-        places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        stream = image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
-        folder = settings.dataset.data_dir / "latents"
-        latents = once(settings.dataset.data_dir, lambda: space.encoded_once(source, folder))
-        sizes = np.asarray([space.side, space.side, 0, 0, space.side, space.side], np.float32)
-
-        def entries(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            """Embedded captions, image sizes and, if wanted, hints."""
-            found = captions.entries([str(caption) for caption in batch["caption"]])
-            found["sizes"] = np.broadcast_to(sizes, (len(batch["image"]), 6))
-            return found | ({"hint": hint_of(batch["image"])} if self.hinted else {})
-
-        return LatentBatches(ExtendedBatches(stream, entries), latents)
-
-    def _held_out(
-        self, settings: AdapterSettings, space: Latents, source: Source | None, captions: "Captions"
-    ) -> HeldOutBatches | None:
-        if source is None:
-            return None
-        return lambda: self._batches(settings, space, source, captions, shuffle=False, repeat=False)
-
-    def _samples(
-        self,
-        settings: AdapterSettings,
-        space: Latents,
-        source: Source,
-        captions: "Captions",
-        model: Any,
-        generator: TrainedModel,
-    ) -> Callable[[int, Params], None]:
-        """The sample hook: a grid of fixed captions, with the hints of their images."""
-        config = DataConfig(space.side, SHOWN, captions=True, shuffle=False, repeat=False)
-        batch = next(image_batches(spread(source, min(SHOWN, len(source))), config))
-        texts, hints = [str(caption) for caption in batch["caption"]], ()
-        if self.hinted:
-            hints = (HintImage(hint_of(batch["image"])),)
-        keys = noise.sample_keys(jax.random.key(settings.run.seed), jnp.arange(len(texts)))
-
-        def sample(step: int, params: Params) -> None:
-            side = space.model.side
-            text, negative = captions.embedding(texts), captions.embedding([""] * len(texts))
-            request = SampleRequest(
-                keys, (side, side), text, None if captions.zeros else negative, progress=lambda done: None, hints=hints
-            )
-            images = gathered(space.decode(self.applied(generator, params, model).generate(request)))
-            if images is None:
-                return
-            shown = [*(2.0 * hint.image[i] - 1.0 for hint in hints for i in range(len(texts))), *images]
-            labels = ["hint"] * (len(shown) - len(texts)) + texts
-            sheet = grids.grid(shown, labels, min(256, space.side), len(texts))
-            grids.write(settings.out / "samples" / f"{step:07d}.png", sheet)
-            tqdm.write(f"samples: {settings.out / 'samples' / f'{step:07d}.png'}")
-
-        return sample
+    fresh: bool = False
+    """Start from random parameters: trains the network of --weights from scratch, on its text encoder and
+    autoencoder."""
 
 
 @dataclass(frozen=True)
-class LoRATask(AdapterTask):
+class WholeSettings(FineTuningSettings):
+    """Train all parameters of the U-Net."""
+
+    whole: WholeOptions = WholeOptions()
+
+
+@dataclass(frozen=True)
+class LoRATask(FineTuning):
     """A LoRA of a latent diffusion model."""
 
     settings: LoRASettings = LoRASettings()
 
-    def adapter(self, settings: LoRASettings, base: DiffusionModel) -> DiffusionLoRA:
+    def adapter(self, settings: LoRASettings, base: DiffusionModel, text: TextEncoder | None = None) -> DiffusionLoRA:
         options = settings.lora
         if options.rank < 1:
             raise ValueError(f"--rank {options.rank}: at least 1")
-        return DiffusionLoRA(base, TARGETS[options.targets], options.rank, options.alpha)
+        towers = tuple(map(_tower, _clips(text))) if options.train_text else ()
+        return DiffusionLoRA(base, TARGETS[options.targets], options.rank, options.alpha, towers)
 
     def given(self, base: Params) -> Any:
         return {lora.MODEL: base}
 
-    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
-        return dataclasses.replace(generator, params=lora.merged(generator.params, [(params[lora.MODEL], 1.0)]))
+    def with_text(self, frozen: Any, model: DiffusionLoRA, text: TextEncoder) -> Any:
+        if not model.towers:
+            return frozen
+        params = ({"text": encoder.params["text"]} for encoder in _clips(text))
+        return frozen | jax.device_get(dict(zip(lora.TEXT, params)))
 
-    def save(self, settings: LoRASettings, generator: TrainedModel, model: Any, params: Params) -> str:
-        networks = Networks(latent_unet.network_of(generator.model))
+    def text_entries(self, model: DiffusionLoRA, captions: Captions, texts: list[str]) -> dict[str, np.ndarray]:
+        if not model.towers:
+            return captions.entries(texts)
+        names = (name.replace("text", "ids") for name in lora.TEXT)
+        return {name: np.asarray(clip.tokenize(texts).ids) for name, clip in zip(names, _clips(captions.encoder))}
+
+    def applied(self, pipeline: Pipeline, params: Params, model: DiffusionLoRA) -> Pipeline:
+        generator, text = pipeline.generator, pipeline.text_encoder
+        assert isinstance(generator, TrainedModel)
+        merged = lora.merged(generator.params, [(params[lora.MODEL], 1.0)])
+        if model.towers:
+            each = [
+                dataclasses.replace(clip, params=clip.params | lora.merged({"text": clip.params["text"]}, [(own, 1.0)]))
+                for clip, own in zip(_clips(text), (params[name] for name in lora.TEXT if name in params))
+            ]
+            text = dataclasses.replace(text, encoders=tuple(each)) if isinstance(text, CombinedTextEncoder) else each[0]
+        return dataclasses.replace(pipeline, generator=dataclasses.replace(generator, params=merged), text_encoder=text)
+
+    def save(self, settings: LoRASettings, pipeline: Pipeline, model: DiffusionLoRA, params: Params) -> str:
+        assert isinstance(pipeline.generator, TrainedModel)
+        towers = tuple(tower.config for tower in model.towers)
+        networks = Networks(latent_unet.network_of(pipeline.generator.model), towers)
         for name, layout in (("lora", Layout.DIFFUSERS), ("lora-kohya", Layout.KOHYA)):
             lora_files.export(params, networks, settings.out / f"{name}.safetensors", layout=layout)
         return (
@@ -332,14 +141,14 @@ class LoRATask(AdapterTask):
 
 
 @dataclass(frozen=True)
-class ControlTask(AdapterTask):
+class ControlTask(FineTuning):
     """A ControlNet of a latent diffusion model."""
 
     settings: ControlSettings = ControlSettings()
     hinted: ClassVar[bool] = True
     dropout: ClassVar[float] = 0.5
 
-    def adapter(self, settings: ControlSettings, base: DiffusionModel) -> ControlModel:
+    def adapter(self, settings: ControlSettings, base: DiffusionModel, text: TextEncoder | None = None) -> ControlModel:
         stride, channels = base.product.stride, base.product.channels
         plain = dataclasses.replace(base.unet, execution=ExecutionConfig())  # it is executed as the base is
         return ControlModel(base, ControlNetConfig(plain, channels, 3, (16, 32, 96, 256)[: stride.bit_length()]))
@@ -352,54 +161,76 @@ class ControlTask(AdapterTask):
 
     def inference(self, preset: str, model: ControlModel, count: int) -> Inference:
         """A sampling step of the base with this ControlNet."""
-        step = sampling_step(model.model, self._base(preset).sampling, count)
+        step = sampling_step(model.model, self.base(preset).sampling, count)
 
         def used(params: Params, frozen: Any) -> Params:
             return {"base": model.base.cast(frozen), "controls": (params,)}
 
         return dataclasses.replace(step, used=used)
 
-    def applied(self, generator: TrainedModel, params: Params, model: Any) -> TrainedModel:
-        return with_controls(generator, [(model.control, params)])
+    def applied(self, pipeline: Pipeline, params: Params, model: ControlModel) -> Pipeline:
+        assert isinstance(pipeline.generator, TrainedModel)
+        return dataclasses.replace(pipeline, generator=with_controls(pipeline.generator, [(model.control, params)]))
 
-    def save(self, settings: ControlSettings, generator: TrainedModel, model: Any, params: Params) -> str:
-        unet = latent_unet.network_of(generator.model)
+    def save(self, settings: ControlSettings, pipeline: Pipeline, model: ControlModel, params: Params) -> str:
+        assert isinstance(pipeline.generator, TrainedModel)
+        unet = latent_unet.network_of(pipeline.generator.model)
         network, folder = control.Network(model.control, unet.text_width, unet.vector), settings.out / "model"
         control.export_control(network, params, folder)
         return f"{folder}: a ControlNet of edge maps, for diffusers and --control of experiments.sample"
 
 
-class Captions:
-    """Embeddings of captions, on the host. The last `KEPT` are kept, so that those of a small set are computed once.
-    zeros: whether the null text is zeros."""
+@dataclass(frozen=True)
+class WholeTask(FineTuning):
+    """All parameters of a latent diffusion model's U-Net."""
 
-    def __init__(self, encoder: TextEncoder, text: TextConditioner | None):
-        assert text is not None
-        self._encoder, self._kept, self.zeros = encoder, {}, text.null is NullText.ZEROS
+    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(), "adafactor": Adafactor()}
+    settings: WholeSettings = WholeSettings()
 
-    def embedding(self, captions: list[str]) -> TextEmbedding:
-        self._kept = dict(list(self._kept.items())[-KEPT:])
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
-        if new:
-            embedded = jax.tree.map(np.asarray, self._encoder.encode(new)._replace(ids=None))
-            self._kept |= {text: jax.tree.map(lambda a, i=i: a[i], embedded) for i, text in enumerate(new)}
-        rows = [self._kept[caption] for caption in captions]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    def adapter(self, settings: WholeSettings, base: DiffusionModel, text: TextEncoder | None = None) -> DiffusionModel:
+        return base
 
-    def entries(self, captions: list[str]) -> dict[str, np.ndarray]:
-        """What a batch of the model needs of its captions."""
-        text = self.embedding(captions)
-        result = {"text": text.tokens, "text_mask": text.mask}
-        if text.pooled is not None:
-            result["text_pooled"] = text.pooled
-        if not self.zeros:
-            null = self.embedding([""] * len(captions))
-            result["null_text"] = null.tokens
-            if null.pooled is not None:
-                result["null_pooled"] = null.pooled
-        return result
+    def base_of(self, model: DiffusionModel) -> DiffusionModel:
+        return model
+
+    def on_base(self, model: DiffusionModel, base: DiffusionModel) -> DiffusionModel:
+        return base
+
+    def given(self, base: Params) -> Any:
+        return ()
+
+    def start(self, settings: WholeSettings, model: DiffusionModel, base: Params) -> Params | None:
+        return None if settings.whole.fresh else jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), base)
+
+    def inference(self, preset: str, model: DiffusionModel, count: int) -> Inference:
+        return sampling_step(model, self.base(preset).sampling, count)
+
+    def applied(self, pipeline: Pipeline, params: Params, model: DiffusionModel) -> Pipeline:
+        assert isinstance(pipeline.generator, TrainedModel)
+        return dataclasses.replace(pipeline, generator=dataclasses.replace(pipeline.generator, params=params))
+
+    def check(self, pipeline: Pipeline) -> None:
+        if not all(isinstance(clip, CLIPTextEncoder) for clip in _encoders(pipeline.text_encoder)):
+            raise ValueError("--weights: its text encoder is not CLIP; continue a run with sd.unet --init RUN")
+
+    def save(self, settings: WholeSettings, pipeline: Pipeline, model: DiffusionModel, params: Params) -> str:
+        folder = settings.out / "model"
+        stable_diffusion_export.export(self.applied(pipeline, params, model), folder)
+        return f"{folder}: a pipeline in diffusers' layout"
 
 
-def hint_of(images: np.ndarray) -> np.ndarray:
-    """The edge maps of images in [-1, 1]: (b h w 3), 0 or 1."""
-    return np.stack([edge_map(image, sigma=0.0) for image in to_uint8(images)])
+def _encoders(text: TextEncoder | None) -> tuple[TextEncoder | None, ...]:
+    return text.encoders if isinstance(text, CombinedTextEncoder) else (text,)
+
+
+def _clips(text: TextEncoder | None) -> tuple[CLIPTextEncoder, ...]:
+    """The CLIP text encoders. ValueError for others."""
+    found = tuple(each for each in _encoders(text) if isinstance(each, CLIPTextEncoder))
+    if len(found) != len(_encoders(text)) or any(clip.chunks > 1 for clip in found):
+        raise ValueError("--train-text: the text encoder of --weights is not CLIP")
+    return found
+
+
+def _tower(clip: CLIPTextEncoder) -> TextTower:
+    empty = tuple(map(int, np.asarray(clip.tokenize([""]).ids)[0]))
+    return TextTower(clip.config, clip.skip_last, clip.final_norm, clip.pooling, empty=empty)
