@@ -150,7 +150,8 @@ class ControlTask(FineTuning):
 
     def adapter(self, settings: ControlSettings, base: DiffusionModel, text: TextEncoder | None = None) -> ControlModel:
         stride, channels = base.product.stride, base.product.channels
-        plain = dataclasses.replace(base.unet, execution=ExecutionConfig())  # it is executed as the base is
+        # It is executed as the base is; diffusers' layout has no coordinates.
+        plain = dataclasses.replace(base.unet, execution=ExecutionConfig(), coordinates=False)
         return ControlModel(base, ControlNetConfig(plain, channels, 3, (16, 32, 96, 256)[: stride.bit_length()]))
 
     def given(self, base: Params) -> Any:

@@ -51,6 +51,8 @@ class TextConditioner:
     width, length: those of the text encoder's embeddings; None until set by `DiffusionModel.reading`.
     dropout: fraction of captions replaced by the null text in training.
     pooled: width of the text encoder's pooled vector, if the network reads it beside the tokens.
+    mean: the network reads the mean of the tokens as a vector, beside the tokens. For small models: what a caption says
+    of the entire image need not be found by attention.
     """
 
     width: int | None = None
@@ -58,9 +60,12 @@ class TextConditioner:
     dropout: float = 0.1
     null: NullText = NullText.ZEROS
     pooled: int | None = None
+    mean: bool = False
 
     def __post_init__(self):
         check_dropout(self.dropout, "captions")
+        if self.mean and self.pooled is not None:
+            raise ValueError("a network reads one vector of the text: pooled or mean")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +109,7 @@ class TextConditioner:
             mask = mask & kept[:, None]
             tokens = jnp.where(mask[..., None], text, 0.0)
         if self.pooled is None:
-            return Conditioning(tokens=tokens, token_mask=mask)
+            return self._attended(TextEmbedding(tokens, mask))
         null = entry(batch, "null_pooled") if self.null is NullText.EMPTY else 0.0
         return Conditioning(tokens, mask, jnp.where(kept[:, None], entry(batch, "text_pooled"), null))
 
@@ -116,11 +121,17 @@ class TextConditioner:
 
     def _attended(self, text: TextEmbedding) -> Conditioning:
         if self.pooled is None:
-            return Conditioning(tokens=text.tokens, token_mask=text.mask)
+            return Conditioning(text.tokens, text.mask, _mean(text) if self.mean else None)
         if text.pooled is None or text.pooled.shape[-1] != self.pooled:
             width = "none" if text.pooled is None else f"one of {text.pooled.shape[-1]}"
             raise ValueError(f"this model reads a pooled text of width {self.pooled}, its text encoder gives {width}")
         return Conditioning(text.tokens, text.mask, text.pooled)
+
+
+def _mean(text: TextEmbedding) -> Float[Array, "b d"]:
+    """The mean over the tokens that are not masked; zero without tokens."""
+    mask = text.mask[..., None].astype(jnp.float32)
+    return (text.tokens.astype(jnp.float32) * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff.nets.attention import attention
-from jaxdiff.nets.blocks import Dtype, Norm, Resample, TimestepEmbedding, resize, to_float32
+from jaxdiff.nets.blocks import Dtype, Norm, Resample, TimestepEmbedding, coordinates, resize, to_float32
 from jaxdiff.nets.conditioning import UNCONDITIONED, Conditioning, add_residuals
 from jaxdiff.nets.execution import ExecutionConfig, in_loop
 
@@ -28,6 +28,7 @@ class LatentUNetConfig:
     cross_only: levels whose first attention also reads the tokens, so that pixels do not attend to pixels.
     linear_projection: the transformer projects by matrix products, not by 1×1 convolutions: the same function, other
     shapes of the parameters.
+    coordinates: add two input channels with the position in the image, as in `UNetConfig`. The public ones have none.
     level_entries: embed the noise level of the concatenated channels by a table with this many entries; 0: by sines.
     """
 
@@ -41,6 +42,7 @@ class LatentUNetConfig:
     linear_projection: bool = False
     norm_groups: int = 32
     level_entries: int = 0
+    coordinates: bool = False
     execution: ExecutionConfig = ExecutionConfig()
 
     def __post_init__(self):
@@ -82,10 +84,6 @@ class LatentUNetConfig:
     def learned_variance(self) -> bool:
         return False
 
-    @property
-    def coordinates(self) -> bool:
-        return False
-
     def tensor_rules(self) -> tuple[tuple[str, int], ...]:
         """For tensor parallelism: (regular expression for the end of a parameter's path, axis to shard), as in
         `UNetConfig.tensor_rules`."""
@@ -125,6 +123,8 @@ class LatentDownPath(nn.Module):
     def stem(self, x: Array, conditioning: Conditioning) -> Array:
         if conditioning.concat is not None:
             x = jnp.concatenate([x, conditioning.concat], axis=-1)
+        if self.config.coordinates:
+            x = jnp.concatenate([x, coordinates(x)], axis=-1)
         dtype = self.config.execution.dtype
         return self.split(nn.Conv(self.config.channels, (3, 3), dtype=dtype, name="stem")(x.astype(dtype)))
 

@@ -21,17 +21,18 @@ AUTOENCODER_TINY = AutoencoderModel(
 """64×64 images ⇄ 8×8 latents."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
-        channels=96,
+        channels=64,
         multipliers=(1, 1),
         blocks=(2, 2),
         transformer_layers=(1, 1),
-        heads=(3, 3),
+        heads=(2, 2),
         cross_only=(False, False),
         norm_groups=16,
+        coordinates=True,
     ),
     side=8,
     product=LatentSpec(channels=8, stride=8),
-    conditioners=(TextConditioner(),),
+    conditioners=(TextConditioner(mean=True),),
     schedule=SCHEDULE,
     prediction=Prediction.V,
 )

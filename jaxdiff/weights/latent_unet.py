@@ -26,7 +26,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 class Vector(NamedTuple):
     """The vector added to the time embedding. `text_time`: pooled text and sizes (SDXL), with the width of a size's
-    sinusoidal embedding. `projection`: an image's embedding."""
+    sinusoidal embedding. `projection`: any other."""
 
     width: int
     kind: Literal["text_time", "projection"]
@@ -52,9 +52,9 @@ def network_of(model: DiffusionModel) -> Network:
     vector = None
     if given.vector is not None:
         sizes_read = next((each for each in model.conditioners if isinstance(each, SizeConditioner)), None)
-        if sizes_read is None:
-            raise ValueError("diffusers has no U-Net with this vector: only SDXL's pooled text and sizes")
-        vector = Vector(given.vector.shape[-1], "text_time", sizes_read.frequencies)
+        vector = Vector(given.vector.shape[-1], "projection")
+        if sizes_read is not None:
+            vector = Vector(given.vector.shape[-1], "text_time", sizes_read.frequencies)
     return Network(model.unet, model.product.channels, concat, model.text.shape[1], vector)
 
 
@@ -258,6 +258,8 @@ READ = READ_DOWN | {
 
 def hub_config(network: Network) -> dict[str, Any]:
     """diffusers' settings of a network. ValueError for one that UNet2DConditionModel cannot express."""
+    if network.unet.coordinates:
+        raise ValueError("diffusers' U-Nets read no coordinates")
     values = hub_settings(network.unet, network.text_width, network.vector)
     values |= {
         "in_channels": network.channels + network.concat,

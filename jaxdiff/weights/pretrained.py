@@ -6,43 +6,24 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
-from jaxdiff.weights.adapters import LoRAs, with_adapters
+from jaxdiff.weights.adapters import with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """How weights are loaded. Settings of other systems are ignored.
+class LoadOptions(stable_diffusion.Reading):
+    """How weights of any system are read; those of others than Stable Diffusion ignore what they have not.
 
-    dtype: compute type of the networks ("float32" or "bfloat16"), and of public parameters; None: as saved, or float32.
-    variant: "fp16" selects the files of that name. place: puts an array on its devices.
-    clean: clean captions as in DeepFloyd IF's training.
-    vae, prediction, ema, chunks, weights, loras, controls: as in `stable_diffusion.Reading`.
+    dtype: compute type of the networks, and of public parameters; None: as saved, or float32. clean: clean captions as
+    in DeepFloyd IF's training.
     """
 
-    dtype: str | None = None
-    variant: str | None = None
-    place: hub.Place = jnp.asarray
     clean: bool = True
-    vae: str | Path | None = None
-    prediction: Prediction | None = None
-    ema: bool = False
-    chunks: int = 1
-    weights: bool = False
-    loras: LoRAs = LoRAs()
-    controls: tuple[str | Path, ...] = ()
-
-    @property
-    def reading(self) -> stable_diffusion.Reading:
-        dtype = self.dtype or "float32"
-        kept = self.variant, self.place, self.vae, self.prediction, self.ema, self.chunks, self.weights
-        return stable_diffusion.Reading(dtype, *kept, self.loras, self.controls)
 
 
 def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncoder | None = None) -> Pipeline:
@@ -51,7 +32,7 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
     Raises FileNotFoundError or ValueError as the system's own loader does.
     """
     if (path := _stable_diffusion(weights)) is not None:
-        return stable_diffusion.load(path, options.reading, text)
+        return stable_diffusion.load(path, options, text)
     if (run := _latent_run(weights)) is not None:
         pipeline = latent_runs.load(run, text, options.dtype)
         assert isinstance(pipeline.generator, TrainedModel)
@@ -69,7 +50,7 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEncoder:
     """The text encoder of `load`, without the rest: to embed captions first and free it."""
     if (path := _stable_diffusion(weights)) is not None:
-        return stable_diffusion.load_text(stable_diffusion.open_source(path, options.reading), options.reading)
+        return stable_diffusion.load_text(stable_diffusion.open_source(path, options), options)
     return imagen.load_text(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, place=options.place
     )

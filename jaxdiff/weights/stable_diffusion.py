@@ -91,15 +91,15 @@ class Source:
 class Reading:
     """How a model is read.
 
-    dtype: type of parameters and computation, "float32" or "bfloat16". variant: "fp16" selects the files of that name
-    in a folder. place: puts an array on its devices. vae: a file or folder with the autoencoder, instead of the
+    dtype: type of parameters and computation, "float32" (None) or "bfloat16". variant: "fp16" selects the files of that
+    name in a folder. place: puts an array on its devices. vae: a file or folder with the autoencoder, instead of the
     model's. prediction: what the U-Net predicts, if a single file does not say (`single_file_kinds.family_of`).
     ema: the averaged weights of a single file that has both.
     chunks, weights: windows of 75 tokens for a prompt, and whether `(word:1.3)` is a weight (`CLIPTextEncoder`).
     loras: merged into the U-Net and the text encoders. controls: ControlNets, for which sampling needs hints.
     """
 
-    dtype: str = "float32"
+    dtype: str | None = None
     variant: str | None = None
     place: hub.Place = jnp.asarray
     vae: str | Path | None = None
@@ -109,6 +109,11 @@ class Reading:
     weights: bool = False
     loras: LoRAs = LoRAs()
     controls: tuple[str | Path, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The type, float32 by default."""
+        return self.dtype or "float32"
 
 
 def is_stable_diffusion(path_or_id: str | Path) -> bool:
@@ -210,7 +215,7 @@ def _tokenizer(folder: Path, encoder: str) -> PreTrainedTokenizerBase:
 def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel:
     """The latent diffusion model and its sampling settings. ValueError for a kind that is not supported."""
     unet = source.component("unet")
-    network = latent_unet.read_config(unet.settings, unet.where, reading.dtype)
+    network = latent_unet.read_config(unet.settings, unet.where, reading.kind)
     settings, path = source.schedulers["scheduler"]
     if network.vector is None and not network.unet.level_entries:
         settings = {**settings, **OLD_SCHEDULER}
@@ -226,10 +231,10 @@ def load_generator(source: Source, reading: Reading = Reading()) -> TrainedModel
     )
     preset = presets.SAMPLING_X4 if network.unet.level_entries else presets.SAMPLING
     preset = replace(preset, guidance=Guidance(5.0)) if network.vector is not None else preset
-    params = latent_unet.load_tensors(network, unet.tensors, reading.dtype, reading.place, str(unet.where))
+    params = latent_unet.load_tensors(network, unet.tensors, reading.kind, reading.place, str(unet.where))
     params = reading.loras.merged_into(params, "model", _networks(source, reading))
     trained = TrainedModel(model, params, replace(preset, **scheduler.sampling))
-    return with_controlnets(trained, reading.controls, reading.dtype, reading.place)
+    return with_controlnets(trained, reading.controls, reading.kind, reading.place)
 
 
 def _side(unet: Component, network: latent_unet.Network) -> int:
@@ -278,13 +283,13 @@ def _conditioners(source: Source, network: latent_unet.Network, reading: Reading
 def load_autoencoder(source: Source, model: DiffusionModel, reading: Reading = Reading()) -> TrainedAutoencoder:
     """The autoencoder: the model's, or that of `reading.vae`."""
     component = source.component("vae") if reading.vae is None else _other_vae(Path(reading.vae), source, reading)
-    settings = autoencoder.from_values(component.settings, component.where, hub.check_dtype(reading.dtype))
+    settings = autoencoder.from_values(component.settings, component.where, hub.check_dtype(reading.kind))
     assert isinstance(model.product, LatentSpec)
     for name, own in (("stride", settings.config.stride), ("channels", settings.config.code_channels)):
         if own != (wanted := getattr(model.product, name)):
             have, want = (f"{n} {name}" if name == "channels" else f"{name} {n}" for n in (own, wanted))
             raise ValueError(f"{component.where}: an autoencoder of {have}, but the model's latents have {want}")
-    params = autoencoder.load_tensors(settings, component.tensors, reading.dtype, reading.place, str(component.where))
+    params = autoencoder.load_tensors(settings, component.tensors, reading.kind, reading.place, str(component.where))
     side = model.side * settings.config.stride
     # The class's default is true, but only XL's needs it.
     upcast = settings.upcast and any(isinstance(each, SizeConditioner) for each in model.conditioners)
@@ -328,7 +333,7 @@ def _text_encoder(source: Source, name: str, reading: Reading) -> CLIPTextEncode
     component, tokenizer = source.component(name), source.tokenizers[name]
     where = str(component.where)
     config, params = clip.from_tensors(
-        component.settings, component.tensors, reading.dtype, where=where, place=reading.place
+        component.settings, component.tensors, reading.kind, where=where, place=reading.place
     )
     assert config.text is not None
     check_vocabulary(tokenizer, config.text.vocab, where)
@@ -341,5 +346,5 @@ def _networks(source: Source, reading: Reading) -> Networks:
     """The networks that a LoRA may be of."""
     unet = source.component("unet")
     towers = [source.components[name] for name in ("text_encoder", "text_encoder_2") if name in source.components]
-    text = (clip.config_of(tower.settings, str(tower.where), reading.dtype) for tower in towers)
-    return Networks(latent_unet.read_config(unet.settings, unet.where, reading.dtype), tuple(text))
+    text = (clip.config_of(tower.settings, str(tower.where), reading.kind) for tower in towers)
+    return Networks(latent_unet.read_config(unet.settings, unet.where, reading.kind), tuple(text))

@@ -116,6 +116,8 @@ def network_of(model: DiffusionModel) -> latent_unet.Network:
     assert isinstance(model.unet, LatentUNetConfig)
     text, sizes, mask = (_only(model, kind) for kind in (TextConditioner, SizeConditioner, MaskConditioner))
     low_res = model.low_res
+    if model.unet.coordinates or (text is not None and text.mean) or model.representations:
+        raise ValueError("diffusers' Stable Diffusion reads no coordinates, mean of the text, class, map or embedding")
     if text is None or (text.pooled is None) != (sizes is None):
         raise ValueError("diffusers' Stable Diffusion reads text, and a pooled text and sizes both or neither")
     if (low_res is None) == bool(model.unet.level_entries) or (low_res is not None and (mask or low_res.factor != 1)):

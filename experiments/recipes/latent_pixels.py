@@ -1,0 +1,207 @@
+"""Latent and pixel diffusion of equal size and equal training: `shapes` at 64×64.
+
+    python -m experiments.train sd.autoencoder --data shapes --steps 4500 --batch 8 --out runs/autoencoder
+    python -m experiments.train sd.unet --data shapes --autoencoder runs/autoencoder --steps 3600 --out runs/unet
+    python -m experiments.recipes.latent_pixels --latent runs/unet --out runs/latent-pixels
+
+A base model of Imagen (preset `quick`, widened to the latent U-Net's number of parameters) is trained on the same data
+and text, with the same optimizer and batch, for as many updates as take the FLOPs of the latent U-Net's training; those
+of the autoencoder's training are told apart. Both sample held-out captions of one and of two objects, each with the
+settings of its own preset. OUT/scores.json has the numbers, OUT/table.md the table, OUT/images.png samples.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import train
+from experiments.cli import Command, run
+from experiments.evaluations.attributes import attribute_scores
+from experiments.options import settings_file
+from experiments.options.metric_networks import MetricNetworks, loaded
+from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
+from experiments.table import TASKS
+from experiments.tasks import diffusion
+from experiments.tasks.noise_levels import NoiseLevels
+from jaxdiff.core.files import replacing, write_json
+from jaxdiff.data import grids, shapes
+from jaxdiff.data.images import to_uint8
+from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
+from jaxdiff.evaluation.features import Extractor, all_features
+from jaxdiff.evaluation.fid import distance
+from jaxdiff.evaluation.statistics import add, empty
+from jaxdiff.models.autoencoder import TrainedAutoencoder
+from jaxdiff.models.autoencoder_training import AutoencoderModel
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.systems.pipeline import Pipeline, SampleOptions
+from jaxdiff.training.plan import training_flops
+from jaxdiff.training.state import abstract_params
+from jaxdiff.weights import latent_runs, pretrained
+
+LEVELS = NoiseLevels((-7.0, -2.0), 0.5, snr_power=0.1)
+"""Those of `experiments.quickstart --train`, with which a pixel model learns colours in minutes."""
+TOLERANCE = 0.05
+"""Allowed relative difference of parameters and FLOPs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The latent run, and the size of the test."""
+
+    latent: Path = Path("runs/unet")
+    """Run of sd.unet, finished."""
+    out: Path = Path("runs/latent-pixels")
+    """Folder of the results and of the pixel model's run."""
+    n: int = 100
+    """Held-out captions of each kind."""
+    frechet: int = 512
+    """Held-out captions of the Fréchet distance."""
+    data_dir: Path = Path("runs/data")
+    """Folder of prepared datasets."""
+
+
+def main(settings: Settings) -> None:
+    """Train the pixel model and compare both."""
+    pipeline = pretrained.load(settings.latent)
+    generator, decoder = pipeline.generator, pipeline.decoders[0]
+    assert isinstance(generator, TrainedModel) and isinstance(decoder, TrainedAutoencoder)
+    trained = options_of(settings.latent)
+    images = trained["steps"] * trained["batch"]
+    latent = {"parameters": count_of(generator.model), "flops": images * flops_of(generator.model), "images": images}
+    length, width = generator.model.text.shape
+    model = equal(latent["parameters"], length, width)
+    steps = round(latent["flops"] / flops_of(model) / trained["batch"])
+    images = steps * trained["batch"]
+    pixels = {"parameters": count_of(model), "flops": images * flops_of(model), "images": images}
+    for name, value in pixels.items():
+        if name != "images" and abs(value / latent[name] - 1.0) > TOLERANCE:
+            raise ValueError(f"{name} of the pixel model: {value:.4g}, of the latent one {latent[name]:.4g}")
+    out = settings.out / "pixels"
+    pixel_run(model, settings, trained, steps)
+    systems = {"latent": (pipeline, latent), "pixel": (pretrained.load(out), pixels)}
+    scores = {name: counts | measured(system, settings) for name, (system, counts) in systems.items()}
+    scores["autoencoder"] = autoencoder_of(settings.latent, decoder)
+    write_json(settings.out / "scores.json", scores)
+    with replacing(settings.out / "table.md") as temporary:
+        temporary.write_text(table(scores) + "\n", encoding="utf-8")
+    show(settings.out / "images.png", {name: system for name, (system, _) in systems.items()})
+    print(table(scores))
+
+
+def options_of(run_folder: Path) -> dict[str, Any]:
+    """The settings of a run, by flag."""
+    return settings_file.read(run_folder / settings_file.NAME)[1]
+
+
+def equal(parameters: int, length: int, width: int) -> DiffusionModel:
+    """The preset `quick` of the width whose number of parameters is nearest."""
+    preset = TASKS["imagen.base64"].preset("quick").model.reading(length, width)
+
+    def of(channels: int) -> DiffusionModel:
+        return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, channels=channels))
+
+    return min(map(of, range(32, 257, 4)), key=lambda model: abs(count_of(model) - parameters))
+
+
+def count_of(model: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+
+
+def flops_of(model: Any) -> float:
+    """FLOPs of training on one image."""
+    return training_flops(model, model.batch_spec(1, model.side))
+
+
+def pixel_run(model: DiffusionModel, settings: Settings, trained: dict[str, Any], steps: int) -> None:
+    """Train the pixel model as `experiments.train imagen.base64` does; resumes."""
+    task = TASKS["imagen.base64"]
+    preset = dataclasses.replace(task.preset("quick"), model=model, levels=LEVELS)
+    equal_task = dataclasses.replace(task, presets={"equal": preset})
+    out = settings.out / "pixels"
+    data = DataOptions(examples=trained.get("examples", DataOptions().examples), data_dir=settings.data_dir)
+    run_options = RunOptions(steps, trained["batch"], seed=trained.get("seed", 0), evaluate_every=500, save_every=500)
+    optimizer = OptimizerOptions(trained.get("optimizer"), trained.get("learning-rate"))
+    given = diffusion.Settings(out, preset="equal", run=run_options, dataset=data, optimization=optimizer)
+    finished = (out / "model" / "model.safetensors").is_file()
+    if not finished:
+        train.main("imagen.base64", equal_task, given)
+
+
+def measured(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
+    """Accuracies of one and two objects, seconds an image, and Fréchet distances."""
+    captions = {objects: held_out_captions(settings.n, objects) for objects in (1, 2)}
+    side = pipeline.sides[-1]
+    attribute_scores(pipeline, {1: captions[1][:16]}, seed=1, batch=16)  # compile
+    found = attribute_scores(pipeline, captions, seed=0, batch=16)
+    result = {
+        "one_object": found[f"attribute_accuracy_{side}"],
+        "two_objects": found[f"attribute_accuracy_{side}_two_objects"],
+        "attributes": found[f"attributes_{side}"],
+        "seconds_an_image": found["seconds_per_image"],
+    }
+    scenes, texts = zip(*held_out_examples(settings.frechet, 1))
+    true = np.stack([shapes.draw(scene, side) for scene in scenes])
+    sampled = to_uint8(pipeline.sample([text.text for text in texts], SampleOptions(seed=2, batch=16))[-1])
+    for extractor in loaded(MetricNetworks()).extractors:
+        result[f"frechet_{extractor.name}"] = frechet(extractor, true, sampled)
+    return result
+
+
+def frechet(extractor: Extractor, true: np.ndarray, sampled: np.ndarray) -> float:
+    first, second = (add(empty(extractor.width), all_features(extractor, each)) for each in (true, sampled))
+    return distance(first, second)
+
+
+def autoencoder_of(latent: Path, decoder: TrainedAutoencoder) -> dict[str, Any]:
+    """Parameters and FLOPs of the autoencoder, and of its training if its run is still there."""
+    model = AutoencoderModel(decoder.config, decoder.side, adversary=None)
+    result: dict[str, Any] = {"parameters": count_of(model)}
+    source = Path(json.loads((latent / latent_runs.NAME).read_text())["source"])
+    if (source / settings_file.NAME).is_file():
+        options = options_of(source)
+        result["images"] = options["steps"] * options["batch"]
+        result["flops"] = result["images"] * flops_of(model)
+    return result
+
+
+ROWS = {
+    "parameters": lambda s: f"{s['parameters'] / 1e6:.2f} M",
+    "training images": lambda s: f"{s['images']:,}",
+    "training FLOPs": lambda s: f"{s['flops'] / 1e12:.1f} T",
+    "one object, of all captions right": lambda s: f"{s['one_object']:.0%}",
+    "two objects": lambda s: f"{s['two_objects']:.0%}",
+    "FD-shapes": lambda s: f"{s['frechet_classifier-shapes']:.2f}",
+    "FD-clip": lambda s: f"{s['frechet_clip']:.1f}",
+    "seconds an image": lambda s: f"{s['seconds_an_image']:.3f}",
+}
+
+
+def table(scores: dict[str, Any]) -> str:
+    """Both systems side by side, in Markdown, and a line about the autoencoder."""
+    lines = ["| | latent | pixel |", "|---|---|---|"]
+    lines += [f"| {name} | {cell(scores['latent'])} | {cell(scores['pixel'])} |" for name, cell in ROWS.items()]
+    own = scores["autoencoder"]
+    told = f"The autoencoder has {own['parameters'] / 1e6:.2f} M parameters"
+    if "flops" in own:
+        told += f"; its training on {own['images']:,} images took {own['flops'] / 1e12:.1f} TFLOP more"
+    return "\n".join([*lines, "", f"{told}."])
+
+
+def show(path: Path, systems: dict[str, Pipeline]) -> None:
+    """The same captions by both systems: four of one object, four of two."""
+    texts = [each.text for objects in (1, 2) for each in held_out_captions(4, objects)]
+    tiles, labels = [], []
+    for name, pipeline in systems.items():
+        tiles += list(pipeline.sample(texts, SampleOptions(seed=0))[-1])
+        labels += [f"{name}: {text}" for text in texts]
+    grids.write(path, grids.grid(tiles, labels, 128, len(texts)))
+
+
+if __name__ == "__main__":
+    run(Command(main, Settings(), "latent and pixel diffusion of equal size and training"))
