@@ -46,6 +46,7 @@ from experiments.options.sampling import (
     warn_of_few_steps,
     with_samplings,
 )
+from experiments.options.upscaler import UpscalerOptions, enlarged_by, factor_of
 from experiments.options.weights import WeightsOptions
 from experiments.output.folder import folder_for_images
 from experiments.output.names import Named, save_all
@@ -102,6 +103,7 @@ class Run:
     pipeline: WeightsOptions = WeightsOptions()
     init: InitImageOptions = InitImageOptions()
     hints: HintOptions = HintOptions()
+    upscaling: UpscalerOptions = UpscalerOptions()
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -116,12 +118,15 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
     _check(settings)
     mesh = mesh_of(settings.sampling.mesh)
     out = folder_for_images(settings.out, OUT, settings.overwrite)
+    upscaler = settings.upscaling.load(settings.sampling.dtype)
     pipeline = _pipeline(settings, prompts, tasks)
     with spread(with_samplings(pipeline, settings.sampling), mesh) as model, Bars(model) as bars:
         enlarging = enlarged(settings.init, model)
         options = _options(settings, model, enlarging, settings.per_prompt * len(prompts))
         batches = model.batches(prompts, options, bars)
-        output = _Output(settings, out, model, prompts, enlarging)
+        output = _Output(settings, out, model, prompts, enlarging, factor_of(upscaler))
+        if upscaler is not None:
+            batches = enlarged_by(upscaler, batches, prompts, options)
         warn_of_few_steps(pipeline, model)
         usable(out)  # not earlier, so that bad settings create no folder
         for batch in batches:
@@ -219,9 +224,17 @@ def _embedded(settings: Run, captions: list[str]) -> PrecomputedTextEncoder:
 class _Output:
     """The files of the images, and the grid of all of them."""
 
-    def __init__(self, settings: Run, out: Path, model: Pipeline, prompts: list[str], enlarging: Enlarged | None):
+    def __init__(
+        self,
+        settings: Run,
+        out: Path,
+        model: Pipeline,
+        prompts: list[str],
+        enlarging: Enlarged | None,
+        factor: int = 1,
+    ):
         self._settings, self._out, self._prompts, self._enlarging = settings, out, prompts, enlarging
-        self._resolution = settings.up_to or model.sides[-1]
+        self._resolution = (settings.up_to or model.sides[-1]) * factor
         self._samplings = [box.sampling for box in model.boxes if isinstance(box, TrainedModel)]
         self._images: list[Image.Image] = []
         self._failure: OSError | None = None
@@ -289,6 +302,7 @@ def _metadata(
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
         **settings.hints.shown,
+        **({"upscaler": settings.upscaling.upscaler} if settings.upscaling.upscaler else {}),
         "stages": [to_json(sampling) for sampling in samplings],
     }
     return Metadata(prompt, settings.seed, values)

@@ -49,7 +49,7 @@ def main(name: str, task: Task, settings: Any) -> None:
 def _train(name: str, task: Task, settings: Any, processes: int) -> None:
     """Train in a folder locked by this run."""
     run_options = settings.run
-    use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)))
+    use_cores(max(1, run_options.batch // max(1, run_options.accumulate * processes)), least=task.least_on_a_core)
     # Reject bad settings before anything is rasterised, embedded or written.
     config = task.config(settings, name)
     if run_options.batch < task.least_batch:

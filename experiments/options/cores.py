@@ -11,17 +11,17 @@ import os
 import jax
 
 LEAST = 8
-"""Minimum examples per device: with fewer, the work that every device repeats dominates."""
+"""Minimum examples per device: with fewer, the work that every device repeats (the optimizer's) dominates."""
 
 
-def devices_for(batches: tuple[int, ...], cores: int) -> int:
-    """The largest number of devices, up to `cores`, that divides all batch sizes."""
+def devices_for(batches: tuple[int, ...], cores: int, least: int = LEAST) -> int:
+    """The largest number of devices, up to `cores`, that divides all batch sizes. least: examples per device."""
     common = math.gcd(*batches)
-    return max((n for n in range(1, cores + 1) if common % n == 0 and common // n >= LEAST), default=1)
+    return max((n for n in range(1, cores + 1) if common % n == 0 and common // n >= least), default=1)
 
 
-def use_cores(*batches: int) -> None:
-    """Split the CPU into devices for all batch sizes that the process will use.
+def use_cores(*batches: int, least: int = LEAST) -> None:
+    """Split the CPU into devices for all batch sizes that the process will use. least: examples per device.
 
     Only the first call has an effect, and it must precede the first computation. No effect if JAX_NUM_CPU_DEVICES or
     XLA_FLAGS sets the number of devices, or on accelerators.
@@ -30,4 +30,4 @@ def use_cores(*batches: int) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # JAX is already initialized
-        jax.config.update("jax_num_cpu_devices", devices_for(batches, cores))
+        jax.config.update("jax_num_cpu_devices", devices_for(batches, cores, least))

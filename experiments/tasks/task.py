@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
+from experiments.options.cores import LEAST
 from experiments.options.training import ComputeOptions, Rule, TrainSettings
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.training.config import TrainConfig
@@ -79,6 +80,8 @@ class Task:
     replicated_parameters: ClassVar[bool] = True
     """Whether inference replicates the parameters on every device."""
     least_batch: ClassVar[int] = 1
+    least_on_a_core: ClassVar[int] = LEAST
+    """Examples for which a core of a CPU becomes a device of its own."""
     takes_init: ClassVar[bool] = False
     """Whether a run can start from the parameters of another (--init)."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}

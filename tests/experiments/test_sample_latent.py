@@ -146,7 +146,7 @@ def test_refused(sampled, weights, arguments, message):
     assert message in error and error.count("\n") == 1, error
 
 
-def test_an_upscaler_enlarges_an_image(command, tmp_path):
+def test_an_upscaler_enlarges_an_image(command, weights, tmp_path):
     """Of any size, which is padded and cut; without one, and with a box to begin at, it is refused."""
     folder = tmp_path / "x4"
     kind = "StableDiffusionUpscalePipeline"
@@ -163,3 +163,11 @@ def test_an_upscaler_enlarges_an_image(command, tmp_path):
     ):
         done = command(sample, *fixed[:-1], tmp_path / "other", *arguments)
         assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+    chained = "--upscaler", folder, "--upscaler-steps", 2, "--size", 64, "--weights", weights / "sd"
+    done = command(sample, "a cat", "--steps", 2, *chained, "--out", tmp_path / "chained")
+    assert done.code == 0 and "1 images at" in done.out, done.err
+    (path,) = (tmp_path / "chained").glob("0000*.png")
+    assert Image.open(path).size == (256, 256)
+    assert png_metadata.read(path.read_bytes()).settings["upscaler"] == str(folder)
+    done = command(sample, "a cat", *chained, "--upscaler", weights / "sd", "--out", tmp_path / "wrong")
+    assert done.code == 2 and "samples from text, and enlarges no image" in done.err, done.err
