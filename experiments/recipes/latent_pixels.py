@@ -23,6 +23,7 @@ from experiments import train
 from experiments.cli import Command, run
 from experiments.evaluations.attributes import attribute_scores
 from experiments.options import settings_file
+from experiments.options.cores import use_cores
 from experiments.options.metric_networks import MetricNetworks, loaded
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
 from experiments.table import TASKS
@@ -68,10 +69,11 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Train the pixel model and compare both."""
+    trained = options_of(settings.latent)
+    use_cores(trained["batch"])
     pipeline = pretrained.load(settings.latent)
     generator, decoder = pipeline.generator, pipeline.decoders[0]
     assert isinstance(generator, TrainedModel) and isinstance(decoder, TrainedAutoencoder)
-    trained = options_of(settings.latent)
     images = trained["steps"] * trained["batch"]
     latent = {"parameters": count_of(generator.model), "flops": images * flops_of(generator.model), "images": images}
     length, width = generator.model.text.shape

@@ -29,6 +29,10 @@ def test_a_device_for_each_core_that_every_batch_can_use(batches, cores, devices
     assert devices_for(batches, cores) == devices
 
 
+def test_small_images_share_a_device():
+    assert devices_for((64,), 4, least=32) == 2 and devices_for((16,), 4, least=64) == 1
+
+
 def counted(code: str, **environment: str) -> list[str]:
     """What `code` prints in a process of its own, as words."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

@@ -53,6 +53,23 @@ def test_tokens_and_pooled_text_are_dropped_together(null, values):
     assert spec["text_pooled"].shape == (2, 5) and spec["text"].shape == (2, 4, 6)
 
 
+def test_the_mean_of_the_tokens():
+    """Of those that are not masked; zero without a caption."""
+    conditioner, batch = TextConditioner(6, 4, dropout=0.25, mean=True), texts()
+    batch["text_mask"][:, 2:] = False
+    given = conditioner.training(batch, KEYS, (8, 8))
+    dropped = ~np.asarray(given.token_mask).any(1)
+    wanted = np.where(dropped[:, None], 0.0, batch["text"][:, :2].mean(1))
+    assert 60 < dropped.sum() < 140
+    np.testing.assert_allclose(given.vector, wanted, atol=1e-6)
+    text = TextEmbedding(jnp.asarray(batch["text"]), jnp.asarray(batch["text_mask"]))
+    one, other = conditioner.sampling(SampleInputs(text=text), KEYS, (8, 8))
+    np.testing.assert_allclose(one.vector[~dropped], wanted[~dropped], atol=1e-6)
+    np.testing.assert_array_equal(other.vector, 0)
+    with pytest.raises(ValueError, match="one vector of the text: pooled or mean"):
+        TextConditioner(6, 4, pooled=5, mean=True)
+
+
 def test_pooled_text_in_sampling():
     """Of both branches; the null text is zeros, and a text encoder without it is an error that says so."""
     conditioner = TextConditioner(6, 4, pooled=5)

@@ -172,6 +172,19 @@ def test_residuals_and_bfloat16(tiny):
     assert half.dtype == jnp.float32 and np.abs(half - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+def test_coordinates(tiny):
+    """They are two more input channels, by which equal rows of the latents differ; diffusers has none."""
+    config = replace(TINY, coordinates=True)
+    params, x, time, given = tiny
+    stem = params["stem"]["kernel"]
+    wider = params | {"stem": params["stem"] | {"kernel": jnp.concatenate([stem, 0.0 * stem[:, :, :2]], axis=2)}}
+    np.testing.assert_allclose(forward(config, wider, x, time, given), forward(TINY, *tiny), atol=1e-5)
+    wider["stem"]["kernel"] = wider["stem"]["kernel"].at[:, :, 4:].set(1.0)
+    assert np.abs(forward(config, wider, x, time, given) - forward(TINY, *tiny)).max() > 1e-3
+    with pytest.raises(ValueError, match="no coordinates"):
+        latent_unet.hub_config(latent_unet.Network(config, 4, 0, 12))
+
+
 def test_text_is_needed(tiny):
     with pytest.raises(ValueError, match="reads text"):
         forward(TINY, *tiny[:3], Conditioning())

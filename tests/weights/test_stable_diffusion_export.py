@@ -122,6 +122,7 @@ def test_refused_before_anything_is_written(ours, tmp_path):
         "no prediction = Prediction.X0": changed(ours, prediction=Prediction.X0),
         "no clean_known = True": changed(ours, clean_known=True),
         "no fresh_start = False": changed(ours, fresh_start=False),
+        "reads no coordinates, mean of the text": changed(ours, conditioners=(replace(text, mean=True),)),
         "no null text NullText.ZEROS": changed(ours, conditioners=(replace(text, null=NullText.ZEROS),)),
         "no final_norm = False in the text_encoder": changed(ours, text_encoder=replace(encoder, final_norm=False)),
         "no skip_last = 1 in the text_encoder": changed(ours, text_encoder=replace(encoder, skip_last=1)),
