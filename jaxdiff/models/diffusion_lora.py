@@ -123,7 +123,8 @@ class DiffusionLoRA(LoRAModel):
         if not self.towers:
             return shapes
         ids = jax.ShapeDtypeStruct((batch_size, self._text.shape[0]), jnp.int32)
-        others = {name: shape for name, shape in shapes.items() if name not in ("text", "text_mask", "text_pooled")}
+        embedded = "text", "text_mask", "text_pooled", "null_text", "null_pooled"
+        others = {name: shape for name, shape in shapes.items() if name not in embedded}
         return others | dict.fromkeys(self._ids, ids)
 
     @property

@@ -19,11 +19,12 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
-from jaxdiff.models import conditioners
 from jaxdiff.models import sampling as sampling_module
 from jaxdiff.models.boxes import Decoder, Encoding, Generator
+from jaxdiff.models.conditioner import Conditioner
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner, enlarge
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.representations import ClassConditioner, EmbeddingConditioner, SemanticMapConditioner
 from jaxdiff.models.sampling import SampleRequest, SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.activation_sharding import ActivationSharding
@@ -429,7 +430,7 @@ def test_enlarging_is_pillows_bicubic():
             ),
             "residual adds 1 channels to images of 3 channels",
         ),
-        (lambda: replace(BASE, conditioners=()), "a network has a TextConditioner if and only if"),
+        (lambda: replace(BASE, conditioners=()), "a network has a conditioner with tokens if and only if"),
         (lambda: replace(SR, conditioners=(TEXT, LowResConditioner(factor=3))), "16 is not a multiple of the factor 3"),
         (lambda: DiffusionModel(unet=UNetConfig(), side=100), "stride 8"),
         (lambda: DiffusionModel().init(KEY), "the text encoder of this model is not set"),
@@ -443,8 +444,14 @@ def test_settings_that_make_no_sense(make, match):
 
 
 def test_what_is_there_keeps_the_contracts():
-    for conditioner in (TEXT, LowResConditioner()):
-        assert isinstance(conditioner, conditioners.Conditioner)
+    for conditioner in (
+        TEXT,
+        LowResConditioner(),
+        ClassConditioner(3),
+        EmbeddingConditioner(4),
+        SemanticMapConditioner(3),
+    ):
+        assert isinstance(conditioner, Conditioner)
     for reader in (MaskedText(), WholeText()):
         assert isinstance(reader, TextReader)
     trained = TrainedModel(SR, {}, ONE_STEP)
