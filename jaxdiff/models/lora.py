@@ -77,9 +77,9 @@ def init(params: Mapping, targets: Targets, rank: int, key: Key[Array, ""], alph
     return trees.unflatten(result)
 
 
-def merged(params: Mapping, loras: Iterable[tuple[Mapping, int | float | Array]]) -> dict:
+def merged(params: Mapping, loras: Iterable[tuple[Mapping, int | float | Array]], *, keep_type: bool = True) -> dict:
     """The parameters with all LoRAs added, each times its weight, which may be traced. Differences are summed in
-    float32; each kernel keeps its type.
+    float32; a kernel keeps its type, or with keep_type=False becomes float32, so that no difference is rounded away.
 
     ValueError for a LoRA of a kernel that is missing or of another shape.
     """
@@ -91,7 +91,8 @@ def merged(params: Mapping, loras: Iterable[tuple[Mapping, int | float | Array]]
             added.setdefault(path, []).append((module, weight))
     for path, own in added.items():
         total = sum(weight * difference(module) for module, weight in own)
-        result[path] = (jnp.asarray(result[path], jnp.float32) + total).astype(result[path].dtype)
+        dtype = result[path].dtype if keep_type else jnp.float32
+        result[path] = (jnp.asarray(result[path], jnp.float32) + total).astype(dtype)
     return trees.unflatten(result)
 
 
@@ -155,8 +156,8 @@ class LoRAModel:
     """Training of a LoRA of any trainable model, whose parameters stay. A `training.state.Trainable`.
 
     Parameters are {"model": LoRA}. frozen is {"model": the base's parameters} and, if the base's loss reads frozen
-    arrays itself, {"frozen": those}. Keep the base's parameters in float32 (or float16, if that is how they are
-    published): bfloat16 would round small differences away, which is worst at the start of training.
+    arrays itself, {"frozen": those}. The difference is added in float32, whatever the type of the base's parameters; keep
+    them in the type in which they are published, because a LoRA of rounded ones is one of other parameters.
 
     alpha: None for `rank`. It is stored with the LoRA, and not trained.
     """
@@ -181,7 +182,7 @@ class LoRAModel:
 
     def adapted(self, params: dict, frozen: dict) -> dict:
         """The base's merged parameters, in the types that its network computes in."""
-        return self.base.cast(merged(frozen[MODEL], [(params[MODEL], 1.0)]))
+        return self.base.cast(merged(frozen[MODEL], [(params[MODEL], 1.0)], keep_type=False))
 
     def labels(self, params: dict) -> dict:
         """The base's label of each kernel; "none" for alpha."""

@@ -95,6 +95,16 @@ def test_types_of_kernels():
     np.testing.assert_allclose(got.astype("f4"), wanted.astype("f4"), rtol=1e-2)
 
 
+def test_small_differences_to_half_precision():
+    """In training they are not rounded away, whatever the type of the base's parameters."""
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), PARAMS)
+    got = lora.merged(half, [(LORA, 1e-5)], keep_type=False)
+    wanted = lora.merged(jax.tree.map(np.float32, half), [(LORA, 1e-5)])
+    assert got["a"]["kernel"].dtype == jnp.float32 and got["c"]["kernel"].dtype == np.float16
+    np.testing.assert_array_equal(got["a"]["kernel"], wanted["a"]["kernel"])
+    assert (lora.merged(half, [(LORA, 1e-5)])["a"]["kernel"] == half["a"]["kernel"]).mean() > 0.9
+
+
 def test_initial_values():
     """Nothing changes yet; down is normal with a deviation of 1/r; each kernel has its own numbers."""
     params = {"a": {"kernel": np.zeros((400, 30), "f4")}, "b": {"kernel": np.zeros((400, 30), "f4")}}
