@@ -156,7 +156,7 @@ class LoRAModel:
     """Training of a LoRA of any trainable model, whose parameters stay. A `training.state.Trainable`.
 
     Parameters are {"model": LoRA}. frozen is {"model": the base's parameters} and, if the base's loss reads frozen
-    arrays itself, {"frozen": those}. The difference is added in float32, whatever the type of the base's parameters; keep
+    arrays itself, {"frozen": those}. The difference is added in float32, whatever the type of the parameters; keep
     them in the type in which they are published, because a LoRA of rounded ones is one of other parameters.
 
     alpha: None for `rank`. It is stored with the LoRA, and not trained.
