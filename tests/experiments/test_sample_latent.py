@@ -146,13 +146,18 @@ def test_refused(sampled, weights, arguments, message):
     assert message in error and error.count("\n") == 1, error
 
 
-def test_an_upscaler_enlarges_an_image(command, weights, tmp_path):
-    """Of any size, which is padded and cut; without one, and with a box to begin at, it is refused."""
-    folder = tmp_path / "x4"
+@pytest.fixture
+def upscaler(tmp_path):
+    """A folder of diffusers."""
     kind = "StableDiffusionUpscalePipeline"
-    small.torch_pipeline("upscaler", kind, in_channels=7, **small.ONE_LEVEL).save_pretrained(folder)
+    small.torch_pipeline("upscaler", kind, in_channels=7, **small.ONE_LEVEL).save_pretrained(tmp_path / "x4")
+    return tmp_path / "x4"
+
+
+def test_an_upscaler_enlarges_an_image(command, upscaler, tmp_path):
+    """Of any size, which is padded and cut; without one, and with a box to begin at, it is refused."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (21, 30, 3), np.uint8)).save(tmp_path / "image.png")
-    fixed = "a cat", "--weights", folder, "--steps", 2, "--out", tmp_path / "out"
+    fixed = "a cat", "--weights", upscaler, "--steps", 2, "--out", tmp_path / "out"
     done = command(sample, *fixed, "--enlarge", tmp_path / "image.png")
     assert done.code == 0, done.err
     (path,) = (tmp_path / "out").glob("0000*.png")
@@ -163,11 +168,22 @@ def test_an_upscaler_enlarges_an_image(command, weights, tmp_path):
     ):
         done = command(sample, *fixed[:-1], tmp_path / "other", *arguments)
         assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
-    chained = "--upscaler", folder, "--upscaler-steps", 2, "--size", 64, "--weights", weights / "sd"
+
+
+def test_what_is_no_upscaler(command, weights, tmp_path):
+    for arguments, message in (
+        (("--upscaler", weights / "sd"), "samples from text, and enlarges no image"),
+        (("--upscaler-steps", 2), "--upscaler-steps is for an --upscaler"),
+    ):
+        done = command(sample, "a cat", "--weights", weights / "sd", *arguments, "--out", tmp_path / "out")
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+
+
+@pytest.mark.slow
+def test_an_upscaler_behind_the_pipeline(command, weights, upscaler, tmp_path):
+    chained = "--upscaler", upscaler, "--upscaler-steps", 2, "--size", 64, "--weights", weights / "sd"
     done = command(sample, "a cat", "--steps", 2, *chained, "--out", tmp_path / "chained")
     assert done.code == 0 and "1 images at" in done.out, done.err
     (path,) = (tmp_path / "chained").glob("0000*.png")
     assert Image.open(path).size == (256, 256)
-    assert png_metadata.read(path.read_bytes()).settings["upscaler"] == str(folder)
-    done = command(sample, "a cat", *chained, "--upscaler", weights / "sd", "--out", tmp_path / "wrong")
-    assert done.code == 2 and "samples from text, and enlarges no image" in done.err, done.err
+    assert png_metadata.read(path.read_bytes()).settings["upscaler"] == str(upscaler)
