@@ -19,6 +19,7 @@ from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDIM, DDPM, Euler
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
+from jaxdiff.models import conditioners
 from jaxdiff.models import sampling as sampling_module
 from jaxdiff.models.boxes import Decoder, Encoding, Generator
 from jaxdiff.models.conditioner import Conditioner
