@@ -34,6 +34,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load(path, options, text)
     if (run := _latent_run(weights)) is not None:
+        if options.vae is not None:
+            raise ValueError(f"{run} names its own autoencoder: another one ({options.vae}) would not fit its latents")
         pipeline = latent_runs.load(run, text, options.dtype)
         assert isinstance(pipeline.generator, TrainedModel)
         dtype = options.dtype or "float32"

@@ -116,6 +116,9 @@ def test_a_run_is_a_pipeline(runs, command):
         sample, "a red circle", "--weights", runs.folder / "unet", "--size", "17", "--out", runs.folder / "x"
     )
     assert done.code == 2 and "--size 17: not a multiple of 2 pixels" in done.err
+    other = "--vae", runs.folder / "autoencoder", "--out", runs.folder / "x"
+    done = command(sample, "a red circle", "--weights", runs.folder / "unet", *other)
+    assert done.code == 2 and "names its own autoencoder" in done.err and done.err.count("\n") == 1
 
 
 def test_a_lora_of_a_run(runs, command):
