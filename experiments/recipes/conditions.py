@@ -38,6 +38,7 @@ from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.data.shapes_caption import caption
 from jaxdiff.data.shapes_draw import coverage
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, Scene, scene
+from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.hints import HintImage
 from jaxdiff.models.representations import SemanticMapConditioner
@@ -112,7 +113,7 @@ def main(settings: Settings) -> None:
     side = pipeline.decoders[0].side
     held_out = [scene("held_out", index, objects=1) for index in range(settings.n)]
     images = np.stack([shapes.draw(each, side) for each in held_out])
-    captions = [caption(each, "held_out", index) for index, each in enumerate(held_out)]
+    captions = [caption(each, "held_out", index).text for index, each in enumerate(held_out)]
     recipe = Recipe(settings, pipeline, images, captions, held_out)
     path = settings.out / "scores.json"
     scores = json.loads(path.read_text()) if path.is_file() else {}
@@ -141,7 +142,9 @@ def semantic_map(recipe: Recipe) -> dict[str, float]:
     optimizer = OptimizerConfig(Muon(), learning_rate=2e-3, warmup=min(50, steps - 1), total=steps)
     config = TrainConfig(optimizer, steps, ema_decay=0.99, save_every=500, description="semantic map")
     state = fit(model, batches, config, settings.out / "map", data=space.data)
-    generator = TrainedModel(model, jax.device_get(state.ema), recipe.generator.sampling)
+    # A map leaves nothing to guess that guidance could sharpen.
+    sampling = dataclasses.replace(recipe.generator.sampling, guidance=Guidance())
+    generator = TrainedModel(model, jax.device_get(state.ema), sampling)
     wanted = classes_of(recipe.images)
     options = SampleOptions(last=1, given={"semantic_map": wanted})
     _, samples = Pipeline(None, generator, (trained,)).sample([" "] * len(wanted), options)
@@ -188,7 +191,7 @@ def word(recipe: Recipe) -> dict[str, float]:
     for index in range(new.images):
         drawn = scene("train", index, objects=1)
         Image.fromarray(coloured(drawn, new.rgb, side)).save(folder / f"{index:02d}.png")
-        (folder / f"{index:02d}.txt").write_text(renamed(caption(drawn, "train", index), drawn, new.name))
+        (folder / f"{index:02d}.txt").write_text(renamed(caption(drawn, "train", index).text, drawn, new.name))
     train.main(
         "sd.lora",
         TASKS["sd.lora"],
