@@ -234,7 +234,8 @@ class _Output:
         factor: int = 1,
     ):
         self._settings, self._out, self._prompts, self._enlarging = settings, out, prompts, enlarging
-        self._resolution = (settings.up_to or model.sides[-1]) * factor
+        self._up_to = settings.up_to or model.sides[-1]
+        self._resolution = self._up_to * factor
         self._samplings = [box.sampling for box in model.boxes if isinstance(box, TrainedModel)]
         self._images: list[Image.Image] = []
         self._failure: OSError | None = None
@@ -278,7 +279,7 @@ class _Output:
         """The images with their file names and metadata, numbered from `first`."""
         for number, image in enumerate(images, first):
             prompt = self._prompts[number // self._settings.per_prompt]
-            metadata = _metadata(self._settings, self._samplings, prompt, number, self._resolution)
+            metadata = _metadata(self._settings, self._samplings, prompt, number, self._up_to)
             yield Named(f"{number:04d}", prompt, image, metadata)
 
 

@@ -216,7 +216,7 @@ class FineTuning(Task):
 
     def prepare(self, settings: FineTuningSettings, start: Start) -> Work:
         if settings.run.init is not None:
-            raise ValueError("--init: an adapter starts from its base, --weights")
+            raise ValueError(f"--init {settings.run.init}: this training starts from --weights")
         pipeline, data = settings.base.load(self.dropout), settings.dataset
         self.check(pipeline)
         generator, decoder = pipeline.generator, pipeline.decoders[0]

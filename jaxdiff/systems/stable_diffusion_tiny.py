@@ -1,4 +1,4 @@
-"""A tiny latent diffusion system that trains on a laptop: an autoencoder of stride 4, and a U-Net in its latents."""
+"""A tiny latent diffusion system that trains on a laptop: an autoencoder of stride 8, and a U-Net in its latents."""
 
 from dataclasses import replace
 
