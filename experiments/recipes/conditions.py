@@ -177,9 +177,8 @@ def edges(recipe: Recipe) -> dict[str, float]:
     for name, pipeline, hints in (("with", controlled, (hint,)), ("without", recipe.pipeline, ())):
         results[name] = to_uint8(pipeline.sample(recipe.captions, SampleOptions(hints=hints))[-1])
     show(settings.out / "edges.png", {"image": recipe.images, **results})
-    backgrounds = [BACKGROUNDS[each.background] for each in recipe.scenes]
-    true = objects_of(recipe.images, backgrounds)
-    return {f"edges_iou_{name}": iou(true, objects_of(images, backgrounds)) for name, images in results.items()}
+    true = objects_of(recipe.images)
+    return {f"edges_iou_{name}": iou(true, objects_of(images)) for name, images in results.items()}
 
 
 def word(recipe: Recipe) -> dict[str, float]:
@@ -207,14 +206,13 @@ def word(recipe: Recipe) -> dict[str, float]:
     loras = LoRAs((LoRAFile(out / "lora.safetensors"),))
     adapted = pretrained.load(settings.base, pretrained.LoadOptions(loras=loras))
     texts = [renamed(text, each, new.name) for text, each in zip(recipe.captions, recipe.scenes)]
-    backgrounds = [BACKGROUNDS[each.background] for each in recipe.scenes]
     right, results = {}, {}
     for name, pipeline in (("with", adapted), ("without", recipe.pipeline)):
         results[name] = to_uint8(pipeline.sample(texts, SampleOptions())[-1])
-        right[f"word_{name}"] = float(np.mean([is_colour(*both, new.rgb) for both in zip(results[name], backgrounds)]))
+        right[f"word_{name}"] = float(np.mean([is_colour(image, new.rgb) for image in results[name]]))
     kept = to_uint8(adapted.sample(recipe.captions, SampleOptions())[-1])
     colours = [COLOURS[each.objects[0].colour] for each in recipe.scenes]
-    own = [is_colour(image, ground, rgb) for image, ground, rgb in zip(kept, backgrounds, colours)]
+    own = [is_colour(image, rgb) for image, rgb in zip(kept, colours)]
     show(settings.out / "word.png", {**results, "other colours": kept}, texts)
     return right | {"word_other_colours": float(np.mean(own))}
 
@@ -250,15 +248,22 @@ def iou(true: np.ndarray, seen: np.ndarray) -> float:
     return float((true & seen).sum() / (true | seen).sum())
 
 
-def objects_of(images: np.ndarray, backgrounds: list[tuple[int, int, int]]) -> np.ndarray:
+def contrast(images: np.ndarray) -> np.ndarray:
+    """How far each pixel is from the background, the median of the image's border: (n h w). A caption may leave the
+    background open, so that it is each image's own."""
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    ground = np.median(border.astype(np.float32), axis=1)[:, None, None]
+    return np.abs(images.astype(np.float32) - ground).max(-1)
+
+
+def objects_of(images: np.ndarray) -> np.ndarray:
     """The pixels that are not of the background: bool (n h w)."""
-    ground = np.asarray(backgrounds, np.float32)[:, None, None]
-    return np.abs(images.astype(np.float32) - ground).max(-1) > 48
+    return contrast(images) > 48
 
 
-def is_colour(image: np.ndarray, background: tuple[int, int, int], rgb: tuple[int, int, int]) -> bool:
+def is_colour(image: np.ndarray, rgb: tuple[int, int, int]) -> bool:
     """Whether the mean colour of the object is nearer to this one than to any of `shapes`."""
-    strength = np.abs(image.astype(np.float32) - np.asarray(background, np.float32)).max(-1)
+    strength = contrast(image[None])[0]
     if strength.max() < 48:
         return False
     mean = image[strength > 0.7 * strength.max()].astype(np.float32).mean(0)
