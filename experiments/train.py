@@ -72,13 +72,13 @@ def _train(name: str, task: Task, settings: Any, processes: int) -> None:
             settings.out,
             data=work.data,
             layout=Layout(mesh, work.placement),
-            loaded=Loaded(work.initial, work.frozen),
+            loaded=Loaded(work.initial, work.frozen, work.initial_extra),
             hooks=Hooks(work.sample_hook, work.held_out),
         )
-    params = gathered(state.ema)
+    params, extra = gathered((state.ema, state.extra))
 
     def finish() -> None:
-        print(work.finish(params))
+        print(work.finish(params, extra))
         settings_file.save(settings.out / settings_file.NAME, name, settings)
 
     on_process_0(finish)

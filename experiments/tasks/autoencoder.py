@@ -12,12 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
@@ -27,8 +26,11 @@ from jaxdiff.data import grids, sources
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
 from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.models import codebook
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.autoencoder_training import AutoencoderModel, latent_scale
+from jaxdiff.models.codebook import EMACodebook, GradientCodebook
+from jaxdiff.nets.autoencoder import KLBottleneck
 from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import once
 from jaxdiff.training.held_out import HeldOutBatches
@@ -52,12 +54,20 @@ class AutoencoderOptions:
     """Weight of the KL divergence."""
     discriminator_start: int | None = None
     """First step of the discriminator; 0: none at all."""
+    codebook: Literal["gradient", "ema"] | None = None
+    """Train the codebook of VQ by gradients, or by averages of the codes with restarts of unused entries."""
     store: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored parameters."""
 
     def applied(self, model: AutoencoderModel) -> AutoencoderModel:
         """The preset with the changes of the command line. ValueError naming the flag."""
-        given = {name: value for name in ("side", "kl_weight") if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {
+            name: value for name in ("side", "kl_weight") if (value := getattr(self, name)) is not None
+        }
+        if self.codebook is not None:
+            if isinstance(model.network.bottleneck, KLBottleneck):
+                raise ValueError(f"--codebook {self.codebook}: this preset has no codebook")
+            given["codebook"] = EMACodebook() if self.codebook == "ema" else GradientCodebook()
         start, adversary = self.discriminator_start, model.adversary
         if start is not None and start < 0:
             raise ValueError(f"--discriminator-start {start}: a step, or 0 for no discriminator")
@@ -128,6 +138,7 @@ class AutoencoderTask(Task):
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         model, data = self._model(settings), settings.dataset
+        plain = dataclasses.replace(model, network=dataclasses.replace(model.network, dtype="float32"))
         source = once(data.data_dir, lambda: sources.open(data.spec(), model.side, "train", data.data_dir))
         source = spread(source, data.limit) if data.limit else source
         stream = _batches(settings, model, source)
@@ -135,16 +146,18 @@ class AutoencoderTask(Task):
         some = None if held_out is None else spread(held_out, min(data.evaluate_n, len(held_out)))
         shown = Reconstructions(model, source if some is None else some, settings.out / "samples")
 
-        def finish(params: Params) -> str:
-            return self._saved(settings, model, source, params)
+        def finish(params: Params, extra: Any) -> str:
+            return self._saved(settings, model, source, plain.trained(params, extra))
 
         contents = {"data": data.shown, "batch": settings.run.batch, "side": model.side, "examples": len(source)}
+        initial = self._initial(settings, model)
         return Work(
             model,
             stream,
             contents,
             finish,
-            initial=self._initial(settings, model, start.mesh),
+            initial=None if initial is None else initial[0],
+            initial_extra=None if initial is None else initial[1],
             sample_hook=shown,
             held_out=_held_out(settings, model, some),
         )
@@ -153,8 +166,8 @@ class AutoencoderTask(Task):
         assert isinstance(settings, Settings)
         return settings.autoencoder.applied(self.model(settings.preset, settings.compute))
 
-    def _initial(self, settings: Settings, model: AutoencoderModel, mesh: Mesh) -> Params | None:
-        """The parameters of another run's autoencoder, with a new discriminator."""
+    def _initial(self, settings: Settings, model: AutoencoderModel) -> tuple[Params, Any] | None:
+        """The parameters of another run's autoencoder, with a new discriminator; its codebook with new averages."""
         if settings.run.init is None or settings.resumes:
             return None
         trained = latent_runs.load_autoencoder(settings.run.init)
@@ -164,11 +177,12 @@ class AutoencoderTask(Task):
         params = jax.tree.map(np.zeros_like, abstract_params(model))
         if model.adversary is not None:
             params = jax.device_get(jax.jit(lambda key: model.init(key)[0])(jax.random.key(settings.run.seed)))
-        return params | {"autoencoder": jax.device_get(trained.params)}
+        own = dict(trained.params)
+        extra = codebook.initial(own.pop("codebook"))._asdict() if model.averaged else ()
+        return jax.device_get((params | {"autoencoder": own}, extra))
 
-    def _saved(self, settings: Settings, model: AutoencoderModel, source: Source, params: Params) -> str:
-        plain = dataclasses.replace(model, network=dataclasses.replace(model.network, dtype="float32"))
-        trained, folder = plain.trained(params, ()), settings.out / "model"
+    def _saved(self, settings: Settings, model: AutoencoderModel, source: Source, trained: TrainedAutoencoder) -> str:
+        folder = settings.out / "model"
         config = DataConfig(model.side, 64, shuffle=False, repeat=False)
         measured = spread(source, min(MEASURED, len(source)))
         images = (batch["image"] for batch in image_batches(measured, config))
@@ -204,8 +218,8 @@ class Reconstructions:
         self._images = next(image_batches(spread(source, min(SHOWN, len(source))), config))["image"]
         self._model, self._folder = model, folder
 
-    def __call__(self, step: int, params: dict) -> None:
-        trained: TrainedAutoencoder = self._model.trained(params, ())
+    def __call__(self, step: int, params: dict, extra: Any) -> None:
+        trained: TrainedAutoencoder = self._model.trained(params, extra)
         again = np.asarray(jnp.clip(trained.decoded(trained.encode(jnp.asarray(self._images))), -1.0, 1.0))
         captions = ["image"] * len(again) + ["reconstruction"] * len(again)
         sheet = grids.grid([*self._images, *again], captions, max(128, self._model.side), len(again))

@@ -100,7 +100,7 @@ class ClassifierTask(Task):
         source = once(data.data_dir, lambda: sources.open(data.spec(), config.side, "train", data.data_dir))
         stream = image_batches(source, DataConfig(config.side, run.batch, seed=run.seed, captions=True))
 
-        def finish(params: Params) -> str:
+        def finish(params: Params, extra: Any) -> str:
             in_order = DataConfig(config.side, min(512, len(source)), shuffle=False, repeat=False)
             some = next(image_batches(source, in_order))["image"]
             plain = of_size_one(config, jax.device_get(params), jnp.asarray(some))

@@ -152,7 +152,7 @@ class CLIPTask(Task):
         if initial is not None and isinstance(model.compare, SigmoidLoss):
             initial["logit_bias"] = np.float32(model.compare.bias)
 
-        def finish(params: Params) -> str:
+        def finish(params: Params, extra: Any) -> str:
             plain, folder = dataclasses.replace(config, dtype="float32", remat=False), settings.out / "model"
             weights.export(plain, finished(model, params), folder)
             save_tokenizer(tokenizer, folder)

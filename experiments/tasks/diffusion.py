@@ -220,7 +220,7 @@ class DiffusionTask(Task):
                 location = TextSource(options.source, embeddings.length, options.text_dtype, fingerprint)
                 save_text_source(settings.out, location)
 
-        def finish(params: Params) -> str:
+        def finish(params: Params, extra: Any) -> str:
             save_model(TrainedModel(plain, params, preset.sampling, fingerprint), folder)
             lines = [f"{folder}: the averaged parameters of step {settings.run.steps}"]
             if summary := stream.skipped.summary(len(source)):

@@ -235,7 +235,7 @@ class FineTuning(Task):
         contents = space.data | {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
         contents |= {"base": digest_of(generator.params), "text": pipeline.text_encoder.fingerprint}
 
-        def finish(params: Params) -> str:
+        def finish(params: Params, extra: Any) -> str:
             return self.save(settings, pipeline, model, params)
 
         return Work(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class Samples:
             text, mask, _ = zip(*(embeddings[shown.place(int(i))] for i in indices))
             self._text = TextEmbedding(np.stack(text).astype(np.float32), np.stack(mask))
 
-    def __call__(self, step: int, params: dict) -> None:
+    def __call__(self, step: int, params: dict, extra: Any = ()) -> None:
         stage = self._model.model
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor

@@ -124,7 +124,7 @@ class T5Task(Task):
         data |= {name: getattr(options, name) for name in ("length", "tokenizer", "vocab")}
         data |= {"captions": len(captions)} | ({} if options.texts is None else {"texts": str(options.texts)})
 
-        def finish(params: Params) -> str:
+        def finish(params: Params, extra: Any) -> str:
             plain = dataclasses.replace(config, decoder_layers=0, dtype="float32", remat=False)
             encoder = settings.out / "encoder"
             weights.export(plain, t5.encoder_params(params), encoder)

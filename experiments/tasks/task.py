@@ -35,8 +35,9 @@ class Work:
     """A model and its data.
 
     data: description of the batches, which must be unchanged when a run resumes.
-    finish: called on process 0 with the EMA parameters; writes OUT/model and returns a line about it.
-    initial: initial parameters, on the host. frozen: arrays that the loss reads and never updates, on the host.
+    finish: called on process 0 with the EMA parameters and `extra`; writes OUT/model and returns a line about it.
+    initial, initial_extra: initial parameters and `extra`. frozen: arrays that the loss reads and never updates. All on
+    the host.
     begin: called on process 0 before the first step, after all checks.
     held_out: batches of the held-out loss.
     """
@@ -44,12 +45,13 @@ class Work:
     model: Trainable
     batches: Batches
     data: Mapping[str, Any]
-    finish: Callable[[Params], str]
+    finish: Callable[[Params, Any], str]
     initial: Params | None = None
+    initial_extra: Any = None
     frozen: Any = ()
     begin: Callable[[], None] = lambda: None
     placement: ParamSharding = ParamSharding()
-    sample_hook: Callable[[int, Params], None] | None = None
+    sample_hook: Callable[[int, Params, Any], None] | None = None
     held_out: HeldOutBatches | None = None
 
 

@@ -46,7 +46,7 @@ class Iteration:
     config: TrainConfig
     outside: Outside
     evaluation: HeldOut | None
-    sample: Callable[[int, Params], None] | None
+    sample: Callable[[int, Params, Any], None] | None
 
     def run(self) -> TrainState:
         config, outside = self.config, self.outside
@@ -120,12 +120,12 @@ class Iteration:
             self.outside.checkpoints.save(self.number, self.state, self.place)
         self.saved = self.number
 
-    def run_sampling(self, sample: Callable[[int, Params], None]) -> None:
+    def run_sampling(self, sample: Callable[[int, Params, Any], None]) -> None:
         self.look()
         self.outside.watchdog.doing(f"sampling after step {self.number}", compiles=True)
         with self.outside.reporter.paused("sampling"):
             self.outside.reporter.flush()
-            stop = self.broken_off(lambda: sample(self.number, self.state.ema))
+            stop = self.broken_off(lambda: sample(self.number, self.state.ema, self.state.extra))
         if stop:
             self.stop(stop)
 

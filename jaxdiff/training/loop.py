@@ -60,23 +60,25 @@ class Layout:
 class Loaded:
     """Loaded arrays, on the host or on devices; every process needs all of them.
 
-    params: initial parameters instead of the trainable's own. frozen: arrays that the loss reads and never updates.
+    params, extra: initial ones instead of the trainable's own. frozen: arrays that the loss reads and never updates.
     """
 
     params: Params | None = None
     frozen: Any = ()
+    extra: Any = None
 
 
 @dataclass(frozen=True)
 class Hooks:
     """Hooks that get the averaged parameters at regular steps and after the last one.
 
-    sample: called with the step and the parameters every `sample_every` steps; it must not keep a reference to them.
+    sample: called with the step, the parameters and `extra` every `sample_every` steps; it must not keep a reference to
+        them.
     held_out: the batches whose losses are logged every `evaluate_every` steps, as `held_out_loss` and the trainable's
         further metrics (`held_out.HasHeldOutLosses`).
     """
 
-    sample: Callable[[int, Params], None] | None = None
+    sample: Callable[[int, Params, Any], None] | None = None
     held_out: HeldOutBatches | None = None
 
 
@@ -182,7 +184,9 @@ def _begin(
     abstract = abstract_state(trainable, config.optimizer, *where)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     if checkpoints.latest() is None:
-        state = init_state(trainable, config.optimizer, init_key, layout.mesh, loaded.params, layout.sharding)
+        state = init_state(
+            trainable, config.optimizer, init_key, layout.mesh, loaded.params, layout.sharding, loaded.extra
+        )
     else:
         state, place = checkpoints.restore(abstract)
         batches.set_state(place)

@@ -120,11 +120,12 @@ def init_state(
     mesh: Mesh,
     params: Params | None = None,
     placement: ParamSharding = BY_SHAPE,
+    extra: Any = None,
 ) -> TrainState:
     """The state before the first step; each device computes its own shards.
 
-    params: initial parameters (on host or devices) instead of those of `trainable.init(key)`; `extra` is from there in
-    any case. Raises ValueError if their names or shapes do not match `trainable`.
+    params, extra: initial ones (on host or devices) instead of those of `trainable.init(key)`; `extra` only with
+    params. Raises ValueError if their names or shapes do not match `trainable`.
     """
     placements = placements_of(abstract_state(trainable, config, mesh, placement))
     create = partial(create_state, rule=update_rule(trainable, config))
@@ -133,8 +134,10 @@ def init_state(
             return jax.jit(lambda key: create(*trainable.init(key)), out_shardings=placements)(key)
         check_tree(params, abstract_params(trainable), "the tree of initial parameters")
         placed = jax.tree.map(_placed, params, placements.params)
-        extra = placements.extra
-        if jax.tree.leaves(extra):
+        if extra is not None:
+            check_tree(extra, abstract_init(trainable)[1], "the tree of the initial extra")
+            extra = jax.tree.map(_placed, extra, placements.extra)
+        elif jax.tree.leaves(extra := placements.extra):
             extra = jax.jit(lambda key: trainable.init(key)[1], out_shardings=placements.extra)(key)
         return jax.jit(create, out_shardings=placements)(placed, extra)
 

@@ -20,14 +20,18 @@ from jaxdiff.data.shapes_caption import held_out_captions
 from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.nets.autoencoder import AutoencoderConfig
+from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.systems.stable_diffusion import SCHEDULE
 from jaxdiff.training import metrics
+from jaxdiff.weights.latent_runs import load_autoencoder
 
 AUTOENCODER = AutoencoderModel(
     AutoencoderConfig(channels=(8, 8), blocks=1, latent_channels=2, norm_groups=4), side=32, adversary=None
+)
+VQ = dataclasses.replace(
+    AUTOENCODER, network=dataclasses.replace(AUTOENCODER.network, latent_channels=3, bottleneck=VQBottleneck(16, 3))
 )
 UNET = DiffusionModel(
     LatentUNetConfig(
@@ -51,6 +55,7 @@ def presets():
         autoencoder = TASKS["sd.autoencoder"]
         changed = dataclasses.replace(autoencoder.preset("tiny"), model=AUTOENCODER)
         patch.setitem(autoencoder.presets, "tiny", changed)
+        patch.setitem(autoencoder.presets, "vq", dataclasses.replace(changed, model=VQ))
         patch.setitem(unet.presets, "tiny", dataclasses.replace(small, sampling=sampling))
         yield
 
@@ -93,6 +98,21 @@ def test_an_autoencoder_is_trained_and_scored(runs, command):
     scores = json.loads(path.read_text())
     assert 0 < scores["psnr"] < 40 and -1 <= scores["ssim"] <= 1 and scores["made_by"]["n"] == 3
     assert "no Fréchet distance of classifier-shapes: 3 images for 64 features" in done.out
+
+
+def test_an_averaged_codebook(runs, command, tmp_path):
+    """It is a part of the saved autoencoder, and another run continues from it."""
+    data = *runs.short, "--preset", "vq", "--codebook", "ema"
+    done = command(train, "sd.autoencoder", *data, "--out", tmp_path / "first")
+    assert done.code == 0, done.err
+    first = load_autoencoder(tmp_path / "first")
+    assert first.params["codebook"].shape == (16, 3)
+    still = "--init", tmp_path / "first", "--learning-rate", 1e-9, "--steps", 1
+    done = command(train, "sd.autoencoder", *data, *still, "--out", tmp_path / "second")
+    assert done.code == 0, done.err
+    # Averages with a decay of 0.99 move an entry by at most a hundredth of its way, or it restarts.
+    moved = np.abs(load_autoencoder(tmp_path / "second").params["codebook"] - first.params["codebook"]).max(1)
+    assert np.median(moved) < 0.1 * np.abs(first.params["codebook"]).mean()
 
 
 def test_latents_are_stored_once(runs, command):
@@ -170,6 +190,7 @@ def test_a_controlnet_of_a_run(runs, command):
         (("sd.unet", "--autoencoder", "{unet}/model"), "no autoencoder"),
         (("sd.unet", "--autoencoder", "{ae}", "--buckets"), "--buckets and --crop are for models of images"),
         (("sd.autoencoder", "--discriminator-start", 5), "this preset has no discriminator"),
+        (("sd.autoencoder", "--codebook", "ema"), "--codebook ema: this preset has no codebook"),
         (("sd.autoencoder", "--side", 15), "not a multiple of the stride 2"),
         (("sd.lora",), "--weights is missing"),
         (("sd.lora", "--weights", "{unet}", "--rank", 0), "--rank 0: at least 1"),

@@ -65,7 +65,7 @@ def test_while_a_checkpoint_is_read_a_signal_stops_at_once(tmp_path, monkeypatch
 
 
 def test_a_sample_is_broken_off_and_the_state_saved(tmp_path):
-    def hook(step, averaged):
+    def hook(step, averaged, extra):
         tell()
         pytest.fail("went on")
 

@@ -176,7 +176,7 @@ def test_samples_are_drawn_from_the_average(tmp_path):
         config(sample_every=8),
         tmp_path,
         layout=Layout(ONE),
-        hooks=Hooks(lambda step, averaged: seen.append((step, jax.device_get(averaged)))),
+        hooks=Hooks(lambda step, averaged, extra: seen.append((step, jax.device_get(averaged)))),
     )
     assert [step for step, _ in seen] == [8, 16, 20]
     assert same_bits(seen[-1][1], state.ema) and same_bits(seen[-1][1], load_ema(tmp_path / "checkpoints"))

@@ -135,7 +135,7 @@ def test_a_folder_that_goes_is_noticed_soon_and_not_made_again(tmp_path, monkeyp
 def test_a_folder_deleted_before_it_is_drawn_into(tmp_path):
     out, drawn = tmp_path / "run", []
 
-    def draw(step, _):
+    def draw(step, *_):
         drawn.append(step)
         (out / "samples").mkdir(parents=True, exist_ok=True)
 

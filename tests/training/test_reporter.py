@@ -76,7 +76,7 @@ def test_a_second_shape_is_compiled_outside_of_the_speed_too(tmp_path, capsys):
 
 
 def test_the_time_of_samples_is_none_of_the_speed(tmp_path, capsys):
-    hooks = Hooks(lambda step, averaged: time.sleep(COMPILES))
+    hooks = Hooks(lambda step, averaged, extra: time.sleep(COMPILES))
     run(tmp_path, trainable=Toy(), hooks=hooks, sample_every=6)
     shown = capsys.readouterr().err
     assert "sampling 00:00" in shown and min(rates(shown)) > FAST
