@@ -27,7 +27,7 @@ def attention(
     k: Float[Array, "b s n h"],
     v: Float[Array, "b s n h"],
     *,
-    mask: Bool[Array, "b #n #t s"] | None = None,
+    mask: Bool[Array, "#b #n #t s"] | None = None,
     bias: Float[Array, "#b n t s"] | None = None,
     scale: float | None = None,
     kernel: Kernel = Kernel.AUTO,

@@ -29,6 +29,8 @@ class LatentUNetConfig:
     linear_projection: the transformer projects by matrix products, not by 1×1 convolutions: the same function, other
     shapes of the parameters.
     coordinates: add two input channels with the position in the image, as in `UNetConfig`. The public ones have none.
+    scale_shift: the embedding of a residual block scales and shifts its second norm (ADM, arXiv 2105.05233, 5.2); off:
+    it is added before it.
     level_entries: embed the noise level of the concatenated channels by a table with this many entries; 0: by sines.
     """
 
@@ -43,6 +45,7 @@ class LatentUNetConfig:
     norm_groups: int = 32
     level_entries: int = 0
     coordinates: bool = False
+    scale_shift: bool = False
     execution: ExecutionConfig = ExecutionConfig()
 
     def __post_init__(self):
@@ -154,7 +157,13 @@ class LatentDownPath(nn.Module):
         config = self.config
         block = config.execution.rematerialized(nn.remat, TimeResBlock)
         return self.split(
-            block(config.width(level), config.norm_groups, config.execution.dtype, name=name)(x, embedding)
+            block(
+                config.width(level),
+                config.norm_groups,
+                config.execution.dtype,
+                scale_shift=config.scale_shift,
+                name=name,
+            )(x, embedding)
         )
 
     def attend(self, x: Array, level: int, name: str, tokens: Array | None) -> Array:
@@ -211,7 +220,8 @@ class VectorEmbedding(nn.Module):
 
 
 class TimeResBlock(nn.Module):
-    """Residual block: twice norm, swish, 3×3 convolution; the embedding, if any, is added between them.
+    """Residual block: twice norm, swish, 3×3 convolution; the embedding, if any, is added between them, or scales and
+    shifts the second norm.
 
     The residual path is a 1×1 convolution if the width changes.
     """
@@ -220,14 +230,24 @@ class TimeResBlock(nn.Module):
     groups: int = 32
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-5
+    scale_shift: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], embedding: Float[Array, "b t"] | None) -> Float[Array, "b h w c2"]:
         y = nn.silu(Norm(self.dtype, self.groups, epsilon=self.epsilon, name="norm_1")(x))
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_1")(y)
-        if embedding is not None:
-            y += nn.Dense(self.channels, dtype=self.dtype, name="time")(nn.silu(embedding))[:, None, None, :]
-        y = nn.silu(Norm(self.dtype, self.groups, epsilon=self.epsilon, name="norm_2")(y))
+        norm = Norm(self.dtype, self.groups, epsilon=self.epsilon, name="norm_2")
+        if embedding is None:
+            y = norm(y)
+        else:
+            width = self.channels * (2 if self.scale_shift else 1)
+            change = nn.Dense(width, dtype=self.dtype, name="time")(nn.silu(embedding))[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(change, 2, axis=-1)
+                y = norm(y) * (1.0 + scale) + shift
+            else:
+                y = norm(y + change)
+        y = nn.silu(y)
         init = nn.initializers.lecun_normal() if embedding is None else nn.initializers.zeros
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=init, name="conv_2")(y)
         if x.shape[-1] != self.channels:
