@@ -28,3 +28,8 @@ def normal_like(keys: Key[Array, " b"], shape: tuple[int, ...], dtype=jnp.float3
 def uniform(keys: Key[Array, " b"], shape: tuple[int, ...] = ()) -> Float[Array, "b ..."]:
     """Uniform draws in [0, 1), float32, (b, *shape)."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32))(keys)
+
+
+def gumbel(keys: Key[Array, " b"], shape: tuple[int, ...] = ()) -> Float[Array, "b ..."]:
+    """Standard Gumbel noise, float32, (b, *shape): the argmax of logits plus this is a draw from their distribution."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys)

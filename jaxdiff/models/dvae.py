@@ -116,8 +116,7 @@ def gumbel_softmax(
     logits: Float[Array, "b h w k"], keys: Key[Array, " b"], temperature: Float[Array, ""] | float
 ) -> Float[Array, "b h w k"]:
     """Relaxed one-hot samples of categorical distributions (arXiv 1611.01144, 1611.00712), one key per image."""
-    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return jax.nn.softmax((logits + gumbel) / temperature)
+    return jax.nn.softmax((logits + noise.gumbel(keys, logits.shape[1:])) / temperature)
 
 
 def kl_from_uniform(logits: Float[Array, "*s k"]) -> Float[Array, "*s"]:

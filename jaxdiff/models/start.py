@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxdiff.diffusion.parameterization import noised
 from jaxdiff.diffusion.time_grid import TimeGrid
@@ -14,16 +14,16 @@ from jaxdiff.diffusion.time_grid import TimeGrid
 class InitProduct:
     """Initial product for image to image and, with a mask, inpainting.
 
-    value: (b h w c), of the box's product type and the requested size. strength: fraction of the steps in (0, 1] that
-    are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where sampled, 0 where the
-    value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the sampled pixels grey;
-    for boxes that read it.
+    value: (b h w c), or codes (b h w), of the box's product type and the requested size. strength: fraction of the
+    steps in (0, 1] that are run, starting from the value noised to the first one's level. mask: (b h w 1), 1 where
+    sampled, 0 where the value is kept (by the network, if it reads the mask). masked: as `value`, of the image with the
+    sampled pixels grey; for boxes that read it.
     """
 
-    value: Float[Array, "b h w c"]
+    value: Float[Array, "b h w c"] | Int[Array, "b h w"]
     strength: float = 1.0
     mask: Float[Array, "b h w 1"] | None = None
-    masked: Float[Array, "b h w c"] | None = None
+    masked: Float[Array, "b h w c"] | Int[Array, "b h w"] | None = None
 
 
 def first_step(strength: float, steps: int) -> int:

@@ -110,8 +110,8 @@ def attend(
     cut = grid.prefix
     text = attention(q[:, :cut], k[:, :cut], v[:, :cut], mask=jnp.asarray(np.tri(cut, dtype=bool))[None, None])
     run = _columns if pattern is Pattern.COLUMN else partial(_rows, pattern)
-    grids = (each[:, cut:].reshape(len(each), grid.rows, grid.columns, *each.shape[2:]) for each in (q, k, v))
-    image = run(grid, *grids, (k[:, :cut], v[:, :cut]))
+    q2, k2, v2 = (each[:, cut:].reshape(len(each), grid.rows, grid.columns, *each.shape[2:]) for each in (q, k, v))
+    image = run(grid, q2, k2, v2, (k[:, :cut], v[:, :cut]))
     return jnp.concatenate([text, image.reshape(len(q), grid.tokens, *q.shape[2:])], axis=1)
 
 

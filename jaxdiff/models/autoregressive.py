@@ -1,0 +1,235 @@
+"""The autoregressive model of DALL·E 1 (arXiv 2102.12092, 2.2 and B): training, and sampling as a box of a pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxdiff.core.products import TokenSpec
+from jaxdiff.diffusion import noise
+from jaxdiff.models.boxes import Generator
+from jaxdiff.models.sampling import SampleRequest
+from jaxdiff.models.single_optimizer import SingleOptimizer
+from jaxdiff.models.token_sampling import TokenSampling, drawn
+from jaxdiff.nets.autoregressive import AutoregressiveConfig, Cache, Logits
+from jaxdiff.text.encoder import TextEmbedding
+
+
+@dataclass(frozen=True)
+class AutoregressiveModel(SingleOptimizer):
+    """Settings of a model of text and codes. The defaults are the paper's.
+
+    product: the codes. text_weight: of the text's cross-entropy in the loss; that of the codes has the rest (B.1: 1/8
+    and 7/8). dropout: fraction of captions replaced by padding in training, so that the text can be guided.
+    """
+
+    network: AutoregressiveConfig = AutoregressiveConfig()
+    product: TokenSpec = TokenSpec()
+    text_weight: float = 1 / 8
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.network.codes != self.product.classes:
+            raise ValueError(f"a transformer of {self.network.codes} codes for {self.product}")
+        if not 0 <= self.text_weight < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"text_weight and dropout lie in [0, 1), not {self.text_weight} and {self.dropout}")
+
+    def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
+        spec = self.batch_spec(1, self.network.columns)
+        inputs = (jnp.zeros(spec[name].shape, spec[name].dtype) for name in ("ids", "text_mask", "image"))
+        plain = replace(self.network, execution=replace(self.network.execution, scan=False))
+        return plain.module().init(key, *inputs)["params"], ()
+
+    def loss(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
+        """The weighted mean cross-entropy in nats per token; padding is not predicted.
+
+        batch: ids and text_mask (b t), the caption; image (b r c), its codes. Metrics: `text_loss`, `code_loss`, and
+        `code_accuracy`, the fraction of codes that are the likeliest.
+        """
+        keys = noise.sample_keys(key, jnp.arange(len(batch["ids"])))
+        kept = noise.uniform(keys) >= self.dropout
+        text, codes, right = self._errors(params, batch, batch["text_mask"] & kept[:, None])
+        loss = self.text_weight * text + (1.0 - self.text_weight) * codes.mean()
+        return loss, ({"text_loss": text, "code_loss": codes.mean(), "code_accuracy": right.mean()}, extra)
+
+    def held_out_losses(
+        self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, numbers: Int[Array, " b"], key: Key[Array, ""]
+    ) -> dict[str, tuple[Array, Array]]:
+        """`held_out_loss`, the codes' cross-entropy, and `held_out_code_accuracy`; sums over examples and counts.
+        numbers (b): of the examples, or −1 for padding rows."""
+        _, codes, right = self._errors(params, batch, batch["text_mask"])
+        counted = numbers >= 0
+        scores = {"held_out_loss": codes.mean((1, 2)), "held_out_code_accuracy": right.mean((1, 2))}
+        count = counted.astype(jnp.float32).sum()
+        return {name: (jnp.where(counted, value, 0.0).sum(), count) for name, value in scores.items()}
+
+    def cast(self, params: dict) -> dict:
+        """Cast the kernels to the network's compute type, as its layers would."""
+        dtype = self.network.execution.dtype
+
+        def cast(path: Any, leaf: Array) -> Array:
+            return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    def batch_spec(self, batch_size: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a training batch; the grid is that of the network, whatever the side."""
+        network = self.network
+        return {
+            "ids": jax.ShapeDtypeStruct((batch_size, network.text_length), jnp.int32),
+            "text_mask": jax.ShapeDtypeStruct((batch_size, network.text_length), jnp.bool_),
+            "image": jax.ShapeDtypeStruct((batch_size, network.rows, network.columns), jnp.int32),
+        }
+
+    def _errors(self, params: dict, batch: Mapping, mask: Bool[Array, "b t"]) -> tuple[Array, Array, Array]:
+        """The text's mean cross-entropy; for each code its cross-entropy, and whether it is the likeliest (b r c)."""
+        ids, codes = batch["ids"], batch["image"]
+        logits = cast(Logits, self.network.module().apply({"params": params}, ids, mask, codes))
+        text = optax.softmax_cross_entropy_with_integer_labels(logits.text, ids)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits.codes, codes.reshape(len(codes), -1))
+        right = logits.codes.argmax(-1) == codes.reshape(len(codes), -1)
+        text = jnp.where(mask, text, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+        return text, each.reshape(codes.shape), right.reshape(codes.shape).astype(jnp.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedAutoregressive(Generator):
+    """A transformer with parameters: samples a grid of codes from a caption's token ids."""
+
+    model: AutoregressiveModel
+    params: dict
+    sampling: TokenSampling = field(default_factory=TokenSampling)
+    text_fingerprint: str | None = None
+
+    @property
+    def produces(self) -> TokenSpec:
+        return self.model.product
+
+    @property
+    def side(self) -> int:
+        return self.model.network.columns
+
+    @property
+    def steps(self) -> int:
+        return self.model.network.rows
+
+    @property
+    def reads(self) -> tuple[int, int]:
+        """It reads ids; its text encoder has no states."""
+        return self.model.network.text_length, 0
+
+    @property
+    def takes_init(self) -> bool:
+        return True
+
+    def check(self, size: tuple[int, int]) -> None:
+        """ValueError for another grid than that of the training: positions are learned."""
+        network = self.model.network
+        if tuple(size) != (network.rows, network.columns):
+            have, want = (f"{rows}×{columns}" for rows, columns in (size, (network.rows, network.columns)))
+            raise ValueError(f"this transformer samples {want} codes, not {have}")
+
+    def generate(self, request: SampleRequest) -> Int[Array, "b r c"]:
+        """Codes, row by row. With an initial product, the codes outside of its mask are kept: a mask of the lower rows
+        completes an image. ValueError as from `check`, or if the text has no ids."""
+        self.check(request.size)
+        known, network = _known(request), self.model.network
+        text = _text(self.model, request.text, len(request.keys))
+        guided = float(self.sampling.guidance) != 1.0
+        execution = replace(network.execution, remat="none", scan=False)
+        if guided:
+            negative = _text(self.model, request.negative, len(request.keys))
+            text = _Text(*(jnp.concatenate(both) for both in zip(text, negative)))
+        state = _begun(replace(network, execution=execution), self.params, text)
+        codes = jnp.zeros((len(request.keys), network.rows * network.columns), jnp.int32)
+        chunk = network.rows if request.progress is None else 1
+        for row in range(0, network.rows, chunk):
+            first, last = row * network.columns, min(row + chunk, network.rows) * network.columns
+            codes, state = _sampled(
+                replace(network, execution=execution), self.params, guided, self.sampling, request.keys, known, first,
+                last, codes, state,
+            )  # fmt: skip
+            if request.progress is not None:
+                jax.block_until_ready(codes)
+                request.progress(row + 1)
+        return codes.reshape(-1, network.rows, network.columns)
+
+
+class _State(NamedTuple):
+    """The logits of the next code, and the cache; with guidance of both branches, the conditional one first."""
+
+    logits: Float[Array, "b k"]
+    cache: Cache
+
+
+class _Known(NamedTuple):
+    codes: Int[Array, "b m"]
+    kept: Bool[Array, "b m"]
+
+
+def _known(request: SampleRequest) -> _Known | None:
+    """The given codes, and where they are kept."""
+    init = request.init
+    if init is None:
+        return None
+    count = len(request.keys)
+    codes = init.value.reshape(count, -1).astype(jnp.int32)
+    kept = jnp.zeros(codes.shape, bool) if init.mask is None else init.mask.reshape(count, -1) < 0.5
+    return _Known(codes, kept)
+
+
+class _Text(NamedTuple):
+    ids: Int[Array, "b t"]
+    mask: Bool[Array, "b t"]
+
+
+def _text(model: AutoregressiveModel, text: TextEmbedding | None, count: int) -> _Text:
+    """The text's ids; without text, padding alone."""
+    length = model.network.text_length
+    if text is None:
+        return _Text(jnp.zeros((count, length), jnp.int32), jnp.zeros((count, length), bool))
+    if text.ids is None:
+        raise ValueError("this transformer reads token ids, and its text encoder gives none")
+    return _Text(text.ids, text.mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begun(network: AutoregressiveConfig, params: dict, text: _Text) -> _State:
+    return _State(*cast(tuple, network.module().apply({"params": params}, *text, method="prefill")))
+
+
+@partial(jax.jit, static_argnums=(0, 2), donate_argnums=9)
+def _sampled(
+    network: AutoregressiveConfig,
+    params: dict,
+    guided: bool,
+    sampling: TokenSampling,
+    keys: Array,
+    known: _Known | None,
+    first: Array,
+    last: Array,
+    codes: Array,
+    state: _State,
+) -> tuple[Array, _State]:
+    """Codes number `first` to `last` − 1, which are written into `codes`, and the state after them."""
+
+    def body(number: Array, carry: tuple[Array, _State]) -> tuple[Array, _State]:
+        codes, (logits, cache) = carry
+        if guided:
+            conditional, unconditional = jnp.split(logits, 2)
+            logits = sampling.guidance * conditional + (1.0 - sampling.guidance) * unconditional
+        code = drawn(logits, noise.fold(keys, number), sampling)
+        if known is not None:
+            code = jnp.where(known.kept[:, number], known.codes[:, number], code)
+        both = jnp.concatenate([code, code]) if guided else code
+        following = network.module().apply({"params": params}, both, number, cache, method="step")
+        return codes.at[:, number].set(code), _State(*cast(tuple, following))
+
+    return jax.lax.fori_loop(first, last, body, (codes, state))
