@@ -44,7 +44,7 @@ def cases() -> dict[str, Planned]:
                 # Sampling replicates the parameters.
                 mesh = "data=-1" if sample or topology.devices == 1 else "fsdp=-1"
                 remat = "blocks" if preset == "xl" and not sample else "none"
-                compute = UNetCompute("bfloat16", remat=remat, scan=preset == "xl" and topology.is_tpu)
+                compute = UNetCompute("bfloat16", remat=remat, scan=preset == "xl")
                 batch = topology.devices * (1 if sample else images)
                 plans[f"{preset}-{work}-{chip}"] = _planned(model, topology, preset, batch, mesh, compute, sample)
     one = chips.parse("rtx4090:1")

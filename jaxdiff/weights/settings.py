@@ -17,7 +17,7 @@ from jaxdiff.diffusion import (
     time_samplers,
 )
 from jaxdiff.models import conditioners, control, diffusion, representations, sampling, tiles
-from jaxdiff.nets import blocks, classifier, conditioning, execution, latent_unet, unet
+from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, unet
 from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
 
@@ -61,6 +61,7 @@ TABLE = Table(
         "nets.WholeText": conditioning.WholeText,
         "nets.Activation": blocks.Activation,
         "nets.Classifier": classifier.ClassifierConfig,
+        "nets.DVAE": dvae.DVAEConfig,
         "diffusion.CosineSchedule": schedules.CosineSchedule,
         "diffusion.LinearBetaSchedule": schedules.LinearBetaSchedule,
         "diffusion.EDM": schedules.EDM,

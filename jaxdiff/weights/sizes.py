@@ -24,6 +24,7 @@ from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.control import ControlNetConfig
+from jaxdiff.nets.dvae import DVAEConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
@@ -75,6 +76,11 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     TextTowerConfig: _TOWER | {"vocab": SIZE, "length": STEPS, "eos_id": OPTIONAL},
     ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
     CLIPConfig: {"width": SIZE},
+    DVAEConfig: {
+        **dict.fromkeys(("codes", "hidden", "code_width", "image_channels"), SIZE),
+        "multipliers": Bounds(1, 2**10),
+        "blocks": DEPTH,
+    },
     ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
     AttentionConfig: {"head_channels": SIZE, "heads": HEADS, "feed_forward": FACTOR},
     ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL},
