@@ -19,12 +19,23 @@ from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
 from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
+from experiments.tasks.dvae import DVAETask
+from experiments.tasks.dvae import Preset as DVAEPreset
+from experiments.tasks.dvae import Settings as DVAESettings
 from experiments.tasks.latents import LatentSettings, LatentTask
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
-from jaxdiff.systems import imagen, imagen_small, imagen_tiny, stable_diffusion, stable_diffusion_tiny
+from jaxdiff.systems import (
+    dalle,
+    dalle_tiny,
+    imagen,
+    imagen_small,
+    imagen_tiny,
+    stable_diffusion,
+    stable_diffusion_tiny,
+)
 
 SHIPPED_T5 = 24, 128
 """Length and width of the shipped text encoder's embeddings."""
@@ -128,6 +139,11 @@ TASKS: dict[str, Task] = {
         {"default": PresetOptimizer("adam", 1e-5)},
         WholeSettings(_folder("finetune")),
         LATENT,
+    ),
+    "dalle.dvae": DVAETask(
+        "a discrete VAE of images, for DALL·E 1",
+        {"tiny": DVAEPreset(dalle_tiny.DVAE_TINY, SMALL), "paper": DVAEPreset(dalle.DVAE)},
+        DVAESettings(_folder("dvae")),
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

@@ -11,29 +11,24 @@ reads it, `experiments.evaluate reconstruction` scores it.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
-from experiments.tasks.held_out import held_out_source
-from experiments.tasks.task import Inference, Start, Task, Work
-from jaxdiff.data import grids, sources
+from experiments.tasks.reconstruction import ReconstructionTask
+from experiments.tasks.task import Inference
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.models import codebook
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.autoencoder_training import AutoencoderModel, latent_scale
 from jaxdiff.models.codebook import EMACodebook, GradientCodebook
 from jaxdiff.nets.autoencoder import KLBottleneck
 from jaxdiff.training.config import TrainConfig
-from jaxdiff.training.distributed import once
-from jaxdiff.training.held_out import HeldOutBatches
 from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.state import Params, abstract_params
 from jaxdiff.weights import autoencoder, latent_runs
@@ -107,10 +102,9 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class AutoencoderTask(Task):
+class AutoencoderTask(ReconstructionTask):
     """An autoencoder of images."""
 
-    takes_init: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(b1=0.5, b2=0.9), "muon": Muon()}
     presets: dict[str, Preset] = field(default_factory=dict)
     settings: Settings = Settings()
@@ -118,16 +112,13 @@ class AutoencoderTask(Task):
     def config(self, settings: TrainSettings, name: str) -> TrainConfig:
         """One optimizer for each network, with the same settings."""
         config = settings.config(self.rules, name, self.unit, self.preset(settings.preset).optimizer)
-        labels = {"autoencoder"} if self._model(settings).adversary is None else {"autoencoder", "discriminator"}
+        labels = {"autoencoder"} if self.trained_model(settings).adversary is None else {"autoencoder", "discriminator"}
         return dataclasses.replace(config, optimizer=dict.fromkeys(sorted(labels), config.optimizer))
 
     def model(self, preset: str, compute: AutoencoderCompute) -> AutoencoderModel:
         model = self.preset(preset).model
         network = dataclasses.replace(model.network, dtype=compute.dtype, remat=compute.remat)
         return dataclasses.replace(model, network=network)
-
-    def resized(self, model: AutoencoderModel, side: int) -> AutoencoderModel:
-        return dataclasses.replace(model, side=side)
 
     def inference(self, preset: str, model: AutoencoderModel, count: int) -> Inference:
         """The decoding of latents."""
@@ -136,40 +127,12 @@ class AutoencoderTask(Task):
         decode = lambda params, code: network.apply({"params": params}, code, method="decode")  # noqa: E731
         return Inference(decode, (code,), lambda params, frozen: params["autoencoder"])
 
-    def prepare(self, settings: Settings, start: Start) -> Work:
-        model, data = self._model(settings), settings.dataset
-        plain = dataclasses.replace(model, network=dataclasses.replace(model.network, dtype="float32"))
-        source = once(data.data_dir, lambda: sources.open(data.spec(), model.side, "train", data.data_dir))
-        source = spread(source, data.limit) if data.limit else source
-        stream = _batches(settings, model, source)
-        held_out = held_out_source(settings, model.side)
-        some = None if held_out is None else spread(held_out, min(data.evaluate_n, len(held_out)))
-        shown = Reconstructions(model, source if some is None else some, settings.out / "samples")
-
-        def finish(params: Params, extra: Any) -> str:
-            return self._saved(settings, model, source, plain.trained(params, extra))
-
-        contents = {"data": data.shown, "batch": settings.run.batch, "side": model.side, "examples": len(source)}
-        initial = self._initial(settings, model)
-        return Work(
-            model,
-            stream,
-            contents,
-            finish,
-            initial=None if initial is None else initial[0],
-            initial_extra=None if initial is None else initial[1],
-            sample_hook=shown,
-            held_out=_held_out(settings, model, some),
-        )
-
-    def _model(self, settings: TrainSettings) -> AutoencoderModel:
+    def trained_model(self, settings: TrainSettings) -> AutoencoderModel:
         assert isinstance(settings, Settings)
         return settings.autoencoder.applied(self.model(settings.preset, settings.compute))
 
-    def _initial(self, settings: Settings, model: AutoencoderModel) -> tuple[Params, Any] | None:
+    def initial(self, settings: Settings, model: AutoencoderModel) -> tuple[Params, Any]:
         """The parameters of another run's autoencoder, with a new discriminator; its codebook with new averages."""
-        if settings.run.init is None or settings.resumes:
-            return None
         trained = latent_runs.load_autoencoder(settings.run.init)
         plain = dataclasses.replace(model.network, dtype="float32", remat=False)
         if trained.config != plain:
@@ -181,7 +144,7 @@ class AutoencoderTask(Task):
         extra = codebook.initial(own.pop("codebook"))._asdict() if model.averaged else ()
         return jax.device_get((params | {"autoencoder": own}, extra))
 
-    def _saved(self, settings: Settings, model: AutoencoderModel, source: Source, trained: TrainedAutoencoder) -> str:
+    def saved(self, settings: Settings, model: AutoencoderModel, source: Source, trained: TrainedAutoencoder) -> str:
         folder = settings.out / "model"
         config = DataConfig(model.side, 64, shuffle=False, repeat=False)
         measured = spread(source, min(MEASURED, len(source)))
@@ -190,38 +153,3 @@ class AutoencoderTask(Task):
         layout = autoencoder.Settings(trained.config, scale, False, model.side)
         autoencoder.export(layout, trained.params, folder, settings.autoencoder.store)
         return f"{folder}: an autoencoder of stride {trained.factor}, the scale of its latents is {scale:.5f}"
-
-
-def _batches(settings: Settings, model: AutoencoderModel, source: Source, **order: bool) -> Batches:
-    config = DataConfig(
-        model.side,
-        settings.run.batch // jax.process_count(),
-        seed=settings.run.seed,
-        strict=settings.dataset.strict,
-        **order,
-    )
-    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
-
-
-def _held_out(settings: Settings, model: AutoencoderModel, source: Source | None) -> HeldOutBatches | None:
-    if source is None:
-        return None
-    return lambda: _batches(settings, model, source, shuffle=False, repeat=False)
-
-
-class Reconstructions:
-    """A sample hook of the training loop: writes fixed images above their reconstructions."""
-
-    def __init__(self, model: AutoencoderModel, source: Source, folder: Path) -> None:
-        config = DataConfig(model.side, SHOWN, shuffle=False, repeat=False)
-        self._images = next(image_batches(spread(source, min(SHOWN, len(source))), config))["image"]
-        self._model, self._folder = model, folder
-
-    def __call__(self, step: int, params: dict, extra: Any) -> None:
-        trained: TrainedAutoencoder = self._model.trained(params, extra)
-        again = np.asarray(jnp.clip(trained.decoded(trained.encode(jnp.asarray(self._images))), -1.0, 1.0))
-        captions = ["image"] * len(again) + ["reconstruction"] * len(again)
-        sheet = grids.grid([*self._images, *again], captions, max(128, self._model.side), len(again))
-        grids.write(self._folder / f"{step:07d}.png", sheet)
-        tqdm.write(f"samples: {self._folder / f'{step:07d}.png'}")

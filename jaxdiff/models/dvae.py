@@ -160,11 +160,15 @@ class TrainedDVAE(Decoder):
     def decode(self, product: Int[Array, "b h w"], request: SampleRequest) -> Float[Array, "b h2 w2 c"]:
         """Codes → images in [-1, 1]."""
         check_product(self.consumes, product, "the codes")
-        image = _decoded(self.config, self.params, product)
+        image = self.decoded(product)
         if request.progress is not None:
             jax.block_until_ready(image)
             request.progress(1)
         return image
+
+    def decoded(self, codes: Int[Array, "b h w"]) -> Float[Array, "b h2 w2 c"]:
+        """`decode` without a request."""
+        return _decoded(self.config, self.params, codes)
 
     def encode(self, image: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
         """Images in [-1, 1] → the likeliest codes. ValueError as from `check`."""

@@ -124,8 +124,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; each device computes its own shards.
 
-    params, extra: initial ones (on host or devices) instead of those of `trainable.init(key)`; `extra` only with
-    params. Raises ValueError if their names or shapes do not match `trainable`.
+    params, extra: initial ones (on host or devices) instead of those of `trainable.init(key)`; an `extra` only with
+    params, and not an empty one. Raises ValueError if their names or shapes do not match `trainable`.
     """
     placements = placements_of(abstract_state(trainable, config, mesh, placement))
     create = partial(create_state, rule=update_rule(trainable, config))
@@ -134,7 +134,7 @@ def init_state(
             return jax.jit(lambda key: create(*trainable.init(key)), out_shardings=placements)(key)
         check_tree(params, abstract_params(trainable), "the tree of initial parameters")
         placed = jax.tree.map(_placed, params, placements.params)
-        if extra is not None:
+        if jax.tree.leaves(extra):
             check_tree(extra, abstract_init(trainable)[1], "the tree of the initial extra")
             extra = jax.tree.map(_placed, extra, placements.extra)
         elif jax.tree.leaves(extra := placements.extra):

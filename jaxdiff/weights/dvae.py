@@ -35,6 +35,12 @@ def save(dvae: TrainedDVAE, directory: str | Path, dtype: str = "float32") -> No
         tree.save_tree(directory / "model.safetensors", dvae.params, {"format": "jaxdiff"}, dtype)
 
 
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run's dVAE, or `run` itself if it holds one."""
+    inner = Path(run) / "model"
+    return inner if (inner / SETTINGS).is_file() else Path(run)
+
+
 def load(directory: str | Path) -> TrainedDVAE:
     """Settings and float32 parameters. Raises FileNotFoundError, or ValueError for invalid files."""
     path = Path(directory) / SETTINGS
