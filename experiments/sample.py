@@ -56,7 +56,9 @@ from jaxdiff.core.files import usable
 from jaxdiff.data import grids
 from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import WORDS, unknown_words
+from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Batch, Pipeline, SampleOptions
 from jaxdiff.text.precomputed import PrecomputedTextEncoder, embed_captions
@@ -236,7 +238,8 @@ class _Output:
         self._settings, self._out, self._prompts, self._enlarging = settings, out, prompts, enlarging
         self._up_to = settings.up_to or model.sides[-1]
         self._resolution = self._up_to * factor
-        self._samplings = [box.sampling for box in model.boxes if isinstance(box, TrainedModel)]
+        sampled = TrainedModel | TrainedAutoregressive
+        self._samplings = [box.sampling for box in model.boxes if isinstance(box, sampled)]
         self._images: list[Image.Image] = []
         self._failure: OSError | None = None
 
@@ -284,7 +287,7 @@ class _Output:
 
 
 def _metadata(
-    settings: Run, samplings: Sequence[SamplingConfig], prompt: str, number: int, resolution: int
+    settings: Run, samplings: Sequence[SamplingConfig | TokenSampling], prompt: str, number: int, resolution: int
 ) -> Metadata:
     """The metadata of a PNG, sufficient to reproduce it."""
     weights = settings.pipeline

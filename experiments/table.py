@@ -18,6 +18,9 @@ from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
+from experiments.tasks.dalle import Preset as TransformerPreset
+from experiments.tasks.dalle import Settings as TransformerSettings
+from experiments.tasks.dalle import TransformerTask
 from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
 from experiments.tasks.dvae import DVAETask
 from experiments.tasks.dvae import Preset as DVAEPreset
@@ -144,6 +147,14 @@ TASKS: dict[str, Task] = {
         "a discrete VAE of images, for DALL·E 1",
         {"tiny": DVAEPreset(dalle_tiny.DVAE_TINY, SMALL), "paper": DVAEPreset(dalle.DVAE)},
         DVAESettings(_folder("dvae")),
+    ),
+    "dalle.transformer": TransformerTask(
+        "DALL·E 1's transformer, in the codes of a trained dVAE",
+        {
+            "tiny": TransformerPreset(dalle_tiny.TRANSFORMER_TINY, dalle_tiny.SAMPLING_TINY, SMALL),
+            "paper": TransformerPreset(dalle.TRANSFORMER),
+        },
+        TransformerSettings(_folder("dalle")),
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

@@ -10,14 +10,16 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.options import names
-from jaxdiff.core.products import LatentSpec
+from jaxdiff.core.products import LatentSpec, TokenSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.diffusion import executed
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
+from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
@@ -55,6 +57,12 @@ class SamplingOptions:
     """Maximum scale of dynamic thresholding; 1 makes it static."""
     aug_level: str = ""
     """Noise level on the input of super-resolution, 0 to 1."""
+    temperature: float | None = None
+    """Of models that sample tokens: divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens whose probabilities reach this sum; 1: from all."""
     tile: int | None = None
     """Side in pixels of overlapping super-resolution tiles; default: no tiles."""
     tile_overlap: int = 32
@@ -71,9 +79,40 @@ def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
     """The pipeline with the sampling settings of the command line. ValueError naming the bad option."""
     if dataclasses.replace(options, dtype=None, mesh="") == SamplingOptions():
         return pipeline
+    if isinstance(pipeline.generator, TrainedAutoregressive):
+        sampling = token_sampling(pipeline.generator.sampling, options)
+        return dataclasses.replace(pipeline, generator=dataclasses.replace(pipeline.generator, sampling=sampling))
+    if given := [name for name in TOKENS if getattr(options, name) is not None]:
+        raise ValueError(f"{flags(given)}: only for models that sample tokens")
     models = models_of(pipeline)
     chosen = samplings(models, options)
     return with_models(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+
+
+TOKENS = ("temperature", "top_k", "top_p")
+"""Settings of models that sample tokens alone."""
+
+
+def token_sampling(sampling: TokenSampling, options: SamplingOptions) -> TokenSampling:
+    """The settings of a model that samples tokens, overridden by the command line. ValueError naming the bad option."""
+    shared = {*TOKENS, "guidance", "dtype", "mesh"}
+    if other := [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name not in shared and getattr(options, field.name) != field.default
+    ]:
+        raise ValueError(f"{flags(other)}: this model samples tokens, and has no such setting")
+    given = {name: value for name in TOKENS if (value := getattr(options, name)) is not None}
+    (weight,) = each("guidance", options.guidance, 1, _guidance_weight)
+    try:
+        return dataclasses.replace(sampling, **given, **({} if weight is None else {"guidance": weight}))
+    except ValueError as error:
+        raise ValueError(f"{flags(list(given))}: {error}") from error
+
+
+def flags(names: Sequence[str]) -> str:
+    """The flags of these fields."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def box_of(pipeline: Pipeline, side: int | None) -> int | None:
@@ -241,7 +280,7 @@ def size_of(text: str, pipeline: Pipeline) -> tuple[int, int] | None:
 def pixels_of(pipeline: Pipeline) -> int:
     """Pixels along each axis that a value of the generator's product represents: 1 for images."""
     product = pipeline.generator.produces
-    return product.stride if isinstance(product, LatentSpec) else 1
+    return product.stride if isinstance(product, LatentSpec | TokenSpec) else 1
 
 
 def unit_of(pipeline: Pipeline) -> int:

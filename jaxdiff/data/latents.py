@@ -1,4 +1,4 @@
-"""Latents of all images of a source, encoded once and stored, for latent diffusion."""
+"""Latents or codes of all images of a source, encoded once and stored, for models of them."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float16
+from jaxtyping import Float, Shaped
 
 from jaxdiff.core.files import replacing
 from jaxdiff.data.example import Source
@@ -15,7 +15,7 @@ from jaxdiff.data.pipeline import DataConfig, image_batches
 
 BATCH = 64
 """Images per call of the encoder."""
-Encode = Callable[[Float[np.ndarray, "b h w 3"]], Float[np.ndarray, "b h2 w2 c"]]
+Encode = Callable[[Float[np.ndarray, "b h w 3"]], Shaped[np.ndarray, "b h2 w2 ..."]]
 
 
 def stored_latents(
@@ -25,8 +25,10 @@ def stored_latents(
     folder: Path,
     fingerprint: str,
     progress: Callable[[int], object] = lambda images: None,
-) -> Float16[np.ndarray, "n h w c"]:
-    """The latents of the images of a source, at `side` pixels, read from a file in `folder` where they are needed.
+    dtype: type = np.float16,
+) -> Shaped[np.ndarray, "n h w ..."]:
+    """The latents (n h w c) or codes (n h w) of the images of a source, at `side` pixels, read from a file in `folder`
+    where they are needed.
 
     They are computed if the file is missing. Its name has the number of images, a digest of 64 of them and of the
     source's own fingerprint, if it has one, and `fingerprint`, which identifies the encoder. encode: of `BATCH` images
@@ -44,7 +46,7 @@ def stored_latents(
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            _store(source, side, encode, temporary, progress)
+            _store(source, side, encode, temporary, progress, dtype)
     return np.load(path, mmap_mode="r")
 
 
@@ -52,14 +54,16 @@ def _in_order(side: int) -> DataConfig:
     return DataConfig(side, BATCH, captions=True, caption_optional=True, shuffle=False, repeat=False)
 
 
-def _store(source: Source, side: int, encode: Encode, path: Path, progress: Callable[[int], object]) -> None:
+def _store(
+    source: Source, side: int, encode: Encode, path: Path, progress: Callable[[int], object], dtype: type
+) -> None:
     latents = None
     for batch in image_batches(source, _in_order(side)):
         image = batch["image"]
         padded = np.pad(image, ((0, BATCH - len(image)), (0, 0), (0, 0), (0, 0)))  # so that one program suffices
-        rows = np.asarray(encode(padded), np.float16)[: len(image)]
+        rows: np.ndarray = np.asarray(encode(padded)).astype(dtype)[: len(image)]
         if latents is None:
-            latents = np.lib.format.open_memmap(path, "w+", np.float16, (len(source), *rows.shape[1:]))
+            latents = np.lib.format.open_memmap(path, "w+", dtype, (len(source), *rows.shape[1:]))
         latents[batch["index"]] = rows
         progress(len(image))
     if latents is None:
@@ -104,10 +108,12 @@ class ExtendedBatches:
 
 
 class LatentBatches(ExtendedBatches):
-    """Batches with the stored latents of their images as `image`. stream: batches with `captions`."""
+    """Batches with the stored latents (float32) or codes (int32) of their images as `image`. stream: batches with
+    `captions`."""
 
-    def __init__(self, stream: Stream, latents: Float16[np.ndarray, "n h w c"]):
-        super().__init__(stream, lambda batch: {"image": latents[batch["index"]].astype(np.float32)})
+    def __init__(self, stream: Stream, latents: Shaped[np.ndarray, "n h w ..."]):
+        dtype = np.float32 if np.issubdtype(latents.dtype, np.floating) else np.int32
+        super().__init__(stream, lambda batch: {"image": latents[batch["index"]].astype(dtype)})
 
     def __next__(self) -> dict[str, np.ndarray]:
         return {name: value for name, value in super().__next__().items() if name not in ("index", "caption")}

@@ -1,7 +1,12 @@
 """A tiny DALL·E 1 that trains on a laptop: codes of 4×4 pixels."""
 
+from jaxdiff.core.products import TokenSpec
+from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.dvae import Annealed, DVAEModel
+from jaxdiff.models.token_sampling import TokenSampling
+from jaxdiff.nets.autoregressive import AutoregressiveConfig
 from jaxdiff.nets.dvae import DVAEConfig
+from jaxdiff.nets.sparse_attention import Pattern
 
 DVAE_TINY = DVAEModel(
     DVAEConfig(codes=512, hidden=32, multipliers=(1, 2, 4), blocks=1, code_width=64),
@@ -10,3 +15,19 @@ DVAE_TINY = DVAEModel(
     kl_weight=Annealed(0.0, 6.6, 500),
 )
 """64×64 images ⇄ 16×16 codes."""
+TRANSFORMER_TINY = AutoregressiveModel(
+    AutoregressiveConfig(
+        vocab=512,
+        text_length=24,
+        codes=512,
+        rows=16,
+        columns=16,
+        width=128,
+        heads=4,
+        patterns=(Pattern.ROW, Pattern.COLUMN, Pattern.ROW, Pattern.ROW),
+        kernel=5,
+    ),
+    product=TokenSpec(512, 4),
+)
+"""0.9 M parameters without the embeddings."""
+SAMPLING_TINY = TokenSampling(top_p=0.95, guidance=2.0)

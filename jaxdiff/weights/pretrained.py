@@ -10,7 +10,7 @@ from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.weights import hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
+from jaxdiff.weights import dalle, hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
 from jaxdiff.weights.adapters import with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
@@ -41,6 +41,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
         dtype = options.dtype or "float32"
         adapted = with_adapters(pipeline.generator, options.loras, options.controls, dtype, options.place)
         return replace(pipeline, generator=adapted)
+    if (run := _dalle_run(weights)) is not None:
+        return dalle.load(run, text, options.dtype)
     if options.loras.files or options.controls:
         raise ValueError(f"{weights}: LoRAs and ControlNets are for a Stable Diffusion")
     pipeline = imagen.load(
@@ -53,6 +55,8 @@ def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEnc
     """The text encoder of `load`, without the rest: to embed captions first and free it."""
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load_text(stable_diffusion.open_source(path, options), options)
+    if (run := _dalle_run(weights)) is not None:
+        return dalle.load_text(run)
     return imagen.load_text(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, place=options.place
     )
@@ -60,6 +64,8 @@ def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEnc
 
 def text_length(weights: Weights) -> int:
     """Tokens per caption in the training of the first stage of `weights`."""
+    if (run := _dalle_run(weights)) is not None:
+        return dalle.load_text(run).length
     return imagen.text_length(weights) if _stable_diffusion(weights) is None else stable_diffusion.presets.TOKENS
 
 
@@ -77,6 +83,12 @@ def _latent_run(weights: Weights) -> Path | None:
     """The run of a latent diffusion model; None for others."""
     listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
     return Path(listed[0]) if len(listed) == 1 and latent_runs.is_latent_run(Path(listed[0])) else None
+
+
+def _dalle_run(weights: Weights) -> Path | None:
+    """The run of a transformer of codes; None for others."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    return Path(listed[0]) if len(listed) == 1 and dalle.is_run(Path(listed[0])) else None
 
 
 def from_pretrained(

@@ -16,8 +16,18 @@ from jaxdiff.diffusion import (
     time_grid,
     time_samplers,
 )
-from jaxdiff.models import conditioners, control, diffusion, representations, sampling, tiles
-from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, unet
+from jaxdiff.models import (
+    autoregressive,
+    conditioners,
+    control,
+    diffusion,
+    representations,
+    sampling,
+    tiles,
+    token_sampling,
+)
+from jaxdiff.nets import autoregressive as nets_autoregressive
+from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, sparse_attention, unet
 from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
 
@@ -36,6 +46,7 @@ TABLE = Table(
     {
         "core.Image": products.ImageSpec,
         "core.Latent": products.LatentSpec,
+        "core.Token": products.TokenSpec,
         "models.Diffusion": diffusion.DiffusionModel,
         "models.TextConditioner": conditioners.TextConditioner,
         "models.NullText": conditioners.NullText,
@@ -47,6 +58,8 @@ TABLE = Table(
         "models.Form": representations.Form,
         "models.SemanticMapConditioner": representations.SemanticMapConditioner,
         "models.Enlargement": conditioners.Enlargement,
+        "models.Autoregressive": autoregressive.AutoregressiveModel,
+        "models.TokenSampling": token_sampling.TokenSampling,
         "models.Control": control.ControlModel,
         "models.Sampling": sampling.SamplingConfig,
         "models.Tiles": tiles.Tiles,
@@ -61,6 +74,8 @@ TABLE = Table(
         "nets.WholeText": conditioning.WholeText,
         "nets.Activation": blocks.Activation,
         "nets.Classifier": classifier.ClassifierConfig,
+        "nets.Autoregressive": nets_autoregressive.AutoregressiveConfig,
+        "nets.Pattern": sparse_attention.Pattern,
         "nets.DVAE": dvae.DVAEConfig,
         "diffusion.CosineSchedule": schedules.CosineSchedule,
         "diffusion.LinearBetaSchedule": schedules.LinearBetaSchedule,

@@ -13,13 +13,15 @@ import jax
 
 from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
-from jaxdiff.core.products import ImageSpec, LatentSpec
+from jaxdiff.core.products import ImageSpec, LatentSpec, TokenSpec
 from jaxdiff.diffusion import schedules, time_grid
 from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.representations import ClassConditioner, EmbeddingConditioner, SemanticMapConditioner
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.tiles import Tiles
+from jaxdiff.models.token_sampling import TokenSampling
+from jaxdiff.nets.autoregressive import AutoregressiveConfig
 from jaxdiff.nets.classifier import ClassifierConfig
 from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
@@ -76,6 +78,14 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     TextTowerConfig: _TOWER | {"vocab": SIZE, "length": STEPS, "eos_id": OPTIONAL},
     ImageTowerConfig: _TOWER | {"resolution": SIDE, "patch": SIDE},
     CLIPConfig: {"width": SIZE},
+    AutoregressiveConfig: {
+        **dict.fromkeys(("vocab", "codes", "width", "heads"), SIZE),
+        **dict.fromkeys(("text_length", "rows", "columns"), STEPS),
+        "kernel": SIDE,
+        "feed_forward": Bounds(1, FACTOR.most),
+    },
+    TokenSampling: {"top_k": OPTIONAL},
+    TokenSpec: {"classes": SIZE, "stride": SIDE},
     DVAEConfig: {
         **dict.fromkeys(("codes", "hidden", "code_width", "image_channels"), SIZE),
         "multipliers": Bounds(1, 2**10),

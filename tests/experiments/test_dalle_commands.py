@@ -1,17 +1,32 @@
 """DALL·E 1 by commands."""
 
+import contextlib
 import dataclasses
+import io
+import json
+import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from experiments import train
+import jaxdiff
+from experiments import sample, train
+from experiments.cli import run
 from experiments.table import TASKS
+from jaxdiff.core.products import TokenSpec
+from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.dvae import Annealed, DVAEModel
+from jaxdiff.nets.autoregressive import AutoregressiveConfig
 from jaxdiff.nets.dvae import DVAEConfig
+from jaxdiff.nets.sparse_attention import Pattern
+from jaxdiff.systems.init_image import InitImage
+from jaxdiff.systems.pipeline import SampleOptions
+from jaxdiff.text.bpe import train_bpe
 from jaxdiff.training import metrics
-from jaxdiff.weights import dvae
+from jaxdiff.weights import dalle, dvae
 
 DVAE = DVAEModel(
     DVAEConfig(codes=10, hidden=8, multipliers=(1, 2), blocks=1, code_width=4),
@@ -21,17 +36,52 @@ DVAE = DVAEModel(
 )
 
 
-@pytest.fixture(autouse=True)
-def presets(monkeypatch):
-    """A very small one in place of the tiny one."""
-    task = TASKS["dalle.dvae"]
-    monkeypatch.setitem(task.presets, "tiny", dataclasses.replace(task.preset("tiny"), model=DVAE))
+TRANSFORMER = AutoregressiveModel(
+    AutoregressiveConfig(
+        vocab=280,
+        text_length=6,
+        codes=10,
+        rows=16,
+        columns=16,
+        width=8,
+        heads=2,
+        patterns=(Pattern.ROW, Pattern.COLUMN),
+    ),
+    TokenSpec(10, 2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def presets():
+    """Very small ones in place of the tiny ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, model in (("dalle.dvae", DVAE), ("dalle.transformer", TRANSFORMER)):
+            task = TASKS[name]
+            patch.setitem(task.presets, "tiny", dataclasses.replace(task.preset("tiny"), model=model))
+        yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     data = "--data", "shapes", "--examples", 12, "--held-out", 4, "--evaluate-n", 4
     return *data, "--data-dir", tmp_path_factory.mktemp("data"), "--batch", 4, "--log-every", 1
+
+
+@pytest.fixture(scope="module")
+def runs(presets, data, tmp_path_factory):
+    """A dVAE, and a transformer of its codes, after two steps each."""
+    folder = tmp_path_factory.mktemp("dalle")
+    for name, *given in (("dalle.dvae",), ("dalle.transformer", "--codes", folder / "dalle.dvae")):
+        arguments = [name, *given, *data, "--steps", 2, "--out", folder / name]
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            pytest.raises(SystemExit) as stop,
+        ):
+            run(train.commands(), list(map(str, arguments)))
+        assert stop.value.code == 0, printed.getvalue()
+    return SimpleNamespace(dvae=folder / "dalle.dvae", transformer=folder / "dalle.transformer")
 
 
 def test_a_dvae_is_trained(data, command, tmp_path):
@@ -50,6 +100,100 @@ def test_a_dvae_is_trained(data, command, tmp_path):
     assert done.code == 0, done.err
     second = dvae.load(tmp_path / "second" / "model")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.params, second.params)
+
+
+def test_codes_are_stored_once(runs, data):
+    stored = sorted((data[data.index("--data-dir") + 1] / "codes").glob("*.npy"))
+    assert len(stored) == 2  # training images, held-out images
+    for path in stored:
+        codes = np.load(path)
+        assert codes.dtype == np.int32 and codes.shape[1:] == (16, 16) and 0 <= codes.min() <= codes.max() < 10
+
+
+def test_a_run_is_a_pipeline(runs, command, tmp_path):
+    """It is sampled by the command and from Python, with the settings of tokens."""
+    lines = metrics.read(runs.transformer / "metrics.jsonl")
+    assert {"loss", "text_loss", "code_loss", "code_accuracy", "held_out_loss"} <= lines[-1].keys()
+    assert (runs.transformer / "samples" / "0000002.png").is_file()
+    pipeline = jaxdiff.from_pretrained(runs.transformer)
+    assert pipeline.sides == (16, 32) and pipeline.text_encoder.width == 0
+    codes, images = pipeline.sample(["a red circle", ""], SampleOptions(seed=3))
+    assert codes.dtype == np.int32 and codes.shape == (2, 16, 16) and images.shape == (2, 32, 32, 3)
+    flags = "--temperature", 0.5, "--top-k", 3, "--top-p", 0.9, "--guidance", 2
+    done = command(sample, "a red circle", "--weights", runs.transformer, *flags, "--out", tmp_path / "images")
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "images").glob("0000*.png")
+    values = json.loads(Image.open(path).text["jaxdiff"])
+    assert values["settings"]["stages"][0] | {"class": ""} == {
+        "class": "", "temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0
+    }  # fmt: skip
+
+
+def test_completion(runs, command, tmp_path):
+    """Codes under the mask are sampled, the others are those of the image."""
+    pipeline = jaxdiff.from_pretrained(runs.transformer)
+    rng = np.random.default_rng(0)
+    image, mask = rng.uniform(-1, 1, (32, 32, 3)).astype("f4"), np.zeros((32, 32), bool)
+    mask[16:] = True
+    codes, _ = pipeline.sample(["a red circle"], SampleOptions(init=InitImage(image, (1.0,), mask)))
+    wanted = pipeline.decoders[0].encode(jax.numpy.asarray(image)[None])
+    np.testing.assert_array_equal(codes[:, :8], wanted[:, :8])
+    assert (codes[:, 8:] != np.asarray(wanted[:, 8:])).any()
+
+
+def test_another_run_continues(runs, data, command, tmp_path):
+    given = "--codes", runs.dvae, "--init", runs.transformer, "--learning-rate", 1e-9, "--steps", 1
+    done = command(train, "dalle.transformer", *data, *given, "--out", tmp_path / "second")
+    assert done.code == 0, done.err
+    first, second = (jaxdiff.from_pretrained(folder) for folder in (runs.transformer, tmp_path / "second"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.generator.params, second.generator.params
+    )
+    assert first.text_encoder.fingerprint == second.text_encoder.fingerprint
+
+
+def test_replaced_parts(runs, tmp_path):
+    """A run whose dVAE or tokenizer is another one is refused."""
+    copy = tmp_path / "copy"
+    shutil.copytree(runs.transformer, copy)
+    record = json.loads((copy / dalle.CODES).read_text())
+    (copy / dalle.CODES).write_text(json.dumps(record | {"fingerprint": "another"}))
+    with pytest.raises(ValueError, match="not the dVAE of the training"):
+        dalle.load(copy)
+    train_bpe(["other words"], 270).save_pretrained(str(copy / dalle.TOKENIZER))
+    with pytest.raises(ValueError, match="not the tokenizer of the training"):
+        dalle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--codes is missing"),
+        (("--codes", "nowhere"), "nowhere"),
+        (("--codes", "{dvae}", "--text-length", 0), "--text-length 0: at least 1"),
+        (("--codes", "{dvae}", "--vocab", 100), "--vocab 100: at least 258"),
+        (("--codes", "{dvae}", "--text-dropout", 1.0), "--text-dropout 1: a fraction"),
+    ],
+)
+def test_transformer_refused(arguments, message, runs, data, command, tmp_path):
+    given = [each.format(dvae=runs.dvae) if isinstance(each, str) else each for each in arguments]
+    done = command(train, "dalle.transformer", *data, "--steps", 1, *given, "--out", tmp_path / "run")
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", 5), "--steps: this model samples tokens, and has no such setting"),
+        (("--top-k", -1), "--top-k: top_k -1"),
+        (("--size", "64"), "samples 16×16 codes, not 32×32"),
+        (("--size", "33"), "--size 33: not a multiple of 2"),
+    ],
+)
+def test_sampling_refused(arguments, message, runs, command, tmp_path):
+    done = command(sample, "a", "--weights", runs.transformer, *arguments, "--out", tmp_path / "images")
+    assert done.code == 2 and message in done.err, done.err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""DALL·E 1 on disk: the transformer of a training run, finished or not, with its tokenizer and its codes' decoder.
+
+RUN/model/dalle.json         settings of the model and of sampling, written before the first step
+RUN/checkpoints/             the newest holds the averaged parameters
+RUN/model/model.safetensors  the averaged parameters, written at the end
+RUN/tokenizer/               the tokenizer of the captions
+RUN/codes.json               where the decoder is, and the digest of its parameters
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.core import json_files
+from jaxdiff.core.files import replacing, write_json
+from jaxdiff.core.trees import check_tree, digest_of
+from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
+from jaxdiff.models.dvae import TrainedDVAE
+from jaxdiff.models.token_sampling import TokenSampling
+from jaxdiff.models.vq_codes import VQCodes
+from jaxdiff.nets.execution import ExecutionConfig
+from jaxdiff.systems.dalle import dalle
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.text.bpe import TokenTextEncoder
+from jaxdiff.text.encoder import TextEncoder
+from jaxdiff.text.tokenizer import load_tokenizer
+from jaxdiff.training.checkpoints import load_ema
+from jaxdiff.training.state import abstract_params
+from jaxdiff.weights import dvae, hub, latent_runs, runs, sizes, tree
+from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
+
+SETTINGS, CODES, TOKENIZER = "dalle.json", "codes.json", "tokenizer"
+
+
+@dataclass(frozen=True)
+class CodesSource:
+    """source: directory of the dVAE or VQ autoencoder. fingerprint: of its parameters."""
+
+    source: str
+    fingerprint: str
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is the run of a transformer of codes that has started."""
+    return (folder / runs.MODEL / SETTINGS).is_file()
+
+
+def load(run: str | Path, text: TextEncoder | None = None, dtype: str | None = None) -> Pipeline:
+    """The pipeline of a run at its newest checkpoint. text: replaces its tokenizer, which is then not loaded. Raises
+    FileNotFoundError or ValueError."""
+    run = Path(run)
+    generator = load_generator(run)
+    if dtype is not None:
+        execution = ExecutionConfig(hub.check_dtype(dtype))
+        network = replace(generator.model.network, execution=execution)
+        generator = replace(generator, model=replace(generator.model, network=network))
+    return dalle(load_text(run) if text is None else text, generator, load_source(run))
+
+
+def load_text(run: str | Path) -> TokenTextEncoder:
+    """The tokenizer of a run. ValueError if it is not that of the training."""
+    run = Path(run)
+    model, _, fingerprint = read_settings(run / runs.MODEL)
+    text = TokenTextEncoder(load_tokenizer(run / TOKENIZER), model.network.text_length)
+    if text.fingerprint != fingerprint:
+        raise ValueError(f"{run / TOKENIZER}: not the tokenizer of the training")
+    return text
+
+
+def load_generator(run: Path) -> TrainedAutoregressive:
+    """The transformer of a run."""
+    model, sampling, text = read_settings(run / runs.MODEL)
+    params, checkpoints = run / runs.MODEL / "model.safetensors", run / "checkpoints"
+    if runs.latest_step(run) is not None:
+        ema = load_ema(checkpoints)
+        check_tree(ema, abstract_params(model), str(checkpoints))
+        return TrainedAutoregressive(model, ema, sampling, text)
+    if not params.is_file():
+        raise FileNotFoundError(f"{run}: a run that has saved no checkpoint yet; wait for its first (--save-every)")
+    stored = tree.load_expected(params, sizes.shapes(_init, model, str(params.parent)))
+    return TrainedAutoregressive(
+        model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored), sampling, text
+    )
+
+
+def load_decoder(path: str | Path) -> TrainedDVAE | VQCodes:
+    """A decoder of codes: the folder or run of a dVAE, or a VQ autoencoder as `latent_runs.load_autoencoder` reads it.
+
+    Raises FileNotFoundError, or ValueError for a KL autoencoder."""
+    folder = dvae.folder_of(path)
+    if (folder / dvae.SETTINGS).is_file():
+        return dvae.load(folder)
+    try:
+        return VQCodes(latent_runs.load_autoencoder(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def fingerprint_of(decoder: TrainedDVAE | VQCodes) -> str:
+    params = decoder.params if isinstance(decoder, TrainedDVAE) else decoder.autoencoder.params
+    return digest_of(params)
+
+
+def save_source(run: Path, source: CodesSource) -> None:
+    """Record a run's decoder; a directory is stored as an absolute path."""
+    place = Path(source.source)
+    write_json(run / CODES, asdict(source) | ({"source": str(place.resolve())} if place.is_dir() else {}))
+
+
+def load_source(run: Path) -> TrainedDVAE | VQCodes:
+    """The decoder of a run. ValueError if its record is damaged, or its parameters are not those of the training."""
+    path = run / CODES
+    values = json_files.read_object(path)
+    if values.keys() != {field.name for field in fields(CodesSource)} or not all(
+        isinstance(value, str) for value in values.values()
+    ):
+        raise ValueError(f"{path}: does not say where a dVAE is")
+    source = CodesSource(**values)
+    decoder = load_decoder(source.source)
+    if fingerprint_of(decoder) != source.fingerprint:
+        raise ValueError(f"{source.source}: not the dVAE of the training of {run}: it was trained again, or replaced")
+    return decoder
+
+
+def save(trained: TrainedAutoregressive, directory: Path) -> None:
+    """Writes settings and parameters atomically."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / SETTINGS
+    with tree.saving(path), replacing(path) as temporary:
+        temporary.write_text(_settings_text(trained))
+        tree.save_tree(directory / "model.safetensors", trained.params, {"format": "jaxdiff"})
+
+
+def save_settings(trained: TrainedAutoregressive, directory: Path) -> None:
+    """Writes only the settings: for a run before its first step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / SETTINGS) as temporary:
+        temporary.write_text(_settings_text(trained))
+
+
+def read_settings(directory: Path) -> tuple[AutoregressiveModel, TokenSampling, str | None]:
+    """Settings of a model and of its sampling, and the fingerprint of its tokenizer."""
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no transformer of codes here (it has no {SETTINGS})")
+    data = json_files.read_object(path)
+    if not {"model", "sampling"} <= data.keys() <= {"version", "model", "sampling", "text"}:
+        raise ValueError(f"{path}: not the settings of a transformer of codes")
+    check_version(data, str(path))
+    model, sampling = (from_json(data[name], str(path)) for name in ("model", "sampling"))
+    text = data.get("text")
+    if (
+        not isinstance(model, AutoregressiveModel)
+        or not isinstance(sampling, TokenSampling)
+        or not isinstance(text, str | None)
+    ):
+        raise ValueError(f"{path}: not the settings of a transformer of codes")
+    return model, sampling, text
+
+
+def _settings_text(trained: TrainedAutoregressive) -> str:
+    content = {"version": VERSION, "model": to_json(trained.model), "sampling": to_json(trained.sampling)}
+    text = {} if trained.text_fingerprint is None else {"text": trained.text_fingerprint}
+    return json.dumps(content | text, indent=1) + "\n"
+
+
+def _init(model: AutoregressiveModel) -> dict:
+    return model.init(jax.random.key(0))[0]
