@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.vq_codes import VQCodes
 
-CONFIG = replace(small.VQ8, channels=(4, 8, 8), blocks=1)
+CONFIG = replace(small.VQ8, channels=(4, 8, 8), blocks=1, attention_levels=(2,))
 TRAINED = TrainedAutoencoder(CONFIG, small.random_params(CONFIG), 0.7, side=32)
 
 
@@ -27,20 +28,12 @@ def test_codes_are_the_numbers_of_the_entries():
     assert codes.shape == (2, 4, 2) and codes.dtype == jnp.int32
     wanted = TRAINED.decoded(TRAINED.encode(image))
     np.testing.assert_allclose(box.decoded(codes), wanted, atol=1e-5)
-    request = SampleRequest(noise.sample_keys(small_key(), jnp.arange(2)), (16, 8))
+    request = SampleRequest(noise.sample_keys(jax.random.key(0), jnp.arange(2)), (16, 8))
     np.testing.assert_allclose(box.decode(codes, request), jnp.clip(wanted, -1, 1), atol=1e-5)
 
 
-def small_key():
-    import jax
-
-    return jax.random.key(0)
-
-
 def test_refused():
-    kl = TrainedAutoencoder(small.KL8, small.random_params(small.KL8)) if hasattr(small, "KL8") else None
-    if kl is not None:
-        with pytest.raises(ValueError, match="a KL autoencoder has no codes"):
-            VQCodes(kl)
+    with pytest.raises(ValueError, match="a KL autoencoder has no codes"):
+        VQCodes(TrainedAutoencoder(small.KL8, {}))
     with pytest.raises(ValueError, match="not a multiple of the autoencoder's stride 4"):
         VQCodes(TRAINED).check((16, 10))
