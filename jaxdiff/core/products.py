@@ -43,9 +43,17 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Embeddings (b width), float32."""
+    """Embeddings (b 1 1 width), float32: grids of one position, so that models of grids are models of embeddings."""
 
     width: int = 768
+
+    @property
+    def channels(self) -> int:
+        return self.width
+
+    @property
+    def stride(self) -> int:
+        return 1
 
     def __str__(self) -> str:
         return f"embeddings of width {self.width}"
@@ -62,8 +70,7 @@ def same_kind(produced: ProductSpec, consumed: ProductSpec) -> bool:
 
 def check_product(spec: ProductSpec, array: Any, what: str = "the product") -> None:
     """ValueError unless the axes and channels of a batch match `spec`; values are not checked."""
-    grid = isinstance(spec, ImageSpec | LatentSpec)
-    axes = 4 if grid else 3 if isinstance(spec, TokenSpec) else 2
-    last = spec.channels if isinstance(spec, ImageSpec | LatentSpec) else getattr(spec, "width", None)
-    if array.ndim != axes or (last is not None and array.shape[-1] != last):
+    axes, last = (3, None) if isinstance(spec, TokenSpec) else (4, spec.channels)
+    fits = array.ndim == axes and last in (None, array.shape[-1])
+    if not fits or (isinstance(spec, EmbeddingSpec) and array.shape[1:3] != (1, 1)):
         raise ValueError(f"{what} has the shape {'×'.join(map(str, array.shape))}, which is not a batch of {spec}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxdiff.core.products import ImageSpec, LatentSpec
+from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.losses import UniformWeighting, Weighting, diffusion_loss, variance_loss
 from jaxdiff.diffusion.parameterization import Prediction, denoised, noised
@@ -25,6 +25,7 @@ from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.latent_unet import LatentUNetConfig
+from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.unet import UNetConfig
 
 HELD_OUT_LEVELS = 8
@@ -43,9 +44,9 @@ class DiffusionModel(SingleOptimizer):
     exact.
     """
 
-    unet: UNetConfig | LatentUNetConfig = UNetConfig()
+    unet: UNetConfig | LatentUNetConfig | PriorConfig = UNetConfig()
     side: int = 64
-    product: ImageSpec | LatentSpec = ImageSpec()
+    product: ImageSpec | LatentSpec | EmbeddingSpec = ImageSpec()
     conditioners: tuple[AnyConditioner, ...] = (TextConditioner(),)
     schedule: Schedule = CosineSchedule()
     time_sampler: TimeSampler = UniformTimes()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxdiff.core.products import ImageSpec, LatentSpec, ProductSpec
+from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, ProductSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Denoised, DenoisedWithVariance, denoised, from_x0
@@ -144,7 +144,7 @@ class TrainedModel:
     text_fingerprint: str | None = None
 
     @property
-    def produces(self) -> ImageSpec | LatentSpec:
+    def produces(self) -> ImageSpec | LatentSpec | EmbeddingSpec:
         product = self.model.product
         return replace(product, stride=self.model.unet.stride) if isinstance(product, ImageSpec) else product
 

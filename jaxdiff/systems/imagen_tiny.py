@@ -72,9 +72,9 @@ BASE_32_TINY = replace(
 
 With a quarter of the pixels the same information needs a log-SNR higher by 1.4, so the schedule is shifted by that."""
 
-BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=8))
-BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=16))
-BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(BASE_32_TINY.unet, channels=24))
+BASE_32_MICRO = replace(BASE_32_TINY, unet=replace(_TINY_UNET, channels=8))
+BASE_32_SMALL = replace(BASE_32_TINY, unet=replace(_TINY_UNET, channels=16))
+BASE_32_MEDIUM = replace(BASE_32_TINY, unet=replace(_TINY_UNET, channels=24))
 """A quarter, half and three quarters of the width of BASE_32_TINY."""
 
 SR_256_TINY = DiffusionModel(

@@ -27,7 +27,7 @@ from jaxdiff.models import (
     token_sampling,
 )
 from jaxdiff.nets import autoregressive as nets_autoregressive
-from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, sparse_attention, unet
+from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, prior, sparse_attention, unet
 from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
 
@@ -46,6 +46,7 @@ TABLE = Table(
     {
         "core.Image": products.ImageSpec,
         "core.Latent": products.LatentSpec,
+        "core.Embedding": products.EmbeddingSpec,
         "core.Token": products.TokenSpec,
         "models.Diffusion": diffusion.DiffusionModel,
         "models.TextConditioner": conditioners.TextConditioner,
@@ -74,6 +75,7 @@ TABLE = Table(
         "nets.WholeText": conditioning.WholeText,
         "nets.Activation": blocks.Activation,
         "nets.Classifier": classifier.ClassifierConfig,
+        "nets.Prior": prior.PriorConfig,
         "nets.Autoregressive": nets_autoregressive.AutoregressiveConfig,
         "nets.Pattern": sparse_attention.Pattern,
         "nets.DVAE": dvae.DVAEConfig,

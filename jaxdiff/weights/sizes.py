@@ -13,7 +13,7 @@ import jax
 
 from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
-from jaxdiff.core.products import ImageSpec, LatentSpec, TokenSpec
+from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
 from jaxdiff.diffusion import schedules, time_grid
 from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
@@ -28,6 +28,7 @@ from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.nets.dvae import DVAEConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
+from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.t5 import T5Config
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, EfficientUNetConfig, UNetConfig
 
@@ -59,6 +60,12 @@ _TOWER = {"width": SIZE, "layers": DEPTH, "heads": SIZE, "feed_forward": SIZE}
 BOUNDS: dict[type, dict[str, Bounds]] = {
     UNetConfig: _UNET,
     EfficientUNetConfig: _UNET | {"outer_blocks": Bounds(0, DEPTH.most)},
+    PriorConfig: {
+        **dict.fromkeys(("embedding", "text_width", "width", "heads"), SIZE),
+        "text_length": STEPS,
+        "layers": DEPTH,
+        "feed_forward": Bounds(1, FACTOR.most),
+    },
     LatentUNetConfig: {
         **{name: bounds for name, bounds in _UNET.items() if name != "patch"},
         "transformer_layers": Bounds(0, DEPTH.most),
@@ -85,6 +92,7 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
         "feed_forward": Bounds(1, FACTOR.most),
     },
     TokenSampling: {"top_k": OPTIONAL},
+    EmbeddingSpec: {"width": SIZE},
     TokenSpec: {"classes": SIZE, "stride": SIDE},
     DVAEConfig: {
         **dict.fromkeys(("codes", "hidden", "code_width", "image_channels"), SIZE),
@@ -177,7 +185,7 @@ def _attentions(config: UNetConfig) -> Iterator[tuple[str, int, int]]:
 
 def check_model(model: DiffusionModel, where: str) -> None:
     """ValueError if the heads of the text pooling do not divide the text's width."""
-    if isinstance(model.unet, LatentUNetConfig):
+    if not isinstance(model.unet, UNetConfig):
         return
     reader, width = model.unet.conditioning.text, None if model.text is None else model.text.width
     if isinstance(reader, WholeText) and reader.pool and width is not None and width % reader.heads(width):
