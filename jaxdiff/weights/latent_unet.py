@@ -125,6 +125,7 @@ def read_unet(config: hub.Group, attends: tuple[bool, ...], dtype: str) -> Laten
     if any(width % widths[0] for width in widths) or widths[0] % 4:
         raise config.error("block_out_channels", list(widths), "multiples of the first, and that one of 4")
     layers = _levels(config, "transformer_layers_per_block", sizes.DEPTH, count)
+    config.require("resnet_time_scale_shift", ("default", "scale_shift"))
     cross_only = _flags(config, "only_cross_attention", count)
     try:
         unet = LatentUNetConfig(
@@ -138,6 +139,7 @@ def read_unet(config: hub.Group, attends: tuple[bool, ...], dtype: str) -> Laten
             linear_projection=config.flag("use_linear_projection", False),
             norm_groups=config.size("norm_num_groups", 32),
             level_entries=config.size("num_class_embeds", 0, 0),
+            scale_shift=config.values.get("resnet_time_scale_shift") == "scale_shift",
             execution=ExecutionConfig(dtype=hub.check_dtype(dtype)),
         )
     except ValueError as error:
@@ -207,7 +209,6 @@ FIXED_DOWN = {
     "encoder_hid_dim": (None, None),
     "encoder_hid_dim_type": (None, None),
     "num_attention_heads": (None, None),
-    "resnet_time_scale_shift": ("default", "default"),
 }
 """For each setting: diffusers' default, then the supported values."""
 FIXED = FIXED_DOWN | {
@@ -244,6 +245,7 @@ READ_DOWN = {
     "addition_time_embed_dim": None,
     "num_class_embeds": None,
     "projection_class_embeddings_input_dim": None,
+    "resnet_time_scale_shift": "default",
     "upcast_attention": False,  # the softmax is always float32
     "addition_embed_type_num_heads": 64,  # of another addition_embed_type
 }
@@ -287,6 +289,7 @@ def hub_settings(unet: LatentUNetConfig, text_width: int, vector: Vector | None)
         "attention_head_dim": unet.heads[0] if len(set(unet.heads)) == 1 else list(unet.heads),
         "use_linear_projection": unet.linear_projection,
         "num_class_embeds": unet.level_entries or None,
+        "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
     }
     if vector is not None:
         values["projection_class_embeddings_input_dim"] = vector.width
