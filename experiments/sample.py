@@ -35,6 +35,7 @@ from PIL import Image
 
 from experiments.cli import Command, run
 from experiments.options import texts
+from experiments.options.candidates import CandidateOptions, best
 from experiments.options.hints import HintOptions
 from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
 from experiments.options.sampling import (
@@ -106,6 +107,7 @@ class Run:
     init: InitImageOptions = InitImageOptions()
     hints: HintOptions = HintOptions()
     upscaling: UpscalerOptions = UpscalerOptions()
+    ranking: CandidateOptions = CandidateOptions()
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -120,12 +122,16 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
     _check(settings)
     mesh = mesh_of(settings.sampling.mesh)
     out = folder_for_images(settings.out, OUT, settings.overwrite)
-    upscaler = settings.upscaling.load(settings.sampling.dtype)
+    upscaler, score = settings.upscaling.load(settings.sampling.dtype), settings.ranking.load()
     pipeline = _pipeline(settings, prompts, tasks)
     with spread(with_samplings(pipeline, settings.sampling), mesh) as model, Bars(model) as bars:
         enlarging = enlarged(settings.init, model)
-        options = _options(settings, model, enlarging, settings.per_prompt * len(prompts))
+        samples = settings.per_prompt * settings.ranking.candidates
+        options = dataclasses.replace(_options(settings, model, enlarging, samples * len(prompts)), per_prompt=samples)
         batches = model.batches(prompts, options, bars)
+        if score is not None:
+            batches = best(score, batches, prompts, settings.per_prompt, settings.ranking.candidates)
+            options = dataclasses.replace(options, per_prompt=settings.per_prompt)
         output = _Output(settings, out, model, prompts, enlarging, factor_of(upscaler))
         if upscaler is not None:
             batches = enlarged_by(upscaler, batches, prompts, options)
@@ -141,6 +147,7 @@ def _check(settings: Run) -> None:
     """ValueError for conflicting settings, before weights are read."""
     if settings.per_prompt < 1:
         raise ValueError(f"--per-prompt {settings.per_prompt}: at least one image of each prompt")
+    settings.ranking.check()
     settings.init.check()
     settings.hints.check(settings.pipeline.control)
     if settings.init.enlarge is not None and settings.size:
@@ -153,7 +160,6 @@ def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: 
     size = size_of(settings.size, model) or settings.init.size(model)
     return SampleOptions(
         seed=settings.seed,
-        per_prompt=settings.per_prompt,
         negative=settings.negative,
         size=size,
         last=box_of(model, settings.up_to),
@@ -306,6 +312,7 @@ def _metadata(
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
         **settings.hints.shown,
+        **settings.ranking.shown,
         **({"upscaler": settings.upscaling.upscaler} if settings.upscaling.upscaler else {}),
         "stages": [to_json(sampling) for sampling in samplings],
     }
