@@ -39,6 +39,6 @@ UNET_TINY = DiffusionModel(
     time_sampler=LogSNRRange(-4.0, 3.0, 0.8),
     prediction=Prediction.V,
 )
-"""In the latents of AUTOENCODER_TINY. It trains most at the log-SNRs at which places, colours and shapes are decided."""
+"""In the latents of AUTOENCODER_TINY. It trains most at the log-SNRs that decide places, colours and shapes."""
 SAMPLING_TINY = replace(SAMPLING, steps=50, guidance=Guidance(5.0, (-20.0, -1.0)))
 """Guided until shapes are determined: at higher log-SNR guidance distorts them."""
