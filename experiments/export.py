@@ -2,13 +2,14 @@
 
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --out runs/cascade
     python -m experiments.export sd --weights v1-5.safetensors --lora style.safetensors --out styled.safetensors
+    python -m experiments.export dalle --weights runs/dalle --out runs/dalle-folder
     python -m experiments.export inception --source pt_inception-2015-12-05-6726825d.pth --out inception.safetensors
 
 The docstrings of `experiments/exports/` describe inputs and outputs.
 """
 
 from experiments.cli import Command, run
-from experiments.exports import imagen, inception, stable_diffusion
+from experiments.exports import dalle, imagen, inception, stable_diffusion
 
 
 def commands() -> dict[str, Command]:
@@ -18,6 +19,8 @@ def commands() -> dict[str, Command]:
         "sd": Command(
             stable_diffusion.main, stable_diffusion.Settings(), (stable_diffusion.main.__doc__ or "").strip()
         ),
+        "dalle": Command(dalle.main, dalle.Settings(), (dalle.main.__doc__ or "").strip()),
+        "dvae": Command(dalle.convert_dvae, dalle.DVAESettings(), (dalle.convert_dvae.__doc__ or "").strip()),
         "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),
     }
 

@@ -29,7 +29,7 @@ from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.tokenizer import load_tokenizer
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.state import abstract_params
-from jaxdiff.weights import dvae, hub, latent_runs, runs, sizes, tree
+from jaxdiff.weights import autoencoder, dvae, hub, latent_runs, runs, sizes, tree
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
 SETTINGS, CODES, TOKENIZER = "dalle.json", "codes.json", "tokenizer"
@@ -119,19 +119,44 @@ def load_source(run: Path) -> TrainedDVAE | VQCodes:
     ):
         raise ValueError(f"{path}: does not say where a dVAE is")
     source = CodesSource(**values)
-    decoder = load_decoder(source.source)
+    inside = run / source.source  # an absolute path replaces `run`; an exported folder has a relative one
+    decoder = load_decoder(inside if inside.exists() else source.source)
     if fingerprint_of(decoder) != source.fingerprint:
         raise ValueError(f"{source.source}: not the dVAE of the training of {run}: it was trained again, or replaced")
     return decoder
 
 
-def save(trained: TrainedAutoregressive, directory: Path) -> None:
+def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
+    """Write a pipeline as one folder in the layout of a run, with the decoder in DIR/codes. ValueError for another
+    pipeline, before anything is written."""
+    directory, text = Path(directory), pipeline.text_encoder
+    generator, decoders = pipeline.generator, pipeline.decoders
+    if not isinstance(generator, TrainedAutoregressive) or len(decoders) != 1:
+        raise ValueError("not a transformer of codes with one decoder")
+    if not isinstance(text, TokenTextEncoder):
+        raise ValueError("the pipeline has no tokenizer: load it with its own text encoder")
+    decoder, folder = decoders[0], directory / "codes"
+    if isinstance(decoder, TrainedDVAE):
+        dvae.save(decoder, folder, dtype)
+    elif isinstance(decoder, VQCodes):
+        inner = decoder.autoencoder
+        layout = autoencoder.Settings(inner.config, inner.scale, inner.upcast, inner.side)
+        autoencoder.export(layout, inner.params, folder, dtype)
+    else:
+        raise ValueError("the decoder is neither a dVAE nor a VQ autoencoder")
+    text.tokenizer.save_pretrained(str(directory / TOKENIZER))
+    # Parameters of 16 bits have another digest.
+    write_json(directory / CODES, asdict(CodesSource("codes", fingerprint_of(load_decoder(folder)))))
+    save(replace(generator, text_fingerprint=text.fingerprint), directory / runs.MODEL, dtype)
+
+
+def save(trained: TrainedAutoregressive, directory: Path, dtype: str = "float32") -> None:
     """Writes settings and parameters atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SETTINGS
     with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(_settings_text(trained))
-        tree.save_tree(directory / "model.safetensors", trained.params, {"format": "jaxdiff"})
+        tree.save_tree(directory / "model.safetensors", trained.params, {"format": "jaxdiff"}, dtype)
 
 
 def save_settings(trained: TrainedAutoregressive, directory: Path) -> None:

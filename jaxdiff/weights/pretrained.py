@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
@@ -111,13 +112,15 @@ def from_pretrained(
 
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
     """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/; a
-    Stable Diffusion in diffusers' layout.
+    Stable Diffusion in diffusers' layout; a DALL·E 1 as a run with the decoder of its codes.
 
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
     pipeline, before anything is written; OSError if writing fails.
     """
     if stable_diffusion_export.is_latent_diffusion(pipeline):
         return stable_diffusion_export.export(pipeline, directory, dtype=dtype)
+    if isinstance(pipeline.generator, TrainedAutoregressive):
+        return dalle.export(pipeline, directory, dtype)
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import jaxdiff
-from experiments import sample, train
+from experiments import export, sample, train
 from experiments.cli import run
 from experiments.table import TASKS
 from jaxdiff.core.products import TokenSpec
@@ -139,6 +139,35 @@ def test_completion(runs, command, tmp_path):
     wanted = pipeline.decoders[0].encode(jax.numpy.asarray(image)[None])
     np.testing.assert_array_equal(codes[:, :8], wanted[:, :8])
     assert (codes[:, 8:] != np.asarray(wanted[:, 8:])).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_export(runs, command, tmp_path, dtype):
+    """The folder samples what the run samples, wherever it is moved; Python writes the same."""
+    done = command(export, "dalle", "--weights", runs.transformer, "--dtype", dtype, "--out", tmp_path / "folder")
+    assert done.code == 0, done.err
+    (tmp_path / "folder").rename(tmp_path / "moved")
+    before, after = (jaxdiff.from_pretrained(each) for each in (runs.transformer, tmp_path / "moved"))
+    tolerance = 0 if dtype == "float32" else 1e-3
+    for ours, theirs in zip(before.boxes, after.boxes):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), ours.params, theirs.params)
+    if dtype == "float32":
+        np.testing.assert_array_equal(before.sample(["a circle"])[0], after.sample(["a circle"])[0])
+        jaxdiff.save_pretrained(after, tmp_path / "again")
+        names = [
+            sorted(str(path.relative_to(f)) for path in f.rglob("*")) for f in (tmp_path / "moved", tmp_path / "again")
+        ]
+        assert names[0] == names[1]
+
+
+def test_export_refused(runs, command, tmp_path):
+    for given, message in (
+        (("dalle", "--weights", tmp_path), "no run of dalle.transformer"),
+        (("dalle", "--weights", runs.transformer, "--out", runs.transformer), "choose another folder"),
+        (("dvae", "--encoder", tmp_path / "encoder.pkl"), "encoder.pkl: no such file"),
+    ):
+        done = command(export, *given)
+        assert done.code == 2 and message in done.err, done.err
 
 
 def test_another_run_continues(runs, data, command, tmp_path):
