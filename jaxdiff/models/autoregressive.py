@@ -143,19 +143,17 @@ class TrainedAutoregressive(Generator):
         known, network = _known(request), self.model.network
         text = _text(self.model, request.text, len(request.keys))
         guided = float(self.sampling.guidance) != 1.0
-        execution = replace(network.execution, remat="none", scan=False)
+        plain = replace(network, execution=replace(network.execution, remat="none", scan=False))
         if guided:
             negative = _text(self.model, request.negative, len(request.keys))
             text = _Text(*(jnp.concatenate(both) for both in zip(text, negative)))
-        state = _begun(replace(network, execution=execution), self.params, text)
+        state = _begun(plain, self.params, text)
         codes = jnp.zeros((len(request.keys), network.rows * network.columns), jnp.int32)
         chunk = network.rows if request.progress is None else 1
+        given = _Given(self.params, self.sampling, request.keys, known)
         for row in range(0, network.rows, chunk):
             first, last = row * network.columns, min(row + chunk, network.rows) * network.columns
-            codes, state = _sampled(
-                replace(network, execution=execution), self.params, guided, self.sampling, request.keys, known, first,
-                last, codes, state,
-            )  # fmt: skip
+            codes, state = _sampled(plain, guided, given, first, last, codes, state)
             if request.progress is not None:
                 jax.block_until_ready(codes)
                 request.progress(row + 1)
@@ -205,14 +203,20 @@ def _begun(network: AutoregressiveConfig, params: dict, text: _Text) -> _State:
     return _State(*cast(tuple, network.module().apply({"params": params}, *text, method="prefill")))
 
 
-@partial(jax.jit, static_argnums=(0, 2), donate_argnums=9)
+class _Given(NamedTuple):
+    """What all steps share."""
+
+    params: dict
+    sampling: TokenSampling
+    keys: Key[Array, " b"]
+    known: _Known | None
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
 def _sampled(
     network: AutoregressiveConfig,
-    params: dict,
     guided: bool,
-    sampling: TokenSampling,
-    keys: Array,
-    known: _Known | None,
+    given: _Given,
     first: Array,
     last: Array,
     codes: Array,
@@ -224,12 +228,12 @@ def _sampled(
         codes, (logits, cache) = carry
         if guided:
             conditional, unconditional = jnp.split(logits, 2)
-            logits = sampling.guidance * conditional + (1.0 - sampling.guidance) * unconditional
-        code = drawn(logits, noise.fold(keys, number), sampling)
-        if known is not None:
-            code = jnp.where(known.kept[:, number], known.codes[:, number], code)
+            logits = given.sampling.guidance * conditional + (1.0 - given.sampling.guidance) * unconditional
+        code = drawn(logits, noise.fold(given.keys, number), given.sampling)
+        if given.known is not None:
+            code = jnp.where(given.known.kept[:, number], given.known.codes[:, number], code)
         both = jnp.concatenate([code, code]) if guided else code
-        following = network.module().apply({"params": params}, both, number, cache, method="step")
+        following = network.module().apply({"params": given.params}, both, number, cache, method="step")
         return codes.at[:, number].set(code), _State(*cast(tuple, following))
 
     return jax.lax.fori_loop(first, last, body, (codes, state))
