@@ -64,7 +64,7 @@ class ToyTask(Task):
         source = sources.open(spec, 64, "train", data)
         stream = image_batches(source, DataConfig(16, settings.run.batch, seed=settings.run.seed, captions=True))
 
-        def finish(params):
+        def finish(params, extra):
             np.save(settings.out / "mean.npy", params["mean"])
             return f"{settings.out}: a mean colour"
 
