@@ -288,7 +288,7 @@ class FineTuning(Task):
         captions: Captions,
         model: Any,
         pipeline: Pipeline,
-    ) -> Callable[[int, Params], None]:
+    ) -> Callable[[int, Params, Any], None]:
         """The sample hook: a grid of fixed captions, with the hints of their images."""
         config = DataConfig(space.side, SHOWN, captions=True, shuffle=False, repeat=False)
         batch = next(image_batches(spread(source, min(SHOWN, len(source))), config))
@@ -297,7 +297,7 @@ class FineTuning(Task):
             hints = (HintImage(hint_of(batch["image"])),)
         keys = noise.sample_keys(jax.random.key(settings.run.seed), jnp.arange(len(texts)))
 
-        def sample(step: int, params: Params) -> None:
+        def sample(step: int, params: Params, extra: Any) -> None:
             side = space.model.side
             now = self.applied(pipeline, params, model)
             assert now.text_encoder is not None and isinstance(now.generator, TrainedModel)

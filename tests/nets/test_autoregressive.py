@@ -93,8 +93,7 @@ def test_cached_logits():
     np.testing.assert_allclose(np.stack(found, 1), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("execution", [ExecutionConfig(scan=True), ExecutionConfig(remat="blocks"),
-                                       ExecutionConfig(remat="outputs", scan=True)])  # fmt: skip
+@pytest.mark.parametrize("execution", [ExecutionConfig(remat="blocks"), ExecutionConfig(remat="outputs", scan=True)])
 def test_execution(execution):
     """Loops and rematerialization change neither the logits nor the gradients, nor the names of the parameters."""
     changed = replace(CONFIG, execution=execution)
