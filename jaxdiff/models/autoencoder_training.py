@@ -209,8 +209,12 @@ def latent_scale(
 
 
 def _scores(image: Array, result: _Result) -> dict[str, Array]:
-    """The scores of each image. The peak of PSNR is the range of the images, 2."""
-    squares = ((image - jnp.clip(result.image, -1.0, 1.0)) ** 2).mean((1, 2, 3))
-    psnr = 10.0 * jnp.log10(4.0 / jnp.maximum(squares, 1e-10))
+    """The scores of each image."""
     error = jnp.abs(image - result.image).mean((1, 2, 3))
-    return {"reconstruction": error, "psnr": psnr} | result.metrics
+    return {"reconstruction": error, "psnr": psnr(image, result.image)} | result.metrics
+
+
+def psnr(image: Float[Array, "b h w c"], other: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+    """In dB, of the other image clipped to [-1, 1]. The peak is the range of the images, 2."""
+    squares = ((image - jnp.clip(other, -1.0, 1.0)) ** 2).mean((1, 2, 3))
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(squares, 1e-10))

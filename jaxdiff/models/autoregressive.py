@@ -138,7 +138,8 @@ class TrainedAutoregressive(Generator):
 
     def generate(self, request: SampleRequest) -> Int[Array, "b r c"]:
         """Codes, row by row. With an initial product, the codes outside of its mask are kept: a mask of the lower rows
-        completes an image. ValueError as from `check`, or if the text has no ids."""
+        completes an image. ValueError as from `check`, if the text has no ids, or for an initial product without a
+        mask, of which nothing would remain."""
         self.check(request.size)
         known, network = _known(request), self.model.network
         text = _text(self.model, request.text, len(request.keys))
@@ -177,10 +178,10 @@ def _known(request: SampleRequest) -> _Known | None:
     init = request.init
     if init is None:
         return None
+    if init.mask is None:
+        raise ValueError("a transformer of codes completes images: give a mask of what is sampled beside the image")
     count = len(request.keys)
-    codes = init.value.reshape(count, -1).astype(jnp.int32)
-    kept = jnp.zeros(codes.shape, bool) if init.mask is None else init.mask.reshape(count, -1) < 0.5
-    return _Known(codes, kept)
+    return _Known(init.value.reshape(count, -1).astype(jnp.int32), init.mask.reshape(count, -1) < 0.5)
 
 
 class _Text(NamedTuple):

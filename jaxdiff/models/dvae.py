@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.core.products import ImageSpec, TokenSpec, check_product
 from jaxdiff.diffusion import noise
+from jaxdiff.models.autoencoder_training import psnr
 from jaxdiff.models.boxes import Decoder
 from jaxdiff.models.codebook import usage_of
 from jaxdiff.models.sampling import SampleRequest
@@ -85,7 +86,7 @@ class DVAEModel(SingleOptimizer):
         metrics = {
             "reconstruction": likelihood.mean(),
             "kl": divergence.mean(),
-            "psnr": _psnr(image, dvae.reconstruction(stats)).mean(),
+            "psnr": psnr(image, dvae.reconstruction(stats)).mean(),
             "codes_used": used,
             "temperature": temperature,
         }
@@ -100,7 +101,7 @@ class DVAEModel(SingleOptimizer):
         logits = cast(Array, module.apply({"params": params}, dvae.to_unit(image), method="encode"))
         stats = cast(Array, module.apply({"params": params}, logits.argmax(-1), method="decode_indices"))
         again, counted = dvae.reconstruction(stats), numbers >= 0
-        scores = {"held_out_loss": jnp.abs(image - again).mean((1, 2, 3)), "held_out_psnr": _psnr(image, again)}
+        scores = {"held_out_loss": jnp.abs(image - again).mean((1, 2, 3)), "held_out_psnr": psnr(image, again)}
         count = counted.astype(jnp.float32).sum()
         return {name: (jnp.where(counted, value, 0.0).sum(), count) for name, value in scores.items()}
 
@@ -123,11 +124,6 @@ def kl_from_uniform(logits: Float[Array, "*s k"]) -> Float[Array, "*s"]:
     """The KL divergence of categorical distributions from the uniform one, in nats."""
     log_probs = jax.nn.log_softmax(logits)
     return math.log(logits.shape[-1]) + (jnp.exp(log_probs) * log_probs).sum(-1)
-
-
-def _psnr(image: Float[Array, "b h w c"], other: Float[Array, "b h w c"]) -> Float[Array, " b"]:
-    squares = ((image - other) ** 2).mean((1, 2, 3))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(squares, 1e-10))
 
 
 @dataclass(frozen=True, eq=False)
