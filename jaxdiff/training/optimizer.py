@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import optax
-import optax.contrib
+
+from jaxdiff.training.muon import scale_by_muon
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,26 @@ class Muon:
         _check_rule(self, "momentum", "b1", "b2")
 
     def transform(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.contrib.muon(
-            learning_rate,
-            beta=self.momentum,
-            weight_decay=self.weight_decay,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            adam_weight_decay=self.weight_decay if self.decay_all else 0.0,
-            adam_learning_rate=learning_rate,
-            consistent_rms=self.rms,
-            muon_weight_dimension_numbers=self._matrices,
+        matrices = optax.chain(
+            scale_by_muon(self.momentum, self.rms),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
         )
+        others = optax.adamw(
+            learning_rate,
+            b1=self.b1,
+            b2=self.b2,
+            weight_decay=self.weight_decay if self.decay_all else 0.0,
+            nesterov=True,
+        )
+        return optax.partition({True: matrices, False: others}, self._are_matrices)
 
-    def _matrices(self, params: optax.Params) -> optax.Params:
-        def axes(path, leaf):
+    def _are_matrices(self, params: optax.Params) -> optax.Params:
+        def is_matrix(path, leaf):
             name = jax.tree_util.keystr(path)
-            if leaf.ndim < 2 or any(part in name for part in self.adam_for):
-                return None
-            return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+            return leaf.ndim > 1 and not any(part in name for part in self.adam_for)
 
-        return jax.tree_util.tree_map_with_path(axes, params)
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 @dataclass(frozen=True)

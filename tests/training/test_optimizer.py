@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
+from jaxdiff.training.muon import QUINTIC, orthogonal
 from jaxdiff.training.optimizer import (
     SGD,
     Adafactor,
@@ -116,6 +119,44 @@ def test_bad_settings_are_named(make, culprit):
     """The message begins with the name of the field, so that a command can say its flag."""
     with pytest.raises(ValueError, match=f"^{culprit}: must "):
         make()
+
+
+@pytest.mark.parametrize("shape", [(72, 16), (16, 72), (24, 24), (1, 8), (8, 1)])
+def test_orthogonal_equals_the_usual_form(shape):
+    matrix = jax.random.normal(jax.random.key(0), shape)
+    for x in (matrix, matrix.at[: shape[0] // 2].set(0.0), 1e-6 * matrix, jnp.zeros(shape)):
+        expected = np.asarray(x, np.float64) / (np.linalg.norm(x) + 1e-8)
+        for a, b, c in QUINTIC:
+            gram = expected @ expected.T
+            expected = a * expected + (b * gram + c * gram @ gram) @ expected
+        assert np.allclose(orthogonal(x), expected, atol=2e-4)
+
+
+def test_muon_equals_that_of_optax_but_for_the_first_updates():
+    """optax corrects the bias of the two terms of Nesterov's momentum apart, which are not normalised here."""
+    params = {"wide": jnp.ones((8, 40)), "tall": jnp.ones((3, 3, 8, 16)), "bias": jnp.ones(16)}
+    rule = Muon(weight_decay=0.1)
+    theirs = optax.contrib.muon(
+        0.1,
+        weight_decay=0.1,
+        adam_b2=0.99,
+        adam_weight_decay=0.1,
+        consistent_rms=rule.rms,
+        muon_weight_dimension_numbers={
+            "wide": optax.contrib.MuonDimensionNumbers(0, 1),
+            "tall": optax.contrib.MuonDimensionNumbers((0, 1, 2), 3),
+            "bias": None,
+        },
+    )
+    rules = (rule.transform(lambda updates: 0.1), theirs)
+    states = [rule.init(params) for rule in rules]
+    for step in range(100):
+        keys = dict(zip(params, jax.random.split(jax.random.key(step), len(params)), strict=True))
+        grads = {name: jax.random.normal(keys[name], leaf.shape) for name, leaf in params.items()}
+        ours, theirs = [jax.jit(rule.update)(grads, state, params) for rule, state in zip(rules, states, strict=True)]
+        states = [ours[1], theirs[1]]
+    for mine, optaxs in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(theirs[0]), strict=True):
+        assert jnp.allclose(mine, optaxs, atol=1e-2 * float(jnp.abs(optaxs).max()))
 
 
 def test_muon_makes_matrices_orthogonal_and_leaves_the_named_layers_to_adam():
