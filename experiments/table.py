@@ -113,6 +113,7 @@ TASKS: dict[str, Task] = {
         "an autoencoder of images, for latent diffusion",
         {
             "tiny": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY, SMALL),
+            "tiny-f4": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_F4, SMALL),
             "kl-f8": AutoencoderPreset(stable_diffusion.KL_F8),
             "kl-f4": AutoencoderPreset(stable_diffusion.KL_F4),
             "vq-f8": AutoencoderPreset(stable_diffusion.VQ_F8),

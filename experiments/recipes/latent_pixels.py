@@ -16,33 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from experiments import train
 from experiments.cli import Command, run
-from experiments.evaluations.attributes import attribute_scores
 from experiments.options import settings_file
 from experiments.options.cores import use_cores
-from experiments.options.metric_networks import MetricNetworks, loaded
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
+from experiments.recipes.comparison import count_of, flops_of, measured, nearest, show
 from experiments.table import TASKS
 from experiments.tasks import diffusion
 from experiments.tasks.noise_levels import NoiseLevels
 from jaxdiff.core.files import replacing, write_json
-from jaxdiff.data import grids, shapes
-from jaxdiff.data.images import to_uint8
-from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
-from jaxdiff.evaluation.features import Extractor, all_features
-from jaxdiff.evaluation.fid import distance
-from jaxdiff.evaluation.statistics import add, empty
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.systems.pipeline import Pipeline, SampleOptions
-from jaxdiff.training.plan import training_flops
-from jaxdiff.training.state import abstract_params
 from jaxdiff.weights import latent_runs, pretrained
 
 LEVELS = NoiseLevels((-7.0, -2.0), 0.5, snr_power=0.1)
@@ -87,7 +74,9 @@ def main(settings: Settings) -> None:
     out = settings.out / "pixels"
     pixel_run(model, settings, trained, steps)
     systems = {"latent": (pipeline, latent), "pixel": (pretrained.load(out), pixels)}
-    scores = {name: counts | measured(system, settings) for name, (system, counts) in systems.items()}
+    scores = {}
+    for name, (system, counts) in systems.items():
+        scores[name] = counts | measured(system, settings.n, settings.frechet)
     scores["autoencoder"] = autoencoder_of(settings.latent, decoder)
     write_json(settings.out / "scores.json", scores)
     with replacing(settings.out / "table.md") as temporary:
@@ -108,16 +97,7 @@ def equal(parameters: int, length: int, width: int) -> DiffusionModel:
     def of(channels: int) -> DiffusionModel:
         return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, channels=channels))
 
-    return min(map(of, range(32, 257, 4)), key=lambda model: abs(count_of(model) - parameters))
-
-
-def count_of(model: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
-
-
-def flops_of(model: Any) -> float:
-    """FLOPs of training on one image."""
-    return training_flops(model, model.batch_spec(1, model.side))
+    return nearest(of, range(32, 257, 4), parameters)
 
 
 def pixel_run(model: DiffusionModel, settings: Settings, trained: dict[str, Any], steps: int) -> None:
@@ -133,31 +113,6 @@ def pixel_run(model: DiffusionModel, settings: Settings, trained: dict[str, Any]
     finished = (out / "model" / "model.safetensors").is_file()
     if not finished:
         train.main("imagen.base64", equal_task, given)
-
-
-def measured(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
-    """Accuracies of one and two objects, seconds an image, and Fréchet distances."""
-    captions = {objects: held_out_captions(settings.n, objects) for objects in (1, 2)}
-    side = pipeline.sides[-1]
-    attribute_scores(pipeline, {1: captions[1][:16]}, seed=1, batch=16)  # compile
-    found = attribute_scores(pipeline, captions, seed=0, batch=16)
-    result = {
-        "one_object": found[f"attribute_accuracy_{side}"],
-        "two_objects": found[f"attribute_accuracy_{side}_two_objects"],
-        "attributes": found[f"attributes_{side}"],
-        "seconds_an_image": found["seconds_per_image"],
-    }
-    scenes, texts = zip(*held_out_examples(settings.frechet, 1))
-    true = np.stack([shapes.draw(scene, side) for scene in scenes])
-    sampled = to_uint8(pipeline.sample([text.text for text in texts], SampleOptions(seed=2, batch=16))[-1])
-    for extractor in loaded(MetricNetworks()).extractors:
-        result[f"frechet_{extractor.name}"] = frechet(extractor, true, sampled)
-    return result
-
-
-def frechet(extractor: Extractor, true: np.ndarray, sampled: np.ndarray) -> float:
-    first, second = (add(empty(extractor.width), all_features(extractor, each)) for each in (true, sampled))
-    return distance(first, second)
 
 
 def autoencoder_of(latent: Path, decoder: TrainedAutoencoder) -> dict[str, Any]:
@@ -180,6 +135,7 @@ ROWS = {
     "two objects": lambda s: f"{s['two_objects']:.0%}",
     "FD-shapes": lambda s: f"{s['frechet_classifier-shapes']:.2f}",
     "FD-clip": lambda s: f"{s['frechet_clip']:.1f}",
+    "CLIP score": lambda s: f"{s['clip_score']:.2f}",
     "seconds an image": lambda s: f"{s['seconds_an_image']:.3f}",
 }
 
@@ -193,16 +149,6 @@ def table(scores: dict[str, Any]) -> str:
     if "flops" in own:
         told += f"; its training on {own['images']:,} images took {own['flops'] / 1e12:.1f} TFLOP more"
     return "\n".join([*lines, "", f"{told}."])
-
-
-def show(path: Path, systems: dict[str, Pipeline]) -> None:
-    """The same captions by both systems: four of one object, four of two."""
-    texts = [each.text for objects in (1, 2) for each in held_out_captions(4, objects)]
-    tiles, labels = [], []
-    for name, pipeline in systems.items():
-        tiles += list(pipeline.sample(texts, SampleOptions(seed=0))[-1])
-        labels += [f"{name}: {text}" for text in texts]
-    grids.write(path, grids.grid(tiles, labels, 128, len(texts)))
 
 
 if __name__ == "__main__":

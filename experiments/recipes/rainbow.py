@@ -1,11 +1,12 @@
 """The composition benchmark, end to end: train on 30 % of `rainbow`, sample the held-out captions, read them exactly.
 
     python -m experiments.recipes.rainbow
+    python -m experiments.recipes.rainbow --system dalle --decoder-steps 3000 --steps 6000
 
-Pre-trains T5 on the training captions, trains the 32×32 base model on their 2,765 images and samples the held-out
-captions, about 4,700 (`--n` samples fewer). An image is right if all six attributes are read back as in its caption
-(`jaxdiff.evaluation.rainbow`). Cost and result are in experiments/results/README.md. Writes OUT/grid.png (held-out
-images above their samples, wrong ones first) and OUT/report.json. Started again, it resumes.
+Trains a system on the 2,765 training images at 32×32 (`rainbow_systems.py`: for Imagen a T5 and a base model) and
+samples the held-out captions, about 4,700 (`--n` samples fewer). An image is right if all six attributes are read back
+as in its caption (`jaxdiff.evaluation.rainbow`). Cost and results are in experiments/results/README.md. Writes
+OUT/grid.png (held-out images above their samples, wrong ones first) and OUT/report.json. Started again, it resumes.
 """
 
 import statistics
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -20,24 +22,20 @@ import numpy as np
 from experiments import train
 from experiments.cli import run
 from experiments.options.cores import use_cores
-from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
+from experiments.options.training import DataOptions
+from experiments.recipes.rainbow_systems import SYSTEMS, TEXT_BATCH, Training, TrainingOptions
 from experiments.table import TASKS
-from experiments.tasks import diffusion, t5
-from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.core.files import write_json
 from jaxdiff.data import grids
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read
 from jaxdiff.systems.bars import Bars
-from jaxdiff.systems.imagen import imagen
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.training.loop import Diverged
-from jaxdiff.weights.stages import load_model
-from jaxdiff.weights.t5 import load_text_encoder
+from jaxdiff.weights import pretrained
 
 COLUMNS, ROWS = 12, 4
-TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,10 @@ class Settings:
     """Train on 30 % of `rainbow` and sample the rest."""
 
     out: Path = Path("runs/rainbow")
-    """Folder of the run."""
-    preset: str = "tiny"
-    """Size of the base model: micro | small | medium | tiny."""
-    text_steps: int = 600
-    """Updates of T5 on the training captions."""
-    steps: int = 4000
-    """Updates of the base model."""
-    batch: int = 32
-    """Images per update."""
-    learning_rate: float = 2e-3
-    """Peak learning rate (Muon)."""
+    """Folder of the runs and the result."""
+    system: Literal["imagen", "sd", "dalle"] = "imagen"
+    """Imagen's base model, latent diffusion, or a dVAE with a transformer of its codes."""
+    training: TrainingOptions = TrainingOptions()
     n: int = 0
     """Held-out captions to sample, from the first; 0: all."""
     sample_batch: int = 64
@@ -70,43 +61,33 @@ def main(settings: Settings) -> None:
     """Train on 30 % of `rainbow` and sample the rest."""
     if settings.n < 0 or settings.sample_batch < 1:
         raise ValueError(f"--n {settings.n}, --sample-batch {settings.sample_batch}: at least 0, and at least 1")
-    use_cores(TEXT_BATCH, settings.batch)
+    use_cores(TEXT_BATCH, settings.training.batch)
     started = time.monotonic()
-    text = settings.out / "t5"
     data = DataOptions(("rainbow",), data_dir=settings.data_dir)
-    of_text = t5.Settings(
-        text,
-        run=RunOptions(settings.text_steps, TEXT_BATCH, ema_decay=0.99, save_every=200),
-        dataset=data,
-        optimization=OptimizerOptions(learning_rate=2e-3),
-    )
-    train.main("t5", TASKS["t5"], of_text)
-    base = diffusion.Settings(
-        settings.out / "base32",
-        settings.preset,
-        run=RunOptions(settings.steps, settings.batch, ema_decay=0.995, seed=settings.seed),
-        dataset=data,
-        optimization=OptimizerOptions("muon", settings.learning_rate, warmup=50),
-        text_encoder=TextOptions(str(text / "encoder")),
-    )
-    train.main("imagen.base32", TASKS["imagen.base32"], base)
+    runs = SYSTEMS[settings.system](Training(settings.out, data, settings.training, settings.seed))
+    for each in runs:
+        train.main(each.task, TASKS[each.task], each.settings)
     trained = time.monotonic() - started
-    model = load_model(base.out / "model")
+    pipeline = pretrained.load(runs[-1].settings.out)
     places = split("test")[: settings.n or None]
-    encoder = load_text_encoder(text / "encoder", model.model.text.shape[0])
-    sampled = _sampled(imagen(encoder, model), places, settings)
+    sampled = _sampled(pipeline, places, settings)
     asked = [EVERY[place] for place in places]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    provenance = {"parameters": parameters, "images_seen": settings.steps * settings.batch, "seed": settings.seed}
-    provenance |= {"seconds_of_training_in_this_run": trained, "device": jax.devices()[0].device_kind}
+    boxes = (pipeline.generator, *pipeline.decoders)
+    provenance = {
+        "system": settings.system,
+        "parameters": sum(leaf.size for box in boxes for leaf in jax.tree.leaves(box.params)),
+        "images_seen": {each.task: each.settings.run.steps * each.settings.run.batch for each in runs},
+        "seed": settings.seed,
+        "seconds_of_training_in_this_run": trained,
+        "device": jax.devices()[0].device_kind,
+    }
     report(settings.out, asked, sampled, provenance)
 
 
-def _sampled(model: Pipeline, places: tuple[int, ...], settings: Settings) -> np.ndarray:
+def _sampled(pipeline: Pipeline, places: tuple[int, ...], settings: Settings) -> np.ndarray:
     captions = [EVERY[place].caption for place in places]
-    with Bars(model) as bars:
-        (sampled,) = model.sample(captions, SampleOptions(seed=settings.seed, batch=settings.sample_batch), bars)
-    return sampled
+    with Bars(pipeline) as bars:
+        return pipeline.sample(captions, SampleOptions(seed=settings.seed, batch=settings.sample_batch), bars)[-1]
 
 
 def report(out: Path, asked: list[Attributes], sampled: np.ndarray, provenance: dict) -> None:

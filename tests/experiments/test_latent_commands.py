@@ -100,6 +100,7 @@ def test_an_autoencoder_is_trained_and_scored(runs, command):
     assert "no Fréchet distance of classifier-shapes: 3 images for 64 features" in done.out
 
 
+@pytest.mark.slow
 def test_an_averaged_codebook(runs, command, tmp_path):
     """It is a part of the saved autoencoder, and another run continues from it."""
     data = *runs.short, "--preset", "vq", "--codebook", "ema"

@@ -111,9 +111,21 @@ def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_pa
     done = command(rainbow.main, *arguments)
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["count"] == 8 and 0 <= report["right"] <= 1 and report["made_by"]["images_seen"] == 16
+    assert (
+        report["count"] == 8 and 0 <= report["right"] <= 1 and report["made_by"]["images_seen"]["imagen.base32"] == 16
+    )
     assert (tmp_path / "run" / "grid.png").is_file() and "held-out captions" in done.out
     assert command(rainbow.main, "--n", -1).code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["sd", "dalle"])
+def test_the_rainbow_of_other_systems(system, command, tmp_path):
+    few = "--text-steps", 2, "--decoder-steps", 2, "--steps", 2, "--batch", 8, "--n", 8
+    done = command(rainbow.main, "--system", system, *few, "--out", tmp_path / "run", "--data-dir", tmp_path / "data")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["count"] == 8 and report["made_by"]["system"] == system and "held-out captions" in done.out
 
 
 def test_definitions_without_licence_and_examples(command, tmp_path):

@@ -133,6 +133,7 @@ def forward(config, params, x, time, given):
     return config.module().apply({"params": params}, x, time, given)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(tiny):
     wanted = forward(TINY, *tiny)
     np.testing.assert_allclose(forward(executed(TINY, scan=True), *tiny), wanted, atol=1e-5)

@@ -1,0 +1,109 @@
+"""The systems that `experiments.recipes.rainbow` trains: for each, its runs in their order, the last one samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
+from experiments.tasks import autoencoder, dalle, diffusion, dvae, latents, t5
+from experiments.tasks.text_embeddings import TextOptions
+from jaxdiff.data.rainbow import SIDE
+
+TEXT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training settings."""
+
+    preset: str = "tiny"
+    """Size of the generator: `tiny`, or of imagen micro | small | medium."""
+    text_steps: int = 600
+    """Updates of T5 on the training captions."""
+    decoder_steps: int = 4000
+    """Updates of the autoencoder or the dVAE."""
+    steps: int = 4000
+    """Updates of the generator."""
+    batch: int = 32
+    """Images per update."""
+    learning_rate: float = 2e-3
+    """Peak learning rate (Muon)."""
+
+
+class Run(NamedTuple):
+    """A run of `experiments.train`: its task and settings."""
+
+    task: str
+    settings: Any
+
+
+class Training(NamedTuple):
+    """Where and on what a system is trained."""
+
+    out: Path
+    data: DataOptions
+    options: TrainingOptions
+    seed: int
+
+    def of(self, settings: Any, name: str, steps: int, ema_decay: float = 0.995, **changes: Any) -> Any:
+        """The settings of a task, changed to train it here."""
+        run = RunOptions(steps, self.options.batch, ema_decay=ema_decay, seed=self.seed)
+        warmup = min(50, steps - 1)
+        return replace(
+            settings,
+            out=self.out / name,
+            run=run,
+            dataset=self.data,
+            optimization=OptimizerOptions("muon", self.options.learning_rate, warmup=warmup),
+            **changes,
+        )
+
+
+def imagen(training: Training) -> list[Run]:
+    """T5 and a pixel diffusion model."""
+    text = _text(training)
+    settings = diffusion.Settings(preset=training.options.preset, text_encoder=_encoder(text))
+    return [text, Run("imagen.base32", training.of(settings, "base32", training.options.steps))]
+
+
+def stable_diffusion(training: Training) -> list[Run]:
+    """T5, an autoencoder of stride 4, and a diffusion model of its latents."""
+    text = _text(training)
+    options = autoencoder.AutoencoderOptions(side=SIDE)
+    settings = autoencoder.Settings(preset="tiny-f4", autoencoder=options)
+    first = Run("sd.autoencoder", training.of(settings, "autoencoder", training.options.decoder_steps))
+    latent = latents.LatentOptions(str(first.settings.out))
+    unet = latents.LatentSettings(preset=training.options.preset, text_encoder=_encoder(text), latent=latent)
+    return [text, first, Run("sd.unet", training.of(unet, "unet", training.options.steps))]
+
+
+def dalle_1(training: Training) -> list[Run]:
+    """A dVAE, and a transformer of text and its codes."""
+    options = dvae.DVAEOptions(side=SIDE, temperature_steps=max(1, training.options.decoder_steps * 3 // 4))
+    settings = dvae.Settings(preset="tiny", dvae=options)
+    first = Run("dalle.dvae", training.of(settings, "dvae", training.options.decoder_steps))
+    codes = dalle.TransformerOptions(codes=str(first.settings.out))
+    transformer = dalle.Settings(preset=training.options.preset, transformer=codes)
+    return [first, Run("dalle.transformer", training.of(transformer, "transformer", training.options.steps))]
+
+
+SYSTEMS: dict[str, Callable[[Training], list[Run]]] = {
+    "imagen": imagen,
+    "sd": stable_diffusion,
+    "dalle": dalle_1,
+}
+
+
+def _text(training: Training) -> Run:
+    settings = t5.Settings(
+        training.out / "t5",
+        run=RunOptions(training.options.text_steps, TEXT_BATCH, ema_decay=0.99, save_every=200),
+        dataset=training.data,
+        optimization=OptimizerOptions(learning_rate=2e-3),
+    )
+    return Run("t5", settings)
+
+
+def _encoder(text: Run) -> TextOptions:
+    return TextOptions(str(text.settings.out / "encoder"))
