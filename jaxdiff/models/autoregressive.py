@@ -1,4 +1,9 @@
-"""The autoregressive model of DALL·E 1 (arXiv 2102.12092, 2.2 and B): training, and sampling as a box of a pipeline."""
+"""Autoregressive models of codes: training, and sampling as a box of a pipeline.
+
+One model for two networks: DALL·E 1's transformer over text and codes (arXiv 2102.12092, 2.2 and B), and the
+encoder–decoder of dalle-mini. Both give logits of complete sequences (`__call__`), and sample with a cache: `prefill`
+reads the text, `step` one code.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,28 +21,37 @@ from jaxdiff.models.boxes import Generator
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.models.token_sampling import TokenSampling, drawn
-from jaxdiff.nets.autoregressive import AutoregressiveConfig, Cache, Logits
+from jaxdiff.nets.autoregressive import AutoregressiveConfig, Logits
+from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.text.encoder import TextEmbedding
+
+CodesNetwork = AutoregressiveConfig | EncoderDecoderConfig
 
 
 @dataclass(frozen=True)
 class AutoregressiveModel(SingleOptimizer):
-    """Settings of a model of text and codes. The defaults are the paper's.
+    """Settings of a model of text and codes. The defaults are DALL·E 1's.
 
     product: the codes. text_weight: of the text's cross-entropy in the loss; that of the codes has the rest (B.1: 1/8
-    and 7/8). dropout: fraction of captions replaced by padding in training, so that the text can be guided.
+    and 7/8); 0 for a network that predicts no text. dropout: fraction of captions that are left out in training, so
+    that the text can be guided. null: the token ids in place of a caption that is left out; none: padding alone.
     """
 
-    network: AutoregressiveConfig = AutoregressiveConfig()
+    network: CodesNetwork = AutoregressiveConfig()
     product: TokenSpec = TokenSpec()
     text_weight: float = 1 / 8
     dropout: float = 0.1
+    null: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.network.codes != self.product.classes:
             raise ValueError(f"a transformer of {self.network.codes} codes for {self.product}")
         if not 0 <= self.text_weight < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"text_weight and dropout lie in [0, 1), not {self.text_weight} and {self.dropout}")
+        if self.text_weight and not self.network.predicts_text:
+            raise ValueError(f"text_weight must be 0, not {self.text_weight}: this network predicts no text")
+        if len(self.null) > self.network.text_length or not all(0 <= each < self.network.vocab for each in self.null):
+            raise ValueError(f"null {self.null}: up to {self.network.text_length} ids below {self.network.vocab}")
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
         spec = self.batch_spec(1, self.network.columns)
@@ -50,21 +64,26 @@ class AutoregressiveModel(SingleOptimizer):
     ) -> tuple[Array, tuple[dict[str, Array], tuple]]:
         """The weighted mean cross-entropy in nats per token; padding is not predicted.
 
-        batch: ids and text_mask (b t), the caption; image (b r c), its codes. Metrics: `text_loss`, `code_loss`, and
-        `code_accuracy`, the fraction of codes that are the likeliest.
+        batch: ids and text_mask (b t), the caption; image (b r c), its codes. Metrics: `text_loss` if the network
+        predicts text, `code_loss`, and `code_accuracy`, the fraction of codes that are the likeliest.
         """
         keys = noise.sample_keys(key, jnp.arange(len(batch["ids"])))
-        kept = noise.uniform(keys) >= self.dropout
-        text, codes, right = self._errors(params, batch, batch["text_mask"] & kept[:, None])
+        kept = (noise.uniform(keys) >= self.dropout)[:, None]
+        given, null = _Text(batch["ids"], batch["text_mask"]), _null(self, len(keys))
+        dropped = _Text(*(jnp.where(kept, *both) for both in zip(given, null)))
+        text, codes, right = self._errors(params, dropped, batch["image"])
+        metrics = {"code_loss": codes.mean(), "code_accuracy": right.mean()}
+        if text is None:
+            return codes.mean(), (metrics, extra)
         loss = self.text_weight * text + (1.0 - self.text_weight) * codes.mean()
-        return loss, ({"text_loss": text, "code_loss": codes.mean(), "code_accuracy": right.mean()}, extra)
+        return loss, ({"text_loss": text} | metrics, extra)
 
     def held_out_losses(
         self, params: dict, extra: tuple, frozen: tuple, batch: Mapping, numbers: Int[Array, " b"], key: Key[Array, ""]
     ) -> dict[str, tuple[Array, Array]]:
         """`held_out_loss`, the codes' cross-entropy, and `held_out_code_accuracy`; sums over examples and counts.
         numbers (b): of the examples, or −1 for padding rows."""
-        _, codes, right = self._errors(params, batch, batch["text_mask"])
+        _, codes, right = self._errors(params, _Text(batch["ids"], batch["text_mask"]), batch["image"])
         counted = numbers >= 0
         scores = {"held_out_loss": codes.mean((1, 2)), "held_out_code_accuracy": right.mean((1, 2))}
         count = counted.astype(jnp.float32).sum()
@@ -88,15 +107,17 @@ class AutoregressiveModel(SingleOptimizer):
             "image": jax.ShapeDtypeStruct((batch_size, network.rows, network.columns), jnp.int32),
         }
 
-    def _errors(self, params: dict, batch: Mapping, mask: Bool[Array, "b t"]) -> tuple[Array, Array, Array]:
-        """The text's mean cross-entropy; for each code its cross-entropy, and whether it is the likeliest (b r c)."""
-        ids, codes = batch["ids"], batch["image"]
-        logits = cast(Logits, self.network.module().apply({"params": params}, ids, mask, codes))
-        text = optax.softmax_cross_entropy_with_integer_labels(logits.text, ids)
+    def _errors(self, params: dict, text: "_Text", codes: Int[Array, "b r c"]) -> tuple[Array | None, Array, Array]:
+        """The text's mean cross-entropy, None if it is not predicted; for each code its cross-entropy, and whether it
+        is the likeliest (b r c)."""
+        logits = cast(Logits, self.network.module().apply({"params": params}, *text, codes))
         each = optax.softmax_cross_entropy_with_integer_labels(logits.codes, codes.reshape(len(codes), -1))
         right = logits.codes.argmax(-1) == codes.reshape(len(codes), -1)
-        text = jnp.where(mask, text, 0.0).sum() / jnp.maximum(mask.sum(), 1)
-        return text, each.reshape(codes.shape), right.reshape(codes.shape).astype(jnp.float32)
+        scores = each.reshape(codes.shape), right.reshape(codes.shape).astype(jnp.float32)
+        if logits.text is None:
+            return None, *scores
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits.text, text.ids)
+        return jnp.where(text.mask, errors, 0.0).sum() / jnp.maximum(text.mask.sum(), 1), *scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +186,7 @@ class _State(NamedTuple):
     """The logits of the next code, and the cache; with guidance of both branches, the conditional one first."""
 
     logits: Float[Array, "b k"]
-    cache: Cache
+    cache: Any
 
 
 class _Known(NamedTuple):
@@ -190,17 +211,23 @@ class _Text(NamedTuple):
 
 
 def _text(model: AutoregressiveModel, text: TextEmbedding | None, count: int) -> _Text:
-    """The text's ids; without text, padding alone."""
-    length = model.network.text_length
+    """The text's ids; without text, those of `null`."""
     if text is None:
-        return _Text(jnp.zeros((count, length), jnp.int32), jnp.zeros((count, length), bool))
+        return _null(model, count)
     if text.ids is None:
         raise ValueError("this transformer reads token ids, and its text encoder gives none")
     return _Text(text.ids, text.mask)
 
 
+def _null(model: AutoregressiveModel, count: int) -> _Text:
+    """The ids of `null` and padding."""
+    places, given = jnp.arange(model.network.text_length), len(model.null)
+    ids = jnp.zeros(places.shape, jnp.int32).at[:given].set(jnp.asarray(model.null, jnp.int32))
+    return _Text(*(jnp.broadcast_to(each, (count, *places.shape)) for each in (ids, places < given)))
+
+
 @partial(jax.jit, static_argnums=0)
-def _begun(network: AutoregressiveConfig, params: dict, text: _Text) -> _State:
+def _begun(network: CodesNetwork, params: dict, text: _Text) -> _State:
     return _State(*cast(tuple, network.module().apply({"params": params}, *text, method="prefill")))
 
 
@@ -215,7 +242,7 @@ class _Given(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
 def _sampled(
-    network: AutoregressiveConfig,
+    network: CodesNetwork,
     guided: bool,
     given: _Given,
     first: Array,

@@ -64,6 +64,10 @@ class AutoregressiveConfig:
         """The sequence: a start token, the text, and the codes."""
         return TokenGrid(1 + self.text_length, self.rows, self.columns, self.kernel)
 
+    @property
+    def predicts_text(self) -> bool:
+        return True
+
     def module(self) -> "Autoregressive":
         return Autoregressive(self)
 
@@ -80,9 +84,9 @@ class Cache(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """text: of each text token. codes: of each code."""
+    """text: of each text token; None if the network predicts no text. codes: of each code."""
 
-    text: Float[Array, "b t v"]
+    text: Float[Array, "b t v"] | None
     codes: Float[Array, "b m k"]
 
 

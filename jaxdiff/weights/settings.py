@@ -27,7 +27,18 @@ from jaxdiff.models import (
     token_sampling,
 )
 from jaxdiff.nets import autoregressive as nets_autoregressive
-from jaxdiff.nets import blocks, classifier, conditioning, dvae, execution, latent_unet, prior, sparse_attention, unet
+from jaxdiff.nets import (
+    blocks,
+    classifier,
+    conditioning,
+    dvae,
+    encoder_decoder,
+    execution,
+    latent_unet,
+    prior,
+    sparse_attention,
+    unet,
+)
 from jaxdiff.nets import control as nets_control
 from jaxdiff.weights import sizes
 
@@ -77,6 +88,7 @@ TABLE = Table(
         "nets.Classifier": classifier.ClassifierConfig,
         "nets.Prior": prior.PriorConfig,
         "nets.Autoregressive": nets_autoregressive.AutoregressiveConfig,
+        "nets.EncoderDecoder": encoder_decoder.EncoderDecoderConfig,
         "nets.Pattern": sparse_attention.Pattern,
         "nets.DVAE": dvae.DVAEConfig,
         "diffusion.CosineSchedule": schedules.CosineSchedule,

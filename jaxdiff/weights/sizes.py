@@ -15,6 +15,7 @@ from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
 from jaxdiff.diffusion import schedules, time_grid
+from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.representations import ClassConditioner, EmbeddingConditioner, SemanticMapConditioner
@@ -27,6 +28,7 @@ from jaxdiff.nets.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.nets.dvae import DVAEConfig
+from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.t5 import T5Config
@@ -91,6 +93,13 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
         "kernel": SIDE,
         "feed_forward": Bounds(1, FACTOR.most),
     },
+    EncoderDecoderConfig: {
+        **dict.fromkeys(("vocab", "codes", "entries", "width", "heads", "feed_forward"), SIZE),
+        **dict.fromkeys(("text_length", "rows", "columns"), STEPS),
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), DEPTH),
+        "start": OPTIONAL,
+    },
+    AutoregressiveModel: {"null": OPTIONAL},
     TokenSampling: {"top_k": OPTIONAL},
     EmbeddingSpec: {"width": SIZE},
     TokenSpec: {"classes": SIZE, "stride": SIDE},
