@@ -29,7 +29,7 @@ from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.tokenizer import load_tokenizer
 from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.state import abstract_params
-from jaxdiff.weights import autoencoder, dvae, hub, latent_runs, runs, sizes, tree
+from jaxdiff.weights import autoencoder, dvae, hub, latent_runs, runs, sizes, tree, vqgan
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
 SETTINGS, CODES, TOKENIZER = "dalle.json", "codes.json", "tokenizer"
@@ -87,12 +87,15 @@ def load_generator(run: Path) -> TrainedAutoregressive:
 
 
 def load_decoder(path: str | Path) -> TrainedDVAE | VQCodes:
-    """A decoder of codes: the folder or run of a dVAE, or a VQ autoencoder as `latent_runs.load_autoencoder` reads it.
+    """A decoder of codes: the folder or run of a dVAE, a VQGAN in Flax's layout (`weights/vqgan.py`), or a VQ
+    autoencoder as `latent_runs.load_autoencoder` reads it.
 
     Raises FileNotFoundError, or ValueError for a KL autoencoder."""
     folder = dvae.folder_of(path)
     if (folder / dvae.SETTINGS).is_file():
         return dvae.load(folder)
+    if vqgan.is_vqgan(path):
+        return VQCodes(vqgan.load(path))
     try:
         return VQCodes(latent_runs.load_autoencoder(path))
     except ValueError as error:

@@ -113,7 +113,7 @@ class Stored(NamedTuple):
         dtype = TYPES[self.dtype]
         size = math.prod(self.shape) * dtype.itemsize
         with open(self.file, "rb") as file:
-            if _version(file) != self.version:
+            if file_version(file) != self.version:
                 raise ValueError(f"{self.file} was changed while it was read: load it again")
             file.seek(self.start)
             read = np.fromfile(file, np.uint8, size)
@@ -132,7 +132,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         if length > LARGEST_HEADER:
             raise ValueError(f"{path} has a header of {length} bytes: more than {LARGEST_HEADER} are not read")
         header = json_files.parse_object(file.read(length), str(path), "the header of safetensors", LARGEST_HEADER)
-        version = _version(file)
+        version = file_version(file)
     metadata = header.pop("__metadata__", None) or {}
     try:
         tensors = {
@@ -146,7 +146,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
-def _version(file) -> tuple[int, int]:
+def file_version(file) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
