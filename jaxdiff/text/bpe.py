@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxdiff.text.encoder import TextEmbedding, caption_list, fingerprint_of
+from jaxdiff.text.simplified import simplified
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, Tokens, import_transformers, tokenize
 
 PAD = "<pad>"
@@ -42,10 +43,12 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBa
 
 @dataclass(frozen=True, eq=False)
 class TokenTextEncoder:
-    """The token ids of captions, and no states: the width is 0. length: tokens per caption, padding included."""
+    """The token ids of captions, and no states: the width is 0. length: tokens per caption, padding included. simplify:
+    write captions as dalle-mini does (`text/simplified.py`)."""
 
     tokenizer: PreTrainedTokenizerBase
     length: int
+    simplify: bool = False
 
     @property
     def width(self) -> int:
@@ -57,11 +60,13 @@ class TokenTextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of({"length": self.length}, self.tokenizer, {})
+        settings = {"length": self.length} | ({"simplify": True} if self.simplify else {})
+        return fingerprint_of(settings, self.tokenizer, {})
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Ids of `length` tokens per caption and their padding mask. Long captions are truncated with a warning."""
-        return tokenize(self.tokenizer, caption_list(captions), self.length)
+        captions = caption_list(captions)
+        return tokenize(self.tokenizer, list(map(simplified, captions)) if self.simplify else captions, self.length)
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
         """`TextEmbedding.ids` and mask; tokens (b length 0)."""

@@ -8,10 +8,21 @@ import jax.numpy as jnp
 
 from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.sampling import TrainedModel
+from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.t5 import T5TextEncoder
-from jaxdiff.weights import dalle, hub, imagen, latent_runs, stable_diffusion, stable_diffusion_export, stages, t5
+from jaxdiff.weights import (
+    dalle,
+    dalle_mini,
+    hub,
+    imagen,
+    latent_runs,
+    stable_diffusion,
+    stable_diffusion_export,
+    stages,
+    t5,
+)
 from jaxdiff.weights.adapters import with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
 
@@ -32,6 +43,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 
     Raises FileNotFoundError or ValueError as the system's own loader does.
     """
+    if (folder := _dalle_mini(weights)) is not None:
+        return dalle_mini.load(folder, options.vae, text, options.dtype, options.place)
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load(path, options, text)
     if (run := _latent_run(weights)) is not None:
@@ -54,6 +67,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 
 def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEncoder:
     """The text encoder of `load`, without the rest: to embed captions first and free it."""
+    if (folder := _dalle_mini(weights)) is not None:
+        return dalle_mini.load_text(folder)
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load_text(stable_diffusion.open_source(path, options), options)
     if (run := _dalle_run(weights)) is not None:
@@ -65,6 +80,8 @@ def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEnc
 
 def text_length(weights: Weights) -> int:
     """Tokens per caption in the training of the first stage of `weights`."""
+    if (folder := _dalle_mini(weights)) is not None:
+        return dalle_mini.load_text(folder).length
     if (run := _dalle_run(weights)) is not None:
         return dalle.load_text(run).length
     return imagen.text_length(weights) if _stable_diffusion(weights) is None else stable_diffusion.presets.TOKENS
@@ -92,6 +109,12 @@ def _dalle_run(weights: Weights) -> Path | None:
     return Path(listed[0]) if len(listed) == 1 and dalle.is_run(Path(listed[0])) else None
 
 
+def _dalle_mini(weights: Weights) -> Path | None:
+    """The folder of a dalle-mini; None for others."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    return Path(listed[0]) if len(listed) == 1 and dalle_mini.is_dalle_mini(listed[0]) else None
+
+
 def from_pretrained(
     weights: Weights = SHIPPED,
     *,
@@ -103,16 +126,18 @@ def from_pretrained(
     """Load a pipeline: `from_pretrained("runs/base64").sample(["a red circle"])`.
 
     weights: the folder of a cascade or of a training run, several of them, a single file or folder of Stable Diffusion,
-    or a hub id; by default the tiny cascade of the package. dtype: compute type of the networks ("float32" or
-    "bfloat16"). variant: "fp16" selects the files of that name. text_encoder: replaces the one of the weights. place:
-    puts an array on its devices. Other settings: `load` with `LoadOptions`. Raises FileNotFoundError or ValueError.
+    the folder of a dalle-mini with its decoder, or a hub id; by default the tiny cascade of the package. dtype: compute
+    type of the networks ("float32" or "bfloat16"). variant: "fp16" selects the files of that name. text_encoder:
+    replaces the one of the weights. place: puts an array on its devices. Other settings: `load` with `LoadOptions`.
+    Raises FileNotFoundError or ValueError.
     """
     return load(weights, LoadOptions(dtype, variant, place), text_encoder)
 
 
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
     """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/; a
-    Stable Diffusion in diffusers' layout; a DALL·E 1 as a run with the decoder of its codes.
+    Stable Diffusion in diffusers' layout; a DALL·E 1 as a run, a dalle-mini in its own layout, both with the decoder
+    of their codes.
 
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
     pipeline, before anything is written; OSError if writing fails.
@@ -120,7 +145,8 @@ def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "flo
     if stable_diffusion_export.is_latent_diffusion(pipeline):
         return stable_diffusion_export.export(pipeline, directory, dtype=dtype)
     if isinstance(pipeline.generator, TrainedAutoregressive):
-        return dalle.export(pipeline, directory, dtype)
+        mini = isinstance(pipeline.generator.model.network, EncoderDecoderConfig)
+        return (dalle_mini if mini else dalle).export(pipeline, directory, dtype)
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")

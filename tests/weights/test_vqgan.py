@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_autoencoder
 from flax import serialization
 
-import small_autoencoder
 from jaxdiff.core.trees import flatten
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.sampling import SampleRequest
@@ -216,5 +216,5 @@ def test_another_network_is_not_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             vqgan.export(replace(TRAINED, config=replace(CONFIG, **change)), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not vqgan.is_vqgan(tmp_path)
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         vqgan.load(tmp_path)
