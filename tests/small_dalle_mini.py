@@ -54,7 +54,7 @@ def pipeline() -> Pipeline:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
     params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    decoder = VQCodes(TrainedAutoencoder(VQGAN, random_params(VQGAN), 1.0, side=8))
+    decoder = VQCodes(TrainedAutoencoder(VQGAN, random_params(VQGAN), 1.0, side=8), unit=True)
     return dalle(text, TrainedAutoregressive(model, params, SAMPLING_MINI, text.fingerprint), decoder)
 
 

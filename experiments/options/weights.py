@@ -31,8 +31,8 @@ class WeightsOptions:
 
     weights: tuple[str, ...] = (str(SHIPPED),)
     """Folder of a cascade or of a training run, finished or not; a Stable Diffusion, as a .safetensors file, folder or
-    hub id (id@revision); or DeepFloyd IF pipelines, one folder or hub id per stage: a published stage I includes its
-    stage II."""
+    hub id (id@revision); the folder of a dalle-mini; or DeepFloyd IF pipelines, one folder or hub id per stage: a
+    published stage I includes its stage II."""
     sr: tuple[str, ...] = ()
     """Super-resolution stages to append: runs, or stages of other cascades, in the order of their sizes."""
     text: str | None = None
@@ -42,7 +42,7 @@ class WeightsOptions:
     clean: bool = True
     """Clean captions for DeepFloyd IF as in its training."""
     vae: str | None = None
-    """File or folder of the autoencoder, instead of that of a latent diffusion model."""
+    """File or folder of the autoencoder, instead of that of a latent diffusion model; the VQGAN of a dalle-mini."""
     prediction: Literal["", "epsilon", "v"] = ""
     """What a Stable Diffusion 2 in a single file predicts; default: as the file says, otherwise v."""
     ema: bool = False

@@ -14,9 +14,14 @@ from jaxdiff.nets.autoencoder import VQBottleneck, quantize
 
 @dataclass(frozen=True, eq=False)
 class VQCodes(Decoder):
-    """An autoencoder with a codebook; its codes are the numbers of the entries. ValueError for a KL autoencoder."""
+    """An autoencoder with a codebook; its codes are the numbers of the entries. ValueError for a KL autoencoder.
+
+    unit: the network reads and gives images in [0, 1], as for dalle-mini, whose codes are those of such images; outside
+    of this box images are in [-1, 1] in any case.
+    """
 
     autoencoder: TrainedAutoencoder
+    unit: bool = False
 
     def __post_init__(self):
         if not isinstance(self.autoencoder.config.bottleneck, VQBottleneck):
@@ -46,15 +51,17 @@ class VQCodes(Decoder):
     def decode(self, product: Int[Array, "b h w"], request: SampleRequest) -> Float[Array, "b h2 w2 c"]:
         """Codes → images in [-1, 1]."""
         check_product(self.consumes, product, "the codes")
-        return self.autoencoder.decode(self._latents(product), request)
+        image = self.autoencoder.decode(self._latents(product), request)
+        return jnp.clip(2.0 * image - 1.0, -1.0, 1.0) if self.unit else image
 
     def decoded(self, codes: Int[Array, "b h w"]) -> Float[Array, "b h2 w2 c"]:
         """`decode` without a request, not clipped."""
-        return self.autoencoder.decoded(self._latents(codes))
+        image = self.autoencoder.decoded(self._latents(codes))
+        return 2.0 * image - 1.0 if self.unit else image
 
     def encode(self, image: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
         """Images in [-1, 1] → the nearest codes."""
-        latents = self.autoencoder.encode(image) / self.autoencoder.scale
+        latents = self.autoencoder.encode((image + 1.0) / 2.0 if self.unit else image) / self.autoencoder.scale
         return quantize(latents, self.autoencoder.params["codebook"])[1].astype(jnp.int32)
 
     def _latents(self, codes: Array) -> Array:

@@ -173,7 +173,7 @@ class EncoderDecoder(nn.Module):
             for each in layers:
                 x = cast(Any, each)(x, *given)
             return x
-        params = [self.variables["params"][each.name] for each in layers]
+        params = [self.variables["params"][str(each.name)] for each in layers]
         return in_loop(execution, params, lambda x, params: cast(Array, layer.apply({"params": params}, x, *given)), x)
 
 

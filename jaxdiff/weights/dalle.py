@@ -139,6 +139,8 @@ def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") ->
     if not isinstance(text, TokenTextEncoder):
         raise ValueError("the pipeline has no tokenizer: load it with its own text encoder")
     decoder, folder = decoders[0], directory / "codes"
+    if isinstance(decoder, VQCodes) and decoder.unit:
+        raise ValueError("the decoder's images lie in [0, 1], and the layout of a run has no place for that")
     if isinstance(decoder, TrainedDVAE):
         dvae.save(decoder, folder, dtype)
     elif isinstance(decoder, VQCodes):

@@ -35,7 +35,7 @@ from jaxdiff.weights import dalle as code_decoders
 from jaxdiff.weights import dvae, flax_files, hub, sizes, tree, vqgan
 from jaxdiff.weights.tree import Stored
 
-CONFIG, TOKENIZER, DECODER = "config.json", "tokenizer.json", "vqgan"
+CONFIG, TOKENIZER, DECODER, RANGE = "config.json", "tokenizer.json", "vqgan", "image_range"
 SPARE = 64
 """Maximum entries between the last code and the start token; dalle-mega has 31 unused ones in all."""
 TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -101,6 +101,8 @@ def load(
     if vae is None and not inner.is_dir():
         raise ValueError(f"{folder} has no decoder of its codes: name the folder of its VQGAN (--vae)")
     decoder = code_decoders.load_decoder(inner if vae is None else vae)
+    if isinstance(decoder, VQCodes):
+        decoder = replace(decoder, unit=reads_unit_images(folder / CONFIG))
     generator = load_generator(folder, decoder.consumes, dtype or "float32", place)
     return dalle(load_text(folder) if text is None else text, generator, decoder)
 
@@ -156,7 +158,16 @@ def export(pipeline: Pipeline, folder: str | Path, dtype: str = "float32") -> No
     }
     flax_files.write(folder / flax_files.FILE, stacked(arrays))
     text.tokenizer.save_pretrained(str(folder))
-    hub.write_json(folder / CONFIG, described(network, text.simplify))
+    ranges = {} if isinstance(decoder, VQCodes) and decoder.unit else {RANGE: [-1, 1]}
+    hub.write_json(folder / CONFIG, described(network, text.simplify) | ranges)
+
+
+def reads_unit_images(path: Path) -> bool:
+    """Whether the codes are those of images in [0, 1]. dalle-mini's are, though its VQGAN was trained on [-1, 1]; this
+    package writes the range of others."""
+    values = hub.read_json(path, "dalle-mini")
+    hub.require(path, values, RANGE, ([0, 1], [-1, 1]), [0, 1])
+    return values.get(RANGE, [0, 1]) == [0, 1]
 
 
 def read_config(path: Path, dtype: hub.Dtype = "float32") -> tuple[EncoderDecoderConfig, bool]:

@@ -7,7 +7,7 @@ bytes. Only this form is read. Tensors are not loaded with the names: `tree.Stor
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +30,28 @@ _ARRAY = 1
 """The type of the extension that holds an array."""
 _CHUNKED = "__msgpack_chunked_array__"
 _TYPES = {dtype.name: name for name, dtype in tree.TYPES.items()}
-# First bytes of msgpack: a mask of the bits that are the kind, the kind, then bytes of the length that follow, or none.
-_MAP, _TEXT, _LIST = ((0xF0, 0x80), {0xDE: 2, 0xDF: 4}), ((0xE0, 0xA0), {0xD9: 1, 0xDA: 2, 0xDB: 4}), ((0xF0, 0x90), {})
-_NUMBER, _BYTES = ((0x80, 0x00), {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}), (None, {0xC4: 1, 0xC5: 2, 0xC6: 4})
-_EXTENSION = (None, {0xC7: 1, 0xC8: 2, 0xC9: 4})
-_FIXED_EXTENSION = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+
+
+class _Kind(NamedTuple):
+    """How a value of msgpack begins. mask, bits: of a first byte that holds the length in its other bits; long: for
+    other first bytes, how many bytes of the length follow."""
+
+    long: Mapping[int, int]
+    mask: int = 0
+    bits: int = -1
+
+    def holds(self, first: int) -> bool:
+        """Whether the first byte holds the length."""
+        return first & self.mask == self.bits
+
+    def begins(self, first: int) -> bool:
+        return self.holds(first) or first in self.long
+
+
+_MAP, _LIST = _Kind({0xDE: 2, 0xDF: 4}, 0xF0, 0x80), _Kind({}, 0xF0, 0x90)
+_TEXT, _BYTES = _Kind({0xD9: 1, 0xDA: 2, 0xDB: 4}, 0xE0, 0xA0), _Kind({0xC4: 1, 0xC5: 2, 0xC6: 4})
+_NUMBER = _Kind({0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}, 0x80, 0x00)
+_EXTENSION, _FIXED_EXTENSION = _Kind({0xC7: 1, 0xC8: 2, 0xC9: 4}), {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 
 def read_index(path: str | Path) -> dict[str, Stored]:
@@ -107,7 +124,7 @@ class _Reader:
             names.add(name)
             first = self._take(1)[0]
             self._file.seek(-1, 1)
-            if (first & 0xF0) == 0x80 or first in (0xDE, 0xDF):
+            if _MAP.begins(first):
                 self.read_map(f"{prefix}{name}/", depth + 1)
             else:
                 self._array(prefix + name)
@@ -116,8 +133,8 @@ class _Reader:
         first = self._take(1)[0]
         if first in _FIXED_EXTENSION:
             size = _FIXED_EXTENSION[first]
-        elif first in _EXTENSION[1]:
-            size = int.from_bytes(self._take(_EXTENSION[1][first]))
+        elif _EXTENSION.begins(first):
+            size = int.from_bytes(self._take(_EXTENSION.long[first]))
         else:
             raise self.damaged(f"{quoted(key)} is neither a map nor an array")
         if self._take(1)[0] != _ARRAY:
@@ -147,15 +164,12 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.damaged("a name that is not UTF-8") from error
 
-    def _length(self, kind: tuple[tuple[int, int] | None, dict[int, int]], what: str) -> int:
+    def _length(self, kind: _Kind, what: str) -> int:
         """A length, or a whole number, of the given kind."""
-        short, long = kind
         first = self._take(1)[0]
-        if short is not None and first & short[0] == short[1]:
-            return first & ~short[0]
-        if first not in long:
+        if not kind.begins(first):
             raise self.damaged(f"{what} is missing at byte {self._file.tell() - 1}")
-        return int.from_bytes(self._take(long[first]))
+        return first & ~kind.mask if kind.holds(first) else int.from_bytes(self._take(kind.long[first]))
 
     def _take(self, count: int) -> bytes:
         data = self._file.read(count)

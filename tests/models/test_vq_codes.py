@@ -32,6 +32,18 @@ def test_codes_are_the_numbers_of_the_entries():
     np.testing.assert_allclose(box.decode(codes, request), jnp.clip(wanted, -1, 1), atol=1e-5)
 
 
+def test_images_in_the_unit_interval():
+    """The network's images are in [0, 1], those of the box in [-1, 1]."""
+    box = VQCodes(TRAINED, unit=True)
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 8, 3)), jnp.float32)
+    codes = box.encode(image)
+    np.testing.assert_array_equal(codes, VQCodes(TRAINED).encode((image + 1) / 2))
+    inner = VQCodes(TRAINED).decoded(codes)
+    np.testing.assert_allclose(box.decoded(codes), 2 * inner - 1, atol=1e-5)
+    request = SampleRequest(noise.sample_keys(jax.random.key(0), jnp.arange(2)), (16, 8))
+    np.testing.assert_allclose(box.decode(codes, request), 2 * jnp.clip(inner, 0, 1) - 1, atol=1e-5)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="a KL autoencoder has no codes"):
         VQCodes(TrainedAutoencoder(small.KL8, {}))

@@ -66,6 +66,15 @@ def test_round_trip(folders, loaded, tmp_path):
     assert pretrained.text_length(tmp_path / "again") == 8
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_range_of_images(unit, loaded, tmp_path):
+    """The published codes are those of images in [0, 1]; others say so."""
+    decoder = replace(loaded.decoders[0], unit=unit)
+    dalle_mini.export(replace(loaded, decoders=(decoder,)), tmp_path)
+    assert dalle_mini.load(tmp_path).decoders[0].unit == unit
+    assert ("image_range" in json.loads((tmp_path / "config.json").read_text())) != unit
+
+
 def test_captions(folders, loaded):
     """They are simplified, end with </s>, and are cut with a warning; padding is masked; an empty one is start, end."""
     encoded = loaded.text_encoder.encode(["A Small-red circle!!", "a small red circle", ""])
@@ -174,6 +183,7 @@ def test_published(name, config, sizes, tmp_path):
         ({"encoder_vocab_size": 200}, "the embedding only 200"),
         ({"max_text_length": "8"}, "max_text_length = '8'"),
         ({"normalize_text": 1}, "normalize_text = 1"),
+        ({"image_range": [0, 255]}, "image_range = "),
         ({"decoder_start_token_id": 9}, "12 codes, the transformer"),
     ],
 )
