@@ -21,6 +21,9 @@ def commands() -> dict[str, Command]:
         ),
         "dalle": Command(dalle.main, dalle.Settings(), (dalle.main.__doc__ or "").strip()),
         "dvae": Command(dalle.convert_dvae, dalle.DVAESettings(), (dalle.convert_dvae.__doc__ or "").strip()),
+        "min-dalle": Command(
+            dalle.convert_min_dalle, dalle.MinDalleSettings(), (dalle.convert_min_dalle.__doc__ or "").strip()
+        ),
         "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),
     }
 

@@ -1,18 +1,22 @@
-"""Write DALL·E 1 as one folder, and convert OpenAI's published dVAE.
+"""Write DALL·E 1 as one folder, and convert OpenAI's published dVAE and min-dalle's files.
 
     python -m experiments.export dalle --weights runs/dalle --out runs/dalle-folder
     python -m experiments.export dvae --encoder encoder.pkl --decoder decoder.pkl --out runs/openai-dvae
+    python -m experiments.export min-dalle --encoder encoder.pt --decoder decoder.pt --out runs/dalle-mega
 
 The folder of `dalle` has the transformer, its tokenizer and the decoder of its codes; every command takes it as
 `--weights`. OpenAI's two files are pickles (cdn.openai.com/dall-e); they are read without PyTorch, and nothing in them
 is executed. `--codes runs/openai-dvae` of `experiments.train dalle.transformer` uses the result. Both take seconds.
+
+min-dalle's files become a folder in dalle-mini's layout, for `--weights` of `experiments.sample`; its VQGAN, the
+published one, is `--vae` there.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxdiff.weights import dalle, dvae
+from jaxdiff.weights import dalle, dalle_mini, dvae, min_dalle
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,29 @@ def convert_dvae(settings: DVAESettings) -> None:
     converted = dvae.from_openai(settings.encoder, settings.decoder)
     dvae.save(converted, settings.out, settings.dtype)
     print(f"{settings.out}: a dVAE of stride {converted.factor} with {converted.config.codes} codes")
+
+
+@dataclass(frozen=True)
+class MinDalleSettings:
+    """min-dalle's files, and the folder to write."""
+
+    encoder: Path = Path("encoder.pt")
+    """The encoder's tensors."""
+    decoder: Path = Path("decoder.pt")
+    """The decoder's tensors."""
+    vocab: Path = Path("vocab.json")
+    """The tokens with their numbers."""
+    merges: Path = Path("merges.txt")
+    """The pairs of tokens, the most frequent first."""
+    out: Path = Path("runs/dalle-mega")
+    """Folder to write."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the stored parameters."""
+
+
+def convert_min_dalle(settings: MinDalleSettings) -> None:
+    """Convert min-dalle's transformer to dalle-mini's layout."""
+    network, params = min_dalle.load(settings.encoder, settings.decoder)
+    text = min_dalle.load_text(settings.vocab, settings.merges, network)
+    dalle_mini.save(settings.out, network, params, text, settings.dtype)
+    print(f"{settings.out}: a transformer of width {network.width}; sample with --weights {settings.out} --vae VQGAN")

@@ -129,7 +129,7 @@ def load_generator(
     model = AutoregressiveModel(
         replace(network, codes=product.classes), product, text_weight=0.0, null=tuple(special_ids(text.tokenizer))
     )
-    shapes = sizes.shapes(_init, replace(network, execution=ExecutionConfig()), str(folder))
+    shapes = shapes_of(network, str(folder))
     tensors = one_by_one(flax_files.read_index(folder / flax_files.FILE), str(folder))
     params = flax_files.load_params(tensors, shapes, key_map(shapes), dtype, place, str(folder))
     return TrainedAutoregressive(model, params, SAMPLING_MINI, text.fingerprint)
@@ -152,14 +152,20 @@ def export(pipeline: Pipeline, folder: str | Path, dtype: str = "float32") -> No
         dvae.save(decoder, folder / DECODER, dtype)
     else:
         raise ValueError("the decoder is neither a dVAE nor a VQ autoencoder")
-    named = key_map(generator.params)
-    arrays = {
-        named[path]: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in trees.flatten(generator.params).items()
-    }
+    save(folder, network, generator.params, text, dtype)
+    if not isinstance(decoder, VQCodes) or not decoder.unit:
+        hub.write_json(folder / CONFIG, described(network, text.simplify) | {RANGE: [-1, 1]})
+
+
+def save(
+    folder: Path, network: EncoderDecoderConfig, params: dict, text: TokenTextEncoder, dtype: str = "float32"
+) -> None:
+    """Writes a transformer and its tokenizer as published, without a decoder. OSError if writing fails."""
+    named = key_map(params)
+    arrays = {named[path]: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in trees.flatten(params).items()}
     flax_files.write(folder / flax_files.FILE, stacked(arrays))
     text.tokenizer.save_pretrained(str(folder))
-    ranges = {} if isinstance(decoder, VQCodes) and decoder.unit else {RANGE: [-1, 1]}
-    hub.write_json(folder / CONFIG, described(network, text.simplify) | ranges)
+    hub.write_json(folder / CONFIG, described(network, text.simplify))
 
 
 def reads_unit_images(path: Path) -> bool:
@@ -313,13 +319,23 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         inner.no_truncation()
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer: {reason(error)}") from error
+    return wrapped(inner, str(path))
+
+
+def wrapped(inner: Tokenizer, where: str) -> PreTrainedTokenizerBase:
+    """With the special tokens that it has. ValueError, naming `where`, without <pad> or </s>."""
     known = inner.get_vocab()
     special = {name: token for name, token in TOKENS.items() if token in known}
     if not {"pad_token", "eos_token"} <= special.keys():
-        raise ValueError(f"{path}: not a tokenizer of BART's kind: it has no <pad> or </s>")
+        raise ValueError(f"{where}: not a tokenizer of BART's kind: it has no <pad> or </s>")
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=inner, clean_up_tokenization_spaces=False, **special
     )
+
+
+def shapes_of(network: EncoderDecoderConfig, where: str) -> dict:
+    """Of the parameters. ValueError, naming `where`, if the settings are invalid."""
+    return sizes.shapes(_init, replace(network, execution=ExecutionConfig()), where)
 
 
 def _init(network: EncoderDecoderConfig) -> dict:
