@@ -53,7 +53,8 @@ class TransformerOptions:
     """Codes and text; defaults are the preset's."""
 
     codes: str = ""
-    """Run of dalle.dvae; or a VQ autoencoder: a run of sd.autoencoder, or a folder or hub id in diffusers' layout."""
+    """Run of dalle.dvae; or a VQ autoencoder: a run of sd.autoencoder, a folder or hub id in diffusers' layout, or the
+    folder of dalle-mini's VQGAN."""
     tokenizer: str = "trained"
     """`trained` (byte pairs, from these captions), or a directory or hub id."""
     vocab: int | None = None

@@ -43,8 +43,6 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 
     Raises FileNotFoundError or ValueError as the system's own loader does.
     """
-    if (folder := _dalle_mini(weights)) is not None:
-        return dalle_mini.load(folder, options.vae, text, options.dtype, options.place)
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load(path, options, text)
     if (run := _latent_run(weights)) is not None:
@@ -55,10 +53,12 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
         dtype = options.dtype or "float32"
         adapted = with_adapters(pipeline.generator, options.loras, options.controls, dtype, options.place)
         return replace(pipeline, generator=adapted)
-    if (run := _dalle_run(weights)) is not None:
-        return dalle.load(run, text, options.dtype)
     if options.loras.files or options.controls:
         raise ValueError(f"{weights}: LoRAs and ControlNets are for a Stable Diffusion")
+    if (folder := _dalle_mini(weights)) is not None:
+        return dalle_mini.load(folder, options.vae, text, options.dtype, options.place)
+    if (run := _dalle_run(weights)) is not None:
+        return dalle.load(run, text, options.dtype)
     pipeline = imagen.load(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, text=text, place=options.place
     )

@@ -44,6 +44,7 @@ def test_completion_and_settings(folders, command, tmp_path):
     [
         ((), "has no decoder of its codes: name the folder of its VQGAN (--vae)"),
         (("--vae", "{mini}"), "_class_name"),
+        (("--vae", "{vqgan}", "--lora", "style.safetensors"), "LoRAs and ControlNets are for a Stable Diffusion"),
         (("--vae", "{vqgan}", "--size", "16"), "samples 4×4 codes, not 8×8"),
         (("--vae", "{vqgan}", "--steps", 5), "--steps: this model samples tokens"),
     ],
