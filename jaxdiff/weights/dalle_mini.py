@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tokenizers import Tokenizer
 
 from jaxdiff.core import json_files, trees
@@ -32,7 +31,7 @@ from jaxdiff.text.bpe import TokenTextEncoder
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.tokenizer import PreTrainedTokenizerBase, check_vocabulary, import_transformers, special_ids
 from jaxdiff.weights import dalle as code_decoders
-from jaxdiff.weights import dvae, flax_files, hub, sizes, tree, vqgan
+from jaxdiff.weights import dvae, flax_files, hub, lazy, sizes, tree, vqgan
 from jaxdiff.weights.tree import Stored
 
 CONFIG, TOKENIZER, DECODER, RANGE = "config.json", "tokenizer.json", "vqgan", "image_range"
@@ -162,8 +161,8 @@ def save(
 ) -> None:
     """Writes a transformer and its tokenizer as published, without a decoder. OSError if writing fails."""
     named = key_map(params)
-    arrays = {named[path]: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in trees.flatten(params).items()}
-    flax_files.write(folder / flax_files.FILE, stacked(arrays))
+    tensors = {named[path]: lazy.held(leaf) for path, leaf in trees.flatten(params).items()}
+    flax_files.write(folder / flax_files.FILE, stacked(tensors), dtype)
     text.tokenizer.save_pretrained(str(folder))
     hub.write_json(folder / CONFIG, described(network, text.simplify))
 
@@ -295,17 +294,17 @@ def one_by_one(tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
     return result
 
 
-def stacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `one_by_one`, in memory."""
-    result: dict[str, Any] = {}
-    for name, array in arrays.items():
+def stacked(tensors: Mapping[str, tree.Unread]) -> dict[str, tree.Unread]:
+    """The inverse of `one_by_one`; nothing is read."""
+    result: dict[str, tree.Unread] = {}
+    layers: dict[str, dict[int, tree.Unread]] = {}
+    for name, tensor in tensors.items():
         match = LAYER.fullmatch(name)
         if match is None:
-            result[name] = array
+            result[name] = tensor
         else:
-            result.setdefault(f"{match[1]}s/{match[3]}", {})[int(match[2])] = array
-    whole = lambda layers: np.stack([layers[i] for i in range(len(layers))])  # noqa: E731
-    return {name: whole(value) if isinstance(value, dict) else value for name, value in result.items()}
+            layers.setdefault(f"{match[1]}s/{match[3]}", {})[int(match[2])] = tensor
+    return result | {name: lazy.stacked([each[i] for i in range(len(each))]) for name, each in layers.items()}
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -5,14 +5,12 @@ bytes. Only this form is read. Tensors are not loaded with the names: `tree.Stor
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization
-from jaxtyping import Array
 
 from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import plain, quoted
@@ -91,12 +89,41 @@ def load_params(
     return unflatten({path: place(array) for path, array in read})
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray | Array]) -> None:
-    """Writes tensors by their path joined by "/", atomically. OSError if writing fails."""
+def write(path: Path, tensors: Mapping[str, Unread], dtype: str | None = None) -> None:
+    """Writes tensors by their path joined by "/", atomically; they are read one at a time. dtype: floating ones are cast
+    to it; None keeps their type. ValueError for an array of 4 GiB, OSError if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    nested = unflatten({name: np.asarray(array) for name, array in tensors.items()})
-    with tree.saving(path), replacing(path) as temporary:
-        temporary.write_bytes(serialization.msgpack_serialize(nested))
+    types = {name: _written(tensor, dtype) for name, tensor in tensors.items()}
+    large = [
+        name for name, tensor in tensors.items() if math.prod(tensor.shape) * types[name].itemsize >= 2**32 - 2**10
+    ]
+    if large:
+        raise ValueError(f"{plain(large[0])} is too large for msgpack, whose arrays are smaller than 4 GiB")
+    with tree.saving(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        for part in _parts(unflatten({name: (tensor, types[name]) for name, tensor in tensors.items()})):
+            file.write(part)
+
+
+def _written(tensor: Unread, dtype: str | None) -> np.dtype:
+    return np.dtype(jnp.dtype(dtype)) if dtype is not None and tensor.dtype in tree.FLOATS else tree.TYPES[tensor.dtype]
+
+
+def _parts(value: dict | tuple[Unread, np.dtype]) -> Iterator[bytes | memoryview]:
+    """The bytes of a map, or of an array: lengths take four bytes, whatever they are."""
+    number = lambda first, value: bytes([first]) + value.to_bytes(4, "big")  # noqa: E731
+    if isinstance(value, dict):
+        yield number(0xDF, len(value))
+        for name, inner in value.items():
+            yield number(0xDB, len(name.encode())) + name.encode()
+            yield from _parts(inner)
+        return
+    tensor, dtype = value
+    array = np.asarray(tensor.read(tree.TYPES).astype(dtype, copy=False), order="C")
+    name = dtype.name.encode()
+    head = b"\x93" + bytes([0x90 + array.ndim]) + b"".join(number(0xCE, side) for side in array.shape)
+    head += number(0xDB, len(name)) + name + number(0xC6, array.nbytes)
+    yield number(0xC9, len(head) + array.nbytes) + bytes([_ARRAY]) + head
+    yield array.reshape(-1).view(np.uint8).data
 
 
 class _Reader:

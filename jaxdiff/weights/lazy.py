@@ -50,6 +50,14 @@ def rows(tensor: Unread, start: int, stop: int) -> Unread:
     return Derived((stop - start, *tensor.shape[1:]), tensor.dtype, lambda types: tensor.read(types)[start:stop])
 
 
+def stacked(tensors: Sequence[Unread]) -> Unread:
+    """Tensors of one shape and type along a new first axis."""
+    first = tensors[0]
+    assert all(tuple(each.shape) == tuple(first.shape) and each.dtype == first.dtype for each in tensors)
+    shape = (len(tensors), *first.shape)
+    return Derived(shape, first.dtype, lambda types: np.stack([each.read(types) for each in tensors]))
+
+
 def joined(tensors: Sequence[Unread]) -> Unread:
     """Tensors one after another along the first axis. ValueError unless the other axes and the types are the same."""
     first = tensors[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdiff.core import json_files, trees
 from jaxdiff.models.autoencoder import TrainedAutoencoder
@@ -76,10 +75,11 @@ def export(trained: TrainedAutoencoder, folder: str | Path, dtype: str = "float3
     cannot express the network; OSError if writing fails."""
     folder, params = Path(folder), trees.flatten(trained.params)
     values, named = described(trained.config, trained.side), key_map(trained.params)
-    arrays = {named[path]: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in params.items()}
-    convolutions = {named[path] for path in params if "attention/" in path and path.endswith("kernel")}
-    stored = {name: array[None, None] if name in convolutions else array for name, array in arrays.items()}
-    flax_files.write(folder / flax_files.FILE, stored)
+    tensors = {named[path]: lazy.held(leaf) for path, leaf in params.items()}
+    for path, leaf in params.items():
+        if "attention/" in path and path.endswith("kernel"):
+            tensors[named[path]] = lazy.reshaped(tensors[named[path]], (1, 1, *leaf.shape))
+    flax_files.write(folder / flax_files.FILE, tensors, dtype)
     hub.write_json(folder / CONFIG, values)
 
 

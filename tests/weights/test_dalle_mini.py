@@ -18,7 +18,7 @@ from jaxdiff.nets.encoder_decoder import MEGA, MINI
 from jaxdiff.systems.dalle import SAMPLING_MINI
 from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text.precomputed import embed_captions
-from jaxdiff.weights import dalle_mini, flax_files, pretrained, vqgan
+from jaxdiff.weights import dalle_mini, flax_files, lazy, pretrained, vqgan
 from jaxdiff.weights.pretrained import LoadOptions
 
 
@@ -95,12 +95,13 @@ def test_layers_one_by_one(folders, loaded, tmp_path):
         head, found, tail = name.partition("Layers/")
         plain |= {f"{head}Layer_{i}/{tail}": part for i, part in enumerate(array)} if found else {name: array}
     assert len(plain) > len(tensors)
-    flax_files.write(path, {name: array.astype("f2") for name, array in plain.items()})
+    plain = {name: lazy.held(array) for name, array in plain.items()}
+    flax_files.write(path, plain, "float16")
     other = dalle_mini.load(tmp_path / "plain", folders[1])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other.generator.params, loaded.generator.params
     )
-    flax_files.write(path, plain | tensors)
+    flax_files.write(path, plain | {name: lazy.held(array) for name, array in tensors.items()})
     with pytest.raises(ValueError, match="layers stacked and one by one"):
         dalle_mini.load(tmp_path / "plain", folders[1])
 

@@ -7,7 +7,7 @@ import pytest
 from flax import serialization
 
 from jaxdiff.core.trees import flatten
-from jaxdiff.weights import flax_files
+from jaxdiff.weights import flax_files, lazy
 
 RNG = np.random.default_rng(0)
 TREE = {
@@ -29,10 +29,20 @@ def test_round_trip(tmp_path):
         values = index[name].read(flax_files.tree.TYPES)
         assert values.dtype == array.dtype
         np.testing.assert_array_equal(np.asarray(values, "f8"), np.asarray(array, "f8"))
-    flax_files.write(again, wanted)
+    flax_files.write(again, {name: lazy.held(np.asarray(array)) for name, array in wanted.items()})
     restored = flatten(serialization.msgpack_restore(again.read_bytes()))
     for name, array in wanted.items():
+        assert np.shape(restored[name]) == np.shape(array) and restored[name].dtype == array.dtype
         np.testing.assert_array_equal(np.asarray(restored[name], "f8"), np.asarray(array, "f8"))
+    flax_files.write(again, flax_files.read_index(path), "float16")
+    assert {tensor.dtype for tensor in flax_files.read_index(again).values()} == {"F16", "U8"}
+
+
+def test_too_large(tmp_path):
+    huge = lazy.Derived((2**30, 4), "F32", lambda types: np.zeros(1))
+    with pytest.raises(ValueError, match="a/b is too large for msgpack"):
+        flax_files.write(tmp_path / "x.msgpack", {"a/b": huge})
+    assert not list(tmp_path.iterdir())
 
 
 def packed(shape=(2,), dtype="float32", data=bytes(8), kind=1):
