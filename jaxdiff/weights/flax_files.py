@@ -24,6 +24,8 @@ DEEPEST = 64
 MOST = 2**16
 """Maximum number of tensors."""
 LONGEST_NAME = 2**10
+LARGEST = 2**32 - 2**10
+"""An array that is written is smaller, in bytes: msgpack's lengths have 32 bits."""
 _ARRAY = 1
 """The type of the extension that holds an array."""
 _CHUNKED = "__msgpack_chunked_array__"
@@ -90,13 +92,11 @@ def load_params(
 
 
 def write(path: Path, tensors: Mapping[str, Unread], dtype: str | None = None) -> None:
-    """Writes tensors by their path joined by "/", atomically; they are read one at a time. dtype: floating ones are cast
-    to it; None keeps their type. ValueError for an array of 4 GiB, OSError if writing fails."""
+    """Writes tensors by their path joined by "/", atomically; they are read one at a time. dtype: floating ones are
+    cast to it; None keeps their type. ValueError for an array of 4 GiB, OSError if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     types = {name: _written(tensor, dtype) for name, tensor in tensors.items()}
-    large = [
-        name for name, tensor in tensors.items() if math.prod(tensor.shape) * types[name].itemsize >= 2**32 - 2**10
-    ]
+    large = [name for name, tensor in tensors.items() if math.prod(tensor.shape) * types[name].itemsize >= LARGEST]
     if large:
         raise ValueError(f"{plain(large[0])} is too large for msgpack, whose arrays are smaller than 4 GiB")
     with tree.saving(path), replacing(path) as temporary, open(temporary, "wb") as file:
