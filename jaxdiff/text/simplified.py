@@ -22,8 +22,8 @@ class _Step(NamedTuple):
 
 _STEPS = (
     _Step(re.compile(r"\A\s*\[\d+\]|\[\d+\]\s*\Z"), "", "numbers of references"),
-    _Step(re.compile(r"<[^<]+?>"), " ", "tags"),
-    _Step(re.compile(r"http\S+"), "", "addresses"),
+    _Step(re.compile(r"<[^<>]+>"), " ", "tags"),
+    _Step(re.compile(r"\bhttps?:\S*"), "", "addresses"),
     _Step(re.compile(r"(?<=\d),(?=\d{3})"), "", "commas within numbers"),
     _Step(re.compile(r"(?<=\w)-(?=\w)"), " ", "compounds become words"),
     _Step(re.compile(r"(?<!\d)/|/(?!\d)|[%&$*]"), r" \g<0> ", "signs stand alone, except in dates"),

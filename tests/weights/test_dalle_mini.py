@@ -12,14 +12,16 @@ import small_dalle_mini
 from flax import serialization
 
 import jaxdiff
+from jaxdiff.core.products import TokenSpec
 from jaxdiff.core.trees import flatten
 from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.nets.encoder_decoder import MEGA, MINI
-from jaxdiff.systems.dalle import SAMPLING_MINI
+from jaxdiff.systems.dalle import DALLE_MEGA, DALLE_MINI, SAMPLING_MINI
 from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text.precomputed import embed_captions
 from jaxdiff.weights import dalle_mini, flax_files, lazy, pretrained, vqgan
 from jaxdiff.weights.pretrained import LoadOptions
+from jaxdiff.weights.settings import from_json, to_json
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,19 @@ def test_published(name, config, sizes, tmp_path):
     ours = {key: value[0] if "Layers/" not in key else (len(value), *value[0]) for key, value in counts.items()}
     assert all(len(set(value)) == 1 for value in counts.values())
     assert ours == published(*sizes)
+
+
+@pytest.mark.parametrize("model", [DALLE_MINI, DALLE_MEGA])
+def test_settings_of_ours(model):
+    """The presets, which fit their VQGAN, as JSON of a run."""
+    assert from_json(json.loads(json.dumps(to_json(model))), "here") == model
+    network, bottleneck = model.network, vqgan.IMAGENET_F16_16384.bottleneck
+    assert model.product == TokenSpec(bottleneck.codes, vqgan.IMAGENET_F16_16384.stride)
+    assert network.start == bottleneck.codes < network.entries and model.null == (0, 2)
+    data = to_json(model)
+    data["network"]["start"] = -1
+    with pytest.raises(ValueError, match="start of EncoderDecoderConfig is -1"):
+        from_json(data, "here")
 
 
 @pytest.mark.parametrize(
