@@ -33,10 +33,19 @@ class NoThreshold:
 @pytree_of_numbers
 @dataclasses.dataclass(frozen=True)
 class StaticThreshold:
-    """x₀ clipped to [-1, 1]."""
+    """x₀ clipped to [-limit, limit]. Images lie in [-1, 1]; the standardized embeddings of Karlo's prior are clipped
+    at 5."""
+
+    limit: Number = 1.0
+
+    def __post_init__(self):
+        if is_plain(self.limit) and not 0.0 < self.limit < math.inf:
+            raise ValueError(f"the thresholding limit must be above 0 and finite, not {self.limit}")
 
     def apply(self, x0: Float[Array, "b *s"]) -> Float[Array, "b *s"]:
-        return jnp.clip(x0, -1.0, 1.0)
+        limit = jnp.asarray(self.limit, x0.dtype)
+        limit = limit.reshape(limit.shape + (1,) * (x0.ndim - limit.ndim)) if limit.ndim else limit
+        return jnp.clip(x0, -limit, limit)
 
 
 @pytree_of_numbers

@@ -123,7 +123,7 @@ def test_leaves_and_structure():
     assert jax.tree.leaves(Guidance(2.0, (-1.0, 3.0), 0.5)) == [2.0, -1.0, 3.0, 0.5]
     assert jax.tree.leaves(Guidance(2.0)) == [2.0, 0.0]
     assert jax.tree.leaves(DynamicThreshold(0.9, 1.5)) == [0.9, 1.5] and jax.tree.leaves(DynamicThreshold()) == [0.995]
-    assert jax.tree.leaves((NoThreshold(), StaticThreshold())) == []
+    assert jax.tree.leaves(NoThreshold()) == [] and jax.tree.leaves(StaticThreshold()) == [1.0]
     structures = [jax.tree.structure(each) for each in (NoThreshold(), StaticThreshold(), DynamicThreshold())]
     assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
     assert structures[0] == jax.tree.structure(NoThreshold())

@@ -48,6 +48,17 @@ def test_a_cap_of_one_is_static(percentile):
     np.testing.assert_array_equal(DynamicThreshold(percentile, cap=1.0).apply(X0), StaticThreshold().apply(X0))
 
 
+def test_a_static_limit():
+    """One for all samples, or one of each."""
+    np.testing.assert_array_equal(StaticThreshold(5.0).apply(X0), np.clip(X0, -5.0, 5.0))
+    limits = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    found = jax.jit(lambda limit: StaticThreshold(limit).apply(X0))(limits)
+    for row, limit in enumerate(limits):
+        np.testing.assert_array_equal(found[row], np.clip(X0[row], -limit, limit))
+    with pytest.raises(ValueError, match="limit must be above 0 and finite, not 0"):
+        StaticThreshold(0.0)
+
+
 def test_in_range_and_less_saturated_than_static():
     dynamic, static = DynamicThreshold().apply(X0), StaticThreshold().apply(X0)
     assert np.all(np.abs(dynamic) <= 1.0)
