@@ -13,16 +13,65 @@ import pytest
 from safetensors.numpy import save_file
 
 FIXTURE = Path(__file__).parent / "unclip.npz"
+CROSS = {
+    "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+    "layers_per_block": 3,
+    "attention_head_dim": 64,
+    "resnet_time_scale_shift": "scale_shift",
+}
+PUBLIC = {
+    "prior": {},
+    "projection": {"time_embed_dim": 1280, "cross_attention_dim": 1536},
+    "decoder": CROSS
+    | {
+        "sample_size": 64,
+        "block_out_channels": [320, 640, 960, 1280],
+        "in_channels": 3,
+        "out_channels": 6,
+        "cross_attention_dim": 1536,
+        "class_embed_type": "identity",
+    },
+    "upsampler": {
+        "sample_size": 256,
+        "layers_per_block": 3,
+        "down_block_types": ["ResnetDownsampleBlock2D"] * 4,
+        "up_block_types": ["ResnetUpsampleBlock2D"] * 4,
+        "block_out_channels": [320, 640, 960, 1280],
+        "in_channels": 6,
+        "out_channels": 3,
+        "add_attention": False,
+    },
+    "image decoder": CROSS
+    | {
+        "sample_size": 64,
+        "block_out_channels": [384, 768, 1152, 1536],
+        "in_channels": 4,
+        "out_channels": 8,
+        "cross_attention_dim": 768,
+        "encoder_hid_dim": 1280,
+        "encoder_hid_dim_type": "image_proj",
+        "addition_embed_type": "image",
+    },
+}
+"""The public settings of Karlo v1-alpha's networks and of Kandinsky 2.2's decoder, beside diffusers' defaults."""
 PRIORS = {"Karlo": {}, "Kandinsky 2.2": {"embedding_dim": 1280}}
-"""The public settings of PriorTransformer; Karlo's are diffusers' defaults."""
+EMBEDDING, LENGTH = 12, 7
+_NARROW = {"block_out_channels": [32, 64, 96, 128]}
+_CROSS = _NARROW | {"layers_per_block": [1, 2, 1, 1], "attention_head_dim": 16, "cross_attention_dim": 24}
 SMALL = {
     "prior": {
         "num_attention_heads": 4,
         "attention_head_dim": 8,
         "num_layers": 3,
-        "embedding_dim": 12,
-        "num_embeddings": 7,
+        "embedding_dim": EMBEDDING,
+        "num_embeddings": LENGTH,
     },
+    "projection": {"clip_embeddings_dim": EMBEDDING, "time_embed_dim": 128, "cross_attention_dim": 24},
+    "decoder": _CROSS | {"sample_size": 16},
+    "upsampler": _NARROW | {"layers_per_block": 1, "sample_size": 32},
+    "image decoder": _CROSS | {"sample_size": 16, "encoder_hid_dim": EMBEDDING},
 }
 """Small widths of each network."""
 FILE = "diffusion_pytorch_model.safetensors"
@@ -36,7 +85,16 @@ def torch_and_diffusers():
 
 def class_of(name):
     _, diffusers = torch_and_diffusers()
-    return {"prior": diffusers.PriorTransformer}[name]
+    if name == "projection":
+        # Not exported by diffusers, but by the pipeline's module, which is deprecated.
+        reason = "diffusers no longer has Karlo's pipeline"
+        return pytest.importorskip("diffusers.pipelines.deprecated.unclip.text_proj", reason=reason).UnCLIPTextProjModel
+    return {
+        "prior": diffusers.PriorTransformer,
+        "decoder": diffusers.UNet2DConditionModel,
+        "upsampler": diffusers.UNet2DModel,
+        "image decoder": diffusers.UNet2DConditionModel,
+    }[name]
 
 
 def tensors_of(shapes, seed=0):
@@ -47,10 +105,10 @@ def tensors_of(shapes, seed=0):
         values = rng.normal(size=shape)
         if name == "clip_std":
             values = 0.5 + np.abs(values)
-        elif len(shape) == 1:
+        elif len(shape) == 1 and name != "learned_classifier_free_guidance_embeddings":
             values = 0.1 * values + ("norm" in name and name.endswith("weight"))
         elif name.endswith("weight"):
-            values *= np.prod(shape[1:]) ** -0.5
+            values *= np.prod(shape[1:]) ** -0.5 * (0.2 if name == "conv_out.weight" else 1.0)
         drawn[name] = values.astype("f4")
     return drawn
 
@@ -59,36 +117,68 @@ def shapes_of(model):
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
+def public(name):
+    """diffusers' public network, without numbers."""
+    torch, _ = torch_and_diffusers()
+    with torch.device("meta"):
+        return class_of(name)(**PUBLIC[name])
+
+
 def theirs(name, seed=0):
     """diffusers' small network with `tensors_of`."""
     torch, _ = torch_and_diffusers()
-    model = class_of(name)(**SMALL[name]).eval()
+    model = class_of(name)(**PUBLIC[name] | SMALL[name]).eval()
     drawn = tensors_of(shapes_of(model), seed)
     model.load_state_dict({key: torch.tensor(value) for key, value in drawn.items()})
     return model
 
 
 def inputs(name):
-    """The arguments of a network, as numpy arrays in diffusers' layout."""
+    """The arguments of a network, as numpy arrays in diffusers' layout. Of the projections' four captions the first two
+    are without an image."""
     rng = np.random.default_rng(1)
     random = lambda *shape: rng.normal(size=shape).astype("f4")  # noqa: E731
-    time, width, length = np.asarray([3, 977]), SMALL["prior"]["embedding_dim"], SMALL["prior"]["num_embeddings"]
-    mask = np.arange(length) < np.asarray([[length], [3]])
-    return {
-        "hidden_states": random(2, width),
-        "timestep": time,
-        "proj_embedding": random(2, width),
-        "encoder_hidden_states": random(2, length, width),
-        "attention_mask": mask,
-    }
+    time, mask = np.asarray([3, 977]), np.arange(LENGTH) < np.asarray([[LENGTH], [3]])
+    if name == "prior":
+        return {
+            "hidden_states": random(2, EMBEDDING),
+            "timestep": time,
+            "proj_embedding": random(2, EMBEDDING),
+            "encoder_hidden_states": random(2, LENGTH, EMBEDDING),
+            "attention_mask": mask,
+        }
+    if name == "projection":
+        return {
+            "image_embeddings": random(2, EMBEDDING),
+            "prompt_embeds": random(4, EMBEDDING),
+            "text_encoder_hidden_states": random(4, LENGTH, EMBEDDING),
+        }
+    if name == "decoder":
+        extra = np.ones((2, 4), bool)
+        return {
+            "sample": random(2, 3, 16, 8),
+            "timestep": time,
+            "encoder_hidden_states": random(2, 4 + LENGTH, 24),
+            "class_labels": random(2, 128),
+            "attention_mask": np.concatenate([extra, mask], axis=1),
+        }
+    if name == "upsampler":
+        return {"sample": random(2, 6, 16, 8), "timestep": time}
+    return {"sample": random(2, 4, 16, 8), "timestep": time, "image_embeds": random(2, EMBEDDING)}
 
 
 def outputs(name, model):
     """What diffusers' network computes from `inputs`."""
     torch, _ = torch_and_diffusers()
+    given = {key: torch.tensor(value) for key, value in inputs(name).items()}
+    if name == "projection":
+        given["do_classifier_free_guidance"] = True
+    else:
+        given["return_dict"] = False
+    if "image_embeds" in given:
+        given |= {"added_cond_kwargs": {"image_embeds": given.pop("image_embeds")}, "encoder_hidden_states": None}
     with torch.no_grad():
-        found = model(**{key: torch.tensor(value) for key, value in inputs(name).items()}, return_dict=False)
-    return {"output": found[0].numpy()}
+        return {str(i): value.numpy() for i, value in enumerate(model(**given))}
 
 
 def kept(name):
@@ -99,22 +189,36 @@ def kept(name):
     return settings, shapes, values
 
 
-def write(name, directory):
-    """A folder as diffusers writes it, from the file alone. Returns the outputs."""
+def write(name, directory, seed=0):
+    """A folder as diffusers writes it, from the file alone. Returns the outputs of seed 0."""
     settings, shapes, values = kept(name)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(settings))
-    save_file(tensors_of(shapes), directory / FILE)
+    save_file(tensors_of(shapes, seed), directory / FILE)
     return values
+
+
+def check_kept(name):
+    """That the file has what diffusers computes."""
+    model = theirs(name)
+    settings, shapes, values = kept(name)
+    assert {key: tuple(shape) for key, shape in shapes.items()} == shapes_of(model)
+    now = json.loads(model.to_json_string())
+    assert now.keys() >= settings.keys()
+    assert {key: now[key] for key in settings if key[0] != "_"} == {
+        key: value for key, value in settings.items() if key[0] != "_"
+    }
+    for key, value in outputs(name, model).items():
+        np.testing.assert_allclose(value, values[key], atol=1e-5 * np.abs(value).max())
 
 
 def make():
     values = {}
     for name in SMALL:
         model = theirs(name)
+        values[f"{name}/settings"] = model.to_json_string()
         values[f"{name}/shapes"] = json.dumps(shapes_of(model))
         values |= {f"{name}/{key}": value for key, value in outputs(name, model).items()}
-        values[f"{name}/settings"] = json.dumps(json.loads(model.to_json_string()))
     return values
 
 

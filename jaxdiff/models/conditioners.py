@@ -265,12 +265,13 @@ class HintConditioner:
 class LowResConditioner:
     """A low-resolution image, upsampled and noised to a known level (Imagen 2.4).
 
-    factor: upsampling factor. augmentation: the schedule of the noise; the level is its time. max_level: training
-    levels are uniform in [0, max_level]. enlargement: the upsampling method, and its order with the noise.
+    factor: upsampling factor. augmentation: the schedule of the noise; the level is its time. None: the image is not
+    noised and the network reads no level (Karlo). max_level: training levels are uniform in [0, max_level].
+    enlargement: the upsampling method, and its order with the noise.
     """
 
     factor: int = 4
-    augmentation: Schedule = CosineSchedule()
+    augmentation: Schedule | None = CosineSchedule()
     max_level: float = 1.0
     enlargement: Enlargement = Enlargement.CUBIC
     channels: int = 3
@@ -286,7 +287,8 @@ class LowResConditioner:
         return {"low_res": jax.ShapeDtypeStruct((batch_size, lower, lower, self.channels), jnp.float32)}
 
     def example(self, size: tuple[int, int]) -> Conditioning:
-        return Conditioning(concat=jnp.zeros((1, *size, self.channels)), aug_level=jnp.ones(1))
+        level = None if self.augmentation is None else jnp.ones(1)
+        return Conditioning(concat=jnp.zeros((1, *size, self.channels)), aug_level=level)
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads low_res (b h/f w/f c); each example has its own level."""
@@ -304,15 +306,22 @@ class LowResConditioner:
     ) -> Conditioning:
         """The network's inputs: the noised and upsampled images, and the level."""
         low_res, schedule = low_res.astype(jnp.float32), self.augmentation
-        if self.enlargement is Enlargement.CUBIC:
+        cubic = self.enlargement is Enlargement.CUBIC
+        if schedule is None:
+            return Conditioning(concat=enlarge(low_res, size) if cubic else enlarge_between_corners(low_res, size))
+        if cubic:
             seen = enlarge(augment(low_res, level, keys, schedule), size)
         else:
             seen = augment(enlarge_between_corners(low_res, size), level, keys, schedule)
         return Conditioning(concat=seen, aug_level=schedule.network_time(schedule.level_time(level)) / 1000.0)
 
     def kept(self, given: Conditioning) -> Float[Array, "b h w c"]:
-        """α(level) times the noised image, to which a residual network's output is added."""
-        assert given.concat is not None and given.aug_level is not None  # `seen` sets both
+        """α(level) times the noised image, to which a residual network's output is added; the image if there is no
+        noise."""
+        assert given.concat is not None  # `seen` sets it
+        if self.augmentation is None:
+            return given.concat
+        assert given.aug_level is not None  # as above
         alpha = self.augmentation.alpha(self.augmentation.level_time(given.aug_level))
         return alpha[:, None, None, None] * given.concat
 

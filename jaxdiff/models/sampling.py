@@ -349,6 +349,8 @@ def _check(model: DiffusionModel, sampling: SamplingConfig, size: tuple[int, int
             raise ValueError("this stage's network reads coordinates, so it cannot sample in tiles: leave out tiles")
         check_size(model, sampling.tiles.side, name="tile")
         check_size(model, sampling.tiles.overlap, name="tile overlap")
+    if model.low_res is not None and model.low_res.augmentation is None and sampling.aug_level:
+        raise ValueError(f"the {model.side} stage reads its low-resolution input without noise: leave out aug_level")
     if model.low_res is not None and sampling.aug_level > model.low_res.max_level:
         raise ValueError(
             f"aug_level {sampling.aug_level} is above {model.low_res.max_level}, the highest that the {model.side} "

@@ -119,8 +119,9 @@ def scale_shift(
 class ResBlock(nn.Module):
     """Residual block: twice norm, swish, 3×3 convolution (A.27; BigGAN resampling as in F.1).
 
-    The embedding scales and shifts the second norm. The residual path is a 1×1 convolution if the width changes, or
-    always with `project` (as drawn in A.27). The sum of both paths is multiplied by `scale`.
+    The embedding scales and shifts the second norm, or is added before it (`scale_shift` off). The residual path is a
+    1×1 convolution if the width changes, or always with `project` (as drawn in A.27). The sum of both paths is
+    multiplied by `scale`.
     """
 
     channels: int
@@ -130,14 +131,19 @@ class ResBlock(nn.Module):
     activation: Activation = Activation.SILU
     groups: int = 0
     scale: float = 1.0
+    scale_shift: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], embedding: Float[Array, "b t"]) -> Float[Array, "b h2 w2 c2"]:
         y = self.activation(Norm(self.dtype, self.groups)(x))
         x, y = resize(x, self.resample), resize(y, self.resample)
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(y)
-        y = Norm(self.dtype, self.groups)(y)
-        y = self.activation(scale_shift(y, embedding, self.dtype, activation=self.activation))
+        if self.scale_shift:
+            y = scale_shift(Norm(self.dtype, self.groups)(y), embedding, self.dtype, activation=self.activation)
+        else:
+            y += nn.Dense(self.channels, dtype=self.dtype)(self.activation(embedding))[:, None, None]
+            y = Norm(self.dtype, self.groups)(y)
+        y = self.activation(y)
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(y)
         if self.project or x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype)(x)
@@ -160,6 +166,7 @@ class AttentionBlock(nn.Module):
     self_attention: attend to both; the text is concatenated to keys and values (D.3.1).
     feed_forward: if above 0, add an MLP with this multiple of the width (A.28: "hidden 2×channels").
     group_text: GroupNorm over all tokens of the text (DeepFloyd IF) instead of LayerNorm per token.
+    normalize_text: off, the text is not normalized here.
     A mask of None attends to all of the text.
     """
 
@@ -169,6 +176,7 @@ class AttentionBlock(nn.Module):
     dtype: Dtype = jnp.float32
     groups: int = 0
     group_text: bool = False
+    normalize_text: bool = True
 
     @nn.compact
     def __call__(
@@ -179,7 +187,9 @@ class AttentionBlock(nn.Module):
         split = (b, -1, self.heads, c // self.heads)
         y = Norm(self.dtype, self.groups)(x)
         q = nn.Dense(c, dtype=self.dtype, name="q")(y).reshape(split)
-        if self.group_text:
+        if not self.normalize_text:
+            text = context.astype(self.dtype)
+        elif self.group_text:
             text = Norm(self.dtype, self.groups, exact=True, name="text_norm")(context)
         else:
             text = nn.LayerNorm(dtype=self.dtype)(context)

@@ -1,6 +1,7 @@
 """Two U-Nets: Imagen's base (F.1, an ADM U-Net) and the Efficient U-Net for super-resolution (F.2, F.3, B.1).
 
-With other settings the first is also DeepFloyd IF's, for both stages (`weights/deepfloyd.py` reads them).
+With other settings the first is also DeepFloyd IF's, for both stages (`weights/deepfloyd.py` reads them), and that of
+unCLIP's decoders and upsamplers (`weights/unclip_unet.py`).
 
 Both take a noised image, a time and a `Conditioning`, and return an image, optionally with its variance. Settings are
 frozen dataclasses; `settings.module()` is the network.
@@ -17,6 +18,7 @@ from jaxdiff.nets import blocks
 from jaxdiff.nets.blocks import Activation, AttentionBlock, Norm, Resample, ResBlock, TimestepEmbedding
 from jaxdiff.nets.conditioning import UNCONDITIONED, Conditioning, MaskedText, WholeText, add_residuals
 from jaxdiff.nets.execution import ExecutionConfig, in_loop
+from jaxdiff.nets.image_readers import ImageTokens, TextWithImage
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class AttentionConfig:
     head_channels: width of one attention head. heads: number of heads; if not 0, it replaces head_channels.
     feed_forward: width of the MLP after attention, relative to the level; 0 for none.
     group_text: normalize the text in groups of channels over all tokens (DeepFloyd IF), not per token.
+    normalize_text: off, each layer attends to the text as the reader returns it (unCLIP).
     """
 
     self_attention: tuple[bool, ...] = (False, True, True, True)
@@ -36,6 +39,7 @@ class AttentionConfig:
     heads: int = 0
     feed_forward: int = 0
     group_text: bool = False
+    normalize_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class ConditioningConfig:
     """
 
     width: int = 2048
-    text: MaskedText | WholeText | None = MaskedText()
+    text: MaskedText | WholeText | TextWithImage | ImageTokens | None = MaskedText()
     frequencies: int = 0
 
 
@@ -61,6 +65,7 @@ class UNetConfig:
     patch: pixels folded into channels before the first level (1 in the paper; 2 or 4 make the tiny presets fast).
     activation, norm_groups (0: up to 32 of at least four channels), residual_scale (a factor on the sum of each
     residual block): DeepFloyd IF sets these. skip_scale: factor on the skip connections (1/√2 in the Efficient U-Net).
+    scale_shift: the conditioning vector scales and shifts the second norm of a residual block; off: it is added before.
     coordinates: add two input channels with the position in the image, -1…1 (arXiv 1807.03247). The paper's networks
     are deep enough to learn it from the borders; do not use it with tiled sampling.
     conditioned_head: the conditioning vector also scales and shifts the last norm (as in DiT, arXiv 2212.09748). For
@@ -81,6 +86,7 @@ class UNetConfig:
     norm_groups: int = 0
     residual_scale: float = 1.0
     skip_scale: float = 1.0
+    scale_shift: bool = True
     coordinates: bool = False
     conditioned_head: bool = False
     input_skip: bool = False
@@ -244,14 +250,15 @@ class _Shared(nn.Module):
         ):
             if enabled:
                 options = self_attention, attention.feed_forward, config.execution.dtype, config.norm_groups
-                layer = block(config.heads_at(level), *options, attention.group_text, name=f"{name}_{kind}")
+                norms = attention.group_text, attention.normalize_text
+                layer = block(config.heads_at(level), *options, *norms, name=f"{name}_{kind}")
                 x = self.split(layer(x, *text))
         return x
 
     def _style(self):
         """The arguments shared by all residual blocks."""
         config = self.config
-        return config.execution.dtype, config.activation, config.norm_groups, config.residual_scale
+        return config.execution.dtype, config.activation, config.norm_groups, config.residual_scale, config.scale_shift
 
 
 class UNet(_Shared):

@@ -69,11 +69,8 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     settings.require("_class_name", ("UNet2DConditionModel",))
     for name, (default, *allowed) in FIXED.items():
         settings.require(name, tuple(allowed), default)
-    widths = _levels(settings, "block_out_channels", sizes.SIZE)
-    if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
-        wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
-        raise settings.error("block_out_channels", list(widths), wanted)
-    attends, cross = _attention_levels(settings, len(widths)), settings.flag("only_cross_attention", False)
+    widths = level_widths(settings)
+    attends, cross = attention_levels(settings, len(widths)), settings.flag("only_cross_attention", False)
     settings.require("mid_block_only_cross_attention", (cross,), cross)
     low_res = settings.values.get("class_embed_type") is not None
     settings.require("class_embed_type", ("timestep",), "timestep")
@@ -91,17 +88,17 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     attention = AttentionConfig(
         self_attention=tuple(attend and not cross for attend in attends),
         cross_attention=tuple(attend and cross for attend in attends),
-        head_channels=_divisor(settings, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
+        head_channels=divisor(settings, "attention_head_dim", *(w for w, attend in zip(widths, attends) if attend)),
         group_text=True,
     )
     config = UNetConfig(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
-        blocks=_levels(settings, "layers_per_block", sizes.DEPTH, len(widths)),
+        blocks=levels(settings, "layers_per_block", sizes.DEPTH, len(widths)),
         attention=attention,
         conditioning=ConditioningConfig(
             width=settings.size("time_embedding_dim", 4 * widths[0]),
-            text=WholeText(context, pool_heads=_divisor(settings, "addition_embed_type_num_heads", text_width)),
+            text=WholeText(context, pool_heads=divisor(settings, "addition_embed_type_num_heads", text_width)),
             frequencies=widths[0],
         ),
         learned_variance=settings.values["out_channels"] == 6,
@@ -114,7 +111,16 @@ def read_config(path: Path, dtype: hub.Dtype = "float32") -> Network:
     return Network(config, text_width, low_res)
 
 
-def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
+def level_widths(config: hub.Group) -> tuple[int, ...]:
+    """The width of each level; ValueError unless they are multiples of the first."""
+    widths = levels(config, "block_out_channels", sizes.SIZE)
+    if any(width % widths[0] for width in widths) or widths[0] % NORM_GROUPS:
+        wanted = f"multiples of the first, and that one of {NORM_GROUPS}"
+        raise config.error("block_out_channels", list(widths), wanted)
+    return widths
+
+
+def levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | None = None) -> tuple[int, ...]:
     """A number within bounds for each of up to `sizes.LEVELS` levels; a single number applies to all."""
     value = config.values.get(name)
     listed = value if isinstance(value, list) else []
@@ -126,14 +132,14 @@ def _levels(config: hub.Group, name: str, bounds: sizes.Bounds, count: int | Non
     return tuple(values)
 
 
-def _attention_levels(config: hub.Group, levels: int) -> tuple[bool, ...]:
+def attention_levels(config: hub.Group, count: int) -> tuple[bool, ...]:
     """Which levels have attention; ValueError unless down and up paths agree."""
     attends = []
     for name, step in (("down_block_types", 1), ("up_block_types", -1)):
         way = "Down" if step == 1 else "Up"
         kinds, value = (f"Resnet{way}sampleBlock2D", f"SimpleCrossAttn{way}Block2D"), config.values.get(name)
-        if not isinstance(value, list) or len(value) != levels or any(kind not in kinds for kind in value):
-            raise config.error(name, value, f"{levels} of {' and '.join(kinds)}")
+        if not isinstance(value, list) or len(value) != count or any(kind not in kinds for kind in value):
+            raise config.error(name, value, f"{count} of {' and '.join(kinds)}")
         attends.append(tuple(kind == kinds[1] for kind in value)[::step])
     if attends[0] != attends[1] or not attends[0][-1]:
         wanted = "those that mirror down_block_types, with attention at the lowest level"
@@ -141,7 +147,8 @@ def _attention_levels(config: hub.Group, levels: int) -> tuple[bool, ...]:
     return attends[0]
 
 
-def _divisor(config: hub.Group, name: str, *widths: int) -> int:
+def divisor(config: hub.Group, name: str, *widths: int) -> int:
+    """A size that divides all the widths."""
     size = config.size(name)
     uneven = [width for width in widths if width % size]
     if uneven:
@@ -256,6 +263,8 @@ def _check_exportable(config: UNetConfig, attends: list[bool]) -> None:
         "conditioning.text": (isinstance(text, WholeText), "WholeText", text),
         "conditioning.text.pool": (isinstance(text, WholeText) and text.pool, True, False),
         "attention.group_text": (attention.group_text, True, False),
+        "attention.normalize_text": (attention.normalize_text, True, False),
+        "scale_shift": (config.scale_shift, True, False),
         "norm_groups": (config.norm_groups == NORM_GROUPS, NORM_GROUPS, config.norm_groups),
         "conditioning.frequencies": (
             conditioning.frequencies == config.channels,

@@ -29,6 +29,8 @@ from jaxdiff.nets.conditioning import MaskedText, WholeText
 from jaxdiff.nets.control import ControlNetConfig
 from jaxdiff.nets.dvae import DVAEConfig
 from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
+from jaxdiff.nets.experts import ExpertsConfig
+from jaxdiff.nets.image_readers import ImageTokens, TextWithImage
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.t5 import T5Config
@@ -61,6 +63,7 @@ _READER = {"width": SIZE, "pool_heads": HEADS}
 _TOWER = {"width": SIZE, "layers": DEPTH, "heads": SIZE, "feed_forward": SIZE}
 BOUNDS: dict[type, dict[str, Bounds]] = {
     UNetConfig: _UNET,
+    ExpertsConfig: _UNET,
     EfficientUNetConfig: _UNET | {"outer_blocks": Bounds(0, DEPTH.most)},
     PriorConfig: {
         **dict.fromkeys(("embedding", "text_width", "width", "heads"), SIZE),
@@ -113,6 +116,8 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL},
     MaskedText: _READER,
     WholeText: _READER,
+    TextWithImage: {"width": SIZE, "extra": STEPS},
+    ImageTokens: {"width": SIZE, "count": STEPS},
     ImageSpec: _PRODUCT,
     LatentSpec: _PRODUCT,
     DiffusionModel: {"side": SIDE},

@@ -161,6 +161,8 @@ def _low_res(model: DiffusionModel) -> dict[str, Any] | None:
     """The settings of the scheduler of the noise on an upscaler's input."""
     if model.low_res is None:
         return None
+    if model.low_res.augmentation is None:
+        raise ValueError("diffusers' upscaler noises its low-resolution input: low_res.augmentation = None is not")
     plain = SamplingConfig(DDPM(), spacing=Leading(), thresholding=StaticThreshold())
     return schedulers.described(model.low_res.augmentation, Prediction.EPSILON, plain)
 

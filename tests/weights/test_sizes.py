@@ -143,7 +143,7 @@ def test_heads_that_pool_a_text_as_it_comes():
             ("conditioners.1.enlargement", value)
             for value in (None, 2, {"class": "models.NullText", "member": "ZEROS"})
         ],
-        *[("conditioners.1.augmentation", value) for value in (None, {}, {"class": "diffusion.UniformTimes"})],
+        *[("conditioners.1.augmentation", value) for value in (3, {}, {"class": "diffusion.UniformTimes"})],
         ("conditioners.1.augmentation", {"class": "diffusion.LinearBetaSchedule", "steps": HOURS}),
         ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": HOURS}),
         ("schedule", {"class": "diffusion.LinearBetaSchedule", "steps": 1}),
