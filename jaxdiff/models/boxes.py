@@ -19,7 +19,8 @@ class Box(Protocol):
     side: side of its default square products. consumes: the input product of a decoder; None for a generator. factor:
     ratio of the sides of a decoder's output to its input. steps: number of steps that it reports.
     reads: length and width of its text embeddings; None if it reads no text. reads_padding: whether it reads the text
-    encoder's outputs for padding and for the empty caption. takes_init: whether it can start from an initial product.
+    encoder's outputs for padding and for the empty caption. reads_empty: whether it reads those for the empty caption
+    when there is no negative prompt. takes_init: whether it can start from an initial product.
     reads_mask: whether it reads the mask of inpainting, and the product of the image without the masked pixels.
     reads_hints: which hints its ControlNets read; None if it has none. conditions: names of the conditions beside the
     text that it reads from `SampleRequest.given`.
@@ -50,6 +51,10 @@ class Box(Protocol):
     @property
     def reads_padding(self) -> bool:
         return False
+
+    @property
+    def reads_empty(self) -> bool:
+        return self.reads_padding
 
     @property
     def takes_init(self) -> bool:

@@ -26,11 +26,13 @@ from jaxdiff.text.encoder import TextEmbedding
 class NullText(enum.Enum):
     """The null text: replaces dropped captions in training, and conditions the unconditional branch in sampling.
 
-    ZEROS: zero embeddings, all masked (Imagen). EMPTY: the embedding of the empty caption (DeepFloyd IF).
+    ZEROS: zero embeddings, all masked (Imagen). EMPTY: the embedding of the empty caption with its padding (DeepFloyd
+    IF). EMPTY_MASKED: the same, with the padding masked as that of any caption (Karlo).
     """
 
     ZEROS = "zeros"
     EMPTY = "empty"
+    EMPTY_MASKED = "empty_masked"
 
 
 class Enlargement(enum.Enum):
@@ -86,8 +88,9 @@ class TextConditioner:
         }
         if self.pooled is not None:
             shapes["text_pooled"] = jax.ShapeDtypeStruct((batch_size, self.pooled), jnp.float16)
-        if self.null is NullText.EMPTY:  # with a batch axis, along which every entry is sharded
+        if self.null is not NullText.ZEROS:  # with a batch axis, along which every entry is sharded
             names = {"text": "null_text", "text_pooled": "null_pooled"}
+            names |= {"text_mask": "null_mask"} if self.null is NullText.EMPTY_MASKED else {}
             shapes |= {null: shapes[name] for name, null in names.items() if name in shapes}
         return shapes
 
@@ -96,21 +99,22 @@ class TextConditioner:
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads text (b n d), text_mask (b n), with `pooled` text_pooled (b p), and for `NullText.EMPTY` null_text
-        and null_pooled, the embedding of the empty caption, with or without a batch axis. A batch without text trains
-        unconditionally."""
+        and null_pooled, the embedding of the empty caption, with or without a batch axis; for `EMPTY_MASKED` also
+        null_mask. A batch without text trains unconditionally."""
         if "text" not in batch:
             return self._attended(self.null_text(keys.shape[0]))
         kept = noise.uniform(noise.fold(keys, 1)) >= self.dropout
         text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
-        if self.null is NullText.EMPTY:
-            # Neither text nor null text is masked.
+        if self.null is not NullText.ZEROS:
             tokens = jnp.where(kept[:, None, None], text, entry(batch, "null_text"))
+            if self.null is NullText.EMPTY_MASKED:  # otherwise neither text nor null text is masked
+                mask = jnp.where(kept[:, None], mask, entry(batch, "null_mask", bool))
         else:
             mask = mask & kept[:, None]
             tokens = jnp.where(mask[..., None], text, 0.0)
         if self.pooled is None:
             return self._attended(TextEmbedding(tokens, mask))
-        null = entry(batch, "null_pooled") if self.null is NullText.EMPTY else 0.0
+        null = 0.0 if self.null is NullText.ZEROS else entry(batch, "null_pooled")
         return Conditioning(tokens, mask, jnp.where(kept[:, None], entry(batch, "text_pooled"), null))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:

@@ -177,6 +177,12 @@ class TrainedModel:
         return text is not None and (text.null is NullText.EMPTY or self.model.unet.reads_padding)
 
     @property
+    def reads_empty(self) -> bool:
+        """Whether its unconditional branch reads the text encoder's outputs for the empty caption."""
+        text = self.model.text
+        return text is not None and text.null is not NullText.ZEROS
+
+    @property
     def takes_init(self) -> bool:
         return True
 

@@ -57,6 +57,10 @@ class StandardizedPrior(Generator):
     def reads_padding(self) -> bool:
         return self.prior.reads_padding
 
+    @property
+    def reads_empty(self) -> bool:
+        return self.prior.reads_empty
+
     def batch_size(self, wanted: int) -> int:
         return self.prior.batch_size(wanted)
 

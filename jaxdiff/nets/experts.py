@@ -1,6 +1,7 @@
 """Two U-Nets, one for noisy and one for nearly clean images (eDiff-I, arXiv 2211.01324; Karlo's upsampler)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -45,7 +46,7 @@ class Experts(nn.Module):
 
         def run(name: str, needed: Array) -> Array:
             def output() -> Array:
-                return network.apply({"params": params[name]}, x, time, conditioning)
+                return cast(Array, network.apply({"params": params[name]}, x, time, conditioning))
 
             return jax.lax.cond(needed, output, lambda: jnp.zeros((*x.shape[:-1], channels), jnp.float32))
 

@@ -101,7 +101,7 @@ class UNetConfig:
         if self.learned_variance and self.input_skip:
             raise ValueError("input_skip is for networks that predict x0, which do not learn the variance")
 
-    def module(self) -> "UNet | EfficientUNet":
+    def module(self) -> nn.Module:
         return UNet(self)
 
     @property

@@ -29,8 +29,9 @@ CLIP_L = 77, 768
 
 def prior_model(network: PriorConfig, dropout: float = 0.2) -> DiffusionModel:
     """A prior with Karlo's conventions: 1000 cosine steps, x₀ prediction of standardized embeddings, the empty caption
-    as null text. dropout: of captions in training."""
-    text = TextConditioner(network.text_width, network.text_length, dropout, NullText.EMPTY, pooled=network.embedding)
+    as null text, padding masked. dropout: of captions in training."""
+    null, pooled = NullText.EMPTY_MASKED, network.embedding
+    text = TextConditioner(network.text_width, network.text_length, dropout, null, pooled=pooled)
     return DiffusionModel(
         unet=network,
         side=1,
@@ -53,7 +54,7 @@ SAMPLING_PRIOR = SamplingConfig(
 
 
 def _unet(attention: AttentionConfig, **settings: Any) -> UNetConfig:
-    shared = {"channels": 320, "multipliers": (1, 2, 3, 4), "blocks": (3, 3, 3, 3), "norm_groups": 32}
+    shared: dict[str, Any] = {"channels": 320, "multipliers": (1, 2, 3, 4), "blocks": (3, 3, 3, 3), "norm_groups": 32}
     return UNetConfig(attention=attention, **shared, **settings)
 
 
@@ -65,7 +66,7 @@ def decoder_model(network: UNetConfig, side: int, length: int, width: int) -> Di
         side=side,
         # The image's embedding is the last token (`nets/image_readers.py`).
         conditioners=(
-            TextConditioner(width, length, 0.3, NullText.EMPTY, pooled=width),
+            TextConditioner(width, length, 0.3, NullText.EMPTY_MASKED, pooled=width),
             EmbeddingConditioner(width, form=Form.TOKENS, dropout=0.1),
         ),
         schedule=TabulatedSchedule.cosine(),

@@ -242,7 +242,7 @@ def _plan(pipeline: Pipeline, prompts: Sequence[str], options: SampleOptions) ->
     if pipeline.text_encoder is not None:
         text = pipeline.text_encoder.encode(list(prompts))
         text = jax.tree.map(lambda a: jnp.repeat(a, options.per_prompt, axis=0), text)
-        if options.negative.strip() or any(box.reads_padding for box in pipeline.boxes):
+        if options.negative.strip() or any(box.reads_padding or box.reads_empty for box in pipeline.boxes):
             negative = pipeline.text_encoder.encode([options.negative])
     rows = pipeline.generator.batch_size(min(options.batch, count))
     return _Plan(options, stages, keys, text, negative, rows)

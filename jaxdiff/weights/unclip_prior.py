@@ -5,7 +5,6 @@ the value that these have. The files also hold the mean and the deviation of CLI
 on embeddings that are standardized by them.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,15 +56,24 @@ def export_prior(prior: Prior, directory: str | Path, dtype: str = "float32") ->
     ValueError if PriorTransformer cannot express the configuration or the parameters do not fit it, OSError if writing
     fails.
     """
-    directory, values = Path(directory), hub_config(prior.config)
-    params = {"network": prior.params, "statistics": {"mean": prior.mean, "deviation": prior.deviation}}
-    trees.check_tree(params, shapes_of(prior.config), "the prior to export")
+    check(prior)
+    directory, params = Path(directory), _tree(prior)
     named, tensors = key_map(params), {}
     for path, leaf in trees.flatten(params).items():
         array = hub.theirs(path, np.asarray(leaf).astype(jnp.dtype(dtype)))
         tensors[named[path]] = array.reshape((1,) * AXES.get(named[path], 0) + array.shape)
     tree.write_safetensors(directory / FILE, tensors, {"format": "pt"})
-    hub.write_json(directory / "config.json", values)
+    hub.write_json(directory / "config.json", hub_config(prior.config))
+
+
+def check(prior: Prior) -> None:
+    """ValueError if `export_prior` would refuse the prior."""
+    hub_config(prior.config)
+    trees.check_tree(_tree(prior), shapes_of(prior.config), "the prior to export")
+
+
+def _tree(prior: Prior) -> dict:
+    return {"network": prior.params, "statistics": {"mean": prior.mean, "deviation": prior.deviation}}
 
 
 def read_config(values: Mapping[str, Any], path: Path, dtype: str = "float32") -> PriorConfig:
@@ -178,7 +186,7 @@ def _without_axes(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
     result = dict(tensors)
     for name, axes in AXES.items():
         shape = tuple(tensors[name].shape) if name in tensors else ()
-        if shape[:axes] == (1,) * axes and math.prod(shape):
+        if len(shape) > axes and shape[:axes] == (1,) * axes:
             result[name] = lazy.reshaped(tensors[name], shape[axes:])
     return result
 

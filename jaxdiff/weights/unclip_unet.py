@@ -69,7 +69,7 @@ def load_upsampler(
 
 def _load(network: Network, folders: Folders, dtype: str, variant: str | None, place: hub.Place) -> dict:
     shapes = sizes.shapes(_init, network, str(folders.unet / "config.json"))
-    params = {}
+    params: dict = {}
     for folder, part in zip(folders, _parts(network, shapes)):
         if folder is not None:
             tensors = hub.open_tensors(folder, variant)
@@ -77,17 +77,27 @@ def _load(network: Network, folders: Folders, dtype: str, variant: str | None, p
     return params
 
 
-def export_unet(network: Network, params: dict, folders: Folders, dtype: str = "float32") -> None:
+def export_unet(
+    network: Network, params: dict, folders: Folders, dtype: str = "float32", *, sample_size: int | None = None
+) -> None:
     """Writes config.json and diffusion_pytorch_model.safetensors of each folder, each atomically.
 
-    ValueError if the network is none of unCLIP's or `params` does not fit it, OSError if writing fails.
+    sample_size: side of the images, which a pipeline reads. ValueError if the network is none of unCLIP's or `params`
+    does not fit it, OSError if writing fails.
     """
-    values = hub_configs(network)
-    trees.check_tree(params, shapes_of(network), "the U-Net to export")
+    check(network, params)
+    unet, projection = hub_configs(network)
+    values = unet | {"sample_size": sample_size}, projection
     for folder, part, config in zip(folders, _parts(network, params), values):
-        if folder is not None:
+        if folder is not None and config is not None:
             hub.write_params(folder / FILE, part, key_map(network, part), dtype)
             hub.write_json(folder / "config.json", config)
+
+
+def check(network: Network, params: dict, where: str = "the U-Net to export") -> None:
+    """ValueError, naming `where` the parameters are from, if `export_unet` would refuse them."""
+    hub_configs(network)
+    trees.check_tree(params, shapes_of(network), where)
 
 
 def _parts(network: Network, params: dict) -> tuple[dict, dict]:

@@ -1,0 +1,245 @@
+"""Karlo's folder: the images of diffusers' UnCLIPPipeline from the same noise, written back, and what is refused."""
+
+import itertools
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_unclip
+from small_stable_diffusion import difference, to_torch, torch_text
+
+from jaxdiff.diffusion import noise
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.samplers import DDIM
+from jaxdiff.models.sampling import SampleRequest
+from jaxdiff.systems import karlo
+from jaxdiff.text.clip_tokenizer import clip_tokenizer
+from jaxdiff.weights import unclip
+from jaxdiff.weights.unclip import Loading
+
+STEPS = {"prior": 5, "decoder": 4, "super_res": 3}
+SETTINGS = {
+    "prior": {"prediction_type": "sample", "clip_sample_range": 5.0},
+    "decoder": {"variance_type": "learned_range"},
+    "super_res": {},
+}
+"""Of the public schedulers."""
+PROMPTS = ["a red cat!", "two blue stars left of a green heart"]
+
+
+@cache
+def networks():
+    """diffusers' small networks, with captions of 77 tokens."""
+    torch, diffusers = small_unclip.torch_and_diffusers()
+    prior = diffusers.PriorTransformer(**small_unclip.SMALL["prior"] | {"num_embeddings": 77})
+    drawn = small_unclip.tensors_of(small_unclip.shapes_of(prior))
+    prior.load_state_dict({name: torch.tensor(value) for name, value in drawn.items()})
+    return {
+        "prior": prior.eval(),
+        "text_proj": small_unclip.theirs("projection"),
+        "decoder": small_unclip.theirs("decoder"),
+        "super_res_first": small_unclip.theirs("upsampler"),
+        "super_res_last": small_unclip.theirs("upsampler", seed=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    _, diffusers = small_unclip.torch_and_diffusers()
+    if not hasattr(diffusers, "UnCLIPPipeline"):
+        pytest.skip("diffusers no longer has Karlo's pipeline")
+    schedulers = {f"{name}_scheduler": diffusers.UnCLIPScheduler(**values) for name, values in SETTINGS.items()}
+    width = small_unclip.EMBEDDING
+    text = {"text_encoder": torch_text("quick_gelu", width, width), "tokenizer": clip_tokenizer()}
+    pipeline = diffusers.UnCLIPPipeline(**networks(), **schedulers, **text)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("karlo")
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def boxes(folder):
+    return unclip.load(folder)
+
+
+def sampled(boxes, keys):
+    """The image embeddings, the small images and the large ones, of few steps."""
+    encoder = boxes.text_encoder
+    text, negative = encoder.encode(PROMPTS), encoder.encode([""] * len(PROMPTS))
+    texts = {"text": text, "negative": negative}
+    few = [
+        replace(trained, sampling=replace(trained.sampling, steps=steps))
+        for trained, steps in zip((boxes.prior.prior, boxes.decoder, boxes.upsampler), STEPS.values())
+    ]
+    prior = replace(boxes.prior, prior=few[0])
+    embedding = prior.generate(SampleRequest(noise.fold(keys, 0), (1, 1), **texts))
+    given = {"image_embedding": embedding[:, 0]}
+    small = few[1].generate(SampleRequest(noise.fold(keys, 1), (16, 16), **texts, given=given))
+    return embedding, small, few[2].decode(small, SampleRequest(noise.fold(keys, 2), (32, 32)))
+
+
+def feed(monkeypatch, pipeline, keys):
+    """Makes diffusers' pipeline draw our noise: each box's own, at its start and in each step."""
+    starts, steps = itertools.count(), itertools.count()
+    runs = [(box, i) for box, count in enumerate(STEPS.values()) for i in range(count - 1)]  # the last step draws none
+
+    def noise_of(keys, shape):
+        if len(shape) == 2:
+            import torch
+
+            return torch.tensor(np.asarray(noise.normal_like(keys, tuple(shape[1:]))))
+        return to_torch(noise.normal_like(keys, (*shape[2:], shape[1])))
+
+    def start(shape, **_):
+        return noise_of(noise.fold(noise.fold(keys, next(starts)), 0), shape)
+
+    def step(shape, **_):
+        box, i = runs[next(steps)]
+        return noise_of(noise.fold(noise.fold(noise.fold(keys, box), 1), i), shape)
+
+    monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", start, raising=False)
+    # `prepare_latents` is defined in this module, too, and finds the function there.
+    monkeypatch.setattr("diffusers.schedulers.scheduling_unclip.randn_tensor", step)
+
+
+def test_images_of_diffusers(theirs, boxes, monkeypatch):
+    """From captions to 32×32, with both networks of the upsampler and guidance in prior and decoder."""
+    keys = noise.sample_keys(jax.random.key(0), jnp.arange(len(PROMPTS)))
+    _, _, images = sampled(boxes, keys)
+    feed(monkeypatch, theirs, keys)
+    counts = {f"{name}_num_inference_steps": count for name, count in STEPS.items()}
+    wanted = theirs(PROMPTS, output_type="np", **counts).images
+    found = difference(images, wanted)
+    print(f"UnCLIPPipeline: {found:.1e} of 255")
+    assert found < 2.0
+
+
+def test_enlarged_images():
+    """Without noise, as PyTorch's bicubic with antialiasing does it."""
+    torch, _ = small_unclip.torch_and_diffusers()
+    low = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 4, 3)), jnp.float32)
+    seen = karlo.UPSAMPLER.low_res.seen(
+        low, jnp.zeros(2), noise.sample_keys(jax.random.key(0), jnp.arange(2)), (32, 16)
+    )
+    settings = {"size": [32, 16], "mode": "bicubic", "align_corners": False, "antialias": True}
+    wanted = torch.nn.functional.interpolate(to_torch(low), **settings).numpy()
+    assert seen.aug_level is None
+    np.testing.assert_allclose(np.moveaxis(np.asarray(seen.concat), -1, 1), wanted, atol=1e-5)
+
+
+def test_what_is_read(boxes, folder):
+    assert unclip.is_unclip(folder) and not unclip.is_unclip(folder / "prior")
+    assert boxes.prior.prior.sampling == replace(karlo.SAMPLING_PRIOR)
+    assert boxes.decoder.sampling == karlo.SAMPLING_DECODER and boxes.upsampler.sampling == karlo.SAMPLING_UPSAMPLER
+    assert boxes.decoder.conditions == ("image_embedding",) and boxes.decoder.reads == boxes.prior.reads == (77, 12)
+    assert (boxes.decoder.side, boxes.upsampler.side, boxes.upsampler.factor) == (16, 32, 2)
+    assert boxes.prior.reads_empty and boxes.decoder.reads_empty and not boxes.decoder.reads_padding
+    assert not boxes.upsampler.model.guided and not boxes.text_encoder.padding_is_read
+
+
+def test_written_for_diffusers(boxes, theirs, tmp_path):
+    """All components come back, for both libraries."""
+    import diffusers
+    import torch
+
+    unclip.export(boxes, tmp_path)
+    again = unclip.load(tmp_path)
+    for ours, others in zip(boxes[1:], again[1:]):
+        ours, others = (getattr(box, "prior", box) for box in (ours, others))
+        assert ours.model == others.model and ours.sampling == others.sampling
+        jax.tree.map(np.testing.assert_array_equal, ours.params, others.params)
+    assert again.text_encoder.fingerprint == boxes.text_encoder.fingerprint
+    # This version opens no folder of Karlo's as a pipeline, not even its own, but each component.
+    assert json.loads((tmp_path / "model_index.json").read_text()).keys() >= theirs.components.keys()
+    for name, component in theirs.components.items():
+        if isinstance(component, torch.nn.Module):
+            state = type(component).from_pretrained(tmp_path / name).state_dict()
+            assert all(torch.equal(value, state[key]) for key, value in component.state_dict().items()), name
+    for name, values in SETTINGS.items():
+        config = diffusers.UnCLIPScheduler.from_pretrained(tmp_path / f"{name}_scheduler").config
+        assert {key: config[key] for key in values} == values
+    sides = {"decoder": 16, "super_res_first": 32, "super_res_last": 32}
+    for name, side in sides.items():
+        assert json.loads((tmp_path / name / "config.json").read_text())["sample_size"] == side
+
+
+def test_bfloat16(folder):
+    boxes = unclip.load(folder, Loading("bfloat16"))
+    for box in (boxes.prior.prior, boxes.decoder, boxes.upsampler):
+        assert box.model.unet.execution.dtype == "bfloat16"
+        assert {leaf.dtype for leaf in jax.tree.leaves(box.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def rewritten(folder, tmp_path, name, **change):
+    """A folder of the same files with other settings in one of them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, copy_function=os.link)
+    path = copy / name
+    values = json.loads(path.read_text()) | change
+    path.unlink()
+    path.write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": "IFPipeline"}, "_class_name = 'IFPipeline' .* only 'UnCLIPPipeline'"),
+        ("decoder/config.json", {"sample_size": 12}, "decoder/config.json: .* 12 pixels is not a multiple"),
+        ("decoder/config.json", {"sample_size": None}, "sample_size = None"),
+        ("super_res_first/config.json", {"sample_size": 40}, "sample_size = 40 .* multiples of the decoder's 16"),
+        ("super_res_last/config.json", {"layers_per_block": 2}, "missing"),
+        ("decoder_scheduler/scheduler_config.json", {"variance_type": "fixed_small_log"}, "only 'learned_range'"),
+        ("prior/config.json", {"embedding_dim": 14}, "of another shape"),
+    ],
+)
+def test_refused_folders(name, change, message, folder, tmp_path):
+    copy = rewritten(folder, tmp_path, name, **change)
+    with pytest.raises(ValueError, match=message) as error:
+        unclip.load(copy)
+    assert str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prior", "prior_scheduler", "text_proj", "super_res_last", "text_encoder"])
+def test_missing_folders(name, folder, tmp_path):
+    copy = rewritten(folder, tmp_path, "model_index.json")
+    (copy / name).rename(copy / "elsewhere")
+    with pytest.raises((FileNotFoundError, ValueError), match=f"{name}|elsewhere") as error:
+        unclip.load(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_boxes_that_are_not_karlos(boxes, tmp_path):
+    """Refused before anything is written."""
+    decoder, upsampler = boxes.decoder, boxes.upsampler
+
+    def changed(trained, **change):
+        return replace(trained, model=replace(trained.model, **change))
+
+    late = changed(upsampler, unet=replace(upsampler.model.unet, boundary=50.0))
+    text = changed(decoder, conditioners=(replace(decoder.model.text, pooled=None), *decoder.model.conditioners[1:]))
+    slow = replace(decoder, sampling=replace(decoder.sampling, sampler=DDIM()))
+    for change, message in (
+        ({"decoder": text}, "UnCLIPPipeline has no decoder with conditioners"),
+        ({"decoder": slow}, "UnCLIPScheduler has no sampler = DDIM"),
+        ({"upsampler": late}, "boundary of 0"),
+        ({"upsampler": decoder}, "no upsampler with unet = UNetConfig"),
+        ({"decoder": replace(decoder, params=upsampler.params)}, "the decoder to export does not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unclip.export(boxes._replace(**change), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    louder = replace(decoder, sampling=replace(decoder.sampling, guidance=Guidance(3.0)))
+    unclip.export(boxes._replace(decoder=louder), tmp_path / "y")  # the files have no guidance
