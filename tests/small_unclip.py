@@ -54,8 +54,19 @@ PUBLIC = {
         "encoder_hid_dim_type": "image_proj",
         "addition_embed_type": "image",
     },
+    "movq": {
+        "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [128, 256, 256, 512],
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "num_vq_embeddings": 16384,
+        "vq_embed_dim": 4,
+        "norm_type": "spatial",
+    },
 }
-"""The public settings of Karlo v1-alpha's networks and of Kandinsky 2.2's decoder, beside diffusers' defaults."""
+"""The public settings of Karlo v1-alpha's networks and of Kandinsky 2.2's decoder and autoencoder, beside diffusers'
+defaults."""
 PRIORS = {"Karlo": {}, "Kandinsky 2.2": {"embedding_dim": 1280}}
 EMBEDDING, LENGTH = 12, 7
 _NARROW = {"block_out_channels": [32, 64, 96, 128]}
@@ -72,6 +83,7 @@ SMALL = {
     "decoder": _CROSS | {"sample_size": 16},
     "upsampler": _NARROW | {"layers_per_block": 1, "sample_size": 32},
     "image decoder": _CROSS | {"sample_size": 16, "encoder_hid_dim": EMBEDDING},
+    "movq": {"block_out_channels": [32, 64, 64, 64], "layers_per_block": 1, "num_vq_embeddings": 20},
 }
 """Small widths of each network."""
 FILE = "diffusion_pytorch_model.safetensors"
@@ -94,6 +106,7 @@ def class_of(name):
         "decoder": diffusers.UNet2DConditionModel,
         "upsampler": diffusers.UNet2DModel,
         "image decoder": diffusers.UNet2DConditionModel,
+        "movq": diffusers.VQModel,
     }[name]
 
 
@@ -162,6 +175,8 @@ def inputs(name):
             "class_labels": random(2, 128),
             "attention_mask": np.concatenate([extra, mask], axis=1),
         }
+    if name == "movq":
+        return {"code": random(2, 4, 4, 2), "image": random(2, 3, 32, 16)}
     if name == "upsampler":
         return {"sample": random(2, 6, 16, 8), "timestep": time}
     return {"sample": random(2, 4, 16, 8), "timestep": time, "image_embeds": random(2, EMBEDDING)}
@@ -175,6 +190,10 @@ def outputs(name, model):
         given["do_classifier_free_guidance"] = True
     else:
         given["return_dict"] = False
+    if name == "movq":
+        with torch.no_grad():
+            image = model.decode(given["code"], force_not_quantize=True).sample
+            return {"0": image.numpy(), "1": model.encode(given["image"]).latents.numpy()}
     if "image_embeds" in given:
         given |= {"added_cond_kwargs": {"image_embeds": given.pop("image_embeds")}, "encoder_hidden_states": None}
     with torch.no_grad():

@@ -27,7 +27,8 @@ class TrainedAutoencoder(Decoder):
 
     scale: latents are codes times this, so that they have about unit variance. upcast: compute in float32, whatever
     the compute type of `config`. side: of its default square images. tiles: how images larger than a tile are
-    processed; None processes every image at once.
+    processed; None processes every image at once. quantized: VQ decodes the nearest codes; off, the latents as they are
+    (Kandinsky).
     """
 
     config: AutoencoderConfig
@@ -36,6 +37,7 @@ class TrainedAutoencoder(Decoder):
     upcast: bool = False
     side: int = 512
     tiles: Tiles | SeamlessTiles | None = None
+    quantized: bool = True
 
     def __post_init__(self):
         if not self.scale > 0:
@@ -63,8 +65,8 @@ class TrainedAutoencoder(Decoder):
                 raise ValueError(f"a side of {side} pixels is not a multiple of the autoencoder's stride {stride}")
 
     def decode(self, product: Float[Array, "b h w c"], request: SampleRequest) -> Float[Array, "b h2 w2 c2"]:
-        """Latents → images, clipped to [-1, 1]. VQ: with the nearest codes. ValueError for another size than the
-        request's, or as from `check`."""
+        """Latents → images, clipped to [-1, 1]. VQ: with the nearest codes, if `quantized`. ValueError for another size
+        than the request's, or as from `check`."""
         self.check(request.size)
         check_product(self.consumes, product, "the latents")
         size = product.shape[1] * self.factor, product.shape[2] * self.factor
@@ -80,7 +82,7 @@ class TrainedAutoencoder(Decoder):
     def decoded(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """`decode` without a request, not clipped."""
         code = latents.astype(jnp.float32) / self.scale
-        if isinstance(self.config.bottleneck, VQBottleneck):
+        if self.quantized and isinstance(self.config.bottleneck, VQBottleneck):
             code = _quantized(code, self.params["codebook"])
         return self._finite("decode", autoencoder_tiles.decode, code)
 

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff.models.tiles import Tiles
-from jaxdiff.nets.autoencoder import EPSILON, AutoencoderConfig, Part, Region
+from jaxdiff.nets.autoencoder import AutoencoderConfig, Part
+from jaxdiff.nets.autoencoder_norms import EPSILON, Region
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def check_tiles(config: AutoencoderConfig, tiles: Tiles | SeamlessTiles) -> None
         if pixels % config.stride:
             raise ValueError(f"a tile {name} of {pixels} pixels is not a multiple of the stride {config.stride}")
     if isinstance(tiles, SeamlessTiles):
+        if config.spatial_norm:
+            raise ValueError("an autoencoder with spatial_norm does not run in seamless tiles: use tiles that overlap")
         reach = max(config.encoder_reach, config.decoder_reach)
         least = -(-(2 * reach + 1) * 2**config.coarse_level // config.stride) * config.stride
         if tiles.side < least:

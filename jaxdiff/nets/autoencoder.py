@@ -16,15 +16,14 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.nets import blocks
 from jaxdiff.nets.attention import attention
+from jaxdiff.nets.autoencoder_norms import Region, normalized
 from jaxdiff.nets.blocks import Dtype, Resample
 from jaxdiff.nets.execution import HOW
 
-EPSILON = 1e-6
-"""Of every group norm."""
 LOGVAR = -30.0, 20.0
 """The range of the log-variance of a code."""
 LARGEST_LOGITS = 2**24
@@ -52,7 +51,8 @@ class AutoencoderConfig:
     blocks of a level in the encoder; the decoder has one more. latent_channels: output channels of the encoder, for KL
     of the mean alone. attention_levels: levels with attention after each residual block. middle_attention: attention
     at the lowest resolution, between two blocks. norm_groups: groups of channels that are normalized together.
-    quant_conv, post_quant_conv: 1×1 convolutions before and after the bottleneck.
+    quant_conv, post_quant_conv: 1×1 convolutions before and after the bottleneck. spatial_norm: the code scales and
+    shifts every norm of the decoder (MoVQ, of Kandinsky).
     dtype: compute type; statistics and outputs are float32. remat: recompute every block in the backward pass.
     """
 
@@ -66,6 +66,7 @@ class AutoencoderConfig:
     norm_groups: int = 32
     quant_conv: bool = True
     post_quant_conv: bool = True
+    spatial_norm: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = field(default=False, metadata=HOW)
 
@@ -123,28 +124,6 @@ class Part(enum.Enum):
     COARSE = "coarse"
 
 
-class Region(NamedTuple):
-    """The area of a tile that belongs to it, and how it is normalized; overlaps belong to one tile each.
-
-    rows, columns: start and end of the area, as fractions of the tile's sides. own: normalize with the statistics of
-    this area; otherwise with those of the variable collection `statistics`. The area's statistics are stored in
-    `moments`, in both cases.
-    """
-
-    rows: Float[Array, "2"]
-    columns: Float[Array, "2"]
-    own: Bool[Array, ""]
-
-    def inside(self, height: int, width: int) -> Bool[Array, "1 h w 1"]:
-        """Whether the pixels of a map of the tile belong to the area."""
-
-        def along(length: int, bounds: Array) -> Array:
-            centres = (jnp.arange(length) + 0.5) / length
-            return (centres > bounds[0]) & (centres < bounds[1])
-
-        return (along(height, self.rows)[:, None] & along(width, self.columns)[None, :])[None, :, :, None]
-
-
 class Gaussian(NamedTuple):
     """Means and clamped log-variances of codes."""
 
@@ -191,31 +170,6 @@ def init(config: AutoencoderConfig, key: Key[Array, ""]) -> dict:
     return params
 
 
-class GroupNorm(nn.Module):
-    """Group norm; statistics in float32, per sample."""
-
-    groups: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], region: Region | None = None) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        grouped = x.astype(jnp.float32).reshape(b, h, w, self.groups, c // self.groups)
-        inside = None if region is None else region.inside(h, w)[..., None]
-        mean = grouped.mean((1, 2, 4), where=inside)
-        variance = ((grouped - mean[:, None, None, :, None]) ** 2).mean((1, 2, 4), where=inside)
-        if region is not None:
-            self.put_variable("moments", "mean", mean)
-            self.put_variable("moments", "variance", variance)
-            mean = jnp.where(region.own, mean, self.get_variable("statistics", "mean", mean))
-            variance = jnp.where(region.own, variance, self.get_variable("statistics", "variance", variance))
-        factor = jax.lax.rsqrt(variance + EPSILON)
-        grouped = (grouped - mean[:, None, None, :, None]) * factor[:, None, None, :, None]
-        return (grouped.reshape(x.shape) * scale + bias).astype(self.dtype)
-
-
 class ResidualBlock(nn.Module):
     """Twice norm, swish and 3×3 convolution, added to the input, after a 1×1 convolution if the width changes."""
 
@@ -224,10 +178,15 @@ class ResidualBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], region: Region | None = None) -> Float[Array, "b h w c2"]:
-        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_1")(x, region))
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        region: Region | None = None,
+        code: Float[Array, "b h3 w3 z"] | None = None,
+    ) -> Float[Array, "b h w c2"]:
+        y = nn.silu(normalized((self.groups, self.dtype, "norm_1"), x, region, code))
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_1")(y)
-        y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_2")(y, region))
+        y = nn.silu(normalized((self.groups, self.dtype, "norm_2"), y, region, code))
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_2")(y)
         if x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
@@ -241,9 +200,11 @@ class AttentionBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], code: Float[Array, "b h3 w3 z"] | None = None
+    ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-        y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
+        y = normalized((self.groups, self.dtype, "norm"), x, None, code).reshape(b, h * w, c)
         q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(y)[:, :, None] for name in "qkv")
         y = nn.Dense(c, dtype=self.dtype, name="out")(_attend(q, k, v)[:, :, 0])
         return x + y.reshape(x.shape)
@@ -261,35 +222,42 @@ def _attend(q: Array, k: Array, v: Array) -> Array:
 
 
 class _Half(nn.Module):
-    """Base class of encoder and decoder: blocks built from the settings. Levels are numbered from the finest."""
+    """Base class of encoder and decoder: blocks built from the settings. Levels are numbered from the finest. code: for
+    the decoder's norms, if they read it."""
 
     config: AutoencoderConfig
 
-    def level(self, x: Array, level: int, name: str, count: int, region: Region | None) -> Array:
+    def level(
+        self, x: Array, level: int, way: str, count: int, region: Region | None = None, code: Array | None = None
+    ) -> Array:
         """The blocks of one level. With attention, the level is in the coarse part, which has no region."""
         for i in range(count):
-            x = self.block(x, self.config.channels[level], f"{name}_{i}", region)
+            name = f"{way}_{level}_{i}"
+            x = self.block(x, self.config.channels[level], name, region, code)
             if level in self.config.attention_levels:
-                x = self.attend(x, f"{name}_{i}_attention")
+                x = self.attend(x, f"{name}_attention", code)
         return x
 
-    def middle(self, x: Array) -> Array:
+    def middle(self, x: Array, code: Array | None = None) -> Array:
         width = self.config.channels[-1]
-        x = self.block(x, width, "middle_0")
+        x = self.block(x, width, "middle_0", None, code)
         if self.config.middle_attention:
-            x = self.attend(x, "middle_attention")
-        return self.block(x, width, "middle_1")
+            x = self.attend(x, "middle_attention", code)
+        return self.block(x, width, "middle_1", None, code)
 
-    def head(self, x: Array, channels: int, region: Region | None = None) -> Array:
-        x = nn.silu(GroupNorm(self.config.norm_groups, self.config.dtype, name="head_norm")(x, region))
+    def head(self, x: Array, channels: int, region: Region | None = None, code: Array | None = None) -> Array:
+        x = nn.silu(normalized((self.config.norm_groups, self.config.dtype, "head_norm"), x, region, code))
         self.sow("intermediates", "head_input", x)  # for gradients of the last layer
         return self.conv(x, channels, "head")
 
-    def block(self, x: Array, channels: int, name: str, region: Region | None = None) -> Array:
-        return self._remat(ResidualBlock)(channels, self.config.norm_groups, self.config.dtype, name=name)(x, region)
+    def block(
+        self, x: Array, channels: int, name: str, region: Region | None = None, code: Array | None = None
+    ) -> Array:
+        block = self._remat(ResidualBlock)(channels, self.config.norm_groups, self.config.dtype, name=name)
+        return block(x, region, code)
 
-    def attend(self, x: Array, name: str) -> Array:
-        return self._remat(AttentionBlock)(self.config.norm_groups, self.config.dtype, name=name)(x)
+    def attend(self, x: Array, name: str, code: Array | None = None) -> Array:
+        return self._remat(AttentionBlock)(self.config.norm_groups, self.config.dtype, name=name)(x, code)
 
     def conv(self, x: Array, channels: int, name: str, **options: Any) -> Array:
         return nn.Conv(channels, (3, 3), dtype=self.config.dtype, name=name, **options)(x)
@@ -307,11 +275,11 @@ class Encoder(_Half):
         if part is not Part.COARSE:
             x = self.conv(x.astype(config.dtype), config.channels[0], "stem")
             for level in range(config.coarse_level):
-                x = self.down(self.level(x, level, f"down_{level}", config.blocks, region), level)
+                x = self.down(self.level(x, level, "down", config.blocks, region), level)
         if part is Part.FINE:
             return x
         for level in range(config.coarse_level, last + 1):
-            x = self.level(x, level, f"down_{level}", config.blocks, None)
+            x = self.level(x, level, "down", config.blocks)
             x = x if level == last else self.down(x, level)
         double = isinstance(config.bottleneck, KLBottleneck)
         return self.head(self.middle(x), config.latent_channels * (2 if double else 1))
@@ -323,21 +291,23 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """From codes, after the 1×1 convolution, to images."""
+    """From codes, after the 1×1 convolution, to images. code: before it, for norms that read it."""
 
     @nn.compact
-    def __call__(self, x: Array, part: Part = Part.ALL, region: Region | None = None) -> Array:
+    def __call__(
+        self, x: Array, part: Part = Part.ALL, region: Region | None = None, code: Array | None = None
+    ) -> Array:
         config, last = self.config, len(self.config.channels) - 1
         if part is not Part.FINE:
-            x = self.middle(self.conv(x.astype(config.dtype), config.channels[-1], "stem"))
+            x = self.middle(self.conv(x.astype(config.dtype), config.channels[-1], "stem"), code)
             for level in range(last, config.coarse_level - 1, -1):
                 x = x if level == last else self.up(x, level + 1)
-                x = self.level(x, level, f"up_{level}", config.blocks + 1, None)
+                x = self.level(x, level, "up", config.blocks + 1, None, code)
         if part is Part.COARSE:
             return x
         for level in range(config.coarse_level - 1, -1, -1):
-            x = self.level(self.up(x, level + 1), level, f"up_{level}", config.blocks + 1, region)
-        return self.head(x, config.image_channels, region)
+            x = self.level(self.up(x, level + 1), level, "up", config.blocks + 1, region, code)
+        return self.head(x, config.image_channels, region, code)
 
     def up(self, x: Array, level: int) -> Array:
         """Double the image by repetition, then a convolution."""
@@ -374,10 +344,13 @@ class Autoencoder(nn.Module):
         self, x: Float[Array, "b h w c"], part: Part = Part.ALL, region: Region | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """Codes, after quantization → images. part COARSE: codes → features of the coarse level, in the compute type.
-        FINE: these features → images."""
+        FINE: these features → images. ValueError for a part of a decoder whose norms read the code."""
+        code = x if self.config.spatial_norm else None
+        if code is not None and part is not Part.ALL:
+            raise ValueError("a decoder with spatial_norm reads the code at all levels: it does not run in parts")
         if part is not Part.FINE and self.config.post_quant_conv:
             x = self.post_quant(x.astype(self.config.dtype))
-        x = self.decoder(x, part, region)
+        x = self.decoder(x, part, region, code)
         return x if part is Part.COARSE else blocks.to_float32(x)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -97,6 +97,8 @@ def from_values(values: Mapping[str, Any], path: Path, dtype: hub.Dtype = "float
     image_channels = group.size("in_channels")
     group.require("out_channels", (image_channels,))
     latent = group.size("latent_channels")
+    if values.get("norm_type") == "spatial":
+        group.require("norm_num_groups", (32,))  # of these norms, whatever the setting
     config = AutoencoderConfig(
         channels=channels,
         blocks=group.size("layers_per_block", None, *sizes.DEPTH),
@@ -108,6 +110,7 @@ def from_values(values: Mapping[str, Any], path: Path, dtype: hub.Dtype = "float
         norm_groups=group.size("norm_num_groups"),
         quant_conv=vq or group.flag("use_quant_conv", True),
         post_quant_conv=vq or group.flag("use_post_quant_conv", True),
+        spatial_norm=vq and group.values.get("norm_type") == "spatial",
         dtype=dtype,
     )
     return Settings(config, _scale(group), group.flag("force_upcast", False), _side(group, config))
@@ -138,8 +141,24 @@ def _block_rules(block: tuple[str, str], layers: dict[str, str]) -> list[tuple[s
     return [(f"{block[0]}/{ours}/{{leaf}}", f"{block[1]}.{theirs}.{{leaf}}") for ours, theirs in layers.items()]
 
 
-_BLOCK = {"norm_1": "norm1", "conv_1": "conv1", "norm_2": "norm2", "conv_2": "conv2", "shortcut": "conv_shortcut"}
-_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_SPATIAL = {"norm": "norm_layer", "scale": "conv_y", "offset": "conv_b"}
+"""The layers of a norm that reads the code."""
+_BLOCK = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+    **{f"norm_{i}/{ours}": f"norm{i}.{theirs}" for i in (1, 2) for ours, theirs in _SPATIAL.items()},
+}
+_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "out": "to_out.0",
+    **{f"norm/{ours}": f"spatial_norm.{theirs}" for ours, theirs in _SPATIAL.items()},
+}
 DOWN = (
     *_block_rules(
         ("encoder/down_{level}_{i}_attention", "encoder.down_blocks.{level}.attentions.{i}"),
@@ -158,6 +177,7 @@ TOP = (
     *_block_rules(("{half}/middle_{i}", "{half}.mid_block.resnets.{i}"), _BLOCK),
     ("{half}/stem/{leaf}", "{half}.conv_in.{leaf}"),
     ("{half}/head_norm/{leaf}", "{half}.conv_norm_out.{leaf}"),
+    *_block_rules(("decoder/head_norm", "decoder.conv_norm_out"), _SPATIAL),
     ("{half}/head/{leaf}", "{half}.conv_out.{leaf}"),
     ("codebook", "quantize.embedding.weight"),
     ("quant/{leaf}", "quant_conv.{leaf}"),
@@ -169,7 +189,7 @@ OLD = re.compile(rf"(?<=\.)({'|'.join(ATTENTION)})(?=\.(?:weight|bias)$)")
 
 FIXED = {"act_fn": ("silu", "silu")}
 KL_FIXED = {"shift_factor": (None, None), "latents_mean": (None, None), "latents_std": (None, None)}
-VQ_FIXED = {"norm_type": ("group", "group"), "lookup_from_codebook": (False, False)}
+VQ_FIXED = {"norm_type": ("group", "group", "spatial"), "lookup_from_codebook": (False, False)}
 """For each setting: diffusers' default, then the supported values."""
 READ = {
     "in_channels": 3,
@@ -254,9 +274,14 @@ def _hub_config(settings: Settings) -> dict[str, Any]:
                 "diffusers' VQModel has both 1×1 convolutions: quant_conv and post_quant_conv must be True"
             )
         fixed = {name: allowed[0] for name, (_, *allowed) in (FIXED | VQ_FIXED).items()}
+        if config.spatial_norm and config.norm_groups != 32:
+            raise ValueError(f"diffusers' VQModel with spatial_norm has no norm_groups = {config.norm_groups}: 32")
+        fixed["norm_type"] = "spatial" if config.spatial_norm else "group"
         codebook = {"num_vq_embeddings": config.bottleneck.codes, "vq_embed_dim": config.bottleneck.width}
         return {"_class_name": "VQModel"} | fixed | values | codebook
     fixed = {name: allowed[0] for name, (_, *allowed) in (FIXED | KL_FIXED).items()}
+    if config.spatial_norm:
+        raise ValueError("diffusers' AutoencoderKL has no spatial_norm")
     convolutions = {"use_quant_conv": config.quant_conv, "use_post_quant_conv": config.post_quant_conv}
     return {"_class_name": "AutoencoderKL"} | fixed | values | convolutions
 
