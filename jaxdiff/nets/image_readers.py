@@ -63,7 +63,8 @@ class ImageContext(nn.Module):
 @dataclass(frozen=True)
 class ImageTokens:
     """Kandinsky 2.2's decoder: the embedding of an image alone, projected to `count` tokens of `width` and to a vector,
-    both normalized. It is read as it is, masked or not: the null condition is zeros or the embedding of a black image.
+    both normalized. A null embedding among the parameters replaces a masked one, as in `TextWithImage`; Kandinsky's is
+    that of an empty image.
     """
 
     width: int = 768
@@ -72,7 +73,8 @@ class ImageTokens:
     def read(
         self, tokens: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, features: int, dtype: Dtype
     ) -> TextRead:
-        return TextRead(*ProjectedImage(self.width, self.count, features, dtype, name="text")(tokens[:, -1]))
+        known = jnp.ones(tokens.shape[:1], bool) if mask is None else mask[:, -1]
+        return ProjectedImage(self.width, self.count, features, dtype, name="text")(tokens[:, -1], known)
 
 
 class ProjectedImage(nn.Module):
@@ -84,9 +86,10 @@ class ProjectedImage(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b d"]) -> tuple[Float[Array, "b m e"], None, Float[Array, "b t"]]:
-        image = image.astype(self.dtype)
+    def __call__(self, image: Float[Array, "b d"], known: Bool[Array, " b"]) -> TextRead:
+        null = self.param("null", nn.initializers.zeros, image.shape[-1:])
+        image = jnp.where(known[:, None], image, null).astype(self.dtype)
         tokens = nn.Dense(self.count * self.width, dtype=self.dtype, name="tokens")(image)
         tokens = nn.LayerNorm(1e-5, dtype=self.dtype, name="tokens_norm")(tokens.reshape(-1, self.count, self.width))
         vector = nn.Dense(self.features, dtype=self.dtype, name="vector")(image)
-        return tokens, None, nn.LayerNorm(1e-5, dtype=self.dtype, name="vector_norm")(vector)
+        return TextRead(tokens, None, nn.LayerNorm(1e-5, dtype=self.dtype, name="vector_norm")(vector))

@@ -111,6 +111,7 @@ def _check_scheduler(path: Path, values: Mapping[str, Any]) -> None:
     config.require("prediction_type", ("epsilon",), "epsilon")
     config.require("rescale_betas_zero_snr", (False,), False)
     config.require("set_alpha_to_one", (True,), True)
+    config.require("clip_sample_range", (1.0,), 1.0)
 
 
 def described(trained: TrainedModel) -> dict[str, dict[str, Any]]:

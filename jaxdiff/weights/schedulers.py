@@ -49,7 +49,7 @@ _DYNAMIC: dict[str, tuple] = {
 }
 _CLIPPED = _DYNAMIC | {
     "clip_sample": (True, True, False),
-    "clip_sample_range": (1.0, 1.0),
+    "clip_sample_range": (1.0,),
     "rescale_betas_zero_snr": (False, False, True),
 }
 _SIGMAS: dict[str, tuple] = {
@@ -265,15 +265,22 @@ _READERS: dict[str, Callable[[hub.Group, TabulatedSchedule, Prediction, bool], d
 
 
 def _thresholding(config: hub.Group) -> Thresholding:
-    if not config.values["thresholding"]:
-        return StaticThreshold() if config.values.get("clip_sample") else NoThreshold()
-    numbers = []
-    for name, most in (("dynamic_thresholding_ratio", 1.0), ("sample_max_value", 1e9)):
-        value = config.values[name]
-        if type(value) not in (int, float) or not 0.0 < value <= most:
-            raise config.error(name, value, f"a number above 0 and up to {most:g}")
-        numbers.append(float(value))
-    return DynamicThreshold(*numbers)
+    if config.values["thresholding"]:
+        return DynamicThreshold(
+            _above_zero(config, "dynamic_thresholding_ratio", 1.0), _limit(config, "sample_max_value")
+        )
+    return StaticThreshold(_limit(config, "clip_sample_range")) if config.values.get("clip_sample") else NoThreshold()
+
+
+def _limit(config: hub.Group, name: str) -> float:
+    return _above_zero(config, name, 1e9)
+
+
+def _above_zero(config: hub.Group, name: str, most: float) -> float:
+    value = config.values[name]
+    if type(value) not in (int, float) or not 0.0 < value <= most:
+        raise config.error(name, value, f"a number above 0 and up to {most:g}")
+    return float(value)
 
 
 def _sampler_config(sampling: SamplingConfig, learned: bool) -> dict[str, Any]:
@@ -314,6 +321,8 @@ def _spacing_config(spacing: Any, known: Mapping[str, tuple]) -> dict[str, Any]:
 
 def _threshold_config(threshold: Thresholding, known: Mapping[str, tuple]) -> dict[str, Any]:
     config: dict[str, Any] = {"clip_sample": isinstance(threshold, StaticThreshold)} if "clip_sample" in known else {}
+    if config and isinstance(threshold, StaticThreshold) and threshold.limit != 1.0:
+        config["clip_sample_range"] = threshold.limit
     if "thresholding" in known:
         config["thresholding"] = isinstance(threshold, DynamicThreshold)
         if isinstance(threshold, DynamicThreshold):

@@ -204,7 +204,7 @@ def _networks(boxes: Boxes) -> _Networks:
         "upsampler": (upsampler, karlo.upsampler_model(single, upsampler.side, upsampler.factor)),
     }
     for name, (trained, preset) in presets.items():
-        _check_conditioned(name, trained.model, preset)
+        check_conditioned(NAME, name, trained.model, preset)
     halves = (upsampler.params.get(name, {}) for name in ("first", "last"))
     unets = {"decoder": (Network(reads, width), decoder.params, decoder.side)}
     unets |= {name: (Network(single, 0), params, upsampler.side) for name, params in zip(UPSAMPLERS, halves)}
@@ -216,8 +216,9 @@ def _networks(boxes: Boxes) -> _Networks:
     return _Networks(unclip_prior.Prior(network, prior.params, *statistics), unets, schedulers)
 
 
-def _check_conditioned(name: str, model: DiffusionModel, preset: DiffusionModel) -> None:
-    """ValueError, naming a setting, unless a model differs from Karlo's only in training, schedule and prediction."""
+def check_conditioned(pipeline: str, name: str, model: DiffusionModel, preset: DiffusionModel) -> None:
+    """ValueError, naming a setting, unless a box of a pipeline differs from a preset only in training, schedule and
+    prediction."""
     training: dict[str, Any] = {name: getattr(preset, name) for name in ("weighting", "time_sampler")}
     both = replace(model, schedule=preset.schedule, prediction=preset.prediction, **training), preset
     have, want = (
@@ -225,7 +226,7 @@ def _check_conditioned(name: str, model: DiffusionModel, preset: DiffusionModel)
     )
     difference = comparison.first_difference(want, have)
     if difference is not None:
-        raise _refused(name, f"{difference} = {have.get(difference)}")
+        raise ValueError(f"diffusers' {pipeline} has no {name} with {difference} = {have.get(difference)}")
 
 
 def _refused(name: str, what: str) -> ValueError:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff.core import settings, trees
 from jaxdiff.nets.conditioning import Conditioning
@@ -74,7 +75,14 @@ def _load(network: Network, folders: Folders, dtype: str, variant: str | None, p
         if folder is not None:
             tensors = hub.open_tensors(folder, variant)
             params |= hub.load_params(tensors, part, key_map(network, part), dtype, place, str(folder))
+    if isinstance(network.unet.conditioning.text, ImageTokens):
+        params["text"][NULL] = place(np.zeros(network.embedding, jnp.dtype(dtype)))
     return params
+
+
+NULL = "null"
+"""A parameter that Kandinsky's files lack: the embedding without an image, which its pipelines compute
+(`weights/kandinsky.py`). Zeros until it is set."""
 
 
 def export_unet(
@@ -104,6 +112,8 @@ def _parts(network: Network, params: dict) -> tuple[dict, dict]:
     """The parameters in the folder of the U-Net, and those of Karlo's projections."""
     apart = ("text", "vector") if isinstance(network.unet.conditioning.text, TextWithImage) else ()
     unet = {name: value for name, value in params.items() if name not in apart}
+    if isinstance(network.unet.conditioning.text, ImageTokens):
+        unet["text"] = {name: value for name, value in unet["text"].items() if name != NULL}
     return unet, {name: value for name, value in params.items() if name in apart}
 
 

@@ -108,3 +108,7 @@ def test_image_alone():
     other = given._replace(tokens=given.tokens.at[1].add(1.0))
     changed = np.abs(run(config.module(), weights, X, time, other) - found).max((1, 2, 3))
     assert changed[1] > 1e-3 and max(changed[0], changed[2]) < 1e-5
+    null = Conditioning(given.tokens.at[2, 0].set(weights["text"]["null"]), given.token_mask)
+    masked = given._replace(token_mask=given.token_mask.at[2].set(False))
+    wanted = run(config.module(), weights, X, time, null)
+    np.testing.assert_allclose(run(config.module(), weights, X, time, masked), wanted, atol=1e-5)
