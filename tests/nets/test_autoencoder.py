@@ -10,7 +10,8 @@ import pytest
 import small_autoencoder as small
 
 from jaxdiff.nets import autoencoder as nets
-from jaxdiff.nets.autoencoder import AutoencoderConfig, Part, Region, VQBottleneck
+from jaxdiff.nets.autoencoder import AutoencoderConfig, Part, VQBottleneck
+from jaxdiff.nets.autoencoder_norms import GroupNorm, Region
 
 CONFIG = replace(small.VQ8, channels=(4, 8, 8), blocks=1, attention_levels=(2,))
 PARAMS = small.random_params(CONFIG)
@@ -98,7 +99,7 @@ def test_reach(method):
 
 def test_statistics_of_a_region():
     """The moments are those of the area; the given ones are used unless `own`."""
-    norm = nets.GroupNorm(2, "float32")
+    norm = GroupNorm(2, "float32")
     x = jnp.asarray(np.random.default_rng(3).normal(1.0, 2.0, size=(2, 4, 8, 6)), jnp.float32)
     params = jax.tree.map(lambda leaf: leaf + 0.5, norm.init(jax.random.key(0), x)["params"])
     region = Region(jnp.array([0.25, 1.0]), jnp.array([0.0, 0.5]), jnp.bool_(True))
@@ -126,7 +127,7 @@ def test_bfloat16():
         exact, rounded = run(CONFIG, PARAMS, x, method), run(half, PARAMS, x, method)
         assert rounded.dtype == jnp.float32 and np.isfinite(rounded).all()
         assert 0 < np.abs(exact - rounded).max() < 0.2 * np.abs(exact).max()
-    norm = nets.GroupNorm(1, "bfloat16")
+    norm = GroupNorm(1, "bfloat16")
     x = (200.0 + 2.0 * (jnp.arange(64) % 2)).reshape(1, 8, 8, 1).astype(jnp.bfloat16)
     y = norm.apply({"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}}, x)
     np.testing.assert_array_equal(np.unique(np.asarray(y, "f4")), [-1.0, 1.0])

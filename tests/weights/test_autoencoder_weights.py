@@ -97,7 +97,7 @@ def test_older_names_of_attention(name, tmp_path):
         ("KL f8", {"sample_size": [64, 32]}, "sample_size"),
         ("KL f8", {"use_quant_conv": 1}, "use_quant_conv = 1"),
         ("KL f8", {"layers_per_block": 10**6}, "layers_per_block"),
-        ("VQ f8", {"norm_type": "spatial"}, "norm_type = 'spatial' is not supported, only 'group'"),
+        ("VQ f8", {"norm_type": "layer"}, "norm_type = 'layer' is not supported, only 'group' or 'spatial'"),
         ("VQ f8", {"lookup_from_codebook": True}, "lookup_from_codebook = True"),
         ("VQ f8", {"up_block_types": ["UpDecoderBlock2D"] * 4}, "up_block_types = .* only those that mirror"),
         ("VQ f8", {"vq_embed_dim": 0}, "vq_embed_dim = 0"),

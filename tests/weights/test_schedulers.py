@@ -116,6 +116,8 @@ def test_samplers_and_spacings(tmp_path):
     dynamic = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 3}
     for kind, threshold in ((DDIM_, DynamicThreshold(0.9, 3.0)), (SOLVER, DynamicThreshold(0.9, 3.0))):
         assert fields(kind, "thresholding", **dynamic) == [threshold]
+    for kind in (DDPM_, DDIM_):
+        assert fields(kind, "thresholding", clip_sample_range=2.0) == [StaticThreshold(2.0)]
     assert fields(EULER, "thresholding", **dynamic) == [NoThreshold()]  # not a setting of this class
 
 
@@ -141,7 +143,7 @@ def test_misshapen_settings(kind, tmp_path):
             given = BETAS | (
                 {"thresholding": True} if name in ("dynamic_thresholding_ratio", "sample_max_value") else {}
             )
-            if (name, value) == ("sample_max_value", 7.5):
+            if name in ("sample_max_value", "clip_sample_range") and value == 7.5:
                 continue  # a good one
             with pytest.raises(ValueError) as error:
                 read(tmp_path, kind, **given | {name: value})
@@ -193,6 +195,7 @@ EXPORTED = [
     config(DDIM(), Leading(1)),
     config(DDIM(), Trailing(to_first_entry=True), StaticThreshold(), keep_eps=True),
     config(DDPM(1.0), Linspace(), DynamicThreshold(0.9, 2.0)),
+    config(DDPM(0.0), Leading(), StaticThreshold(2.0)),
     config(Euler(), Leading(1)),
     config(Euler(), KARRAS, scaled_start=True),
     config(Euler(), TabulatedKarras(Leading(2))),

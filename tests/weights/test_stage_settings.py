@@ -162,7 +162,7 @@ PRODUCT, ATTENTION, LOW_RES = (to_json(settings) for settings in (ImageSpec(), A
         (conditioned(LowResConditioner(), channels=None), "channels of LowResConditioner is None"),
         (conditioned(LowResConditioner(), max_level=1.5), "max_level 1.5: must lie in [0, 1]"),
         (conditioned(LowResConditioner(), max_level=True), "max_level of LowResConditioner is True, it takes only"),
-        (conditioned(LowResConditioner(), augmentation=None), "augmentation of LowResConditioner is None"),
+        (conditioned(LowResConditioner(), augmentation="noise"), "augmentation of LowResConditioner is 'noise'"),
         (conditioned(LowResConditioner(), augmentation=PRODUCT), "augmentation of LowResConditioner is ImageSpec("),
         (conditioned(LowResConditioner(), enlargement="CUBIC"), "enlargement of LowResConditioner is 'CUBIC'"),
         (
