@@ -4,7 +4,7 @@
     DECODER/   model_index.json  unet/  scheduler/  movq/
 
 The image encoder is read only for the embedding of an empty image, the decoder's null condition. The prior and the text
-encoder are Karlo's with other sizes (`weights/unclip.py`).
+encoder are Karlo's with other sizes (`weights/karlo.py`).
 """
 
 from dataclasses import replace
@@ -25,8 +25,8 @@ from jaxdiff.nets.image_readers import ImageTokens
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems import kandinsky as presets
 from jaxdiff.text.clip import CLIPTextEncoder
-from jaxdiff.weights import autoencoder, clip, hub, schedulers, sizes, unclip, unclip_unet
-from jaxdiff.weights.unclip import INDEX, Loading
+from jaxdiff.weights import autoencoder, clip, hub, karlo, schedulers, sizes, unclip_unet
+from jaxdiff.weights.karlo import INDEX, Loading
 from jaxdiff.weights.unclip_unet import NULL, Folders, Network
 
 FLOAT32 = Loading()
@@ -50,8 +50,8 @@ def load(prior: str | Path, decoder: str | Path, loading: Loading = FLOAT32) -> 
     """
     first = _folder(prior, ("prior", "text_encoder", "image_encoder"), PRIOR, loading)
     second = _folder(decoder, ("unet", "movq"), DECODER, loading)
-    encoder = unclip.load_text_encoder(first, loading)
-    embeddings = unclip.load_prior(first / "prior", first / "scheduler", loading)
+    encoder = karlo.load_text_encoder(first, loading)
+    embeddings = karlo.load_prior(first / "prior", first / "scheduler", loading)
     null = null_embedding(first / "image_encoder", loading)
     network = load_decoder(second, loading)
     width = embeddings.prior.model.product.channels
@@ -137,7 +137,7 @@ def export_decoder(
     if not isinstance(unet, UNetConfig) or not isinstance(unet.conditioning.text, ImageTokens):
         raise ValueError(f"diffusers' {DECODER} has no decoder with unet = {type(unet).__name__}, without ImageTokens")
     preset = presets.decoder_model(unet, model.side, _width(decoder), LatentSpec(model.product.channels))
-    unclip.check_conditioned(DECODER, "decoder", model, preset)
+    karlo.check_conditioned(DECODER, "decoder", model, preset)
     if movq.scale != 1.0 or movq.quantized:
         raise ValueError(f"diffusers' {DECODER} decodes latents as they are: scale = 1 and quantized = False")
     network = Network(unet, _width(decoder), model.product.channels)

@@ -57,7 +57,7 @@ class Loading:
         return {"dtype": self.dtype, "variant": self.variant, "place": self.place}
 
 
-def is_unclip(folder: str | Path) -> bool:
+def is_karlo(folder: str | Path) -> bool:
     """Whether this is the folder of an UnCLIPPipeline."""
     index = Path(folder) / INDEX
     return index.is_file() and hub.read_json(index).get("_class_name") == NAME

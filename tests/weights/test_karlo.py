@@ -20,8 +20,8 @@ from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.systems import karlo
 from jaxdiff.text.clip_tokenizer import clip_tokenizer
-from jaxdiff.weights import unclip
-from jaxdiff.weights.unclip import Loading
+from jaxdiff.weights import karlo
+from jaxdiff.weights.karlo import Loading
 
 STEPS = {"prior": 5, "decoder": 4, "super_res": 3}
 SETTINGS = {
@@ -71,7 +71,7 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def boxes(folder):
-    return unclip.load(folder)
+    return karlo.load(folder)
 
 
 def sampled(boxes, keys):
@@ -140,7 +140,7 @@ def test_enlarged_images():
 
 
 def test_what_is_read(boxes, folder):
-    assert unclip.is_unclip(folder) and not unclip.is_unclip(folder / "prior")
+    assert karlo.is_karlo(folder) and not karlo.is_karlo(folder / "prior")
     assert boxes.prior.prior.sampling == replace(karlo.SAMPLING_PRIOR)
     assert boxes.decoder.sampling == karlo.SAMPLING_DECODER and boxes.upsampler.sampling == karlo.SAMPLING_UPSAMPLER
     assert boxes.decoder.conditions == ("image_embedding",) and boxes.decoder.reads == boxes.prior.reads == (77, 12)
@@ -154,8 +154,8 @@ def test_written_for_diffusers(boxes, theirs, tmp_path):
     import diffusers
     import torch
 
-    unclip.export(boxes, tmp_path)
-    again = unclip.load(tmp_path)
+    karlo.export(boxes, tmp_path)
+    again = karlo.load(tmp_path)
     for ours, others in zip(boxes[1:], again[1:]):
         ours, others = (getattr(box, "prior", box) for box in (ours, others))
         assert ours.model == others.model and ours.sampling == others.sampling
@@ -176,7 +176,7 @@ def test_written_for_diffusers(boxes, theirs, tmp_path):
 
 
 def test_bfloat16(folder):
-    boxes = unclip.load(folder, Loading("bfloat16"))
+    boxes = karlo.load(folder, Loading("bfloat16"))
     for box in (boxes.prior.prior, boxes.decoder, boxes.upsampler):
         assert box.model.unet.execution.dtype == "bfloat16"
         assert {leaf.dtype for leaf in jax.tree.leaves(box.params)} == {jnp.dtype(jnp.bfloat16)}
@@ -208,7 +208,7 @@ def rewritten(folder, tmp_path, name, **change):
 def test_refused_folders(name, change, message, folder, tmp_path):
     copy = rewritten(folder, tmp_path, name, **change)
     with pytest.raises(ValueError, match=message) as error:
-        unclip.load(copy)
+        karlo.load(copy)
     assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -217,7 +217,7 @@ def test_missing_folders(name, folder, tmp_path):
     copy = rewritten(folder, tmp_path, "model_index.json")
     (copy / name).rename(copy / "elsewhere")
     with pytest.raises((FileNotFoundError, ValueError), match=f"{name}|elsewhere") as error:
-        unclip.load(copy)
+        karlo.load(copy)
     assert "\n" not in str(error.value)
 
 
@@ -239,7 +239,7 @@ def test_boxes_that_are_not_karlos(boxes, tmp_path):
         ({"decoder": replace(decoder, params=upsampler.params)}, "the decoder to export does not fit"),
     ):
         with pytest.raises(ValueError, match=message):
-            unclip.export(boxes._replace(**change), tmp_path / "x")
+            karlo.export(boxes._replace(**change), tmp_path / "x")
     assert not (tmp_path / "x").exists()
     louder = replace(decoder, sampling=replace(decoder.sampling, guidance=Guidance(3.0)))
-    unclip.export(boxes._replace(decoder=louder), tmp_path / "y")  # the files have no guidance
+    karlo.export(boxes._replace(decoder=louder), tmp_path / "y")  # the files have no guidance
