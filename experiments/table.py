@@ -30,6 +30,7 @@ from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
+from experiments.tasks.unclip import DecoderTask, PriorTask, UnCLIPSettings
 from jaxdiff.systems import (
     dalle,
     dalle_tiny,
@@ -38,12 +39,16 @@ from jaxdiff.systems import (
     imagen_tiny,
     stable_diffusion,
     stable_diffusion_tiny,
+    unclip,
+    unclip_tiny,
 )
 
 SHIPPED_T5 = 24, 128
 """Length and width of the shipped text encoder's embeddings."""
 
 
+SHIPPED_CLIP = 24, 128
+"""Length and width of the shipped CLIP's states."""
 SMALL = PresetOptimizer("muon", 2e-3)
 """Networks for CPUs: few updates on few images, where Muon learns most."""
 MIDDLE = PresetOptimizer("adam", 2e-4)
@@ -156,6 +161,38 @@ TASKS: dict[str, Task] = {
             "paper": TransformerPreset(dalle.TRANSFORMER),
         },
         TransformerSettings(_folder("dalle")),
+    ),
+    "unclip.prior": PriorTask(
+        "DALL·E 2's diffusion prior: CLIP's image embeddings from captions",
+        {
+            "tiny": Preset(unclip_tiny.PRIOR_TINY, unclip_tiny.SAMPLING_PRIOR_TINY, SHIPPED_CLIP, SMALL),
+            "paper": Preset(unclip.PRIOR, unclip.SAMPLING_PRIOR, unclip.CLIP_H, PresetOptimizer("adam", 1.1e-4)),
+        },
+        UnCLIPSettings(_folder("prior")),
+    ),
+    "unclip.decoder": DecoderTask(
+        "DALL·E 2's decoder: 64×64 images from CLIP's image embeddings",
+        {
+            "tiny": Preset(unclip_tiny.DECODER_TINY, unclip_tiny.SAMPLING_DECODER_TINY, SHIPPED_CLIP, SMALL, EARLY),
+            "paper": Preset(unclip.DECODER, unclip.SAMPLING_DECODER, unclip.CLIP_H, PresetOptimizer("adam", 1.2e-4)),
+        },
+        UnCLIPSettings(_folder("decoder")),
+    ),
+    "unclip.sr256": DiffusionTask(
+        "DALL·E 2's upsampler to 256×256",
+        {
+            "tiny": Preset(unclip_tiny.SR_256_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5, SMALL),
+            "paper": Preset(unclip.SR_256, unclip.SAMPLING_SR_256, SHIPPED_T5, PresetOptimizer("adam", 1.2e-4)),
+        },
+        Settings(_folder("upsampler256")),
+    ),
+    "unclip.sr1024": DiffusionTask(
+        "DALL·E 2's upsampler to 1024×1024",
+        {
+            "tiny": Preset(unclip_tiny.SR_1024_TINY, imagen_tiny.SAMPLING_SR_TINY, SHIPPED_T5, SMALL),
+            "paper": Preset(unclip.SR_1024, unclip.SAMPLING_SR_1024, SHIPPED_T5),
+        },
+        Settings(_folder("upsampler1024")),
     ),
     "t5": T5Task("a T5, pre-trained on captions, whose frozen encoder reads them", settings=T5Settings(_folder("t5"))),
     "clip": CLIPTask("a CLIP, from captioned images", settings=CLIPSettings(_folder("clip"))),

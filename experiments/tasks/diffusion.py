@@ -9,7 +9,7 @@ jaxdiff/weights/tiny/README.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,6 +32,7 @@ from jaxdiff.core.products import LatentSpec
 from jaxdiff.core.trees import check_tree
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings
+from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
 from jaxdiff.data.pipeline import Batches
 from jaxdiff.diffusion import noise
@@ -137,12 +138,13 @@ def sampling_step(model: DiffusionModel, sampling: SamplingConfig, count: int) -
         pooled = batch["text_pooled"].update(dtype=jnp.float32) if "text_pooled" in batch else None
         text = TextEmbedding(batch["text"].update(dtype=jnp.float32), batch["text_mask"], pooled)
 
-    def step(params, text, negative, keys, low_res, hint):
+    def step(params, text, negative, keys, low_res, hint, given):
         hints = () if hint is None else (HintImage(hint),)
-        request = SampleRequest(keys, (side, side), text, negative, hints=hints)
+        request = SampleRequest(keys, (side, side), text, negative, hints=hints, given=given)
         return TrainedModel(model, params, sampling).decode(low_res, request)
 
-    return Inference(step, (text, text, keys, batch.get("low_res"), batch.get("hint")))
+    given = {each.entry: batch[each.entry] for each in model.representations}
+    return Inference(step, (text, text, keys, batch.get("low_res"), batch.get("hint"), given))
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,30 @@ class DiffusionTask(Task):
         """What the model is trained in."""
         return Pixels(model)
 
+    def text_of(
+        self, settings: Settings, model: DiffusionModel, space: Space
+    ) -> tuple[TextEncoder | None, Embeddings | None]:
+        """The text encoder, if it is named or needed, and stored embeddings, if they are named."""
+        return find(settings.text_encoder, settings.dataset, self.preset(settings.preset), model)
+
+    def text_source(self, settings: Settings, embeddings: Embeddings) -> TextSource | None:
+        """Where the run's text encoder is; None if it is unknown."""
+        options = settings.text_encoder
+        if options.text is None and options.embeddings is not None:
+            return None
+        return TextSource(options.source, embeddings.length, options.text_dtype, embeddings.encoder)
+
+    def samples(
+        self, space: Space, trained: TrainedModel, source: Source, embeddings: Embeddings | None, folder: Path
+    ) -> Callable[[int, Params, Any], None] | None:
+        """The sample hook."""
+        return Samples(trained, source, embeddings, folder, space.decode)
+
     def prepare(self, settings: Settings, start: Start) -> Work:
         space = self.space(settings, self.trained_model(settings))
         preset, model = self.preset(settings.preset), space.model
         spec = settings.dataset.spec()
-        encoder, embeddings = find(settings.text_encoder, settings.dataset, preset, model)
+        encoder, embeddings = self.text_of(settings, model, space)
         text = embeddings or encoder
         model = model.reading(*(preset.reads if text is None else (text.length, text.width)))
         if model.text is not None:  # embeddings are stored without padding: the empty caption has no tokens
@@ -215,9 +236,8 @@ class DiffusionTask(Task):
         def begin() -> None:
             save_settings(TrainedModel(plain, {}, preset.sampling, fingerprint), folder)
             space.record(settings.out)
-            options = settings.text_encoder
-            if fingerprint is not None and (options.text is not None or options.embeddings is None):
-                location = TextSource(options.source, embeddings.length, options.text_dtype, fingerprint)
+            location = None if embeddings is None else self.text_source(settings, embeddings)
+            if location is not None:
                 save_text_source(settings.out, location)
 
         def finish(params: Params, extra: Any) -> str:
@@ -237,8 +257,8 @@ class DiffusionTask(Task):
             begin=begin,
             finish=finish,
             placement=self.placement(model, settings.compute),
-            sample_hook=Samples(
-                TrainedModel(model, {}, preset.sampling), source, embeddings, settings.out / "samples", space.decode
+            sample_hook=self.samples(
+                space, TrainedModel(model, {}, preset.sampling), source, embeddings, settings.out / "samples"
             ),
             held_out=held_out,
         )

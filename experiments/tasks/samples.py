@@ -1,7 +1,7 @@
 """Sample grids of a training run: fixed captions, or fixed low-resolution images."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ class Samples:
         embeddings: Embeddings | None,
         folder: Path,
         decode: Callable[[jax.Array], jax.Array] | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> None:
-        """decode: the images of the model's samples, if they are latents."""
+        """decode: the images of the model's samples, if they are latents. given: other conditions of the examples
+        `Spread(source, COUNT)`, as in `SampleRequest`."""
+        self._given = given or {}
         self._model, self._folder, self._decode, stage = model, folder, decode, model.model
         self._captions, self._text, self._low_res = [], None, None
         shown, indices = Spread(source, self.COUNT), range(self.COUNT)
@@ -61,7 +64,7 @@ class Samples:
         keys = noise.sample_keys(jax.random.key(0), jnp.arange(self.COUNT))
         side = stage.side if self._low_res is None else self._low_res.shape[1] * stage.factor
         # A progress callback splits sampling into several programs, so that a signal is handled sooner.
-        request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None)
+        request = SampleRequest(keys, (side, side), self._text, progress=lambda done: None, given=self._given)
         samples = dataclasses.replace(self._model, params=params).decode(self._low_res, request)
         images = gathered(samples if self._decode is None else self._decode(samples))
         if images is None:

@@ -43,9 +43,18 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Embeddings (b 1 1 width), float32: grids of one position, so that models of grids are models of embeddings."""
+    """Embeddings (b 1 1 width), float32: grids of one position, so that models of grids are models of embeddings.
+
+    norm: the Euclidean length of every embedding, for models of normalized ones: √width gives their values a mean
+    square of 1. None: as the encoder gives them.
+    """
 
     width: int = 768
+    norm: float | None = None
+
+    def __post_init__(self):
+        if self.norm is not None and not self.norm > 0:
+            raise ValueError(f"embeddings of length {self.norm}: the length must be above 0")
 
     @property
     def channels(self) -> int:
@@ -55,8 +64,16 @@ class EmbeddingSpec:
     def stride(self) -> int:
         return 1
 
+    def normalized(self, embedding: Any) -> Any:
+        """An array (… width) scaled to these lengths; unchanged without `norm`. Zeros stay zeros: they are the null
+        condition of models."""
+        if self.norm is None:
+            return embedding
+        length = (embedding**2).sum(-1, keepdims=True) ** 0.5
+        return embedding * (self.norm / (length + (length == 0)))
+
     def __str__(self) -> str:
-        return f"embeddings of width {self.width}"
+        return f"embeddings of width {self.width}" + ("" if self.norm is None else f" and length {self.norm:.4g}")
 
 
 ProductSpec = ImageSpec | LatentSpec | TokenSpec | EmbeddingSpec

@@ -107,13 +107,17 @@ class ExtendedBatches:
         self._stream.set_state(state)
 
 
-class LatentBatches(ExtendedBatches):
-    """Batches with the stored latents (float32) or codes (int32) of their images as `image`. stream: batches with
-    `captions`."""
+class IndexedBatches(ExtendedBatches):
+    """Batches with further entries that are found by `index` or `caption`, which only the host has. stream: batches
+    with `captions`."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {name: value for name, value in super().__next__().items() if name not in ("index", "caption")}
+
+
+class LatentBatches(IndexedBatches):
+    """Batches with the stored latents (float32) or codes (int32) of their images as `image`."""
 
     def __init__(self, stream: Stream, latents: Shaped[np.ndarray, "n h w ..."]):
         dtype = np.float32 if np.issubdtype(latents.dtype, np.floating) else np.int32
         super().__init__(stream, lambda batch: {"image": latents[batch["index"]].astype(dtype)})
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return {name: value for name, value in super().__next__().items() if name not in ("index", "caption")}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
@@ -52,7 +53,8 @@ class TextConditioner:
 
     width, length: those of the text encoder's embeddings; None until set by `DiffusionModel.reading`.
     dropout: fraction of captions replaced by the null text in training.
-    pooled: width of the text encoder's pooled vector, if the network reads it beside the tokens.
+    pooled: width of the text encoder's pooled vector, if the network reads it beside the tokens. pooled_norm: the
+    length that it is scaled to (`EmbeddingSpec.norm`); None: as the text encoder gives it.
     mean: the network reads the mean of the tokens as a vector, beside the tokens. For small models: what a caption says
     of the entire image need not be found by attention.
     """
@@ -63,9 +65,12 @@ class TextConditioner:
     null: NullText = NullText.ZEROS
     pooled: int | None = None
     mean: bool = False
+    pooled_norm: float | None = None
 
     def __post_init__(self):
         check_dropout(self.dropout, "captions")
+        if self.pooled_norm is not None and self.pooled is None:
+            raise ValueError("pooled_norm is for networks that read the pooled vector")
         if self.mean and self.pooled is not None:
             raise ValueError("a network reads one vector of the text: pooled or mean")
 
@@ -115,7 +120,7 @@ class TextConditioner:
         if self.pooled is None:
             return self._attended(TextEmbedding(tokens, mask))
         null = 0.0 if self.null is NullText.ZEROS else entry(batch, "null_pooled")
-        return Conditioning(tokens, mask, jnp.where(kept[:, None], entry(batch, "text_pooled"), null))
+        return Conditioning(tokens, mask, self._scaled(jnp.where(kept[:, None], entry(batch, "text_pooled"), null)))
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         null = self.null_text(keys.shape[0]) if inputs.text is None or inputs.negative is None else None
@@ -129,7 +134,10 @@ class TextConditioner:
         if text.pooled is None or text.pooled.shape[-1] != self.pooled:
             width = "none" if text.pooled is None else f"one of {text.pooled.shape[-1]}"
             raise ValueError(f"this model reads a pooled text of width {self.pooled}, its text encoder gives {width}")
-        return Conditioning(text.tokens, text.mask, text.pooled)
+        return Conditioning(text.tokens, text.mask, self._scaled(text.pooled))
+
+    def _scaled(self, pooled: Float[Array, "b p"]) -> Float[Array, "b p"]:
+        return EmbeddingSpec(pooled.shape[-1], self.pooled_norm).normalized(pooled)
 
 
 def _mean(text: TextEmbedding) -> Float[Array, "b d"]:

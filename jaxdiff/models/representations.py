@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.models.conditioner import Branches, SampleInputs, Shapes, check_dropout, entry
 from jaxdiff.nets.conditioning import Conditioning
@@ -68,13 +69,15 @@ class EmbeddingConditioner:
     """An embedding of an image, such as CLIP's, or several (of its patches, or of several images).
 
     width: of an embedding; as tokens, that of the text encoder's, if the model reads text. length: their number, for
-    tokens. Without an embedding the network reads zeros, as tokens masked ones.
+    tokens. Without an embedding the network reads zeros, as tokens masked ones. norm: the length of the embeddings that
+    it reads (`EmbeddingSpec.norm`); they are not scaled here, but where they come from.
     """
 
     width: int
     length: int = 1
     form: Form = Form.VECTOR
     dropout: float = 0.1
+    norm: float | None = None
 
     def __post_init__(self):
         check_dropout(self.dropout, "embeddings")
@@ -84,6 +87,11 @@ class EmbeddingConditioner:
             raise ValueError(f"{self.length} embeddings as a vector: only one can be added; read them as tokens")
 
     entry = "image_embedding"
+
+    @property
+    def product(self) -> EmbeddingSpec:
+        """The type of the embeddings."""
+        return EmbeddingSpec(self.width, self.norm)
 
     @property
     def shape(self) -> tuple[int, ...]:

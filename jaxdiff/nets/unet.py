@@ -49,11 +49,14 @@ class ConditioningConfig:
     width: width of the conditioning vector (the time embedding and everything added to it).
     text: how text is read; None: no text, or tokens that are attended to unchanged.
     frequencies: width of the sinusoidal embeddings; 0: the number of channels, at least 128.
+    vector_tokens: number of tokens that are projected from the `vector` and attended to after the text, beside its
+    place in the conditioning vector (four in DALL·E 2, arXiv 2204.06125, 2.1).
     """
 
     width: int = 2048
     text: MaskedText | WholeText | TextWithImage | ImageTokens | None = MaskedText()
     frequencies: int = 0
+    vector_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,25 @@ class _Shared(nn.Module):
         if conditioning.tokens is None and config.reads_text:
             raise ValueError("this network reads text: its conditioning needs tokens")
         if conditioning.tokens is None or config.conditioning.text is None:
-            return embedding, (conditioning.tokens, conditioning.token_mask)
+            return embedding, self.with_vector(conditioning.tokens, conditioning.token_mask, conditioning)
         text = config.conditioning.text.read(conditioning.tokens.astype(dtype), conditioning.token_mask, width, dtype)
         if text.vector is not None:
             embedding += text.vector
-        return embedding, (text.tokens, text.mask)
+        return embedding, self.with_vector(text.tokens, text.mask, conditioning)
+
+    def with_vector(self, tokens: Array | None, mask: Array | None, conditioning: Conditioning) -> _Text:
+        """The tokens for attention, with those projected from the vector behind them."""
+        config, count = self.config, self.config.conditioning.vector_tokens
+        if not count:
+            return tokens, mask
+        if tokens is None or conditioning.vector is None:
+            raise ValueError("vector_tokens: this network needs tokens and a vector")
+        dtype, width = config.execution.dtype, tokens.shape[-1]
+        added = nn.Dense(count * width, dtype=dtype, name="vector_tokens")(conditioning.vector.astype(dtype))
+        added = added.reshape(-1, count, width)
+        if mask is not None:
+            mask = jnp.concatenate([mask, jnp.ones(added.shape[:2], bool)], axis=1)
+        return jnp.concatenate([tokens.astype(dtype), added], axis=1), mask
 
     def stem(self, x: Array, conditioning: Conditioning) -> Array:
         config = self.config

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff.core.products import ImageSpec, check_product, same_kind
+from jaxdiff.core.products import EmbeddingSpec, ImageSpec, check_product, same_kind
 from jaxdiff.diffusion import noise
 from jaxdiff.models.boxes import Box, Decoder, Generator
 from jaxdiff.models.hints import HintImage, check_hints
@@ -48,7 +48,8 @@ class SampleOptions:
     first: number of the first sample, to sample a long list in parts. negative: negative prompt; empty is the null
     text. size: height and width of the generator's product; its side by default. last: number of the last box to run;
     None: all. init: initial image of every box that takes one. after: products to start from. batch: samples per
-    program of the generator; for larger products it decreases in proportion to their pixels. hints: one for each
+    program of the generator; for larger products it decreases in proportion to their pixels (embeddings count as the
+    first images after them). hints: one for each
     ControlNet, for every box that has them. given: arrays of the generator's other conditions (`SampleRequest.given`),
     with a row for each sample of the call.
     """
@@ -257,6 +258,7 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
             raise ValueError(f"no box {number}: this pipeline has {len(boxes)}")
     begin = 0
     size = options.size or (boxes[0].side,) * 2
+    grid = next((box.side for box in boxes if not isinstance(box.produces, EmbeddingSpec)), 1)
     if after is None and consumed is not None:
         raise ValueError(f"this pipeline starts from {consumed}: pass a batch of them, `after=After(INPUT, …)`")
     if after is not None:
@@ -275,7 +277,7 @@ def _stages(pipeline: Pipeline, options: SampleOptions, count: int) -> Iterator[
         if number or after is not None:
             size = size[0] * box.factor, size[1] * box.factor
         box.check(size)
-        rows = max(1, options.batch * boxes[0].side ** 2 // box.side**2)
+        rows = max(1, options.batch * grid**2 // max(grid, box.side) ** 2)
         yield _Stage(number, size, box.batch_size(min(rows, count)))
 
 

@@ -8,6 +8,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdiff.nets.clip import CLIP, CLIPConfig, TextTowerConfig, TowerOutput
@@ -32,11 +33,13 @@ class Pooling(enum.Enum):
 class CLIPTextEncoder:
     """A frozen text tower: settings, parameters (of both towers or only this one), tokenizer.
 
-    The empty caption is encoded like any other. The defaults are Stable Diffusion 1's. SDXL uses `skip_last=1` and
-    `final_norm=False` for both encoders; Stable Diffusion 2 uses `skip_last=1` if its files include the last block.
+    The empty caption is encoded like any other, unless padding is masked: then it is the null text. The defaults are
+    Stable Diffusion 1's. SDXL uses `skip_last=1` and `final_norm=False` for both encoders; Stable Diffusion 2 uses
+    `skip_last=1` if its files include the last block.
 
     skip_last: take `tokens` before this number of last blocks. final_norm: apply the tower's last norm to `tokens`.
-    padding_is_read: keep the states of padding; otherwise they are masked.
+    padding_is_read: keep the states of padding; otherwise they are masked, and a blank caption becomes zeros, all
+        masked (`NullText.ZEROS`).
     max_length: tokens per caption (with `chunks`, per window), start and end included; None: the tower's maximum.
     chunks: windows of that length per caption, for captions beyond the tower's maximum. Each window is encoded on its
         own, with a start and an end token; `tokens` are those of all windows, `pooled` is that of the first. Short
@@ -88,7 +91,27 @@ class CLIPTextEncoder:
         return fingerprint_of((*settings, self.tokenizer.pad_token_id, *used), self.tokenizer, params)
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        return self.embed(self.tokenize(captions))
+        embedded = self.embed(self.tokenize(captions))
+        if self.padding_is_read:
+            return embedded
+        written = jnp.asarray([bool(caption.strip()) for caption in captions], bool)[:, None]
+        pooled = None if embedded.pooled is None else jnp.where(written, embedded.pooled, 0.0)
+        tokens = jnp.where(written[..., None], embedded.tokens, 0.0)
+        return embedded._replace(tokens=tokens, mask=embedded.mask & written, pooled=pooled)
+
+    def pooled_of(self, tokens: Float[np.ndarray, "b n d"], mask: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, "b e"]:
+        """The pooled vectors of stored `tokens`, whose padding is masked: the projection of each caption's last one,
+        the state of the end token. Zero for a caption without tokens.
+
+        ValueError for an encoder whose `tokens` are not what it pools.
+        """
+        if self.padding_is_read or self.skip_last or not self.final_norm or self.chunks > 1 or self.weights:
+            raise ValueError("pooled vectors follow from the last block's states with masked padding alone")
+        count = mask.sum(1)
+        last = tokens[np.arange(len(tokens)), np.maximum(count, 1) - 1].astype(np.float32)
+        if self.pooling is Pooling.EMBEDDING and self.config.width is not None:
+            last = last @ np.asarray(self.params["text"]["projection"]["kernel"], np.float32)
+        return np.where(count[:, None] > 0, last, np.float32(0.0))
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         captions = caption_list(captions)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxdiff.models.autoregressive import TrainedAutoregressive
+from jaxdiff.models.embedding_boxes import RankedPrior
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.systems.pipeline import Pipeline
@@ -22,6 +23,7 @@ from jaxdiff.weights import (
     stable_diffusion_export,
     stages,
     t5,
+    unclip,
 )
 from jaxdiff.weights.adapters import with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
@@ -59,6 +61,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
         return dalle_mini.load(folder, options.vae, text, options.dtype, options.place)
     if (run := _dalle_run(weights)) is not None:
         return dalle.load(run, text, options.dtype)
+    if (places := _unclip(weights)) is not None:
+        return unclip.load(places, text, options.dtype)
     pipeline = imagen.load(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, text=text, place=options.place
     )
@@ -73,6 +77,8 @@ def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEnc
         return stable_diffusion.load_text(stable_diffusion.open_source(path, options), options)
     if (run := _dalle_run(weights)) is not None:
         return dalle.load_text(run)
+    if (places := _unclip(weights)) is not None:
+        return unclip.load_text(places)
     return imagen.load_text(
         weights, dtype=options.dtype, variant=options.variant, clean=options.clean, place=options.place
     )
@@ -84,6 +90,8 @@ def text_length(weights: Weights) -> int:
         return dalle_mini.load_text(folder).length
     if (run := _dalle_run(weights)) is not None:
         return dalle.load_text(run).length
+    if (places := _unclip(weights)) is not None:
+        return unclip.load_text(places).length
     return imagen.text_length(weights) if _stable_diffusion(weights) is None else stable_diffusion.presets.TOKENS
 
 
@@ -115,6 +123,12 @@ def _dalle_mini(weights: Weights) -> Path | None:
     return Path(listed[0]) if len(listed) == 1 and dalle_mini.is_dalle_mini(listed[0]) else None
 
 
+def _unclip(weights: Weights) -> Sequence[str | Path] | None:
+    """The places of a prior, a decoder and upsamplers, or the folder of a DALL·E 2; None for others."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    return listed if listed and unclip.is_unclip(listed[0]) else None
+
+
 def from_pretrained(
     weights: Weights = SHIPPED,
     *,
@@ -137,7 +151,7 @@ def from_pretrained(
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
     """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/; a
     Stable Diffusion in diffusers' layout; a DALL·E 1 as a run, a dalle-mini in its own layout, both with the decoder
-    of their codes.
+    of their codes; a DALL·E 2 as `weights/unclip.py` describes.
 
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
     pipeline, before anything is written; OSError if writing fails.
@@ -147,6 +161,8 @@ def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "flo
     if isinstance(pipeline.generator, TrainedAutoregressive):
         mini = isinstance(pipeline.generator.model.network, EncoderDecoderConfig)
         return (dalle_mini if mini else dalle).export(pipeline, directory, dtype)
+    if isinstance(pipeline.generator, RankedPrior):
+        return unclip.export(pipeline, directory, dtype)
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")

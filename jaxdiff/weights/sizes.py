@@ -113,7 +113,7 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     },
     ClassifierConfig: {"side": SIDE, "channels": SIZE, "features": SIZE, "classes": SIZE},
     AttentionConfig: {"head_channels": SIZE, "heads": HEADS, "feed_forward": FACTOR},
-    ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL},
+    ConditioningConfig: {"width": SIZE, "frequencies": OPTIONAL, "vector_tokens": Bounds(0, 2**10)},
     MaskedText: _READER,
     WholeText: _READER,
     TextWithImage: {"width": SIZE, "extra": STEPS},

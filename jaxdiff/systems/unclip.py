@@ -1,0 +1,97 @@
+"""DALL·E 2, unCLIP (arXiv 2204.06125): caption → CLIP → prior → image embedding → 64×64 diffusion decoder → upsamplers.
+
+    pipeline = unclip(text_encoder, RankedPrior(…), EmbeddingDecoder(…), sr256, sr1024)
+
+The presets are plain values with the figures of the paper's Table 3; `unclip_tiny.py` has models for a laptop. They
+differ from the paper's in this: the decoder reads CLIP's states of the caption, not those of a transformer that is
+trained with it; there is no dropout; the prior samples with DDPM, not analytic DPM. Widths of the conditioning are
+conventions. The paper's weights are not public.
+"""
+
+from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.diffusion.guidance import Guidance
+from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDIM, DDPM
+from jaxdiff.diffusion.schedules import CosineSchedule, LinearBetaSchedule, TabulatedSchedule
+from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
+from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
+from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior
+from jaxdiff.models.representations import EmbeddingConditioner
+from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.nets.conditioning import MaskedText
+from jaxdiff.nets.prior import PriorConfig
+from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.text.encoder import TextEncoder
+
+CLIP_H = 256, 1024
+"""Length and width of the states of the paper's CLIP; its embeddings are 1024 wide too."""
+SCALE = 17.2
+"""Length of the embeddings that the paper's prior is trained on."""
+
+
+PRIOR = DiffusionModel(
+    unet=PriorConfig(embedding=1024, text_width=1024, text_length=256, width=2048, layers=24, heads=32),
+    side=1,
+    product=EmbeddingSpec(1024, SCALE),
+    conditioners=(TextConditioner(pooled=1024, pooled_norm=SCALE),),
+    schedule=CosineSchedule(),
+    prediction=Prediction.X0,
+)
+"""The diffusion prior (2.2): 1.2 B parameters. It predicts the clean embedding by its squared error."""
+
+DECODER = DiffusionModel(
+    unet=UNetConfig(
+        attention=AttentionConfig((False, True, True, True), head_channels=64),
+        conditioning=ConditioningConfig(2048, MaskedText(2048), vector_tokens=4),
+        learned_variance=True,
+    ),
+    side=64,
+    conditioners=(TextConditioner(dropout=0.5), EmbeddingConditioner(1024, dropout=0.1, norm=SCALE)),
+    schedule=TabulatedSchedule.cosine(),
+)
+"""The decoder (2.1). The embedding is added to the time embedding and projected to four tokens behind the caption's;
+it is dropped (zero) in a tenth of the training, the caption in half of it. 2.3 B parameters; the paper's 3.5 B include
+its text transformer."""
+
+
+def _upsampler(unet: UNetConfig, side: int, schedule: CosineSchedule | LinearBetaSchedule) -> DiffusionModel:
+    return DiffusionModel(unet=unet, side=side, conditioners=(LowResConditioner(max_level=0.0),), schedule=schedule)
+
+
+def _unet(channels: int, multipliers: tuple[int, ...], blocks: int) -> UNetConfig:
+    levels = len(multipliers)
+    return UNetConfig(
+        channels=channels,
+        multipliers=multipliers,
+        blocks=(blocks,) * levels,
+        attention=AttentionConfig((False,) * levels, (False,) * levels),
+        conditioning=ConditioningConfig(4 * channels, text=None),
+    )
+
+
+SR_256 = _upsampler(_unet(320, (1, 2, 3, 4), 3), 256, CosineSchedule())
+SR_1024 = _upsampler(_unet(192, (1, 1, 2, 2, 4, 4), 2), 1024, LinearBetaSchedule())
+"""64→256 and 256→1024: no attention and no text; trained on crops of a quarter of the side."""
+
+SAMPLING_PRIOR = SamplingConfig(sampler=DDPM(), steps=64, thresholding=NoThreshold())
+"""Not guided: guidance of the prior made FID worse."""
+SAMPLING_DECODER = SamplingConfig(
+    sampler=DDPM(None), steps=250, spacing=Respaced((250,)), guidance=Guidance(1.25), thresholding=StaticThreshold()
+)
+"""w = 1.25 gives the paper's best FID (10.39)."""
+SAMPLING_SR_256 = SamplingConfig(sampler=DDIM(), steps=27, thresholding=StaticThreshold())
+SAMPLING_SR_1024 = SamplingConfig(sampler=DDIM(), steps=15, thresholding=StaticThreshold())
+
+
+def unclip(
+    text_encoder: TextEncoder, prior: RankedPrior, decoder: EmbeddingDecoder, *upsamplers: TrainedModel
+) -> Pipeline:
+    """The system. text_encoder: CLIP's text tower, with masked padding.
+
+    ValueError if models do not fit one another, for example in the width or length of their embeddings, or the text
+    encoder.
+    """
+    return Pipeline(text_encoder, prior, (decoder, *upsamplers))
