@@ -37,6 +37,7 @@ from experiments.cli import Command, run
 from experiments.options import texts
 from experiments.options.candidates import CandidateOptions, best
 from experiments.options.hints import HintOptions
+from experiments.options.image_embedding import ImageEmbeddingOptions
 from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
 from experiments.options.sampling import (
     SamplingOptions,
@@ -105,6 +106,7 @@ class Run:
     read instead of loading the text encoder."""
     pipeline: WeightsOptions = WeightsOptions()
     init: InitImageOptions = InitImageOptions()
+    seen: ImageEmbeddingOptions = ImageEmbeddingOptions()
     hints: HintOptions = HintOptions()
     upscaling: UpscalerOptions = UpscalerOptions()
     ranking: CandidateOptions = CandidateOptions()
@@ -149,6 +151,7 @@ def _check(settings: Run) -> None:
         raise ValueError(f"--per-prompt {settings.per_prompt}: at least one image of each prompt")
     settings.ranking.check()
     settings.init.check()
+    settings.seen.check(enlarges=settings.init.enlarge is not None)
     settings.hints.check(settings.pipeline.control)
     if settings.init.enlarge is not None and settings.size:
         raise ValueError("--size is for what is sampled from text or --image; --enlarge has the size of its image")
@@ -165,7 +168,7 @@ def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: 
         last=box_of(model, settings.up_to),
         batch=settings.batch,
         init=settings.init.begin(model),
-        after=None if enlarging is None else enlarging.after(count),
+        after=settings.seen.after(model, count // settings.seen.count) if enlarging is None else enlarging.after(count),
         hints=settings.hints.load(model, size),
     )
 
@@ -180,6 +183,8 @@ def prompts_of(settings: Run) -> list[str]:
             raise ValueError(f"the prompt {text!r} is not UTF-8") from error
     if settings.prompts is not None:
         prompts += texts.lines(settings.prompts)
+    if settings.seen.given:
+        return settings.seen.prompts(prompts)
     if not prompts and settings.init.enlarge is not None:
         return [""]
     if not prompts:
@@ -193,7 +198,7 @@ def _pipeline(settings: Run, prompts: list[str], tasks: Mapping[str, Task]) -> P
     if (own := weights.own(tasks)) is not None:
         return own
     _warn_of_unknown_words(settings, prompts)
-    return weights.load(tasks, dtype, _embedded(settings, [*prompts, settings.negative]))
+    return weights.load(tasks, dtype, _embedded(settings, [*prompts, settings.negative, *settings.seen.captions]))
 
 
 def _warn_of_unknown_words(settings: Run, prompts: Sequence[str]) -> None:
@@ -311,6 +316,7 @@ def _metadata(
         **weights.read,
         "embeddings": settings.embeddings and settings.embeddings.name,
         **{name: getattr(value, "name", value) for name, value in vars(settings.init).items() if value},
+        **settings.seen.shown,
         **settings.hints.shown,
         **settings.ranking.shown,
         **({"upscaler": settings.upscaling.upscaler} if settings.upscaling.upscaler else {}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.options.sampling import each, unit_of
+from jaxdiff.core.products import ImageSpec
 from jaxdiff.data.images import Unreadable, decode, to_float
 from jaxdiff.systems.init_image import InitImage
 from jaxdiff.systems.pipeline import INPUT, After, Pipeline
@@ -90,7 +91,7 @@ class Enlarged:
 def enlarged(settings: InitImageOptions, model: Pipeline) -> Enlarged | None:
     """The image to enlarge; None if absent. ValueError if no stage can enlarge it, or if one starts from an image and
     there is none."""
-    upscaler = model.generator.consumes is not None
+    upscaler = isinstance(model.generator.consumes, ImageSpec)
     if settings.enlarge is None:
         if upscaler:
             raise ValueError("these weights enlarge an image: give one with --enlarge")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.augmentation import augment
+from jaxdiff.diffusion.degradation import Degradation
 from jaxdiff.diffusion.schedules import CosineSchedule, Schedule
 from jaxdiff.models.conditioner import Branches, SampleInputs, Shapes, check_dropout, entry
 from jaxdiff.models.representations import Representation
@@ -280,6 +281,7 @@ class LowResConditioner:
     factor: upsampling factor. augmentation: the schedule of the noise; the level is its time. None: the image is not
     noised and the network reads no level (Karlo). max_level: training levels are uniform in [0, max_level].
     enlargement: the upsampling method, and its order with the noise.
+    degradation: how the image is corrupted in training, before the noise (DALL·E 2); None: not.
     """
 
     factor: int = 4
@@ -287,6 +289,7 @@ class LowResConditioner:
     max_level: float = 1.0
     enlargement: Enlargement = Enlargement.CUBIC
     channels: int = 3
+    degradation: Degradation | None = None
 
     def __post_init__(self):
         if self.factor < 1:
@@ -304,8 +307,10 @@ class LowResConditioner:
 
     def training(self, batch: Mapping[str, Any], keys: Key[Array, " b"], size: tuple[int, int]) -> Conditioning:
         """Reads low_res (b h/f w/f c); each example has its own level."""
-        level = self.max_level * noise.uniform(noise.fold(keys, 2))
-        return self.seen(batch["low_res"], level, noise.fold(keys, 3), size)
+        level, low_res = self.max_level * noise.uniform(noise.fold(keys, 2)), batch["low_res"]
+        if self.degradation is not None:
+            low_res = self.degradation.apply(jnp.asarray(low_res, jnp.float32), noise.fold(keys, 8))
+        return self.seen(low_res, level, noise.fold(keys, 3), size)
 
     def sampling(self, inputs: SampleInputs, keys: Key[Array, " b"], size: tuple[int, int]) -> Branches:
         assert inputs.low_res is not None  # checked before sampling

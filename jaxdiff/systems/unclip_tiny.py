@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.diffusion.degradation import BSRDegradation, GaussianBlur
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDPM
@@ -39,8 +40,11 @@ DECODER_TINY = replace(
 """The tiny Imagen's base model, conditioned on an image embedding: it learns faster, as the embedding states most of
 what the image shows."""
 
-SR_256_TINY = replace(_SR_256_TINY, conditioners=(LowResConditioner(max_level=0.3),))
-SR_1024_TINY = replace(SR_256_TINY, side=1024)
+SR_256_TINY = replace(_SR_256_TINY, conditioners=(LowResConditioner(max_level=0.3, degradation=GaussianBlur()),))
+SR_1024_TINY = replace(
+    _SR_256_TINY, side=1024, conditioners=(LowResConditioner(max_level=0.3, degradation=BSRDegradation()),)
+)
+"""The tiny Imagen's, with the degradations; besides them, noise on the input is kept."""
 
 SAMPLING_PRIOR_TINY = SamplingConfig(sampler=DDPM(), steps=32, thresholding=NoThreshold())
 SAMPLING_DECODER_TINY = replace(SAMPLING_BASE_TINY, guidance=Guidance(2.0, (-20.0, -1.0)))

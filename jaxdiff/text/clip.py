@@ -33,13 +33,12 @@ class Pooling(enum.Enum):
 class CLIPTextEncoder:
     """A frozen text tower: settings, parameters (of both towers or only this one), tokenizer.
 
-    The empty caption is encoded like any other, unless padding is masked: then it is the null text. The defaults are
-    Stable Diffusion 1's. SDXL uses `skip_last=1` and `final_norm=False` for both encoders; Stable Diffusion 2 uses
-    `skip_last=1` if its files include the last block.
+    The empty caption is encoded like any other. The defaults are Stable Diffusion 1's. SDXL uses `skip_last=1` and
+    `final_norm=False` for both encoders; Stable Diffusion 2 uses `skip_last=1` if its files include the last block.
 
     skip_last: take `tokens` before this number of last blocks. final_norm: apply the tower's last norm to `tokens`.
-    padding_is_read: keep the states of padding; otherwise they are masked, and a blank caption becomes zeros, all
-        masked (`NullText.ZEROS`).
+    padding_is_read: keep the states of padding; otherwise they are masked.
+    blank_is_null: `encode` turns a blank caption into the null text of models that drop captions: zeros, all masked.
     max_length: tokens per caption (with `chunks`, per window), start and end included; None: the tower's maximum.
     chunks: windows of that length per caption, for captions beyond the tower's maximum. Each window is encoded on its
         own, with a start and an end token; `tokens` are those of all windows, `pooled` is that of the first. Short
@@ -57,6 +56,7 @@ class CLIPTextEncoder:
     max_length: int | None = None
     chunks: int = 1
     weights: bool = False
+    blank_is_null: bool = False
 
     def __post_init__(self):
         if self.config.text is None:
@@ -67,6 +67,8 @@ class CLIPTextEncoder:
             raise ValueError(f"max_length {self._window}: the tower reads 1 to {self.config.text.length} tokens")
         if self.chunks < 1:
             raise ValueError(f"chunks {self.chunks}: a caption has at least one window")
+        if self.blank_is_null and self.padding_is_read:
+            raise ValueError("blank_is_null masks tokens: it needs padding_is_read=False")
 
     @property
     def width(self) -> int:
@@ -86,13 +88,14 @@ class CLIPTextEncoder:
             f"{self.chunks} chunks": self.chunks > 1,
             "weights": self.weights,
             "pads with a word": self.pads_with_a_word,
+            "null blank": self.blank_is_null,
         }
         used = [name for name, is_used in later.items() if is_used]
         return fingerprint_of((*settings, self.tokenizer.pad_token_id, *used), self.tokenizer, params)
 
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
         embedded = self.embed(self.tokenize(captions))
-        if self.padding_is_read:
+        if not self.blank_is_null:
             return embedded
         written = jnp.asarray([bool(caption.strip()) for caption in captions], bool)[:, None]
         pooled = None if embedded.pooled is None else jnp.where(written, embedded.pooled, 0.0)

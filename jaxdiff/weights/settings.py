@@ -7,6 +7,7 @@ from jaxdiff.core import products
 from jaxdiff.core.messages import quoted
 from jaxdiff.core.settings import Table
 from jaxdiff.diffusion import (
+    degradation,
     guidance,
     losses,
     parameterization,
@@ -111,6 +112,8 @@ TABLE = Table(
         "diffusion.MinSNR": losses.MinSNR,
         "diffusion.PowerSNR": losses.PowerSNR,
         "diffusion.SigmoidWeighting": losses.SigmoidWeighting,
+        "diffusion.GaussianBlur": degradation.GaussianBlur,
+        "diffusion.BSRDegradation": degradation.BSRDegradation,
         "diffusion.DDPM": samplers.DDPM,
         "diffusion.DDIM": samplers.DDIM,
         "diffusion.DPMSolverPP2M": samplers.DPMSolverPP2M,

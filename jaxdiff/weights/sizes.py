@@ -14,7 +14,7 @@ import jax
 from jaxdiff.core import trees
 from jaxdiff.core.messages import plain, quoted, reason
 from jaxdiff.core.products import EmbeddingSpec, ImageSpec, LatentSpec, TokenSpec
-from jaxdiff.diffusion import schedules, time_grid
+from jaxdiff.diffusion import degradation, schedules, time_grid
 from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.conditioners import LowResConditioner, MaskConditioner, SizeConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
@@ -125,6 +125,8 @@ BOUNDS: dict[type, dict[str, Bounds]] = {
     SizeConditioner: {"frequencies": SIZE, "stride": SIDE},
     MaskConditioner: {"channels": SIZE},
     LowResConditioner: {"factor": SIDE, "channels": SIZE},
+    degradation.GaussianBlur: {"kernel": Bounds(1, 2**8)},
+    degradation.BSRDegradation: {"kernel": Bounds(1, 2**8)},
     ClassConditioner: {"classes": SIZE},
     EmbeddingConditioner: {"width": SIZE, "length": STEPS},
     SemanticMapConditioner: {"classes": SIZE, "stride": SIDE, "detail": SIDE},

@@ -51,10 +51,11 @@ class CLIPTowers:
 
 @dataclass(frozen=True)
 class CLIPSource:
-    """source: directory or hub id of a CLIP. fingerprint: of its towers."""
+    """source: directory or hub id of a CLIP. text, image: digests of its towers."""
 
     source: str
-    fingerprint: str
+    text: str
+    image: str
 
 
 def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTowers:
@@ -69,8 +70,8 @@ def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTow
 
 
 def load_clip_text(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTextEncoder:
-    """The text tower, with masked padding."""
-    return replace(clip.load_text_encoder(path_or_id, place=place), padding_is_read=False)
+    """The text tower, with masked padding, and blank captions as the null text."""
+    return replace(clip.load_text_encoder(path_or_id, place=place), padding_is_read=False, blank_is_null=True)
 
 
 def _towers(path_or_id: str | Path) -> tuple[str | Path, str | Path]:
@@ -83,7 +84,7 @@ def save_clip_source(run: Path, towers: CLIPTowers) -> None:
     """Record a run's CLIP; a directory is stored as an absolute path."""
     place = Path(towers.source)
     source = str(place.resolve()) if place.is_dir() else towers.source
-    write_json(run / SOURCE, asdict(CLIPSource(source, towers.fingerprint)))
+    write_json(run / SOURCE, asdict(CLIPSource(source, towers.text.fingerprint, towers.image.fingerprint)))
 
 
 def read_clip_source(run: Path) -> CLIPSource:
@@ -112,16 +113,16 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
     Raises FileNotFoundError or ValueError, also for runs that were trained with different CLIPs.
     """
     first = Path(places[0])
-    source = _source(places)
-    candidates = CANDIDATES
-    if (first / SETTINGS).is_file():
-        candidates = _read_candidates(first / SETTINGS)
+    source, expected = _source(places)
+    candidates = _read_candidates(first / SETTINGS) if (first / SETTINGS).is_file() else CANDIDATES
     image = CLIPImageEncoder(*clip.load_image(_towers(source)[1]))
+    if expected is not None and image.fingerprint != expected.image:
+        raise ValueError(f"{source}: not the CLIP of the training of {first}, its parameters differ")
     models = [_load_model(folder) for place in places for folder in _folders(Path(place))]
     if dtype is not None:
         models = [replace(each, model=executed(each.model, dtype=hub.check_dtype(dtype))) for each in models]
     boxes = [_box(each, image, candidates) for each in models]
-    text = load_clip_text(_towers(source)[0]) if text is None else text
+    text = load_text(places) if text is None else text
     try:
         generator, *decoders = boxes
         if isinstance(generator, RankedPrior) and decoders and isinstance(decoders[0], EmbeddingDecoder):
@@ -133,18 +134,24 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
 
 def load_text(places: Places) -> CLIPTextEncoder:
     """The text tower of `load`, without the rest."""
-    return load_clip_text(_towers(_source(places))[0])
+    source, expected = _source(places)
+    text = load_clip_text(_towers(source)[0])
+    if expected is not None and text.fingerprint != expected.text:
+        raise ValueError(f"{source}: not the CLIP of the training of {places[0]}, its parameters or tokenizer differ")
+    return text
 
 
-def _source(places: Places) -> str:
-    """The place of the CLIP. ValueError unless all runs name the same one."""
+def _source(places: Places) -> tuple[str, CLIPSource | None]:
+    """The place of the CLIP, and the record of the runs; None for an exported folder. ValueError unless all runs name
+    the same CLIP."""
     sources = {str(place): read_clip_source(Path(place)) for place in places if (Path(place) / SOURCE).is_file()}
-    if len({source.fingerprint for source in sources.values()}) > 1:
+    if len({(source.text, source.image) for source in sources.values()}) > 1:
         raise ValueError(f"{' and '.join(sources)} were trained with different CLIPs")
     first = Path(places[0])
     if (first / SETTINGS).is_file():
-        return str(first)
-    return next(iter(sources.values())).source
+        return str(first), None
+    expected = next(iter(sources.values()))
+    return expected.source, expected
 
 
 def _folders(place: Path) -> list[Path]:

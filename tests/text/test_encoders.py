@@ -128,6 +128,34 @@ def test_layers_of_clip_are_pytorchs(config, tmp_path):
     assert replace(encoder, pooling=Pooling.NONE).encode(CAPTIONS).pooled is None
 
 
+def test_a_blank_caption_as_the_null_text():
+    masked = clip_encoder(padding_is_read=False)
+    null, plain = replace(masked, blank_is_null=True).encode([*CAPTIONS, " "]), masked.encode(CAPTIONS)
+    for found, wanted in zip(null[:3], plain[:3], strict=True):
+        np.testing.assert_array_equal(found[jnp.asarray([0, 2])], wanted[jnp.asarray([0, 2])])
+        assert not found[jnp.asarray([1, 3])].any() and wanted[1].any()
+    assert replace(masked, blank_is_null=True).fingerprint != masked.fingerprint
+    with pytest.raises(ValueError, match="needs padding_is_read=False"):
+        replace(masked, blank_is_null=True, padding_is_read=True)
+
+
+@pytest.mark.parametrize("pooling", [Pooling.EMBEDDING, Pooling.STATE])
+def test_the_pooled_vectors_of_stored_tokens(pooling):
+    """They follow from the tokens alone, also in 16 bits; those of captions without tokens are zero."""
+    encoder = clip_encoder(padding_is_read=False, pooling=pooling, blank_is_null=True)
+    embedded = encoder.encode(CAPTIONS)
+    assert embedded.pooled is not None
+    stored, mask = np.asarray(embedded.tokens, np.float16), np.asarray(embedded.mask)
+    found = encoder.pooled_of(stored, mask)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, embedded.pooled, atol=2e-2 * np.abs(embedded.pooled).max())
+    exact = encoder.pooled_of(np.asarray(embedded.tokens), mask)
+    np.testing.assert_allclose(exact, embedded.pooled, atol=1e-5 * np.abs(embedded.pooled).max())
+    for change in ({"skip_last": 1}, {"final_norm": False}, {"blank_is_null": False, "padding_is_read": True}):
+        with pytest.raises(ValueError, match="masked padding alone"):
+            replace(encoder, **change).pooled_of(stored, mask)
+
+
 def test_fewer_tokens_of_clip_are_the_first_ones():
     """The tower is causal: what a token becomes does not depend on the padding behind it."""
     encoder = clip_encoder()
