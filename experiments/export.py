@@ -3,13 +3,14 @@
     python -m experiments.export imagen --base64 runs/base64 --sr256 runs/sr256 --out runs/cascade
     python -m experiments.export sd --weights v1-5.safetensors --lora style.safetensors --out styled.safetensors
     python -m experiments.export dalle --weights runs/dalle --out runs/dalle-folder
+    python -m experiments.export unclip --weights runs/prior runs/decoder --out runs/unclip
     python -m experiments.export inception --source pt_inception-2015-12-05-6726825d.pth --out inception.safetensors
 
 The docstrings of `experiments/exports/` describe inputs and outputs.
 """
 
 from experiments.cli import Command, run
-from experiments.exports import dalle, imagen, inception, stable_diffusion
+from experiments.exports import dalle, imagen, inception, stable_diffusion, unclip
 
 
 def commands() -> dict[str, Command]:
@@ -24,6 +25,7 @@ def commands() -> dict[str, Command]:
         "min-dalle": Command(
             dalle.convert_min_dalle, dalle.MinDalleSettings(), (dalle.convert_min_dalle.__doc__ or "").strip()
         ),
+        "unclip": Command(unclip.main, unclip.Settings(), (unclip.main.__doc__ or "").strip()),
         "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),
     }
 

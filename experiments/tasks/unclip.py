@@ -180,9 +180,8 @@ class UnCLIPTask(DiffusionTask):
         raise NotImplementedError
 
     def space(self, settings: UnCLIPSettings, model: DiffusionModel) -> OnCLIP:
-        options = settings.diffusion
-        if options.buckets or options.crop:
-            raise ValueError("--buckets and --crop: CLIP reads whole square images")
+        if settings.diffusion.buckets:
+            raise ValueError("--buckets: CLIP reads whole square images")
         return self.on_clip(model, unclip.load_clip(settings.clip.source(settings.dataset.data)))
 
     def text_of(

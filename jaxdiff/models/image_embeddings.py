@@ -61,13 +61,13 @@ def _embedded(config: CLIPConfig, params: dict, image: Float[Array, "b h w 3"]) 
 
 
 def slerp(
-    first: Float[Array, "*b e"], second: Float[Array, "*b e"], fraction: Float[Array, "*b"] | float
-) -> Float[Array, "*b e"]:
+    first: Float[Array, "... e"], second: Float[Array, "... e"], fraction: Float[Array, "..."] | float
+) -> Float[Array, "... e"]:
     """Spherical interpolation from `first` (fraction 0) towards the direction of `second` (fraction 1), at the length
     of `first`.
 
-    sin((1 − θ) ω)/sin ω · a + sin(θ ω)/sin ω · b for the directions a, b at the angle ω. Equal and opposite directions
-    have no unique arc: the result is `first`.
+    sin((1 − θ) ω)/sin ω · a + sin(θ ω)/sin ω · b for the directions a, b at the angle ω. Leading axes are broadcast.
+    Equal and opposite directions have no unique arc: the result is `first`.
     """
     length = jnp.linalg.norm(first, axis=-1, keepdims=True)
     a, b = first / length, second / jnp.linalg.norm(second, axis=-1, keepdims=True)
@@ -81,11 +81,11 @@ def slerp(
 
 
 def text_diff(
-    image: Float[Array, "*b e"],
-    before: Float[Array, "*b e"],
-    after: Float[Array, "*b e"],
-    fraction: Float[Array, "*b"] | float,
-) -> Float[Array, "*b e"]:
+    image: Float[Array, "... e"],
+    before: Float[Array, "... e"],
+    after: Float[Array, "... e"],
+    fraction: Float[Array, "..."] | float,
+) -> Float[Array, "... e"]:
     """An image embedding moved along the difference of two captions' embeddings (3.3): spherically, by `fraction` of
     the angle to it. The paper's fractions are 0.25 to 0.5.
 
