@@ -18,7 +18,7 @@ from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.models.sampling import SampleRequest
-from jaxdiff.systems import karlo
+from jaxdiff.systems import karlo as presets
 from jaxdiff.text.clip_tokenizer import clip_tokenizer
 from jaxdiff.weights import karlo
 from jaxdiff.weights.karlo import Loading
@@ -130,7 +130,7 @@ def test_enlarged_images():
     """Without noise, as PyTorch's bicubic with antialiasing does it."""
     torch, _ = small_unclip.torch_and_diffusers()
     low = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 4, 3)), jnp.float32)
-    seen = karlo.UPSAMPLER.low_res.seen(
+    seen = presets.UPSAMPLER.low_res.seen(
         low, jnp.zeros(2), noise.sample_keys(jax.random.key(0), jnp.arange(2)), (32, 16)
     )
     settings = {"size": [32, 16], "mode": "bicubic", "align_corners": False, "antialias": True}
@@ -141,8 +141,8 @@ def test_enlarged_images():
 
 def test_what_is_read(boxes, folder):
     assert karlo.is_karlo(folder) and not karlo.is_karlo(folder / "prior")
-    assert boxes.prior.prior.sampling == replace(karlo.SAMPLING_PRIOR)
-    assert boxes.decoder.sampling == karlo.SAMPLING_DECODER and boxes.upsampler.sampling == karlo.SAMPLING_UPSAMPLER
+    assert boxes.prior.prior.sampling == replace(presets.SAMPLING_PRIOR)
+    assert boxes.decoder.sampling == presets.SAMPLING_DECODER and boxes.upsampler.sampling == presets.SAMPLING_UPSAMPLER
     assert boxes.decoder.conditions == ("image_embedding",) and boxes.decoder.reads == boxes.prior.reads == (77, 12)
     assert (boxes.decoder.side, boxes.upsampler.side, boxes.upsampler.factor) == (16, 32, 2)
     assert boxes.prior.reads_empty and boxes.decoder.reads_empty and not boxes.decoder.reads_padding
