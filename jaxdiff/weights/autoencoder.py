@@ -273,7 +273,7 @@ def _hub_config(settings: Settings) -> dict[str, Any]:
             raise ValueError(
                 "diffusers' VQModel has both 1×1 convolutions: quant_conv and post_quant_conv must be True"
             )
-        fixed = {name: allowed[0] for name, (_, *allowed) in (FIXED | VQ_FIXED).items()}
+        fixed: dict[str, Any] = {name: allowed[0] for name, (_, *allowed) in (FIXED | VQ_FIXED).items()}
         if config.spatial_norm and config.norm_groups != 32:
             raise ValueError(f"diffusers' VQModel with spatial_norm has no norm_groups = {config.norm_groups}: 32")
         fixed["norm_type"] = "spatial" if config.spatial_norm else "group"
