@@ -1,65 +1,31 @@
 """Karlo's folder: the images of diffusers' UnCLIPPipeline from the same noise, written back, and what is refused."""
 
-import itertools
 import json
 import os
 import shutil
 from dataclasses import replace
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_karlo
 import small_unclip
-from small_stable_diffusion import difference, to_torch, torch_text
+from small_stable_diffusion import difference, to_torch
 
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.systems import karlo as presets
-from jaxdiff.text.clip_tokenizer import clip_tokenizer
+from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.weights import karlo
 from jaxdiff.weights.karlo import Loading
-
-STEPS = {"prior": 5, "decoder": 4, "super_res": 3}
-SETTINGS = {
-    "prior": {"prediction_type": "sample", "clip_sample_range": 5.0},
-    "decoder": {"variance_type": "learned_range"},
-    "super_res": {},
-}
-"""Of the public schedulers."""
-PROMPTS = ["a red cat!", "two blue stars left of a green heart"]
-
-
-@cache
-def networks():
-    """diffusers' small networks, with captions of 77 tokens."""
-    torch, diffusers = small_unclip.torch_and_diffusers()
-    prior = diffusers.PriorTransformer(**small_unclip.SMALL["prior"] | {"num_embeddings": 77})
-    drawn = small_unclip.tensors_of(small_unclip.shapes_of(prior))
-    prior.load_state_dict({name: torch.tensor(value) for name, value in drawn.items()})
-    return {
-        "prior": prior.eval(),
-        "text_proj": small_unclip.theirs("projection"),
-        "decoder": small_unclip.theirs("decoder"),
-        "super_res_first": small_unclip.theirs("upsampler"),
-        "super_res_last": small_unclip.theirs("upsampler", seed=1),
-    }
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    _, diffusers = small_unclip.torch_and_diffusers()
-    if not hasattr(diffusers, "UnCLIPPipeline"):
-        pytest.skip("diffusers no longer has Karlo's pipeline")
-    schedulers = {f"{name}_scheduler": diffusers.UnCLIPScheduler(**values) for name, values in SETTINGS.items()}
-    width = small_unclip.EMBEDDING
-    text = {"text_encoder": torch_text("quick_gelu", width, width), "tokenizer": clip_tokenizer()}
-    pipeline = diffusers.UnCLIPPipeline(**networks(), **schedulers, **text)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return small_karlo.pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -74,44 +40,17 @@ def boxes(folder):
     return karlo.load(folder)
 
 
-def sampled(boxes, keys):
-    """The image embeddings, the small images and the large ones, of few steps."""
-    encoder = boxes.text_encoder
-    text, negative = encoder.encode(PROMPTS), encoder.encode([""] * len(PROMPTS))
-    texts = {"text": text, "negative": negative}
+def sampled(text, negative, prior, decoder, upsampler):
+    """The large images, of few steps."""
+    texts, keys = {"text": text, "negative": negative}, small_karlo.keys()
     few = [
         replace(trained, sampling=replace(trained.sampling, steps=steps))
-        for trained, steps in zip((boxes.prior.prior, boxes.decoder, boxes.upsampler), STEPS.values())
+        for trained, steps in zip((prior.prior, decoder, upsampler), small_karlo.STEPS.values())
     ]
-    prior = replace(boxes.prior, prior=few[0])
-    embedding = prior.generate(SampleRequest(noise.fold(keys, 0), (1, 1), **texts))
+    embedding = replace(prior, prior=few[0]).generate(SampleRequest(noise.fold(keys, 0), (1, 1), **texts))
     given = {"image_embedding": embedding[:, 0]}
     small = few[1].generate(SampleRequest(noise.fold(keys, 1), (16, 16), **texts, given=given))
-    return embedding, small, few[2].decode(small, SampleRequest(noise.fold(keys, 2), (32, 32)))
-
-
-def feed(monkeypatch, pipeline, keys):
-    """Makes diffusers' pipeline draw our noise: each box's own, at its start and in each step."""
-    starts, steps = itertools.count(), itertools.count()
-    runs = [(box, i) for box, count in enumerate(STEPS.values()) for i in range(count - 1)]  # the last step draws none
-
-    def noise_of(keys, shape):
-        if len(shape) == 2:
-            import torch
-
-            return torch.tensor(np.asarray(noise.normal_like(keys, tuple(shape[1:]))))
-        return to_torch(noise.normal_like(keys, (*shape[2:], shape[1])))
-
-    def start(shape, **_):
-        return noise_of(noise.fold(noise.fold(keys, next(starts)), 0), shape)
-
-    def step(shape, **_):
-        box, i = runs[next(steps)]
-        return noise_of(noise.fold(noise.fold(noise.fold(keys, box), 1), i), shape)
-
-    monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", start, raising=False)
-    # `prepare_latents` is defined in this module, too, and finds the function there.
-    monkeypatch.setattr("diffusers.schedulers.scheduling_unclip.randn_tensor", step)
+    return few[2].decode(small, SampleRequest(noise.fold(keys, 2), (32, 32)))
 
 
 def test_images_of_diffusers(theirs, boxes, monkeypatch):
@@ -119,13 +58,28 @@ def test_images_of_diffusers(theirs, boxes, monkeypatch):
 
     diffusers has 1 − ᾱ in float32, which is off by a thousandth at the first entry, where each box ends.
     """
-    keys = noise.sample_keys(jax.random.key(0), jnp.arange(len(PROMPTS)))
-    _, _, images = sampled(boxes, keys)
-    feed(monkeypatch, theirs, keys)
-    counts = {f"{name}_num_inference_steps": count for name, count in STEPS.items()}
-    wanted = theirs(PROMPTS, output_type="np", **counts).images
+    encoder, prompts = boxes.text_encoder, small_karlo.PROMPTS
+    images = sampled(encoder.encode(prompts), encoder.encode([""] * len(prompts)), *boxes[1:])
+    small_karlo.feed(monkeypatch, theirs)
+    wanted = small_karlo.images_of(theirs)
     found = difference(images, wanted)
     print(f"UnCLIPPipeline: {found:.1e} of 255")
+    assert found < 2.0
+
+
+def test_kept_images(tmp_path):
+    """The same from the folders of the kept files and embedded captions, without diffusers."""
+    small_karlo.write(tmp_path)
+    kept = small_karlo.kept()
+    negative, text = (
+        TextEmbedding(*(jnp.asarray(half) for half in halves))
+        for halves in zip(*(np.split(kept[name], 2) for name in ("tokens", "mask", "pooled")))
+    )
+    prior = unclip.load_prior(tmp_path / "prior", tmp_path / "prior_scheduler")
+    decoder = unclip.load_decoder(tmp_path)
+    images = sampled(text, negative, prior, decoder, unclip.load_upsampler(tmp_path, decoder.side))
+    found = difference(images, kept["images"])
+    print(f"kept: {found:.1e} of 255")
     assert found < 2.0
 
 
@@ -170,7 +124,7 @@ def test_written_for_diffusers(boxes, theirs, tmp_path):
         if isinstance(component, torch.nn.Module):
             state = type(component).from_pretrained(tmp_path / name).state_dict()
             assert all(torch.equal(value, state[key]) for key, value in component.state_dict().items()), name
-    for name, values in SETTINGS.items():
+    for name, values in small_karlo.SETTINGS.items():
         config = diffusers.UnCLIPScheduler.from_pretrained(tmp_path / f"{name}_scheduler").config
         assert {key: config[key] for key in values} == values
     sides = {"decoder": 16, "super_res_first": 32, "super_res_last": 32}
