@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion.degradation import BSRDegradation, GaussianBlur
@@ -15,6 +16,7 @@ from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.prior import PriorConfig
+from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.systems.imagen_tiny import BASE_64_TINY, SAMPLING_BASE_TINY
 from jaxdiff.systems.imagen_tiny import SR_256_TINY as _SR_256_TINY
 
@@ -32,9 +34,10 @@ PRIOR_TINY = DiffusionModel(
 )
 """1.3 M parameters."""
 
+_UNET = cast(EfficientUNetConfig, BASE_64_TINY.unet)
 DECODER_TINY = replace(
     BASE_64_TINY,
-    unet=replace(BASE_64_TINY.unet, conditioning=replace(BASE_64_TINY.unet.conditioning, vector_tokens=4)),
+    unet=replace(_UNET, conditioning=replace(_UNET.conditioning, vector_tokens=4)),
     conditioners=(TextConditioner(dropout=0.5), EmbeddingConditioner(WIDTH, dropout=0.1, norm=NORM)),
 )
 """The tiny Imagen's base model, conditioned on an image embedding: it learns faster, as the embedding states most of
