@@ -18,6 +18,12 @@ them fourfold. `--weights` accepts training runs, finished or not.
 DeepFloyd IF is loaded from a hub id or from folders saved by diffusers, one per stage. The text encoder runs first and
 is freed before the generators are loaded; `--embeddings FILE` stores the embeddings, so later runs skip it.
 
+    python -m experiments.sample "a red circle" --weights runs/prior runs/decoder --sr runs/upsampler256
+    python -m experiments.sample --weights runs/prior runs/decoder --variation-of photo.png --per-prompt 4
+
+DALL·E 2 also starts from embeddings of your own images, without its prior: variations, interpolations and moves along
+a difference of captions (`experiments/options/image_embedding.py`).
+
 On a host with several devices `--mesh data=-1` distributes images over them, and `--mesh tensor=-1` splits each large
 image by rows.
 """
@@ -55,6 +61,7 @@ from experiments.output.names import Named, save_all
 from experiments.table import TASKS
 from experiments.tasks.task import Task
 from jaxdiff.core.files import usable
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.data import grids
 from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import WORDS, unknown_words
@@ -161,11 +168,15 @@ def _check(settings: Run) -> None:
 
 def _options(settings: Run, model: Pipeline, enlarging: Enlarged | None, count: int) -> SampleOptions:
     size = size_of(settings.size, model) or settings.init.size(model)
+    last = box_of(model, settings.up_to)
+    box = model.boxes[-1 if last is None else last]
+    if isinstance(box.produces, EmbeddingSpec):
+        raise ValueError(f"the last stage samples {box.produces}, no images: name the run of a decoder after it")
     return SampleOptions(
         seed=settings.seed,
         negative=settings.negative,
         size=size,
-        last=box_of(model, settings.up_to),
+        last=last,
         batch=settings.batch,
         init=settings.init.begin(model),
         after=settings.seen.after(model, count // settings.seen.count) if enlarging is None else enlarging.after(count),

@@ -31,8 +31,9 @@ class WeightsOptions:
 
     weights: tuple[str, ...] = (str(SHIPPED),)
     """Folder of a cascade or of a training run, finished or not; a Stable Diffusion, as a .safetensors file, folder or
-    hub id (id@revision); the folder of a dalle-mini; or DeepFloyd IF pipelines, one folder or hub id per stage: a
-    published stage I includes its stage II."""
+    hub id (id@revision); the folder of a dalle-mini; runs of a DALL·E 2's prior, decoder and upsamplers; the folder of
+    Karlo, or both of Kandinsky 2.2; or DeepFloyd IF pipelines, one folder or hub id per stage: a published stage I
+    includes its stage II."""
     sr: tuple[str, ...] = ()
     """Super-resolution stages to append: runs, or stages of other cascades, in the order of their sizes."""
     text: str | None = None

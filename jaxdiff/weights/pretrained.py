@@ -139,11 +139,12 @@ def from_pretrained(
 ) -> Pipeline:
     """Load a pipeline: `from_pretrained("runs/base64").sample(["a red circle"])`.
 
-    weights: the folder of a cascade or of a training run, several of them, a single file or folder of Stable Diffusion,
-    the folder of a dalle-mini with its decoder, or a hub id; by default the tiny cascade of the package. dtype: compute
-    type of the networks ("float32" or "bfloat16"). variant: "fp16" selects the files of that name. text_encoder:
-    replaces the one of the weights. place: puts an array on its devices. Other settings: `load` with `LoadOptions`.
-    Raises FileNotFoundError or ValueError.
+    weights: the folder of a cascade or of a training run, several of them (of DALL·E 2 the prior's, the decoder's and
+    the upsamplers'), a single file or folder of Stable Diffusion, the folder of a dalle-mini with its decoder or of
+    Karlo, both of Kandinsky 2.2, or a hub id; by default the tiny cascade of the package. dtype: compute type of the
+    networks ("float32" or "bfloat16"). variant: "fp16" selects the files of that name. text_encoder: replaces the one
+    of the weights. place: puts an array on its devices. Other settings: `load` with `LoadOptions`. Raises
+    FileNotFoundError or ValueError.
     """
     return load(weights, LoadOptions(dtype, variant, place), text_encoder)
 

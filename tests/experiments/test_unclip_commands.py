@@ -226,6 +226,10 @@ def test_weights_refused(runs, images, standin, command, tmp_path):
     assert done.code == 2 and "name the run of a prior before them" in done.err, done.err
     done = command(sample, "--weights", standin, "--variation-of", images[0], *out)
     assert done.code == 2 and "these weights decode no image embeddings" in done.err, done.err
+    done = command(sample, "a", "--weights", runs.prior, *out)
+    assert done.code == 2 and "the last stage samples embeddings of width 128" in done.err, done.err
+    done = command(sample, "a", "--lora", "x.safetensors", "--weights", runs.prior, runs.decoder, *out)
+    assert done.code == 2 and "LoRAs and ControlNets are for a Stable Diffusion" in done.err, done.err
     done = command(sample, "a", "--weights", runs.decoder, runs.prior, *out)
     assert done.code == 2 and "after the 64 stage only super-resolution can follow" in done.err, done.err
 
