@@ -1,6 +1,9 @@
-"""The two boxes of unCLIP (arXiv 2204.06125): a prior that ranks its samples, and a decoder of image embeddings."""
+"""The boxes of unCLIP (arXiv 2204.06125): priors of embeddings, and a decoder of them.
 
-from dataclasses import dataclass, replace
+`RankedPrior` is the paper's, `StandardizedPrior` that of public weights.
+"""
+
+from dataclasses import dataclass, field, fields, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,7 +12,7 @@ from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion import noise
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.image_embeddings import CLIPImageEncoder
-from jaxdiff.models.representations import EmbeddingConditioner, Form
+from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
 
 
@@ -65,19 +68,48 @@ class RankedPrior(TrainedModel):
 
 
 @dataclass(frozen=True, eq=False)
+class StandardizedPrior(TrainedModel):
+    """A prior that was trained on embeddings with mean 0 and deviation 1 in each number, as Karlo's and Kandinsky's.
+
+    mean, deviation: those of CLIP's embeddings. ValueError for other widths than the model's.
+    """
+
+    mean: Float[Array, " e"] = field(kw_only=True)
+    deviation: Float[Array, " e"] = field(kw_only=True)
+
+    def __post_init__(self):
+        width = self.model.product.channels
+        for name, values in (("mean", self.mean), ("deviation", self.deviation)):
+            if values.shape != (width,):
+                raise ValueError(f"the {name} of {values.shape[-1]} numbers is not one of embeddings of width {width}")
+
+    def generate(self, request: SampleRequest) -> Float[Array, "b 1 1 e"]:
+        """Embeddings as CLIP gives them, not normalized. ValueError as from `TrainedModel.decode`."""
+        return self.restored(super().generate(request))
+
+    def restored(self, embeddings: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+        """CLIP's embeddings of standardized ones."""
+        return self.mean.astype(jnp.float32) + self.deviation.astype(jnp.float32) * embeddings
+
+    def standardized(self, embeddings: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+        """The inverse of `restored`: what the prior is trained on."""
+        return (embeddings - self.mean.astype(jnp.float32)) / self.deviation.astype(jnp.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class EmbeddingDecoder(TrainedModel):
     """A diffusion model of images, conditioned on an image embedding, as a decoder of embeddings (2.1).
 
-    image_encoder: CLIP's image tower, for `encode`; None if it is not loaded. ValueError for a model without one
-    embedding as a vector, and for an image tower of another width.
+    image_encoder: CLIP's image tower, for `encode`; None if it is not loaded. ValueError for a model that is not
+    conditioned on one embedding, and for an image tower of another width.
     """
 
     image_encoder: CLIPImageEncoder | None = None
 
     def __post_init__(self):
         conditioner = embedding_of(self.model)
-        if conditioner is None or conditioner.form is not Form.VECTOR:
-            raise ValueError("a decoder of embeddings is conditioned on one embedding, as a vector")
+        if conditioner is None or conditioner.length != 1:
+            raise ValueError("a decoder of embeddings is conditioned on one embedding")
         encoder = self.image_encoder
         if encoder is not None and encoder.width != conditioner.width:
             raise ValueError(
@@ -102,8 +134,16 @@ class EmbeddingDecoder(TrainedModel):
         """Images of these embeddings. ValueError without them."""
         if product is None:
             raise ValueError("a decoder of embeddings needs them")
-        given = {**request.given, EmbeddingConditioner.entry: product[:, 0, 0]}
+        conditioner = embedding_of(self.model)
+        assert conditioner is not None  # see __post_init__
+        given = {**request.given, conditioner.entry: product.reshape(len(product), *conditioner.shape)}
         return super().decode(None, replace(request, given=given))
+
+    @classmethod
+    def of(cls, trained: TrainedModel, image_encoder: CLIPImageEncoder | None = None) -> "EmbeddingDecoder":
+        """The box of a trained model."""
+        parts = {each.name: getattr(trained, each.name) for each in fields(TrainedModel)}
+        return cls(**parts, image_encoder=image_encoder)
 
     def encode(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b 1 1 e"]:
         """The embeddings of images in [-1, 1], of any size. ValueError without the image tower."""

@@ -16,11 +16,12 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import CosineSchedule, LinearBetaSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Respaced
+from jaxdiff.models.boxes import Decoder, Generator
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior
+from jaxdiff.models.embedding_boxes import EmbeddingDecoder
 from jaxdiff.models.representations import EmbeddingConditioner
-from jaxdiff.models.sampling import SamplingConfig, TrainedModel
+from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.conditioning import MaskedText
 from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.unet import AttentionConfig, ConditioningConfig, UNetConfig
@@ -97,12 +98,11 @@ SAMPLING_SR_256 = SamplingConfig(sampler=DDIM(), steps=27, thresholding=StaticTh
 SAMPLING_SR_1024 = SamplingConfig(sampler=DDIM(), steps=15, thresholding=StaticThreshold())
 
 
-def unclip(
-    text_encoder: TextEncoder, prior: RankedPrior, decoder: EmbeddingDecoder, *upsamplers: TrainedModel
-) -> Pipeline:
-    """The system. text_encoder: CLIP's text tower, with masked padding.
+def unclip(text_encoder: TextEncoder, prior: Generator, decoder: EmbeddingDecoder, *others: Decoder) -> Pipeline:
+    """The system. text_encoder: CLIP's text tower, with masked padding. prior: a `RankedPrior`, or a public one's
+    `StandardizedPrior`. others: upsamplers, or the autoencoder of a decoder that produces latents.
 
     ValueError if models do not fit one another, for example in the width or length of their embeddings, or the text
     encoder.
     """
-    return Pipeline(text_encoder, prior, (decoder, *upsamplers))
+    return Pipeline(text_encoder, prior, (decoder, *others))

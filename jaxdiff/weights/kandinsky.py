@@ -18,13 +18,16 @@ from jaxtyping import Array, Float
 
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.models.autoencoder import TrainedAutoencoder
+from jaxdiff.models.embedding_boxes import EmbeddingDecoder, StandardizedPrior
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.models.standardized import StandardizedPrior
 from jaxdiff.nets.clip import CLIP, TowerOutput
 from jaxdiff.nets.image_readers import ImageTokens
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems import kandinsky as presets
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.systems.unclip import unclip
 from jaxdiff.text.clip import CLIPTextEncoder
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import autoencoder, clip, hub, karlo, schedulers, sizes, unclip_unet
 from jaxdiff.weights.karlo import INDEX, Loading
 from jaxdiff.weights.unclip_unet import NULL, Folders, Network
@@ -42,6 +45,16 @@ class Boxes(NamedTuple):
     decoder: TrainedModel
     autoencoder: TrainedAutoencoder
 
+    def pipeline(self, text: TextEncoder | None = None) -> Pipeline:
+        """The system. text: replaces the text encoder."""
+        return unclip(text or self.text_encoder, self.prior, EmbeddingDecoder.of(self.decoder), self.autoencoder)
+
+
+def is_prior(folder: str | Path) -> bool:
+    """Whether this is the folder of a KandinskyV22PriorPipeline."""
+    index = Path(folder) / INDEX
+    return index.is_file() and hub.read_json(index).get("_class_name") == PRIOR
+
 
 def load(prior: str | Path, decoder: str | Path, loading: Loading = FLOAT32) -> Boxes:
     """Load all boxes from two folders or hub ids.
@@ -54,7 +67,7 @@ def load(prior: str | Path, decoder: str | Path, loading: Loading = FLOAT32) -> 
     embeddings = karlo.load_prior(first / "prior", first / "scheduler", loading)
     null = null_embedding(first / "image_encoder", loading)
     network = load_decoder(second, loading)
-    width = embeddings.prior.model.product.channels
+    width = embeddings.model.product.channels
     for where, value in (
         (second / "unet", _width(network)),
         (first / "text_encoder", encoder.config.width),

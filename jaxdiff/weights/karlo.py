@@ -9,20 +9,23 @@ Each box is loaded by a function of its own; `load` loads all.
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
 from jaxdiff.core import settings as comparison
 from jaxdiff.models.conditioners import without_dropout
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.embedding_boxes import EmbeddingDecoder, StandardizedPrior
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.models.standardized import StandardizedPrior
 from jaxdiff.nets.experts import ExpertsConfig
 from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.nets.unet import UNetConfig
 from jaxdiff.systems import karlo
+from jaxdiff.systems.pipeline import Pipeline
+from jaxdiff.systems.unclip import unclip
 from jaxdiff.text.clip import CLIPTextEncoder, Pooling
+from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import clip, hub, sizes, unclip_prior, unclip_scheduler, unclip_unet
 from jaxdiff.weights.unclip_unet import Folders, Network
 
@@ -40,6 +43,10 @@ class Boxes(NamedTuple):
     prior: StandardizedPrior
     decoder: TrainedModel
     upsampler: TrainedModel
+
+    def pipeline(self, text: TextEncoder | None = None) -> Pipeline:
+        """The system. text: replaces the text encoder."""
+        return unclip(text or self.text_encoder, self.prior, EmbeddingDecoder.of(self.decoder), self.upsampler)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def load(path_or_id: str | Path, loading: Loading = Loading()) -> Boxes:
     decoder = load_decoder(folder, loading)
     encoder = load_text_encoder(folder, loading)
     assert encoder.config.text is not None  # it is a text encoder
-    width = prior.prior.model.product.channels
+    width = prior.model.product.channels
     for name, value in (
         ("decoder", decoder.reads and decoder.reads[1]),
         ("text_encoder", encoder.config.width),
@@ -90,12 +97,21 @@ def load(path_or_id: str | Path, loading: Loading = Loading()) -> Boxes:
     return Boxes(encoder, prior, decoder, load_upsampler(folder, decoder.side, loading))
 
 
+def boxes_of(pipeline: Pipeline) -> Boxes:
+    """The inverse of `Boxes.pipeline`. ValueError for another pipeline."""
+    boxes = (pipeline.text_encoder, *pipeline.boxes)
+    kinds = (CLIPTextEncoder, StandardizedPrior, EmbeddingDecoder, TrainedModel)
+    if len(boxes) != len(kinds) or not all(isinstance(box, kind) for box, kind in zip(boxes, kinds)):
+        raise ValueError(f"diffusers' {NAME} is CLIP's text tower, a prior, a decoder and an upsampler")
+    return Boxes(*cast(Any, boxes))
+
+
 def load_prior(prior: Path, scheduler: Path, loading: Loading = Loading()) -> StandardizedPrior:
     """A prior from the folders of the network and its UnCLIPScheduler: Karlo's, or Kandinsky 2.2's."""
     found = unclip_prior.load_prior(prior, **loading.files)
     model, sampling = _scheduled(karlo.prior_model(found.config), scheduler)
-    trained = TrainedModel(model, found.params, replace(karlo.SAMPLING_PRIOR, **sampling))
-    return StandardizedPrior(trained, found.mean, found.deviation)
+    sampling = replace(karlo.SAMPLING_PRIOR, **sampling)
+    return StandardizedPrior(model, found.params, sampling, mean=found.mean, deviation=found.deviation)
 
 
 def load_decoder(folder: Path, loading: Loading = Loading()) -> TrainedModel:
@@ -188,7 +204,7 @@ class _Networks(NamedTuple):
 
 def _networks(boxes: Boxes) -> _Networks:
     """ValueError for boxes that are not Karlo's."""
-    prior, decoder, upsampler = boxes.prior.prior, boxes.decoder, boxes.upsampler
+    prior, decoder, upsampler = boxes.prior, boxes.decoder, boxes.upsampler
     network, reads, experts = prior.model.unet, decoder.model.unet, upsampler.model.unet
     if not isinstance(network, PriorConfig):
         raise _refused("prior", f"unet = {type(network).__name__}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxdiff.models.autoregressive import TrainedAutoregressive
-from jaxdiff.models.embedding_boxes import RankedPrior
+from jaxdiff.models.embedding_boxes import RankedPrior, StandardizedPrior
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.systems.pipeline import Pipeline
@@ -18,6 +18,8 @@ from jaxdiff.weights import (
     dalle_mini,
     hub,
     imagen,
+    kandinsky,
+    karlo,
     latent_runs,
     stable_diffusion,
     stable_diffusion_export,
@@ -27,6 +29,7 @@ from jaxdiff.weights import (
 )
 from jaxdiff.weights.adapters import with_adapters
 from jaxdiff.weights.imagen import SHIPPED, STAGES, Weights
+from jaxdiff.weights.karlo import Loading
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 
     Raises FileNotFoundError or ValueError as the system's own loader does.
     """
+    if (public := _public_unclip(weights, options)) is not None:
+        return public.pipeline(text)
     if (path := _stable_diffusion(weights)) is not None:
         return stable_diffusion.load(path, options, text)
     if (run := _latent_run(weights)) is not None:
@@ -71,6 +76,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
 
 def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEncoder:
     """The text encoder of `load`, without the rest: to embed captions first and free it."""
+    if (folder := _public_unclip_text(weights)) is not None:
+        return karlo.load_text_encoder(folder, Loading(variant=options.variant, place=options.place))
     if (folder := _dalle_mini(weights)) is not None:
         return dalle_mini.load_text(folder)
     if (path := _stable_diffusion(weights)) is not None:
@@ -86,6 +93,8 @@ def load_text(weights: Weights, options: LoadOptions = LoadOptions()) -> TextEnc
 
 def text_length(weights: Weights) -> int:
     """Tokens per caption in the training of the first stage of `weights`."""
+    if (folder := _public_unclip_text(weights)) is not None:
+        return karlo.load_text_encoder(folder).length
     if (folder := _dalle_mini(weights)) is not None:
         return dalle_mini.load_text(folder).length
     if (run := _dalle_run(weights)) is not None:
@@ -93,6 +102,32 @@ def text_length(weights: Weights) -> int:
     if (places := _unclip(weights)) is not None:
         return unclip.load_text(places).length
     return imagen.text_length(weights) if _stable_diffusion(weights) is None else stable_diffusion.presets.TOKENS
+
+
+def _public_unclip(weights: Weights, options: LoadOptions) -> karlo.Boxes | kandinsky.Boxes | None:
+    """The boxes of the folder of Karlo, or of both folders of Kandinsky 2.2; None for other systems. ValueError for a
+    prior of Kandinsky without its decoder."""
+    folder = _public_unclip_text(weights)
+    if folder is None:
+        return None
+    if options.loras.files or options.controls:
+        raise ValueError(f"{folder}: LoRAs and ControlNets are for a Stable Diffusion")
+    loading = Loading(options.dtype or "float32", options.variant, options.place)
+    places = [weights] if isinstance(weights, str | Path) else list(weights)
+    if karlo.is_karlo(folder):
+        if len(places) > 1:
+            raise ValueError(f"{', '.join(map(str, places))}: Karlo is one folder")
+        return karlo.load(folder, loading)
+    if len(places) != 2:
+        raise ValueError(f"{folder} is the prior of Kandinsky 2.2: name it and the folder of the decoder")
+    return kandinsky.load(folder, places[1], loading)
+
+
+def _public_unclip_text(weights: Weights) -> Path | None:
+    """The folder of Karlo, or of Kandinsky's prior, which has the text encoder; None for other systems."""
+    listed: Sequence[str | Path] = [weights] if isinstance(weights, str | Path) else list(weights)
+    first = Path(listed[0]) if listed else Path()
+    return first if listed and (karlo.is_karlo(first) or kandinsky.is_prior(first)) else None
 
 
 def _stable_diffusion(weights: Weights) -> str | Path | None:
@@ -152,7 +187,7 @@ def from_pretrained(
 def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
     """Write a pipeline as a folder for `from_pretrained`: text/, base64/ and, for its decoders, sr256/ and sr1024/; a
     Stable Diffusion in diffusers' layout; a DALL·E 1 as a run, a dalle-mini in its own layout, both with the decoder
-    of their codes; a DALL·E 2 as `weights/unclip.py` describes.
+    of their codes; a DALL·E 2 as `weights/unclip.py` describes, a Karlo in diffusers' layout.
 
     dtype: type of the stored parameters; "float16" and "bfloat16" halve the files. ValueError for an unsupported
     pipeline, before anything is written; OSError if writing fails.
@@ -164,6 +199,8 @@ def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "flo
         return (dalle_mini if mini else dalle).export(pipeline, directory, dtype)
     if isinstance(pipeline.generator, RankedPrior):
         return unclip.export(pipeline, directory, dtype)
+    if isinstance(pipeline.generator, StandardizedPrior):
+        return karlo.export(karlo.boxes_of(pipeline), directory, dtype)
     directory, models, encoder = Path(directory), imagen.trained(pipeline), pipeline.text_encoder
     if len(models) > len(STAGES):
         raise ValueError(f"a folder of stages holds {len(STAGES)}, not {len(models)}")

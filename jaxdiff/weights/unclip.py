@@ -171,7 +171,7 @@ def _box(trained: TrainedModel, image: CLIPImageEncoder, candidates: int) -> Tra
     if isinstance(trained.model.product, EmbeddingSpec):
         return RankedPrior(**parts, candidates=candidates)
     if embedding_of(trained.model) is not None:
-        return EmbeddingDecoder(**parts, image_encoder=image)
+        return EmbeddingDecoder.of(trained, image)
     return trained
 
 

@@ -13,11 +13,13 @@ import pytest
 import small_unclip
 from small_stable_diffusion import difference, drawn, to_torch, torch_text
 
+import jaxdiff
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.thresholding import StaticThreshold
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.systems import kandinsky as presets
+from jaxdiff.systems.pipeline import SampleOptions
 from jaxdiff.text.clip_tokenizer import clip_tokenizer
 from jaxdiff.weights import autoencoder, kandinsky, unclip_prior, unclip_unet
 
@@ -96,7 +98,7 @@ def test_images_of_diffusers(theirs, boxes, monkeypatch):
     keys = noise.sample_keys(jax.random.key(0), jnp.arange(len(PROMPTS)))
     encoder, first, second = boxes.text_encoder, noise.fold(keys, 0), noise.fold(keys, 1)
     texts = {"text": encoder.encode(PROMPTS), "negative": encoder.encode([""] * len(PROMPTS))}
-    prior = replace(boxes.prior, prior=few(boxes.prior.prior))
+    prior = few(boxes.prior)
     embedding = prior.generate(SampleRequest(first, (1, 1), **texts))
     feed(monkeypatch, theirs[0], first)
     wanted = theirs[0](PROMPTS, num_inference_steps=STEPS, guidance_scale=4.0)
@@ -118,7 +120,7 @@ def test_images_of_diffusers(theirs, boxes, monkeypatch):
 def test_what_is_read(boxes, tmp_path):
     sampling = boxes.decoder.sampling
     assert sampling.sampler == DDPM(None) and sampling.thresholding == StaticThreshold(2.0)
-    assert sampling == presets.SAMPLING_DECODER and boxes.prior.prior.sampling == presets.SAMPLING_PRIOR
+    assert sampling == presets.SAMPLING_DECODER and boxes.prior.sampling == presets.SAMPLING_PRIOR
     schedule = np.asarray(boxes.decoder.model.schedule.alpha_bar)
     np.testing.assert_allclose(schedule, presets.DECODER.schedule.alpha_bar, rtol=1e-9)
     assert boxes.decoder.conditions == ("image_embedding",) and boxes.decoder.reads is None
@@ -198,7 +200,7 @@ def test_boxes_that_are_not_kandinskys(boxes, tmp_path):
     slow = replace(decoder, sampling=replace(decoder.sampling, sampler=DDIM(0.5)))
     other = replace(decoder, params={name: value for name, value in decoder.params.items() if name != "stem"})
     for box, autoencoders, message in (
-        (boxes.prior.prior, movq, "no decoder with unet = PriorConfig"),
+        (boxes.prior, movq, "no decoder with unet = PriorConfig"),
         (slow, movq, "no sampler = DDIM"),
         (other, movq, r"the decoder to export does not fit the settings: 2 missing \(stem"),
         (decoder, replace(movq, quantized=True), "decodes latents as they are"),
@@ -209,3 +211,13 @@ def test_boxes_that_are_not_kandinskys(boxes, tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="a null embedding of width 3: the decoder reads those of 12"):
         kandinsky.with_null(decoder, jnp.zeros(3))
+
+
+def test_folders_are_a_pipeline(folders):
+    pipeline = jaxdiff.from_pretrained(folders)
+    prior, decoder = (replace(box, sampling=replace(box.sampling, steps=2)) for box in pipeline.boxes[:2])
+    short = replace(pipeline, generator=prior, decoders=(decoder, pipeline.decoders[1]))
+    embeddings, latents, images = short.sample(PROMPTS, SampleOptions(seed=3))
+    assert embeddings.shape == (2, 1, 1, WIDTH) and latents.shape == (2, 16, 16, 4) and images.shape == (2, 128, 128, 3)
+    with pytest.raises(ValueError, match=r"is the prior of Kandinsky 2\.2: name it and the folder of the decoder"):
+        jaxdiff.from_pretrained(folders[0])

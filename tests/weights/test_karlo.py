@@ -13,11 +13,13 @@ import small_karlo
 import small_unclip
 from small_stable_diffusion import difference, to_torch
 
+import jaxdiff
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.systems import karlo as presets
+from jaxdiff.systems.pipeline import After, SampleOptions
 from jaxdiff.text.encoder import TextEmbedding
 from jaxdiff.weights import karlo
 from jaxdiff.weights.karlo import Loading
@@ -45,9 +47,9 @@ def sampled(text, negative, prior, decoder, upsampler):
     texts, keys = {"text": text, "negative": negative}, small_karlo.keys()
     few = [
         replace(trained, sampling=replace(trained.sampling, steps=steps))
-        for trained, steps in zip((prior.prior, decoder, upsampler), small_karlo.STEPS.values())
+        for trained, steps in zip((prior, decoder, upsampler), small_karlo.STEPS.values())
     ]
-    embedding = replace(prior, prior=few[0]).generate(SampleRequest(noise.fold(keys, 0), (1, 1), **texts))
+    embedding = few[0].generate(SampleRequest(noise.fold(keys, 0), (1, 1), **texts))
     given = {"image_embedding": embedding[:, 0]}
     small = few[1].generate(SampleRequest(noise.fold(keys, 1), (16, 16), **texts, given=given))
     return few[2].decode(small, SampleRequest(noise.fold(keys, 2), (32, 32)))
@@ -75,9 +77,9 @@ def test_kept_images(tmp_path):
         TextEmbedding(*(jnp.asarray(half) for half in halves))
         for halves in zip(*(np.split(kept[name], 2) for name in ("tokens", "mask", "pooled")))
     )
-    prior = unclip.load_prior(tmp_path / "prior", tmp_path / "prior_scheduler")
-    decoder = unclip.load_decoder(tmp_path)
-    images = sampled(text, negative, prior, decoder, unclip.load_upsampler(tmp_path, decoder.side))
+    prior = karlo.load_prior(tmp_path / "prior", tmp_path / "prior_scheduler")
+    decoder = karlo.load_decoder(tmp_path)
+    images = sampled(text, negative, prior, decoder, karlo.load_upsampler(tmp_path, decoder.side))
     found = difference(images, kept["images"])
     print(f"kept: {found:.1e} of 255")
     assert found < 2.0
@@ -98,7 +100,7 @@ def test_enlarged_images():
 
 def test_what_is_read(boxes, folder):
     assert karlo.is_karlo(folder) and not karlo.is_karlo(folder / "prior")
-    assert boxes.prior.prior.sampling == replace(presets.SAMPLING_PRIOR)
+    assert boxes.prior.sampling == replace(presets.SAMPLING_PRIOR)
     assert boxes.decoder.sampling == presets.SAMPLING_DECODER and boxes.upsampler.sampling == presets.SAMPLING_UPSAMPLER
     assert boxes.decoder.conditions == ("image_embedding",) and boxes.decoder.reads == boxes.prior.reads == (77, 12)
     assert (boxes.decoder.side, boxes.upsampler.side, boxes.upsampler.factor) == (16, 32, 2)
@@ -134,7 +136,7 @@ def test_written_for_diffusers(boxes, theirs, tmp_path):
 
 def test_bfloat16(folder):
     boxes = karlo.load(folder, Loading("bfloat16"))
-    for box in (boxes.prior.prior, boxes.decoder, boxes.upsampler):
+    for box in (boxes.prior, boxes.decoder, boxes.upsampler):
         assert box.model.unet.execution.dtype == "bfloat16"
         assert {leaf.dtype for leaf in jax.tree.leaves(box.params)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -200,3 +202,24 @@ def test_boxes_that_are_not_karlos(boxes, tmp_path):
     assert not (tmp_path / "x").exists()
     louder = replace(decoder, sampling=replace(decoder.sampling, guidance=Guidance(3.0)))
     karlo.export(boxes._replace(decoder=louder), tmp_path / "y")  # the files have no guidance
+
+
+def test_a_folder_is_a_pipeline(folder, boxes, tmp_path):
+    """From the prior's embedding to the large image, by `from_pretrained`, and back."""
+    pipeline = jaxdiff.from_pretrained(folder)
+    prior, decoder, upsampler = (replace(box, sampling=replace(box.sampling, steps=2)) for box in pipeline.boxes)
+    short = replace(pipeline, generator=prior, decoders=(decoder, upsampler))
+    embeddings, small, large = short.sample(small_karlo.PROMPTS, SampleOptions(seed=3))
+    assert embeddings.shape == (2, 1, 1, small_unclip.EMBEDDING)
+    assert small.shape == (2, 16, 16, 3) and large.shape == (2, 32, 32, 3)
+    (again, _) = replace(short, generator=decoder, decoders=(upsampler,)).sample(
+        small_karlo.PROMPTS, SampleOptions(seed=3, after=After(embeddings[::-1].copy(), 0))
+    )
+    assert np.abs(again - small).mean() > 1e-3  # it reads the embedding
+    jaxdiff.save_pretrained(pipeline, tmp_path)
+    other = karlo.load(tmp_path)
+    assert other.decoder.model.unet == boxes.decoder.model.unet
+    with pytest.raises(ValueError, match="diffusers' UnCLIPPipeline is CLIP's text tower, a prior"):
+        jaxdiff.save_pretrained(replace(pipeline, decoders=pipeline.decoders[:1]), tmp_path / "x")
+    with pytest.raises(ValueError, match="Karlo is one folder"):
+        jaxdiff.from_pretrained([folder, folder])

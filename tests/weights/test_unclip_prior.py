@@ -19,8 +19,8 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM
 from jaxdiff.diffusion.schedules import CosineSchedule, TabulatedSchedule
 from jaxdiff.diffusion.thresholding import DynamicThreshold, NoThreshold, StaticThreshold
 from jaxdiff.diffusion.time_grid import Leading, Linspace
+from jaxdiff.models.embedding_boxes import StandardizedPrior
 from jaxdiff.models.sampling import SampleRequest, TrainedModel
-from jaxdiff.models.standardized import StandardizedPrior
 from jaxdiff.nets.conditioning import Conditioning
 from jaxdiff.nets.prior import PriorConfig
 from jaxdiff.systems import karlo
@@ -101,7 +101,7 @@ def test_sampling_loop(weight, tmp_path, monkeypatch):
         found.params,
         replace(karlo.SAMPLING_PRIOR, steps=steps, guidance=Guidance(weight), **fields),
     )
-    box = StandardizedPrior(trained, found.mean, found.deviation)
+    box = StandardizedPrior(trained.model, trained.params, trained.sampling, mean=found.mean, deviation=found.deviation)
     rng = np.random.default_rng(3)
     texts = [
         TextEmbedding(
@@ -258,4 +258,4 @@ def test_statistics_of_another_width(tmp_path):
     prior = unclip_prior.load_prior(tmp_path)
     trained = TrainedModel(karlo.prior_model(prior.config), prior.params, karlo.SAMPLING_PRIOR)
     with pytest.raises(ValueError, match="mean of 3 numbers is not one of embeddings of width 12"):
-        StandardizedPrior(trained, jnp.zeros(3), jnp.ones(3))
+        StandardizedPrior(trained.model, {}, trained.sampling, mean=jnp.zeros(3), deviation=jnp.ones(3))
