@@ -52,9 +52,12 @@ class ImageEmbeddingOptions:
     @property
     def shown(self) -> dict[str, object]:
         """For the metadata of images; nothing where no image is given."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)} if self.given else {}
-        if values and self.text_diff is None:
-            del values["text_diff_fraction"]
+        used = {"variation_of", "interpolate"} if self.given else set()
+        if self.count > 1:
+            used |= {"points"}
+        if self.text_diff is not None:
+            used |= {"text_diff", "text_diff_fraction"}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name in used}
         return {name: _named(value) for name, value in values.items() if value is not None}
 
     def check(self, enlarges: bool) -> None:
