@@ -212,9 +212,8 @@ def test_a_folder_is_a_pipeline(folder, boxes, tmp_path):
     embeddings, small, large = short.sample(small_karlo.PROMPTS, SampleOptions(seed=3))
     assert embeddings.shape == (2, 1, 1, small_unclip.EMBEDDING)
     assert small.shape == (2, 16, 16, 3) and large.shape == (2, 32, 32, 3)
-    (again, _) = replace(short, generator=decoder, decoders=(upsampler,)).sample(
-        small_karlo.PROMPTS, SampleOptions(seed=3, after=After(embeddings[::-1].copy(), 0))
-    )
+    options = SampleOptions(seed=3, after=After(0, embeddings[::-1].copy()))
+    again, _ = short.sample(small_karlo.PROMPTS, options)
     assert np.abs(again - small).mean() > 1e-3  # it reads the embedding
     jaxdiff.save_pretrained(pipeline, tmp_path)
     other = karlo.load(tmp_path)
