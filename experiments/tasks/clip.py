@@ -27,10 +27,11 @@ from experiments.options.training import (
     TrainSettings,
 )
 from experiments.tasks.held_out import held_out_source, in_full_batches
+from experiments.tasks.streams import stream
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.tokenizers import captions_of, save_tokenizer
 from jaxdiff.data import sources
-from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.models.clip import CLIPTraining, ContrastiveLoss, SigmoidLoss, finished
 from jaxdiff.nets import clip as nets
 from jaxdiff.nets.clip import CLIPConfig
@@ -140,14 +141,7 @@ class CLIPTask(Task):
         tokenizer = tokenizer_of(settings, spec)
         text = dataclasses.replace(config.text, vocab=len(tokenizer), eos_id=tokenizer.eos_token_id)
         config = dataclasses.replace(config, text=text)
-        rows, strict = run.batch // start.processes, settings.dataset.strict
-        stream = image_batches(
-            source,
-            DataConfig(side, rows, seed=run.seed, captions=True, strict=strict),
-            process_index=jax.process_index(),
-            process_count=start.processes,
-            read_ahead=ReadAhead(workers=settings.dataset.workers),
-        )
+        images = stream(settings, source, side, captions=True)
         model = CLIPTraining(config, LOSSES[options.loss], options.chunk, axes=BATCH_AXES)
         if initial is not None and isinstance(model.compare, SigmoidLoss):
             initial["logit_bias"] = np.float32(model.compare.bias)
@@ -156,14 +150,14 @@ class CLIPTask(Task):
             plain, folder = dataclasses.replace(config, dtype="float32", remat=False), settings.out / "model"
             weights.export(plain, finished(model, params), folder)
             save_tokenizer(tokenizer, folder)
-            summary = stream.skipped.summary(len(source))
+            summary = images.skipped.summary(len(source))
             line = f"{folder}: a CLIP of {side} pixels, {len(tokenizer)} ids"
             return f"{summary}\n{line}" if summary else line
 
         data: dict[str, Any] = {"data": settings.dataset.shown, "batch": run.batch, "workers": settings.dataset.workers}
         data |= {"tokenizer": options.tokenizer, "examples": len(source)}
         held_out = _held_out(settings, config, tokenizer)
-        return Work(model, Pairs(stream, tokenizer, config.text.length), data, finish, initial, held_out=held_out)
+        return Work(model, Pairs(images, tokenizer, config.text.length), data, finish, initial, held_out=held_out)
 
 
 def _held_out(settings: Settings, config: CLIPConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOutBatches | None:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
 from experiments.tasks.held_out import held_out_source
+from experiments.tasks.streams import stream
 from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.tokenizers import captions_of, save_tokenizer
 from jaxdiff.data import grids, sources
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.latents import ExtendedBatches, LatentBatches, stored_latents
 from jaxdiff.data.mixture import Spread, spread
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
 from jaxdiff.models.dvae import TrainedDVAE
@@ -234,23 +234,14 @@ def _batches(
 ) -> LatentBatches:
     """Batches of ids and codes."""
     data_dir = settings.dataset.data_dir
-    config = DataConfig(
-        side,
-        settings.run.batch // jax.process_count(),
-        captions=True,
-        seed=settings.run.seed,
-        strict=settings.dataset.strict,
-        **order,
-    )
-    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    stream = image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
+    images = stream(settings, source, side, captions=True, **order)
 
     def entries(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tokens = encoder.tokenize([str(caption) for caption in batch["caption"]])
         return {"ids": tokens.ids, "text_mask": tokens.mask}
 
     codes = once(data_dir, lambda: _codes(source, side, decoder, data_dir / "codes"))
-    return LatentBatches(ExtendedBatches(stream, entries), codes)
+    return LatentBatches(ExtendedBatches(images, entries), codes)
 
 
 def _codes(source: Source, side: int, decoder: TrainedDVAE | VQCodes, folder: Path) -> np.ndarray:

@@ -15,6 +15,7 @@ from experiments.options.training import OptimizerOptions, PresetOptimizer, Rule
 from experiments.tasks.diffusion import Preset, UNetCompute, placement, resized, split
 from experiments.tasks.held_out import held_out_source
 from experiments.tasks.latents import LatentOptions, Latents
+from experiments.tasks.streams import stream
 from experiments.tasks.task import Start, Task, Work
 from jaxdiff.core.trees import digest_of
 from jaxdiff.data import grids, sources
@@ -23,7 +24,7 @@ from jaxdiff.data.example import Source
 from jaxdiff.data.images import to_uint8
 from jaxdiff.data.latents import ExtendedBatches, LatentBatches
 from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.diffusion import noise
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.conditioners import NullText, TextConditioner
@@ -251,16 +252,7 @@ class FineTuning(Task):
         )
 
     def _batches(self, settings: FineTuningSettings, space: Latents, source: Source, read: Read, **order: bool) -> Any:
-        config = DataConfig(
-            space.side,
-            settings.run.batch // jax.process_count(),
-            captions=True,
-            seed=settings.run.seed,
-            strict=settings.dataset.strict,
-            **order,
-        )
-        places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        stream = image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
+        images = stream(settings, source, space.side, captions=True, **order)
         folder = settings.dataset.data_dir / "latents"
         latents = once(settings.dataset.data_dir, lambda: space.encoded_once(source, folder))
         sizes = np.asarray([space.side, space.side, 0, 0, space.side, space.side], np.float32)
@@ -271,7 +263,7 @@ class FineTuning(Task):
             found["sizes"] = np.broadcast_to(sizes, (len(batch["image"]), 6))
             return found | ({"hint": hint_of(batch["image"])} if self.hinted else {})
 
-        return LatentBatches(ExtendedBatches(stream, entries), latents)
+        return LatentBatches(ExtendedBatches(images, entries), latents)
 
     def _held_out(
         self, settings: FineTuningSettings, space: Latents, source: Source | None, read: Read

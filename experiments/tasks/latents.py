@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from experiments.tasks.diffusion import DiffusionTask, Settings
 from experiments.tasks.spaces import Space
+from experiments.tasks.streams import stream
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source
 from jaxdiff.data.latents import LatentBatches, stored_latents
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.latent import LatentTraining, encoded, on_autoencoder
@@ -108,21 +108,11 @@ class Latents(Space):
         latent_runs.save_source(run, latent_runs.AutoencoderSource(self.options.autoencoder, self.fingerprint))
 
     def batches(self, settings: Settings, source: Source, embeddings: Embeddings | None, **order: bool) -> Any:
-        config = DataConfig(
-            self.side,
-            settings.run.batch // jax.process_count(),
-            captions=self.stored,
-            seed=settings.run.seed,
-            strict=settings.dataset.strict,
-            **order,
-        )
-        places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        read_ahead = ReadAhead(workers=settings.dataset.workers)
-        stream = image_batches(source, config, embeddings, **places, read_ahead=read_ahead)
+        images = stream(settings, source, self.side, embeddings, captions=self.stored, **order)
         if not self.stored:
-            return stream
+            return images
         data_dir = settings.dataset.data_dir
-        return LatentBatches(stream, once(data_dir, lambda: self.encoded_once(source, data_dir / "latents")))
+        return LatentBatches(images, once(data_dir, lambda: self.encoded_once(source, data_dir / "latents")))
 
     def encoded_once(self, source: Source, folder: Path) -> np.ndarray:
         """The stored latents of a source (`data.latents`)."""

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from experiments.options.training import TrainSettings
 from experiments.tasks.held_out import held_out_source
+from experiments.tasks.streams import stream
 from experiments.tasks.task import Start, Task, Work
 from jaxdiff.data import grids, sources
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import spread
-from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import Batches, DataConfig, image_batches
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.autoencoder_training import AutoencoderModel
 from jaxdiff.models.dvae import DVAEModel, TrainedDVAE
@@ -80,15 +80,7 @@ class ReconstructionTask(Task):
 
 
 def _batches(settings: TrainSettings, model: AnyModel, source: Source, **order: bool) -> Batches:
-    config = DataConfig(
-        model.side,
-        settings.run.batch // jax.process_count(),
-        seed=settings.run.seed,
-        strict=settings.dataset.strict,
-        **order,
-    )
-    places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return image_batches(source, config, **places, read_ahead=ReadAhead(workers=settings.dataset.workers))
+    return stream(settings, source, model.side, **order)
 
 
 def _held_out(settings: TrainSettings, model: AnyModel, source: Source | None) -> HeldOutBatches | None:

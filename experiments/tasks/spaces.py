@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 from jax import Array
 from tqdm import tqdm
 
+from experiments.tasks.streams import stream
 from jaxdiff.data.buckets import Buckets
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source
 from jaxdiff.data.image_sizes import ImageSizes, read_sizes
-from jaxdiff.data.pipeline import Batches, DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import Batches
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.training import multihost
 from jaxdiff.training.distributed import once
@@ -75,25 +75,17 @@ def batches(settings: "Settings", model: DiffusionModel, source: Source, embeddi
     buckets, sizes = None, None
     if settings.diffusion.buckets:
         buckets, sizes = buckets_of(model, settings.diffusion.crop), sizes_of(source, settings.dataset.data_dir)
-    config = DataConfig(
+    return stream(
+        settings,
+        source,
         model.side,
-        settings.run.batch // jax.process_count(),
+        embeddings,
+        sizes,
         low_resolution=model.side // model.factor if model.low_res is not None else None,
         crop=None if settings.diffusion.buckets else crop_of(model, settings.diffusion.crop),
         buckets=buckets,
-        seed=settings.run.seed,
         caption_optional=model.low_res is not None,
-        strict=settings.dataset.strict,
         **order,
-    )
-    return image_batches(
-        source,
-        config,
-        embeddings,
-        sizes=sizes,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        read_ahead=ReadAhead(workers=settings.dataset.workers),
     )
 
 

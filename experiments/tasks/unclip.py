@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -26,12 +25,13 @@ from experiments.options.training import TrainSettings
 from experiments.tasks.diffusion import DiffusionOptions, DiffusionTask, UNetCompute
 from experiments.tasks.samples import Samples
 from experiments.tasks.spaces import Space
+from experiments.tasks.streams import stream
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source
 from jaxdiff.data.latents import IndexedBatches, stored_latents
 from jaxdiff.data.mixture import Spread
-from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
+from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.embedding_boxes import embedding_of
@@ -95,20 +95,10 @@ class OnCLIP(Space):
     def batches(
         self, settings: UnCLIPSettings, source: Source, embeddings: Embeddings | None, **order: bool
     ) -> IndexedBatches:
-        config = DataConfig(
-            self.side,
-            settings.run.batch // jax.process_count(),
-            captions=True,
-            seed=settings.run.seed,
-            strict=settings.dataset.strict,
-            **order,
-        )
-        places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        read_ahead = ReadAhead(workers=settings.dataset.workers)
-        stream = image_batches(source, config, embeddings, **places, read_ahead=read_ahead)
+        images = stream(settings, source, self.side, embeddings, captions=True, **order)
         data_dir = settings.dataset.data_dir
         seen = once(data_dir, lambda: embedded_images(self.clip.image, source, data_dir / "image-embeddings"))
-        return IndexedBatches(stream, partial(self.entries, seen))
+        return IndexedBatches(images, partial(self.entries, seen))
 
     def entries(self, seen: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What a batch of the model has beside images and captions. seen: the embeddings of all images (n 1 1 e)."""
