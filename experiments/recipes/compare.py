@@ -5,9 +5,9 @@
 
 Each system gets one budget of training FLOPs, which its trained parts divide (`SYSTEMS`): autoencoders, dVAEs and
 priors count. The width of its generator, or of unCLIP's decoder, is that with which all trained parts together have the
-parameters of the latent diffusion system. Text encoders are the shipped ones; DALL·E 1 learns its own. Every system
-samples the same held-out captions with the settings of its preset. OUT/README.md is the page: scores, costs, and a
-sheet with a row for each system. Started again, it resumes: finished runs and scores stay.
+parameters of the latent diffusion system. T5 and CLIP are the shipped ones; DALL·E 1 learns its own text encoder. Every
+system samples the same held-out captions with the settings of its preset. OUT/README.md is the page: scores, costs, and
+a sheet with a row for each system. Started again, it resumes: finished runs and scores stay.
 """
 
 import dataclasses
@@ -23,11 +23,13 @@ from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
 from experiments.recipes.comparison import count_of, flops_of, inference_flops, measured, nearest, show
 from experiments.table import TASKS
-from experiments.tasks import autoencoder, dalle, diffusion, dvae, latents
+from experiments.tasks import autoencoder, dalle, diffusion, dvae, latents, unclip
 from experiments.tasks.task import Task
 from jaxdiff.core.files import replacing, write_json
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.weights import pretrained
+from jaxdiff.weights.unclip import CANDIDATES
 
 TOLERANCE = 0.05
 """Allowed relative difference of parameters and FLOPs."""
@@ -70,13 +72,15 @@ class Settings:
 @dataclass(frozen=True)
 class Part:
     """A trained part. fraction: of its system's FLOPs. settings: of its task, with the preset; for earlier parts in
-    this folder. widened: the preset's model of another width, for the part whose width is fitted."""
+    this folder. widened: the preset's model of another width, for the part whose width is fitted. sampled: whether
+    sampling loads its run; others are found from the runs that were trained on them."""
 
     task: str
     fraction: float
     settings: Callable[[Path], Any]
     widened: Callable[[Any, int], Any] | None = None
     widths: range = range(0)
+    sampled: bool = True
 
 
 def _unet(model: Any, width: int) -> Any:
@@ -89,7 +93,7 @@ def _network(model: Any, width: int) -> Any:
 
 SYSTEMS: dict[str, tuple[Part, ...]] = {
     "sd": (
-        Part("sd.autoencoder", 0.4, lambda out: autoencoder.Settings(preset="tiny")),
+        Part("sd.autoencoder", 0.4, lambda out: autoencoder.Settings(preset="tiny"), sampled=False),
         Part(
             "sd.unet",
             0.6,
@@ -100,7 +104,7 @@ SYSTEMS: dict[str, tuple[Part, ...]] = {
     ),
     "imagen": (Part("imagen.base64", 1.0, lambda out: diffusion.Settings(preset="quick"), _unet, range(32, 257, 4)),),
     "dalle": (
-        Part("dalle.dvae", 0.25, lambda out: dvae.Settings(preset="tiny")),
+        Part("dalle.dvae", 0.25, lambda out: dvae.Settings(preset="tiny"), sampled=False),
         Part(
             "dalle.transformer",
             0.75,
@@ -111,8 +115,12 @@ SYSTEMS: dict[str, tuple[Part, ...]] = {
             range(64, 513, 8),
         ),
     ),
+    "unclip": (
+        Part("unclip.prior", 0.1, lambda out: unclip.UnCLIPSettings(preset="tiny")),
+        Part("unclip.decoder", 0.9, lambda out: unclip.UnCLIPSettings(preset="tiny"), _unet, range(16, 257, 2)),
+    ),
 }
-"""The parts in the order of their training; the last one's run is sampled. The first system sets the parameters."""
+"""The parts in the order of their training. The first system sets the parameters."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def main(settings: Settings) -> None:
         out = settings.out / name
         for each in parts:
             train.main(each.part.task, each.task, training(each, out, settings))
-        pipelines[name] = pretrained.load(out / parts[-1].part.task)
+        pipelines[name] = pretrained.load([out / each.part.task for each in parts if each.part.sampled])
         file = out / "scores.json"
         if not file.is_file():
             write_json(file, costs | measured(pipelines[name], settings.n, settings.frechet))
@@ -196,9 +204,11 @@ def costs_of(name: str, parts: list[Fitted], parameters: int, settings: Settings
 
 
 def _steps(part: Fitted) -> int:
-    """How often sampling evaluates it: a diffusion model in each step, everything else once."""
+    """How often sampling evaluates it: a diffusion model in each step, a prior for each candidate, others once."""
     sampling = getattr(part.task.preset(part.preset), "sampling", None)
-    return sampling.steps if isinstance(sampling, SamplingConfig) else 1
+    if not isinstance(sampling, SamplingConfig):
+        return 1
+    return sampling.steps * (CANDIDATES if isinstance(part.model.product, EmbeddingSpec) else 1)
 
 
 def training(part: Fitted, out: Path, settings: Settings) -> Any:

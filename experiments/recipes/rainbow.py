@@ -12,7 +12,7 @@ OUT/grid.png (held-out images above their samples, wrong ones first) and OUT/rep
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,8 +44,9 @@ class Settings:
 
     out: Path = Path("runs/rainbow")
     """Folder of the runs and the result."""
-    system: Literal["imagen", "sd", "dalle"] = "imagen"
-    """Imagen's base model, latent diffusion, or a dVAE with a transformer of its codes."""
+    system: Literal["imagen", "sd", "dalle", "unclip"] = "imagen"
+    """Imagen's base model, latent diffusion, a dVAE with a transformer of its codes, or CLIP with a prior and a
+    decoder."""
     training: TrainingOptions = TrainingOptions()
     n: int = 0
     """Held-out captions to sample, from the first; 0: all."""
@@ -66,9 +67,14 @@ def main(settings: Settings) -> None:
     data = DataOptions(("rainbow",), data_dir=settings.data_dir)
     runs = SYSTEMS[settings.system](Training(settings.out, data, settings.training, settings.seed))
     for each in runs:
-        train.main(each.task, TASKS[each.task], each.settings)
+        task = TASKS[each.task]
+        if each.side is not None:
+            preset = task.preset(each.settings.preset)
+            preset = replace(preset, model=task.resized(preset.model, each.side))
+            task = replace(task, presets={each.settings.preset: preset})
+        train.main(each.task, task, each.settings)
     trained = time.monotonic() - started
-    pipeline = pretrained.load(runs[-1].settings.out)
+    pipeline = pretrained.load([each.settings.out for each in runs if each.sampled])
     places = split("test")[: settings.n or None]
     sampled = _sampled(pipeline, places, settings)
     asked = [EVERY[place] for place in places]

@@ -23,11 +23,13 @@ def test_the_nearest_width():
 
 def test_bad_settings(command):
     done = command(compare.main, "--systems", "sd", "gan")
-    assert done.code == 2 and "--systems gan: choose from sd, imagen, dalle" in done.err
+    assert done.code == 2 and "--systems gan: choose from sd, imagen, dalle, unclip" in done.err
     assert "--tflop 0: must be above 0" in command(compare.main, "--tflop", 0).err
 
 
-@pytest.mark.parametrize("name", [pytest.param("imagen", marks=pytest.mark.slow), "dalle"])
+@pytest.mark.parametrize(
+    "name", ["dalle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("imagen", "unclip"))]
+)
 def test_parameters_and_operations_are_equal(name):
     settings = compare.Settings(tflop=40.0)
     wanted = sum(count_of(compare._model(TASKS[part.task], compare._preset(part))) for part in compare.SYSTEMS["sd"])
@@ -44,6 +46,6 @@ def test_the_page(command, tmp_path):
     done = command(compare.main, *small, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert done.code == 0, done.err
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "| | sd | imagen | dalle |" in page and (tmp_path / "out" / "images.png").is_file()
+    assert "| | sd | imagen | dalle | unclip |" in page and (tmp_path / "out" / "images.png").is_file()
     scores = json.loads((tmp_path / "out" / "dalle" / "scores.json").read_text())
     assert scores["images"].keys() == {"dalle.dvae", "dalle.transformer"} and 0 <= scores["one_object"] <= 1

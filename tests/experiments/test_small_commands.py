@@ -119,7 +119,7 @@ def test_the_rainbow_from_end_to_end(command, small_presets, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["sd", "dalle"])
+@pytest.mark.parametrize("system", ["sd", "dalle", "unclip"])
 def test_the_rainbow_of_other_systems(system, command, tmp_path):
     few = "--text-steps", 2, "--decoder-steps", 2, "--steps", 2, "--batch", 8, "--n", 8
     done = command(rainbow.main, "--system", system, *few, "--out", tmp_path / "run", "--data-dir", tmp_path / "data")
