@@ -148,7 +148,7 @@ class EmbeddingDecoder(TrainedModel):
     def encode(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b 1 1 e"]:
         """The embeddings of images in [-1, 1], of any size. ValueError without the image tower."""
         if self.image_encoder is None:
-            raise ValueError("this decoder was loaded without CLIP's image tower")
+            raise ValueError("this decoder was loaded without CLIP's image tower (Karlo: image_encoder/ in its folder)")
         return self.consumes.normalized(self.image_encoder.encode(image))[:, None, None]
 
 

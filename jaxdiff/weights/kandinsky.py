@@ -3,8 +3,8 @@
     PRIOR/     model_index.json  prior/  scheduler/  text_encoder/  tokenizer/  image_encoder/
     DECODER/   model_index.json  unet/  scheduler/  movq/
 
-The image encoder is read only for the embedding of an empty image, the decoder's null condition. The prior and the text
-encoder are Karlo's with other sizes (`weights/karlo.py`).
+The image encoder embeds images for variations, and an empty image, which is the decoder's null condition. The prior and
+the text encoder are Karlo's with other sizes (`weights/karlo.py`).
 """
 
 from dataclasses import replace
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, StandardizedPrior
+from jaxdiff.models.image_embeddings import CLIPImageEncoder
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.clip import CLIP, TowerOutput
 from jaxdiff.nets.image_readers import ImageTokens
@@ -28,7 +29,7 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.systems.unclip import unclip
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.encoder import TextEncoder
-from jaxdiff.weights import autoencoder, clip, hub, karlo, schedulers, sizes, unclip_unet
+from jaxdiff.weights import autoencoder, hub, karlo, schedulers, sizes, unclip_unet
 from jaxdiff.weights.karlo import INDEX, Loading
 from jaxdiff.weights.unclip_unet import NULL, Folders, Network
 
@@ -44,10 +45,12 @@ class Boxes(NamedTuple):
     prior: StandardizedPrior
     decoder: TrainedModel
     autoencoder: TrainedAutoencoder
+    image_encoder: CLIPImageEncoder | None = None
 
     def pipeline(self, text: TextEncoder | None = None) -> Pipeline:
         """The system. text: replaces the text encoder."""
-        return unclip(text or self.text_encoder, self.prior, EmbeddingDecoder.of(self.decoder), self.autoencoder)
+        decoder = EmbeddingDecoder.of(self.decoder, self.image_encoder)
+        return unclip(text or self.text_encoder, self.prior, decoder, self.autoencoder)
 
 
 def is_prior(folder: str | Path) -> bool:
@@ -65,13 +68,14 @@ def load(prior: str | Path, decoder: str | Path, loading: Loading = FLOAT32) -> 
     second = _folder(decoder, ("unet", "movq"), DECODER, loading)
     encoder = karlo.load_text_encoder(first, loading)
     embeddings = karlo.load_prior(first / "prior", first / "scheduler", loading)
-    null = null_embedding(first / "image_encoder", loading)
+    images = karlo.load_image_encoder(first / karlo.IMAGE, loading)
+    null = null_embedding(images)
     network = load_decoder(second, loading)
     width = embeddings.model.product.channels
     for where, value in (
         (second / "unet", _width(network)),
         (first / "text_encoder", encoder.config.width),
-        (first / "image_encoder", len(null)),
+        (first / karlo.IMAGE, len(null)),
     ):
         if value != width:
             raise ValueError(f"{where} has embeddings of width {value}, the prior those of {width}")
@@ -81,7 +85,7 @@ def load(prior: str | Path, decoder: str | Path, loading: Loading = FLOAT32) -> 
     movq = load_autoencoder(second / "movq", network.side, loading)
     if movq.consumes != network.produces:
         raise ValueError(f"{second / 'movq'} reads {movq.consumes}, the decoder gives {network.produces}")
-    return Boxes(encoder, embeddings, with_null(network, null), movq)
+    return Boxes(encoder, embeddings, with_null(network, null), movq, images)
 
 
 def _folder(path_or_id: str | Path, folders: tuple[str, ...], kind: str, loading: Loading) -> Path:
@@ -112,15 +116,11 @@ def load_autoencoder(folder: Path, side: int, loading: Loading = FLOAT32) -> Tra
     return TrainedAutoencoder(settings.config, params, 1.0, side=side * settings.config.stride, quantized=False)
 
 
-def null_embedding(image_encoder: Path, loading: Loading = FLOAT32) -> Float[Array, " e"]:
-    """CLIP's embedding of an empty image: zeros after CLIP's normalization. ValueError for a tower without a
-    projection."""
-    config, params = clip.load_image(image_encoder, **loading.files)
-    if config.image is None or not config.width:
-        raise ValueError(f"{image_encoder} is an image tower without a projection: its embedding is needed")
-    image = jnp.zeros((1, config.image.resolution, config.image.resolution, 3))
-    embed = jax.jit(partial(CLIP(config).apply, method="embed_image"))
-    embedding = cast(TowerOutput, embed({"params": params}, image)).embedding
+def null_embedding(encoder: CLIPImageEncoder) -> Float[Array, " e"]:
+    """CLIP's embedding of an empty image: zeros after CLIP's normalization."""
+    image = jnp.zeros((1, encoder.resolution, encoder.resolution, 3))
+    embed = jax.jit(partial(CLIP(encoder.config).apply, method="embed_image"))
+    embedding = cast(TowerOutput, embed({"params": encoder.params}, image)).embedding
     assert embedding is not None  # it has a projection
     return embedding[0]
 

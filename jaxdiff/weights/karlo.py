@@ -2,6 +2,7 @@
 
     FOLDER/   model_index.json  prior/  prior_scheduler/  text_encoder/  tokenizer/
               decoder/  decoder_scheduler/  text_proj/  super_res_first/  super_res_last/  super_res_scheduler/
+              image_encoder/ (if there; for variations of images, as in the folder of diffusers' pipeline of these)
 
 The schedulers' settings define the sampling; settings that they lack (guidance, steps) come from `systems/karlo.py`.
 Each box is loaded by a function of its own; `load` loads all.
@@ -17,6 +18,7 @@ from jaxdiff.core import settings as comparison
 from jaxdiff.models.conditioners import without_dropout
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, StandardizedPrior
+from jaxdiff.models.image_embeddings import CLIPImageEncoder
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.experts import ExpertsConfig
 from jaxdiff.nets.prior import PriorConfig
@@ -31,6 +33,7 @@ from jaxdiff.weights.unclip_unet import Folders, Network
 
 INDEX, NAME = "model_index.json", "UnCLIPPipeline"
 UPSAMPLERS = "super_res_first", "super_res_last"
+IMAGE = "image_encoder"
 FOLDERS = ("prior", "text_encoder", "text_proj", "decoder", *UPSAMPLERS)
 """Folders with weights."""
 
@@ -43,10 +46,12 @@ class Boxes(NamedTuple):
     prior: StandardizedPrior
     decoder: TrainedModel
     upsampler: TrainedModel
+    image_encoder: CLIPImageEncoder | None = None
 
     def pipeline(self, text: TextEncoder | None = None) -> Pipeline:
         """The system. text: replaces the text encoder."""
-        return unclip(text or self.text_encoder, self.prior, EmbeddingDecoder.of(self.decoder), self.upsampler)
+        decoder = EmbeddingDecoder.of(self.decoder, self.image_encoder)
+        return unclip(text or self.text_encoder, self.prior, decoder, self.upsampler)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def load(path_or_id: str | Path, loading: Loading = Loading()) -> Boxes:
     if encoder.length != length:
         raise ValueError(f"{folder / 'text_encoder'} reads {encoder.length} tokens of a caption, the prior {length}")
     decoder = replace(decoder, model=decoder.model.reading(encoder.length, width))
-    return Boxes(encoder, prior, decoder, load_upsampler(folder, decoder.side, loading))
+    images = load_image_encoder(folder / IMAGE, loading) if (folder / IMAGE).is_dir() else None
+    return Boxes(encoder, prior, decoder, load_upsampler(folder, decoder.side, loading), images)
 
 
 def boxes_of(pipeline: Pipeline) -> Boxes:
@@ -103,7 +109,7 @@ def boxes_of(pipeline: Pipeline) -> Boxes:
     kinds = (CLIPTextEncoder, StandardizedPrior, EmbeddingDecoder, TrainedModel)
     if len(boxes) != len(kinds) or not all(isinstance(box, kind) for box, kind in zip(boxes, kinds)):
         raise ValueError(f"diffusers' {NAME} is CLIP's text tower, a prior, a decoder and an upsampler")
-    return Boxes(*cast(Any, boxes))
+    return Boxes(*cast(Any, boxes), cast(EmbeddingDecoder, pipeline.decoders[0]).image_encoder)
 
 
 def load_prior(prior: Path, scheduler: Path, loading: Loading = Loading()) -> StandardizedPrior:
@@ -153,6 +159,14 @@ def load_text_encoder(folder: Path, loading: Loading = Loading()) -> CLIPTextEnc
     return replace(encoder, padding_is_read=False, pooling=Pooling.EMBEDDING)
 
 
+def load_image_encoder(folder: Path, loading: Loading = Loading()) -> CLIPImageEncoder:
+    """CLIP's image tower. ValueError for a tower without a projection."""
+    try:
+        return CLIPImageEncoder(*clip.load_image(folder, **loading.files))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def _side(config: Path) -> int:
     return hub.Group(config, hub.read_json(config)).size("sample_size", None, *sizes.SIDE)
 
@@ -185,6 +199,8 @@ def export(boxes: Boxes, directory: str | Path, dtype: str = "float32") -> None:
         hub.write_json(directory / name / "scheduler_config.json", values)
     clip.export(text.config, text.params, directory / "text_encoder", dtype)
     text.tokenizer.save_pretrained(str(directory / "tokenizer"))
+    if (images := boxes.image_encoder) is not None:
+        clip.export(replace(images.config, text=None), {"image": images.params["image"]}, directory / IMAGE, dtype)
     classes = {"prior": unclip_prior.NAME, "decoder": unclip_unet.CONDITIONED, "text_proj": unclip_unet.PROJECTION}
     classes |= dict.fromkeys(UPSAMPLERS, unclip_unet.UNCONDITIONED) | dict.fromkeys(schedulers, unclip_scheduler.NAME)
     index: dict[str, Any] = {"_class_name": NAME}

@@ -219,5 +219,6 @@ def test_folders_are_a_pipeline(folders):
     short = replace(pipeline, generator=prior, decoders=(decoder, pipeline.decoders[1]))
     embeddings, latents, images = short.sample(PROMPTS, SampleOptions(seed=3))
     assert embeddings.shape == (2, 1, 1, WIDTH) and latents.shape == (2, 16, 16, 4) and images.shape == (2, 128, 128, 3)
+    assert pipeline.decoders[0].encode(jnp.asarray(images[:, :40, :40])).shape == embeddings.shape
     with pytest.raises(ValueError, match=r"is the prior of Kandinsky 2\.2: name it and the folder of the decoder"):
         jaxdiff.from_pretrained(folders[0])
