@@ -21,7 +21,17 @@ from experiments import train
 from experiments.cli import Command, run
 from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
-from experiments.recipes.comparison import count_of, flops_of, inference_flops, measured, nearest, show
+from experiments.recipes.comparison import (
+    SCORES,
+    Rows,
+    columns,
+    count_of,
+    flops_of,
+    inference_flops,
+    measured,
+    nearest,
+    show,
+)
 from experiments.table import TASKS
 from experiments.tasks import autoencoder, dalle, diffusion, dvae, latents, unclip
 from experiments.tasks.task import Task
@@ -158,7 +168,7 @@ def main(settings: Settings) -> None:
     show(settings.out / "images.png", pipelines)
     with replacing(settings.out / "README.md") as temporary:
         temporary.write_text(page(scores, settings), encoding="utf-8")
-    print(table(scores))
+    print(columns(scores, ROWS))
     print(f"{settings.out / 'README.md'}: the page")
 
 
@@ -231,24 +241,13 @@ def _model(task: Task, preset: str) -> Any:
     return task.on_one_device(task.model(preset, task.settings.compute))
 
 
-ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+ROWS: Rows = {
     "trained parameters": lambda s: f"{s['parameters'] / 1e6:.2f} M",
     "training FLOPs": lambda s: f"{s['flops'] / 1e12:.1f} T",
     "training images": lambda s: ", ".join(f"{name} {count:,}" for name, count in s["images"].items()),
-    "one object, of all captions right": lambda s: f"{s['one_object']:.0%}",
-    "two objects": lambda s: f"{s['two_objects']:.0%}",
-    "FD-shapes": lambda s: f"{s['frechet_classifier-shapes']:.2f}",
-    "FD-clip": lambda s: f"{s['frechet_clip']:.1f}",
-    "CLIP score": lambda s: f"{s['clip_score']:.2f}",
-    "seconds an image": lambda s: f"{s['seconds_an_image']:.3f}",
+    **SCORES,
     "FLOPs an image": lambda s: f"{s['flops_an_image'] / 1e9:.1f} G",
 }
-
-
-def table(scores: dict[str, dict[str, Any]]) -> str:
-    """A column for each system, in Markdown."""
-    lines = [f"| | {' | '.join(scores)} |", f"|---{'|---' * len(scores)}|"]
-    return "\n".join([*lines, *(f"| {row} | {' | '.join(map(cell, scores.values()))} |" for row, cell in ROWS.items())])
 
 
 def page(scores: dict[str, dict[str, Any]], settings: Settings) -> str:
@@ -261,7 +260,7 @@ def page(scores: dict[str, dict[str, Any]], settings: Settings) -> str:
             f"{settings.n} held-out captions of each kind of `shapes`, {settings.frechet} for distances and the CLIP "
             "score.",
             "",
-            table(scores),
+            columns(scores, ROWS),
             "",
             "![A row for each system, a column for each caption](images.png)",
             "",

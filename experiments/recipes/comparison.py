@@ -25,6 +25,25 @@ from jaxdiff.training.state import abstract_params
 T = TypeVar("T")
 
 
+Rows = Mapping[str, Callable[[dict[str, Any]], str]]
+"""The rows of a table: how each is written from the scores of a system."""
+SCORES: Rows = {
+    "one object, of all captions right": lambda s: f"{s['one_object']:.0%}",
+    "two objects": lambda s: f"{s['two_objects']:.0%}",
+    "FD-shapes": lambda s: f"{s['frechet_classifier-shapes']:.2f}",
+    "FD-clip": lambda s: f"{s['frechet_clip']:.1f}",
+    "CLIP score": lambda s: f"{s['clip_score']:.2f}",
+    "seconds an image": lambda s: f"{s['seconds_an_image']:.3f}",
+}
+"""Those of `measured`."""
+
+
+def columns(scores: Mapping[str, dict[str, Any]], rows: Rows) -> str:
+    """A table with a column for each system, in Markdown."""
+    lines = [f"| | {' | '.join(scores)} |", f"|---{'|---' * len(scores)}|"]
+    return "\n".join([*lines, *(f"| {row} | {' | '.join(map(cell, scores.values()))} |" for row, cell in rows.items())])
+
+
 def count_of(model: Any) -> int:
     """Parameters of a trainable model."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))

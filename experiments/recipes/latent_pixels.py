@@ -21,7 +21,7 @@ from experiments.cli import Command, run
 from experiments.options import settings_file
 from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
-from experiments.recipes.comparison import count_of, flops_of, measured, nearest, show
+from experiments.recipes.comparison import SCORES, columns, count_of, flops_of, measured, nearest, show
 from experiments.table import TASKS
 from experiments.tasks import diffusion
 from experiments.tasks.noise_levels import NoiseLevels
@@ -131,24 +131,17 @@ ROWS = {
     "parameters": lambda s: f"{s['parameters'] / 1e6:.2f} M",
     "training images": lambda s: f"{s['images']:,}",
     "training FLOPs": lambda s: f"{s['flops'] / 1e12:.1f} T",
-    "one object, of all captions right": lambda s: f"{s['one_object']:.0%}",
-    "two objects": lambda s: f"{s['two_objects']:.0%}",
-    "FD-shapes": lambda s: f"{s['frechet_classifier-shapes']:.2f}",
-    "FD-clip": lambda s: f"{s['frechet_clip']:.1f}",
-    "CLIP score": lambda s: f"{s['clip_score']:.2f}",
-    "seconds an image": lambda s: f"{s['seconds_an_image']:.3f}",
+    **SCORES,
 }
 
 
 def table(scores: dict[str, Any]) -> str:
     """Both systems side by side, in Markdown, and a line about the autoencoder."""
-    lines = ["| | latent | pixel |", "|---|---|---|"]
-    lines += [f"| {name} | {cell(scores['latent'])} | {cell(scores['pixel'])} |" for name, cell in ROWS.items()]
     own = scores["autoencoder"]
-    told = f"The autoencoder has {own['parameters'] / 1e6:.2f} M parameters"
+    line = f"The autoencoder has {own['parameters'] / 1e6:.2f} M parameters"
     if "flops" in own:
-        told += f"; its training on {own['images']:,} images took {own['flops'] / 1e12:.1f} TFLOP more"
-    return "\n".join([*lines, "", f"{told}."])
+        line += f"; its training on {own['images']:,} images took {own['flops'] / 1e12:.1f} TFLOP more"
+    return f"{columns({name: scores[name] for name in ('latent', 'pixel')}, ROWS)}\n\n{line}."
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jaxdiff.core.products import ImageSpec, LatentSpec, check_product
 from jaxdiff.diffusion import noise
 from jaxdiff.models import autoencoder_tiles
 from jaxdiff.models.autoencoder_tiles import SeamlessTiles
-from jaxdiff.models.boxes import Decoder
+from jaxdiff.models.boxes import Decoder, check_stride
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck, gaussian, quantize
@@ -59,10 +59,7 @@ class TrainedAutoencoder(Decoder):
 
     def check(self, size: tuple[int, int]) -> None:
         """ValueError unless height and width are multiples of the stride."""
-        for side in size:
-            if side < 1 or side % self.config.stride:
-                stride = self.config.stride
-                raise ValueError(f"a side of {side} pixels is not a multiple of the autoencoder's stride {stride}")
+        check_stride(size, self.config.stride, "the autoencoder")
 
     def decode(self, product: Float[Array, "b h w c"], request: SampleRequest) -> Float[Array, "b h2 w2 c2"]:
         """Latents → images, clipped to [-1, 1]. VQ: with the nearest codes, if `quantized`. ValueError for another size

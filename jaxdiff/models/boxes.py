@@ -80,6 +80,13 @@ class Box(Protocol):
         """ValueError, before anything runs, if it cannot produce this height and width."""
 
 
+def check_stride(size: tuple[int, int], stride: int, what: str) -> None:
+    """ValueError unless height and width are multiples of the stride. what: the network, in the message."""
+    for side in size:
+        if side < 1 or side % stride:
+            raise ValueError(f"a side of {side} pixels is not a multiple of {what}'s stride {stride}")
+
+
 @runtime_checkable
 class Generator(Box, Protocol):
     """Produces a product from text. Subclasses inherit the defaults of `Box`."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxdiff.core.products import ImageSpec, TokenSpec, check_product
 from jaxdiff.diffusion import noise
 from jaxdiff.models.autoencoder_training import psnr
-from jaxdiff.models.boxes import Decoder
+from jaxdiff.models.boxes import Decoder, check_stride
 from jaxdiff.models.codebook import usage_of
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.single_optimizer import SingleOptimizer
@@ -149,9 +149,7 @@ class TrainedDVAE(Decoder):
 
     def check(self, size: tuple[int, int]) -> None:
         """ValueError unless height and width are multiples of the stride."""
-        for side in size:
-            if side < 1 or side % self.config.stride:
-                raise ValueError(f"a side of {side} pixels is not a multiple of the dVAE's stride {self.config.stride}")
+        check_stride(size, self.config.stride, "the dVAE")
 
     def decode(self, product: Int[Array, "b h w"], request: SampleRequest) -> Float[Array, "b h2 w2 c"]:
         """Codes → images in [-1, 1]."""
