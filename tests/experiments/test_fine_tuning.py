@@ -69,6 +69,7 @@ def test_from_random_parameters(trained, folder, tmp_path):
     assert all(np.corrcoef(np.ravel(one[key]), np.ravel(other[key]))[0, 1] < 0.2 for key in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_lora_of_the_text_encoders(trained, folder, name, command, tmp_path):
     """Its file has both; loaded, it changes the embeddings too. The base's files stay as they are."""

@@ -48,7 +48,9 @@ def test_the_held_out_loss_stands_beside_the_training_loss(base, tmp_path):
     assert done.code == 0 and "step 5" in done.out, done.err
 
 
-@pytest.mark.parametrize("name", ["t5", "clip", "classifier"])
+@pytest.mark.parametrize(
+    "name", ["clip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "classifier"))]
+)
 def test_so_does_that_of_other_models(name, monkeypatch, command, tmp_path):
     small_others.shrink(monkeypatch, 32)
     monkeypatch.setitem(TASKS["t5"].presets, "tiny", MICRO)
