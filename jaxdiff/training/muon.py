@@ -1,8 +1,9 @@
 """Muon's step (Jordan 2024): momentum, made orthogonal by Newton–Schulz iterations.
 
 The iteration runs on the Gram matrix of the shorter side: a polynomial of X Xᵀ times X is what the usual form computes
-too, but every product inside the loop is then of small square matrices. For the kernels of a U-Net this takes a quarter
-of the time of `optax.contrib.muon`, whose updates it equals to rounding.
+too, but every product inside the loop is then of small square matrices. The result equals that of `optax.contrib.muon`
+to rounding. For all kernels of the tiny latent U-Net it took 19 ms instead of 80 (the fastest of 12, 2 cores of an AMD
+EPYC, jax 0.10.1, 2026-11-28); other hardware is not measured.
 """
 
 import math
