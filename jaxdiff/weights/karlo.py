@@ -109,15 +109,16 @@ def boxes_of(pipeline: Pipeline) -> Boxes:
     kinds = (CLIPTextEncoder, StandardizedPrior, EmbeddingDecoder, TrainedModel)
     if len(boxes) != len(kinds) or not all(isinstance(box, kind) for box, kind in zip(boxes, kinds)):
         raise ValueError(f"diffusers' {NAME} is CLIP's text tower, a prior, a decoder and an upsampler")
-    return Boxes(*cast(Any, boxes), cast(EmbeddingDecoder, pipeline.decoders[0]).image_encoder)
+    images = cast(EmbeddingDecoder, pipeline.decoders[0]).image_encoder
+    return Boxes(*cast(Any, (*boxes, images)))
 
 
 def load_prior(prior: Path, scheduler: Path, loading: Loading = Loading()) -> StandardizedPrior:
     """A prior from the folders of the network and its UnCLIPScheduler: Karlo's, or Kandinsky 2.2's."""
     found = unclip_prior.load_prior(prior, **loading.files)
     model, sampling = _scheduled(karlo.prior_model(found.config), scheduler)
-    sampling = replace(karlo.SAMPLING_PRIOR, **sampling)
-    return StandardizedPrior(model, found.params, sampling, mean=found.mean, deviation=found.deviation)
+    settings = replace(karlo.SAMPLING_PRIOR, **sampling)
+    return StandardizedPrior(model, found.params, settings, mean=found.mean, deviation=found.deviation)
 
 
 def load_decoder(folder: Path, loading: Loading = Loading()) -> TrainedModel:
