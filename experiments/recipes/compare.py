@@ -24,6 +24,7 @@ from experiments.options.training import DataOptions, OptimizerOptions, RunOptio
 from experiments.recipes.comparison import (
     SCORES,
     Rows,
+    check_distances,
     columns,
     count_of,
     flops_of,
@@ -151,6 +152,7 @@ class Fitted:
 def main(settings: Settings) -> None:
     """Train, measure and show."""
     settings.check()
+    check_distances(settings.frechet)
     use_cores(settings.batch)
     parameters = sum(count_of(_model(TASKS[part.task], _preset(part))) for part in SYSTEMS["sd"])
     scores, pipelines = {}, {}

@@ -75,6 +75,13 @@ def nearest(
     return sized(min(around, key=lambda width: abs(count(width) - parameters)))
 
 
+def check_distances(count: int) -> None:
+    """ValueError, before anything is trained, for too few images for a Fréchet distance."""
+    widest = max(extractor.width for extractor in loaded(MetricNetworks()).extractors)
+    if count <= widest:
+        raise ValueError(f"--frechet {count}: more than {widest}, the number of features")
+
+
 def measured(pipeline: Pipeline, n: int, distances: int) -> dict[str, Any]:
     """Accuracies of `n` captions of one and of two objects, seconds an image, and the Fréchet distances and CLIP score
     of `distances` captions of one object."""

@@ -21,7 +21,7 @@ from experiments.cli import Command, run
 from experiments.options import settings_file
 from experiments.options.cores import use_cores
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
-from experiments.recipes.comparison import SCORES, columns, count_of, flops_of, measured, nearest, show
+from experiments.recipes.comparison import SCORES, check_distances, columns, count_of, flops_of, measured, nearest, show
 from experiments.table import TASKS
 from experiments.tasks import diffusion
 from experiments.tasks.noise_levels import NoiseLevels
@@ -56,6 +56,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Train the pixel model and compare both."""
+    check_distances(settings.frechet)
     trained = options_of(settings.latent)
     use_cores(trained["batch"])
     pipeline = pretrained.load(settings.latent)

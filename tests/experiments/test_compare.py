@@ -24,6 +24,7 @@ def test_the_nearest_width():
 def test_bad_settings(command):
     done = command(compare.main, "--systems", "sd", "gan")
     assert done.code == 2 and "--systems gan: choose from sd, imagen, dalle, unclip" in done.err
+    assert "--frechet 80: more than 128, the number of features" in command(compare.main, "--frechet", 80).err
     assert "--tflop 0: must be above 0" in command(compare.main, "--tflop", 0).err
 
 
@@ -42,7 +43,7 @@ def test_parameters_and_operations_are_equal(name):
 
 @pytest.mark.slow
 def test_the_page(command, tmp_path):
-    small = "--tflop", 0.1, "--batch", 4, "--n", 4, "--frechet", 80, "--examples", 100
+    small = "--tflop", 0.1, "--batch", 4, "--n", 4, "--frechet", 140, "--examples", 100
     done = command(compare.main, *small, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert done.code == 0, done.err
     page = (tmp_path / "out" / "README.md").read_text()
