@@ -156,16 +156,16 @@ def main(settings: Settings) -> None:
     use_cores(settings.batch)
     parameters = sum(count_of(_model(TASKS[part.task], _preset(part))) for part in SYSTEMS["sd"])
     scores, pipelines = {}, {}
-    for name in settings.systems or SYSTEMS:
-        parts = fitted(SYSTEMS[name], parameters, settings)
-        costs = costs_of(name, parts, parameters, settings)
+    fits = {name: fitted(SYSTEMS[name], parameters, settings) for name in settings.systems or SYSTEMS}
+    costs = {name: costs_of(name, parts, parameters, settings) for name, parts in fits.items()}
+    for name, parts in fits.items():
         out = settings.out / name
         for each in parts:
             train.main(each.part.task, each.task, training(each, out, settings))
         pipelines[name] = pretrained.load([out / each.part.task for each in parts if each.part.sampled])
         file = out / "scores.json"
         if not file.is_file():
-            write_json(file, costs | measured(pipelines[name], settings.n, settings.frechet))
+            write_json(file, costs[name] | measured(pipelines[name], settings.n, settings.frechet))
         scores[name] = json.loads(file.read_text(encoding="utf-8"))
     show(settings.out / "images.png", pipelines)
     with replacing(settings.out / "README.md") as temporary:

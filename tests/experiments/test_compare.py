@@ -43,7 +43,7 @@ def test_parameters_and_operations_are_equal(name):
 
 @pytest.mark.slow
 def test_the_page(command, tmp_path):
-    small = "--tflop", 0.1, "--batch", 4, "--n", 4, "--frechet", 140, "--examples", 100
+    small = "--tflop", 0.4, "--batch", 4, "--n", 4, "--frechet", 140, "--examples", 100
     done = command(compare.main, *small, "--out", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert done.code == 0, done.err
     page = (tmp_path / "out" / "README.md").read_text()
