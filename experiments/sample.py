@@ -66,6 +66,7 @@ from jaxdiff.data import grids
 from jaxdiff.data.png_metadata import Metadata
 from jaxdiff.data.shapes_caption import WORDS, unknown_words
 from jaxdiff.models.autoregressive import TrainedAutoregressive
+from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.systems.bars import Bars
@@ -260,7 +261,7 @@ class _Output:
         self._settings, self._out, self._prompts, self._enlarging = settings, out, prompts, enlarging
         self._up_to = settings.up_to or model.sides[-1]
         self._resolution = self._up_to * factor
-        sampled = TrainedModel | TrainedAutoregressive
+        sampled = TrainedModel | TrainedAutoregressive | TrainedPriorCodes
         self._samplings = [box.sampling for box in model.boxes if isinstance(box, sampled)]
         self._images: list[Image.Image] = []
         self._failure: OSError | None = None

@@ -27,10 +27,14 @@ from experiments.tasks.dvae import Preset as DVAEPreset
 from experiments.tasks.dvae import Settings as DVAESettings
 from experiments.tasks.latents import LatentSettings, LatentTask
 from experiments.tasks.noise_levels import NoiseLevels
+from experiments.tasks.prior_codes import Preset as PriorCodesPreset
+from experiments.tasks.prior_codes import PriorCodesTask
+from experiments.tasks.prior_codes import Settings as PriorCodesSettings
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
 from experiments.tasks.unclip import DecoderTask, PriorTask, UnCLIPSettings
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.systems import (
     dalle,
     dalle_tiny,
@@ -169,6 +173,23 @@ TASKS: dict[str, Task] = {
             "paper": Preset(unclip.PRIOR, unclip.SAMPLING_PRIOR, unclip.CLIP_H, PresetOptimizer("adam", 1.1e-4)),
         },
         UnCLIPSettings(_folder("prior")),
+    ),
+    "unclip.autoregressive": PriorCodesTask(
+        "DALL·E 2's autoregressive prior: codes of CLIP's image embeddings from captions",
+        {
+            "tiny": PriorCodesPreset(
+                unclip_tiny.PRIOR_CODES_TINY,
+                unclip_tiny.SAMPLING_PRIOR_CODES_TINY,
+                SMALL,
+                embeddings=EmbeddingSpec(unclip_tiny.WIDTH, unclip_tiny.NORM),
+            ),
+            "paper": PriorCodesPreset(
+                unclip.PRIOR_CODES,
+                optimizer=PresetOptimizer("adam", 1.6e-4),
+                embeddings=EmbeddingSpec(unclip.CLIP_H[1], unclip.SCALE),
+            ),
+        },
+        PriorCodesSettings(_folder("prior")),
     ),
     "unclip.decoder": DecoderTask(
         "DALL·E 2's decoder: 64×64 images from CLIP's image embeddings",

@@ -17,6 +17,7 @@ from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.diffusion.time_grid import Respaced
 from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.diffusion import executed
+from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.models.token_sampling import TokenSampling
@@ -82,11 +83,23 @@ def with_samplings(pipeline: Pipeline, options: SamplingOptions) -> Pipeline:
     if isinstance(pipeline.generator, TrainedAutoregressive):
         sampling = token_sampling(pipeline.generator.sampling, options)
         return dataclasses.replace(pipeline, generator=dataclasses.replace(pipeline.generator, sampling=sampling))
+    if isinstance(pipeline.generator, TrainedPriorCodes):
+        pipeline, options = _with_token_sampling(pipeline, pipeline.generator, options)
     if given := [name for name in TOKENS if getattr(options, name) is not None]:
         raise ValueError(f"{flags(given)}: only for models that sample tokens")
     models = models_of(pipeline)
     chosen = samplings(models, options)
     return with_models(pipeline, [dataclasses.replace(each, sampling=new) for each, new in zip(models, chosen)])
+
+
+def _with_token_sampling(
+    pipeline: Pipeline, prior: TrainedPriorCodes, options: SamplingOptions
+) -> tuple[Pipeline, SamplingOptions]:
+    """The pipeline whose prior has the settings of tokens, and the others, which are those of its decoders."""
+    own = SamplingOptions(**{name: getattr(options, name) for name in TOKENS})
+    transformer = dataclasses.replace(prior.transformer, sampling=token_sampling(prior.sampling, own))
+    rest = dataclasses.replace(options, **dict.fromkeys(TOKENS))
+    return dataclasses.replace(pipeline, generator=dataclasses.replace(prior, transformer=transformer)), rest
 
 
 TOKENS = ("temperature", "top_k", "top_p")

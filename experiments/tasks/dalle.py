@@ -168,7 +168,7 @@ class TransformerTask(Task):
             stream,
             contents,
             finish,
-            initial=_initial(settings, plain),
+            initial=initial(settings, plain),
             begin=begin,
             sample_hook=Samples(trained, source if some is None else some, encoder, decoder, settings.out / "samples"),
             held_out=None if some is None else (lambda: read(some, shuffle=False, repeat=False)),
@@ -214,7 +214,7 @@ def _tokenizer(settings: Settings, preset: AutoregressiveModel) -> tuple[Any, in
     return on_process_0(begin) or load_tokenizer(kept), length
 
 
-def _initial(settings: Settings, model: AutoregressiveModel) -> Params | None:
+def initial(settings: TrainSettings, model: AutoregressiveModel) -> Params | None:
     """The parameters of another run. ValueError if it is of another network."""
     if settings.run.init is None or settings.resumes:
         return None

@@ -19,6 +19,7 @@ from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.boxes import Generator
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.start import InitProduct
+from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.text.encoder import TextEmbedding
 
 
@@ -100,9 +101,10 @@ def prefix(
     vocab: int,
 ) -> tuple[Int[Array, "b t2"], Bool[Array, "b t2"]]:
     """The ids before the codes and their mask: the caption's, below `vocab`, and the codes of its embedding, from
-    `vocab` on."""
+    `vocab` on. A caption without tokens is the null text, and has no embedding either."""
     more = vocab + encode(codes, text)
-    return jnp.concatenate([ids, more], axis=1), jnp.concatenate([mask, jnp.ones(more.shape, bool)], axis=1)
+    written = jnp.broadcast_to(mask.any(1, keepdims=True), more.shape)
+    return jnp.concatenate([ids, more], axis=1), jnp.concatenate([mask, written], axis=1)
 
 
 def training_batch(
@@ -118,12 +120,14 @@ def training_batch(
 class TrainedPriorCodes(Generator):
     """A transformer of such sequences: samples image embeddings from captions.
 
+    embeddings: those that are coded, of images and captions; scaled to its length, if it has one.
     text_length, text_width: of the text encoder's states, which are not read; its token ids and pooled embedding are.
     ValueError unless the transformer's sizes are those of the codes.
     """
 
     transformer: TrainedAutoregressive
     codes: EmbeddingCodes
+    embeddings: EmbeddingSpec
     text_length: int = 77
     text_width: int = 768
 
@@ -133,14 +137,20 @@ class TrainedPriorCodes(Generator):
         want = self.text_length + count, 1, 1 + count, self.codes.buckets
         if have != want:
             raise ValueError(f"a transformer of {have} text tokens, rows, columns and codes: these codes need {want}")
+        if self.embeddings.width != self.codes.components.shape[1]:
+            raise ValueError(f"codes of embeddings of width {self.codes.components.shape[1]}, not {self.embeddings}")
 
     @property
     def produces(self) -> EmbeddingSpec:
-        return EmbeddingSpec(self.codes.components.shape[1])
+        return self.embeddings
 
     @property
     def side(self) -> int:
         return 1
+
+    @property
+    def sampling(self) -> TokenSampling:
+        return self.transformer.sampling
 
     @property
     def reads(self) -> tuple[int, int]:
@@ -167,7 +177,7 @@ class TrainedPriorCodes(Generator):
             init=InitProduct(known, mask=sampled),
         )
         sequence = self.transformer.generate(inner)
-        return decode(self.codes, sequence[:, 0, 1:])[:, None, None]
+        return self.embeddings.normalized(decode(self.codes, sequence[:, 0, 1:]))[:, None, None]
 
     def _prefix(self, text: TextEmbedding | None) -> TextEmbedding | None:
         if text is None:
@@ -175,7 +185,7 @@ class TrainedPriorCodes(Generator):
         if text.ids is None or text.pooled is None:
             raise ValueError("this prior reads token ids and a pooled embedding, and its text encoder gives not both")
         vocab = self.transformer.model.network.vocab - self.codes.buckets
-        ids, mask = prefix(self.codes, text.ids, text.mask, text.pooled, vocab)
+        ids, mask = prefix(self.codes, text.ids, text.mask, self.embeddings.normalized(text.pooled), vocab)
         return TextEmbedding(jnp.zeros((*ids.shape, 0)), mask, None, ids)
 
 

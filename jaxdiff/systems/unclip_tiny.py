@@ -4,18 +4,22 @@ import math
 from dataclasses import replace
 from typing import cast
 
-from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.core.products import EmbeddingSpec, TokenSpec
 from jaxdiff.diffusion.degradation import BSRDegradation, GaussianBlur
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.diffusion.samplers import DDPM
 from jaxdiff.diffusion.schedules import CosineSchedule
 from jaxdiff.diffusion.thresholding import NoThreshold
+from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import SamplingConfig
+from jaxdiff.models.token_sampling import TokenSampling
+from jaxdiff.nets.autoregressive import AutoregressiveConfig
 from jaxdiff.nets.prior import PriorConfig
+from jaxdiff.nets.sparse_attention import Pattern
 from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.systems.imagen_tiny import BASE_64_TINY, SAMPLING_BASE_TINY
 from jaxdiff.systems.imagen_tiny import SR_256_TINY as _SR_256_TINY
@@ -33,6 +37,23 @@ PRIOR_TINY = DiffusionModel(
     prediction=Prediction.X0,
 )
 """1.3 M parameters."""
+
+PRIOR_CODES_TINY = AutoregressiveModel(
+    AutoregressiveConfig(
+        text_length=24 + 32,
+        codes=64,
+        rows=1,
+        columns=1 + 32,
+        width=128,
+        heads=4,
+        patterns=(Pattern.FULL,) * 6,
+        kernel=1,
+    ),
+    product=TokenSpec(64, 1),
+    text_weight=0.0,
+)
+"""The autoregressive prior: 32 principal components in 64 buckets; 1.2 M parameters without the embeddings."""
+SAMPLING_PRIOR_CODES_TINY = TokenSampling(top_p=0.95)
 
 _UNET = cast(EfficientUNetConfig, BASE_64_TINY.unet)
 DECODER_TINY = replace(

@@ -44,8 +44,8 @@ class CodesSource:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is the run of a transformer of codes that has started."""
-    return (folder / runs.MODEL / SETTINGS).is_file()
+    """Whether the folder is the run of a transformer of an image's codes that has started."""
+    return (folder / runs.MODEL / SETTINGS).is_file() and (folder / CODES).is_file()
 
 
 def load(run: str | Path, text: TextEncoder | None = None, dtype: str | None = None) -> Pipeline:
@@ -54,10 +54,14 @@ def load(run: str | Path, text: TextEncoder | None = None, dtype: str | None = N
     run = Path(run)
     generator = load_generator(run)
     if dtype is not None:
-        execution = ExecutionConfig(hub.check_dtype(dtype))
-        network = replace(generator.model.network, execution=execution)
-        generator = replace(generator, model=replace(generator.model, network=network))
+        generator = in_type(generator, dtype)
     return dalle(load_text(run) if text is None else text, generator, load_source(run))
+
+
+def in_type(generator: TrainedAutoregressive, dtype: str) -> TrainedAutoregressive:
+    """The transformer, computed in this type. ValueError for an unknown one."""
+    network = replace(generator.model.network, execution=ExecutionConfig(hub.check_dtype(dtype)))
+    return replace(generator, model=replace(generator.model, network=network))
 
 
 def load_text(run: str | Path) -> TokenTextEncoder:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxdiff.models.autoregressive import TrainedAutoregressive
 from jaxdiff.models.embedding_boxes import RankedPrior, StandardizedPrior
+from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.systems.pipeline import Pipeline
@@ -197,7 +198,7 @@ def save_pretrained(pipeline: Pipeline, directory: str | Path, dtype: str = "flo
     if isinstance(pipeline.generator, TrainedAutoregressive):
         mini = isinstance(pipeline.generator.model.network, EncoderDecoderConfig)
         return (dalle_mini if mini else dalle).export(pipeline, directory, dtype)
-    if isinstance(pipeline.generator, RankedPrior):
+    if isinstance(pipeline.generator, RankedPrior | TrainedPriorCodes):
         return unclip.export(pipeline, directory, dtype)
     if isinstance(pipeline.generator, StandardizedPrior):
         return karlo.export(karlo.boxes_of(pipeline), directory, dtype)

@@ -5,6 +5,8 @@ RUN/clip.json          where the CLIP is, and the digest of its parameters; the 
 DIR/unclip.json        version, and the number of candidates of the prior
 DIR/text/ DIR/image/   CLIP's towers in the transformers layout, the text tower with its tokenizer
 DIR/prior/ DIR/decoder/ DIR/sr256/ DIR/sr1024/   one model each (`weights/stages.py`)
+
+An autoregressive prior is stored as `weights/embedding_codes.py` describes, and has no candidates.
 """
 
 from collections.abc import Sequence
@@ -19,12 +21,13 @@ from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.models.diffusion import executed
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior, embedding_of
 from jaxdiff.models.image_embeddings import CLIPImageEncoder
+from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.systems.unclip import unclip
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.encoder import TextEncoder
-from jaxdiff.weights import clip, hub, runs, stages
+from jaxdiff.weights import clip, dalle, embedding_codes, hub, runs, stages
 from jaxdiff.weights.settings import VERSION, check_version
 
 SOURCE, SETTINGS, TEXT, IMAGE = "clip.json", "unclip.json", "text", "image"
@@ -119,13 +122,15 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
     if expected is not None and image.fingerprint != expected.image:
         raise ValueError(f"{source}: not the CLIP of the training of {first}, its parameters differ")
     models = [_load_model(folder) for place in places for folder in _folders(Path(place))]
-    if dtype is not None:
-        models = [replace(each, model=executed(each.model, dtype=hub.check_dtype(dtype))) for each in models]
-    boxes = [_box(each, image, candidates) for each in models]
+    boxes = [_box(each if dtype is None else _in_type(each, dtype), image, candidates) for each in models]
     text = load_text(places) if text is None else text
     try:
         generator, *decoders = boxes
-        if isinstance(generator, RankedPrior) and decoders and isinstance(decoders[0], EmbeddingDecoder):
+        if (
+            isinstance(generator, RankedPrior | TrainedPriorCodes)
+            and decoders
+            and isinstance(decoders[0], EmbeddingDecoder)
+        ):
             return unclip(text, generator, decoders[0], *decoders[1:])
         return Pipeline(text, generator, tuple(decoders))
     except ValueError as error:
@@ -161,12 +166,25 @@ def _folders(place: Path) -> list[Path]:
     return [place / name for name in STAGES if (place / name).is_dir()]
 
 
-def _load_model(folder: Path) -> TrainedModel:
+def _load_model(folder: Path) -> TrainedModel | TrainedPriorCodes:
+    if embedding_codes.is_stored(folder):
+        return embedding_codes.load(folder)
     return runs.load(folder) if runs.is_run(folder) else stages.load_model(folder)
 
 
-def _box(trained: TrainedModel, image: CLIPImageEncoder, candidates: int) -> TrainedModel:
+def _in_type(box: TrainedModel | TrainedPriorCodes, dtype: str) -> TrainedModel | TrainedPriorCodes:
+    """The box, computed in this type."""
+    if isinstance(box, TrainedPriorCodes):
+        return replace(box, transformer=dalle.in_type(box.transformer, dtype))
+    return replace(box, model=executed(box.model, dtype=hub.check_dtype(dtype)))
+
+
+def _box(
+    trained: TrainedModel | TrainedPriorCodes, image: CLIPImageEncoder, candidates: int
+) -> TrainedModel | TrainedPriorCodes:
     """The model as the box that it is."""
+    if isinstance(trained, TrainedPriorCodes):
+        return trained
     parts = {field.name: getattr(trained, field.name) for field in fields(trained)}
     if isinstance(trained.model.product, EmbeddingSpec):
         return RankedPrior(**parts, candidates=candidates)
@@ -189,8 +207,9 @@ def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") ->
     fails."""
     directory, text, boxes = Path(directory), pipeline.text_encoder, pipeline.boxes
     prior, decoder = boxes[0], boxes[1] if len(boxes) > 1 else None
-    models = [box for box in boxes if isinstance(box, TrainedModel)]
-    if not isinstance(prior, RankedPrior) or not isinstance(decoder, EmbeddingDecoder) or len(models) < len(boxes):
+    models = [box for box in boxes if isinstance(box, TrainedModel | TrainedPriorCodes)]
+    is_prior = isinstance(prior, RankedPrior | TrainedPriorCodes)
+    if not is_prior or not isinstance(decoder, EmbeddingDecoder) or len(models) < len(boxes):
         raise ValueError("not a prior, a decoder of embeddings and upsamplers")
     if len(models) > len(STAGES):
         raise ValueError(f"a folder holds {len(STAGES)} models, not {len(models)}")
@@ -203,5 +222,9 @@ def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") ->
     text.tokenizer.save_pretrained(str(directory / TEXT))
     clip.export(replace(image.config, text=None), {"image": image.params["image"]}, directory / IMAGE)
     for name, model in zip(STAGES, models):
-        stages.save_model(model, directory / name, dtype)
-    write_json(directory / SETTINGS, {"version": VERSION, "candidates": prior.candidates})
+        if isinstance(model, TrainedPriorCodes):
+            embedding_codes.save(model, directory / name, dtype)
+        else:
+            stages.save_model(model, directory / name, dtype)
+    candidates = prior.candidates if isinstance(prior, RankedPrior) else CANDIDATES
+    write_json(directory / SETTINGS, {"version": VERSION, "candidates": candidates})

@@ -1,6 +1,8 @@
 """A very small cascade with random parameters in place of the shipped one, and scripts called as from a shell."""
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 from small import random_params
 from small_cascade import BASE, STAGES, T5, WIDTH
 
+from experiments import train
 from experiments.cli import run
 from experiments.options import names, training
 from experiments.options.training import PresetOptimizer
@@ -92,6 +95,24 @@ def command(capsys):
         with pytest.raises(SystemExit) as stop:
             run(_main(what), [str(argument) for argument in arguments])
         return Result(stop.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """`trained("clip", …)`: `experiments.train`, which must succeed, for the fixtures of modules; what it printed."""
+
+    def call(*arguments) -> str:
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            pytest.raises(SystemExit) as stop,
+        ):
+            run(train.commands(), [str(argument) for argument in arguments])
+        assert stop.value.code == 0, printed.getvalue()
+        return printed.getvalue()
 
     return call
 

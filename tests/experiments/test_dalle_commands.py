@@ -1,8 +1,6 @@
 """DALL·E 1 by commands."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -14,7 +12,6 @@ from PIL import Image
 
 import jaxdiff
 from experiments import export, sample, train
-from experiments.cli import run
 from experiments.table import TASKS
 from jaxdiff.core.products import TokenSpec
 from jaxdiff.models.autoregressive import AutoregressiveModel
@@ -68,19 +65,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(presets, data, tmp_path_factory):
+def runs(presets, data, trained, tmp_path_factory):
     """A dVAE, and a transformer of its codes, after two steps each."""
     folder = tmp_path_factory.mktemp("dalle")
     for name, *given in (("dalle.dvae",), ("dalle.transformer", "--codes", folder / "dalle.dvae")):
-        arguments = [name, *given, *data, "--steps", 2, "--out", folder / name]
-        printed = io.StringIO()
-        with (
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            pytest.raises(SystemExit) as stop,
-        ):
-            run(train.commands(), list(map(str, arguments)))
-        assert stop.value.code == 0, printed.getvalue()
+        trained(name, *given, *data, "--steps", 2, "--out", folder / name)
     return SimpleNamespace(dvae=folder / "dalle.dvae", transformer=folder / "dalle.transformer")
 
 

@@ -1,8 +1,6 @@
 """A latent diffusion system by commands: its autoencoder, the model in its latents, a LoRA and a ControlNet of it."""
 
-import contextlib
 import dataclasses
-import io
 import json
 from types import SimpleNamespace
 
@@ -12,7 +10,6 @@ from PIL import Image
 
 import jaxdiff
 from experiments import evaluate, sample, train
-from experiments.cli import run
 from experiments.evaluations.attributes import attribute_scores
 from experiments.table import TASKS
 from jaxdiff.core.products import LatentSpec
@@ -61,20 +58,8 @@ def presets():
 
 
 @pytest.fixture(scope="module")
-def runs(presets, standin, tmp_path_factory):
+def runs(presets, standin, trained, tmp_path_factory):
     """An autoencoder, and a model in its latents, after two steps each."""
-
-    def trained(*arguments):
-        printed = io.StringIO()
-        with (
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            pytest.raises(SystemExit) as stop,
-        ):
-            run(train.commands(), list(map(str, arguments)))
-        assert stop.value.code == 0, printed.getvalue()
-        return printed.getvalue()
-
     folder = tmp_path_factory.mktemp("latent")
     data = "--data", "shapes", "--examples", 12, "--held-out", 4, "--evaluate-n", 4, "--data-dir", folder / "data"
     short = *data, "--steps", 2, "--batch", 4, "--log-every", 1

@@ -1,8 +1,6 @@
 """DALL·E 2 by commands, with very small networks."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -15,7 +13,6 @@ from PIL import Image
 
 import jaxdiff
 from experiments import evaluate, export, sample, train
-from experiments.cli import run
 from experiments.options.training import PresetOptimizer
 from experiments.table import TASKS
 from experiments.tasks.noise_levels import NoiseLevels
@@ -78,19 +75,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(presets, data, tmp_path_factory):
+def runs(presets, data, trained, tmp_path_factory):
     """A prior, a decoder and an upsampler after two steps each."""
     folder = tmp_path_factory.mktemp("unclip")
     for name in MODELS:
-        arguments = [name, *data, "--steps", 2, "--out", folder / name]
-        printed = io.StringIO()
-        with (
-            contextlib.redirect_stdout(printed),
-            contextlib.redirect_stderr(printed),
-            pytest.raises(SystemExit) as stop,
-        ):
-            run(train.commands(), list(map(str, arguments)))
-        assert stop.value.code == 0, printed.getvalue()
+        trained(name, *data, "--steps", 2, "--out", folder / name)
     return SimpleNamespace(**{name.partition(".")[2]: folder / name for name in MODELS})
 
 

@@ -81,7 +81,9 @@ MODEL = AutoregressiveModel(NETWORK, TokenSpec(16, 1), text_weight=0.0)
 PARAMS = jax.tree.map(
     lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape), jnp.float32), jax.eval_shape(lambda: MODEL.init(KEY)[0])
 )
-PRIOR = TrainedPriorCodes(TrainedAutoregressive(MODEL, PARAMS, TokenSampling(guidance=2.0)), CODES, 3, 9)
+PRIOR = TrainedPriorCodes(
+    TrainedAutoregressive(MODEL, PARAMS, TokenSampling(guidance=2.0)), CODES, EmbeddingSpec(6), 3, 9
+)
 IDS, MASK = jnp.asarray([[1, 2, 3], [4, 5, 0]]), jnp.asarray([[True] * 3, [True, True, False]])
 
 

@@ -12,6 +12,7 @@ from jaxdiff.core.trees import flatten
 from jaxdiff.diffusion import noise
 from jaxdiff.diffusion.degradation import GaussianBlur
 from jaxdiff.diffusion.samplers import DDPM
+from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior, embedding_of
 from jaxdiff.models.sampling import TrainedModel
@@ -21,16 +22,24 @@ from jaxdiff.systems.pipeline import check_order
 from jaxdiff.weights.imagen import SHIPPED
 from jaxdiff.weights.unclip import load_clip
 
-MILLIONS = {"PRIOR": (1150, 1250), "DECODER": (2200, 2350), "SR_256": (690, 740), "SR_1024": (270, 310)}
+MILLIONS = {
+    "PRIOR": (1150, 1250),
+    "PRIOR_CODES": (950, 1000),
+    "DECODER": (2200, 2350),
+    "SR_256": (690, 740),
+    "SR_1024": (270, 310),
+}
 
 
 def params_of(model, reads):
+    if isinstance(model, AutoregressiveModel):  # reads token ids
+        return jax.eval_shape(model.init, jax.random.key(0))[0]
     return jax.eval_shape(model.reading(*reads).init, jax.random.key(0))[0]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_the_papers_sizes(name):
-    """1 B, 3.5 B with its text transformer of 1.2 B, 700 M and 300 M."""
+    """1 B, 1 B, 3.5 B with its text transformer of 1.2 B, 700 M and 300 M."""
     shapes = params_of(getattr(unclip, name), unclip.CLIP_H)
     least, most = MILLIONS[name]
     assert least < sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6 < most
