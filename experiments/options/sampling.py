@@ -16,13 +16,14 @@ from jaxdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
 from jaxdiff.diffusion.thresholding import DynamicThreshold
 from jaxdiff.diffusion.time_grid import Respaced
 from jaxdiff.models.autoregressive import TrainedAutoregressive
+from jaxdiff.models.boxes import Decoder, Generator
 from jaxdiff.models.diffusion import executed
 from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import SamplingConfig, TrainedModel
 from jaxdiff.models.tiles import Tiles
 from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.nets.activation_sharding import ActivationSharding
-from jaxdiff.systems.pipeline import Pipeline, models_of, with_models
+from jaxdiff.systems.pipeline import Pipeline, models_of, with_boxes, with_models
 from jaxdiff.training.mesh import BATCH_AXES, make_mesh, parse
 
 FEWEST = {DDPM: 32, DDIM: 16, DPMSolverPP2M: 8, Heun: 8, Euler: 16}
@@ -156,14 +157,25 @@ def spread(pipeline: Pipeline, mesh: Mesh | None) -> Iterator[Pipeline]:
         yield pipeline
         return
 
-    def place(each: TrainedModel) -> TrainedModel:
-        rows = ("tensor",) if each.model.low_res is not None else ()
-        model = executed(each.model, sharding=ActivationSharding(BATCH_AXES, rows))
-        params = jax.device_put(each.params, NamedSharding(mesh, PartitionSpec()))
-        return dataclasses.replace(each, model=model, params=params)
-
     with jax.set_mesh(mesh):
-        yield with_models(pipeline, [place(each) for each in models_of(pipeline)])
+        yield with_boxes(pipeline, [_placed(box, mesh) for box in pipeline.boxes])
+
+
+def _placed(box: Generator | Decoder, mesh: Mesh) -> Generator | Decoder:
+    """The box with its parameters on all devices, which share its batches. Others than models of diffusion and of
+    codes are unchanged: their parameters follow their inputs."""
+    if isinstance(box, TrainedPriorCodes):
+        transformer = _placed(box.transformer, mesh)
+        assert isinstance(transformer, TrainedAutoregressive)
+        return dataclasses.replace(box, transformer=transformer)
+    if not isinstance(box, TrainedModel | TrainedAutoregressive):
+        return box
+    params = jax.device_put(box.params, NamedSharding(mesh, PartitionSpec()))
+    if isinstance(box, TrainedAutoregressive):
+        return dataclasses.replace(box, params=params, sharding=ActivationSharding(BATCH_AXES))
+    rows = ("tensor",) if box.model.low_res is not None else ()
+    model = executed(box.model, sharding=ActivationSharding(BATCH_AXES, rows))
+    return dataclasses.replace(box, model=model, params=params)
 
 
 def warn_of_few_steps(before: Pipeline, after: Pipeline) -> None:

@@ -21,6 +21,7 @@ from jaxdiff.models.boxes import Generator
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.single_optimizer import SingleOptimizer
 from jaxdiff.models.token_sampling import TokenSampling, drawn
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.autoregressive import AutoregressiveConfig, Logits
 from jaxdiff.nets.encoder_decoder import EncoderDecoderConfig
 from jaxdiff.text.encoder import TextEmbedding
@@ -122,12 +123,14 @@ class AutoregressiveModel(SingleOptimizer):
 
 @dataclass(frozen=True, eq=False)
 class TrainedAutoregressive(Generator):
-    """A transformer with parameters: samples a grid of codes from a caption's token ids."""
+    """A transformer with parameters: samples a grid of codes from a caption's token ids. sharding: of the samples over
+    the ambient mesh."""
 
     model: AutoregressiveModel
     params: dict
     sampling: TokenSampling = field(default_factory=TokenSampling)
     text_fingerprint: str | None = None
+    sharding: ActivationSharding = ActivationSharding()
 
     @property
     def produces(self) -> TokenSpec:
@@ -150,6 +153,10 @@ class TrainedAutoregressive(Generator):
     def takes_init(self) -> bool:
         return True
 
+    def batch_size(self, wanted: int) -> int:
+        """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
+        return self.sharding.padded(wanted)
+
     def check(self, size: tuple[int, int]) -> None:
         """ValueError for another grid than that of the training: positions are learned."""
         network = self.model.network
@@ -169,10 +176,11 @@ class TrainedAutoregressive(Generator):
         if guided:
             negative = _text(self.model, request.negative, len(request.keys))
             text = _Text(*(jnp.concatenate(both) for both in zip(text, negative)))
+        text, keys, known = jax.tree.map(self.sharding.samples, (text, request.keys, known))
         state = _begun(plain, self.params, text)
-        codes = jnp.zeros((len(request.keys), network.rows * network.columns), jnp.int32)
+        codes = self.sharding.samples(jnp.zeros((len(keys), network.rows * network.columns), jnp.int32))
         chunk = network.rows if request.progress is None else 1
-        given = _Given(self.params, self.sampling, request.keys, known)
+        given = _Given(self.params, self.sampling, keys, known)
         for row in range(0, network.rows, chunk):
             first, last = row * network.columns, min(row + chunk, network.rows) * network.columns
             codes, state = _sampled(plain, guided, given, first, last, codes, state)

@@ -156,6 +156,9 @@ class TrainedPriorCodes(Generator):
     def reads(self) -> tuple[int, int]:
         return self.text_length, self.text_width
 
+    def batch_size(self, wanted: int) -> int:
+        return self.transformer.batch_size(wanted)
+
     def check(self, size: tuple[int, int]) -> None:
         if tuple(size) != (1, 1):
             raise ValueError(f"a prior samples embeddings, which have the size 1×1, not {size[0]}×{size[1]}")

@@ -200,8 +200,7 @@ class TrainedModel:
 
     def batch_size(self, wanted: int) -> int:
         """`wanted` rounded up to a multiple of the number of devices over which batches are sharded."""
-        batch_devices, _ = self.model.unet.execution.sharding.sizes()
-        return -(-wanted // batch_devices) * batch_devices
+        return self.model.unet.execution.sharding.padded(wanted)
 
     def check(self, size: tuple[int, int]) -> None:
         """ValueError if the model cannot sample this size with its settings (tiles included)."""

@@ -38,6 +38,15 @@ class ActivationSharding:
         check_rows(x.shape[1], self.sizes()[1])
         return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch or None, self.spatial or None))
 
+    def samples(self, x: Array) -> Array:
+        """x (b …) with a sharding constraint of its samples."""
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(self.batch)) if self.batch else x
+
+    def padded(self, wanted: int) -> int:
+        """`wanted` samples rounded up to a multiple of the number of shards of a batch."""
+        shards, _ = self.sizes()
+        return -(-wanted // shards) * shards
+
     def sizes(self) -> tuple[int, int]:
         """The number of shards of a batch and of the rows of an image on the ambient mesh."""
         sizes = jax.sharding.get_abstract_mesh().shape

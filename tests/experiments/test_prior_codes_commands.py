@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdiff
 from experiments import train
-from experiments.options.sampling import SamplingOptions, with_samplings
+from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.table import TASKS
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion.guidance import Guidance
@@ -141,6 +142,15 @@ def test_token_settings(pipeline):
     assert changed.decoders[0].sampling.steps == 1 and pipeline.decoders[0].sampling.steps == 2
     with pytest.raises(ValueError, match="--top-k"):
         with_samplings(pipeline, SamplingOptions(top_k=-1))
+
+
+def test_a_mesh(pipeline):
+    """The transformer's batches are spread too."""
+    with spread(pipeline, mesh_of("data=-1")) as placed:
+        assert [placed.generator.batch_size(3), placed.decoders[0].batch_size(3)] == [8, 8]
+        (leaf, *_) = jax.tree.leaves(placed.generator.transformer.params)
+        assert len(leaf.sharding.device_set) == 8
+    assert pipeline.generator.batch_size(3) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdiff.core.products import TokenSpec
 from jaxdiff.diffusion import noise
@@ -14,6 +15,7 @@ from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregres
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.start import InitProduct
 from jaxdiff.models.token_sampling import TokenSampling, drawn, truncated
+from jaxdiff.nets.activation_sharding import ActivationSharding
 from jaxdiff.nets.autoregressive import AutoregressiveConfig, published_patterns
 from jaxdiff.nets.sparse_attention import Pattern
 from jaxdiff.text.encoder import TextEmbedding
@@ -114,6 +116,19 @@ def test_completion():
     codes = TrainedAutoregressive(MODEL, PARAMS).generate(request(init=InitProduct(given, mask=mask)))
     np.testing.assert_array_equal(codes[:, :2], given[:, :2])
     np.testing.assert_array_equal(codes, uncached(TokenSampling(), known=given[:, :2].reshape(4, 6)))
+
+
+def test_devices_share_a_batch():
+    """Four samples on two devices: the same codes. Batches are filled up to a multiple of the devices."""
+    box = TrainedAutoregressive(MODEL, PARAMS, TokenSampling(0.7, 4, 0.9, 3.0))
+    mesh = make_mesh(2, devices=jax.devices()[:2])
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+    shared = replace(box, params=params, sharding=ActivationSharding(("data",)))
+    with jax.set_mesh(mesh):
+        assert [shared.batch_size(wanted) for wanted in (1, 2, 3)] == [2, 2, 4]
+        found = shared.generate(request())
+    assert len(found.sharding.device_set) == 2 and found.sharding.shard_shape(found.shape) == (2, 4, 3)
+    np.testing.assert_array_equal(found, box.generate(request()))
 
 
 def test_without_text():
