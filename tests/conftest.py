@@ -25,12 +25,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).pare
 _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / "jaxdiff-test-cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most of the suite's time is compilation: with few optimizations it takes half. test_jaxlib.py has the compiler's own
-# settings.
+# Most of the suite's time is compilation: with few optimizations it takes half, and with the older code generator of
+# fused operations a third of that. test_jaxlib.py has the compiler's own settings.
 _FLAGS: dict[str, int | str] = {
     "xla_force_host_platform_device_count": 8,
     "xla_backend_optimization_level": 0,
     "xla_cpu_opt_preset": "FAST_COMPILE",
+    "xla_cpu_use_fusion_emitters": "false",
 }
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from small import random_params
-from small_cascade import BASE, STAGES, T5, WIDTH
+from small_cascade import ADAM, BASE, STAGES, T5, WIDTH
 
 from experiments import train
 from experiments.cli import run
 from experiments.options import names, training
-from experiments.options.training import PresetOptimizer
 from experiments.table import TASKS
 from experiments.tasks.noise_levels import NoiseLevels
 from jaxdiff.data.shapes_caption import held_out_captions
@@ -69,9 +68,8 @@ def small_presets(monkeypatch) -> None:
     sampling = SamplingConfig(names.SAMPLERS["ddim"], steps=2)
     for name, stage in STAGES.items():
         presets = TASKS[f"imagen.{name}"].presets
-        adam = PresetOptimizer("adam", 1e-3)  # Muon's program takes longer to compile
         small = dataclasses.replace(
-            presets["tiny"], model=stage, sampling=sampling, reads=(24, WIDTH), optimizer=adam, levels=NoiseLevels()
+            presets["tiny"], model=stage, sampling=sampling, reads=(24, WIDTH), optimizer=ADAM, levels=NoiseLevels()
         )
         for preset in ("tiny", "quick"):
             monkeypatch.setitem(presets, preset, small)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments.options.training import PresetOptimizer
 from jaxdiff.diffusion.parameterization import Prediction
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
@@ -29,3 +30,6 @@ SR_256 = DiffusionModel(
 SR_1024 = dataclasses.replace(SR_256, side=1024)
 STAGES = {"base64": BASE, "sr256": SR_256, "sr1024": SR_1024}
 T5 = T5Config(d_model=WIDTH, d_kv=4, d_ff=16, layers=1, decoder_layers=1, heads=2, tied=True)
+
+ADAM = PresetOptimizer("adam", 1e-3)
+"""Of very small presets, in place of Muon, whose program takes longer to compile."""

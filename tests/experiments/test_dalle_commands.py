@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_cascade import ADAM
 
 import jaxdiff
 from experiments import export, sample, train
@@ -53,8 +54,8 @@ def presets():
     """Very small ones in place of the tiny ones."""
     with pytest.MonkeyPatch.context() as patch:
         for name, model in (("dalle.dvae", DVAE), ("dalle.transformer", TRANSFORMER)):
-            task = TASKS[name]
-            patch.setitem(task.presets, "tiny", dataclasses.replace(task.preset("tiny"), model=model))
+            presets = TASKS[name].presets
+            patch.setitem(presets, "tiny", dataclasses.replace(presets["tiny"], model=model, optimizer=ADAM))
         yield
 
 

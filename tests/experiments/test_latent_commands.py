@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from small_cascade import ADAM
 
 import jaxdiff
 from experiments import evaluate, sample, train
@@ -46,11 +47,11 @@ UNET = DiffusionModel(
 def presets():
     """Very small ones in place of the tiny ones."""
     unet = TASKS["sd.unet"]
-    small = dataclasses.replace(unet.preset("tiny"), model=UNET)
+    small = dataclasses.replace(unet.preset("tiny"), model=UNET, optimizer=ADAM)
     sampling = dataclasses.replace(small.sampling, steps=2)
     with pytest.MonkeyPatch.context() as patch:
         autoencoder = TASKS["sd.autoencoder"]
-        changed = dataclasses.replace(autoencoder.preset("tiny"), model=AUTOENCODER)
+        changed = dataclasses.replace(autoencoder.preset("tiny"), model=AUTOENCODER, optimizer=ADAM)
         patch.setitem(autoencoder.presets, "tiny", changed)
         patch.setitem(autoencoder.presets, "vq", dataclasses.replace(changed, model=VQ))
         patch.setitem(unet.presets, "tiny", dataclasses.replace(small, sampling=sampling))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small
 from safetensors.numpy import load_file, save_file
+from small_cascade import ADAM
 
 import jaxdiff
 from experiments import train
@@ -40,7 +41,9 @@ def preset():
     network = dataclasses.replace(tiny.model.network, width=16, heads=2, patterns=tiny.model.network.patterns[:1])
     model = dataclasses.replace(tiny.model, network=network)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TASKS["unclip.autoregressive"].presets, "tiny", dataclasses.replace(tiny, model=model))
+        patch.setitem(
+            TASKS["unclip.autoregressive"].presets, "tiny", dataclasses.replace(tiny, model=model, optimizer=ADAM)
+        )
         yield
 
 

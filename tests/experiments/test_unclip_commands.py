@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
+from small_cascade import ADAM
 
 import jaxdiff
 from experiments import evaluate, export, sample, train
-from experiments.options.training import PresetOptimizer
 from experiments.table import TASKS
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.unclip import CLIPOptions
@@ -61,7 +61,7 @@ def presets():
             changes = {
                 "model": model,
                 "sampling": dataclasses.replace(tiny.sampling, steps=3),
-                "optimizer": PresetOptimizer("adam", 1e-3),
+                "optimizer": ADAM,
                 "levels": NoiseLevels(),
             }
             patch.setitem(TASKS[name].presets, "tiny", dataclasses.replace(tiny, **changes))
