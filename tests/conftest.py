@@ -5,6 +5,7 @@ Everything here happens before the first import of jax or of jaxdiff.
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import resource
 import sys
@@ -26,13 +27,14 @@ _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettem
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_CACHE) / os.environ.get("PYTEST_XDIST_WORKER", ""))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the suite's time is compilation: with few optimizations it takes half, and with the older code generator of
-# fused operations a third of that. test_jaxlib.py has the compiler's own settings.
+# fused operations, where jaxlib still has it, a third of that. test_jaxlib.py has the compiler's own settings.
 _FLAGS: dict[str, int | str] = {
     "xla_force_host_platform_device_count": 8,
     "xla_backend_optimization_level": 0,
     "xla_cpu_opt_preset": "FAST_COMPILE",
-    "xla_cpu_use_fusion_emitters": "false",
 }
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
