@@ -32,6 +32,7 @@ _FLAGS: dict[str, int | str] = {
     "xla_force_host_platform_device_count": 8,
     "xla_backend_optimization_level": 0,
     "xla_cpu_opt_preset": "FAST_COMPILE",
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
