@@ -34,15 +34,26 @@ def prepare(
 
     TFDS writes into a temporary folder and renames it at the end: a prepared dataset is complete.
     """
-    config = ShapesConfig(resolution=resolution, train=train, held_out=held_out)
     with quiet():
-        # TFDS requires listed configurations by name, and rejects another one of the same name.
-        listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
-        builder = Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
+        builder = _builder(ShapesConfig(resolution=resolution, train=train, held_out=held_out), data_dir)
         builder.progress = progress
         with full_disk_is_an_os_error(data_dir):
             builder.download_and_prepare()  # does nothing if the dataset is prepared
     return builder
+
+
+def prepare_held_out(resolution: int, data_dir: str | Path, train: int = 20_000, held_out: int = 1_000) -> "Shapes":
+    """`prepare` for its held-out split: without training images, unless the whole dataset is there already."""
+    with quiet():
+        whole = _builder(ShapesConfig(resolution=resolution, train=train, held_out=held_out), data_dir)
+        prepared = whole.is_prepared()
+    return prepare(resolution, data_dir, train if prepared else 1, held_out)
+
+
+def _builder(config: "ShapesConfig", data_dir: str | Path) -> "Shapes":
+    # TFDS requires listed configurations by name, and rejects another one of the same name.
+    listed = config.name in [other.name for other in Shapes.BUILDER_CONFIGS]
+    return Shapes(config=config.name if listed else config, data_dir=str(data_dir), file_format="array_record")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -141,7 +141,8 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
         raise ValueError(f"{describe(spec)} has only the split 'train', not {split!r}")
     match spec:
         case Shapes(train, held_out):
-            return tfds_sets.Captioned(shapes.prepare(resolution, data_dir, train=train, held_out=held_out), split)
+            prepare = shapes.prepare_held_out if split == "held_out" else shapes.prepare
+            return tfds_sets.Captioned(prepare(resolution, data_dir, train=train, held_out=held_out), split)
         case Emoji():
             return tfds_sets.Captioned(emoji.prepared(resolution, data_dir), split)
         case Rainbow():

@@ -44,19 +44,23 @@ class DVAEModel(SingleOptimizer):
 
     side: of the training images. temperature: of the relaxed codes (Gumbel-softmax). kl_weight: β, of the KL divergence
     from the uniform distribution over the codebook; both terms of the bound are divided by the number of an image's
-    values.
+    values. least_scale: the smallest scale b of the likelihood. Without one, exactly repeated values, such as those of
+    a plain background, have an unbounded likelihood, and all others hardly count.
     """
 
     network: DVAEConfig = DVAEConfig()
     side: int = 256
     temperature: Annealed = Annealed(1.0, 1.0 / 16.0, 150_000)
     kl_weight: Annealed = Annealed(0.0, 6.6, 5_000)
+    least_scale: float = 0.0
 
     def __post_init__(self):
         if self.side < 1 or self.side % self.network.stride:
             raise ValueError(f"a side of {self.side} pixels is not a multiple of the stride {self.network.stride}")
         if min(self.temperature.start, self.temperature.end) <= 0:
             raise ValueError(f"a temperature must be above 0, not {self.temperature}")
+        if self.least_scale < 0:
+            raise ValueError(f"least_scale {self.least_scale}: must be at least 0")
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, tuple]:
         side = self.network.stride
@@ -79,7 +83,7 @@ class DVAEModel(SingleOptimizer):
         temperature = self.temperature.at(step)
         codes = gumbel_softmax(logits, keys, temperature)
         stats = cast(Array, module.apply({"params": params}, codes, method="decode"))
-        likelihood = -dvae.logit_laplace(stats, image).mean((1, 2, 3))
+        likelihood = -dvae.logit_laplace(stats, image, self.least_scale).mean((1, 2, 3))
         divergence = kl_from_uniform(logits)
         loss = likelihood + self.kl_weight.at(step) * divergence.sum((1, 2)) / math.prod(image.shape[1:])
         used = (usage_of(logits.argmax(-1), self.network.codes) > 0).mean()

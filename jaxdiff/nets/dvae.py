@@ -5,6 +5,7 @@ parameters of a logit-Laplace distribution of each pixel. With the default setti
 networks (`weights/dvae.py`).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,12 +183,16 @@ def reconstruction(stats: Float[Array, "b h w c2"]) -> Float[Array, "b h w c"]:
     return from_unit(nn.sigmoid(jnp.split(stats, 2, axis=-1)[0]))
 
 
-def logit_laplace(stats: Float[Array, "b h w c2"], image: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def logit_laplace(
+    stats: Float[Array, "b h w c2"], image: Float[Array, "b h w c"], least_scale: float = 0.0
+) -> Float[Array, "b h w c"]:
     """The log-density of each value of an image in [-1, 1], in the range of `to_unit` (Eq. 2 of A.3).
 
-    With μ and ln b from `stats`, and x in (0, 1): −|logit x − μ| / b − ln(2 b x (1 − x)).
+    With μ and ln b from `stats`, and x in (0, 1): −|logit x − μ| / b − ln(2 b x (1 − x)). b is at least `least_scale`.
     """
     mean, log_scale = jnp.split(stats, 2, axis=-1)
+    if least_scale:
+        log_scale = jnp.maximum(log_scale, math.log(least_scale))
     x = to_unit(image)
     logit = jnp.log(x) - jnp.log1p(-x)
     return -jnp.abs(logit - mean) * jnp.exp(-log_scale) - log_scale - jnp.log(2.0 * x * (1.0 - x))

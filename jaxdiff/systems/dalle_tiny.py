@@ -11,8 +11,9 @@ from jaxdiff.nets.sparse_attention import Pattern
 DVAE_TINY = DVAEModel(
     DVAEConfig(codes=512, hidden=32, multipliers=(1, 2, 4), blocks=1, code_width=64),
     side=64,
-    temperature=Annealed(1.0, 1.0 / 16.0, 3_000),
-    kl_weight=Annealed(0.0, 6.6, 500),
+    temperature=Annealed(1.0, 1.0 / 16.0, 1_500),
+    kl_weight=Annealed(0.0, 1.0, 300),
+    least_scale=0.1,
 )
 """64×64 images ⇄ 16×16 codes."""
 TRANSFORMER_TINY = AutoregressiveModel(

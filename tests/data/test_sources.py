@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxdiff.data import convert, embeddings, images, sources, tfds_sets
+from jaxdiff.data import convert, embeddings, images, shapes, sources, tfds_sets
 from jaxdiff.data.pipeline import DataConfig, image_batches
 from jaxdiff.text.encoder import TextEmbedding
 
@@ -118,6 +118,21 @@ def test_shapes_have_two_splits(data_dir):
     assert len(sources.open(SHAPES, 64, "held_out", data_dir)) == 3
     with pytest.raises(ValueError, match="no split 'test', only train, held_out"):
         sources.open(SHAPES, 64, "test", data_dir)
+
+
+def test_held_out_shapes_need_no_training_images(tmp_path, monkeypatch):
+    """They are the same whether the whole dataset was prepared before or not."""
+    rendered, real = [], shapes.example
+    monkeypatch.setattr(shapes, "example", lambda split, *rest: rendered.append(split) or real(split, *rest))
+    alone = sources.open(SHAPES, 64, "held_out", tmp_path)
+    assert rendered.count("train") == 1 and rendered.count("held_out") == len(alone) == 3
+    sources.open(SHAPES, 64, "train", tmp_path)
+    before = len(rendered)
+    whole = sources.open(SHAPES, 64, "held_out", tmp_path)
+    assert len(rendered) == before
+    for one, other in ((alone[i], whole[i]) for i in range(3)):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        assert one["caption"] == other["caption"]
 
 
 @pytest.mark.parametrize("spec", [sources.Emoji(), sources.Folder(Path("x")), sources.Records(Path("x"))])

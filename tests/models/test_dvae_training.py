@@ -70,7 +70,7 @@ def test_gradients_of_the_relaxed_loss():
 
 
 def test_the_bound_by_hand():
-    """The loss is the paper's: −log-likelihood + β KL, over all values of an image."""
+    """The loss is the paper's: −log-likelihood + β KL, over all values of an image. A smallest scale changes it."""
     step = jnp.int32(5)
     loss, (metrics, _) = jax.jit(MODEL.loss)(PARAMS, (), (), {"image": IMAGE}, KEY, step)
     module, total = MODEL.network.module(), []
@@ -83,6 +83,10 @@ def test_the_bound_by_hand():
         bound = likelihood[i].sum() - MODEL.kl_weight.at(step) * kl_from_uniform(logits[i]).sum()
         total.append(-float(bound) / IMAGE[i].size)
     assert float(loss) == pytest.approx(np.mean(total), rel=1e-5)
+    bounded, _ = replace(MODEL, least_scale=2.0).loss(PARAMS, (), (), {"image": IMAGE}, KEY, step)
+    assert abs(float(bounded) - float(loss)) > 1e-3
+    with pytest.raises(ValueError, match="least_scale -1"):
+        replace(MODEL, least_scale=-1.0)
     assert metrics["temperature"] == pytest.approx(0.25 + 0.75 * 0.5 * (1 + np.cos(np.pi / 4)))
     assert 0 < metrics["codes_used"] <= 1 and metrics["kl"] >= 0 and np.isfinite(metrics["psnr"])
 

@@ -131,6 +131,15 @@ def test_the_likelihood_is_a_density():
     assert abs(logits[inside][density_of_logit.argmax()] - mean) < 1e-3
 
 
+def test_the_smallest_scale():
+    """A smaller one counts as it; larger ones are unchanged."""
+    image = jnp.asarray([[[[0.3], [-0.4]]]])
+    stats = jnp.asarray([[[[0.1, -9.0], [0.2, 0.7]]]])
+    found = dvae.logit_laplace(stats, image, least_scale=0.25)
+    np.testing.assert_allclose(found, dvae.logit_laplace(stats.at[0, 0, 0, 1].set(np.log(0.25)), image), rtol=1e-6)
+    assert (found[0, 0, 0] > dvae.logit_laplace(stats, image)[0, 0, 0]).all()
+
+
 def test_range():
     image = jnp.linspace(-1, 1, 7)
     np.testing.assert_allclose(dvae.from_unit(dvae.to_unit(image)), image, atol=1e-6)
