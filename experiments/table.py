@@ -123,6 +123,7 @@ TASKS: dict[str, Task] = {
         {
             "tiny": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY, SMALL),
             "tiny-f4": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_F4, SMALL),
+            "tiny-vq": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_VQ, SMALL),
             "kl-f8": AutoencoderPreset(stable_diffusion.KL_F8),
             "kl-f4": AutoencoderPreset(stable_diffusion.KL_F4),
             "vq-f8": AutoencoderPreset(stable_diffusion.VQ_F8),

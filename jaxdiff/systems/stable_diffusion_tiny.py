@@ -1,16 +1,18 @@
-"""A tiny latent diffusion system that trains on a laptop: autoencoders of strides 8 and 4, and a U-Net in their
-latents."""
+"""A tiny latent diffusion system that trains on a laptop: autoencoders of strides 8 and 4, one of them with a codebook,
+and a U-Net in their latents."""
 
 from dataclasses import replace
 
 from jaxdiff.core.products import LatentSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
+from jaxdiff.diffusion.samplers import DDIM
 from jaxdiff.diffusion.time_samplers import LogSNRRange
 from jaxdiff.models.autoencoder_training import AutoencoderModel
+from jaxdiff.models.codebook import EMACodebook
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
-from jaxdiff.nets.autoencoder import AutoencoderConfig
+from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.stable_diffusion import SAMPLING, SCHEDULE
 
@@ -26,6 +28,14 @@ AUTOENCODER_TINY_F4 = replace(
     network=AutoencoderConfig(channels=(16, 32, 64), blocks=1, latent_channels=4, norm_groups=8),
 )
 """64×64 images ⇄ 16×16 latents: more exact, and a U-Net in its latents takes four times the operations."""
+AUTOENCODER_TINY_VQ = replace(
+    AUTOENCODER_TINY,
+    network=AutoencoderConfig(
+        channels=(16, 32, 64), blocks=1, latent_channels=4, norm_groups=8, bottleneck=VQBottleneck(512, 4)
+    ),
+    codebook=EMACodebook(),
+)
+"""64×64 images ⇄ 16×16 codes, for transformers of codes."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
         channels=64,
@@ -46,5 +56,6 @@ UNET_TINY = DiffusionModel(
     prediction=Prediction.V,
 )
 """In the latents of AUTOENCODER_TINY. It trains most at the log-SNRs that decide places, colours and shapes."""
-SAMPLING_TINY = replace(SAMPLING, steps=50, guidance=Guidance(5.0, (-20.0, -1.0)))
-"""Guided until shapes are determined: at higher log-SNR guidance distorts them."""
+SAMPLING_TINY = replace(SAMPLING, sampler=DDIM(eta=1.0), steps=50, guidance=Guidance(8.0, (-20.0, -1.0)))
+"""Guided until shapes are determined: at higher log-SNR guidance distorts them. Noise in the sampler corrects kinds and
+fills."""
