@@ -31,11 +31,17 @@ AUTOENCODER_TINY_F4 = replace(
 AUTOENCODER_TINY_VQ = replace(
     AUTOENCODER_TINY,
     network=AutoencoderConfig(
-        channels=(16, 32, 64), blocks=1, latent_channels=4, norm_groups=8, bottleneck=VQBottleneck(512, 4)
+        channels=(16, 32, 64),
+        blocks=1,
+        latent_channels=4,
+        norm_groups=8,
+        middle_attention=False,
+        bottleneck=VQBottleneck(512, 4),
     ),
     codebook=EMACodebook(),
 )
-"""64×64 images ⇄ 16×16 codes, for transformers of codes."""
+"""64×64 images ⇄ 16×16 codes, for transformers of codes. With attention the codes of a plain background would depend on
+the whole image, and so be hard to predict."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
         channels=64,
