@@ -12,19 +12,20 @@ An autoregressive prior is stored as `weights/embedding_codes.py` describes, and
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 import jax.numpy as jnp
 
 from jaxdiff.core import json_files
 from jaxdiff.core.files import write_json
 from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.models.boxes import Decoder
 from jaxdiff.models.diffusion import executed
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior, embedding_of
 from jaxdiff.models.image_embeddings import CLIPImageEncoder
 from jaxdiff.models.prior_codes import TrainedPriorCodes
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.systems.pipeline import Pipeline
-from jaxdiff.systems.unclip import unclip
 from jaxdiff.text.clip import CLIPTextEncoder
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.weights import clip, dalle, embedding_codes, hub, runs, stages
@@ -125,13 +126,8 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
     boxes = [_box(each if dtype is None else _in_type(each, dtype), image, candidates) for each in models]
     text = load_text(places) if text is None else text
     try:
-        generator, *decoders = boxes
-        if (
-            isinstance(generator, RankedPrior | TrainedPriorCodes)
-            and decoders
-            and isinstance(decoders[0], EmbeddingDecoder)
-        ):
-            return unclip(text, generator, decoders[0], *decoders[1:])
+        generator, *others = boxes
+        decoders = cast(list[Decoder], others)  # `Pipeline` refuses a prior in the place of a decoder
         return Pipeline(text, generator, tuple(decoders))
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, places))}: {error}") from error
