@@ -27,7 +27,8 @@ class DVAEConfig:
 
     codes: size of the codebook. hidden: width of the finest level. multipliers: width of each level relative to it, the
     finest first; each level after the first halves the image. blocks: residual blocks per level. code_width: width of
-    the decoder's embedding of a code.
+    the decoder's embedding of a code. residual_gain: the factor on each block's residual path; None: 1 / (number of
+    blocks)², as published.
     dtype: compute type; the logits, the embedding of codes and the outputs are float32, as published. remat: recompute
     every block in the backward pass.
     """
@@ -37,6 +38,7 @@ class DVAEConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     blocks: int = 2
     code_width: int = 128
+    residual_gain: float | None = None
     image_channels: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = field(default=False, metadata=HOW)
@@ -58,7 +60,9 @@ class DVAEConfig:
 
     @property
     def gain(self) -> float:
-        """The factor on each block's residual path: 1 / (number of blocks)²."""
+        """The factor on each block's residual path."""
+        if self.residual_gain is not None:
+            return self.residual_gain
         return 1.0 / (len(self.multipliers) * self.blocks) ** 2
 
 
@@ -141,7 +145,9 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         block = nn.remat(Block) if config.remat else Block
-        self.stem = conv(config.code_width, 1, jnp.float32)
+        # Its input is one of the codes, not their sum: with a deviation of 1 / √codes all codes would begin as one.
+        table = nn.initializers.normal(1.0)
+        self.stem = nn.Conv(config.code_width, (1, 1), dtype=jnp.float32, kernel_init=table)
         self.levels = [
             [
                 block(config.hidden * multiplier, (1, 3, 3, 3), config.gain, config.dtype, name=f"level_{level}_{i}")

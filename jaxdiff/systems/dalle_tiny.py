@@ -9,10 +9,10 @@ from jaxdiff.nets.dvae import DVAEConfig
 from jaxdiff.nets.sparse_attention import Pattern
 
 DVAE_TINY = DVAEModel(
-    DVAEConfig(codes=512, hidden=32, multipliers=(1, 2, 4), blocks=1, code_width=64),
+    DVAEConfig(codes=512, hidden=32, multipliers=(1, 2, 4), blocks=1, code_width=64, residual_gain=0.5),
     side=64,
-    temperature=Annealed(1.0, 1.0 / 16.0, 1_500),
-    kl_weight=Annealed(0.0, 1.0, 300),
+    temperature=Annealed(1.0, 1.0 / 16.0, 2_000),
+    kl_weight=Annealed(2.0, 1.0, 2_000),
     least_scale=0.1,
 )
 """64×64 images ⇄ 16×16 codes."""

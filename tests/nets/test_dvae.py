@@ -1,5 +1,7 @@
 """The dVAE's networks against an independent PyTorch build of the published topology, and its likelihood."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,16 @@ def test_range():
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DVAEConfig(**settings)
+
+
+def test_the_residual_gain():
+    """As published it falls with the number of blocks; another one changes the networks."""
+    assert dvae.DVAEConfig().gain == 1 / 64
+    config = dvae.DVAEConfig(codes=5, hidden=8, multipliers=(1, 2), blocks=1, code_width=4, image_channels=1)
+    image = jnp.linspace(0.1, 0.9, 16).reshape(1, 4, 4, 1)
+    params = config.module().init(jax.random.key(0), image)
+    other = dataclasses.replace(config, residual_gain=0.5)
+    assert other.gain == 0.5 and config.gain == 0.25
+    first, second = (each.module().apply(params, image) for each in (config, other))
+    assert np.abs(first - second).max() > 1e-3
+    assert 0.7 < float(jnp.std(params["params"]["decoder"]["stem"]["kernel"])) < 1.4  # codes begin apart
