@@ -62,7 +62,7 @@ def load_coding(folder: Path) -> Coding:
         for each in arrays.values()
     ):
         raise ValueError(f"{folder / ARRAYS}: not the arrays of coded embeddings")
-    count, buckets = len(arrays["components"]), arrays["dots"].size
+    count, buckets = len(np.atleast_1d(arrays["components"])), arrays["dots"].size
     shapes = {
         "mean": (embeddings.width,),
         "components": (count, embeddings.width),

@@ -113,9 +113,14 @@ def test_the_batches_of_training(run, data, tmp_path):
     assert batch["text_mask"][:, 24:].all()
 
 
-def test_a_resumed_run_keeps_its_codes(run, data, command, tmp_path):
-    """Also with other flags, and a run that starts from its parameters."""
-    shutil.copytree(run, tmp_path / "run")
+def test_a_resumed_run_keeps_its_codes(run):
+    """They are read, not computed again."""
+    task = TASKS["unclip.autoregressive"]
+    coding = task._coding(dataclasses.replace(task.settings, out=run), None, None)
+    assert coding.codes.components.shape == (5, 128)
+
+
+def test_a_run_that_begins_with_another_keeps_its_codes(run, data, command, tmp_path):
     before = (run / "embedding_codes.safetensors").read_bytes()
     done = command(train, "unclip.autoregressive", *data, "--steps", 3, "--init", run, "--out", tmp_path / "next")
     assert done.code == 0, done.err
@@ -189,6 +194,7 @@ def _arrays(folder, **changes):
         (lambda folder: _settings(folder, version=10**6), "version"),
         (lambda folder: _arrays(folder, low=np.zeros(4, np.float32)), "low (4,) do not fit 5 components"),
         (lambda folder: _arrays(folder, low=np.full(5, np.nan, np.float32)), "not the arrays of coded embeddings"),
+        (lambda folder: _arrays(folder, components=np.zeros((), np.float32)), "components () do not fit"),
         (lambda folder: _arrays(folder, dots=np.zeros(9, np.float32)), "these codes need"),
     ],
 )
