@@ -194,7 +194,10 @@ def _arrays(folder, **changes):
         (lambda folder: _settings(folder, version=10**6), "version"),
         (lambda folder: _arrays(folder, low=np.zeros(4, np.float32)), "low (4,) do not fit 5 components"),
         (lambda folder: _arrays(folder, low=np.full(5, np.nan, np.float32)), "not the arrays of coded embeddings"),
-        (lambda folder: _arrays(folder, components=np.zeros((), np.float32)), "components (), low (5,), high (5,) do not fit"),
+        (
+            lambda folder: _arrays(folder, components=np.zeros((), np.float32)),
+            "components (), low (5,), high (5,) do not fit",
+        ),
         (lambda folder: _arrays(folder, dots=np.zeros(9, np.float32)), "these codes need"),
     ],
 )
