@@ -18,7 +18,6 @@ from experiments.tasks.classifier import ClassifierTask
 from experiments.tasks.classifier import Settings as ClassifierSettings
 from experiments.tasks.clip import CLIPTask
 from experiments.tasks.clip import Settings as CLIPSettings
-from experiments.tasks.dalle import Preset as TransformerPreset
 from experiments.tasks.dalle import Settings as TransformerSettings
 from experiments.tasks.dalle import TransformerTask
 from experiments.tasks.diffusion import DiffusionTask, Preset, Settings
@@ -33,6 +32,7 @@ from experiments.tasks.prior_codes import Settings as PriorCodesSettings
 from experiments.tasks.t5 import Settings as T5Settings
 from experiments.tasks.t5 import T5Task
 from experiments.tasks.task import Task
+from experiments.tasks.transformers import Preset as TransformerPreset
 from experiments.tasks.unclip import DecoderTask, PriorTask, UnCLIPSettings
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.systems import (

@@ -8,22 +8,23 @@ All images are encoded once and their codes stored below --data-dir. The byte-pa
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
+from experiments.options.training import TrainSettings
 from experiments.tasks.held_out import held_out_source
 from experiments.tasks.streams import stream
-from experiments.tasks.task import Inference, Start, Task, Work
+from experiments.tasks.task import Start, Work
 from experiments.tasks.tokenizers import captions_of, save_tokenizer
+from experiments.tasks.transformers import CodesTask, TransformerCompute, finished, initial
 from jaxdiff.data import grids, sources
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.latents import ExtendedBatches, LatentBatches, stored_latents
@@ -32,15 +33,12 @@ from jaxdiff.diffusion import noise
 from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
 from jaxdiff.models.dvae import TrainedDVAE
 from jaxdiff.models.sampling import SampleRequest
-from jaxdiff.models.token_sampling import TokenSampling
 from jaxdiff.models.vq_codes import VQCodes
-from jaxdiff.nets.execution import ExecutionConfig, Remat
+from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.text.bpe import SMALLEST, TokenTextEncoder, train_bpe
 from jaxdiff.text.tokenizer import load_tokenizer
 from jaxdiff.training import multihost
-from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import gathered, on_process_0, once
-from jaxdiff.training.optimizer import AdamW, Muon
 from jaxdiff.training.state import Params
 from jaxdiff.weights import dalle
 
@@ -83,18 +81,6 @@ class TransformerOptions:
 
 
 @dataclass(frozen=True)
-class TransformerCompute(ComputeOptions):
-    """Compute settings of a transformer."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters and optimizer stay float32. Use bfloat16 on accelerators."""
-    remat: Remat = "none"
-    """What the backward pass recomputes to save memory."""
-    scan: bool = False
-    """Run layers as a loop, which compiles faster."""
-
-
-@dataclass(frozen=True)
 class Settings(TrainSettings):
     """Train a transformer of text and codes."""
 
@@ -103,37 +89,10 @@ class Settings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A model, its sampling settings, and the defaults of its training. side: of the images, for plans."""
+class TransformerTask(CodesTask):
+    """A transformer of text and an image's codes."""
 
-    model: AutoregressiveModel
-    sampling: TokenSampling = TokenSampling()
-    optimizer: PresetOptimizer = PresetOptimizer("adam", 1e-4)
-
-
-@dataclass(frozen=True)
-class TransformerTask(Task):
-    """A transformer of text and codes."""
-
-    takes_init: ClassVar[bool] = True
-    replicated_parameters: ClassVar[bool] = False  # the paper's does not fit one chip
-    rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW(b2=0.96), "muon": Muon()}
-    presets: dict[str, Preset] = field(default_factory=dict)
     settings: Settings = Settings()
-
-    def config(self, settings: TrainSettings, name: str) -> TrainConfig:
-        return settings.config(self.rules, name, self.unit, self.preset(settings.preset).optimizer)
-
-    def model(self, preset: str, compute: TransformerCompute) -> AutoregressiveModel:
-        model = self.preset(preset).model
-        execution = ExecutionConfig(compute.dtype, compute.remat, compute.scan)
-        return dataclasses.replace(model, network=dataclasses.replace(model.network, execution=execution))
-
-    def inference(self, preset: str, model: AutoregressiveModel, count: int) -> Inference:
-        """The logits of complete sequences."""
-        batch, network = model.batch_spec(count, 0), model.network.module()
-        run = lambda params, *given: network.apply({"params": params}, *given)  # noqa: E731
-        return Inference(run, tuple(batch[name] for name in ("ids", "text_mask", "image")), lambda params, _: params)
 
     def prepare(self, settings: Settings, start: Start) -> Work:
         data, options = settings.dataset, settings.transformer
@@ -157,9 +116,7 @@ class TransformerTask(Task):
 
         def finish(params: Params, extra: Any) -> str:
             dalle.save(dataclasses.replace(trained, params=params), folder)
-            line = f"{folder}: the averaged parameters of step {settings.run.steps}"
-            summary = stream.skipped.summary(len(source))
-            return f"{summary}\n{line}" if summary else line
+            return finished(settings, folder, stream, source)
 
         contents = {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
         contents |= {"codes": dalle.fingerprint_of(decoder), "text": encoder.fingerprint}
@@ -212,16 +169,6 @@ def _tokenizer(settings: Settings, preset: AutoregressiveModel) -> tuple[Any, in
         return tokenizer
 
     return on_process_0(begin) or load_tokenizer(kept), length
-
-
-def initial(settings: TrainSettings, model: AutoregressiveModel) -> Params | None:
-    """The parameters of another run. ValueError if it is of another network."""
-    if settings.run.init is None or settings.resumes:
-        return None
-    other = dalle.load_generator(settings.run.init)
-    if other.model.network != model.network:
-        raise ValueError(f"--init {settings.run.init}: another network than --preset {settings.preset} on these codes")
-    return jax.device_get(other.params)
 
 
 def _batches(

@@ -19,20 +19,20 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.options.training import TrainSettings
-from experiments.tasks.dalle import Preset as TransformerPreset
-from experiments.tasks.dalle import TransformerCompute, TransformerTask, initial
 from experiments.tasks.held_out import held_out_source
 from experiments.tasks.streams import stream
 from experiments.tasks.task import Start, Work
+from experiments.tasks.transformers import CodesTask, TransformerCompute, finished, initial
+from experiments.tasks.transformers import Preset as TransformerPreset
 from experiments.tasks.unclip import CLIPOptions, embedded_images, spec_of
-from jaxdiff.core.products import EmbeddingSpec, TokenSpec
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.core.trees import digest_of
 from jaxdiff.data import sources
 from jaxdiff.data.example import Source, captions
 from jaxdiff.data.latents import IndexedBatches
-from jaxdiff.data.mixture import spread
+from jaxdiff.data.mixture import Spread, spread
 from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
-from jaxdiff.models.prior_codes import fit, training_batch
+from jaxdiff.models.prior_codes import coded, fit, training_batch
 from jaxdiff.nets.execution import ExecutionConfig
 from jaxdiff.training import multihost
 from jaxdiff.training.distributed import once
@@ -81,19 +81,19 @@ class Preset(TransformerPreset):
 
 
 @dataclass(frozen=True)
-class PriorCodesTask(TransformerTask):
+class PriorCodesTask(CodesTask):
     """An autoregressive prior."""
 
-    settings: Settings = Settings()  # type: ignore[assignment]  # of another task's settings
+    settings: Settings = Settings()
 
-    def prepare(self, settings: Settings, start: Start) -> Work:  # type: ignore[override]
+    def prepare(self, settings: Settings, start: Start) -> Work:
         data = settings.dataset
         settings.codes.check()
         clip = unclip.load_clip(settings.clip.source(data.data))
         side, data_dir = clip.image.resolution, data.data_dir
         source = once(data_dir, lambda: sources.open(data.spec(), side, "train", data_dir))
         source = spread(source, data.limit) if data.limit else source
-        coding = self._coding(settings, clip, source)
+        coding = _kept(settings, clip) or self._computed(settings, clip, source)
         model = self._fitted(settings, coding, clip)
         read = partial(_batches, settings, clip, coding)
         batches, held_out = read(source), held_out_source(settings, side)
@@ -109,9 +109,7 @@ class PriorCodesTask(TransformerTask):
 
         def finish(params: Params, extra: Any) -> str:
             dalle.save(dataclasses.replace(trained, params=params), folder)
-            line = f"{folder}: the averaged parameters of step {settings.run.steps}"
-            summary = batches.skipped.summary(len(source))
-            return f"{summary}\n{line}" if summary else line
+            return finished(settings, folder, batches, source)
 
         contents = {"data": data.shown, "batch": settings.run.batch, "examples": len(source)}
         contents |= {"clip": clip.fingerprint, "codes": digest_of(coding.codes._asdict())}
@@ -125,46 +123,51 @@ class PriorCodesTask(TransformerTask):
             held_out=None if some is None else (lambda: read(some, shuffle=False, repeat=False)),
         )
 
-    def _coding(self, settings: Settings, clip: unclip.CLIPTowers, source: Source) -> Coding:
-        """Computed once, and reused when the run resumes or starts from another's parameters."""
-        kept = settings.out if settings.resumes else settings.run.init
-        if kept is not None and embedding_codes.is_stored(kept):
-            return embedding_codes.load_coding(kept)
+    def _computed(self, settings: Settings, clip: unclip.CLIPTowers, source: Source) -> Coding:
+        """The codes of a dataset. ValueError, before it is embedded, for more components than it can have."""
         preset, options = self.preset(settings.preset), settings.codes
         assert isinstance(preset, Preset)
         network, spec = preset.model.network, spec_of(preset.embeddings, clip.image)
         components = network.columns - 1 if options.components is None else options.components
         buckets = network.codes if options.buckets is None else options.buckets
-        shown = spread(source, min(PAIRS, len(source)))
+        shown = Spread(source, min(PAIRS, len(source)))
         if components > (most := min(spec.width, len(shown))):
             flag = f"--components {components}"
             raise ValueError(f"{flag}: {len(shown)} embeddings of width {spec.width} have at most {most}")
-        folder = settings.dataset.data_dir / "image-embeddings"
-        images = once(settings.dataset.data_dir, lambda: embedded_images(clip.image, shown, folder))
-
-        pairs = np.asarray(images[:, 0, 0], np.float32), _embedded_captions(clip, shown)
+        places = [shown.place(number) for number in range(len(shown))]
+        pairs = _embedded(settings, clip, source)[places].astype(np.float32), _embedded_captions(clip, shown)
         codes = fit(*(jnp.asarray(spec.normalized(each)) for each in pairs), components, buckets)
         return Coding(codes, spec, clip.text.width)
 
     def _fitted(self, settings: Settings, coding: Coding, clip: unclip.CLIPTowers) -> AutoregressiveModel:
         """The preset for these codes and this CLIP."""
-        model, count = self.model(settings.preset, settings.compute), len(coding.codes.components)
-        network = dataclasses.replace(
-            model.network,
-            vocab=_vocab(clip) + coding.codes.buckets,
-            text_length=clip.text.length + count,
-            codes=coding.codes.buckets,
-            rows=1,
-            columns=1 + count,
-        )
-        dropout = settings.codes.text_dropout
-        changes = {} if dropout is None else {"dropout": dropout}
-        return dataclasses.replace(model, network=network, product=TokenSpec(coding.codes.buckets, 1), **changes)
+        model = self.model(settings.preset, settings.compute)
+        if settings.codes.text_dropout is not None:
+            model = dataclasses.replace(model, dropout=settings.codes.text_dropout)
+        return coded(model, clip.text.length, _vocab(clip), len(coding.codes.components), coding.codes.buckets)
+
+
+def _kept(settings: Settings, clip: unclip.CLIPTowers) -> Coding | None:
+    """The codes of this run if it resumes, or of the run that it begins with. ValueError if they are another CLIP's."""
+    kept = settings.out if settings.resumes else settings.run.init
+    if kept is None or not embedding_codes.is_stored(kept):
+        return None
+    source = unclip.read_clip_source(kept)
+    if f"{source.text} {source.image}" != clip.fingerprint:
+        raise ValueError(f"{kept}: its codes are of another CLIP's embeddings ({source.source})")
+    return embedding_codes.load_coding(kept)
 
 
 def _vocab(clip: unclip.CLIPTowers) -> int:
     assert clip.text.config.text is not None  # see `CLIPTextEncoder`
     return clip.text.config.text.vocab
+
+
+def _embedded(settings: Settings, clip: unclip.CLIPTowers, source: Source) -> np.ndarray:
+    """The stored embeddings (n e) of all images."""
+    data_dir = settings.dataset.data_dir
+    seen = once(data_dir, lambda: embedded_images(clip.image, source, data_dir / "image-embeddings"))
+    return seen[:, 0, 0]
 
 
 def _embedded_captions(clip: unclip.CLIPTowers, source: Source, batch: int = 256) -> np.ndarray:
@@ -186,13 +189,13 @@ def _batches(
     settings: Settings, clip: unclip.CLIPTowers, coding: Coding, source: Source, **order: bool
 ) -> IndexedBatches:
     """Batches of prefixes and codes."""
-    data_dir, spec, vocab = settings.dataset.data_dir, coding.embeddings, _vocab(clip)
+    spec, vocab = coding.embeddings, _vocab(clip)
     images = stream(settings, source, clip.image.resolution, captions=True, **order)
-    seen = once(data_dir, lambda: embedded_images(clip.image, source, data_dir / "image-embeddings"))
+    seen = _embedded(settings, clip, source)
 
     def entries(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         text = clip.text.encode([str(caption) for caption in batch["caption"]])
-        image = jnp.asarray(spec.normalized(seen[batch["index"], 0, 0].astype(np.float32)))
+        image = jnp.asarray(spec.normalized(seen[batch["index"]].astype(np.float32)))
         made = _training_batch(coding.codes, text.ids, text.mask, image, spec.normalized(text.pooled), vocab)
         return {name: np.asarray(value) for name, value in made.items()}
 

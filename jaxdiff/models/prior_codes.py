@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.core.products import EmbeddingSpec, TokenSpec
 from jaxdiff.diffusion import noise
-from jaxdiff.models.autoregressive import TrainedAutoregressive
+from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
 from jaxdiff.models.boxes import Generator
 from jaxdiff.models.sampling import SampleRequest
 from jaxdiff.models.start import InitProduct
@@ -114,6 +114,22 @@ def training_batch(
     before, seen = prefix(codes, ids, mask, text, vocab)
     sequence = jnp.concatenate([encode_dot(codes, image, text)[:, None], encode(codes, image)], axis=1)
     return {"ids": before, "text_mask": seen, "image": sequence[:, None]}
+
+
+def coded(
+    model: AutoregressiveModel, text_length: int, vocab: int, components: int, buckets: int
+) -> AutoregressiveModel:
+    """The model with the sizes for captions of `text_length` tokens out of `vocab`, and for embeddings of so many
+    components."""
+    network = replace(
+        model.network,
+        vocab=vocab + buckets,
+        text_length=text_length + components,
+        codes=buckets,
+        rows=1,
+        columns=1 + components,
+    )
+    return replace(model, network=network, product=TokenSpec(buckets, 1))
 
 
 @dataclass(frozen=True, eq=False)

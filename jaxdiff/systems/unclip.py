@@ -8,7 +8,7 @@ trained with it; there is no dropout; the prior samples with DDPM, not analytic 
 conventions. The paper's weights are not public.
 """
 
-from jaxdiff.core.products import EmbeddingSpec, TokenSpec
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion.degradation import BSRDegradation, Degradation, GaussianBlur
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
@@ -21,6 +21,7 @@ from jaxdiff.models.boxes import Decoder, Generator
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder
+from jaxdiff.models.prior_codes import coded
 from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.nets.autoregressive import AutoregressiveConfig
@@ -49,20 +50,14 @@ PRIOR = DiffusionModel(
 
 Its training: 600 K updates of 4096 pairs, Adam at 1.1e-4 with β₂ = 0.96 and weight decay 0.06, EMA decay 0.9999."""
 
-PRIOR_CODES = AutoregressiveModel(
-    AutoregressiveConfig(
-        vocab=49408 + 1024,
-        text_length=256 + 319,
-        codes=1024,
-        rows=1,
-        columns=1 + 319,
-        width=1664,
-        heads=26,
-        patterns=(Pattern.FULL,) * 24,
-        kernel=1,
+PRIOR_CODES = coded(
+    AutoregressiveModel(
+        AutoregressiveConfig(width=1664, heads=26, patterns=(Pattern.FULL,) * 24, kernel=1), text_weight=0.0
     ),
-    product=TokenSpec(1024, 1),
-    text_weight=0.0,
+    text_length=256,
+    vocab=49408,
+    components=319,
+    buckets=1024,
 )
 """The autoregressive prior (2.2): 319 of 1024 principal components in 1024 buckets. One transformer of the width and
 depth of the paper's latent decoder also reads the text, for which the paper has another of 24 layers.

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import cast
 
-from jaxdiff.core.products import EmbeddingSpec, TokenSpec
+from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion.degradation import BSRDegradation, GaussianBlur
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.diffusion.parameterization import Prediction
@@ -14,6 +14,7 @@ from jaxdiff.diffusion.thresholding import NoThreshold
 from jaxdiff.models.autoregressive import AutoregressiveModel
 from jaxdiff.models.conditioners import LowResConditioner, TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
+from jaxdiff.models.prior_codes import coded
 from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import SamplingConfig
 from jaxdiff.models.token_sampling import TokenSampling
@@ -38,19 +39,14 @@ PRIOR_TINY = DiffusionModel(
 )
 """1.3 M parameters."""
 
-PRIOR_CODES_TINY = AutoregressiveModel(
-    AutoregressiveConfig(
-        text_length=24 + 32,
-        codes=64,
-        rows=1,
-        columns=1 + 32,
-        width=128,
-        heads=4,
-        patterns=(Pattern.FULL,) * 6,
-        kernel=1,
+PRIOR_CODES_TINY = coded(
+    AutoregressiveModel(
+        AutoregressiveConfig(width=128, heads=4, patterns=(Pattern.FULL,) * 6, kernel=1), text_weight=0.0
     ),
-    product=TokenSpec(64, 1),
-    text_weight=0.0,
+    text_length=24,
+    vocab=381,
+    components=32,
+    buckets=64,
 )
 """The autoregressive prior: 32 principal components in 64 buckets; 1.2 M parameters without the embeddings."""
 SAMPLING_PRIOR_CODES_TINY = TokenSampling(top_p=0.95)

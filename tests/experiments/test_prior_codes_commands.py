@@ -17,6 +17,7 @@ import jaxdiff
 from experiments import train
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.table import TASKS
+from experiments.tasks import prior_codes as prior_task
 from jaxdiff.core.products import EmbeddingSpec
 from jaxdiff.diffusion.guidance import Guidance
 from jaxdiff.models import prior_codes
@@ -32,6 +33,7 @@ from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.training import metrics
 from jaxdiff.weights import clip, embedding_codes
 from jaxdiff.weights.imagen import SHIPPED
+from jaxdiff.weights.unclip import load_clip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,10 +116,15 @@ def test_the_batches_of_training(run, data, tmp_path):
 
 
 def test_a_resumed_run_keeps_its_codes(run):
-    """They are read, not computed again."""
-    task = TASKS["unclip.autoregressive"]
-    coding = task._coding(dataclasses.replace(task.settings, out=run), None, None)
+    """They are read, not computed again; those of another CLIP are refused."""
+    settings = dataclasses.replace(TASKS["unclip.autoregressive"].settings, out=run)
+    towers = load_clip(SHIPPED / "clip")
+    coding = prior_task._kept(settings, towers)
     assert coding.codes.components.shape == (5, 128)
+    changed = jax.tree.map(lambda leaf: 1.01 * leaf, towers.image.params)
+    other = dataclasses.replace(towers, image=dataclasses.replace(towers.image, params=changed))
+    with pytest.raises(ValueError, match="its codes are of another CLIP's embeddings"):
+        prior_task._kept(settings, other)
 
 
 def test_a_run_that_begins_with_another_keeps_its_codes(run, data, command, tmp_path):
