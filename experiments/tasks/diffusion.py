@@ -29,7 +29,7 @@ from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
 from jaxdiff.core.files import usable
 from jaxdiff.core.products import LatentSpec
-from jaxdiff.core.trees import check_tree
+from jaxdiff.core.trees import check_tree, flatten, listed, unflatten
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source
@@ -303,17 +303,33 @@ def placement(model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
 
 def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
     """The EMA parameters of a run, or of its model/, on the host. expected: shapes and placements, for several
-    processes. ValueError if they belong to another network."""
-    checkpoints = run / "checkpoints"
+    processes. ValueError if they belong to another network.
+
+    The model may have parameters that the run lacks, such as those of another condition: they begin as in a new model,
+    and a line names them.
+    """
+    checkpoints, shapes = run / "checkpoints", abstract_params(model)
     if checkpoints.is_dir() and multihost.count() > 1:  # all processes read it together
-        sharded = load_ema(checkpoints, expected)
-        return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), sharded)
-    if checkpoints.is_dir():
+        sharded = load_ema(checkpoints, expected, part=True)
+        params = jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), sharded)
+    elif checkpoints.is_dir():
         params = load_ema(checkpoints)
-        check_tree(params, abstract_params(model), str(checkpoints))
+        check_tree(params, shapes, str(checkpoints), part=True)
     else:
-        params = load_params(model, run / "model.safetensors")
-    return jax.tree.map(np.asarray, params)
+        params = load_params(model, run / "model.safetensors", part=True)
+    have = flatten(jax.tree.map(np.asarray, params))
+    new = sorted(flatten(shapes).keys() - have.keys())
+    if new:
+        have |= _new(model, new)
+        if multihost.index() == 0:
+            print(f"--init {run}: {listed('parameters are new and begin at random', new)}")
+    return unflatten(have)
+
+
+def _new(model: DiffusionModel, names: list[str]) -> dict[str, np.ndarray]:
+    """Initial parameters with these names, on the host; the others are not computed."""
+    computed = jax.jit(lambda key: {name: leaf for name, leaf in flatten(model.init(key)[0]).items() if name in names})
+    return jax.tree.map(np.asarray, computed(jax.random.key(0)))
 
 
 def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:

@@ -1,7 +1,7 @@
 """Parameter trees: nested dicts of arrays. A leaf's name is its path joined by "/"."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -35,14 +35,20 @@ def unflatten(flat: Mapping) -> dict:
     return tree
 
 
-def check_tree(params: Mapping, expected_shapes: Mapping, where: str) -> None:
-    """Raises ValueError unless `params` has exactly the leaves of `expected_shapes` (arrays or shape structs).
+def check_tree(params: Mapping, expected_shapes: Mapping, where: str, part: bool = False) -> None:
+    """Raises ValueError unless `params` has exactly the leaves of `expected_shapes` (arrays or shape structs). part: it
+    may lack some.
 
     The message names `where` (the source) and the first ten missing, unexpected and misshapen leaves.
     """
     have = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     want = {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}
-    check_shapes(have, want, where)
+    check_shapes(have, of_part(have.keys(), want) if part else want, where)
+
+
+def of_part(names: Set[str], want: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The leaves of a tree that a part with these names has; all leaves for names that the tree lacks."""
+    return {name: want[name] for name in names} if names < want.keys() else want
 
 
 def check_shapes(have: Mapping[str, tuple], want: Mapping[str, tuple], where: str) -> None:

@@ -172,7 +172,7 @@ def _seamless(fine: Fine, x: Array, scales: _Scales) -> Array:
     statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), first)  # not used in the first pass
     norms = len(jax.tree.leaves(statistics)) // 2
     output: Array | None = None
-    for number in range(norms + 2):
+    for number in range(norms + 2 if norms else 1):  # without statistics a tile is exact at once
         moments = []
         for area in areas:
             region = _region(area, own=number == 0)
@@ -241,7 +241,7 @@ def _fine(
 ) -> tuple[Array, Any]:
     variables = {"params": params, "statistics": statistics}
     output, state = config.module().apply(variables, tile, Part.FINE, region, method=method, mutable=["moments"])
-    return output, state["moments"]
+    return output, state.get("moments", {})
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -50,7 +50,9 @@ class AutoencoderConfig:
     channels: width of each level, the finest first; each level after the first halves the image. blocks: residual
     blocks of a level in the encoder; the decoder has one more. latent_channels: output channels of the encoder, for KL
     of the mean alone. attention_levels: levels with attention after each residual block. middle_attention: attention
-    at the lowest resolution, between two blocks. norm_groups: groups of channels that are normalized together.
+    at the lowest resolution, between two blocks. norm_groups: groups of channels that are normalized together, over the
+    entire image; 0: layer norm, of all channels at each pixel by itself, so that a code depends on its surroundings
+    alone (not in the published networks).
     quant_conv, post_quant_conv: 1×1 convolutions before and after the bottleneck. spatial_norm: the code scales and
     shifts every norm of the decoder (MoVQ, of Kandinsky).
     dtype: compute type; statistics and outputs are float32. remat: recompute every block in the backward pass.
@@ -73,8 +75,10 @@ class AutoencoderConfig:
     def __post_init__(self):
         if not self.channels:
             raise ValueError("an autoencoder needs at least one level: channels is empty")
+        if self.norm_groups < 0:
+            raise ValueError(f"norm_groups {self.norm_groups}: at least 0")
         for width in self.channels:
-            if width % self.norm_groups:
+            if self.norm_groups and width % self.norm_groups:
                 raise ValueError(f"a level of {width} channels cannot be normalized in {self.norm_groups} groups")
         outside = [level for level in self.attention_levels if not 0 <= level < len(self.channels)]
         if outside:

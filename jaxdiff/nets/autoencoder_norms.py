@@ -1,4 +1,5 @@
-"""The norms of an autoencoder: group norm, in tiles with the statistics of the rest of the image, and MoVQ's."""
+"""The norms of an autoencoder: group norm, in tiles with the statistics of the rest of the image, layer norm of each
+pixel, and MoVQ's."""
 
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class SpatialNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], code: Float[Array, "b h2 w2 z"]) -> Float[Array, "b h w c"]:
-        y, code = GroupNorm(self.groups, self.dtype, name="norm")(x), code.astype(self.dtype)
+        y, code = normalized((self.groups, self.dtype, "norm"), x), code.astype(self.dtype)
 
         def at_each_place(name: str) -> Array:
             z = nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, name=name)(code)
@@ -83,8 +84,11 @@ def normalized(
     region: Region | None = None,
     code: Float[Array, "b h2 w2 z"] | None = None,
 ) -> Float[Array, "b h w c"]:
-    """A norm, within a compact module. norm: its groups, compute type and name. code: for `SpatialNorm`."""
+    """A norm, within a compact module. norm: its groups (0: layer norm), compute type and name. code: for
+    `SpatialNorm`."""
     groups, dtype, name = norm
-    if code is None:
-        return GroupNorm(groups, dtype, name=name)(x, region)
-    return SpatialNorm(groups, dtype, name=name)(x, code)
+    if code is not None:
+        return SpatialNorm(groups, dtype, name=name)(x, code)
+    if not groups:
+        return nn.LayerNorm(EPSILON, dtype=dtype, use_fast_variance=False, name=name)(x)
+    return GroupNorm(groups, dtype, name=name)(x, region)

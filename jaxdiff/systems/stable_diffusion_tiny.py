@@ -34,14 +34,14 @@ AUTOENCODER_TINY_VQ = replace(
         channels=(16, 32, 64),
         blocks=1,
         latent_channels=4,
-        norm_groups=8,
+        norm_groups=0,
         middle_attention=False,
         bottleneck=VQBottleneck(512, 4),
     ),
     codebook=EMACodebook(),
 )
-"""64×64 images ⇄ 16×16 codes, for transformers of codes. With attention the codes of a plain background would depend on
-the whole image, and so be hard to predict."""
+"""64×64 images ⇄ 16×16 codes, for transformers of codes. With attention or group norm the codes of a plain background
+would depend on the entire image, and so be hard to predict."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
         channels=64,

@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxdiff.core.settings import difference, first_difference
+from jaxdiff.core.trees import flatten, of_part, unflatten
 from jaxdiff.training import manifest
 from jaxdiff.training.agreement import barrier, gather
 from jaxdiff.training.multihost import FolderInUseError
@@ -190,11 +191,11 @@ class Checkpoints:
             raise
 
 
-def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
+def load_ema(directory: str | Path, abstract: Params | None = None, part: bool = False) -> Params:
     """The averaged parameters of the newest checkpoint in `directory`, as float32.
 
-    abstract: expected shapes with shardings; None: load onto the first device. Raises FileNotFoundError if there is no
-    checkpoint, ValueError if it is damaged or unexpected.
+    abstract: expected shapes with shardings; None: load onto the first device. part: the checkpoint may lack some of
+    these. Raises FileNotFoundError if there is no checkpoint, ValueError if it is damaged or unexpected.
     """
     directory = Path(directory).absolute()
     manager = _manager(directory, None, create=False) if directory.is_dir() else None
@@ -206,10 +207,12 @@ def load_ema(directory: str | Path, abstract: Params | None = None) -> Params:
     if problem:
         raise ValueError(f"{what}: {problem}; {_way_on(directory, _steps(directory), manifest.damage)}")
     with _explained(ValueError, what):
+        saved = dict(manager.item_metadata(step)["ema"].items())
         if abstract is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            saved = manager.item_metadata(step)["ema"]
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
+        elif part:
+            abstract = unflatten(of_part(flatten(saved).keys(), flatten(abstract)))
         return manager.restore(step, args=ocp.args.Composite(ema=_placed(abstract)))["ema"]
 
 

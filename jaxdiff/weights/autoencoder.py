@@ -1,7 +1,8 @@
 """Autoencoders of latent diffusion in the diffusers layout (config.json + safetensors) ⇄ settings and parameter tree.
 
 diffusers' AutoencoderKL (Stable Diffusion) and VQModel (latent diffusion's VQ models). Each setting of these classes is
-either read or required to have a supported value.
+either read or required to have a supported value. A `norm_num_groups` of 0 is ours alone: layer norm, which diffusers
+does not have; `check_public` refuses it.
 """
 
 import re
@@ -77,6 +78,12 @@ def described(settings: Settings, params: dict) -> dict[str, Any]:
     return config
 
 
+def check_public(config: AutoencoderConfig) -> None:
+    """ValueError for settings that `export` writes and diffusers' classes do not have."""
+    if not config.norm_groups:
+        raise ValueError("diffusers' autoencoders have no layer norm: norm_groups = 0 is not")
+
+
 def read_config(path: Path, dtype: hub.Dtype = "float32") -> Settings:
     """Read a diffusers config.json. ValueError that names an unsupported setting."""
     return from_values(hub.read_json(path, "autoencoder"), path, dtype)
@@ -107,7 +114,7 @@ def from_values(values: Mapping[str, Any], path: Path, dtype: hub.Dtype = "float
         bottleneck=_codebook(group, latent) if vq else KLBottleneck(),
         attention_levels=_attention_levels(group, len(channels)),
         middle_attention=group.flag("mid_block_add_attention", True),
-        norm_groups=group.size("norm_num_groups"),
+        norm_groups=group.size("norm_num_groups", None, *sizes.OPTIONAL),
         quant_conv=vq or group.flag("use_quant_conv", True),
         post_quant_conv=vq or group.flag("use_post_quant_conv", True),
         spatial_norm=vq and group.values.get("norm_type") == "spatial",
@@ -209,9 +216,9 @@ VQ_READ = {"latent_channels": 3, "force_upcast": False, "num_vq_embeddings": 256
 
 
 def _widths(group: hub.Group) -> tuple[int, ...]:
-    groups, widths = group.size("norm_num_groups"), group.values["block_out_channels"]
+    groups, widths = group.size("norm_num_groups", None, *sizes.OPTIONAL), group.values["block_out_channels"]
     good = isinstance(widths, list) and 0 < len(widths) <= sizes.LEVELS
-    if not good or not all(type(n) is int and 0 < n <= sizes.SIZE.most and n % groups == 0 for n in widths):
+    if not good or not all(type(n) is int and 0 < n <= sizes.SIZE.most and n % (groups or 1) == 0 for n in widths):
         wanted = f"multiples of norm_num_groups = {groups} up to {sizes.SIZE.most}, one for each of 1 to {sizes.LEVELS}"
         raise group.error("block_out_channels", widths, f"{wanted} levels")
     return tuple(widths)

@@ -103,6 +103,7 @@ def described(pipeline: Pipeline) -> Contents:
             raise ValueError(f"diffusers' Stable Diffusion has no {name} = {getattr(sampling, name)}")
     network = network_of(model)
     trees.check_tree(generator.params, latent_unet.shapes_of(network), "the U-Net to export")
+    autoencoder.check_public(decoder.config)
     autoencoder.described(_settings(decoder), decoder.params)
     encoders = _encoders(pipeline, network)
     scheduler = schedulers.described(model.schedule, model.prediction, sampling)

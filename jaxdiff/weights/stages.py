@@ -46,9 +46,10 @@ def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str 
     return stage, sampling, text
 
 
-def load_params(stage: DiffusionModel, path: Path) -> dict:
-    """The float32 parameters of a stage from its safetensors file. ValueError if names or shapes differ."""
-    params = tree.load_expected(path, sizes.shapes(_init, stage, str(path.parent)))
+def load_params(stage: DiffusionModel, path: Path, part: bool = False) -> dict:
+    """The float32 parameters of a stage from its safetensors file. ValueError if names or shapes differ. part: the file
+    may lack some."""
+    params = tree.load_expected(path, sizes.shapes(_init, stage, str(path.parent)), part)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 

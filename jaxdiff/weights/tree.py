@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from jaxdiff.core import json_files
 from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import plain, reason
-from jaxdiff.core.trees import check_shapes, flatten, listed, unflatten
+from jaxdiff.core.trees import check_shapes, flatten, listed, of_part, unflatten
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".msgpack")
 FLOATS = {
@@ -68,13 +68,14 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_expected(path: str | Path, expected_shapes: dict) -> dict:
-    """`load_tree` of a file with exactly the leaves of `expected_shapes`, all floating.
+def load_expected(path: str | Path, expected_shapes: dict, part: bool = False) -> dict:
+    """`load_tree` of a file with exactly the leaves of `expected_shapes`, all floating. part: it may lack some.
 
     ValueError if names, shapes or types differ, before any tensor is read.
     """
     stored, _ = read_header(Path(path))
-    check_stored(stored, {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}, str(path))
+    want = {name: tuple(leaf.shape) for name, leaf in flatten(expected_shapes).items()}
+    check_stored(stored, of_part(stored.keys(), want) if part else want, str(path))
     return unflatten({name: tensor.read() for name, tensor in stored.items()})
 
 

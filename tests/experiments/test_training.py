@@ -21,10 +21,13 @@ from experiments.tasks.diffusion import DiffusionOptions, Settings
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
 from experiments.tasks.text_embeddings import TextOptions
+from jaxdiff.core.trees import check_tree, flatten
 from jaxdiff.data import emoji, sources
 from jaxdiff.diffusion.time_samplers import LogSNRRange
+from jaxdiff.models.representations import EmbeddingConditioner
 from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.training import metrics
+from jaxdiff.training.state import abstract_params
 from jaxdiff.weights.imagen import load
 from jaxdiff.weights.stages import load_model, save_model
 from jaxdiff.weights.t5 import load_text_encoder
@@ -109,8 +112,9 @@ def test_log_snrs_to_train_at(tmp_path):
     assert DiffusionOptions(logsnr_fraction=0.5).levels(levels) == dataclasses.replace(levels, fraction=0.5)
 
 
-def test_parameters_to_begin_with(standin, photos, tmp_path, command):
-    """From a run's folder, finished or not, or the model/ in it; what was learned does not depend on how."""
+def test_parameters_to_begin_with(standin, photos, tmp_path, command, capsys):
+    """From a run's folder, finished or not, or the model/ in it; what was learned does not depend on how. Parameters of
+    another condition are new."""
     arguments = *ENLARGE, *SHORT, "--data", f"folder:{photos}", "--data-dir", tmp_path / "data"
     assert command(train, *arguments, "--dtype", "bfloat16", "--out", tmp_path / "first").code == 0
     model = load_model(tmp_path / "first" / "model")
@@ -122,6 +126,14 @@ def test_parameters_to_begin_with(standin, photos, tmp_path, command):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
     with pytest.raises(ValueError, match="does not fit the settings"):
         diffusion.initial(init, load_model(standin / "base64").model)
+    more = dataclasses.replace(model.model, conditioners=(*model.model.conditioners, EmbeddingConditioner(6)))
+    for init in (tmp_path / "first", tmp_path / "first" / "model"):
+        begun, kept = diffusion.initial(init, more), flatten(found[0])
+        check_tree(begun, abstract_params(more), "here")
+        begun = flatten(begun)
+        new = begun.keys() - kept.keys()
+        assert f"{len(new)} parameters are new and begin at random ({min(new)}" in capsys.readouterr().out
+        assert all(np.array_equal(begun[name], leaf) for name, leaf in kept.items())
 
 
 def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):

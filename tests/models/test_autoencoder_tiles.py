@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -85,6 +86,19 @@ def test_seamless(run, size):
     ]
     print(errors)
     assert errors[0] < 1e-4 and errors[1] < 2 / 255 and errors[2] > 0.02
+
+
+@pytest.mark.parametrize("run", ["decode", "encode"])
+def test_seamless_with_layer_norm(run, monkeypatch):
+    """No statistics of the image: one pass is exact."""
+    config = replace(CONFIG, norm_groups=0)
+    params, run = small.random_params(config), getattr(autoencoder_tiles, run)
+    x = uneven(80, 66, 3) if run is autoencoder_tiles.encode else uneven(40, 33)
+    first_pass, region = [], autoencoder_tiles._region
+    monkeypatch.setattr(autoencoder_tiles, "_region", lambda area, own: first_pass.append(own) or region(area, own))
+    tiled, entire = run(config, params, x, SeamlessTiles(28)), run(config, params, x, None)
+    np.testing.assert_allclose(tiled, entire, atol=1e-5 * np.abs(entire).max())
+    assert len(first_pass) > 2 and all(first_pass)
 
 
 def test_regions_cover_the_image_once():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import small_autoencoder as small
 
 from jaxdiff.nets import autoencoder as nets
 from jaxdiff.nets.autoencoder import AutoencoderConfig, Part, VQBottleneck
-from jaxdiff.nets.autoencoder_norms import GroupNorm, Region
+from jaxdiff.nets.autoencoder_norms import GroupNorm, Region, normalized
 
 CONFIG = replace(small.VQ8, channels=(4, 8, 8), blocks=1, attention_levels=(2,))
 PARAMS = small.random_params(CONFIG)
@@ -119,6 +120,26 @@ def test_statistics_of_a_region():
         np.testing.assert_allclose(state["moments"]["variance"], variance, rtol=1e-5)
 
 
+def test_layer_norm():
+    """Each pixel by itself: its mean and deviation over the channels."""
+    config = replace(CONFIG, channels=(4, 8), attention_levels=(), middle_attention=False, norm_groups=0)
+    params = small.random_params(config)
+    x = jnp.asarray(small.image(32, 4))
+    changed = np.abs(run(config, params, x, "encode") - run(config, params, x.at[:, :2].add(1.0), "encode"))
+    assert changed[:, 0].max() > 0.01 and changed[:, -4:].max() == 0
+    norm = params["encoder"]["head_norm"]
+    seen = np.random.default_rng(0).normal(3.0, 2.0, size=(1, 2, 2, 8)).astype("f4")
+    by_hand = (seen - seen.mean(-1, keepdims=True)) / np.sqrt(seen.var(-1, keepdims=True) + 1e-6)
+
+    class Alone(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return normalized((0, "float32", "norm"), x)
+
+    y = Alone().apply({"params": {"norm": norm}}, jnp.asarray(seen))
+    np.testing.assert_allclose(y, by_hand * norm["scale"] + norm["bias"], atol=1e-5)
+
+
 def test_bfloat16():
     """Finite, and near float32; of a large offset, whose variance would be lost without float32 statistics."""
     image = small.image(16, 16)
@@ -167,6 +188,7 @@ def test_initial_parameters():
     [
         ({"channels": ()}, "at least one level"),
         ({"channels": (8, 6)}, "6 channels cannot be normalized in 4 groups"),
+        ({"norm_groups": -1}, "norm_groups -1: at least 0"),
         ({"attention_levels": (2,)}, "attention_levels has 2, and there are 2 levels"),
         ({"bottleneck": VQBottleneck(9, 3), "quant_conv": False}, "codes of width 3 for 4 latent channels need both"),
     ],

@@ -137,6 +137,10 @@ def test_averaged_parameters_alone(finished):
     assert placed["first"]["kernel"].sharding.mesh == mesh
     with pytest.raises(ValueError, match="averaged parameters of step 10 cannot be restored"):
         load_ema(folder / "checkpoints", abstract_state(Toy(width=32), OPTIMIZER, mesh).ema)
+    more = abstract | {"third": abstract["first"]}
+    assert equal(load_ema(folder / "checkpoints", more, part=True), state.ema)
+    with pytest.raises(ValueError, match="averaged parameters of step 10 cannot be restored"):
+        load_ema(folder / "checkpoints", more)
 
 
 def test_no_checkpoint_is_said_so(tmp_path):

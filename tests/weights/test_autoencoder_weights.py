@@ -121,6 +121,18 @@ def test_missing_settings_are_those_of_diffusers(tmp_path):
     assert empty == autoencoder.Settings(wanted, 0.18215, False, 48)
 
 
+def test_layer_norm(tmp_path):
+    """Of a file of ours alone."""
+    config = AutoencoderConfig((6, 10), 1, 3, norm_groups=0, bottleneck=VQBottleneck(9, 3))
+    params = small.random_params(config)
+    autoencoder.export(autoencoder.Settings(config), params, tmp_path)
+    settings, read = autoencoder.load(tmp_path)
+    assert settings.config == config
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    with pytest.raises(ValueError, match="no layer norm: norm_groups = 0 is not"):
+        autoencoder.check_public(config)
+
+
 def test_what_cannot_be_exported(tmp_path):
     """Refused before anything is written."""
     with pytest.raises(ValueError, match=r"the autoencoder to export does not fit the settings: \d+ missing"):

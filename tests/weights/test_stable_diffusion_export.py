@@ -113,6 +113,7 @@ def changed(ours, **change):
 
 def test_refused_before_anything_is_written(ours, tmp_path):
     text, encoder = ours.generator.model.text, ours.text_encoder
+    local = replace(ours.decoders[0], config=replace(ours.decoders[0].config, norm_groups=0))
     zero = replace(encoder, tokenizer=clip_tokenizer(Padding.ZERO))
     narrow = replace(ours.generator, params={"stem": {"kernel": np.zeros(3)}})
     cases = {
@@ -129,6 +130,7 @@ def test_refused_before_anything_is_written(ours, tmp_path):
         "no pads_with_a_word = True": changed(ours, text_encoder=zero),
         "not one text tower of CLIP": changed(ours, text_encoder=CombinedTextEncoder((encoder,), Axis.TOKENS)),
         "the U-Net to export": replace(ours, generator=narrow),
+        "no layer norm: norm_groups = 0 is not": replace(ours, decoders=(local,)),
         "the CLIP to export": changed(ours, text_encoder=replace(encoder, params={"text": narrow.params})),
         "a latent diffusion model and an autoencoder": replace(ours, decoders=()),
     }
