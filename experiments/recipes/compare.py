@@ -2,12 +2,14 @@
 
     python -m experiments.recipes.compare
     python -m experiments.recipes.compare --tflop 20000 --batch 128 --out runs/compare-gpu     # a GPU
+    python -m experiments.recipes.compare --trained imagen=jaxdiff/weights/tiny unclip=runs/prior,runs/decoder
 
 Each system gets one budget of training FLOPs, which its trained parts divide (`SYSTEMS`): autoencoders, dVAEs and
 priors count. The width of its generator, or of unCLIP's decoder, is that with which all trained parts together have the
 parameters of the latent diffusion system. T5 and CLIP are the shipped ones; DALL·E 1 learns its own text encoder. Every
 system samples the same held-out captions with the settings of its preset. OUT/README.md is the page: scores, costs, and
-a sheet with a row for each system. Started again, it resumes: finished runs and scores stay.
+a sheet with a row for each system. Started again, it resumes: finished runs and scores stay. With --trained there is
+only the sheet, of captions with one object, by runs that exist.
 """
 
 import dataclasses
@@ -54,6 +56,8 @@ class Settings:
     """Folder of the runs and of the page."""
     systems: tuple[str, ...] = ()
     """Systems to compare; default: all."""
+    trained: tuple[str, ...] = ()
+    """NAME=RUN, or NAME=RUN,RUN for a system of several: only show these, at 64×64."""
     tflop: float = 160.0
     """Training budget of each system, in 10¹² floating-point operations."""
     batch: int = 16
@@ -75,6 +79,8 @@ class Settings:
         """ValueError naming the flag."""
         if unknown := [name for name in self.systems if name not in SYSTEMS]:
             raise ValueError(f"--systems {' '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
+        if wrong := next((each for each in self.trained if not all(each.partition("="))), None):
+            raise ValueError(f"--trained {wrong}: NAME=RUN, or NAME=RUN,RUN")
         for name in ("tflop", "batch", "n", "frechet", "examples"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name):g}: must be above 0")
@@ -152,6 +158,11 @@ class Fitted:
 def main(settings: Settings) -> None:
     """Train, measure and show."""
     settings.check()
+    if settings.trained:
+        named = dict(each.split("=", 1) for each in settings.trained)
+        show(settings.out / "images.png", {name: pretrained.load(runs.split(",")) for name, runs in named.items()}, (1,))
+        print(f"{settings.out / 'images.png'}: a row for each system")
+        return
     check_distances(settings.frechet)
     use_cores(settings.batch)
     parameters = sum(count_of(_model(TASKS[part.task], _preset(part))) for part in SYSTEMS["sd"])

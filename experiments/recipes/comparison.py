@@ -115,11 +115,13 @@ def frechet(extractor: Extractor, true: np.ndarray, sampled: np.ndarray) -> floa
     return distance(first, second)
 
 
-def show(path: Path, systems: Mapping[str, Pipeline]) -> None:
-    """Write a sheet: a row for each system, a column for each caption; four captions of one object, four of two."""
-    texts = [each.text for objects in (1, 2) for each in held_out_captions(4, objects)]
+def show(path: Path, systems: Mapping[str, Pipeline], objects: Sequence[int] = (1, 2)) -> None:
+    """Write a sheet: a row for each system, a column for each of eight captions, as many of each number of objects. Of a
+    cascade it shows the first images."""
+    texts = [each.text for count in objects for each in held_out_captions(8 // len(objects), count)]
     tiles, labels = [], []
     for name, pipeline in systems.items():
-        tiles += list(pipeline.sample(texts, SampleOptions(seed=0))[-1])
+        last = min(pipeline.image_boxes.values())
+        tiles += list(pipeline.sample(texts, SampleOptions(seed=0, last=last))[-1])
         labels += [f"{name}: {text}" for text in texts]
     grids.write(path, grids.grid(tiles, labels, 128, len(texts)))

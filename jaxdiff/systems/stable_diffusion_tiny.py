@@ -17,7 +17,7 @@ from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.systems.stable_diffusion import SAMPLING, SCHEDULE
 
 AUTOENCODER_TINY = AutoencoderModel(
-    AutoencoderConfig(channels=(16, 32, 64, 64), blocks=1, latent_channels=8, norm_groups=8),
+    AutoencoderConfig(channels=(16, 32, 64, 64), blocks=1, latent_channels=8, norm_groups=0),
     side=64,
     kl_weight=1e-3,
     adversary=None,
@@ -25,7 +25,7 @@ AUTOENCODER_TINY = AutoencoderModel(
 """64×64 images ⇄ 8×8 latents."""
 AUTOENCODER_TINY_F4 = replace(
     AUTOENCODER_TINY,
-    network=AutoencoderConfig(channels=(16, 32, 64), blocks=1, latent_channels=4, norm_groups=8),
+    network=AutoencoderConfig(channels=(16, 32, 64), blocks=1, latent_channels=4, norm_groups=0),
 )
 """64×64 images ⇄ 16×16 latents: more exact, and a U-Net in its latents takes four times the operations."""
 AUTOENCODER_TINY_VQ = replace(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from experiments.recipes import compare
 from experiments.recipes.comparison import count_of, nearest
@@ -26,6 +27,17 @@ def test_bad_settings(command):
     assert done.code == 2 and "--systems gan: choose from sd, imagen, dalle, unclip" in done.err
     assert "--frechet 80: more than 128, the number of features" in command(compare.main, "--frechet", 80).err
     assert "--tflop 0: must be above 0" in command(compare.main, "--tflop", 0).err
+    assert "--trained runs/sd: NAME=RUN" in command(compare.main, "--trained", "runs/sd").err
+
+
+@pytest.mark.usefixtures("small_presets")
+def test_the_sheet_of_trained_systems(standin, tmp_path, command):
+    """A cascade's base images."""
+    done = command(compare.main, "--trained", f"imagen={standin}", f"again={standin}", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert [file.name for file in tmp_path.iterdir()] == ["images.png"]
+    with Image.open(tmp_path / "images.png") as sheet:
+        assert sheet.width > 8 * 128 and 256 < sheet.height < 512
 
 
 @pytest.mark.parametrize(
