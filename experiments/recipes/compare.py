@@ -159,8 +159,8 @@ def main(settings: Settings) -> None:
     """Train, measure and show."""
     settings.check()
     if settings.trained:
-        named = dict(each.split("=", 1) for each in settings.trained)
-        show(settings.out / "images.png", {name: pretrained.load(runs.split(",")) for name, runs in named.items()}, (1,))
+        named = (each.split("=", 1) for each in settings.trained)
+        show(settings.out / "images.png", {name: pretrained.load(runs.split(",")) for name, runs in named}, (1,))
         print(f"{settings.out / 'images.png'}: a row for each system")
         return
     check_distances(settings.frechet)

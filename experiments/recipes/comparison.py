@@ -116,8 +116,8 @@ def frechet(extractor: Extractor, true: np.ndarray, sampled: np.ndarray) -> floa
 
 
 def show(path: Path, systems: Mapping[str, Pipeline], objects: Sequence[int] = (1, 2)) -> None:
-    """Write a sheet: a row for each system, a column for each of eight captions, as many of each number of objects. Of a
-    cascade it shows the first images."""
+    """Write a sheet: a row for each system, a column for each of eight captions, as many of each number of objects.
+    Of a cascade it shows the first images."""
     texts = [each.text for count in objects for each in held_out_captions(8 // len(objects), count)]
     tiles, labels = [], []
     for name, pipeline in systems.items():

@@ -201,7 +201,7 @@ def word(recipe: Recipe) -> dict[str, float]:
         LoRASettings(
             out,
             run=RunOptions(settings.steps[2], 16, ema_decay=0.98, evaluate_every=0, sample_every=0, save_every=200),
-            # Half of a batch keeps what the base knows (arXiv 2208.12242, 3.2): the other colours, all shapes and places.
+            # Half of a batch keeps what the base knows (arXiv 2208.12242, 3.2): other colours, shapes, places.
             dataset=DataOptions((f"folder:{folder}", "shapes"), data_weights=(1.0, 1.0), data_dir=settings.data_dir),
             optimization=OptimizerOptions(learning_rate=1e-3),
             base=BaseOptions(str(settings.base)),

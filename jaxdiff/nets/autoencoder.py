@@ -52,7 +52,8 @@ class AutoencoderConfig:
     of the mean alone. attention_levels: levels with attention after each residual block. middle_attention: attention
     at the lowest resolution, between two blocks. norm_groups: groups of channels that are normalized together, over the
     entire image; 0: layer norm, of all channels at each pixel by itself, so that a code depends on its surroundings
-    alone (not in the published networks).
+    alone (not in the published networks). local_encoder: the encoder has 1×1 convolutions, and 2×2 ones where it halves
+    the image, so that with layer norm a code depends on its own pixels alone (not in the published networks either).
     quant_conv, post_quant_conv: 1×1 convolutions before and after the bottleneck. spatial_norm: the code scales and
     shifts every norm of the decoder (MoVQ, of Kandinsky).
     dtype: compute type; statistics and outputs are float32. remat: recompute every block in the backward pass.
@@ -69,6 +70,7 @@ class AutoencoderConfig:
     quant_conv: bool = True
     post_quant_conv: bool = True
     spatial_norm: bool = False
+    local_encoder: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = field(default=False, metadata=HOW)
 
@@ -110,6 +112,8 @@ class AutoencoderConfig:
     @property
     def encoder_reach(self) -> int:
         """How far, in features of the coarse level, the pixels lie that a feature of the fine part depends on."""
+        if self.local_encoder:
+            return 0
         pixels = 1 + sum((2 * self.blocks + 2) * 2**level for level in range(self.coarse_level))
         return -(-pixels // 2**self.coarse_level)
 
@@ -175,11 +179,13 @@ def init(config: AutoencoderConfig, key: Key[Array, ""]) -> dict:
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, swish and 3×3 convolution, added to the input, after a 1×1 convolution if the width changes."""
+    """Twice norm, swish and 3×3 convolution, added to the input, after a 1×1 convolution if the width changes. size: of
+    the convolutions."""
 
     channels: int
     groups: int
     dtype: Dtype
+    size: int = 3
 
     @nn.compact
     def __call__(
@@ -189,9 +195,9 @@ class ResidualBlock(nn.Module):
         code: Float[Array, "b h3 w3 z"] | None = None,
     ) -> Float[Array, "b h w c2"]:
         y = nn.silu(normalized((self.groups, self.dtype, "norm_1"), x, region, code))
-        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_1")(y)
+        y = nn.Conv(self.channels, (self.size, self.size), dtype=self.dtype, name="conv_1")(y)
         y = nn.silu(normalized((self.groups, self.dtype, "norm_2"), y, region, code))
-        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_2")(y)
+        y = nn.Conv(self.channels, (self.size, self.size), dtype=self.dtype, name="conv_2")(y)
         if x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
         return x + y
@@ -231,6 +237,11 @@ class _Half(nn.Module):
 
     config: AutoencoderConfig
 
+    @property
+    def size(self) -> int:
+        """Of the convolutions."""
+        return 3
+
     def level(
         self, x: Array, level: int, way: str, count: int, region: Region | None = None, code: Array | None = None
     ) -> Array:
@@ -257,14 +268,15 @@ class _Half(nn.Module):
     def block(
         self, x: Array, channels: int, name: str, region: Region | None = None, code: Array | None = None
     ) -> Array:
-        block = self._remat(ResidualBlock)(channels, self.config.norm_groups, self.config.dtype, name=name)
-        return block(x, region, code)
+        norm, dtype = self.config.norm_groups, self.config.dtype
+        return self._remat(ResidualBlock)(channels, norm, dtype, self.size, name=name)(x, region, code)
 
     def attend(self, x: Array, name: str, code: Array | None = None) -> Array:
         return self._remat(AttentionBlock)(self.config.norm_groups, self.config.dtype, name=name)(x, code)
 
-    def conv(self, x: Array, channels: int, name: str, **options: Any) -> Array:
-        return nn.Conv(channels, (3, 3), dtype=self.config.dtype, name=name, **options)(x)
+    def conv(self, x: Array, channels: int, name: str, size: int | None = None, **options: Any) -> Array:
+        sizes = (size or self.size,) * 2
+        return nn.Conv(channels, sizes, dtype=self.config.dtype, name=name, **options)(x)
 
     def _remat(self, module: Any) -> Any:
         return nn.remat(module) if self.config.remat else module
@@ -272,6 +284,10 @@ class _Half(nn.Module):
 
 class Encoder(_Half):
     """From images to means and log-variances (KL) or codes (VQ), before the 1×1 convolution."""
+
+    @property
+    def size(self) -> int:
+        return 1 if self.config.local_encoder else 3
 
     @nn.compact
     def __call__(self, x: Array, part: Part = Part.ALL, region: Region | None = None) -> Array:
@@ -290,8 +306,10 @@ class Encoder(_Half):
 
     def down(self, x: Array, level: int) -> Array:
         """Halve the image; the published networks pad only its right and lower border."""
-        padding = ((0, 1), (0, 1))
-        return self.conv(x, self.config.channels[level], f"down_{level}", strides=2, padding=padding)
+        channels, name = self.config.channels[level], f"down_{level}"
+        if self.config.local_encoder:
+            return self.conv(x, channels, name, 2, strides=2)
+        return self.conv(x, channels, name, strides=2, padding=((0, 1), (0, 1)))
 
 
 class Decoder(_Half):

@@ -36,7 +36,8 @@ AUTOENCODER_TINY_VQ = replace(
         latent_channels=4,
         norm_groups=0,
         middle_attention=False,
-        bottleneck=VQBottleneck(512, 4),
+        local_encoder=True,
+        bottleneck=VQBottleneck(1024, 4),
     ),
     codebook=EMACodebook(),
 )

@@ -1,8 +1,8 @@
 """Autoencoders of latent diffusion in the diffusers layout (config.json + safetensors) ⇄ settings and parameter tree.
 
 diffusers' AutoencoderKL (Stable Diffusion) and VQModel (latent diffusion's VQ models). Each setting of these classes is
-either read or required to have a supported value. A `norm_num_groups` of 0 is ours alone: layer norm, which diffusers
-does not have; `check_public` refuses it.
+either read or required to have a supported value. Two are ours alone, and `check_public` refuses them: a
+`norm_num_groups` of 0 (layer norm), and `local_encoder`.
 """
 
 import re
@@ -82,6 +82,8 @@ def check_public(config: AutoencoderConfig) -> None:
     """ValueError for settings that `export` writes and diffusers' classes do not have."""
     if not config.norm_groups:
         raise ValueError("diffusers' autoencoders have no layer norm: norm_groups = 0 is not")
+    if config.local_encoder:
+        raise ValueError("diffusers' autoencoders have no local_encoder = True")
 
 
 def read_config(path: Path, dtype: hub.Dtype = "float32") -> Settings:
@@ -117,6 +119,7 @@ def from_values(values: Mapping[str, Any], path: Path, dtype: hub.Dtype = "float
         norm_groups=group.size("norm_num_groups", None, *sizes.OPTIONAL),
         quant_conv=vq or group.flag("use_quant_conv", True),
         post_quant_conv=vq or group.flag("use_post_quant_conv", True),
+        local_encoder=group.flag("local_encoder", False),
         spatial_norm=vq and group.values.get("norm_type") == "spatial",
         dtype=dtype,
     )
@@ -209,6 +212,7 @@ READ = {
     "sample_size": 32,
     "scaling_factor": 0.18215,
     "mid_block_add_attention": True,
+    "local_encoder": False,
 }
 KL_READ = {"latent_channels": 4, "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True}
 VQ_READ = {"latent_channels": 3, "force_upcast": False, "num_vq_embeddings": 256, "vq_embed_dim": None}
@@ -274,7 +278,7 @@ def _hub_config(settings: Settings) -> dict[str, Any]:
         "scaling_factor": settings.scale,
         "force_upcast": settings.upcast,
         "mid_block_add_attention": config.middle_attention,
-    }
+    } | ({"local_encoder": True} if config.local_encoder else {})
     if isinstance(config.bottleneck, VQBottleneck):
         if not (config.quant_conv and config.post_quant_conv):
             raise ValueError(

@@ -156,6 +156,7 @@ def export_decoder(
     network = Network(unet, _width(decoder), model.product.channels)
     unclip_unet.check(network, decoder.params, "the decoder to export")
     settings = autoencoder.Settings(movq.config, side=movq.side)
+    autoencoder.check_public(movq.config)
     autoencoder.described(settings, movq.params)
     scheduler = schedulers.described(model.schedule, model.prediction, decoder.sampling, unet.learned_variance)
     unclip_unet.export_unet(network, decoder.params, Folders(directory / "unet"), dtype, sample_size=model.side)

@@ -120,8 +120,8 @@ def described(config: AutoencoderConfig, side: int) -> dict[str, Any]:
         raise ValueError("a KL autoencoder is no VQGAN")
     if config.norm_groups != GROUPS or any(each % width for each in config.channels):
         raise ValueError(f"VQGAN's norms have {GROUPS} groups, and its widths are multiples of the first")
-    if not (config.middle_attention and config.quant_conv and config.post_quant_conv):
-        raise ValueError("a VQGAN has attention in the middle, and both 1×1 convolutions")
+    if not (config.middle_attention and config.quant_conv and config.post_quant_conv) or config.local_encoder:
+        raise ValueError("a VQGAN has attention in the middle, both 1×1 convolutions, and no local_encoder")
     values: Mapping[str, Any] = {
         "ch": width,
         "ch_mult": [each // width for each in config.channels],

@@ -140,6 +140,21 @@ def test_layer_norm():
     np.testing.assert_allclose(y, by_hand * norm["scale"] + norm["bias"], atol=1e-5)
 
 
+def test_local_encoder():
+    """A code depends on its own pixels alone, and on all of them; the decoder reaches further."""
+    config = replace(
+        CONFIG, channels=(4, 8, 8), attention_levels=(), middle_attention=False, norm_groups=0, local_encoder=True
+    )
+    params, x = small.random_params(config), jnp.asarray(small.image(16, 16))
+    codes = run(config, params, x, "encode")
+    assert codes.shape[1:3] == (4, 4) and config.encoder_reach == 0
+    for row, column in ((4, 8), (7, 11)):
+        changed = np.abs(run(config, params, x.at[:, row, column].add(1.0), "encode") - codes).max((0, 3))
+        assert changed[1, 2] > 1e-3 and np.count_nonzero(changed) == 1
+    changed = np.abs(run(config, params, codes.at[:, 1, 2].add(1.0), "decode") - run(config, params, codes, "decode"))
+    assert changed[:, :4].max() > 1e-3
+
+
 def test_bfloat16():
     """Finite, and near float32; of a large offset, whose variance would be lost without float32 statistics."""
     image = small.image(16, 16)

@@ -121,15 +121,15 @@ def test_missing_settings_are_those_of_diffusers(tmp_path):
     assert empty == autoencoder.Settings(wanted, 0.18215, False, 48)
 
 
-def test_layer_norm(tmp_path):
-    """Of a file of ours alone."""
-    config = AutoencoderConfig((6, 10), 1, 3, norm_groups=0, bottleneck=VQBottleneck(9, 3))
+@pytest.mark.parametrize("changes", [{"norm_groups": 0}, {"norm_groups": 2, "local_encoder": True}])
+def test_settings_of_ours_alone(changes, tmp_path):
+    config = AutoencoderConfig((6, 10), 1, 3, bottleneck=VQBottleneck(9, 3), **changes)
     params = small.random_params(config)
     autoencoder.export(autoencoder.Settings(config), params, tmp_path)
     settings, read = autoencoder.load(tmp_path)
     assert settings.config == config
     jax.tree.map(np.testing.assert_array_equal, read, params)
-    with pytest.raises(ValueError, match="no layer norm: norm_groups = 0 is not"):
+    with pytest.raises(ValueError, match=r"no layer norm: norm_groups = 0|no local_encoder = True"):
         autoencoder.check_public(config)
 
 

@@ -212,6 +212,7 @@ def test_another_network_is_not_written(tmp_path):
         ({"bottleneck": KLBottleneck()}, "KL"),
         ({"norm_groups": 16}, "32 groups"),
         ({"middle_attention": False}, "attention in the middle"),
+        ({"local_encoder": True}, "no local_encoder"),
     ):
         with pytest.raises(ValueError, match=message):
             vqgan.export(replace(TRAINED, config=replace(CONFIG, **change)), tmp_path / "out")
