@@ -4,12 +4,13 @@
     python -m experiments.recipes.compare --tflop 20000 --batch 128 --out runs/compare-gpu     # a GPU
     python -m experiments.recipes.compare --trained imagen=jaxdiff/weights/tiny unclip=runs/prior,runs/decoder
 
-Each system gets one budget of training FLOPs, which its trained parts divide (`SYSTEMS`): autoencoders, dVAEs and
-priors count. The width of its generator, or of unCLIP's decoder, is that with which all trained parts together have the
-parameters of the latent diffusion system. T5 and CLIP are the shipped ones; DALL·E 1 learns its own text encoder. Every
-system samples the same held-out captions with the settings of its preset. OUT/README.md is the page: scores, costs, and
-a sheet with a row for each system. Started again, it resumes: finished runs and scores stay. With --trained there is
-only the sheet, of captions with one object, by runs that exist.
+Each system gets one budget of training FLOPs, which its trained parts divide (`SYSTEMS`): autoencoders and priors
+count. The width of its generator, or of unCLIP's decoder, is that with which all trained parts together have the
+parameters of the latent diffusion system. T5 and CLIP are the shipped ones; DALL·E 1 learns its own text encoder, and
+has a VQ autoencoder, as a dVAE of this size learns too few codes in this time. Every system samples the same held-out
+captions with the settings of its preset. OUT/README.md is the page: scores, costs, and a sheet with a row for each
+system. Started again, it resumes: finished runs and scores stay. With --trained there is only the sheet, of captions
+with one object, by runs that exist.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from experiments.recipes.comparison import (
     show,
 )
 from experiments.table import TASKS
-from experiments.tasks import autoencoder, dalle, diffusion, dvae, latents, unclip
+from experiments.tasks import autoencoder, dalle, diffusion, latents, unclip
 from experiments.tasks.task import Task
 from jaxdiff.core.files import replacing, write_json
 from jaxdiff.core.products import EmbeddingSpec
@@ -121,12 +122,12 @@ SYSTEMS: dict[str, tuple[Part, ...]] = {
     ),
     "imagen": (Part("imagen.base64", 1.0, lambda out: diffusion.Settings(preset="quick"), _unet, range(32, 257, 4)),),
     "dalle": (
-        Part("dalle.dvae", 0.25, lambda out: dvae.Settings(preset="tiny"), sampled=False),
+        Part("sd.autoencoder", 0.25, lambda out: autoencoder.Settings(preset="tiny-vq"), sampled=False),
         Part(
             "dalle.transformer",
             0.75,
             lambda out: dalle.Settings(
-                preset="tiny", transformer=dalle.TransformerOptions(codes=str(out / "dalle.dvae"))
+                preset="tiny", transformer=dalle.TransformerOptions(codes=str(out / "sd.autoencoder"))
             ),
             _network,
             range(64, 513, 8),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.options.training import DataOptions, OptimizerOptions, RunOptions
-from experiments.tasks import autoencoder, clip, dalle, diffusion, dvae, latents, t5, unclip
+from experiments.tasks import autoencoder, clip, dalle, diffusion, latents, t5, unclip
 from experiments.tasks.text_embeddings import TextOptions
 from jaxdiff.data.rainbow import SIDE
 
@@ -22,7 +22,7 @@ class TrainingOptions:
     text_steps: int = 600
     """Updates of T5 or CLIP on the training data."""
     decoder_steps: int = 4000
-    """Updates of the autoencoder, the dVAE or the prior."""
+    """Updates of the autoencoder or the prior."""
     steps: int = 4000
     """Updates of the diffusion model or the transformer."""
     batch: int = 32
@@ -79,10 +79,9 @@ def stable_diffusion(training: Training) -> list[Run]:
 
 
 def dalle_1(training: Training) -> list[Run]:
-    """A dVAE, and a transformer of text and its codes."""
-    options = dvae.DVAEOptions(side=SIDE, temperature_steps=max(1, training.options.decoder_steps * 3 // 4))
-    settings = dvae.Settings(preset="tiny", dvae=options)
-    first = Run("dalle.dvae", training.of(settings, "dvae", training.options.decoder_steps))
+    """A VQ autoencoder, and a transformer of text and its codes."""
+    settings = autoencoder.Settings(preset="tiny-vq", autoencoder=autoencoder.AutoencoderOptions(side=SIDE))
+    first = Run("sd.autoencoder", training.of(settings, "codes", training.options.decoder_steps))
     codes = dalle.TransformerOptions(codes=str(first.settings.out))
     transformer = dalle.Settings(preset=training.options.preset, transformer=codes)
     last = Run("dalle.transformer", training.of(transformer, "transformer", training.options.steps), sampled=True)

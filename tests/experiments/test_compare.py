@@ -61,4 +61,4 @@ def test_the_page(command, tmp_path):
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| | sd | imagen | dalle | unclip |" in page and (tmp_path / "out" / "images.png").is_file()
     scores = json.loads((tmp_path / "out" / "dalle" / "scores.json").read_text())
-    assert scores["images"].keys() == {"dalle.dvae", "dalle.transformer"} and 0 <= scores["one_object"] <= 1
+    assert scores["images"].keys() == {"sd.autoencoder", "dalle.transformer"} and 0 <= scores["one_object"] <= 1
