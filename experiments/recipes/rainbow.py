@@ -45,7 +45,7 @@ class Settings:
     out: Path = Path("runs/rainbow")
     """Folder of the runs and the result."""
     system: Literal["imagen", "sd", "dalle", "unclip"] = "imagen"
-    """Imagen's base model, latent diffusion, a VQ autoencoder with a transformer of its codes, or CLIP with a prior and a
+    """Imagen's base model, latent diffusion, a VQ autoencoder with a transformer of its codes, or CLIP, a prior and a
     decoder."""
     training: TrainingOptions = TrainingOptions()
     n: int = 0
