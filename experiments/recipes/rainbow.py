@@ -5,8 +5,10 @@
 
 Trains a system on the 2,765 training images at 32×32 (`rainbow_systems.py`: for Imagen a T5 and a base model) and
 samples the held-out captions, about 4,700 (`--n` samples fewer). An image is right if all six attributes are read back
-as in its caption (`jaxdiff.evaluation.rainbow`). Cost and results are in experiments/results/README.md. Writes
-OUT/grid.png (held-out images above their samples, wrong ones first) and OUT/report.json. Started again, it resumes.
+as in its caption (`jaxdiff.evaluation.rainbow`). For DALL·E 1 report.json also has `equal_codes`, the fraction of
+samples with all codes of the caption's own image: the published measure of the community's. Cost and results are in
+experiments/results/README.md. Writes OUT/grid.png (held-out images above their samples, wrong ones first) and
+OUT/report.json. Started again, it resumes.
 """
 
 import statistics
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import train
@@ -30,6 +33,9 @@ from jaxdiff.data import grids
 from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, Attributes, draw, split
 from jaxdiff.evaluation.rainbow import NAMES, Read, read
+from jaxdiff.models.boxes import Decoder
+from jaxdiff.models.dvae import TrainedDVAE
+from jaxdiff.models.vq_codes import VQCodes
 from jaxdiff.systems.bars import Bars
 from jaxdiff.systems.pipeline import Pipeline, SampleOptions
 from jaxdiff.training.loop import Diverged
@@ -76,8 +82,8 @@ def main(settings: Settings) -> None:
     trained = time.monotonic() - started
     pipeline = pretrained.load([each.settings.out for each in runs if each.sampled])
     places = split("test")[: settings.n or None]
-    sampled = _sampled(pipeline, places, settings)
     asked = [EVERY[place] for place in places]
+    products = _sampled(pipeline, asked, settings)
     boxes = (pipeline.generator, *pipeline.decoders)
     provenance = {
         "system": settings.system,
@@ -87,13 +93,24 @@ def main(settings: Settings) -> None:
         "seconds_of_training_in_this_run": trained,
         "device": jax.devices()[0].device_kind,
     }
-    report(settings.out, asked, sampled, provenance)
+    equal = equal_codes(next(iter(pipeline.decoders), None), products[0], asked)
+    report(settings.out, asked, products[-1], provenance | ({} if equal is None else {"equal_codes": equal}))
 
 
-def _sampled(pipeline: Pipeline, places: tuple[int, ...], settings: Settings) -> np.ndarray:
-    captions = [EVERY[place].caption for place in places]
+def _sampled(pipeline: Pipeline, asked: list[Attributes], settings: Settings) -> tuple[np.ndarray, ...]:
+    """The product of each box."""
+    captions = [each.caption for each in asked]
     with Bars(pipeline) as bars:
-        return pipeline.sample(captions, SampleOptions(seed=settings.seed, batch=settings.sample_batch), bars)[-1]
+        return pipeline.sample(captions, SampleOptions(seed=settings.seed, batch=settings.sample_batch), bars)
+
+
+def equal_codes(decoder: Decoder | None, sampled: np.ndarray, asked: list[Attributes]) -> float | None:
+    """The fraction of the samples (n h w) with all codes of the image that was asked for; None for other products."""
+    if not isinstance(decoder, TrainedDVAE | VQCodes):
+        return None
+    batches = [asked[first : first + TEXT_BATCH] for first in range(0, len(asked), TEXT_BATCH)]
+    true = [np.asarray(decoder.encode(jnp.stack([to_float(draw(each)) for each in batch]))) for batch in batches]
+    return float((np.concatenate(true) == sampled).all((1, 2)).mean())
 
 
 def report(out: Path, asked: list[Attributes], sampled: np.ndarray, provenance: dict) -> None:
@@ -112,6 +129,8 @@ def report(out: Path, asked: list[Attributes], sampled: np.ndarray, provenance: 
     grids.write(out / "grid.png", grids.grid(shown, captions, 96, COLUMNS, font_size=9))
     print(f"{out / 'grid.png'}: {scores['right']:.2%} of {len(asked)} held-out captions right in every attribute")
     print(", ".join(f"{name} {fraction:.2%}" for name, fraction in scores["attributes"].items()))
+    if "equal_codes" in provenance:
+        print(f"all codes equal {provenance['equal_codes']:.2%}")
 
 
 def scores_of(asked: list[Attributes], detected: list[Read]) -> dict:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_autoencoder import random_params
 from small_cascade import BASE
 
 from experiments import train
@@ -20,7 +21,10 @@ from jaxdiff.data.images import to_float
 from jaxdiff.data.rainbow import EVERY, draw, split
 from jaxdiff.data.shapes_scene import scene
 from jaxdiff.evaluation.rainbow import read
+from jaxdiff.models.autoencoder import TrainedAutoencoder
 from jaxdiff.models.classifier import of_size_one
+from jaxdiff.models.vq_codes import VQCodes
+from jaxdiff.nets.autoencoder import AutoencoderConfig, VQBottleneck
 from jaxdiff.nets.classifier import Classifier, ClassifierConfig
 from jaxdiff.training import metrics
 from jaxdiff.weights import classifier
@@ -126,6 +130,21 @@ def test_the_rainbow_of_other_systems(system, command, tmp_path):
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["count"] == 8 and report["made_by"]["system"] == system and "held-out captions" in done.out
+    assert ("equal_codes" in report["made_by"]) is (system == "dalle")
+
+
+def test_equal_codes():
+    """Of what was asked for; one sample with another code is wrong."""
+    asked = [EVERY[place] for place in split("test")[:70]]
+    config = AutoencoderConfig(
+        (4, 4), 1, norm_groups=0, local_encoder=True, middle_attention=False, bottleneck=VQBottleneck(9, 3)
+    )
+    codes = VQCodes(TrainedAutoencoder(config, random_params(config), side=32))
+    sampled = np.asarray(codes.encode(jnp.asarray(np.stack([to_float(draw(each)) for each in asked])))).copy()
+    assert rainbow.equal_codes(codes, sampled, asked) == 1
+    sampled[3, 0, 0] += 1
+    assert rainbow.equal_codes(codes, sampled, asked) == pytest.approx(69 / 70)
+    assert rainbow.equal_codes(None, sampled, asked) is None
 
 
 def test_definitions_without_licence_and_examples(command, tmp_path):
