@@ -8,9 +8,9 @@
 map: a model conditioned on a map of classes alone, the palette of `shapes`, is trained in the base's latents; the mean
 intersection over union (IoU) of held-out maps and of the classes that its samples show. edges: a ControlNet of the
 base, trained on edge maps; the IoU of the objects of held-out images and of samples of their captions, with and without
-the hint. word: a LoRA of the base learns a colour that no training image had from 20 images; the fraction of samples
-of other captions with the word that have the colour. The autoencoder limits map and word: the scores that end in
-reconstructed are those of its reconstructions.
+the hint. word: a LoRA of the base learns a colour that no training image had from 20 images, beside images of `shapes`;
+the fraction of samples of other captions with the word that have the colour. The autoencoder limits map and word: the
+scores that end in reconstructed are those of its reconstructions.
 
 OUT/scores.json has the numbers; OUT/map.png, edges.png and word.png show samples.
 """

@@ -207,12 +207,13 @@ def load_ema(directory: str | Path, abstract: Params | None = None, part: bool =
     if problem:
         raise ValueError(f"{what}: {problem}; {_way_on(directory, _steps(directory), manifest.damage)}")
     with _explained(ValueError, what):
-        saved = dict(manager.item_metadata(step)["ema"].items())
-        if abstract is None:
+        if abstract is None or part:
+            saved = dict(manager.item_metadata(step)["ema"].items())
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
-        elif part:
-            abstract = unflatten(of_part(flatten(saved).keys(), flatten(abstract)))
+            if abstract is None:
+                abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
+            else:
+                abstract = unflatten(of_part(flatten(saved).keys(), flatten(abstract)))
         return manager.restore(step, args=ocp.args.Composite(ema=_placed(abstract)))["ema"]
 
 
