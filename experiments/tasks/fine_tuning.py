@@ -1,6 +1,7 @@
 """Training on top of a given latent diffusion model: its data, captions and samples. What is trained: `adapters.py`."""
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -184,13 +185,13 @@ class FineTuning(Task):
             raise ValueError(f"--preset {preset}: choose from {', '.join(self.bases)}")
         return self.bases[preset]
 
+    @abstractmethod
     def adapter(self, settings: Any, base: DiffusionModel, text: TextEncoder | None = None) -> Any:
         """The trainable. text: the text encoder, if it is loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def given(self, base: Params) -> Any:
         """The frozen arrays, from the base's parameters."""
-        raise NotImplementedError
 
     def check(self, pipeline: Pipeline) -> None:
         """ValueError for a base that it cannot train on."""
@@ -207,13 +208,13 @@ class FineTuning(Task):
         """Initial parameters; None: the trainable's own."""
         return None
 
+    @abstractmethod
     def applied(self, pipeline: Pipeline, params: Params, model: Any) -> Pipeline:
         """The pipeline with what was trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, settings: Any, pipeline: Pipeline, model: Any, params: Params) -> str:
         """Write what was trained; returns a line about it."""
-        raise NotImplementedError
 
     def prepare(self, settings: FineTuningSettings, start: Start) -> Work:
         if settings.run.init is not None:

@@ -1,6 +1,7 @@
 """Tasks that train on images alone, and reconstruct them: the autoencoders of latent diffusion and of DALL·E 1."""
 
 import dataclasses
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,17 +37,17 @@ class ReconstructionTask(Task):
 
     takes_init: ClassVar[bool] = True
 
+    @abstractmethod
     def trained_model(self, settings: Any) -> Any:
         """The preset with the changes of the command line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def initial(self, settings: Any, model: Any) -> tuple[Params, Any]:
         """The parameters and `extra` of the run that `--init` names, on the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saved(self, settings: Any, model: Any, source: Source, trained: Any) -> str:
         """Write OUT/model; returns a line about it."""
-        raise NotImplementedError
 
     def resized(self, model: Any, side: int) -> Any:
         return dataclasses.replace(model, side=side)

@@ -4,6 +4,7 @@
 no command.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A kind of model, for the commands.
 
     about: one line for --help. presets: settings of the model by size.
@@ -88,9 +89,9 @@ class Task:
     """Whether a run can start from the parameters of another (--init)."""
     rules: ClassVar[Mapping[str, Rule]] = {"adam": AdamW()}
 
+    @abstractmethod
     def prepare(self, settings: Any, start: Start) -> Work:
         """Prepare a training run. Bad settings are rejected before anything is written."""
-        raise NotImplementedError
 
     def config(self, settings: TrainSettings, name: str) -> TrainConfig:
         """Settings of the training loop, with the preset's defaults. ValueError naming the flag."""

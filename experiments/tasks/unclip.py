@@ -12,6 +12,7 @@ embedded once, and the embeddings stored below --data-dir. `unclip.sr256` trains
 
 import dataclasses
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,9 +101,9 @@ class OnCLIP(Space):
         seen = once(data_dir, lambda: embedded_images(self.clip.image, source, data_dir / "image-embeddings"))
         return IndexedBatches(images, partial(self.entries, seen))
 
+    @abstractmethod
     def entries(self, seen: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What a batch of the model has beside images and captions. seen: the embeddings of all images (n 1 1 e)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ class UnCLIPTask(DiffusionTask):
 
     settings: UnCLIPSettings = UnCLIPSettings()
 
+    @abstractmethod
     def on_clip(self, model: DiffusionModel, clip: unclip.CLIPTowers) -> OnCLIP:
         """The model for this CLIP, with its data."""
-        raise NotImplementedError
 
     def space(self, settings: UnCLIPSettings, model: DiffusionModel) -> OnCLIP:
         if settings.diffusion.buckets:
