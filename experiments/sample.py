@@ -41,7 +41,7 @@ from PIL import Image
 
 from experiments.cli import Command, run
 from experiments.options import texts
-from experiments.options.candidates import CandidateOptions, best
+from experiments.options.candidates import CandidateOptions
 from experiments.options.hints import HintOptions
 from experiments.options.image_embedding import ImageEmbeddingOptions
 from experiments.options.init_image import Enlarged, InitImageOptions, enlarged
@@ -132,16 +132,14 @@ def main(settings: Run, tasks: Mapping[str, Task]) -> None:
     _check(settings)
     mesh = mesh_of(settings.sampling.mesh)
     out = folder_for_images(settings.out, OUT, settings.overwrite)
-    upscaler, score = settings.upscaling.load(settings.sampling.dtype), settings.ranking.load()
+    upscaler, ranking = settings.upscaling.load(settings.sampling.dtype), settings.ranking.load()
     pipeline = _pipeline(settings, prompts, tasks)
     with spread(with_samplings(pipeline, settings.sampling), mesh) as model, Bars(model) as bars:
         enlarging = enlarged(settings.init, model)
-        samples = settings.per_prompt * settings.ranking.candidates
+        samples = settings.per_prompt * ranking.candidates
         options = dataclasses.replace(_options(settings, model, enlarging, samples * len(prompts)), per_prompt=samples)
-        batches = model.batches(prompts, options, bars)
-        if score is not None:
-            batches = best(score, batches, prompts, settings.per_prompt, settings.ranking.candidates)
-            options = dataclasses.replace(options, per_prompt=settings.per_prompt)
+        batches = ranking.best(model.batches(prompts, options, bars), prompts, settings.per_prompt)
+        options = dataclasses.replace(options, per_prompt=settings.per_prompt)
         output = _Output(settings, out, model, prompts, enlarging, factor_of(upscaler))
         if upscaler is not None:
             batches = enlarged_by(upscaler, batches, prompts, options)

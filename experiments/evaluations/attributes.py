@@ -6,7 +6,8 @@ Samples n held-out captions of one object and n of two through all stages, and r
 of `jaxdiff.evaluation.attributes`. An image is right if all stated attributes are read back equal. The two kinds have
 separate scores (`--objects 1` or `2` samples only one kind), because two objects are much harder. The shipped cascade
 takes about 20 minutes on 2 CPU cores at n = 100, nearly all of it at 1024 (`--up-to 256`: 4 minutes; one kind: half as
-long); its scores are in jaxdiff/weights/tiny/README.md.
+long); its scores are in jaxdiff/weights/tiny/README.md. `--candidates 8` scores the best of eight samples by CLIP, as
+DALL·E 1 is sampled.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.evaluations.scores import provenance, report
+from experiments.options.candidates import SINGLE, CandidateOptions, Ranking
 from experiments.options.sampling import SamplingOptions, mesh_of, spread, with_samplings
 from experiments.options.weights import WeightsOptions
 from experiments.tasks.task import Task
@@ -50,6 +52,7 @@ class Settings:
     json: Path | None = None
     """Write the scores to this file."""
     pipeline: WeightsOptions = WeightsOptions()
+    ranking: CandidateOptions = CandidateOptions()
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -57,15 +60,17 @@ def main(settings: Settings, tasks: Mapping[str, Task]) -> None:
     """Attribute accuracy on held-out captions of `shapes`."""
     if settings.n < 1:
         raise ValueError(f"--n {settings.n}: at least one caption of each kind")
+    settings.ranking.check()
     if settings.json is not None:
         usable_file(settings.json)
-    mesh = mesh_of(settings.sampling.mesh)
+    mesh, ranking = mesh_of(settings.sampling.mesh), settings.ranking.load()
     model = up_to(settings.pipeline.load(tasks, settings.sampling.dtype), settings.up_to)
     model = with_samplings(model, settings.sampling)
     captions = {objects: held_out_captions(settings.n, objects) for objects in OBJECTS[settings.objects]}
     with spread(model, mesh) as placed:
-        scores = attribute_scores(placed, captions, settings.seed, settings.batch)
-    report(scores, provenance(settings, model, ("n", "objects", "seed", "batch")), settings.json)
+        scores = attribute_scores(placed, captions, settings.seed, settings.batch, ranking)
+    made_by = provenance(settings, model, ("n", "objects", "seed", "batch")) | settings.ranking.shown
+    report(scores, made_by, settings.json)
 
 
 class Tally:
@@ -105,17 +110,24 @@ def verdict(image: np.ndarray, stated: Stated) -> Verdict:
     return matches(images.to_uint8(image), stated)
 
 
-def attribute_scores(model: Pipeline, captions: Mapping[int, Sequence[Caption]], seed: int, batch: int) -> dict:
+def attribute_scores(
+    model: Pipeline,
+    captions: Mapping[int, Sequence[Caption]],
+    seed: int,
+    batch: int,
+    ranking: Ranking = SINGLE,
+) -> dict:
     """attribute_accuracy_R, attributes_R, wrong_R for each resolution R, for captions of one object; with the suffix
     _two_objects for those of two; seconds_per_image through all stages.
 
     captions: by the number of objects. The noise of each kind starts at index 0, so it does not depend on the other.
     """
     tallies = {objects: Tally() for objects in captions}
-    options = SampleOptions(seed=seed, batch=batch)
+    options = SampleOptions(seed=seed, batch=batch, per_prompt=ranking.candidates)
     with Bars(model, len(captions)) as bars:
         for objects, each in captions.items():
-            batches = model.batches([c.text for c in each], options, bars)
+            texts = [c.text for c in each]
+            batches = ranking.best(model.batches(texts, options, bars), texts)
             bars.resume()
             for first, products in batches:
                 for resolution, box in model.image_boxes.items():

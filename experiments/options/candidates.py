@@ -32,14 +32,46 @@ class CandidateOptions:
         if self.rank_by and self.candidates == 1:
             raise ValueError(f"--rank-by {self.rank_by}: one candidate needs no ranking, use --candidates")
 
-    def load(self) -> Score | None:
-        """The score; None for a single candidate."""
-        return None if self.candidates == 1 else cosines(self.rank_by or str(SHIPPED / "clip"))
+    def load(self) -> "Ranking":
+        """The candidates, with CLIP loaded if there are several."""
+        if self.candidates == 1:
+            return SINGLE
+        return Ranking(self.candidates, cosines(self.rank_by or str(SHIPPED / "clip")))
 
     @property
     def shown(self) -> dict[str, object]:
         """For the metadata of images; nothing for a single candidate."""
         return {} if self.candidates == 1 else {"candidates": self.candidates, "rank_by": self.rank_by or None}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """candidates: samples for each image. score: keeps the best of them; None for a single one."""
+
+    candidates: int = 1
+    score: Score | None = None
+
+    def best(self, batches: Iterable[Batch], prompts: Sequence[str], per_prompt: int = 1) -> Iterator[Batch]:
+        """Batches of the best of each `candidates` successive samples. per_prompt: images kept for each prompt."""
+        if self.score is None:
+            yield from batches
+            return
+        count, kept = self.candidates, 0
+        waiting: list[tuple[np.ndarray, ...]] = []
+        for batch in batches:
+            waiting.append(batch.products)
+            products = [np.concatenate(parts) for parts in zip(*waiting)]
+            groups = len(products[-1]) // count
+            if groups:
+                ready = [each[: groups * count] for each in products]
+                texts = [prompts[(kept + i // count) // per_prompt] for i in range(groups * count)]
+                chosen = self.score(texts, ready[-1]).reshape(groups, count).argmax(1) + count * np.arange(groups)
+                yield Batch(kept, tuple(each[chosen] for each in ready))
+                kept += groups
+            waiting = [tuple(each[groups * count :] for each in products)]
+
+
+SINGLE = Ranking()
 
 
 def cosines(directory: str) -> Score:
@@ -53,22 +85,3 @@ def cosines(directory: str) -> Score:
         return (l2_normalize(np.asarray(pooled)) * l2_normalize(np.concatenate(seen))).sum(1)
 
     return score
-
-
-def best(
-    score: Score, batches: Iterable[Batch], prompts: Sequence[str], per_prompt: int, candidates: int
-) -> Iterator[Batch]:
-    """Batches of the best of each `candidates` successive samples. per_prompt: images that are kept for each prompt."""
-    waiting: list[tuple[np.ndarray, ...]] = []
-    kept = 0
-    for batch in batches:
-        waiting.append(batch.products)
-        products = [np.concatenate(parts) for parts in zip(*waiting)]
-        groups = len(products[-1]) // candidates
-        if groups:
-            ready = [each[: groups * candidates] for each in products]
-            texts = [prompts[(kept + i // candidates) // per_prompt] for i in range(groups * candidates)]
-            chosen = score(texts, ready[-1]).reshape(groups, candidates).argmax(1) + candidates * np.arange(groups)
-            yield Batch(kept, tuple(each[chosen] for each in ready))
-            kept += groups
-        waiting = [tuple(each[groups * candidates :] for each in products)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import sample
-from experiments.options.candidates import CandidateOptions, best
+from experiments.options.candidates import CandidateOptions, Ranking
 from jaxdiff.systems.pipeline import Batch
 
 
@@ -25,10 +25,15 @@ def batches(sizes, values):
 def test_the_best_of_each_group(sizes):
     """Two prompts, two images of each, three candidates for an image; groups may span batches of any size."""
     values = [0.1, 0.5, 0.9, 0.4, 0.2, 0.3, 0.0, 0.8, 1.0, 0.7, 0.6, 0.95]
-    found = list(best(brightness, batches(sizes, values), ["0.5", "1.0"], 2, 3))
+    found = list(Ranking(3, brightness).best(batches(sizes, values), ["0.5", "1.0"], 2))
     numbers = np.concatenate([batch.products[0] for batch in found])
     assert numbers.tolist() == [1, 3, 8, 11]
     assert [batch.first for batch in found] == np.cumsum([0, *(len(b.products[0]) for b in found)])[:-1].tolist()
+
+
+def test_a_single_candidate_needs_no_score():
+    image = np.zeros((2, 2, 2, 3))
+    assert [*Ranking().best([Batch(0, (image,))], ["a", "b"])] == [Batch(0, (image,))]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from experiments import evaluate
 from experiments.evaluations.attributes import Tally, attribute_scores
 from experiments.evaluations.colours import colour_scores
 from experiments.evaluations.psnr import psnr, psnr_scores, small_image, true_image
+from experiments.options.candidates import Ranking
 from jaxdiff.data.images import resize, to_float, to_uint8
 from jaxdiff.data.shapes_caption import held_out_captions, held_out_examples
 from jaxdiff.data.shapes_draw import draw
@@ -151,6 +152,22 @@ def test_the_noise_of_a_kind_does_not_depend_on_the_other(standin):
     assert {name: value for name, value in both.items() if name.endswith("_two_objects")} == {
         name: value for name, value in alone.items() if "seconds" not in name
     }
+
+
+def test_the_best_candidates_are_scored(standin):
+    """Of two samples for each caption, those with the higher score: here the second ones."""
+    model = up_to(load(standin), 64)
+    captions = held_out_captions(3, 1)
+    seen: list[str] = []
+
+    def second(texts, images):
+        seen.extend(texts)
+        assert images.shape == (len(texts), 64, 64, 3)
+        return np.arange(len(texts)) % 2
+
+    scores = attribute_scores(model, {1: captions}, 5, 4, Ranking(2, second))
+    assert sorted(seen) == sorted(2 * [caption.text for caption in captions])
+    assert scores["attribute_accuracy_64"] == 1 - len(scores["wrong_64"]) / 3
 
 
 def test_a_kind_that_is_none(standin, command):
