@@ -40,21 +40,38 @@ def truncated(
 ) -> Float[Array, "b k"]:
     """The logits, −∞ for tokens outside of `top_k` and `top_p`. Of equal logits the earlier token is the likelier; the
     likeliest token always remains."""
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    number = _ordered(logits)
+    ranked = jnp.flip(jnp.sort(number, axis=-1), axis=-1)
     rank = jnp.arange(logits.shape[-1])
-    ranked = jnp.where((rank < top_k) | (jnp.asarray(top_k) == 0), ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked)
+    among = (rank < top_k) | (jnp.asarray(top_k) == 0)
+    probability = jax.nn.softmax(jnp.where(among, _logits(ranked), -jnp.inf))
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = (before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1.0)
-    ranked = jnp.where(kept, ranked, -jnp.inf)
-    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+    within = (before < top_p) | (jnp.asarray(top_p) >= 1.0)
+    kept = ((among & within) | (rank == 0)).sum(-1, keepdims=True)
+    last = jnp.take_along_axis(ranked, kept - 1, axis=-1)
+    above, equal = number > last, number == last
+    remaining = kept - above.sum(-1, keepdims=True)
+    return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= remaining)), logits, -jnp.inf)
+
+
+def _ordered(logits: Float[Array, "b k"]) -> Int[Array, "b k"]:
+    """Integers in the order of the logits: on CPUs XLA sorts them four times as fast. `_logits` is the inverse."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0.0, 0.0, logits).astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _logits(ordered: Int[Array, "b k"]) -> Float[Array, "b k"]:
+    return jax.lax.bitcast_convert_type(jnp.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered), jnp.float32)
 
 
 def drawn(logits: Float[Array, "b k"], keys: Key[Array, " b"], sampling: TokenSampling) -> Int[Array, " b"]:
     """A token for each row, from its own key."""
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
     cold = temperature == 0
-    scaled = truncated(logits / jnp.where(cold, 1.0, temperature), sampling.top_k, sampling.top_p)
+    scaled = logits / jnp.where(cold, 1.0, temperature)
+    everything = (jnp.asarray(sampling.top_k) == 0) & (jnp.asarray(sampling.top_p) >= 1.0)
+    scaled = jax.lax.cond(  # sorting takes most of the time of a small transformer
+        everything, lambda: scaled, lambda: truncated(scaled, sampling.top_k, sampling.top_p)
+    )
     noisy = scaled + noise.gumbel(keys, logits.shape[1:])
     return jnp.argmax(jnp.where(cold, logits, noisy), axis=-1).astype(jnp.int32)

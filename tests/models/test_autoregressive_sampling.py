@@ -79,6 +79,24 @@ def test_top_p_is_of_what_top_k_leaves():
     assert np.isfinite(truncated(logits, 0, 0.55)).tolist() == [[True, True, False, False]]
 
 
+@pytest.mark.parametrize("top_k", [0, 1, 5, 9])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_truncation_against_its_definition(top_k, top_p):
+    """Token by token, with equal logits, both zeros, −∞ and large ranges."""
+    random = np.random.default_rng(0)
+    logits = random.integers(-3, 4, (20, 9)) * random.choice([0.5, 1.0, 40.0], (20, 1))
+    logits[0], logits[1, :4], logits[2, 3:] = 0.0, -0.0, -np.inf
+    found = np.asarray(truncated(jnp.asarray(logits, jnp.float32), top_k, top_p))
+    for row, result in zip(logits, found):
+        order = np.argsort(-row, kind="stable")[: top_k or 9]
+        likely = np.exp(row[order] - row.max())
+        before = np.cumsum(likely / likely.sum()) - likely / likely.sum()
+        kept = [token for rank, token in enumerate(order) if rank == 0 or before[rank] < top_p or top_p == 1.0]
+        wanted = np.full(9, -np.inf)
+        wanted[kept] = row[kept]
+        np.testing.assert_array_equal(result, wanted)
+
+
 def uncached(sampling, rows=slice(None), known=None):
     """Codes one by one, each from the logits of a complete sequence."""
     keys, ids, mask = noise.sample_keys(KEY, jnp.arange(4))[rows], IDS[rows], MASK[rows]
