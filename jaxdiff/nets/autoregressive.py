@@ -77,10 +77,11 @@ class AutoregressiveConfig:
 
 
 class Cache(NamedTuple):
-    """The keys and values of all layers, at all positions; zero where no token was yet."""
+    """The keys and values of each layer (b l n d), at all positions; zero where no token was yet. Arrays of their own,
+    so that a loop writes into them in place."""
 
-    keys: Float[Array, "layers b l n d"]
-    values: Float[Array, "layers b l n d"]
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
 
 
 class Logits(NamedTuple):
@@ -133,7 +134,7 @@ class Autoregressive(nn.Module):
         for layer in self.layers:
             x = layer(x, seen)
         room = (0, 0), (0, config.grid.tokens), (0, 0), (0, 0)
-        keys, values = (jnp.stack([jnp.pad(each, room) for each in which]) for which in zip(*stored))
+        keys, values = (tuple(jnp.pad(each, room) for each in which) for which in zip(*stored))
         return _float(self.code_head(self.norm(x[:, -1]))), Cache(keys, values)
 
     def step(self, code: Int[Array, " b"], number: Int[Array, ""], cache: Cache) -> tuple[Float[Array, "b k"], Cache]:
@@ -150,7 +151,7 @@ class Autoregressive(nn.Module):
                 return attention(q, *added, mask=mask)
 
             x = layer(x, seen)
-        return _float(self.code_head(self.norm(x[:, 0]))), Cache(*(jnp.stack(each) for each in zip(*stored)))
+        return _float(self.code_head(self.norm(x[:, 0]))), Cache(*zip(*stored))
 
     def _text(self, text: Array, mask: Array) -> Float[Array, "b p d"]:
         """The start token and the text, with positions."""

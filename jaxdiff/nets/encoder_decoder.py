@@ -84,13 +84,14 @@ MINI = EncoderDecoderConfig(
 
 
 class TextCache(NamedTuple):
-    """Keys and values of all decoder layers: of the start token and the codes, zero where there is none yet, and of the
-    text. mask: True for the text's tokens."""
+    """Keys and values of each decoder layer: of the start token and the codes (b m n h), zero where there is none yet,
+    and of the text (b t n h). Arrays of their own, so that a loop writes into them in place. mask: True for the text's
+    tokens."""
 
-    keys: Float[Array, "layers b m n h"]
-    values: Float[Array, "layers b m n h"]
-    text_keys: Float[Array, "layers b t n h"]
-    text_values: Float[Array, "layers b t n h"]
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    text_keys: tuple[Array, ...]
+    text_values: tuple[Array, ...]
     mask: Bool[Array, "b t"]
 
 
@@ -131,9 +132,9 @@ class EncoderDecoder(nn.Module):
     def prefill(self, text: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> tuple[Float[Array, "b k"], TextCache]:
         """The logits of the first code, and the cache with the text and the start token."""
         config, states = self.config, self.encode(text, mask)
-        text_keys, text_values = (jnp.stack(each) for each in zip(*(layer.read(states) for layer in self.decoder)))
-        shape = config.decoder_layers, len(text), config.tokens, *text_keys.shape[-2:]
-        empty = jnp.zeros(shape, text_keys.dtype)
+        text_keys, text_values = zip(*(layer.read(states) for layer in self.decoder))
+        shape = len(text), config.tokens, *text_keys[0].shape[-2:]
+        empty = (jnp.zeros(shape, text_keys[0].dtype),) * config.decoder_layers
         start = jnp.full((len(text),), config.start)
         return self._next(start, jnp.zeros((), int), TextCache(empty, empty, text_keys, text_values, mask))
 
@@ -156,8 +157,8 @@ class EncoderDecoder(nn.Module):
                 return attention(q, *added, mask=before)
 
             x = layer.follow(x, seen, *text, cache.mask)
-        keys, values = (jnp.stack(each) for each in zip(*stored))
-        return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
+        all_keys, all_values = zip(*stored)
+        return self._logits(x)[:, 0], cache._replace(keys=all_keys, values=all_values)
 
     def _codes(self, tokens: Int[Array, "b m"], positions: Int[Array, " m"]) -> Float[Array, "b m d"]:
         x = self.code_embedding(tokens) + self.code_position(positions)
