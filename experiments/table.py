@@ -124,6 +124,7 @@ TASKS: dict[str, Task] = {
             "tiny": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY, SMALL),
             "tiny-f4": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_F4, SMALL),
             "tiny-vq": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_VQ, SMALL),
+            "tiny-vq-f2": AutoencoderPreset(stable_diffusion_tiny.AUTOENCODER_TINY_VQ_F2, SMALL),
             "kl-f8": AutoencoderPreset(stable_diffusion.KL_F8),
             "kl-f4": AutoencoderPreset(stable_diffusion.KL_F4),
             "vq-f8": AutoencoderPreset(stable_diffusion.VQ_F8),

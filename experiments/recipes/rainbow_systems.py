@@ -79,8 +79,8 @@ def stable_diffusion(training: Training) -> list[Run]:
 
 
 def dalle_1(training: Training) -> list[Run]:
-    """A VQ autoencoder, and a transformer of text and its codes."""
-    settings = autoencoder.Settings(preset="tiny-vq", autoencoder=autoencoder.AutoencoderOptions(side=SIDE))
+    """A VQ autoencoder of stride 2, and a transformer of text and its codes."""
+    settings = autoencoder.Settings(preset="tiny-vq-f2", autoencoder=autoencoder.AutoencoderOptions(side=SIDE))
     first = Run("sd.autoencoder", training.of(settings, "codes", training.options.decoder_steps))
     codes = dalle.TransformerOptions(codes=str(first.settings.out))
     transformer = dalle.Settings(preset=training.options.preset, transformer=codes)

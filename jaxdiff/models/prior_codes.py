@@ -157,6 +157,11 @@ class TrainedPriorCodes(Generator):
             raise ValueError(f"codes of embeddings of width {self.codes.components.shape[1]}, not {self.embeddings}")
 
     @property
+    def params(self) -> dict:
+        """The transformer's."""
+        return self.transformer.params
+
+    @property
     def produces(self) -> EmbeddingSpec:
         return self.embeddings
 

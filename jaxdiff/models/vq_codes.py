@@ -28,6 +28,11 @@ class VQCodes(Decoder):
             raise ValueError("a KL autoencoder has no codes: a transformer of codes needs a dVAE or a VQ autoencoder")
 
     @property
+    def params(self) -> dict:
+        """The autoencoder's."""
+        return self.autoencoder.params
+
+    @property
     def produces(self) -> ImageSpec:
         return self.autoencoder.produces
 

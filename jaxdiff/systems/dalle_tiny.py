@@ -31,4 +31,4 @@ TRANSFORMER_TINY = AutoregressiveModel(
     product=TokenSpec(512, 4),
 )
 """0.9 M parameters without the embeddings."""
-SAMPLING_TINY = TokenSampling(top_p=0.95, guidance=2.0)
+SAMPLING_TINY = TokenSampling(top_p=0.97, guidance=1.5)

@@ -43,6 +43,12 @@ AUTOENCODER_TINY_VQ = replace(
 )
 """64×64 images ⇄ 16×16 codes, for transformers of codes. With attention or group norm the codes of a plain background
 would depend on the entire image, and so be hard to predict."""
+AUTOENCODER_TINY_VQ_F2 = replace(
+    AUTOENCODER_TINY_VQ,
+    network=replace(AUTOENCODER_TINY_VQ.network, channels=(32, 64), bottleneck=VQBottleneck(512, 4)),
+)
+"""32×32 images ⇄ 16×16 codes, for drawings of few colours: few codes then suffice, and each is seen often. A transformer
+that has to combine what it has not seen together needs that."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
         channels=64,
