@@ -13,11 +13,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from experiments.evaluations.retrieval import CLIPData, decoded, with_bar
 from experiments.tasks.task import Task
-from jaxdiff.data import sources, tfds_sets
+from jaxdiff.data import sources
 from jaxdiff.data.shapes_caption import held_out_examples
 from jaxdiff.data.shapes_draw import draw
 from jaxdiff.data.shapes_scene import BACKGROUNDS, COLOURS, FILLS, KINDS, SIZES
@@ -72,6 +71,10 @@ def _labelled(
         scenes = [scene for scene, _ in held_out_examples(count)]
         values = [s.background if wanted == "background" else getattr(s.objects[0], wanted) for s in scenes]
         return names, (draw(scene, side) for scene in scenes), np.array([names.index(value) for value in values])
+    import tensorflow_datasets as tfds  # imported here, because it takes a third of a second
+
+    from jaxdiff.data import tfds_sets
+
     source = sources.open(spec, side, settings.on.split or "train", settings.on.data_dir)
     features = source.builder.info.features if isinstance(source, tfds_sets.Captioned) else {}
     classes = {name: feature for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)}

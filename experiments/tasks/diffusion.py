@@ -46,7 +46,6 @@ from jaxdiff.nets.latent_unet import LatentUNetConfig
 from jaxdiff.nets.unet import EfficientUNetConfig
 from jaxdiff.text.encoder import TextEmbedding, TextEncoder
 from jaxdiff.training import multihost
-from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.config import TrainConfig
 from jaxdiff.training.distributed import check_shared, once
 from jaxdiff.training.held_out import HeldOutBatches
@@ -308,6 +307,8 @@ def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
     The model may have parameters that the run lacks, such as those of another condition: they begin as in a new model,
     and a line names them.
     """
+    from jaxdiff.training.checkpoints import load_ema  # imported here: Orbax takes a quarter of a second
+
     checkpoints, shapes = run / "checkpoints", abstract_params(model)
     if checkpoints.is_dir() and multihost.count() > 1:  # all processes read it together
         sharded = load_ema(checkpoints, expected, part=True)

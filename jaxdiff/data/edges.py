@@ -4,8 +4,8 @@ All arithmetic is in whole numbers, so that maps are the same on every machine a
 """
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import ndimage
 
 WEIGHT = 256
 """Sum of the smoothing kernel, up to rounding."""
@@ -33,7 +33,7 @@ def edge_map(
     smooth, scale = _smoothed(image.astype(np.int64), sigma)
     ridge, strength = _ridges(smooth)
     weak, strong = ridge & (strength > low * scale), ridge & (strength > high * scale)
-    components, _ = ndimage.label(weak, np.ones((3, 3)))
+    components, _ = scipy.ndimage.label(weak, np.ones((3, 3)))
     edges = weak & np.isin(components, np.unique(components[strong]))
     return np.repeat(edges[..., None].astype(np.float32), channels, axis=-1)
 
@@ -52,7 +52,7 @@ def _filtered(image: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.nda
     """Correlate with a kernel along the rows' axis and one along the columns'; the border is repeated. Exact: the sums
     are whole numbers far below 2^53."""
     for axis, kernel in enumerate((down, across)):
-        image = ndimage.correlate1d(image, kernel, axis, np.int64, "nearest")
+        image = scipy.ndimage.correlate1d(image, kernel, axis, np.int64, "nearest")
     return image
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxdiff.data import emoji, folder, hugging_face, rainbow, records, shapes, tfds_sets
+from jaxdiff.data import folder, hugging_face, records
 from jaxdiff.data.columns import ColumnNames
 from jaxdiff.data.example import Source
 from jaxdiff.data.mixture import MixtureSource, check_weights
@@ -140,21 +140,31 @@ def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> S
     if not isinstance(spec, Shapes | Rainbow | Tfds | HuggingFace) and split != "train":
         raise ValueError(f"{describe(spec)} has only the split 'train', not {split!r}")
     match spec:
-        case Shapes(train, held_out):
-            prepare = shapes.prepare_held_out if split == "held_out" else shapes.prepare
-            return tfds_sets.Captioned(prepare(resolution, data_dir, train=train, held_out=held_out), split)
-        case Emoji():
-            return tfds_sets.Captioned(emoji.prepared(resolution, data_dir), split)
-        case Rainbow():
-            return tfds_sets.Captioned(rainbow.prepare(data_dir), split)
         case Folder(path):
             return folder.read(path)
         case HuggingFace(path, image, caption):
             return hugging_face.read(path, split, ColumnNames(image, caption))
-        case Tfds(name):
-            return tfds_sets.Captioned(tfds_sets.builder(name, data_dir), split)
         case Records(path):
             return records.read(path)
+        case _:
+            return _of_tfds(spec, resolution, split, data_dir)
+
+
+def _of_tfds(spec: Shapes | Emoji | Rainbow | Tfds, resolution: int, split: str, data_dir: Path | str) -> Source:
+    # Imported here, because TFDS takes a third of a second, and commands that read no dataset do without it.
+    from jaxdiff.data import emoji, rainbow, shapes, tfds_sets
+
+    match spec:
+        case Shapes(train, held_out):
+            prepare = shapes.prepare_held_out if split == "held_out" else shapes.prepare
+            builder = prepare(resolution, data_dir, train=train, held_out=held_out)
+        case Emoji():
+            builder = emoji.prepared(resolution, data_dir)
+        case Rainbow():
+            builder = rainbow.prepare(data_dir)
+        case Tfds(name):
+            builder = tfds_sets.builder(name, data_dir)
+    return tfds_sets.Captioned(builder, split)
 
 
 def describe(spec: DataSpec) -> str:

@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy import ndimage
 
 from jaxdiff.data.shapes_draw import FILLINGS, OUTLINES
 
@@ -50,15 +50,15 @@ def explain(difference: Float[np.ndarray, "m m 3"], noise: float) -> list[Fit]:
     pieces, count = _pieces(distance > max(CONTRAST, 5 * noise))
     if count == 0:
         return []
-    rows, columns = ndimage.distance_transform_edt(pieces == 0, return_distances=False, return_indices=True)
-    cluster = _Pixels(difference, distance, pieces, pieces[rows, columns], ndimage.find_objects(pieces), noise)
+    rows, columns = scipy.ndimage.distance_transform_edt(pieces == 0, return_distances=False, return_indices=True)
+    cluster = _Pixels(difference, distance, pieces, pieces[rows, columns], scipy.ndimage.find_objects(pieces), noise)
     everything = frozenset(range(1, count + 1))
     return [_refine(group) for group in _divide(cluster, _group(cluster, everything))]
 
 
 def _pieces(mask: Bool[np.ndarray, "m m"]) -> tuple[Int[np.ndarray, "m m"], int]:
     """Connected pieces numbered from 1, without specks."""
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    labels, count = scipy.ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     kept = [i + 1 for i in np.argsort(-areas)[:MOST_PIECES] if areas[i] >= 3e-4 * labels.size]
     renumbered = np.zeros(count + 1, labels.dtype)
@@ -206,7 +206,7 @@ def _refine(group: _Group) -> Fit:
 
 def _soften(coverage: Float[np.ndarray, "1 hw"], group: _Group, softness: float) -> Float[np.ndarray, "1 hw"]:
     grid = coverage.reshape(group.ys.size, group.xs.size)
-    return ndimage.gaussian_filter(grid, softness * group.side, mode="constant").reshape(1, -1)
+    return scipy.ndimage.gaussian_filter(grid, softness * group.side, mode="constant").reshape(1, -1)
 
 
 def _descend(group: _Group, candidate: _Candidate) -> _Candidate:

@@ -1,8 +1,8 @@
 """SSIM, the structural similarity of two images (Wang et al. 2004), a metric of reconstructions."""
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.ndimage import correlate1d
 
 WIDTH, DEVIATION = 11, 1.5
 """Side and standard deviation of the Gaussian window, in pixels."""
@@ -34,4 +34,5 @@ def _windows(x: np.ndarray) -> np.ndarray:
     weights = np.exp(-0.5 * (offsets / DEVIATION) ** 2)
     weights /= weights.sum()
     border = WIDTH // 2
-    return correlate1d(correlate1d(x, weights, 1), weights, 2)[:, border:-border, border:-border]
+    correlate = scipy.ndimage.correlate1d
+    return correlate(correlate(x, weights, 1), weights, 2)[:, border:-border, border:-border]

@@ -47,8 +47,8 @@ AUTOENCODER_TINY_VQ_F2 = replace(
     AUTOENCODER_TINY_VQ,
     network=replace(AUTOENCODER_TINY_VQ.network, channels=(32, 64), bottleneck=VQBottleneck(512, 4)),
 )
-"""32×32 images ⇄ 16×16 codes, for drawings of few colours: few codes then suffice, and each is seen often. A transformer
-that has to combine what it has not seen together needs that."""
+"""32×32 images ⇄ 16×16 codes, for drawings of few colours: few codes then suffice, and each is seen often, as a
+transformer needs to combine what it has not seen together."""
 UNET_TINY = DiffusionModel(
     unet=LatentUNetConfig(
         channels=64,

@@ -9,9 +9,6 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
-import ftfy
-from bs4 import BeautifulSoup, ParserRejectedMarkup
-
 
 class _Step(NamedTuple):
     """Replace all matches of `pattern` with `replacement`."""
@@ -91,6 +88,8 @@ def clean_caption(caption: str) -> str:
 
 
 def _clean(caption: str) -> str:
+    import ftfy
+
     text = _without_tags(_apply(_ADDRESSES, unquote_plus(caption).strip().lower()))
     text = _apply(_MARKS, text)
     if len(_JOINERS.findall(text)) > 3:  # this-is-my-cute-cat
@@ -100,6 +99,8 @@ def _clean(caption: str) -> str:
 
 
 def _without_tags(text: str) -> str:
+    from bs4 import BeautifulSoup, ParserRejectedMarkup  # imported here: it takes an eighth of a second
+
     try:
         # As a file object, because BeautifulSoup warns about strings that look like a file name or URL.
         return BeautifulSoup(io.StringIO(text), "html.parser").text

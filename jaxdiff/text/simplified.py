@@ -9,8 +9,6 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-import ftfy
-
 
 class _Step(NamedTuple):
     """Replace all matches of `pattern` with `replacement`."""
@@ -40,6 +38,8 @@ _STEPS = (
 
 def simplified(caption: str) -> str:
     """The caption with one space before it, since a word's first token includes its space; "" if nothing is left."""
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     for step in _STEPS:

@@ -22,7 +22,7 @@ def save(directory: Path, name: str, config: ClassifierConfig, params: dict, dty
     path = directory / SETTINGS
     with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(json.dumps({"version": VERSION, "name": name, "config": to_json(config)}, indent=1) + "\n")
-        tree.save_tree(directory / "model.safetensors", params, {"format": "jaxdiff"}, dtype)
+        tree.save_tree(directory / tree.PARAMS, params, {"format": "jaxdiff"}, dtype)
 
 
 def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
@@ -39,7 +39,7 @@ def load(directory: Path) -> tuple[str, ClassifierConfig, dict]:
         raise ValueError(f"{path}: not the settings of a classifier")
     sizes.check_name(name, "name", str(path))
     expected = sizes.shapes(_init, config, str(path))
-    params = tree.load_expected(Path(directory) / "model.safetensors", expected)
+    params = tree.load_expected(Path(directory) / tree.PARAMS, expected)
     return name, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 

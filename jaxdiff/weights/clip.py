@@ -113,7 +113,7 @@ def export(config: CLIPConfig, params: dict, directory: str | Path, dtype: str =
     """
     directory = Path(directory)
     check(config, params)
-    hub.write_params(directory / "model.safetensors", params, key_map(params), dtype)
+    hub.write_params(directory / tree.PARAMS, params, key_map(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxdiff.core import json_files
 from jaxdiff.core.files import replacing, write_json
-from jaxdiff.core.trees import check_tree, digest_of
+from jaxdiff.core.trees import digest_of
 from jaxdiff.models.autoregressive import AutoregressiveModel, TrainedAutoregressive
 from jaxdiff.models.dvae import TrainedDVAE
 from jaxdiff.models.token_sampling import TokenSampling
@@ -27,8 +27,6 @@ from jaxdiff.systems.pipeline import Pipeline
 from jaxdiff.text.bpe import TokenTextEncoder
 from jaxdiff.text.encoder import TextEncoder
 from jaxdiff.text.tokenizer import load_tokenizer
-from jaxdiff.training.checkpoints import load_ema
-from jaxdiff.training.state import abstract_params
 from jaxdiff.weights import autoencoder, dvae, hub, latent_runs, runs, sizes, tree, vqgan
 from jaxdiff.weights.settings import VERSION, check_version, from_json, to_json
 
@@ -77,17 +75,12 @@ def load_text(run: str | Path) -> TokenTextEncoder:
 def load_generator(run: Path) -> TrainedAutoregressive:
     """The transformer of a run."""
     model, sampling, text = read_settings(run / runs.MODEL)
-    params, checkpoints = run / runs.MODEL / "model.safetensors", run / "checkpoints"
-    if runs.latest_step(run) is not None:
-        ema = load_ema(checkpoints)
-        check_tree(ema, abstract_params(model), str(checkpoints))
-        return TrainedAutoregressive(model, ema, sampling, text)
-    if not params.is_file():
-        raise FileNotFoundError(f"{run}: a run that has saved no checkpoint yet; wait for its first (--save-every)")
-    stored = tree.load_expected(params, sizes.shapes(_init, model, str(params.parent)))
-    return TrainedAutoregressive(
-        model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored), sampling, text
-    )
+    params = runs.averaged(run, model)
+    if params is None:
+        file = run / runs.MODEL / tree.PARAMS
+        stored = tree.load_expected(file, sizes.shapes(_init, model, str(file.parent)))
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored)
+    return TrainedAutoregressive(model, params, sampling, text)
 
 
 def load_decoder(path: str | Path) -> TrainedDVAE | VQCodes:
@@ -165,7 +158,7 @@ def save(trained: TrainedAutoregressive, directory: Path, dtype: str = "float32"
     path = directory / SETTINGS
     with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(_settings_text(trained))
-        tree.save_tree(directory / "model.safetensors", trained.params, {"format": "jaxdiff"}, dtype)
+        tree.save_tree(directory / tree.PARAMS, trained.params, {"format": "jaxdiff"}, dtype)
 
 
 def save_settings(trained: TrainedAutoregressive, directory: Path) -> None:

@@ -32,7 +32,7 @@ def save(dvae: TrainedDVAE, directory: str | Path, dtype: str = "float32") -> No
     content = {"version": VERSION, "side": dvae.side, "config": to_json(dvae.config)}
     with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-        tree.save_tree(directory / "model.safetensors", dvae.params, {"format": "jaxdiff"}, dtype)
+        tree.save_tree(directory / tree.PARAMS, dvae.params, {"format": "jaxdiff"}, dtype)
 
 
 def folder_of(run: str | Path) -> Path:
@@ -54,7 +54,7 @@ def load(directory: str | Path) -> TrainedDVAE:
     if not isinstance(config, DVAEConfig) or not isinstance(side, int) or side < 1 or side % config.stride:
         raise ValueError(f"{path}: not the settings of a dVAE")
     expected = sizes.shapes(_init, config, str(path))
-    params = tree.load_expected(path.parent / "model.safetensors", expected)
+    params = tree.load_expected(path.parent / tree.PARAMS, expected)
     return TrainedDVAE(config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), side)
 
 

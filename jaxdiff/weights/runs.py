@@ -8,14 +8,14 @@ RUN/text_encoder.json        location and settings of the text encoder
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from jaxdiff.core import json_files
 from jaxdiff.core.files import write_json
 from jaxdiff.core.trees import check_tree
 from jaxdiff.models.sampling import TrainedModel
-from jaxdiff.training.checkpoints import load_ema
 from jaxdiff.training.state import abstract_params
-from jaxdiff.weights import hub, stages
+from jaxdiff.weights import hub, stages, tree
 
 MODEL = "model"
 TEXT = "text_encoder.json"
@@ -46,14 +46,24 @@ def latest_step(run: Path) -> int | None:
 def load(run: Path) -> TrainedModel:
     """The model at a run's newest checkpoint. FileNotFoundError if there is none yet; ValueError if it is damaged."""
     model, sampling, text = stages.read_settings(run / MODEL)
-    checkpoints, params = run / "checkpoints", run / MODEL / "model.safetensors"
+    params = averaged(run, model)
+    if params is None:
+        params = stages.load_params(model, run / MODEL / tree.PARAMS)
+    return TrainedModel(model, params, sampling, text)
+
+
+def averaged(run: Path, model: Any) -> dict | None:
+    """The averaged parameters of a run's newest checkpoint; None if they are in its model/ alone. Raises as `load`."""
+    checkpoints = run / "checkpoints"
     if latest_step(run) is not None:
+        from jaxdiff.training.checkpoints import load_ema  # imported here: Orbax takes a quarter of a second
+
         ema = load_ema(checkpoints)
         check_tree(ema, abstract_params(model), str(checkpoints))
-        return TrainedModel(model, ema, sampling, text)
-    if not params.is_file():
+        return ema
+    if not (run / MODEL / tree.PARAMS).is_file():
         raise FileNotFoundError(f"{run}: a run that has saved no checkpoint yet; wait for its first (--save-every)")
-    return TrainedModel(model, stages.load_params(model, params), sampling, text)
+    return None
 
 
 def save_text_source(run: Path, source: TextSource) -> None:

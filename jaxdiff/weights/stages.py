@@ -20,7 +20,7 @@ def load_model(directory: str | Path) -> TrainedModel:
     """Load one stage: settings, float32 parameters and sampling settings."""
     directory = Path(directory)
     stage, sampling, text = read_settings(directory)
-    return TrainedModel(stage, load_params(stage, directory / "model.safetensors"), sampling, text)
+    return TrainedModel(stage, load_params(stage, directory / tree.PARAMS), sampling, text)
 
 
 def read_settings(directory: Path) -> tuple[DiffusionModel, SamplingConfig, str | None]:
@@ -68,7 +68,7 @@ def save_model(model: TrainedModel, directory: str | Path, dtype: str = "float32
     path = directory / SETTINGS
     with tree.saving(path), replacing(path) as temporary:
         temporary.write_text(settings)
-        tree.save_tree(directory / "model.safetensors", model.params, {"format": "jaxdiff"}, dtype)
+        tree.save_tree(directory / tree.PARAMS, model.params, {"format": "jaxdiff"}, dtype)
 
 
 def save_settings(model: TrainedModel, directory: str | Path) -> None:

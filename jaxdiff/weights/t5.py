@@ -17,7 +17,7 @@ from jaxdiff.core import trees
 from jaxdiff.nets.t5 import T5, T5Config, T5Encoder
 from jaxdiff.text.t5 import T5TextEncoder
 from jaxdiff.text.tokenizer import check_vocabulary, load_tokenizer, with_special_tokens
-from jaxdiff.weights import hub, sizes
+from jaxdiff.weights import hub, sizes, tree
 
 UNUSED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 """In the v1.0 files but used by no implementation: cross-attention has no positions."""
@@ -84,7 +84,7 @@ def export(config: T5Config, params: dict, directory: str | Path, dtype: str = "
     if "decoder" not in params:
         config = replace(config, decoder_layers=0)
     trees.check_tree(params, _shapes(config), "the T5 to export")
-    hub.write_params(directory / "model.safetensors", params, key_map(params), dtype)
+    hub.write_params(directory / tree.PARAMS, params, key_map(params), dtype)
     hub.write_json(directory / "config.json", _hub_config(config, dtype))
 
 

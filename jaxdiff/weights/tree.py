@@ -22,6 +22,8 @@ from jaxdiff.core.files import replacing
 from jaxdiff.core.messages import plain, reason
 from jaxdiff.core.trees import check_shapes, flatten, listed, of_part, unflatten
 
+PARAMS = "model.safetensors"
+"""The file of a model's parameters in a folder."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".msgpack")
 FLOATS = {
     "F16": np.dtype(np.float16),
@@ -191,7 +193,7 @@ def refuse_pickle(path: Path) -> None:
 
 def _converted(path: Path) -> Path:
     """The name of a converted pickle: the one that transformers and diffusers give, or that of a single file."""
-    return path.with_suffix(".safetensors") if path.suffix == ".ckpt" else path.with_name("model.safetensors")
+    return path.with_suffix(".safetensors") if path.suffix == ".ckpt" else path.with_name(PARAMS)
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
