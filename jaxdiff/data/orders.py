@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-import grain
 import numpy as np
 
 SMALL = 4096
@@ -79,7 +78,10 @@ class Order:
         return np.random.default_rng((self._seed, epoch)).permutation(self._count)
 
     @functools.cached_property
-    def _large(self) -> grain.MapDataset:
+    def _large(self) -> Any:
+        """A Grain dataset, imported here as it takes a quarter of a second."""
+        import grain
+
         return grain.MapDataset.range(self._count).seed(self._seed).shuffle()
 
     @functools.cached_property

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxdiff.core.jax_internals import coordination
@@ -33,6 +32,8 @@ def barrier(name: str) -> Callable[..., None] | None:
     """
     if jax.process_count() == 1:
         return None
+    import orbax.checkpoint as ocp  # imported here: it takes a quarter of a second
+
     wait = ocp.multihost.get_barrier_sync_fn()
     store = coordination()
 
