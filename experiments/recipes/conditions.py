@@ -76,7 +76,7 @@ class Settings:
     """Folder of the results."""
     parts: tuple[str, ...] = ("map", "edges", "word")
     """Parts to run."""
-    steps: tuple[int, int, int] = (1500, 1500, 400)
+    steps: tuple[int, int, int] = (2500, 800, 1600)
     """Updates of the model of the map, of the ControlNet and of the LoRA."""
     n: int = 100
     """Held-out images of each test."""

@@ -89,7 +89,7 @@ class PriorCodesTask(CodesTask):
     def prepare(self, settings: Settings, start: Start) -> Work:
         data = settings.dataset
         settings.codes.check()
-        clip = unclip.load_clip(settings.clip.source(data.data))
+        clip = settings.clip.load(data.data)
         side, data_dir = clip.image.resolution, data.data_dir
         source = once(data_dir, lambda: sources.open(data.spec(), side, "train", data_dir))
         source = spread(source, data.limit) if data.limit else source

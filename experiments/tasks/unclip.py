@@ -54,6 +54,19 @@ class CLIPOptions:
     clip_model: str = ""
     """OUT/model of experiments.train clip, or a directory or hub id in the transformers layout. Default: the shipped
     one, for `shapes`."""
+    clip_skip: int = 0
+    """Take the captions' states before this number of the text tower's last blocks: the last ones may have lost what
+    the images of CLIP's training did not tell apart. Prior and decoder must agree."""
+
+    def load(self, data: tuple[str, ...]) -> unclip.CLIPTowers:
+        """Both towers. ValueError also for more blocks than the text tower has."""
+        source = self.source(data)
+        towers = unclip.load_clip(source)
+        assert towers.text.config.text is not None  # see `CLIPTextEncoder`
+        blocks = towers.text.config.text.layers
+        if not 0 <= self.clip_skip <= blocks:
+            raise ValueError(f"--clip-skip {self.clip_skip}: the text tower of {source} has {blocks} blocks")
+        return dataclasses.replace(towers, text=dataclasses.replace(towers.text, skip_last=self.clip_skip))
 
     def source(self, data: tuple[str, ...]) -> str:
         """Its place. ValueError if none is named and the shipped one does not know the dataset."""
@@ -117,8 +130,12 @@ class PriorSpace(OnCLIP):
     def entries(self, seen: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         product = self.model.product
         assert isinstance(product, EmbeddingSpec)
-        image = product.normalized(seen[batch["index"]].astype(np.float32))
-        return {"image": image, "text_pooled": self.clip.text.pooled_of(batch["text"], batch["text_mask"])}
+        image, text = product.normalized(seen[batch["index"]].astype(np.float32)), self.clip.text
+        if text.skip_last:  # the stored states are not those that are pooled
+            pooled = np.asarray(text.encode([str(caption) for caption in batch["caption"]]).pooled)
+        else:
+            pooled = text.pooled_of(batch["text"], batch["text_mask"])
+        return {"image": image, "text_pooled": pooled}
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,7 @@ class UnCLIPTask(DiffusionTask):
     def space(self, settings: UnCLIPSettings, model: DiffusionModel) -> OnCLIP:
         if settings.diffusion.buckets:
             raise ValueError("--buckets: CLIP reads whole square images")
-        return self.on_clip(model, unclip.load_clip(settings.clip.source(settings.dataset.data)))
+        return self.on_clip(model, settings.clip.load(settings.dataset.data))
 
     def text_of(
         self, settings: UnCLIPSettings, model: DiffusionModel, space: OnCLIP

@@ -1,8 +1,9 @@
 """DALL·E 2 on disk: training runs of a prior, a decoder and upsamplers, and the folder of all of them.
 
-RUN/clip.json          where the CLIP is, and the digest of its parameters; the rest as of every run (`weights/runs.py`)
+RUN/clip.json          where the CLIP is, its digests, the layer of the captions' states; the rest as for every run
+                       (`weights/runs.py`)
 
-DIR/unclip.json        version, and the number of candidates of the prior
+DIR/unclip.json        version, number of candidates of the prior, layer of the captions' states
 DIR/text/ DIR/image/   CLIP's towers in the transformers layout, the text tower with its tokenizer
 DIR/prior/ DIR/decoder/ DIR/sr256/ DIR/sr1024/   one model each (`weights/stages.py`)
 
@@ -55,27 +56,30 @@ class CLIPTowers:
 
 @dataclass(frozen=True)
 class CLIPSource:
-    """source: directory or hub id of a CLIP. text, image: digests of its towers."""
+    """source: directory or hub id of a CLIP. text, image: digests of its towers. skip_last: as in `CLIPTextEncoder`."""
 
     source: str
     text: str
     image: str
+    skip_last: int
 
 
-def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTowers:
+def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray, skip_last: int = 0) -> CLIPTowers:
     """Both towers: of a CLIP in the transformers layout, or of a folder that `export` wrote. Padding of captions is
-    masked. FileNotFoundError or ValueError as `weights.clip`, and for towers without a common space."""
+    masked. skip_last: take the captions' states before this number of last blocks. FileNotFoundError or ValueError as
+    `weights.clip`, and for towers without a common space."""
     text, image = _towers(path_or_id)
-    encoder = load_clip_text(text, place)
+    encoder = load_clip_text(text, place, skip_last)
     towers = CLIPTowers(encoder, CLIPImageEncoder(*clip.load_image(image, place=place)), str(path_or_id))
     if encoder.config.width != towers.image.width:
         raise ValueError(f"{path_or_id}: captions have embeddings of width {encoder.config.width}, images others")
     return towers
 
 
-def load_clip_text(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTextEncoder:
+def load_clip_text(path_or_id: str | Path, place: hub.Place = jnp.asarray, skip_last: int = 0) -> CLIPTextEncoder:
     """The text tower, with masked padding, and blank captions as the null text."""
-    return replace(clip.load_text_encoder(path_or_id, place=place), padding_is_read=False, blank_is_null=True)
+    text = clip.load_text_encoder(path_or_id, place=place)
+    return replace(text, padding_is_read=False, blank_is_null=True, skip_last=skip_last)
 
 
 def _towers(path_or_id: str | Path) -> tuple[str | Path, str | Path]:
@@ -88,16 +92,16 @@ def save_clip_source(run: Path, towers: CLIPTowers) -> None:
     """Record a run's CLIP; a directory is stored as an absolute path."""
     place = Path(towers.source)
     source = str(place.resolve()) if place.is_dir() else towers.source
-    write_json(run / SOURCE, asdict(CLIPSource(source, towers.text.fingerprint, towers.image.fingerprint)))
+    digests = towers.text.fingerprint, towers.image.fingerprint
+    write_json(run / SOURCE, asdict(CLIPSource(source, *digests, towers.text.skip_last)))
 
 
 def read_clip_source(run: Path) -> CLIPSource:
     """The CLIP of a run. ValueError if the record is damaged; FileNotFoundError if the CLIP is gone."""
     path = run / SOURCE
     values = json_files.read_object(path)
-    if values.keys() != {field.name for field in fields(CLIPSource)} or not all(
-        isinstance(value, str) for value in values.values()
-    ):
+    types = {field.name: int if field.name == "skip_last" else str for field in fields(CLIPSource)}
+    if {name: type(value) for name, value in values.items()} != types:
         raise ValueError(f"{path}: does not say where a CLIP is")
     source = CLIPSource(**values)
     if Path(source.source).is_absolute() and not Path(source.source).is_dir():
@@ -118,7 +122,7 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
     """
     first = Path(places[0])
     source, expected = _source(places)
-    candidates = _read_candidates(first / SETTINGS) if (first / SETTINGS).is_file() else CANDIDATES
+    candidates = _read_settings(first / SETTINGS)[0] if (first / SETTINGS).is_file() else CANDIDATES
     image = CLIPImageEncoder(*clip.load_image(_towers(source)[1]))
     if expected is not None and image.fingerprint != expected.image:
         raise ValueError(f"{source}: not the CLIP of the training of {first}, its parameters differ")
@@ -136,7 +140,8 @@ def load(places: Places, text: TextEncoder | None = None, dtype: str | None = No
 def load_text(places: Places) -> CLIPTextEncoder:
     """The text tower of `load`, without the rest."""
     source, expected = _source(places)
-    text = load_clip_text(_towers(source)[0])
+    skip_last = _read_settings(Path(source) / SETTINGS)[1] if expected is None else expected.skip_last
+    text = load_clip_text(_towers(source)[0], skip_last=skip_last)
     if expected is not None and text.fingerprint != expected.text:
         raise ValueError(f"{source}: not the CLIP of the training of {places[0]}, its parameters or tokenizer differ")
     return text
@@ -189,13 +194,16 @@ def _box(
     return trained
 
 
-def _read_candidates(path: Path) -> int:
+def _read_settings(path: Path) -> tuple[int, int]:
+    """The number of candidates, and `CLIPTextEncoder.skip_last`."""
     data = json_files.read_object(path)
     check_version(data, str(path))
-    candidates = data.get("candidates")
-    if data.keys() != {"version", "candidates"} or type(candidates) is not int or not 1 <= candidates <= 2**10:
+    limits = {"candidates": range(1, 2**10 + 1), "skip_last": range(2**10)}
+    if data.keys() != {"version", *limits} or not all(
+        type(data[name]) is int and data[name] in allowed for name, allowed in limits.items()
+    ):
         raise ValueError(f"{path}: not the settings of a DALL·E 2")
-    return candidates
+    return data["candidates"], data["skip_last"]
 
 
 def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") -> None:
@@ -223,4 +231,4 @@ def export(pipeline: Pipeline, directory: str | Path, dtype: str = "float32") ->
         else:
             stages.save_model(model, directory / name, dtype)
     candidates = prior.candidates if isinstance(prior, RankedPrior) else CANDIDATES
-    write_json(directory / SETTINGS, {"version": VERSION, "candidates": candidates})
+    write_json(directory / SETTINGS, {"version": VERSION, "candidates": candidates, "skip_last": text.skip_last})

@@ -18,6 +18,8 @@ from experiments.table import TASKS
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.unclip import CLIPOptions
 from jaxdiff.core.products import EmbeddingSpec
+from jaxdiff.data.shapes_caption import caption as caption_of
+from jaxdiff.data.shapes_scene import scene
 from jaxdiff.models.conditioners import TextConditioner
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.models.embedding_boxes import EmbeddingDecoder, RankedPrior, embedding_of
@@ -79,7 +81,8 @@ def runs(presets, data, trained, tmp_path_factory):
     """A prior, a decoder and an upsampler after two steps each."""
     folder = tmp_path_factory.mktemp("unclip")
     for name in MODELS:
-        trained(name, *data, "--steps", 2, "--out", folder / name)
+        skip = () if name == "unclip.sr256" else ("--clip-skip", 3)
+        trained(name, *data, "--steps", 2, *skip, "--out", folder / name)
     return SimpleNamespace(**{name.partition(".")[2]: folder / name for name in MODELS})
 
 
@@ -99,18 +102,22 @@ def test_training(runs, data):
         lines = metrics.read(folder / "metrics.jsonl")
         assert {"loss", "held_out_loss", "held_out_loss_t0.06"} <= lines[-1].keys()
         source = json.loads((folder / "clip.json").read_text())
-        assert source["source"] == str(SHIPPED / "clip") and source.keys() == {"source", "text", "image"}
+        assert source["source"] == str(SHIPPED / "clip") and source["skip_last"] == 3
+        assert source.keys() == {"source", "text", "image", "skip_last"}
     assert (runs.decoder / "samples" / "0000002.png").is_file() and not (runs.prior / "samples").exists()
     stored = sorted((data[data.index("--data-dir") + 1] / "image-embeddings").glob("*.npy"))
     assert [np.load(path).shape for path in stored if path.name.startswith("12-")] == [(12, 1, 1, 128)]
 
 
-def test_the_batches_of_training(runs, data, tmp_path):
-    """The prior learns CLIP's embedding of each image at its length, from the caption's; computed here anew."""
+@pytest.mark.parametrize("skip", [0, 3])
+def test_the_batches_of_training(skip, runs, data, tmp_path):
+    """The prior learns CLIP's embedding of each image at its length, from the caption's; computed here anew. The
+    captions' states are those after CLIP's three blocks, or before them."""
     task = TASKS["unclip.prior"]
     options = dataclasses.replace(
         task.settings,
         out=tmp_path,
+        clip=CLIPOptions(clip_skip=skip),
         run=dataclasses.replace(task.settings.run, batch=4, evaluate_every=0),
         dataset=dataclasses.replace(
             task.settings.dataset, examples=12, held_out=4, data_dir=data[data.index("--data-dir") + 1]
@@ -122,6 +129,18 @@ def test_the_batches_of_training(runs, data, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(batch["image"], axis=-1), unclip_tiny.NORM, rtol=1e-3)
     assert work.model.unet.text_length == 24 and work.model.text.pooled_norm == unclip_tiny.NORM
     encoder = dataclasses.replace(clip.load_text_encoder(SHIPPED / "clip"), padding_is_read=False)
+    if skip:
+        table, norm = (encoder.params["text"][name] for name in ("tokens", "norm"))
+        captions = [caption_of(scene("train", i), "train", i).text for i in range(12)]
+        wanted = encoder.encode(captions)
+        for text, pooled in zip(batch["text"], batch["text_pooled"]):
+            row = int(np.abs(np.asarray(wanted.pooled) - pooled).max(1).argmin())
+            np.testing.assert_allclose(pooled, wanted.pooled[row], rtol=1e-4, atol=1e-4)
+            x = table["embedding"][wanted.ids[row]] + encoder.params["text"]["positions"]
+            x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            states = jnp.where(wanted.mask[row][:, None], x * norm["scale"] + norm["bias"], 0.0)
+            np.testing.assert_allclose(text, states, rtol=2e-3, atol=2e-3)
+        return
     counts = batch["text_mask"].sum(1)
     states = encoder.params["text"]["projection"]["kernel"]
     last = batch["text"][np.arange(4), counts - 1].astype(np.float32)
@@ -233,6 +252,7 @@ def test_an_exported_folder(runs, command, tmp_path):
     options = SampleOptions(seed=1)
     wanted = jaxdiff.from_pretrained((runs.prior, runs.decoder)).sample(["a green heart"], options)
     pipeline = jaxdiff.from_pretrained(moved)
+    assert pipeline.text_encoder.skip_last == 3
     for found, expected in zip(pipeline.sample(["a green heart"], options), wanted, strict=True):
         np.testing.assert_array_equal(found, expected)
     assert jaxdiff.from_pretrained((moved, runs.sr256)).sides == (1, 64, 128)
@@ -273,6 +293,7 @@ def test_another_clip(runs, tmp_path):
     ("name", "arguments", "message"),
     [
         ("unclip.prior", ("--clip-model", "nowhere"), "nowhere"),
+        ("unclip.decoder", ("--clip-skip", 4), "has 3 blocks"),
         ("unclip.prior", ("--crop", 8), "this model is trained on whole images"),
         ("unclip.decoder", ("--buckets",), "CLIP reads whole square images"),
         ("unclip.decoder", ("--data", "rainbow"), "the shipped CLIP knows `shapes` alone"),
