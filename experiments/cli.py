@@ -130,7 +130,7 @@ def _parsed(
     try:
         with contextlib.redirect_stderr(box):
             if command is None:
-                return tyro.cli(later, description=main.__doc__, **options)
+                return tyro.cli(later, description=(main.__doc__ or "").partition("Args:")[0].strip(), **options)
             default = command.settings
             settings = tyro.cli(type(default), default=default, description=command.about, **options)
             return functools.partial(command.main, settings)

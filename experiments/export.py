@@ -9,25 +9,50 @@
 The docstrings of `experiments/exports/` describe inputs and outputs.
 """
 
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 from experiments.cli import Command, run
 from experiments.exports import dalle, imagen, inception, stable_diffusion, unclip
+from experiments.options import settings_file
+from experiments.options.weights import unfinished
 
 
 def commands() -> dict[str, Command]:
     """One command per format."""
-    return {
-        "imagen": Command(imagen.main, imagen.Settings(), (imagen.main.__doc__ or "").strip()),
-        "sd": Command(
-            stable_diffusion.main, stable_diffusion.Settings(), (stable_diffusion.main.__doc__ or "").strip()
-        ),
-        "dalle": Command(dalle.main, dalle.Settings(), (dalle.main.__doc__ or "").strip()),
-        "dvae": Command(dalle.convert_dvae, dalle.DVAESettings(), (dalle.convert_dvae.__doc__ or "").strip()),
-        "min-dalle": Command(
-            dalle.convert_min_dalle, dalle.MinDalleSettings(), (dalle.convert_min_dalle.__doc__ or "").strip()
-        ),
-        "unclip": Command(unclip.main, unclip.Settings(), (unclip.main.__doc__ or "").strip()),
-        "inception": Command(inception.main, inception.Settings(), (inception.main.__doc__ or "").strip()),
+    formats: dict[str, tuple[Callable[[Any], None], Any]] = {
+        "imagen": (imagen.main, imagen.Settings()),
+        "sd": (stable_diffusion.main, stable_diffusion.Settings()),
+        "dalle": (dalle.main, dalle.Settings()),
+        "dvae": (dalle.convert_dvae, dalle.DVAESettings()),
+        "min-dalle": (dalle.convert_min_dalle, dalle.MinDalleSettings()),
+        "unclip": (unclip.main, unclip.Settings()),
+        "inception": (inception.main, inception.Settings()),
     }
+    return {
+        name: Command(_beside_runs(main), settings, (main.__doc__ or "").strip())
+        for name, (main, settings) in formats.items()
+    }
+
+
+def _beside_runs(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The command; it refuses to write into a training run, and says which of the given runs are not finished."""
+
+    def checked(settings: Any) -> None:
+        if (settings.out / settings_file.NAME).is_file():
+            raise ValueError(f"--out {settings.out}: a training run, choose another folder")
+        given = (getattr(settings, field.name) for field in fields(settings) if field.name != "out")
+        for value in given:
+            places = value if isinstance(value, tuple) else (value,)
+            for line in (unfinished(place) for place in places if isinstance(place, Path)):
+                if line is not None:
+                    print(line, file=sys.stderr)
+        main(settings)
+
+    return checked
 
 
 if __name__ == "__main__":

@@ -98,10 +98,10 @@ def _explained(name: str, task: Task, settings: Any) -> Iterator[None]:
     try:
         yield
     except RunFinishedError as error:
-        if not task.takes_init:
-            raise
-        line = f"python -m experiments.train {name} --config {kept} --init {settings.out} --steps {settings.run.steps}"
-        raise ValueError(f"{error}: {line} --out {settings.out}-2") from error
+        start = f" --init {settings.out}" if task.takes_init else ""
+        line = f"python -m experiments.train {name} --config {kept}{start} --steps {settings.run.steps}"
+        begin = " from its averaged parameters" if task.takes_init else ""
+        raise ValueError(f"{error}{begin}: {line} --out {settings.out}-2") from error
     except SettingsDifferError as error:
         changed = settings_file.changed(kept, settings) if kept.is_file() else []
         if not changed:

@@ -123,6 +123,8 @@ def read(path: Path) -> np.ndarray:
     """Read an image file as (h w 3) in [-1, 1]. ValueError or OSError naming the file."""
     try:
         return to_float(decode(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such image") from error
     except Unreadable as error:
         raise ValueError(f"{path}: {error}") from error
 

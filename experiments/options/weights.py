@@ -80,8 +80,8 @@ class WeightsOptions:
         if (own := self.own(tasks)) is not None:
             return own
         for place in self.places:
-            if (unfinished := _unfinished(Path(place))) is not None:
-                print(unfinished, file=sys.stderr)
+            if (line := unfinished(Path(place))) is not None:
+                print(line, file=sys.stderr)
         # Large weights take minutes to read; small ones load before the bar appears. Only on a terminal.
         with tqdm(desc="load", unit="B", unit_scale=True, delay=2, disable=None) as bar:
 
@@ -125,7 +125,7 @@ def _lora(text: str) -> LoRAFile:
         raise ValueError(f"--lora {text}: the weight after = is a number") from error
 
 
-def _unfinished(run: Path) -> str | None:
+def unfinished(run: Path) -> str | None:
     """A line for a run that has not reached its last step; None for others."""
     step, kept = latest_step(run), run / settings_file.NAME
     if step is None or not kept.is_file():

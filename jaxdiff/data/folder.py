@@ -75,7 +75,7 @@ def read(path: Path | str) -> FolderSource:
     has no image; ValueError, naming the line, for a damaged metadata.jsonl."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise FileNotFoundError(f"folder:{path}: no such folder")
     listing = walk(path)
     entries: tuple[tuple[str, str | None], ...] = tuple((name, None) for name in listing.images)
     left_out = listing.left_out()

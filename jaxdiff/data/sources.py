@@ -127,7 +127,8 @@ def parse(text: str) -> Single:
     }
     if kind in with_path and rest:
         return with_path[kind](rest)
-    raise ValueError(f"--data {text!r} is not one of: {CHOICES}")
+    own = f"; for this folder: folder:{text}" if Path(text).is_dir() else ""
+    raise ValueError(f"--data {text!r} is not one of: {CHOICES}{own}")
 
 
 def open(spec: DataSpec, resolution: int, split: str, data_dir: Path | str) -> Source:

@@ -32,7 +32,7 @@ _DAY = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """How this process joins the others, and timeouts for hanging processes. ValueError for invalid settings."""
+    """How this process joins the others, and timeouts for hanging processes."""
 
     join: Literal["auto", "none"] = "auto"
     """`auto`: detect other processes from the environment (TPU VM, GKE, Slurm, Open MPI, indexed Kubernetes job),
@@ -55,6 +55,7 @@ class Cluster:
     never ends by itself. 0: never; 1800 is a good value on a pod."""
 
     def __post_init__(self) -> None:
+        """ValueError for invalid settings."""
         given = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
         missing = [f"--{name}" for name, value in given.items() if value is None]
         if 0 < len(missing) < 3:

@@ -23,7 +23,7 @@ class RunFinishedError(ValueError):
     def __init__(self, step: int, asked: int, out: Path) -> None:
         super().__init__(
             f"{out}: this run is finished: by step {step} its learning rate has fallen to 0, so {asked} steps would "
-            "change nothing; start a new run, in another folder, from its averaged parameters"
+            "change nothing; start a new run, in another folder"
         )
         self.step, self.asked, self.out = step, asked, out
 

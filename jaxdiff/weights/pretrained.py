@@ -62,7 +62,8 @@ def load(weights: Weights, options: LoadOptions = LoadOptions(), text: TextEncod
         adapted = with_adapters(pipeline.generator, options.loras, options.controls, dtype, options.place)
         return replace(pipeline, generator=adapted)
     if options.loras.files or options.controls:
-        raise ValueError(f"{weights}: LoRAs and ControlNets are for a Stable Diffusion")
+        named = [weights] if isinstance(weights, str | Path) else weights
+        raise ValueError(f"{', '.join(map(str, named))}: LoRAs and ControlNets are for a Stable Diffusion")
     if (folder := _dalle_mini(weights)) is not None:
         return dalle_mini.load(folder, options.vae, text, options.dtype, options.place)
     if (run := _dalle_run(weights)) is not None:

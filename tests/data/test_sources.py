@@ -190,6 +190,11 @@ def test_what_is_not_there(tmp_path):
             sources.open(spec, 64, "train", tmp_path)
 
 
+def test_a_folder_without_its_kind(tmp_path):
+    with pytest.raises(ValueError, match=f"for this folder: folder:{tmp_path}$"):
+        sources.parse(str(tmp_path))
+
+
 def test_a_missing_record_file_is_named(tmp_path, photos):
     (tmp_path / "list.csv").write_text(f"path,caption\n{photos}/0.PNG,x\n")
     convert.convert([str(tmp_path / "list.csv")], tmp_path / "records")

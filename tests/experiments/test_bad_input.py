@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import benchmark, evaluate, sample, train
+from experiments import benchmark, evaluate, export, sample, train
 from jaxdiff.weights import tree
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,8 @@ ARGUMENTS = {
     "an option that does not exist": (("--colour", "red"), "--colour"),
     "a number that is none": (("--seed", "x"), "--seed"),
     "no such folder of weights": (("--weights", "/nowhere"), "/nowhere"),
+    "no such image": (("--image", "/nowhere/a.png"), "/nowhere/a.png: no such image"),
+    "a LoRA for a cascade": (("--lora", "a.safetensors"), "standin0: LoRAs and ControlNets are for"),
     "no such file of prompts": (("--prompts", "/nowhere/prompts.txt"), "/nowhere/prompts.txt"),
 }
 
@@ -50,6 +52,15 @@ def one_line(done, culprit):
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
     assert culprit in done.err, done.err
+
+
+def test_an_export_into_a_run(command, tmp_path):
+    """The run stays as it is."""
+    (tmp_path / "settings.json").write_text("{}")
+    for name, given in {"imagen": "--base64", "dalle": "--weights", "unclip": "--weights"}.items():
+        done = command(export, name, given, tmp_path / "other", "--out", tmp_path)
+        one_line(done, f"--out {tmp_path}: a training run, choose another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)

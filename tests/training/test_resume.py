@@ -40,7 +40,7 @@ def test_more_steps_of_a_run_whose_rate_has_fallen_to_0_are_refused(tmp_path, to
         run(tmp_path, 14, rates(total=total))
     error = caught.value
     assert (error.step, error.asked, error.out) == (10, 14, tmp_path)
-    assert "by step 10 its learning rate has fallen to 0" in str(error) and "averaged parameters" in str(error)
+    assert "by step 10 its learning rate has fallen to 0" in str(error) and "in another folder" in str(error)
     assert "\n" not in str(error) and isinstance(error, ValueError)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
