@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments.options.training import ComputeOptions, PresetOptimizer, Rule, TrainSettings
 from experiments.tasks.held_out import held_out_source
+from experiments.tasks.initial import initial, warn_of_other_text
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
 from experiments.tasks.spaces import Pixels, Space, crop_of
@@ -29,7 +28,6 @@ from experiments.tasks.task import Inference, Start, Task, Work
 from experiments.tasks.text_embeddings import TextOptions, find, stored
 from jaxdiff.core.files import usable
 from jaxdiff.core.products import LatentSpec
-from jaxdiff.core.trees import check_tree, flatten, listed, unflatten
 from jaxdiff.data import sources
 from jaxdiff.data.embeddings import Embeddings
 from jaxdiff.data.example import Source
@@ -53,9 +51,9 @@ from jaxdiff.training.mesh import BATCH_AXES
 from jaxdiff.training.optimizer import Adafactor, AdamW, Muon
 from jaxdiff.training.param_sharding import ParamSharding
 from jaxdiff.training.param_sharding import Rule as ShardingRule
-from jaxdiff.training.state import Params, abstract_params, abstract_state
+from jaxdiff.training.state import Params, abstract_state
 from jaxdiff.weights.runs import TextSource, save_text_source
-from jaxdiff.weights.stages import load_params, save_model, save_settings
+from jaxdiff.weights.stages import save_model, save_settings
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class DiffusionTask(Task):
             unpadded = dataclasses.replace(model.text, null=NullText.ZEROS)
             conditioners = tuple(unpadded if each is model.text else each for each in model.conditioners)
             model = dataclasses.replace(model, conditioners=conditioners)
-        initial = self._initial(settings, model, start.mesh)
+        initial = self._initial(settings, model, start.mesh, text)
         if start.processes > 1 or settings.out.is_file():
             check_shared(usable(settings.out))
         data_dir = settings.dataset.data_dir
@@ -279,9 +277,14 @@ class DiffusionTask(Task):
             check_crop(model, crop)
         return model
 
-    def _initial(self, settings: Settings, model: DiffusionModel, mesh: Mesh) -> dict | None:
+    def _initial(
+        self, settings: Settings, model: DiffusionModel, mesh: Mesh, text: Embeddings | TextEncoder | None
+    ) -> dict | None:
         if settings.run.init is None or settings.resumes:
             return None
+        if text is not None:
+            fingerprint = text.encoder if isinstance(text, Embeddings) else text.fingerprint
+            warn_of_other_text(settings.run.init, fingerprint)
         shardings = abstract_state(model, self.config(settings, "").optimizer, mesh).ema
         return initial(settings.run.init, model, shardings)
 
@@ -298,39 +301,6 @@ def placement(model: DiffusionModel, compute: UNetCompute) -> ParamSharding:
     """Layers are sharded over the tensor axis, unless it splits the rows of images."""
     rules = () if compute.rows else (ShardingRule(*rule) for rule in model.unet.tensor_rules())
     return ParamSharding(tuple(rules))
-
-
-def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
-    """The EMA parameters of a run, or of its model/, on the host. expected: shapes and placements, for several
-    processes. ValueError if they belong to another network.
-
-    The model may have parameters that the run lacks, such as those of another condition: they begin as in a new model,
-    and a line names them.
-    """
-    from jaxdiff.training.checkpoints import load_ema  # imported here: Orbax takes a quarter of a second
-
-    checkpoints, shapes = run / "checkpoints", abstract_params(model)
-    if checkpoints.is_dir() and multihost.count() > 1:  # all processes read it together
-        sharded = load_ema(checkpoints, expected, part=True)
-        params = jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), sharded)
-    elif checkpoints.is_dir():
-        params = load_ema(checkpoints)
-        check_tree(params, shapes, str(checkpoints), part=True)
-    else:
-        params = load_params(model, run / "model.safetensors", part=True)
-    have = flatten(jax.tree.map(np.asarray, params))
-    new = sorted(flatten(shapes).keys() - have.keys())
-    if new:
-        have |= _new(model, new)
-        if multihost.index() == 0:
-            print(f"--init {run}: {listed('parameters are new and begin at random', new)}")
-    return unflatten(have)
-
-
-def _new(model: DiffusionModel, names: list[str]) -> dict[str, np.ndarray]:
-    """Initial parameters with these names, on the host; the others are not computed."""
-    computed = jax.jit(lambda key: {name: leaf for name, leaf in flatten(model.init(key)[0]).items() if name in names})
-    return jax.tree.map(np.asarray, computed(jax.random.key(0)))
 
 
 def split(model: DiffusionModel, compute: UNetCompute) -> DiffusionModel:

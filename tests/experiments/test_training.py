@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import warnings
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from experiments import convert, embed, export, train
 from experiments.options.training import DataOptions
 from experiments.recipes import emoji as emoji_run
 from experiments.table import TASKS
-from experiments.tasks import diffusion, spaces, text_embeddings
+from experiments.tasks import initial, spaces, text_embeddings
 from experiments.tasks.diffusion import DiffusionOptions, Settings
 from experiments.tasks.noise_levels import NoiseLevels
 from experiments.tasks.samples import Samples
@@ -29,7 +30,8 @@ from jaxdiff.models.sampling import TrainedModel
 from jaxdiff.training import metrics
 from jaxdiff.training.state import abstract_params
 from jaxdiff.weights.imagen import load
-from jaxdiff.weights.stages import load_model, save_model
+from jaxdiff.weights.runs import TextSource, save_text_source
+from jaxdiff.weights.stages import load_model, read_settings, save_model, save_settings
 from jaxdiff.weights.t5 import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_presets")
@@ -121,19 +123,38 @@ def test_parameters_to_begin_with(standin, photos, tmp_path, command, capsys):
     assert (model.model.unet.execution.dtype, model.model.unet.execution.remat) == ("float32", "none")
     found = []
     for init in (tmp_path / "first", tmp_path / "first" / "model"):
-        found.append(diffusion.initial(init, model.model))
+        found.append(initial.initial(init, model.model))
     jax.tree.map(np.testing.assert_array_equal, *found, model.params)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
     with pytest.raises(ValueError, match="does not fit the settings"):
-        diffusion.initial(init, load_model(standin / "base64").model)
+        initial.initial(init, load_model(standin / "base64").model)
     more = dataclasses.replace(model.model, conditioners=(*model.model.conditioners, EmbeddingConditioner(6)))
     for init in (tmp_path / "first", tmp_path / "first" / "model"):
-        begun, kept = diffusion.initial(init, more), flatten(found[0])
+        begun, kept = initial.initial(init, more), flatten(found[0])
         check_tree(begun, abstract_params(more), "here")
         begun = flatten(begun)
         new = begun.keys() - kept.keys()
         assert f"{len(new)} parameters are new and begin at random ({min(new)}" in capsys.readouterr().out
         assert all(np.array_equal(begun[name], leaf) for name, leaf in kept.items())
+
+
+def test_another_text_encoder_is_warned_of(standin, tmp_path):
+    """A run that was trained with another one, whose place is named if it is known."""
+    model, sampling, _ = read_settings(standin / "base64")
+    own, run = "0123456789abcdef", tmp_path / "run"
+    save_settings(TrainedModel(model, {}, sampling, own), run / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for place, fingerprint in ((run, own), (run, None), (standin / "base64", "another")):
+            initial.warn_of_other_text(place, fingerprint)
+    for place in (run, run / "model"):
+        with pytest.warns(UserWarning, match=rf"--init {place} was trained with another text encoder \(its own\)"):
+            initial.warn_of_other_text(place, "another")
+    save_text_source(run, TextSource(str(standin / "text"), 16, "float32", own))
+    with pytest.warns(UserWarning, match=rf"\({standin / 'text'}\)"):
+        initial.warn_of_other_text(run, "another")
+    with pytest.raises(FileNotFoundError, match=f"--init {tmp_path / 'no'}: no such folder"):
+        initial.initial(tmp_path / "no", None)
 
 
 def test_pictures_alone_teach_super_resolution_that_can_read(photos, tmp_path, command, monkeypatch):
