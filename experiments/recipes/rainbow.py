@@ -7,8 +7,9 @@ Trains a system on the 2,765 training images at 32×32 (`rainbow_systems.py`: fo
 samples the held-out captions, about 4,700 (`--n` samples fewer). An image is right if all six attributes are read back
 as in its caption (`jaxdiff.evaluation.rainbow`). For DALL·E 1 report.json also has `equal_codes`, the fraction of
 samples with all codes of the caption's own image: the published measure of the community's. Its codes are of 2×2
-pixels, few enough to be seen often, and the likeliest are taken. Cost and results are in experiments/results/README.md. Writes
-OUT/grid.png (held-out images above their samples, wrong ones first) and OUT/report.json. Started again, it resumes.
+pixels, few enough to be seen often, and the likeliest are taken. Cost and results are in experiments/results/README.md.
+Writes OUT/grid.png (held-out images above their samples, wrong ones first) and OUT/report.json. Started again, it
+resumes.
 """
 
 import statistics
