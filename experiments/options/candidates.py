@@ -51,11 +51,13 @@ class Ranking:
     candidates: int = 1
     score: Score | None = None
 
-    def best(self, batches: Iterable[Batch], prompts: Sequence[str], per_prompt: int = 1) -> Iterator[Batch]:
+    def best(self, batches: Iterable[Batch], prompts: Sequence[str], per_prompt: int = 1) -> Iterable[Batch]:
         """Batches of the best of each `candidates` successive samples. per_prompt: images kept for each prompt."""
-        if self.score is None:
-            yield from batches
-            return
+        return batches if self.score is None else self._ranked(self.score, batches, prompts, per_prompt)
+
+    def _ranked(
+        self, score: Score, batches: Iterable[Batch], prompts: Sequence[str], per_prompt: int
+    ) -> Iterator[Batch]:
         count, kept = self.candidates, 0
         waiting: list[tuple[np.ndarray, ...]] = []
         for batch in batches:
@@ -65,7 +67,7 @@ class Ranking:
             if groups:
                 ready = [each[: groups * count] for each in products]
                 texts = [prompts[(kept + i // count) // per_prompt] for i in range(groups * count)]
-                chosen = self.score(texts, ready[-1]).reshape(groups, count).argmax(1) + count * np.arange(groups)
+                chosen = score(texts, ready[-1]).reshape(groups, count).argmax(1) + count * np.arange(groups)
                 yield Batch(kept, tuple(each[chosen] for each in ready))
                 kept += groups
             waiting = [tuple(each[groups * count :] for each in products)]
