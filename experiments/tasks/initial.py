@@ -12,7 +12,7 @@ from jaxdiff.core.trees import check_tree, flatten, listed, unflatten
 from jaxdiff.models.diffusion import DiffusionModel
 from jaxdiff.training import multihost
 from jaxdiff.training.state import abstract_params
-from jaxdiff.weights import stages
+from jaxdiff.weights import stages, tree
 from jaxdiff.weights.runs import has_text_source, read_text_source
 from jaxdiff.weights.stages import load_params
 
@@ -36,7 +36,7 @@ def initial(run: Path, model: DiffusionModel, expected: Any = None) -> dict:
         params = load_ema(checkpoints)
         check_tree(params, shapes, str(checkpoints), part=True)
     else:
-        params = load_params(model, run / "model.safetensors", part=True)
+        params = load_params(model, run / tree.PARAMS, part=True)
     have = flatten(jax.tree.map(np.asarray, params))
     new = sorted(flatten(shapes).keys() - have.keys())
     if new:

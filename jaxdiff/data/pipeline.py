@@ -131,7 +131,7 @@ def image_batches(
     replaced by another one of its bucket, so that all processes follow one order of sizes. In a single epoch the last
     batch of each bucket may be partial, and with several processes empty.
     """
-    from jaxdiff.data.stages import stream_of  # imported here, see there
+    from jaxdiff.data.grain_pipeline import stream_of  # imported here, see there
 
     if not len(source):
         raise ValueError(f"{source}: no examples")

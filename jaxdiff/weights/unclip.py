@@ -64,12 +64,11 @@ class CLIPSource:
     skip_last: int
 
 
-def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray, skip_last: int = 0) -> CLIPTowers:
+def load_clip(path_or_id: str | Path, place: hub.Place = jnp.asarray) -> CLIPTowers:
     """Both towers: of a CLIP in the transformers layout, or of a folder that `export` wrote. Padding of captions is
-    masked. skip_last: take the captions' states before this number of last blocks. FileNotFoundError or ValueError as
-    `weights.clip`, and for towers without a common space."""
+    masked. FileNotFoundError or ValueError as `weights.clip`, and for towers without a common space."""
     text, image = _towers(path_or_id)
-    encoder = load_clip_text(text, place, skip_last)
+    encoder = load_clip_text(text, place)
     towers = CLIPTowers(encoder, CLIPImageEncoder(*clip.load_image(image, place=place)), str(path_or_id))
     if encoder.config.width != towers.image.width:
         raise ValueError(f"{path_or_id}: captions have embeddings of width {encoder.config.width}, images others")

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxdiff.data import images, stages
+from jaxdiff.data import grain_pipeline, images
 from jaxdiff.data.pipeline import DataConfig, ReadAhead, image_batches
 
 
@@ -29,7 +29,7 @@ def same(a, b):
 @pytest.fixture(params=["table", "grain"])
 def either_shuffle(request, monkeypatch):
     """Small sets are shuffled by a table, large ones by Grain: both must behave alike."""
-    monkeypatch.setattr(stages, "SMALL", 4096 if request.param == "table" else 0)
+    monkeypatch.setattr(grain_pipeline, "SMALL", 4096 if request.param == "table" else 0)
 
 
 def test_batches_hold_the_pictures(source):
